@@ -38,7 +38,7 @@ _gso_activate() {
 
 _gso_fingerprint() { # of all that decides what an installation holds
     {
-        echo "$root $dev $(command -v python)"
+        echo "$root $(command -v python)"
         cat "$root/install.sh" "$root/pyproject.toml" "$root/CMakeLists.txt"
         cat "$root"/*/csrc/*
         ls /dev/nvidiactl 2>/dev/null
@@ -46,11 +46,12 @@ _gso_fingerprint() { # of all that decides what an installation holds
 }
 
 _gso_install() {
-    local root="$1" dev="$2" stamp environment
+    local root="$1" dev="$2" stamp installed environment
     _gso_activate || return 1
     environment="${VIRTUAL_ENV:-$CONDA_PREFIX}"
     stamp="$environment/.gaussian_offload_installed"
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(_gso_fingerprint)" ]; then
+    installed=$(cat "$stamp" 2>/dev/null)
+    if [ "$installed" = "dev $(_gso_fingerprint)" ] || [ "$installed" = "$dev $(_gso_fingerprint)" ]; then
         echo "Already installed in $environment"
         return 0
     fi
@@ -72,7 +73,7 @@ _gso_install() {
     else
         echo "No usable CUDA GPU: gsplat is left out, and the scripts run on the CPU."
     fi
-    _gso_fingerprint >"$stamp"
+    echo "$dev $(_gso_fingerprint)" >"$stamp"
     echo "Installed in $environment"
 }
 
