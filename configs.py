@@ -1,0 +1,190 @@
+"""Options that all trainer scripts share, and the facts of each dataset.
+
+What is tuned per scene (learning rates, thresholds, steps) stands at the end of each script, to be edited.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+
+@dataclass
+class DensificationRules:
+    """Thresholds of densification; the names and defaults are gsplat's."""
+
+    grow_grad2d: float = 2e-4
+    """Gaussians whose mean screen-space gradient is above this are duplicated or split."""
+    grow_scale3d: float = 0.01
+    """Below this share of the scene scale a growing Gaussian is duplicated, above it split."""
+    grow_scale2d: float = 0.05
+    """Gaussians larger than this share of the picture are split (before refine_scale2d_stop_iter)."""
+    prune_opa: float = 0.005
+    """Gaussians less opaque than this are removed."""
+    prune_scale3d: float = 0.1
+    """Gaussians larger than this share of the scene scale are removed (after the first opacity reset)."""
+    prune_scale2d: float = 0.15
+    """Gaussians larger than this share of the picture are removed (before refine_scale2d_stop_iter)."""
+    refine_scale2d_stop_iter: int = 0
+    """Until this step sizes on the screen matter as well."""
+    refine_start_iter: int = 500
+    """First step after which Gaussians are refined."""
+    refine_stop_iter: int = 15_000
+    """Step from which on nothing is refined or reset."""
+    refine_every: int = 100
+    """Steps between refinements."""
+    reset_every: int = 3000
+    """Steps between opacity resets."""
+    pause_refine_after_reset: int = 0
+    """Steps without refinement after an opacity reset."""
+    absgrad: bool = False
+    """Grow by the mean of absolute gradients (AbsGS, arXiv 2404.10484); wants grow_grad2d near 8e-4."""
+    revised_opacity: bool = False
+    """Opacity of split Gaussians after arXiv 2404.06109."""
+    max_gaussians: int = 0
+    """Never grow beyond this many Gaussians; 0 sets no bound."""
+
+
+@dataclass
+class Config(DensificationRules):
+    """Train a 3D Gaussian Splatting model of a COLMAP scene."""
+
+    # Data
+    data_dir: str = "data/scene"
+    """Dataset folder: images/ and a COLMAP model in sparse/0/ or sparse/."""
+    data_factor: float = 1.0
+    """Pictures are scaled down by this factor, which may be fractional, into images_{factor}/."""
+    test_every: int = 8
+    """Every picture whose index is a multiple of this is a test picture; -1 where test_after is used."""
+    test_after: int = -1
+    """Pictures whose index is above this are test pictures; -1 where test_every is used."""
+    init_ply: bool = False
+    """Start from points.ply in the model folder instead of COLMAP's points."""
+    num_workers: int = 0
+    """Threads that read pictures; 0 takes one per core, at most 8."""
+
+    # Run
+    result_dir: str = "results/scene"
+    """Folder that receives checkpoints, statistics, renderings and logs."""
+    ckpt: str = ""
+    """Evaluate this checkpoint instead of training."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU."""
+    seed: int = 42
+    """Of everything random."""
+    max_steps: int = 30_000
+    """Training steps."""
+    eval_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
+    """Evaluate after these numbers of steps, and after the last."""
+    save_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
+    """Save a checkpoint and statistics after these numbers of steps, and after the last."""
+    ply_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
+    """Export a PLY file after these numbers of steps, and after the last."""
+    steps_scaler: float = 1.0
+    """Factor on every schedule given in steps."""
+    log_every: int = 100
+    """Steps between entries in TensorBoard."""
+    lpips_net: Literal["alex", "vgg"] = "alex"
+    """Network of the LPIPS metric."""
+
+    # Optimization
+    batch_size: int = 1
+    """Views per step; learning rates scale by its square root (Grendel, arXiv 2406.18533)."""
+    position_lr: float = 1.6e-4
+    """Learning rate of means, times the scene scale; decays to 1 % at max_steps."""
+    scaling_lr: float = 5e-3
+    """Learning rate of log scales."""
+    quats_lr: float = 1e-3
+    """Learning rate of quaternions."""
+    opacities_lr: float = 5e-2
+    """Learning rate of logit opacities."""
+    sh0_lr: float = 2.5e-3
+    """Learning rate of the constant spherical harmonic."""
+    shN_lr: float = 2.5e-3 / 20
+    """Learning rate of the other spherical harmonics."""
+    ssim_lambda: float = 0.2
+    """Weight of 1 - SSIM in the loss; L1 has the rest."""
+
+    # Model
+    sh_degree: int = 3
+    """Degree of the spherical harmonics."""
+    sh_degree_interval: int = 1000
+    """Steps after which one more degree is used."""
+    init_opacity: float = 0.1
+    """Opacity of the first Gaussians."""
+    init_scale: float = 1.0
+    """Factor on the first Gaussians' scales."""
+    antialiased: bool = False
+    """Compensate the opacity of small Gaussians (Mip-Splatting, arXiv 2311.16493)."""
+    random_background: bool = False
+    """Train before random colours, so that transparency cannot hide in black."""
+    near_plane: float = 0.01
+    """Gaussians nearer than this are not drawn."""
+    far_plane: float = 1e10
+    """Gaussians farther than this are not drawn."""
+
+    def with_scaled_steps(self) -> Config:
+        """The same options with `steps_scaler` applied to every schedule given in steps."""
+
+        def scaled(steps: int) -> int:
+            return int(steps * self.steps_scaler)
+
+        return replace(
+            self,
+            steps_scaler=1.0,
+            max_steps=scaled(self.max_steps),
+            eval_steps=[scaled(step) for step in self.eval_steps],
+            save_steps=[scaled(step) for step in self.save_steps],
+            ply_steps=[scaled(step) for step in self.ply_steps],
+            sh_degree_interval=max(scaled(self.sh_degree_interval), 1),
+            refine_start_iter=scaled(self.refine_start_iter),
+            refine_stop_iter=scaled(self.refine_stop_iter),
+            refine_every=max(scaled(self.refine_every), 1),
+            refine_scale2d_stop_iter=scaled(self.refine_scale2d_stop_iter),
+            reset_every=max(scaled(self.reset_every), 1),
+            pause_refine_after_reset=scaled(self.pause_refine_after_reset),
+        )
+
+
+# Where each dataset lies and how it is split; README.md says how to obtain them.
+DATASETS: dict[str, dict[str, object]] = {
+    "demo": {"data_dir": "data/city_block"},
+    "rubble": {"data_dir": "data/mill19/rubble-pixsfm", "data_factor": 4.0, "test_every": 83},
+    "building": {"data_dir": "data/mill19/building-pixsfm", "data_factor": 4.0, "test_every": 97},
+    "sztu": {"data_dir": "data/GauU_Scene/SZTU", "data_factor": 3.4175, "test_every": 10},
+    "lfls": {"data_dir": "data/GauU_Scene/LFLS", "data_factor": 3.4175, "test_every": 10},
+    "sziit": {"data_dir": "data/GauU_Scene/SZIIT", "data_factor": 3.4175, "test_every": 10},
+    "aerial": {
+        "data_dir": "data/MatrixCity/aerial",
+        "data_factor": 1.2,
+        "test_every": -1,
+        "test_after": 5620,
+        "init_ply": True,
+    },
+    "residence": {
+        "data_dir": "data/urban_scene_3d/residence-pixsfm",
+        "data_factor": 4.0,
+        "test_every": -1,
+        "test_after": 2561,
+    },
+    "sciart": {
+        "data_dir": "data/urban_scene_3d/sci-art-pixsfm",
+        "data_factor": 4.0,
+        "test_every": -1,
+        "test_after": 2998,
+    },
+    "default": {},
+}
+
+
+def scene_config(scene: str, **hyperparameters: object) -> Config:
+    """The options of one scene: the facts of its dataset and the script's own hyperparameters.
+
+    Args:
+        scene: A key of `DATASETS`.
+        hyperparameters: Fields of `Config`.
+
+    Returns:
+        A Config; results go to results/{scene}.
+    """
+    return Config(**{"result_dir": f"results/{scene}", **DATASETS[scene], **hyperparameters})

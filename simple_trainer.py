@@ -1,0 +1,127 @@
+"""GPU-only 3D Gaussian Splatting: all Gaussians and their Adam moments live on the device.
+
+    python simple_trainer.py SCENE --data_dir D --result_dir R [--any_option ...]
+
+The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
+"""
+
+import torch
+from rendering.losses import photometric_loss
+from torch import Tensor
+
+from configs import Config, scene_config
+from training import schedules
+from training.checkpoints import load_checkpoint
+from training.command_line import main
+from training.densification import Densification
+from training.gaussians import DeviceGaussians, activate
+from training.run import TrainingRun
+from training.views import View, render_view
+
+
+def train(cfg: Config, scene_name: str) -> None:
+    """Train on one scene, or evaluate `cfg.ckpt` on it.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been trained.
+        TrainingStopped: Training cannot go on; a checkpoint has been saved.
+    """
+    with TrainingRun(cfg, scene_name) as run:
+        cfg = run.cfg
+        if cfg.ckpt:
+            evaluate_checkpoint(run)
+            return
+
+        gaussians = DeviceGaussians(
+            run.initial_gaussians(),
+            schedules.learning_rates(cfg, run.scene_scale),
+            betas=schedules.adam_betas(cfg.batch_size),
+            eps=1e-15,
+            device=run.device,
+        )
+        densification = Densification(cfg, run.scene_scale, cfg.seed)
+        background_generator = torch.Generator().manual_seed(cfg.seed)
+
+        def render(view: View) -> Tensor:
+            return render_view(gaussians.activated(), view, cfg, sh_degree=cfg.sh_degree)[0]
+
+        for step, view in run.steps(gaussians, render):
+            # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
+            backgrounds = None
+            if cfg.random_background:
+                backgrounds = torch.rand(len(view.Ks), 3, generator=background_generator).to(run.device)
+            sh_degree = schedules.sh_degree(cfg, step)
+            colors, _, info = render_view(
+                gaussians.activated(), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds
+            )
+            info["means2d"].retain_grad()  # densification looks at the gradient on the screen
+            run.times.mark("render")
+
+            loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+            run.times.mark("loss")
+
+            loss.backward()
+            run.times.mark("backward")
+
+            gaussians.step(schedules.means_lr(cfg, run.scene_scale, step))
+            run.times.mark("optimize")
+
+            densification.after_step(step, info, gaussians)
+            run.times.mark("densify")
+
+            run.after_step(step, loss.detach(), sh_degree)
+
+
+def evaluate_checkpoint(run: TrainingRun) -> None:
+    """Evaluate the checkpoint that the options name on the test views."""
+    checkpoint = load_checkpoint(run.cfg.ckpt)
+    parameters = {name: value.to(run.device) for name, value in checkpoint.gaussians.items()}
+    activated = activate(parameters)
+    run.evaluate(
+        lambda view: render_view(activated, view, run.cfg, sh_degree=run.cfg.sh_degree)[0],
+        checkpoint.steps,
+        len(parameters["means"]),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hyperparameters of each scene; edit them here. What is not named has the default of configs.py.
+#
+# Larger models come from lower thresholds. The ladder (grow_grad2d, grow_scale3d):
+#   (2e-4, 0.01)  (1.5e-4, 0.005)  (1.3e-4, 0.003)  (1e-4, 0.002)  (8e-5, 0.0016)
+# ----------------------------------------------------------------------------------------------------
+
+LARGE_SCENE = {
+    "max_steps": 200_000,
+    "eval_steps": [200_000],
+    "save_steps": [200_000],
+    "ply_steps": [200_000],
+    "grow_grad2d": 2e-4,
+    "grow_scale3d": 0.01,
+    "refine_stop_iter": 15_000,
+}
+
+CONFIGS = {
+    "demo": scene_config(
+        "demo",
+        max_steps=2000,
+        eval_steps=[500, 2000],
+        save_steps=[2000],
+        ply_steps=[2000],
+        sh_degree_interval=500,
+        refine_start_iter=200,
+        refine_stop_iter=1500,
+    ),
+    "rubble": scene_config("rubble", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "building": scene_config("building", position_lr=8e-6, scaling_lr=2.5e-3, **LARGE_SCENE),
+    "sztu": scene_config("sztu", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "lfls": scene_config("lfls", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "sziit": scene_config("sziit", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "aerial": scene_config("aerial", position_lr=8e-6, scaling_lr=2.5e-3, **LARGE_SCENE),
+    "residence": scene_config("residence", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "sciart": scene_config("sciart", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "default": scene_config("default"),
+}
+
+if __name__ == "__main__":
+    main(CONFIGS, train, __doc__)

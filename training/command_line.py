@@ -1,0 +1,49 @@
+"""The command line of a trainer script: SCENE and options in, one sentence out where they cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+import tyro
+
+from configs import Config
+from errors import InputError
+from training.densification import TrainingStopped
+
+
+def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], description: str) -> None:
+    """Parse `SCENE [--option value ...]`, train, and exit.
+
+    The exit code is 0 when training ended or was interrupted with a checkpoint, 1 when it had to stop (with a
+    checkpoint), and 2 when something in the input cannot be used.
+
+    Args:
+        configs: The options of each scene, which the command line overrides.
+        train: The training loop; takes the options and the name of the scene.
+        description: Of the script, for --help.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in configs:
+            raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
+        scene, cfg = _parse(configs, arguments, description)
+        train(cfg, scene)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingStopped as error:
+        print(f"Stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Stopped at once, without saving.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(configs: Mapping[str, Config], arguments: list[str], description: str) -> tuple[str, Config]:
+    cfg = tyro.extras.overridable_config_cli(
+        {name: (f"Options of scene {name}.", config) for name, config in configs.items()},
+        args=arguments,
+        description=description,
+    )
+    return arguments[0], cfg

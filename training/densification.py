@@ -1,0 +1,280 @@
+"""When and which Gaussians are duplicated, split and removed, as gsplat's DefaultStrategy decides it.
+
+Written once for all trainers: selection looks at statistics and geometry alone, and the changes are asked of
+whatever store holds the Gaussians. One deliberate difference: gsplat 1.5.3 never resets opacities, since its
+condition `step % reset_every == 0 & step > 0` is always false; here they are reset as its documentation says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs import DensificationRules
+from training.memory import available_bytes, format_bytes
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on; the Gaussians are intact, and the message is one sentence for the user."""
+
+
+class GaussianStore(Protocol):
+    """What densification asks of the place where Gaussians and their Adam moments live."""
+
+    @property
+    def num_gaussians(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where geometry and statistics are."""
+
+    def read(self, name: str) -> Tensor: ...
+
+    def append_copies(self, ids: Tensor) -> None: ...
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None: ...
+
+    def keep(self, ids: Tensor) -> None: ...
+
+    def clamp_opacities(self, max_logit: float) -> None: ...
+
+    def growth_bytes(self, num_new: int) -> int: ...
+
+
+@dataclass
+class Statistics:
+    """What the views since the last refinement have shown of each Gaussian; [N] float32 each."""
+
+    grad2d: Tensor  # sum over views of the norm of the gradient of means2d, in normalized screen units
+    count: Tensor  # number of views that showed it
+    radii: Tensor  # largest radius on screen, as a share of the longer side of the picture
+
+    @staticmethod
+    def zeros(num_gaussians: int, device: torch.device) -> Statistics:
+        return Statistics(*(torch.zeros(num_gaussians, device=device) for _ in range(3)))
+
+
+class Densification:
+    """Gathers statistics at every step and refines a store of Gaussians when the rules say so."""
+
+    def __init__(self, rules: DensificationRules, scene_scale: float, seed: int) -> None:
+        """
+        Args:
+            rules: Thresholds and schedule.
+            scene_scale: Extent of the cameras in world units.
+            seed: Of the positions of split Gaussians; drawn on the CPU, so that devices agree.
+        """
+        self.rules = rules
+        self.scene_scale = scene_scale
+        self.statistics: Statistics | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def after_step(self, step: int, info: Mapping[str, object], store: GaussianStore) -> bool:
+        """Take in one step's gradients and, where it is time, refine and reset.
+
+        Args:
+            step: Number of the step just optimized, from 0.
+            info: Of `rendering.rasterize`, after the backward pass.
+            store: The Gaussians.
+
+        Returns:
+            Whether the rows of the store have changed.
+
+        Raises:
+            TrainingStopped: Nothing would be left, or the growth does not fit into memory.
+        """
+        rules = self.rules
+        if step >= rules.refine_stop_iter:
+            self.statistics = None
+            return False
+        if self.statistics is None:
+            self.statistics = Statistics.zeros(store.num_gaussians, store.device)
+        self.observe(info)
+        refine = (
+            step > rules.refine_start_iter
+            and step % rules.refine_every == 0
+            and step % rules.reset_every >= rules.pause_refine_after_reset
+        )
+        if refine:
+            self.refine(step, store)
+        if step > 0 and step % rules.reset_every == 0:
+            store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
+        return refine
+
+    @torch.no_grad()
+    def observe(self, info: Mapping[str, object]) -> None:
+        """Add the gradients of one packed rendering to the statistics."""
+        statistics, means2d, ids = self.statistics, info["means2d"], info["gaussian_ids"]  # [V, 2], [V]
+        if len(ids) == 0:
+            return
+        gradients = means2d.absgrad if self.rules.absgrad else means2d.grad  # [V, 2] per pixel
+        half_width, half_height = 0.5 * info["width"], 0.5 * info["height"]  # to [-1, 1] screen units
+        norms = torch.hypot(gradients[:, 0] * half_width, gradients[:, 1] * half_height)  # [V]
+        norms *= info["n_cameras"]  # undoes the mean over the batch in the loss
+        statistics.grad2d.index_add_(0, ids, norms)
+        statistics.count.index_add_(0, ids, torch.ones_like(norms))
+        if self.rules.refine_scale2d_stop_iter > 0:
+            share = info["radii"].amax(dim=-1) / max(info["width"], info["height"])  # [V]
+            statistics.radii.scatter_reduce_(0, ids, share, "amax")
+
+    @torch.no_grad()
+    def refine(self, step: int, store: GaussianStore) -> None:
+        """Duplicate, split and remove by the statistics so far, then start them anew."""
+        statistics, rules = self.statistics, self.rules
+        average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
+        largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
+        duplicate, split = select_growth(
+            rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale
+        )
+        duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
+        check_growth_fits(store, len(duplicate_ids) + len(split_ids))
+        grow(store, duplicate_ids, split_ids, rules.revised_opacity, self._generator)
+
+        # Duplicates and second halves were appended in this order, as large on screen as their origin.
+        radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])
+        largest_scale = store.read("scales").amax(dim=-1).exp()
+        remove = select_removal(rules, step, store.read("opacities"), largest_scale, radii, self.scene_scale)
+        kept_ids = torch.where(~remove)[0]
+        if len(kept_ids) == 0:
+            raise TrainingStopped(
+                f"The refinement at step {step} would remove all {store.num_gaussians} Gaussians: "
+                "lower --prune_opa or raise --prune_scale3d."
+            )
+        if len(kept_ids) < len(remove):
+            store.keep(kept_ids)
+        self.statistics = Statistics.zeros(store.num_gaussians, store.device)
+
+
+def select_growth(
+    rules: DensificationRules,
+    step: int,
+    average_grad: Tensor,
+    largest_scale: Tensor,
+    radii: Tensor,
+    scene_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Which Gaussians to duplicate and which to split.
+
+    Args:
+        rules: Thresholds.
+        step: From 0.
+        average_grad: [N] mean norm of the screen-space gradient.
+        largest_scale: [N] largest standard deviation in world units.
+        radii: [N] largest radius on screen as a share of the picture.
+        scene_scale: In world units.
+
+    Returns:
+        Two masks [N]; together they grow at most to `max_gaussians`, largest gradients first.
+    """
+    wants_growth = average_grad > rules.grow_grad2d
+    small = largest_scale <= rules.grow_scale3d * scene_scale
+    duplicate = wants_growth & small
+    split = wants_growth & ~small
+    if step < rules.refine_scale2d_stop_iter:
+        split |= radii > rules.grow_scale2d  # as in gsplat, such a row may be duplicated as well
+    if rules.max_gaussians > 0:
+        room = max(rules.max_gaussians - len(average_grad), 0)
+        order = torch.argsort(average_grad, descending=True, stable=True)  # [N]
+        new_rows = duplicate.long() + split.long()  # [N]
+        allowed = torch.empty_like(duplicate)
+        allowed[order] = torch.cumsum(new_rows[order], dim=0) <= room
+        duplicate &= allowed
+        split &= allowed
+    return duplicate, split
+
+
+def select_removal(
+    rules: DensificationRules,
+    step: int,
+    opacities: Tensor,
+    largest_scale: Tensor,
+    radii: Tensor,
+    scene_scale: float,
+) -> Tensor:
+    """Which Gaussians to remove: transparent ones and, after the first opacity reset, huge ones.
+
+    Args:
+        rules: Thresholds.
+        step: From 0.
+        opacities: [N] logits.
+        largest_scale: [N] largest standard deviation in world units.
+        radii: [N] largest radius on screen as a share of the picture.
+        scene_scale: In world units.
+
+    Returns:
+        Mask [N].
+    """
+    remove = torch.sigmoid(opacities) < rules.prune_opa
+    if step > rules.reset_every:
+        remove |= largest_scale > rules.prune_scale3d * scene_scale
+        if step < rules.refine_scale2d_stop_iter:
+            remove |= radii > rules.prune_scale2d
+    return remove
+
+
+def grow(
+    store: GaussianStore,
+    duplicate_ids: Tensor,
+    split_ids: Tensor,
+    revised_opacity: bool,
+    generator: torch.Generator,
+) -> None:
+    """Append copies of the first rows, and replace each of the second rows by two smaller Gaussians in it.
+
+    Args:
+        store: N Gaussians; afterwards N + D + S.
+        duplicate_ids: [D] rows to copy.
+        split_ids: [S] rows to split: one half takes the row's place, the other is appended.
+        revised_opacity: Whether the halves' opacity follows arXiv 2404.06109.
+        generator: On the CPU, of the halves' positions.
+    """
+    num_before = store.num_gaussians
+    if len(duplicate_ids):
+        store.append_copies(duplicate_ids)
+    if not len(split_ids):
+        return
+    scales, quats = store.read("scales")[split_ids], store.read("quats")[split_ids]  # [S, 3], [S, 4]
+    noise = torch.randn(2, len(split_ids), 3, generator=generator).to(scales.device)
+    offsets = torch.einsum("nij,bnj->bni", rotation_matrices(quats), scales.exp() * noise)  # [2, S, 3]
+    means = store.read("means")[split_ids] + offsets  # [2, S, 3]
+    values = {"scales": scales - math.log(1.6)}  # the constant of 3DGS (arXiv 2308.04079, 5.2)
+    if revised_opacity:
+        opacities = torch.sigmoid(store.read("opacities")[split_ids])
+        values["opacities"] = torch.logit(1 - torch.sqrt(1 - opacities))
+    store.append_copies(split_ids)
+    first_new = num_before + len(duplicate_ids)
+    appended_ids = torch.arange(first_new, first_new + len(split_ids), device=split_ids.device)
+    store.overwrite(split_ids, {**values, "means": means[0]})
+    store.overwrite(appended_ids, {**values, "means": means[1]})
+
+
+def rotation_matrices(quats: Tensor) -> Tensor:
+    """Rotations [N, 3, 3] of quaternions [N, 4] (w x y z) of any length."""
+    w, x, y, z = F.normalize(quats, dim=-1).unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def check_growth_fits(store: GaussianStore, num_new: int) -> None:
+    """Stop, with everything intact, before a growth that memory cannot hold.
+
+    Raises:
+        TrainingStopped: Naming what is needed, what there is, and the option that bounds the growth.
+    """
+    needed, free = store.growth_bytes(num_new), available_bytes(store.device)
+    if num_new and needed > free:
+        raise TrainingStopped(
+            f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
+            f"{format_bytes(needed)} and only {format_bytes(free)} are free: set --max_gaussians or "
+            "raise --grow_grad2d."
+        )

@@ -1,0 +1,112 @@
+"""Image quality on held-out views."""
+
+from __future__ import annotations
+
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from tqdm import tqdm
+
+from training.views import View
+
+
+def load_lpips(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The LPIPS metric, or None, with one warning, where its weights cannot be obtained.
+
+    Args:
+        net: "alex", or "vgg" with the input range of the 3DGS evaluation.
+        device: Where it will run.
+    """
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds; a machine without network must not wait for ever
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, about the way torchmetrics asks for weights
+            metric = LearnedPerceptualImagePatchSimilarity(net_type=net, normalize=net == "alex")
+        return metric.to(device).requires_grad_(False)
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"Warning: LPIPS will be reported as missing, since its network cannot be loaded: {reason}")
+        return None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+@torch.no_grad()
+def evaluate(
+    views: Iterable[tuple[str, View]],
+    render: Callable[[View], Tensor],
+    lpips: Callable[[Tensor, Tensor], Tensor] | None,
+    save_picture: Callable[[int, np.ndarray], None],
+    device: torch.device,
+) -> dict[str, object]:
+    """Render views one by one and compare them with their photos.
+
+    Args:
+        views: Name and view, with one camera each.
+        render: Makes the picture [1, H, W, 3] of a view.
+        lpips: Metric on [1, 3, H, W] pictures, or None.
+        save_picture: Takes an index and [H, 2 W, 3] uint8, photo and rendering side by side.
+        device: Where rendering runs.
+
+    Returns:
+        Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the
+        values of each. Pixels outside a view's mask count for nothing in PSNR and are black for the others.
+    """
+    images, written = [], []
+    with ThreadPoolExecutor(max_workers=4) as writers:
+        for index, (name, view) in enumerate(tqdm(views, desc="evaluate", unit="view", leave=False)):
+            synchronize(device)
+            begin = time.perf_counter()
+            rendered = render(view)
+            synchronize(device)
+            seconds = time.perf_counter() - begin
+
+            rendered = rendered.clamp(0.0, 1.0)
+            photo = view.images
+            if view.masks is None:
+                psnr = peak_signal_noise_ratio(rendered, photo, data_range=1.0)
+            else:
+                psnr = peak_signal_noise_ratio(rendered[view.masks], photo[view.masks], data_range=1.0)
+                rendered, photo = rendered * view.masks[..., None], photo * view.masks[..., None]
+            canvas = (torch.cat([photo, rendered], dim=2)[0] * 255.0).round().byte().cpu().numpy()
+            written.append(writers.submit(save_picture, index, canvas))
+            rendered, photo = rendered.permute(0, 3, 1, 2), photo.permute(0, 3, 1, 2)  # [1, 3, H, W]
+            ssim = structural_similarity_index_measure(rendered, photo, data_range=1.0)
+            images.append(
+                {
+                    "name": name,
+                    "psnr": psnr.item(),
+                    "ssim": ssim.item(),
+                    "lpips": None if lpips is None else lpips(rendered, photo).item(),
+                    "seconds": seconds,
+                }
+            )
+
+    for picture in written:
+        picture.result()  # raises what writing raised
+
+    def mean(key: str) -> float:
+        return float(np.mean([image[key] for image in images]))
+
+    return {
+        "psnr": mean("psnr"),
+        "ssim": mean("ssim"),
+        "lpips": None if lpips is None else mean("lpips"),
+        "seconds_per_image": mean("seconds"),
+        "images": images,
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,214 @@
+"""The Gaussians of GPU-only training: parameters and Adam moments of all of them on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+SH_C0 = 0.28209479177387814  # Y_0^0, the constant spherical harmonic
+
+BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
+
+# Every tensor has N rows, in the parameterization that 3DGS stores: log scales, logit opacities,
+# quaternions (w x y z) of any length. sh0 and shN are [N, 1, 3] and [N, K - 1, 3].
+PARAMETER_NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
+
+
+def initial_gaussians(
+    points: np.ndarray,
+    points_rgb: np.ndarray,
+    *,
+    sh_degree: int,
+    init_opacity: float,
+    init_scale: float,
+    seed: int,
+) -> dict[str, Tensor]:
+    """One Gaussian per point, as 3DGS starts: isotropic, as large as the point's neighbourhood.
+
+    Args:
+        points: [N, 3] positions in world units.
+        points_rgb: [N, 3] uint8 colours.
+        sh_degree: Highest degree of the spherical harmonics that will be trained.
+        init_opacity: Opacity of every Gaussian, in (0, 1).
+        init_scale: Factor on the scales.
+        seed: Of the random rotations.
+
+    Returns:
+        The six parameter tensors on the CPU, float32, N rows each.
+    """
+    num_points = len(points)
+    generator = torch.Generator().manual_seed(seed)
+    distances = neighbour_distances(points)  # [N]
+    sh0 = (torch.from_numpy(points_rgb).float() / 255.0 - 0.5) / SH_C0  # [N, 3]
+    return {
+        "means": torch.from_numpy(points).float().clone(),  # [N, 3]
+        "scales": torch.log(torch.from_numpy(distances) * init_scale)[:, None].repeat(1, 3),  # [N, 3]
+        "quats": torch.rand(num_points, 4, generator=generator),  # [N, 4]
+        "opacities": torch.logit(torch.full((num_points,), init_opacity)),  # [N]
+        "sh0": sh0[:, None, :].contiguous(),  # [N, 1, 3]
+        "shN": torch.zeros(num_points, (sh_degree + 1) ** 2 - 1, 3),  # [N, K - 1, 3]
+    }
+
+
+def neighbour_distances(points: np.ndarray) -> np.ndarray:
+    """Root mean squared distance to the 3 nearest other points, as 3DGS sizes its first Gaussians.
+
+    Args:
+        points: [N, 3] positions in world units.
+
+    Returns:
+        [N] float32 distances, never below 1e-4 of the median one, so that repeated points have a size.
+    """
+    num_neighbours = min(3, len(points) - 1)
+    if num_neighbours == 0:
+        return np.ones(len(points), np.float32)
+    # The nearest point found is the point itself (or its double, at the same distance 0).
+    distances, _ = cKDTree(points).query(points, k=num_neighbours + 1, workers=-1)  # [N, 4]
+    rms = np.sqrt(np.mean(distances[:, 1:] ** 2, axis=1))  # [N]
+    typical = np.median(rms)
+    return np.maximum(rms, 1e-4 * typical if typical > 0 else 1.0).astype(np.float32)
+
+
+class DeviceGaussians:
+    """All parameters as leaf tensors on one device, updated by one fused Adam.
+
+    The methods below `step` are what densification asks of any store of Gaussians: see
+    `training.densification.GaussianStore`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        learning_rates: Mapping[str, float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            parameters: The six tensors of `initial_gaussians`.
+            learning_rates: Adam's learning rate of each of them.
+            betas: Adam's decay rates of the first and second moment.
+            eps: Adam's epsilon.
+            device: Where everything lives.
+        """
+        self.parameters = {
+            name: value.detach().to(device, torch.float32, copy=True).requires_grad_()
+            for name, value in parameters.items()
+        }
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [parameter], "lr": learning_rates[name], "name": name}
+                for name, parameter in self.parameters.items()
+            ],
+            betas=betas,
+            eps=eps,
+            fused=True,
+        )
+
+    @property
+    def num_gaussians(self) -> int:
+        return len(self.parameters["means"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters["means"].device
+
+    def activated(self) -> dict[str, Tensor]:
+        """What the rasterizer takes, differentiable: means, quats, scales, opacities and colors [N, K, 3]."""
+        return activate(self.parameters)
+
+    def step(self, means_lr: float) -> None:
+        """One Adam step on the gradients at hand, with this learning rate for the means."""
+        for group in self.optimizer.param_groups:
+            if group["name"] == "means":
+                group["lr"] = means_lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The current parameters, detached; not copied."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The current values of one geometry parameter, detached; not copied."""
+        return self.parameters[name].detach()
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M]; the copies start without Adam moments."""
+        self._replace_rows(
+            lambda value: torch.cat([value, value[ids]]),
+            lambda moment: torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])]),
+        )
+
+    @torch.no_grad()
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero, named or not."""
+        for name, parameter in self.parameters.items():
+            if name in values:
+                parameter[ids] = values[name]
+            for moment in self._moments(parameter).values():
+                moment[ids] = 0
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        self._replace_rows(lambda value: value[ids], lambda moment: moment[ids])
+
+    @torch.no_grad()
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        parameter = self.parameters["opacities"]
+        parameter.clamp_(max=max_logit)
+        for moment in self._moments(parameter).values():
+            moment.zero_()
+
+    def growth_bytes(self, num_new: int) -> int:
+        """Memory in bytes that appending this many Gaussians takes at its peak.
+
+        Tensors are replaced one at a time, so beside the growth the largest one stands twice.
+        """
+        largest = max(parameter.numel() * 4 for parameter in self.parameters.values())
+        return num_new * BYTES_PER_GAUSSIAN + largest
+
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(parameter, {})
+        return {key: value for key, value in state.items() if key != "step"}
+
+    @torch.no_grad()
+    def _replace_rows(
+        self, of_parameter: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]
+    ) -> None:
+        for group in self.optimizer.param_groups:
+            old = self.parameters[group["name"]]
+            state = self.optimizer.state.pop(old, {})
+            new = of_parameter(old.detach()).requires_grad_()
+            self.parameters[group["name"]] = new
+            group["params"] = [new]
+            del old
+            for key in state.keys() - {"step"}:
+                state[key] = of_moment(state[key])
+            if state:
+                self.optimizer.state[new] = state
+
+
+def activate(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """From stored parameters to `rendering.rasterize`'s arguments; differentiable.
+
+    Args:
+        parameters: The six tensors of `initial_gaussians`, N rows each.
+
+    Returns:
+        means [N, 3], quats [N, 4], scales [N, 3], opacities [N] and colors [N, K, 3] (SH coefficients).
+    """
+    return {
+        "means": parameters["means"],
+        "quats": parameters["quats"],
+        "scales": torch.exp(parameters["scales"]),
+        "opacities": torch.sigmoid(parameters["opacities"]),
+        "colors": torch.cat([parameters["sh0"], parameters["shN"]], dim=1),
+    }

@@ -1,0 +1,45 @@
+"""How much memory there is, and how much was used."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory in bytes that this process can still take on a device; on the CPU, of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    try:
+        with open("/proc/meminfo") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(device: torch.device) -> dict[str, int]:
+    """Peaks of this process so far: device memory allocated and reserved by torch, and host memory."""
+    cuda = device.type == "cuda"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return {
+        "device_allocated": torch.cuda.max_memory_allocated(device) if cuda else 0,
+        "device_reserved": torch.cuda.max_memory_reserved(device) if cuda else 0,
+        "host": resident if sys.platform == "darwin" else resident * 1024,
+    }
+
+
+def format_bytes(num_bytes: float) -> str:
+    """In the largest fitting binary unit, such as '3.2 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

@@ -1,0 +1,102 @@
+"""Gaussians as a PLY file in the layout of the 3DGS reference implementation, which viewers read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from plyfile import PlyData, PlyParseError
+from torch import Tensor
+
+from errors import InputError
+
+ROWS_PER_BLOCK = 1 << 18  # written at a time, so that a large model is never copied whole
+
+
+def save_ply(path: Path, gaussians: Mapping[str, Tensor], transform: np.ndarray) -> None:
+    """Write Gaussians in the model's (normalized) coordinates.
+
+    Args:
+        path: File to write; it appears under its name only when it is complete.
+        gaussians: The six stored parameter tensors, N rows each.
+        transform: [4, 4] similarity from the dataset's coordinates to the model's; kept as a comment.
+    """
+    num_rest = 3 * gaussians["shN"].shape[1]
+    names = [
+        *("x", "y", "z", "nx", "ny", "nz"),
+        *(f"f_dc_{i}" for i in range(3)),
+        *(f"f_rest_{i}" for i in range(num_rest)),
+        "opacity",
+        *(f"scale_{i}" for i in range(3)),
+        *(f"rot_{i}" for i in range(4)),
+    ]
+    num_gaussians = len(gaussians["means"])
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        "comment transform_from_input " + " ".join(repr(float(x)) for x in np.ravel(transform)),
+        f"element vertex {num_gaussians}",
+        *(f"property float {name}" for name in names),
+        "end_header",
+    ]
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(("\n".join(header) + "\n").encode("ascii"))
+            for start in range(0, num_gaussians, ROWS_PER_BLOCK):
+                block = {
+                    name: value[start : start + ROWS_PER_BLOCK].cpu() for name, value in gaussians.items()
+                }
+                file.write(_rows(block).numpy().astype("<f4", copy=False).tobytes())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _rows(block: Mapping[str, Tensor]) -> Tensor:
+    means = block["means"]
+    return torch.cat(
+        [
+            means,
+            torch.zeros_like(means),  # normals, which 3DGS leaves empty
+            block["sh0"].flatten(1),
+            block["shN"].transpose(1, 2).flatten(1),  # all of red, then green, then blue
+            block["opacities"][:, None],
+            block["scales"],
+            block["quats"],
+        ],
+        dim=1,
+    )  # [M, 17 + 3 (K - 1)]
+
+
+def load_ply(path: Path) -> dict[str, Tensor]:
+    """Read Gaussians from a 3DGS PLY file.
+
+    Returns:
+        The six stored parameter tensors on the CPU, N rows each.
+
+    Raises:
+        InputError: The file is missing, damaged, or holds no Gaussians.
+    """
+    try:
+        vertex = PlyData.read(path)["vertex"]
+        num_rest = sum(property.name.startswith("f_rest_") for property in vertex.properties)
+
+        def columns(*names: str) -> Tensor:
+            return torch.from_numpy(np.stack([vertex[name].astype(np.float32) for name in names], axis=1))
+
+        rest = [f"f_rest_{i}" for i in range(num_rest)]
+        shN = columns(*rest) if rest else torch.zeros(len(vertex), 0)
+        return {
+            "means": columns("x", "y", "z"),
+            "scales": columns("scale_0", "scale_1", "scale_2"),
+            "quats": columns("rot_0", "rot_1", "rot_2", "rot_3"),
+            "opacities": columns("opacity")[:, 0],
+            "sh0": columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None, :],
+            "shN": shN.reshape(len(vertex), 3, num_rest // 3).transpose(1, 2).contiguous(),
+        }
+    except (OSError, PlyParseError, KeyError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a 3DGS PLY file: choose a complete one.") from error

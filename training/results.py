@@ -1,0 +1,61 @@
+"""The result folder of a run, laid out as gsplat's example trainer does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from configs import Config
+from errors import InputError
+from training.checkpoints import Checkpoint, save_checkpoint
+from training.ply import save_ply
+
+
+class ResultFolder:
+    """ckpts/ stats/ renders/ ply/ tb/ cfg.yml of one run. N in file names counts the training steps done."""
+
+    def __init__(self, cfg: Config) -> None:
+        """
+        Raises:
+            InputError: The folder cannot be made or written.
+        """
+        self.path = Path(cfg.result_dir)
+        try:
+            for name in ("ckpts", "stats", "renders", "ply", "tb"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            (self.path / "cfg.yml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+        except OSError as error:
+            raise InputError(
+                f"result_dir {self.path} cannot be written ({error.strerror}): choose another --result_dir."
+            ) from error
+        self.tensorboard = SummaryWriter(str(self.path / "tb"))
+
+    def close(self) -> None:
+        self.tensorboard.close()
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
+        path = self.path / "ckpts" / f"ckpt_{checkpoint.steps}.pt"
+        save_checkpoint(path, checkpoint)
+        return path
+
+    def save_ply(self, checkpoint: Checkpoint) -> Path:
+        path = self.path / "ply" / f"point_cloud_{checkpoint.steps}.ply"
+        save_ply(path, checkpoint.gaussians, checkpoint.transform)
+        return path
+
+    def save_statistics(self, kind: str, steps: int, statistics: Mapping[str, object]) -> None:
+        """Write stats/{kind}_step{steps}.json."""
+        path = self.path / "stats" / f"{kind}_step{steps}.json"
+        path.write_text(json.dumps(statistics, indent=2) + "\n")
+
+    def save_rendering(self, steps: int, index: int, canvas: np.ndarray) -> None:
+        """Write one picture [H, W, 3] uint8 as renders/val_step{steps}_{index}.png."""
+        path = self.path / "renders" / f"val_step{steps}_{index:04d}.png"
+        imageio.imwrite(path, canvas, compress_level=1)

@@ -1,0 +1,285 @@
+"""What surrounds every training loop: scene, views, evaluation, saving, the log and the way to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Protocol
+
+import torch
+from datasets.loader import EvaluationLoader, TrainingLoader
+from rendering.rasterize import check_gsplat
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import Config
+from datasets.scene import Scene, load_scene
+from datasets.splits import split_indices
+from datasets.synthetic import ensure_city_block
+from errors import InputError
+from training.checkpoints import Checkpoint
+from training.densification import TrainingStopped
+from training.evaluation import evaluate, load_lpips, synchronize
+from training.gaussians import initial_gaussians
+from training.memory import format_bytes, peak_bytes
+from training.results import ResultFolder
+from training.stages import StageTimes
+from training.views import View
+
+
+class Model(Protocol):
+    """What a run asks of the Gaussians that a trainer trains."""
+
+    @property
+    def num_gaussians(self) -> int: ...
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The current values of the six parameter tensors."""
+
+
+def select_device(name: str) -> torch.device:
+    """The device to train on, checked to be usable.
+
+    Raises:
+        InputError: CUDA was asked for and is not there, or gsplat cannot be used on it.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was given, but torch finds no CUDA GPU: use --device cpu or auto.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    check_gsplat()
+    return torch.device("cuda")
+
+
+class TrainingRun:
+    """One run of one trainer on one scene; a context manager that leaves everything written and closed.
+
+    Attributes:
+        cfg: The options, with steps_scaler applied.
+        device: Where views are rendered.
+        scene: The dataset, in normalized coordinates.
+        scene_scale: Extent of the cameras in world units, with gsplat's margin of 10 %.
+        times: Stage times; the trainer marks its stages.
+    """
+
+    def __init__(self, cfg: Config, scene_name: str) -> None:
+        """Check everything and load the scene; nothing expensive happens before all input has been checked.
+
+        Args:
+            cfg: Options.
+            scene_name: "demo" makes its dataset on first use.
+
+        Raises:
+            InputError: Something in the options, the dataset or the machine cannot be used.
+        """
+        self.cfg = cfg.with_scaled_steps()
+        check_options(self.cfg)
+        self.device = select_device(cfg.device)
+        torch.manual_seed(cfg.seed)
+        self._results = ResultFolder(cfg)
+        if scene_name == "demo":
+            ensure_city_block(cfg.data_dir)
+        self.scene: Scene = load_scene(
+            cfg.data_dir,
+            data_factor=cfg.data_factor,
+            init_ply=cfg.init_ply,
+            num_workers=cfg.num_workers or None,
+        )
+        self.scene_scale = 1.1 * self.scene.scene_scale
+        self._train_ids, self._test_ids = split_indices(
+            len(self.scene.image_names), test_every=cfg.test_every, test_after=cfg.test_after
+        )
+        self._lpips = load_lpips(cfg.lpips_net, self.device)
+        self.times = StageTimes(self.device)
+        self._interrupted = False
+        self._steps_done = 0
+        self._begin = time.perf_counter()
+
+    def initial_gaussians(self) -> dict[str, Tensor]:
+        """One Gaussian per point of the scene."""
+        return initial_gaussians(
+            self.scene.points,
+            self.scene.points_rgb,
+            sh_degree=self.cfg.sh_degree,
+            init_opacity=self.cfg.init_opacity,
+            init_scale=self.cfg.init_scale,
+            seed=self.cfg.seed,
+        )
+
+    def steps(self, model: Model, render: Callable[[View], Tensor]) -> Iterator[tuple[int, View]]:
+        """The step numbers from 0 and the view of each, until max_steps or Ctrl-C.
+
+        Args:
+            model: The Gaussians that are trained, for saving.
+            render: Makes the picture [1, H, W, 3] of a view from them, for evaluation.
+        """
+        self._model, self._render = model, render
+        previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        loader = TrainingLoader(
+            self.scene,
+            self._train_ids,
+            batch_size=self.cfg.batch_size,
+            seed=self.cfg.seed,
+            num_workers=self.cfg.num_workers or None,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._bar = tqdm(total=self.cfg.max_steps, desc="train", unit="step", dynamic_ncols=True)
+        try:
+            for step, batch in zip(range(self.cfg.max_steps), loader, strict=False):
+                self.times.start()
+                view = View.from_batch(batch, self.device)
+                self.times.mark("load")
+                yield step, view
+                if self._interrupted:
+                    print(f"Interrupted after {self._steps_done} steps; saved {self._save_checkpoint()}")
+                    break
+        except (TrainingStopped, torch.cuda.OutOfMemoryError) as error:
+            raise self._stopped(error) from error
+        finally:
+            loader.close()
+            self._bar.close()
+            signal.signal(signal.SIGINT, previous_handler)
+
+    def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
+        """Show, log, evaluate and save what is due after a step.
+
+        Args:
+            step: Its number, from 0.
+            loss: Scalar.
+            sh_degree: Degree of the spherical harmonics it used.
+        """
+        cfg = self.cfg
+        self._steps_done = step + 1
+        self._bar.update()
+        last = self._steps_done == cfg.max_steps
+        if step % 10 == 0 or last:
+            # Reading the loss waits for the device, so not at every step.
+            self._bar.set_postfix(
+                loss=f"{loss.item():.4f}",
+                GS=self._model.num_gaussians,
+                sh=sh_degree,
+                mem=format_bytes(peak_bytes(self.device)["device_allocated"]),
+            )
+        if self._steps_done % cfg.log_every == 0:
+            self._log(loss)
+        if self._steps_done in cfg.save_steps or last:
+            self._save_checkpoint()
+            self._save_train_statistics()
+        if self._steps_done in cfg.ply_steps or last:
+            self._results.save_ply(self._checkpoint())
+        if self._steps_done in cfg.eval_steps or last:
+            self.evaluate(self._render, self._steps_done, self._model.num_gaussians)
+
+    def evaluate(self, render: Callable[[View], Tensor], steps: int, num_gaussians: int) -> None:
+        """Compare renderings of the test views with the photos, print the means and write them to stats/.
+
+        Args:
+            render: Makes the picture [1, H, W, 3] of a view.
+            steps: Training steps that the model has had.
+            num_gaussians: Its size.
+        """
+        with EvaluationLoader(self.scene, self._test_ids, num_workers=self.cfg.num_workers or None) as loader:
+            views = (
+                (self.scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, self.device))
+                for batch in loader
+            )
+            statistics = evaluate(
+                views,
+                render,
+                self._lpips,
+                lambda index, canvas: self._results.save_rendering(steps, index, canvas),
+                self.device,
+            )
+        statistics = {"num_GS": num_gaussians, **statistics}
+        self._results.save_statistics("val", steps, statistics)
+        for key in ("psnr", "ssim", "lpips"):
+            if statistics[key] is not None:
+                self._results.tensorboard.add_scalar(f"val/{key}", statistics[key], steps)
+        lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
+        tqdm.write(
+            f"Step {steps}: PSNR {statistics['psnr']:.2f} dB, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
+            f"on {len(statistics['images'])} held-out views, "
+            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {num_gaussians} Gaussians"
+        )
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._results.close()
+
+    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+
+    def _stopped(self, error: Exception) -> TrainingStopped:
+        """The sentence for an error that ends training, with everything trained so far saved."""
+        message = str(error)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            message = (
+                f"Device memory ran out after {self._steps_done} steps with {self._model.num_gaussians} "
+                "Gaussians: set --max_gaussians, raise --grow_grad2d or raise --data_factor."
+            )
+        return TrainingStopped(f"{message} The Gaussians are saved in {self._save_checkpoint()}.")
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._steps_done, self._model.snapshot(), self.scene.transform)
+
+    def _save_checkpoint(self) -> str:
+        return str(self._results.save_checkpoint(self._checkpoint()))
+
+    def _save_train_statistics(self) -> None:
+        synchronize(self.device)
+        seconds = time.perf_counter() - self._begin
+        peaks = peak_bytes(self.device)
+        self._results.save_statistics(
+            "train",
+            self._steps_done,
+            {
+                "num_GS": self._model.num_gaussians,
+                "elapsed_seconds": seconds,
+                "steps_per_second": self._steps_done / seconds,
+                "peak_device_bytes_allocated": peaks["device_allocated"],
+                "peak_device_bytes_reserved": peaks["device_reserved"],
+                "peak_host_bytes": peaks["host"],
+            },
+        )
+
+    def _log(self, loss: Tensor) -> None:
+        writer = self._results.tensorboard
+        writer.add_scalar("train/loss", loss.item(), self._steps_done)
+        writer.add_scalar("train/num_GS", self._model.num_gaussians, self._steps_done)
+        for kind, num_bytes in peak_bytes(self.device).items():
+            writer.add_scalar(f"memory/{kind}_GiB", num_bytes / 2**30, self._steps_done)
+        for stage, milliseconds in self.times.mean_milliseconds().items():
+            writer.add_scalar(f"stages_ms/{stage}", milliseconds, self._steps_done)
+
+
+def check_options(cfg: Config) -> None:
+    """Refuse options that cannot work, before anything is loaded.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    positive = ("max_steps", "batch_size", "data_factor", "log_every", "init_scale", "steps_scaler")
+    for name in positive:
+        if getattr(cfg, name) <= 0:
+            raise InputError(f"--{name} is {getattr(cfg, name)}, but must be above 0.")
+    for name in ("init_opacity", "prune_opa"):
+        if not 0 < getattr(cfg, name) < 0.5:
+            raise InputError(f"--{name} is {getattr(cfg, name)}, but must be between 0 and 0.5.")
+    if not 0 <= cfg.sh_degree <= 3:
+        raise InputError(f"--sh_degree is {cfg.sh_degree}, but must be 0, 1, 2 or 3.")
+    if not 0 <= cfg.ssim_lambda <= 1:
+        raise InputError(f"--ssim_lambda is {cfg.ssim_lambda}, but must be between 0 and 1.")
+    if cfg.max_gaussians < 0 or cfg.num_workers < 0:
+        raise InputError("--max_gaussians and --num_workers must be 0 (no bound, one per core) or above.")

@@ -1,0 +1,44 @@
+"""How long each stage of a step takes, without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+import torch
+
+
+class StageTimes:
+    """Divides the time line of the device (of this thread, on the CPU) into named stages.
+
+    Call `start` where a step begins and `mark(name)` where each of its stages ends. On CUDA the marks are
+    events on the current stream; they are read only in `mean_milliseconds`, which waits for the last of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+
+    def start(self) -> None:
+        self.mark("")
+
+    def mark(self, name: str) -> None:
+        """End the stage of this name, which began at the mark before."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def mean_milliseconds(self) -> dict[str, float]:
+        """Mean time of each stage over the steps since the last call, in the order of the step."""
+        if self._cuda and self._marks:
+            self._marks[-1][1].synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        num_steps = sum(name == "" for name, _ in self._marks)
+        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+            if name:
+                totals[name] += begin.elapsed_time(end) if self._cuda else 1000.0 * (end - begin)
+        self._marks.clear()
+        return {name: total / num_steps for name, total in totals.items()}

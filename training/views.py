@@ -1,0 +1,75 @@
+"""A batch of posed pictures on the training device, and the rendering that is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from datasets.loader import Batch
+from rendering.rasterize import rasterize
+from torch import Tensor
+
+from configs import Config
+
+
+@dataclass(frozen=True)
+class View:
+    """C pictures of one size and their cameras, on the training device."""
+
+    images: Tensor  # [C, H, W, 3] float32 in [0, 1]
+    masks: Tensor | None  # [C, H, W] bool, True where the picture is valid; None: everywhere
+    viewmats: Tensor  # [C, 4, 4] world to camera
+    Ks: Tensor  # [C, 3, 3] in pixels
+    width: int
+    height: int
+
+    @staticmethod
+    def from_batch(batch: Batch, device: torch.device) -> View:
+        """Send a loaded batch to the device; pictures travel as uint8."""
+        images = batch.images.to(device, non_blocking=True)
+        masks = None if batch.masks is None else batch.masks.to(device, non_blocking=True)
+        viewmats = torch.linalg.inv(batch.camtoworlds.double()).float()
+        return View(
+            images=images.float().div_(255.0),
+            masks=masks,
+            viewmats=viewmats.to(device, non_blocking=True),
+            Ks=batch.Ks.to(device, non_blocking=True),
+            width=images.shape[2],
+            height=images.shape[1],
+        )
+
+
+def render_view(
+    activated: Mapping[str, Tensor],
+    view: View,
+    cfg: Config,
+    *,
+    sh_degree: int,
+    backgrounds: Tensor | None = None,
+) -> tuple[Tensor, Tensor, dict]:
+    """Rasterize Gaussians as the options say.
+
+    Args:
+        activated: Arguments of `rendering.rasterize.rasterize`, as made by `training.gaussians.activate`.
+        view: The cameras.
+        cfg: Options.
+        sh_degree: Degree of the spherical harmonics to use.
+        backgrounds: [C, 3] colours behind the scene; None is black.
+
+    Returns:
+        Colours [C, H, W, 3], alphas [C, H, W, 1] and gsplat's info.
+    """
+    return rasterize(
+        **activated,
+        viewmats=view.viewmats,
+        Ks=view.Ks,
+        width=view.width,
+        height=view.height,
+        sh_degree=sh_degree,
+        near_plane=cfg.near_plane,
+        far_plane=cfg.far_plane,
+        rasterize_mode="antialiased" if cfg.antialiased else "classic",
+        absgrad=cfg.absgrad,
+        backgrounds=backgrounds,
+    )
