@@ -1,0 +1,131 @@
+"""Checkpoints and PLY files: what is read is what was written, and damaged files are refused in a sentence."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from plyfile import PlyData
+
+from errors import InputError
+from training import ply
+from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.gaussians import PARAMETER_NAMES, initial_gaussians
+from training.ply import load_ply, save_ply
+
+TRANSFORM = np.diag([2.0, 2.0, 2.0, 1.0]) + 0.125
+
+
+def some_gaussians(num_gaussians: int = 50, sh_degree: int = 3) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    gaussians = initial_gaussians(
+        rng.normal(size=(num_gaussians, 3)).astype(np.float32),
+        rng.integers(0, 256, (num_gaussians, 3), np.uint8),
+        sh_degree=sh_degree,
+        init_opacity=0.1,
+        init_scale=1.0,
+        seed=0,
+    )
+    gaussians["shN"] = torch.from_numpy(rng.normal(size=gaussians["shN"].shape).astype(np.float32))
+    return gaussians
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(actual) == list(PARAMETER_NAMES)
+    for name in PARAMETER_NAMES:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("sh_degree", [0, 1, 3])
+def test_ply_round_trip(tmp_path, monkeypatch, sh_degree):
+    monkeypatch.setattr(ply, "ROWS_PER_BLOCK", 7)
+    gaussians = some_gaussians(sh_degree=sh_degree)
+    save_ply(tmp_path / "a.ply", gaussians, TRANSFORM)
+    assert_same(load_ply(tmp_path / "a.ply"), gaussians)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.ply"]
+
+
+def test_ply_has_the_layout_of_the_3dgs_viewers(tmp_path):
+    gaussians = some_gaussians()
+    save_ply(tmp_path / "a.ply", gaussians, TRANSFORM)
+    file = PlyData.read(tmp_path / "a.ply")
+    vertex = file["vertex"]
+    names = [property.name for property in vertex.properties]
+    assert names[:9] == ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2"]
+    assert names[9:54] == [f"f_rest_{i}" for i in range(45)]
+    assert names[54:] == ["opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
+    # f_rest holds 15 coefficients of red, then of green, then of blue.
+    assert vertex["f_rest_17"][3] == gaussians["shN"][3, 2, 1].item()
+    assert vertex["scale_1"][3] == gaussians["scales"][3, 1].item()
+    words = file.comments[0].split()
+    assert words[0] == "transform_from_input"
+    assert np.array(words[1:], float).reshape(4, 4).tolist() == TRANSFORM.tolist()
+
+
+def test_checkpoint_round_trip(tmp_path):
+    gaussians = some_gaussians()
+    save_checkpoint(tmp_path / "a.pt", Checkpoint(7, gaussians, TRANSFORM))
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert_same(loaded.gaussians, gaussians)
+    assert loaded.steps == 7
+    assert np.array_equal(loaded.transform, TRANSFORM)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+
+
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, Checkpoint(7, some_gaussians(), TRANSFORM))
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, Checkpoint(8, some_gaussians(), TRANSFORM))
+    assert load_checkpoint(path).steps == 7
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def damaged_checkpoints(content: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "text": b"not a checkpoint",
+        "pickle": b"\x80\x04cposix\nsystem\n(S'true'\ntR.",
+        "header only": content[:30],
+    }
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "pickle", "header only"])
+def test_damaged_checkpoints_are_refused(tmp_path, damage):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, Checkpoint(7, some_gaussians(), TRANSFORM))
+    path.write_bytes(damaged_checkpoints(path.read_bytes())[damage])
+    with pytest.raises(InputError, match=r"a\.pt"):
+        load_checkpoint(path)
+
+
+def test_other_dictionaries_and_newer_checkpoints_are_refused(tmp_path):
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="not a complete checkpoint"):
+        load_checkpoint(tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="not a complete checkpoint"):
+        load_checkpoint(tmp_path / "list.pt")
+    torch.save({"version": 99}, tmp_path / "newer.pt")
+    with pytest.raises(InputError, match="newer version"):
+        load_checkpoint(tmp_path / "newer.pt")
+    with pytest.raises(InputError, match="does not exist"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def test_damaged_ply_files_are_refused(tmp_path):
+    path = tmp_path / "a.ply"
+    save_ply(path, some_gaussians(), TRANSFORM)
+    content = path.read_bytes()
+    for damaged in (b"", content[:100], content[:-5], b"ply\n" + struct.pack("8f", *range(8))):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.ply"):
+            load_ply(path)
+    with pytest.raises(InputError, match="none"):
+        load_ply(tmp_path / "none.ply")
