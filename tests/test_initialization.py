@@ -1,0 +1,106 @@
+"""Initial Gaussians, learning rates and schedules."""
+
+import numpy as np
+import pytest
+import torch
+
+from configs import Config, scene_config
+from training import schedules
+from training.gaussians import DeviceGaussians, activate, initial_gaussians, neighbour_distances
+
+
+def test_neighbour_distances_by_brute_force():
+    points = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    nearest = np.sort(distances, axis=1)[:, 1:4]
+    expected = np.sqrt((nearest**2).mean(axis=1))
+    assert np.allclose(neighbour_distances(points), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 3, 10])
+def test_few_and_repeated_points_have_a_size(num_points):
+    distances = neighbour_distances(np.zeros((num_points, 3), np.float32))
+    assert distances.shape == (num_points,)
+    assert (distances > 0).all()
+    assert np.isfinite(distances).all()
+
+
+def test_initial_gaussians_show_the_colours_of_the_points():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(30, 3)).astype(np.float32)
+    colors = rng.integers(0, 256, (30, 3), np.uint8)
+    gaussians = initial_gaussians(points, colors, sh_degree=3, init_opacity=0.1, init_scale=2.0, seed=0)
+    activated = activate(gaussians)
+    # The constant spherical harmonic is 1 / (2 sqrt(pi)), and the rasterizer adds 0.5.
+    shown = activated["colors"][:, 0] / (2 * np.sqrt(np.pi)) + 0.5
+    assert torch.allclose(shown, torch.from_numpy(colors) / 255.0, atol=1e-6)
+    assert torch.allclose(activated["opacities"], torch.tensor(0.1))
+    expected = torch.from_numpy(2.0 * neighbour_distances(points))[:, None].expand(-1, 3)
+    assert torch.allclose(activated["scales"], expected, rtol=1e-5)
+    assert activated["colors"].shape == (30, 16, 3)
+
+
+def test_one_adam_step_is_that_of_dense_adam_in_float64():
+    rng = np.random.default_rng(0)
+    initial = initial_gaussians(
+        rng.normal(size=(30, 3)).astype(np.float32),
+        rng.integers(0, 256, (30, 3), np.uint8),
+        sh_degree=3,
+        init_opacity=0.1,
+        init_scale=1.0,
+        seed=0,
+    )
+    cfg = Config(batch_size=4)
+    rates = schedules.learning_rates(cfg, scene_scale=2.0)
+    betas = schedules.adam_betas(4)
+    assert betas == pytest.approx((0.6561, 0.999**4))
+    assert rates["opacities"] == pytest.approx(0.1)
+    assert rates["means"] == pytest.approx(2 * 2 * 1.6e-4)
+    gaussians = DeviceGaussians(initial, rates, betas=betas, eps=1e-15, device=torch.device("cpu"))
+    oracle = {name: value.double().requires_grad_() for name, value in initial.items()}
+    adam = torch.optim.Adam(
+        [{"params": [oracle[name]], "lr": rates[name]} for name in oracle], betas=betas, eps=1e-15
+    )
+    for step in range(20):
+        for name, parameter in gaussians.parameters.items():
+            parameter.grad = torch.from_numpy(rng.normal(size=parameter.shape).astype(np.float32))
+            oracle[name].grad = parameter.grad.double()
+        adam.param_groups[0]["lr"] = 2 * 2 * 1.6e-4 * 0.01 ** (step / cfg.max_steps)
+        adam.step()
+        gaussians.step(schedules.means_lr(cfg, 2.0, step))
+    for name, value in gaussians.snapshot().items():
+        assert torch.allclose(value.double(), oracle[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_means_decay_to_one_percent_and_sh_degrees_come_one_by_one():
+    cfg = Config(max_steps=3000, sh_degree_interval=1000)
+    assert schedules.means_lr(cfg, 5.0, 0) == pytest.approx(5 * 1.6e-4)
+    assert schedules.means_lr(cfg, 5.0, 1500) == pytest.approx(0.1 * 5 * 1.6e-4)
+    assert schedules.means_lr(cfg, 5.0, 3000) == pytest.approx(0.01 * 5 * 1.6e-4)
+    degrees = [schedules.sh_degree(cfg, step) for step in (0, 999, 1000, 2999, 3000, 9000)]
+    assert degrees == [0, 0, 1, 2, 3, 3]
+
+
+def test_steps_scaler_scales_every_schedule():
+    cfg = Config(steps_scaler=0.1).with_scaled_steps()
+    assert (cfg.max_steps, cfg.eval_steps, cfg.save_steps, cfg.ply_steps) == (
+        3000,
+        [700, 3000],
+        [700, 3000],
+        [700, 3000],
+    )
+    assert (cfg.sh_degree_interval, cfg.refine_start_iter, cfg.refine_stop_iter) == (100, 50, 1500)
+    assert (cfg.refine_every, cfg.reset_every) == (10, 300)
+
+
+def test_scene_facts():
+    aerial = scene_config("aerial")
+    assert (aerial.data_factor, aerial.test_every, aerial.test_after, aerial.init_ply) == (
+        1.2,
+        -1,
+        5620,
+        True,
+    )
+    assert scene_config("sztu", position_lr=1.6e-5).data_factor == 3.4175
+    assert scene_config("residence").test_after == 2561
+    assert scene_config("rubble").test_every == 83
