@@ -6,10 +6,10 @@ The training loop is `train`; the hyperparameters of each scene stand at the end
 """
 
 import torch
-from rendering.losses import photometric_loss
 from torch import Tensor
 
 from configs import Config, scene_config
+from rendering.losses import photometric_loss
 from training import schedules
 from training.checkpoints import load_checkpoint
 from training.command_line import main

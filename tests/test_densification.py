@@ -77,9 +77,7 @@ def test_refine_follows_the_rules_row_by_row(step, refine_scale2d_stop_iter):
         radius = statistics.radii[row].item()
         is_small = largest <= rules.grow_scale3d * SCENE_SCALE
         is_duplicated = gradient > rules.grow_grad2d and is_small
-        is_split = (gradient > rules.grow_grad2d and not is_small) or (
-            by_screen and radius > rules.grow_scale2d
-        )
+        is_split = (gradient > rules.grow_grad2d and not is_small) or (by_screen and radius > rules.grow_scale2d)
         # Number of rows that carry this number afterwards, and their size.
         sizes = [largest / 1.6] * 2 if is_split else [largest]
         sizes += [largest] if is_duplicated else []
@@ -256,9 +254,7 @@ def test_same_gaussians_as_gsplat(step, refine_scale2d_stop_iter):
     strategy._grow_gs(params, optimizers, state, step)
     strategy._prune_gs(params, optimizers, state, step)
 
-    subject = Densification(
-        DensificationRules(refine_scale2d_stop_iter=refine_scale2d_stop_iter), SCENE_SCALE, seed=0
-    )
+    subject = Densification(DensificationRules(refine_scale2d_stop_iter=refine_scale2d_stop_iter), SCENE_SCALE, seed=0)
     subject.statistics = statistics
     subject.refine(step, ours)
 

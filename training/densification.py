@@ -129,9 +129,7 @@ class Densification:
         statistics, rules = self.statistics, self.rules
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
         largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
-        duplicate, split = select_growth(
-            rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale
-        )
+        duplicate, split = select_growth(rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale)
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
         check_growth_fits(store, len(duplicate_ids) + len(split_ids))
         grow(store, duplicate_ids, split_ids, rules.revised_opacity, self._generator)

@@ -180,9 +180,7 @@ class DeviceGaussians:
         return {key: value for key, value in state.items() if key != "step"}
 
     @torch.no_grad()
-    def _replace_rows(
-        self, of_parameter: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]
-    ) -> None:
+    def _replace_rows(self, of_parameter: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]) -> None:
         for group in self.optimizer.param_groups:
             old = self.parameters[group["name"]]
             state = self.optimizer.state.pop(old, {})

@@ -47,9 +47,7 @@ def save_ply(path: Path, gaussians: Mapping[str, Tensor], transform: np.ndarray)
         with open(partial, "wb") as file:
             file.write(("\n".join(header) + "\n").encode("ascii"))
             for start in range(0, num_gaussians, ROWS_PER_BLOCK):
-                block = {
-                    name: value[start : start + ROWS_PER_BLOCK].cpu() for name, value in gaussians.items()
-                }
+                block = {name: value[start : start + ROWS_PER_BLOCK].cpu() for name, value in gaussians.items()}
                 file.write(_rows(block).numpy().astype("<f4", copy=False).tobytes())
         os.replace(partial, path)
     finally:

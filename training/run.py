@@ -9,16 +9,16 @@ from types import FrameType, TracebackType
 from typing import Protocol
 
 import torch
-from datasets.loader import EvaluationLoader, TrainingLoader
-from rendering.rasterize import check_gsplat
 from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
+from datasets.loader import EvaluationLoader, TrainingLoader
 from datasets.scene import Scene, load_scene
 from datasets.splits import split_indices
 from datasets.synthetic import ensure_city_block
 from errors import InputError
+from rendering.rasterize import check_gsplat
 from training.checkpoints import Checkpoint
 from training.densification import TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from datasets.loader import Batch
-from rendering.rasterize import rasterize
 from torch import Tensor
 
 from configs import Config
+from datasets.loader import Batch
+from rendering.rasterize import rasterize
 
 
 @dataclass(frozen=True)
