@@ -1,0 +1,67 @@
+"""Where derived files live, and small .npz files that remember what was learned about other files."""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether new files may be put into `folder`.
+
+    The mode bits are asked as well as the system: root may write into a folder that its owner has made
+    read-only, and must not.
+    """
+    any_write_bit = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+    return folder.is_dir() and bool(folder.stat().st_mode & any_write_bit) and os.access(folder, os.W_OK)
+
+
+def user_cache_dir(data_dir: Path) -> Path:
+    """The folder that stands in for a dataset folder that cannot be written to (not created here)."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    digest = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
+    return Path(root) / "gaussian-offload" / digest
+
+
+def fingerprint(paths: list[Path]) -> np.ndarray:
+    """Size in bytes and time of last change in nanoseconds of each file.  # [n, 2] int64"""
+    return np.array([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)], np.int64).reshape(-1, 2)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz file; None where it is absent or damaged, since a cache can always be rebuilt."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception:  # zipfile, zlib, struct and numpy each have errors of their own for damaged files
+        return None
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz file that is whole or absent; a full disk is no reason to stop, so errors are ignored."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+class CacheFile:
+    """One .npz beside the files that it describes, or in the user's cache where that folder is read-only."""
+
+    def __init__(self, folder: Path, data_dir: Path, name: str):
+        self._beside = folder / name
+        self._in_user_cache = user_cache_dir(data_dir) / folder.relative_to(data_dir) / name
+
+    def read(self) -> list[dict[str, np.ndarray]]:
+        """What can be read, the file beside the data first; the caller checks that it still holds."""
+        found = (read_npz(path) for path in (self._beside, self._in_user_cache))
+        return [arrays for arrays in found if arrays is not None]
+
+    def write(self, arrays: dict[str, np.ndarray]) -> None:
+        write_npz(self._beside if is_writable(self._beside.parent) else self._in_user_cache, arrays)

@@ -1,0 +1,173 @@
+"""Batches of decoded pictures, read ahead by threads.
+
+Threads, not processes: decoding and remapping release the interpreter's lock, and a trainer that holds tens of
+gigabytes of pinned memory must not be forked.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from datasets.images import decode_image
+from datasets.scene import Scene
+from errors import InputError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """C views, in main memory."""
+
+    images: torch.Tensor  # [C, H, W, 3] uint8
+    masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source; None where all have one
+    Ks: torch.Tensor  # [C, 3, 3] float32, pixels
+    camtoworlds: torch.Tensor  # [C, 4, 4] float32, normalized world
+    image_ids: torch.Tensor  # [C] int64, into the scene's images
+
+
+class BatchLoader:
+    """Iterates over batches that a pool of threads prepares ahead; use it in a `with` block.
+
+    At most twice as many batches as threads are held ready. A picture that cannot be decoded surfaces as InputError
+    when its batch is asked for.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        batches_of_ids: Iterator[np.ndarray],
+        *,
+        num_workers: int | None = None,
+        pin_memory: bool = False,
+    ):
+        workers = num_workers or min(os.cpu_count() or 1, 16)
+        self._scene = scene
+        self._batches_of_ids = batches_of_ids
+        self._pin_memory = pin_memory
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="image-loader")
+        self._pending: deque[Future[Batch]] = deque()
+        for _ in range(2 * workers):
+            self._submit_next()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._pending:
+            raise StopIteration
+        batch = self._pending.popleft().result()
+        self._submit_next()
+        return batch
+
+    def close(self) -> None:
+        """Drop what is pending; waits only for pictures that are being decoded."""
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "BatchLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit_next(self) -> None:
+        ids = next(self._batches_of_ids, None)
+        if ids is not None:
+            self._pending.append(self._pool.submit(_load_batch, self._scene, ids, self._pin_memory))
+
+
+def training_loader(
+    scene: Scene,
+    train_ids: np.ndarray,
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    num_workers: int | None = None,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """An endless stream of training batches in an order that the seed alone decides.
+
+    Args:
+        scene: where pictures and cameras come from.
+        train_ids: [n] indices of the images to train on.
+        batch_size: views in a batch.
+        seed: decides the order: one permutation of `train_ids` after another.
+        start_step: batches to pass over, so that a resumed run goes on where it stopped.
+        num_workers: threads; one per processor, at most 16, where None.
+        pin_memory: give pinned tensors, for asynchronous copies to a CUDA device.
+
+    Raises:
+        InputError: batch_size is below 1, or above 1 with pictures of different sizes.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1 (got {batch_size}).")
+    if batch_size > 1:
+        used = (scene.cameras[index] for index in np.unique(scene.camera_indices[train_ids]))
+        sizes = sorted({(camera.width, camera.height) for camera in used})
+        if len(sizes) > 1:
+            raise InputError(
+                f"batch_size={batch_size} needs pictures of one size, but {scene.data_dir} has "
+                f"{len(sizes)} sizes (such as {sizes[0][0]}x{sizes[0][1]} and {sizes[-1][0]}x{sizes[-1][1]}): "
+                "use batch_size=1."
+            )
+    order = _training_order(train_ids, batch_size, seed, start_step)
+    return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def evaluation_loader(
+    scene: Scene, image_ids: np.ndarray, *, num_workers: int | None = None, pin_memory: bool = False
+) -> BatchLoader:
+    """One pass over the given images in their order, one view in a batch."""
+    order = (np.array([image_id]) for image_id in image_ids)
+    return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _training_order(train_ids: np.ndarray, batch_size: int, seed: int, start_step: int) -> Iterator[np.ndarray]:
+    """Consecutive runs of `batch_size` out of one permutation after another; a batch may lie across two."""
+    epoch, shuffled = -1, train_ids
+    for position in count(start_step * batch_size, batch_size):
+        batch = np.empty(batch_size, np.int64)
+        for slot in range(batch_size):
+            wanted_epoch, index = divmod(position + slot, len(train_ids))
+            if wanted_epoch != epoch:  # seeded by epoch, so that any step can be the first
+                epoch = wanted_epoch
+                shuffled = np.random.default_rng([seed, epoch]).permutation(train_ids)
+            batch[slot] = shuffled[index]
+        yield batch
+
+
+def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool) -> Batch:
+    cameras = [scene.cameras[index] for index in scene.camera_indices[image_ids]]
+    images, masks = [], []
+    for image_id, camera in zip(image_ids, cameras, strict=True):
+        image = decode_image(scene.image_paths[image_id])
+        if image.shape[:2] != (camera.source_height, camera.source_width):
+            raise InputError(f"{scene.image_paths[image_id]} has changed its size since the scene was loaded.")
+        images.append(camera.undistort(image))
+        masks.append(camera.valid_mask)
+    batch = Batch(
+        images=torch.from_numpy(np.stack(images)),
+        masks=_stack_masks(masks, images),
+        Ks=torch.from_numpy(np.stack([camera.K for camera in cameras])).float(),
+        camtoworlds=torch.from_numpy(scene.camtoworlds[image_ids]).float(),
+        image_ids=torch.from_numpy(image_ids),
+    )
+    if not pin_memory:
+        return batch
+    return replace(batch, **{name: t.pin_memory() for name, t in vars(batch).items() if t is not None})
+
+
+def _stack_masks(masks: list[np.ndarray | None], images: list[np.ndarray]) -> torch.Tensor | None:
+    if all(mask is None for mask in masks):
+        return None
+    whole = np.ones(images[0].shape[:2], bool)
+    return torch.from_numpy(np.stack([whole if mask is None else mask for mask in masks]))

@@ -1,0 +1,103 @@
+"""Loads a COLMAP dataset into one normalized scene."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.camera import Camera, make_camera
+from datasets.colmap import SparseModel, find_model_dir, load_sparse_model
+from datasets.images import prepare_images
+from datasets.normalize import normalizing_transform, transform_cameras, transform_points
+from datasets.ply import read_points
+from errors import InputError
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Pictures, cameras and initial points of a dataset, in the normalized world.
+
+    n images ordered by name, P points. A point x of the input world is at `transform @ [x, 1]`; the inverse takes
+    an export back to the input's coordinates.
+    """
+
+    data_dir: Path
+    image_names: list[str]  # n, relative to the folder of pictures
+    image_paths: list[Path]  # n, at the chosen scale
+    camtoworlds: np.ndarray  # [n, 4, 4] float64, OpenCV convention
+    cameras: list[Camera]
+    camera_indices: np.ndarray  # [n] int64, into cameras
+    points: np.ndarray  # [P, 3] float32
+    points_rgb: np.ndarray  # [P, 3] uint8
+    transform: np.ndarray  # [4, 4] float64, input world -> normalized world
+    scene_scale: float  # largest distance of a camera from the cameras' mean position
+
+
+def load_scene(
+    data_dir: Path | str, *, data_factor: float = 1.0, init_ply: bool = False, num_workers: int | None = None
+) -> Scene:
+    """Read a dataset: its COLMAP model, its pictures (scaled where that has not been done) and initial points.
+
+    Args:
+        data_dir: folder that holds `images` and a COLMAP model in `sparse/0` or `sparse`.
+        data_factor: how many times smaller than the originals the pictures should be, at least 1.
+        init_ply: take the initial points from `points.ply` in the model's folder, in place of points3D.
+        num_workers: threads that check and scale pictures; all processors where None.
+
+    Raises:
+        InputError: the dataset cannot be used.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir} does not exist or is no folder: set data_dir to a dataset's folder.")
+    model = load_sparse_model(data_dir)
+    points, points_rgb = model.points, model.points_rgb
+    if init_ply:
+        points, points_rgb = read_points(find_model_dir(data_dir) / "points.ply")
+    elif len(points) == 0:
+        raise InputError(
+            f"points3D in {find_model_dir(data_dir)} holds no points to start from: put a points.ply beside it and "
+            "set init_ply."
+        )
+    paths, sizes = prepare_images(data_dir, model.image_names, data_factor=data_factor, num_workers=num_workers)
+    cameras, camera_indices = _cameras_of(model, paths, sizes)
+
+    camtoworlds = np.linalg.inv(model.worldtocams)
+    transform = normalizing_transform(camtoworlds, points)
+    camtoworlds = transform_cameras(transform, camtoworlds)
+    positions = camtoworlds[:, :3, 3]
+    scene_scale = float(np.linalg.norm(positions - positions.mean(axis=0), axis=1).max())
+    if scene_scale < 1e-9:
+        raise InputError(f"All cameras of {data_dir} stand at one place: take pictures from several places.")
+    return Scene(
+        data_dir=data_dir,
+        image_names=model.image_names,
+        image_paths=paths,
+        camtoworlds=camtoworlds,
+        cameras=cameras,
+        camera_indices=camera_indices,
+        points=transform_points(transform, points).astype(np.float32),
+        points_rgb=points_rgb,
+        transform=transform,
+        scene_scale=scene_scale,
+    )
+
+
+def _cameras_of(model: SparseModel, paths: list[Path], sizes: list[tuple[int, int]]) -> tuple[list[Camera], np.ndarray]:
+    """One camera for each COLMAP camera and true size of its pictures, and each picture's index among them."""
+    cameras: dict[tuple[int, tuple[int, int]], Camera] = {}
+    for index, path, size in zip(model.camera_indices.tolist(), paths, sizes, strict=True):
+        if (index, size) in cameras:
+            continue
+        model_size = model.camera_sizes[index]
+        # Rounding moves a side by less than a pixel, a picture turned by 90 degrees or cropped by more.
+        scale = np.divide(size, model_size).mean()
+        if np.abs(model_size * scale - size).max() > 2 + 0.01 * max(size):
+            raise InputError(
+                f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of its camera in the COLMAP model "
+                f"({model_size[0]}x{model_size[1]}): use the pictures that COLMAP saw."
+            )
+        cameras[index, size] = make_camera(model.camera_models[index], model.camera_params[index], model_size, size)
+    order = {key: position for position, key in enumerate(cameras)}
+    indices = [order[key] for key in zip(model.camera_indices.tolist(), sizes, strict=True)]
+    return list(cameras.values()), np.array(indices, np.int64)
