@@ -57,12 +57,8 @@ WALLS = np.array(
         [0.75, 0.78, 0.66],
     ]
 )
-ROOFS = np.array(
-    [[0.72, 0.71, 0.69], [0.42, 0.40, 0.40], [0.62, 0.33, 0.25], [0.55, 0.58, 0.60], [0.85, 0.83, 0.78]]
-)
-PAINTS = np.array(
-    [[0.75, 0.10, 0.10], [0.90, 0.90, 0.90], [0.12, 0.25, 0.60], [0.15, 0.15, 0.16], [0.95, 0.75, 0.15]]
-)
+ROOFS = np.array([[0.72, 0.71, 0.69], [0.42, 0.40, 0.40], [0.62, 0.33, 0.25], [0.55, 0.58, 0.60], [0.85, 0.83, 0.78]])
+PAINTS = np.array([[0.75, 0.10, 0.10], [0.90, 0.90, 0.90], [0.12, 0.25, 0.60], [0.15, 0.15, 0.16], [0.95, 0.75, 0.15]])
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ def write_city_block(
     width: int = 320,
     height: int = 240,
     size: float = 72.0,
-    num_points: int = 8000,
+    num_points: int = 10000,
     point_noise: float = 0.15,
     seed: int = 0,
 ) -> None:
@@ -159,9 +155,7 @@ def write_city_block(
 
     data_dir = Path(data_dir).absolute()
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
-        raise InputError(
-            f"{data_dir} is not an empty folder; name a new one as --data_dir or remove it first."
-        )
+        raise InputError(f"{data_dir} is not an empty folder; name a new one as --data_dir or remove it first.")
     build_rng, flight_rng, point_rng = (np.random.default_rng([seed, part]) for part in range(3))
     city = build_city(size, build_rng)
     camera = Camera(width, height)
@@ -171,9 +165,7 @@ def write_city_block(
     names = [f"{index:0{len(str(num_views))}d}.png" for index in range(num_views)]
     try:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{data_dir.name}.partial-", dir=data_dir.parent
-        ) as workspace:
+        with tempfile.TemporaryDirectory(prefix=f".{data_dir.name}.partial-", dir=data_dir.parent) as workspace:
             partial = Path(workspace) / data_dir.name
             (partial / "images").mkdir(parents=True)
             (partial / "sparse" / "0").mkdir(parents=True)
@@ -205,9 +197,7 @@ def build_city(size: float, rng: np.random.Generator) -> City:
     is_park[rng.integers(lots), rng.integers(lots)] = True
     boxes: list[tuple] = []  # (low, high, kind, facade, side, top)
 
-    def add(
-        kind: int, center: tuple[float, float], extent: tuple[float, float, float], base: float, **look
-    ) -> None:
+    def add(kind: int, center: tuple[float, float], extent: tuple[float, float, float], base: float, **look) -> None:
         low = np.array([center[0] - extent[0] / 2, center[1] - extent[1] / 2, base])
         side = look.get("side", CONCRETE)
         boxes.append((low, low + extent, kind, look.get("facade", PUNCHED), side, look.get("top", side)))
@@ -332,9 +322,7 @@ def slab(low: Floats, high: Floats, origin: Floats, inverse: Floats) -> tuple[Fl
 def screen_windows(city: City, camera: Camera, view: View) -> list[tuple[int, slice, slice]]:
     """The boxes that can be in the picture, each with the rows and columns that enclose its outline."""
     corners = np.stack([city.low, city.high])  # [2, B, 3]
-    corners = np.stack(
-        [corners[pick, :, axis] for axis, pick in enumerate(np.indices((2, 2, 2)).reshape(3, 8))]
-    )
+    corners = np.stack([corners[pick, :, axis] for axis, pick in enumerate(np.indices((2, 2, 2)).reshape(3, 8))])
     corners = np.moveaxis(corners, 0, -1) - view.position  # [8, B, 3]
     x, y, z = np.moveaxis(corners @ view.rotation.T, -1, 0)  # [8, B] each
     in_front = z > 0.1
@@ -345,15 +333,10 @@ def screen_windows(city: City, camera: Camera, view: View) -> list[tuple[int, sl
     straddles = in_front.any(0) & ~in_front.all(0)  # the outline is unbounded: take the whole picture
     first[straddles], last[straddles] = 0, limit
     shown = in_front.any(0) & (first < last).all(1)
-    return [
-        (int(b), slice(first[b, 1], last[b, 1]), slice(first[b, 0], last[b, 0]))
-        for b in np.flatnonzero(shown)
-    ]
+    return [(int(b), slice(first[b, 1], last[b, 1]), slice(first[b, 0], last[b, 0])) for b in np.flatnonzero(shown)]
 
 
-def cast(
-    city: City, origin: Floats, rays: Floats, windows: list[tuple[int, slice, slice]]
-) -> tuple[Floats, Ints]:
+def cast(city: City, origin: Floats, rays: Floats, windows: list[tuple[int, slice, slice]]) -> tuple[Floats, Ints]:
     """The first surface on each ray.
 
     Args:
@@ -478,9 +461,7 @@ def noise_at(city: City, x: Floats, y: Floats, wavelength: float) -> Floats:
     i, j = column.astype(int) % 64, row.astype(int) % 64
     i1, j1 = (i + 1) % 64, (j + 1) % 64
     table = city.noise
-    return (table[i, j] * (1 - u) + table[i1, j] * u) * (1 - v) + (
-        table[i, j1] * (1 - u) + table[i1, j1] * u
-    ) * v
+    return (table[i, j] * (1 - u) + table[i1, j] * u) * (1 - v) + (table[i, j1] * (1 - u) + table[i1, j1] * u) * v
 
 
 def ground_color(city: City, points: Floats) -> Floats:
@@ -493,14 +474,12 @@ def ground_color(city: City, points: Floats) -> Floats:
     i, j = (np.clip((axis + half) // city.pitch, 0, city.lots - 1).astype(int) for axis in (x, y))
     is_green = (city.is_green[i, j] | (np.maximum(abs(x), abs(y)) > half)).astype(np.float32)
     slab_edge = 0.5 + 0.5 * np.cos(np.pi * x) * np.cos(np.pi * y)  # paving in a soft checker of 1 m
-    grass = GRASS.astype(np.float32)[:, None] * (1 + 0.22 * broad + 0.22 * fine)
+    grass = GRASS.astype(np.float32)[:, None] * (1 + 0.22 * broad + 0.15 * fine)
     paving = PAVING.astype(np.float32)[:, None] * (0.86 + 0.16 * slab_edge + 0.08 * broad)
     color = mix(paving, grass, is_green)
 
     # Signed distances to the nearest street axis, of streets along y (dx) and along x (dy).
-    dx, dy = (
-        a + half - city.pitch * np.clip(np.round((a + half) / city.pitch), 0, city.lots) for a in (x, y)
-    )
+    dx, dy = (a + half - city.pitch * np.clip(np.round((a + half) / city.pitch), 0, city.lots) for a in (x, y))
     edge = half + STREET_HALF_WIDTH + SIDEWALK_WIDTH
     in_block = np.minimum(1 - step_up(abs(x), edge), 1 - step_up(abs(y), edge))
     near = np.minimum(abs(dx), abs(dy))
@@ -524,9 +503,7 @@ def top_color(city: City, box: Ints, points: Floats) -> Floats:
     x, y, _ = points
     kind = city.kind[box]
     color = city.top[box].T
-    rim = np.minimum(points - city.low[box].T, city.high[box].T - points)[:2].min(
-        0
-    )  # metres from the roof's edge
+    rim = np.minimum(points - city.low[box].T, city.high[box].T - points)[:2].min(0)  # metres from the roof's edge
     grain = np.where(kind == TREE, 0.35, 0.10) * noise_at(city, x, y, 1.2)
     patches = np.where(kind == BUILDING, 0.12, 0.0) * noise_at(city, x + 17, y, 4.0)
     color = color * (1 + grain + patches).astype(np.float32)
@@ -553,9 +530,7 @@ def side_color(city: City, box: Ints, axis: Ints, points: Floats) -> Floats:
     bay, storey = np.floor(along / length * bays), np.floor(up / 3.0)
     across, above = (along / length * bays - bay) * 3.0, up - 3.0 * storey  # metres within the bay and storey
     dice = city.noise[(bay.astype(int) * 7 + axis * 29 + box) % 64, (storey.astype(int) * 11 + box * 3) % 64]
-    pane = mix(
-        np.repeat(GLASS.astype(np.float32)[:, None], len(box), 1), BLIND, np.clip(1.6 * dice - 0.5, 0, 0.9)
-    )
+    pane = mix(np.repeat(GLASS.astype(np.float32)[:, None], len(box), 1), BLIND, np.clip(1.6 * dice - 0.5, 0, 0.9))
     punched = bump(across, 0.7, 2.3) * bump(above, 0.9, 2.4)
     ribbon = bump(above, 1.0, 2.4) * bump(along, 0.5, length - 0.5)
     curtain = bump(across, 0.25, 2.75) * bump(above, 0.3, 2.8)
@@ -585,9 +560,7 @@ def sample_points(
     return np.concatenate(points)[order], np.concatenate(colors)[order]
 
 
-def shoot_views(
-    city: City, camera: Camera, views: list[View], points: Floats, files: list[Path]
-) -> list[Ints]:
+def shoot_views(city: City, camera: Camera, views: list[View], points: Floats, files: list[Path]) -> list[Ints]:
     """Write the picture of each view to its file; returns which of the points [P, 3] each view sees."""
 
     def shoot(view: View, file: Path) -> Ints:

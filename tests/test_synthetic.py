@@ -101,9 +101,7 @@ def color_errors(data_dir, model, shift=(0.0, 0.0), change_pose=lambda matrix: m
         x, y = at[:, 0].T + np.array(shift)[:, None]
         pixels = picture(data_dir, image.name)
         # map_coordinates puts a pixel's centre at whole numbers, COLMAP at halves.
-        found = [
-            map_coordinates(pixels[..., c], [y - 0.5, x - 0.5], order=1, mode="nearest") for c in range(3)
-        ]
+        found = [map_coordinates(pixels[..., c], [y - 0.5, x - 0.5], order=1, mode="nearest") for c in range(3)]
         errors.append(abs(np.stack(found, 1) - rgb).mean(1))
     return np.concatenate(errors)
 
