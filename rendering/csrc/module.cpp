@@ -169,12 +169,6 @@ struct Intersections {
   int width, height;
   std::vector<int64_t> row_offsets;  // [images + 1]
   std::vector<TileLists> images;
-
-  int64_t count() const {
-    int64_t total = 0;
-    for (const TileLists& lists : images) total += lists.tile_offsets.back();
-    return total;
-  }
 };
 
 template <class T>
@@ -304,11 +298,12 @@ void bind(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a script may end while it still holds an image's graph
   m.doc() = "CPU rasterizer: projection, spherical harmonics, tile intersection and blending.";
   m.attr("MAX_CHANNELS") = kMaxChannels;
   m.attr("MAX_SH_DEGREE") = 3;
   m.attr("TILE_SIZE") = kTileSize;
-  nb::class_<Intersections>(m, "Intersections").def("__len__", &Intersections::count);
+  nb::class_<Intersections>(m, "Intersections");
   bind<float>(m);
   bind<double>(m);
 }

@@ -1,0 +1,178 @@
+"""gsplat's packed rasterization on the CPU: projection, spherical harmonics, tile intersection and blending."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rendering import _native
+from rendering.native import array
+from rendering.projection import Projection, project
+from rendering.spherical_harmonics import spherical_harmonics
+
+
+class _Blend(torch.autograd.Function):
+    """Alpha blending of up to MAX_CHANNELS colour channels."""
+
+    @staticmethod
+    def forward(ctx, intersections, image_shape, absgrad, means2d, conics, colors, opacities, backgrounds):
+        render_colors = means2d.new_empty(*image_shape, colors.shape[1])
+        render_alphas = means2d.new_empty(*image_shape, 1)
+        inputs = (means2d, conics, colors, opacities)
+        _native.blend(
+            intersections,
+            *(array(t) for t in (*inputs, backgrounds, render_colors, render_alphas)),
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(*inputs, render_colors, render_alphas)
+        ctx.intersections, ctx.absgrad = intersections, absgrad
+        return render_colors, render_alphas
+
+    @staticmethod
+    def backward(ctx, v_render_colors, v_render_alphas):
+        means2d, conics, colors, opacities, _, render_alphas = ctx.saved_tensors
+        gradients = [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (means2d, conics, colors, opacities)
+        ]
+        v_means2d_abs = torch.empty_like(gradients[0]) if ctx.absgrad else None
+        _native.blend_backward(
+            ctx.intersections,
+            *(array(t) for t in ctx.saved_tensors),
+            *(array(t) for t in (v_render_colors, v_render_alphas, *gradients, v_means2d_abs)),
+            torch.get_num_threads(),
+        )
+        if ctx.absgrad:
+            means2d.absgrad = v_means2d_abs
+        v_backgrounds = None
+        if ctx.needs_input_grad[7]:
+            v_backgrounds = (v_render_colors * (1 - render_alphas)).sum(dim=(1, 2))  # [C, D]
+        return None, None, None, *gradients, v_backgrounds
+
+
+def _blend(
+    projection: Projection,
+    colors: Tensor,
+    opacities: Tensor,
+    backgrounds: Tensor | None,
+    width: int,
+    height: int,
+    absgrad: bool,
+) -> tuple[Tensor, Tensor]:
+    p = projection
+    intersections = _native.intersect_tiles(
+        *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, opacities)),
+        width, height, torch.get_num_threads(),
+    )  # fmt: skip
+    image_shape = (len(p.row_offsets) - 1, height, width)
+    blended, render_alphas = [], None
+    for first in range(0, colors.shape[1], _native.MAX_CHANNELS):
+        channels = slice(first, first + _native.MAX_CHANNELS)
+        part, part_alphas = _Blend.apply(
+            intersections, image_shape, absgrad, p.means2d, p.conics, colors[:, channels], opacities,
+            None if backgrounds is None else backgrounds[:, channels],
+        )  # fmt: skip
+        blended.append(part)
+        render_alphas = part_alphas if render_alphas is None else render_alphas
+    return (blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)), render_alphas
+
+
+def rasterize_cpu(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    near_plane: float,
+    far_plane: float,
+    radius_clip: float,
+    eps2d: float,
+    sh_degree: int | None,
+    backgrounds: Tensor | None,
+    render_mode: str,
+    absgrad: bool,
+    rasterize_mode: str,
+) -> tuple[Tensor, Tensor, dict]:
+    """`rendering.rasterize.rasterize` for CPU tensors, float32 or float64.
+
+    Differentiable in means, quats, scales, opacities, colors and backgrounds, not in the cameras. The result does
+    not depend on the number of threads, bit for bit.
+    """
+    _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height, sh_degree)
+    projection = project(
+        means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
+        radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
+    )  # fmt: skip
+    ids = projection.gaussian_ids
+    opacities = opacities[ids]  # [nnz]
+    if projection.compensations is not None:
+        opacities = opacities * projection.compensations
+
+    if render_mode in ("D", "ED"):
+        colors = projection.depths[:, None]
+    else:
+        if sh_degree is None:
+            colors = colors[ids]
+        else:
+            colors = spherical_harmonics(sh_degree, means, viewmats, colors, projection)
+            colors = torch.clamp_min(colors + 0.5, 0.0)
+        if render_mode != "RGB":
+            colors = torch.cat([colors, projection.depths[:, None]], dim=-1)
+    if backgrounds is not None and render_mode != "RGB":
+        # Depth has background 0.
+        rgb = backgrounds[:, : colors.shape[1] - 1]
+        backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
+
+    render_colors, render_alphas = _blend(projection, colors, opacities, backgrounds, width, height, absgrad)
+    if render_mode in ("ED", "RGB+ED"):
+        depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
+        render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
+    info = {
+        "camera_ids": projection.camera_ids,
+        "gaussian_ids": ids,
+        "radii": projection.radii,
+        "means2d": projection.means2d,
+        "depths": projection.depths,
+        "conics": projection.conics,
+        "opacities": opacities,
+        "width": width,
+        "height": height,
+        "n_cameras": len(viewmats),
+        "n_batches": 1,
+        "tile_size": _native.TILE_SIZE,
+    }
+    return render_colors, render_alphas, info
+
+
+def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height, sh_degree) -> None:
+    N, C = len(means), len(viewmats)
+    shapes = {
+        "means": (means, (N, 3)),
+        "quats": (quats, (N, 4)),
+        "scales": (scales, (N, 3)),
+        "opacities": (opacities, (N,)),
+        "viewmats": (viewmats, (C, 4, 4)),
+        "Ks": (Ks, (C, 3, 3)),
+        "colors": (colors, (N, colors.shape[1]) if sh_degree is None else (N, colors.shape[1], 3)),
+    }
+    if backgrounds is not None:
+        shapes["backgrounds"] = (backgrounds, (C, colors.shape[1] if sh_degree is None else 3))
+    for name, (t, shape) in shapes.items():
+        if t.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
+        if t.dtype != means.dtype or t.dtype not in (torch.float32, torch.float64) or t.is_cuda:
+            raise TypeError(f"{name} must be float32 or float64 on the CPU, like means; it is {t.dtype} on {t.device}")
+    if sh_degree is not None and not 0 <= sh_degree <= _native.MAX_SH_DEGREE:
+        raise ValueError(f"sh_degree is {sh_degree}, expected 0 to {_native.MAX_SH_DEGREE}")
+    if sh_degree is not None and colors.shape[1] < (sh_degree + 1) ** 2:
+        raise ValueError(
+            f"sh_degree {sh_degree} needs {(sh_degree + 1) ** 2} coefficients, colors has {colors.shape[1]}"
+        )
+    if width <= 0 or height <= 0:
+        raise ValueError(f"image size must be positive, it is {width} x {height}")
+    if viewmats.requires_grad or Ks.requires_grad:
+        raise ValueError("the CPU rasterizer has no gradient for viewmats and Ks")

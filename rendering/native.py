@@ -1,0 +1,17 @@
+"""Tensors to and from the native module, which takes and returns NumPy arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def array(t: Tensor | None) -> np.ndarray | None:
+    """A CPU tensor's memory as a C-contiguous array; a copy only where the tensor is not contiguous."""
+    return None if t is None else t.detach().contiguous().numpy()
+
+
+def tensor(a: np.ndarray) -> Tensor:
+    """An array's memory as a tensor."""
+    return torch.from_numpy(a)

@@ -1,0 +1,102 @@
+"""rasterize(): gsplat where tensors are on a CUDA GPU, the native CPU rasterizer elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from torch import Tensor
+
+from errors import InputError
+from rendering.cpu_rasterizer import rasterize_cpu
+
+_RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
+_RASTERIZE_MODES = ("classic", "antialiased")
+
+
+def rasterize(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    radius_clip: float = 0.0,
+    eps2d: float = 0.3,
+    sh_degree: int | None = None,
+    packed: bool = True,
+    backgrounds: Tensor | None = None,
+    render_mode: str = "RGB",
+    absgrad: bool = False,
+    rasterize_mode: str = "classic",
+) -> tuple[Tensor, Tensor, dict]:
+    """Render Gaussians into C images, with the meaning of `gsplat.rasterization` (1.5.3).
+
+    Args:
+        means: centres [N, 3]. quats: rotations w x y z, of any length [N, 4].
+        scales: standard deviations [N, 3], after exp. opacities: [N], after sigmoid.
+        colors: [N, D], or spherical harmonics [N, K, 3] when sh_degree is given.
+        viewmats: world to camera [C, 4, 4]. Ks: intrinsics in pixels [C, 3, 3]. width, height: pixels.
+        near_plane, far_plane: Gaussians with a depth outside are left out.
+        radius_clip: pixels; Gaussians whose radii are at most this are left out.
+        eps2d: blur added to the image covariance, pixels^2.
+        sh_degree: bands in use, at most 3 on the CPU. backgrounds: [C, D].
+        packed: as in gsplat; the CPU is always packed.
+        render_mode: RGB, D (accumulated depth), ED (expected depth), RGB+D or RGB+ED (depth as last channel).
+        absgrad: the backward pass sets `info["means2d"].absgrad`.
+        rasterize_mode: classic or antialiased.
+
+    Returns:
+        render_colors [C, H, W, D], render_alphas [C, H, W, 1] and info. When packed, info holds for the nnz pairs of
+        camera and visible Gaussian: `camera_ids`, `gaussian_ids` [nnz] int64; `radii` [nnz, 2] int32 pixels;
+        `means2d` [nnz, 2] pixels (call `retain_grad()` on it to get its gradient); `depths`, `opacities` [nnz];
+        `conics` [nnz, 3]; and `width`, `height`, `n_cameras`.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other.
+    """
+    if render_mode not in _RENDER_MODES:
+        raise ValueError(f"render_mode is {render_mode!r}, expected one of {', '.join(_RENDER_MODES)}")
+    if rasterize_mode not in _RASTERIZE_MODES:
+        raise ValueError(f"rasterize_mode is {rasterize_mode!r}, expected one of {', '.join(_RASTERIZE_MODES)}")
+    options = {
+        "near_plane": near_plane,
+        "far_plane": far_plane,
+        "radius_clip": radius_clip,
+        "eps2d": eps2d,
+        "sh_degree": sh_degree,
+        "backgrounds": backgrounds,
+        "render_mode": render_mode,
+        "absgrad": absgrad,
+        "rasterize_mode": rasterize_mode,
+    }
+    gaussians = (means, quats, scales, opacities, colors)
+    if means.is_cuda:
+        # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
+        from gsplat import rasterization
+
+        return rasterization(*gaussians, viewmats, Ks, width, height, packed=packed, **options)
+    return rasterize_cpu(*gaussians, viewmats, Ks, width, height, **options)
+
+
+def check_gsplat() -> None:
+    """Raise InputError where gsplat cannot render on this machine's GPU; call it before training on CUDA."""
+    if importlib.util.find_spec("gsplat") is None:
+        raise InputError("gsplat is not installed, which a run on CUDA needs; run 'source install.sh' on this machine.")
+    try:
+        from gsplat.cuda._backend import _C
+    except Exception as error:  # a compiler, linker or loader can fail in many ways
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"gsplat's CUDA code cannot be loaded ({first_line}); run 'source install.sh' on this machine."
+        ) from error
+    if _C is None:
+        raise InputError(
+            "gsplat's CUDA code is not compiled and there is no nvcc to compile it; install the CUDA toolkit and run "
+            "'source install.sh' on this machine."
+        )

@@ -1,0 +1,49 @@
+"""View-dependent colour from spherical harmonics on the CPU, natively."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rendering import _native
+from rendering.native import array
+from rendering.projection import Projection
+
+
+class _SphericalHarmonics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sh_degree, means, camera_positions, coeffs, row_offsets, gaussian_ids):
+        colors = means.new_empty(len(gaussian_ids), 3)
+        inputs = (means, camera_positions, coeffs, row_offsets, gaussian_ids)
+        _native.spherical_harmonics(sh_degree, *(array(t) for t in inputs), array(colors), torch.get_num_threads())
+        ctx.save_for_backward(*inputs)
+        ctx.sh_degree = sh_degree
+        return colors
+
+    @staticmethod
+    def backward(ctx, v_colors):
+        means, _, coeffs, _, _ = ctx.saved_tensors
+        v_means = torch.zeros_like(means, memory_format=torch.contiguous_format)
+        v_coeffs = torch.zeros_like(coeffs, memory_format=torch.contiguous_format)
+        _native.spherical_harmonics_backward(
+            ctx.sh_degree,
+            *(array(t) for t in (*ctx.saved_tensors, v_colors, v_means, v_coeffs)),
+            torch.get_num_threads(),
+        )
+        return None, v_means, None, v_coeffs, None, None
+
+
+def spherical_harmonics(
+    sh_degree: int, means: Tensor, viewmats: Tensor, coeffs: Tensor, projection: Projection
+) -> Tensor:
+    """Colours [nnz, 3] of projected Gaussians, before the offset of 0.5 and the clamp.
+
+    Args:
+        sh_degree: 0 to 3; coefficients of higher bands are not used.
+        means: Gaussian centres [N, 3]. viewmats: world to camera [C, 4, 4].
+        coeffs: [N, K, 3] with K >= (sh_degree + 1)^2.
+    """
+    camera_positions = torch.inverse(viewmats)[:, :3, 3]  # [C, 3]
+    return _SphericalHarmonics.apply(
+        sh_degree, means, camera_positions, coeffs, projection.row_offsets, projection.gaussian_ids
+    )
