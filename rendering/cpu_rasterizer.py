@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rendering import _native
-from rendering.native import array
+from rendering.native import array, zeros
 from rendering.projection import Projection, project
 from rendering.spherical_harmonics import spherical_harmonics
 
@@ -26,11 +26,14 @@ class _Blend(torch.autograd.Function):
         )
         ctx.save_for_backward(*inputs, render_colors, render_alphas)
         ctx.intersections, ctx.absgrad = intersections, absgrad
+        ctx.set_materialize_grads(False)
         return render_colors, render_alphas
 
     @staticmethod
     def backward(ctx, v_render_colors, v_render_alphas):
-        means2d, conics, colors, opacities, _, render_alphas = ctx.saved_tensors
+        means2d, conics, colors, opacities, render_colors, render_alphas = ctx.saved_tensors
+        v_render_colors = zeros(render_colors.shape, means2d) if v_render_colors is None else v_render_colors
+        v_render_alphas = zeros(render_alphas.shape, means2d) if v_render_alphas is None else v_render_alphas
         gradients = [
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (means2d, conics, colors, opacities)
         ]
@@ -52,15 +55,17 @@ class _Blend(torch.autograd.Function):
 def _blend(
     projection: Projection,
     colors: Tensor,
-    opacities: Tensor,
     backgrounds: Tensor | None,
     width: int,
     height: int,
     absgrad: bool,
 ) -> tuple[Tensor, Tensor]:
+    if absgrad and colors.shape[1] > _native.MAX_CHANNELS:
+        # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
+        raise ValueError(f"absgrad works for at most {_native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
     p = projection
     intersections = _native.intersect_tiles(
-        *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, opacities)),
+        *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, p.opacities)),
         width, height, torch.get_num_threads(),
     )  # fmt: skip
     image_shape = (len(p.row_offsets) - 1, height, width)
@@ -68,7 +73,7 @@ def _blend(
     for first in range(0, colors.shape[1], _native.MAX_CHANNELS):
         channels = slice(first, first + _native.MAX_CHANNELS)
         part, part_alphas = _Blend.apply(
-            intersections, image_shape, absgrad, p.means2d, p.conics, colors[:, channels], opacities,
+            intersections, image_shape, absgrad, p.means2d, p.conics, colors[:, channels], p.opacities,
             None if backgrounds is None else backgrounds[:, channels],
         )  # fmt: skip
         blended.append(part)
@@ -108,9 +113,6 @@ def rasterize_cpu(
         radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
     )  # fmt: skip
     ids = projection.gaussian_ids
-    opacities = opacities[ids]  # [nnz]
-    if projection.compensations is not None:
-        opacities = opacities * projection.compensations
 
     if render_mode in ("D", "ED"):
         colors = projection.depths[:, None]
@@ -119,7 +121,6 @@ def rasterize_cpu(
             colors = colors[ids]
         else:
             colors = spherical_harmonics(sh_degree, means, viewmats, colors, projection)
-            colors = torch.clamp_min(colors + 0.5, 0.0)
         if render_mode != "RGB":
             colors = torch.cat([colors, projection.depths[:, None]], dim=-1)
     if backgrounds is not None and render_mode != "RGB":
@@ -127,7 +128,7 @@ def rasterize_cpu(
         rgb = backgrounds[:, : colors.shape[1] - 1]
         backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
 
-    render_colors, render_alphas = _blend(projection, colors, opacities, backgrounds, width, height, absgrad)
+    render_colors, render_alphas = _blend(projection, colors, backgrounds, width, height, absgrad)
     if render_mode in ("ED", "RGB+ED"):
         depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
         render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
@@ -138,7 +139,7 @@ def rasterize_cpu(
         "means2d": projection.means2d,
         "depths": projection.depths,
         "conics": projection.conics,
-        "opacities": opacities,
+        "opacities": projection.opacities,
         "width": width,
         "height": height,
         "n_cameras": len(viewmats),

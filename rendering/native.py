@@ -15,3 +15,9 @@ def array(t: Tensor | None) -> np.ndarray | None:
 def tensor(a: np.ndarray) -> Tensor:
     """An array's memory as a tensor."""
     return torch.from_numpy(a)
+
+
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of the type of `like`. The system provides them page by page as native threads first touch them, where
+    torch.zeros writes them all beforehand."""
+    return torch.from_numpy(np.zeros(tuple(shape), dtype=array(like).dtype))

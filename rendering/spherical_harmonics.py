@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rendering import _native
-from rendering.native import array
+from rendering.native import array, zeros
 from rendering.projection import Projection
 
 
@@ -14,17 +14,17 @@ class _SphericalHarmonics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sh_degree, means, camera_positions, coeffs, row_offsets, gaussian_ids):
         colors = means.new_empty(len(gaussian_ids), 3)
+        clamped = torch.empty(len(gaussian_ids), 3, dtype=torch.bool)
         inputs = (means, camera_positions, coeffs, row_offsets, gaussian_ids)
-        _native.spherical_harmonics(sh_degree, *(array(t) for t in inputs), array(colors), torch.get_num_threads())
-        ctx.save_for_backward(*inputs)
+        _native.spherical_harmonics(sh_degree, *(array(t) for t in (*inputs, colors, clamped)), torch.get_num_threads())
+        ctx.save_for_backward(*inputs, clamped)
         ctx.sh_degree = sh_degree
         return colors
 
     @staticmethod
     def backward(ctx, v_colors):
-        means, _, coeffs, _, _ = ctx.saved_tensors
-        v_means = torch.zeros_like(means, memory_format=torch.contiguous_format)
-        v_coeffs = torch.zeros_like(coeffs, memory_format=torch.contiguous_format)
+        means, _, coeffs, *_ = ctx.saved_tensors
+        v_means, v_coeffs = zeros(means.shape, means), zeros(coeffs.shape, means)
         _native.spherical_harmonics_backward(
             ctx.sh_degree,
             *(array(t) for t in (*ctx.saved_tensors, v_colors, v_means, v_coeffs)),
@@ -36,7 +36,7 @@ class _SphericalHarmonics(torch.autograd.Function):
 def spherical_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coeffs: Tensor, projection: Projection
 ) -> Tensor:
-    """Colours [nnz, 3] of projected Gaussians, before the offset of 0.5 and the clamp.
+    """Colours [nnz, 3] of projected Gaussians: 0.5 plus the harmonics, cut at zero as in 3DGS.
 
     Args:
         sh_degree: 0 to 3; coefficients of higher bands are not used.

@@ -39,15 +39,15 @@ template <class T>
 struct ProjectedRow {
   int64_t gaussian_id;
   int32_t radii[2];  // pixels
-  T mean2d[2], depth, conic[3], compensation;
+  T mean2d[2], depth, conic[3];
+  T opacity, compensation;  // opacity includes the compensation, which is 1 unless antialiased
 };
 
 // Gradients that arrive at projected rows, and the dense gradients they are added to.
 template <class T>
 struct ProjectionGradients {
-  const T *v_means2d, *v_depths, *v_conics;  // [nnz, 2] [nnz] [nnz, 3]
-  const T* v_compensations;                  // [nnz] or null
-  T *v_means, *v_quats, *v_scales;           // [N, 3] [N, 4] [N, 3]
+  const T *v_means2d, *v_depths, *v_conics, *v_row_opacities;  // [nnz, 2] [nnz] [nnz, 3] [nnz]
+  T *v_means, *v_quats, *v_scales, *v_opacities;               // [N, 3] [N, 4] [N, 3] [N]
 };
 
 // One Gaussian as the blending loop reads it: one or two cache lines.
@@ -90,15 +90,16 @@ struct Kernels {
   // Appends the visible ones of Gaussians [begin, end) to rows; returns how many.
   int64_t (*project_forward)(const GaussianGeometry<T>&, const Camera<T>&, const ProjectionSettings<T>&,
                              int64_t begin, int64_t end, ProjectedRow<T>* rows);
-  // Rows [begin, end) must name distinct Gaussians.
+  // Rows [begin, end) must name distinct Gaussians. Compensations are null unless antialiased.
   void (*project_backward)(const GaussianGeometry<T>&, const Camera<T>&, T eps2d, const int64_t* gaussian_ids,
                            const T* conics, const T* compensations, const ProjectionGradients<T>&, int64_t begin,
                            int64_t end);
+  // Colours are 0.5 above the harmonics and cut at zero; clamped [nnz, 3] tells where they were cut.
   void (*sh_forward)(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
-                     const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors);
+                     const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors, bool* clamped);
   void (*sh_backward)(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
-                      const int64_t* gaussian_ids, int64_t begin, int64_t end, const T* v_colors, T* v_means,
-                      T* v_coeffs);
+                      const int64_t* gaussian_ids, int64_t begin, int64_t end, const bool* clamped, const T* v_colors,
+                      T* v_means, T* v_coeffs);
   // By number of channels - 1. Gaussians come nearest first.
   void (*blend_forward[kMaxChannels])(const Splat<T>*, const int32_t* ids, int64_t count, const TileFrame&,
                                       const TileForward<T>&);

@@ -71,7 +71,7 @@ auto project(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> view
   Buffer<int64_t> row_offsets(cameras.size() + 1);
   std::optional<Buffer<int64_t>> camera_ids, gaussian_ids;
   std::optional<Buffer<int32_t>> radii;
-  std::optional<Buffer<T>> means2d, depths, conics, compensations;
+  std::optional<Buffer<T>> means2d, depths, conics, row_opacities, compensations;
   int64_t nnz = 0;
   {
     nb::gil_scoped_release release;
@@ -90,7 +90,7 @@ auto project(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> view
     nnz = starts.back();
     for (size_t c = 0; c <= cameras.size(); ++c) row_offsets.data[c] = starts[c * blocks];
     camera_ids.emplace(nnz), gaussian_ids.emplace(nnz), radii.emplace(2 * nnz), means2d.emplace(2 * nnz);
-    depths.emplace(nnz), conics.emplace(3 * nnz), compensations.emplace(nnz);
+    depths.emplace(nnz), conics.emplace(3 * nnz), row_opacities.emplace(nnz), compensations.emplace(nnz);
     parallel_for(visible.size(), threads, [&](int64_t task) {
       int64_t to = starts[task];
       for (const ProjectedRow<T>& row : visible[task]) {
@@ -100,6 +100,7 @@ auto project(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> view
         std::copy_n(row.mean2d, 2, &means2d->data[2 * to]);
         std::copy_n(row.conic, 3, &conics->data[3 * to]);
         depths->data[to] = row.depth;
+        row_opacities->data[to] = row.opacity;
         compensations->data[to] = row.compensation;
         ++to;
       }
@@ -108,20 +109,20 @@ auto project(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> view
   const size_t rows = nnz;
   return std::make_tuple(row_offsets.release({cameras.size() + 1}), camera_ids->release({rows}),
                          gaussian_ids->release({rows}), radii->release({rows, 2}), means2d->release({rows, 2}),
-                         depths->release({rows}), conics->release({rows, 3}), compensations->release({rows}));
+                         depths->release({rows}), conics->release({rows, 3}), row_opacities->release({rows}),
+                         compensations->release({rows}));
 }
 
 template <class T>
-void project_backward(In<T> means, In<T> quats, In<T> scales, In<T> viewmats, In<T> Ks, int width, int height, T eps2d,
-                      In<int64_t> row_offsets, In<int64_t> gaussian_ids, In<T> conics,
+void project_backward(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> viewmats, In<T> Ks, int width,
+                      int height, T eps2d, In<int64_t> row_offsets, In<int64_t> gaussian_ids, In<T> conics,
                       std::optional<In<T>> compensations, In<T> v_means2d, In<T> v_depths, In<T> v_conics,
-                      std::optional<In<T>> v_compensations, Out<T> v_means, Out<T> v_quats, Out<T> v_scales,
+                      In<T> v_row_opacities, Out<T> v_means, Out<T> v_quats, Out<T> v_scales, Out<T> v_opacities,
                       int threads) {
   const std::vector<Camera<T>> cameras = read_cameras(viewmats, Ks, width, height);
-  const GaussianGeometry<T> geometry{means.data(), quats.data(), scales.data(), nullptr};
-  const ProjectionGradients<T> gradients{v_means2d.data(), v_depths.data(), v_conics.data(),
-                                         v_compensations ? v_compensations->data() : nullptr,
-                                         v_means.data(), v_quats.data(), v_scales.data()};
+  const GaussianGeometry<T> geometry{means.data(), quats.data(), scales.data(), opacities.data()};
+  const ProjectionGradients<T> gradients{v_means2d.data(), v_depths.data(), v_conics.data(), v_row_opacities.data(),
+                                         v_means.data(),   v_quats.data(),  v_scales.data(), v_opacities.data()};
   nb::gil_scoped_release release;
   // Cameras one after another: a Gaussian has at most one row in each, so no two threads add to the same place.
   for (size_t c = 0; c < cameras.size(); ++c) {
@@ -136,30 +137,30 @@ void project_backward(In<T> means, In<T> quats, In<T> scales, In<T> viewmats, In
 
 template <class T>
 void spherical_harmonics(int degree, In<T> means, In<T> camera_positions, In<T> coeffs, In<int64_t> row_offsets,
-                         In<int64_t> gaussian_ids, Out<T> colors, int threads) {
+                         In<int64_t> gaussian_ids, Out<T> colors, Out<bool> clamped, int threads) {
   const int n_bases = static_cast<int>(coeffs.shape(1));
   nb::gil_scoped_release release;
   for (size_t c = 0; c < camera_positions.shape(0); ++c) {
     const int64_t first = row_offsets.data()[c], rows = row_offsets.data()[c + 1] - first;
     parallel_ranges(rows, kRowsPerTask, threads, [&](int64_t begin, int64_t end) {
       best_kernels<T>().sh_forward(degree, n_bases, means.data(), camera_positions.data() + 3 * c, coeffs.data(),
-                                   gaussian_ids.data(), first + begin, first + end, colors.data());
+                                   gaussian_ids.data(), first + begin, first + end, colors.data(), clamped.data());
     });
   }
 }
 
 template <class T>
 void spherical_harmonics_backward(int degree, In<T> means, In<T> camera_positions, In<T> coeffs,
-                                  In<int64_t> row_offsets, In<int64_t> gaussian_ids, In<T> v_colors, Out<T> v_means,
-                                  Out<T> v_coeffs, int threads) {
+                                  In<int64_t> row_offsets, In<int64_t> gaussian_ids, In<bool> clamped,
+                                  In<T> v_colors, Out<T> v_means, Out<T> v_coeffs, int threads) {
   const int n_bases = static_cast<int>(coeffs.shape(1));
   nb::gil_scoped_release release;
   for (size_t c = 0; c < camera_positions.shape(0); ++c) {  // in turn, as in project_backward
     const int64_t first = row_offsets.data()[c], rows = row_offsets.data()[c + 1] - first;
     parallel_ranges(rows, kRowsPerTask, threads, [&](int64_t begin, int64_t end) {
       best_kernels<T>().sh_backward(degree, n_bases, means.data(), camera_positions.data() + 3 * c, coeffs.data(),
-                                    gaussian_ids.data(), first + begin, first + end, v_colors.data(), v_means.data(),
-                                    v_coeffs.data());
+                                    gaussian_ids.data(), first + begin, first + end, clamped.data(), v_colors.data(),
+                                    v_means.data(), v_coeffs.data());
     });
   }
 }

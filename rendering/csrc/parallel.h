@@ -1,25 +1,18 @@
-// A parallel loop whose body may throw (std::bad_alloc): the first exception is thrown again by the calling thread.
+// Parallel loops on a pool of threads that sleep when idle.
+//
+// Not OpenMP: its threads spin at the end of each loop, and its caller waits for all of them. Where other processes
+// share the cores (data loading, PyTorch's own OpenMP threads) that made a rendering five times slower.
 #pragma once
 
 #include <cstdint>
-#include <exception>
+#include <functional>
 
 namespace rendering {
 
-template <class Body>
-void parallel_for(int64_t count, int threads, const Body& body) {
-  std::exception_ptr error;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (count > 1)
-  for (int64_t i = 0; i < count; ++i) {
-    try {
-      body(i);
-    } catch (...) {
-#pragma omp critical(rendering_parallel_error)
-      if (!error) error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
-}
+// Calls body(i) for all i in [0, count) on at most `threads` threads, in any order; the first exception that a body
+// throws is thrown again by the calling thread. The caller works too and waits only for threads that joined in, so
+// that a call always finishes, in a forked child without the pool's threads as well.
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& body);
 
 // The same over ranges [begin, end) of a fixed size: the split never depends on the number of threads.
 template <class Body>

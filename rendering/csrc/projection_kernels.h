@@ -112,12 +112,10 @@ struct Projector {
 // gsplat's tests of one projected Gaussian whose blurred covariance is xx, yy; fills in the radii. Written so that a
 // NaN or an infinity anywhere fails.
 template <class T>
-bool reaches_image(const Camera<T>& view, const ProjectionSettings<T>& settings, T opacity, T xx, T yy,
-                   ProjectedRow<T>& row) {
+bool reaches_image(const Camera<T>& view, const ProjectionSettings<T>& settings, T xx, T yy, ProjectedRow<T>& row) {
   constexpr T threshold = T(1) / T(255);
-  opacity *= row.compensation;
-  if (!(opacity >= threshold)) return false;
-  const T extent = std::fmin(T(kOpaqueExtent), std::sqrt(T(2) * std::log(opacity / threshold)));
+  if (!(row.opacity >= threshold)) return false;
+  const T extent = std::fmin(T(kOpaqueExtent), std::sqrt(T(2) * std::log(row.opacity / threshold)));
   const T radius_x = std::ceil(extent * std::sqrt(xx)), radius_y = std::ceil(extent * std::sqrt(yy));
   if (!(radius_x > settings.radius_clip || radius_y > settings.radius_clip)) return false;
   const bool meets_image = row.mean2d[0] + radius_x > T(0) && row.mean2d[0] - radius_x < view.width &&
@@ -157,7 +155,8 @@ int64_t project_forward(const GaussianGeometry<T>& g, const Camera<T>& view, con
       row.conic[1] = conic_xy[lane];
       row.conic[2] = conic_yy[lane];
       row.compensation = compensation[lane];
-      if (reaches_image(view, settings, g.opacities[first + lane], xx[lane], yy[lane], row)) rows[count++] = row;
+      row.opacity = g.opacities[first + lane] * row.compensation;
+      if (reaches_image(view, settings, xx[lane], yy[lane], row)) rows[count++] = row;
     }
   }
   return count;
@@ -172,17 +171,16 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
   for (int64_t first = begin; first < end; first += kLanes<T>) {
     const int lanes = static_cast<int>(end - first < kLanes<T> ? end - first : kLanes<T>);
     const Projector<T> f(g, view, lanes, [=](int lane) { return gaussian_ids[first + lane]; });
-    V conic[3], v_conic[3], v_mean2d[2], v_depth, compensation, v_compensation{};
+    V conic[3], v_conic[3], v_mean2d[2], v_depth, opacity, v_opacity, compensation = broadcast(T(1));
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       const int64_t r = first + (lane < lanes ? lane : 0);
       for (int k = 0; k < 3; ++k) conic[k][lane] = conics[3 * r + k];
       for (int k = 0; k < 3; ++k) v_conic[k][lane] = grads.v_conics[3 * r + k];
       for (int k = 0; k < 2; ++k) v_mean2d[k][lane] = grads.v_means2d[2 * r + k];
       v_depth[lane] = grads.v_depths[r];
-      if (grads.v_compensations) {
-        compensation[lane] = compensations[r];
-        v_compensation[lane] = grads.v_compensations[r];
-      }
+      opacity[lane] = g.opacities[gaussian_ids[r]];
+      v_opacity[lane] = grads.v_row_opacities[r];
+      if (compensations) compensation[lane] = compensations[r];
     }
 
     // conic = cov^-1: dL/dcov = -conic G conic, where G is symmetric with half of v_conic[1] off the diagonal.
@@ -192,9 +190,9 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
     V v_xx = -(left_00 * conic[0] + left_01 * conic[1]);
     V v_xy = -(left_00 * conic[1] + left_01 * conic[2]);
     V v_yy = -(left_10 * conic[1] + left_11 * conic[2]);
-    if (grads.v_compensations) {
+    if (compensations) {
       // compensation^2 = det(cov) / det(cov + eps2d I); 1e-6 is gsplat's guard against division by zero.
-      const V v_ratio = v_compensation * T(0.5) / (compensation + T(1e-6));
+      const V v_ratio = v_opacity * opacity * T(0.5) / (compensation + T(1e-6));
       const V rest = T(1) - compensation * compensation;
       const V blur = eps2d * (conic[0] * conic[2] - conic[1] * conic[1]);
       v_xx += v_ratio * (rest * conic[0] - blur);
@@ -226,6 +224,7 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
                                   f.j11 * (f.camera[1] * v_mean2d[1] + v_j11) +
                                   (T(1) + f.inside_x) * f.j02 * v_j02 + (T(1) + f.inside_y) * f.j12 * v_j12);
 
+    v_opacity *= compensation;
     V v_mean[3], v_scale[3], v_rotation[3][3];
     for (int r = 0; r < 3; ++r) {
       v_mean[r] = W[r] * v_camera[0] + W[3 + r] * v_camera[1] + W[6 + r] * v_camera[2];
@@ -257,6 +256,7 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
       for (int k = 0; k < 3; ++k) grads.v_means[3 * i + k] += v_mean[k][lane];
       for (int k = 0; k < 4; ++k) grads.v_quats[4 * i + k] += v_quat[k][lane];
       for (int k = 0; k < 3; ++k) grads.v_scales[3 * i + k] += v_scale[k][lane];
+      grads.v_opacities[i] += v_opacity[lane];
     }
   }
 }

@@ -63,7 +63,7 @@ inline T view_direction(const T* mean, const T* camera_position, T* direction) {
 
 template <class T>
 void sh_forward(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
-                const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors) {
+                const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors, bool* clamped) {
   const int used = (degree + 1) * (degree + 1);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t i = gaussian_ids[row];
@@ -71,17 +71,21 @@ void sh_forward(int degree, int n_bases, const T* means, const T* camera_positio
     view_direction(means + 3 * i, camera_position, direction);
     sh_basis<T, false>(degree, direction[0], direction[1], direction[2], basis, nullptr);
     const T* coeff = coeffs + i * n_bases * 3;
-    T color[3] = {};
+    T color[3] = {T(0.5), T(0.5), T(0.5)};
     for (int k = 0; k < used; ++k) {
       for (int c = 0; c < 3; ++c) color[c] += basis[k] * coeff[3 * k + c];
     }
-    for (int c = 0; c < 3; ++c) colors[3 * row + c] = color[c];
+    for (int c = 0; c < 3; ++c) {
+      clamped[3 * row + c] = color[c] < T(0);
+      colors[3 * row + c] = color[c] < T(0) ? T(0) : color[c];
+    }
   }
 }
 
 template <class T>
 void sh_backward(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
-                 const int64_t* gaussian_ids, int64_t begin, int64_t end, const T* v_colors, T* v_means, T* v_coeffs) {
+                 const int64_t* gaussian_ids, int64_t begin, int64_t end, const bool* clamped, const T* v_colors,
+                 T* v_means, T* v_coeffs) {
   const int used = (degree + 1) * (degree + 1);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t i = gaussian_ids[row];
@@ -90,7 +94,8 @@ void sh_backward(int degree, int n_bases, const T* means, const T* camera_positi
     sh_basis<T, true>(degree, direction[0], direction[1], direction[2], basis, d_basis);
     const T* coeff = coeffs + i * n_bases * 3;
     T* v_coeff = v_coeffs + i * n_bases * 3;
-    const T* v = v_colors + 3 * row;
+    T v[3];
+    for (int c = 0; c < 3; ++c) v[c] = clamped[3 * row + c] ? T(0) : v_colors[3 * row + c];
     T v_direction[3] = {};
     for (int k = 0; k < used; ++k) {
       for (int c = 0; c < 3; ++c) v_coeff[3 * k + c] += basis[k] * v[c];
