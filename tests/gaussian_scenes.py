@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,3 +75,34 @@ def random_scene(
         width=width,
         height=height,
     )
+
+
+def render(function: Callable, scene: GaussianScene, **options) -> tuple:
+    """What `function` (a rasterizer) returns for a scene. `backgrounds=True` stands for a colour per camera."""
+    if options.get("backgrounds"):
+        cameras = len(scene.viewmats)
+        options["backgrounds"] = torch.linspace(0.2, 0.9, 3 * cameras).reshape(cameras, 3).to(scene.means)
+    colors = torch.cat([scene.sh0, scene.shN], 1)
+    return function(
+        scene.means, scene.quats, scene.scales, scene.opacities, colors, scene.viewmats, scene.Ks, scene.width,
+        scene.height, **options,
+    )  # fmt: skip
+
+
+def weights_like(image: Tensor, seed: int = 5) -> Tensor:
+    """Fixed random weights that make a scalar loss of an image."""
+    return torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(image)
+
+
+def gradients(scene: GaussianScene, colors: Tensor, alphas: Tensor) -> dict[str, Tensor]:
+    """Gradients of the six parameters, from a randomly weighted sum of all pixels and alphas."""
+    loss = (colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()
+    found = torch.autograd.grad(loss, [getattr(scene, name) for name in PARAMETERS], allow_unused=True)
+    return {
+        name: torch.zeros_like(getattr(scene, name)) if g is None else g
+        for name, g in zip(PARAMETERS, found, strict=True)
+    }
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from rendering.rasterize import rasterize
 from tests.dense_rasterizer import dense_rasterize
-from tests.gaussian_scenes import PARAMETERS, GaussianScene, random_scene
+from tests.gaussian_scenes import (
+    PARAMETERS,
+    GaussianScene,
+    gradients,
+    random_scene,
+    relative_error,
+    render,
+    weights_like,
+)
 
 SETTINGS = {
     "classic": {"sh_degree": 3},
@@ -17,34 +25,6 @@ SETTINGS = {
     "expected depth": {"sh_degree": 0, "render_mode": "RGB+ED", "backgrounds": True},
     "depth only": {"sh_degree": 0, "render_mode": "D"},
 }
-
-
-def render(function, scene: GaussianScene, **options):
-    if options.get("backgrounds"):
-        cameras = len(scene.viewmats)
-        options["backgrounds"] = torch.linspace(0.2, 0.9, 3 * cameras, dtype=scene.means.dtype).reshape(cameras, 3)
-    colors = torch.cat([scene.sh0, scene.shN], 1)
-    return function(
-        scene.means, scene.quats, scene.scales, scene.opacities, colors, scene.viewmats, scene.Ks, scene.width,
-        scene.height, **options,
-    )  # fmt: skip
-
-
-def weights_like(image: Tensor, seed: int = 5) -> Tensor:
-    return torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(image.dtype)
-
-
-def gradients(scene: GaussianScene, colors: Tensor, alphas: Tensor) -> dict[str, Tensor]:
-    loss = (colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()
-    found = torch.autograd.grad(loss, [getattr(scene, name) for name in PARAMETERS], allow_unused=True)
-    return {
-        name: torch.zeros_like(getattr(scene, name)) if g is None else g
-        for name, g in zip(PARAMETERS, found, strict=True)
-    }
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    return ((value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()
 
 
 @pytest.mark.parametrize("name", SETTINGS)

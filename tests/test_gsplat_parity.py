@@ -1,0 +1,76 @@
+"""The CPU rasterizer against gsplat 1.5.3: live on a GPU, and against a file that gsplat wrote."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from errors import InputError
+from rendering import rasterize as rasterize_module
+from tests.gaussian_scenes import random_scene
+from tests.gsplat_comparison import compare_renders, run
+from tests.gsplat_golden import GOLDEN_CASES, GOLDEN_FILE, load_golden
+
+LIVE_CASES = [
+    {"sh_degree": 0},
+    {"sh_degree": 1, "backgrounds": True},
+    {"sh_degree": 2, "rasterize_mode": "antialiased"},
+    {"sh_degree": 3, "absgrad": True},
+    {"sh_degree": 3, "rasterize_mode": "antialiased", "absgrad": True, "backgrounds": True},
+    {"sh_degree": 3, "render_mode": "RGB+ED"},
+    {"sh_degree": 3, "radius_clip": 3.0, "near_plane": 2.0, "far_plane": 5.0, "eps2d": 0.1},
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", LIVE_CASES, ids=str)
+@pytest.mark.parametrize("n_cameras", [1, 2])
+def test_equals_gsplat_on_the_gpu(options, n_cameras):
+    scene = random_scene(20_000, seed=11, n_cameras=n_cameras, width=330, height=250, median_scale=0.02)
+    comparison = compare_renders(run(scene, "cpu", **options), run(scene, "cuda", **options))
+    print(comparison)
+    comparison.check()
+
+
+@pytest.mark.skipif(not GOLDEN_FILE.exists(), reason=f"{GOLDEN_FILE.name} has not been written on a GPU yet")
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_equals_what_gsplat_wrote(case):
+    scene, runs = load_golden()
+    compare_renders(run(scene, "cpu", **GOLDEN_CASES[case]), runs[case]).check()
+
+
+def test_a_comparison_notices_differences():
+    scene = random_scene(150, seed=20, width=48, height=36, median_scale=0.12)
+    ours, theirs = run(scene, "cpu", sh_degree=1, absgrad=True), run(scene, "cpu", sh_degree=1, absgrad=True)
+    compare_renders(ours, theirs).check()
+    for damage in ("colors", "alphas", "radii", "means2d_absgrad"):
+        damaged = run(scene, "cpu", sh_degree=1, absgrad=True)
+        getattr(damaged, damage).add_(1)
+        with pytest.raises(AssertionError):
+            compare_renders(ours, damaged).check()
+    theirs.gradients["quats"] *= 1.01
+    with pytest.raises(AssertionError):
+        compare_renders(ours, theirs).check()
+
+
+def test_check_gsplat_says_what_is_missing(monkeypatch):
+    found = {"gsplat": None}
+    monkeypatch.setattr(rasterize_module.importlib.util, "find_spec", lambda name: found[name])
+    with pytest.raises(InputError, match="gsplat is not installed"):
+        rasterize_module.check_gsplat()
+
+    found["gsplat"] = "anything"
+    for name in ("gsplat", "gsplat.cuda", "gsplat.cuda._backend"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["gsplat.cuda._backend"]._C = None
+    with pytest.raises(InputError, match="not compiled"):
+        rasterize_module.check_gsplat()
+
+    del sys.modules["gsplat.cuda._backend"]._C  # the import fails
+    with pytest.raises(InputError, match="cannot be loaded"):
+        rasterize_module.check_gsplat()
+
+    sys.modules["gsplat.cuda._backend"]._C = "compiled"
+    rasterize_module.check_gsplat()
