@@ -52,7 +52,7 @@ class _Blend(torch.autograd.Function):
         return None, None, None, *gradients, v_backgrounds
 
 
-def _blend(
+def blend(
     projection: Projection,
     colors: Tensor,
     backgrounds: Tensor | None,
@@ -60,6 +60,8 @@ def _blend(
     height: int,
     absgrad: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Blend projected Gaussians with colours [nnz, D] over backgrounds [C, D] into images [C, H, W, D] and alphas
+    [C, H, W, 1]; D may be any number."""
     if absgrad and colors.shape[1] > _native.MAX_CHANNELS:
         # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
         raise ValueError(f"absgrad works for at most {_native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
@@ -128,7 +130,7 @@ def rasterize_cpu(
         rgb = backgrounds[:, : colors.shape[1] - 1]
         backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
 
-    render_colors, render_alphas = _blend(projection, colors, backgrounds, width, height, absgrad)
+    render_colors, render_alphas = blend(projection, colors, backgrounds, width, height, absgrad)
     if render_mode in ("ED", "RGB+ED"):
         depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
         render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
