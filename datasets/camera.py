@@ -4,11 +4,13 @@ COLMAP and gsplat count pixels from the picture's corner (the first pixel's cent
 from the first pixel's centre; matrices kept here follow the former.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
 import numpy as np
+
+from errors import InputError
 
 # Maps take 8 bytes a pixel; datasets with one camera per picture must not keep all of them.
 _CAMERAS_WITH_MAPS = 32
@@ -18,8 +20,7 @@ _CAMERAS_WITH_MAPS = 32
 class Camera:
     """A pinhole camera, with what is needed to undistort its pictures.
 
-    The `source_*` fields describe the picture file; `crop` is the undistorted picture's first pixel in the plane
-    that the undistortion maps cover.
+    The `source_*` fields describe the picture file, the others the picture that `undistort` makes of it.
     """
 
     K: np.ndarray  # [3, 3] float64, pixels
@@ -57,6 +58,9 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
         params: [8] fx, fy, cx, cy, distortion at `model_size`, in pixels.
         model_size: width and height of the pictures that COLMAP saw.
         source_size: width and height of the pictures at hand, which may be scaled ones.
+
+    Raises:
+        InputError: the distortion is such that no picture remains.
     """
     width, height = source_size
     scale_x, scale_y = width / model_size[0], height / model_size[1]
@@ -65,37 +69,40 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
     distortion = np.array(params[4:], np.float64)
     fisheye = model_name == "OPENCV_FISHEYE"
     camera = Camera(K, width, height, K, width, height, distortion, fisheye)
-    return _undistorted(camera) if camera.is_distorted else camera
-
-
-def _undistorted(camera: Camera) -> Camera:
-    """The camera with a pinhole K and a size that show as much of its pictures as is worth keeping."""
-    width, height = camera.width, camera.height
-    if not camera.fisheye:
-        # alpha = 0: the widest pinhole picture without empty pixels.
-        K, (left, top, crop_width, crop_height) = cv2.getOptimalNewCameraMatrix(
-            _shift_centre(camera.source_K, -0.5), camera.distortion, (width, height), 0
+    if not camera.is_distorted:
+        return camera
+    camera = _fisheye_pinhole(camera) if fisheye else _perspective_pinhole(camera)
+    if camera is None or not _compute_maps(camera)[2].any():
+        raise InputError(
+            f"A camera of the COLMAP model cannot be undistorted ({model_name} with {params.tolist()}): calibrate it "
+            "again, or undistort the pictures with COLMAP."
         )
-        K = _shift_centre(K, 0.5)
-    else:
-        # The focal length is kept, so the centre of the picture keeps its resolution; what falls outside the
-        # source is cut off as far as a rectangle can, and masked where it cannot.
-        K = camera.source_K
-        _, _, mask = _compute_maps(camera)
-        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-        left, top = columns[0], rows[0]
-        crop_width, crop_height = columns[-1] + 1 - left, rows[-1] + 1 - top
-    K = K - np.array([[0.0, 0.0, left], [0.0, 0.0, top], [0.0, 0.0, 0.0]])
-    return Camera(
-        K,
-        int(crop_width),
-        int(crop_height),
-        camera.source_K,
-        width,
-        height,
-        camera.distortion,
-        camera.fisheye,
+    return camera
+
+
+def _perspective_pinhole(camera: Camera) -> Camera | None:
+    """The camera with the widest pinhole picture that has no empty pixels (OpenCV's alpha = 0)."""
+    K, (left, top, width, height) = cv2.getOptimalNewCameraMatrix(
+        _shift_centre(camera.source_K, -0.5), camera.distortion, (camera.width, camera.height), 0
     )
+    return _cropped(camera, _shift_centre(K, 0.5), left, top, width, height) if width > 0 and height > 0 else None
+
+
+def _fisheye_pinhole(camera: Camera) -> Camera | None:
+    """The camera with its own focal length, so that the centre of the picture keeps its resolution.
+
+    What has no source is cut off as far as a rectangle can, and left to the mask where it cannot.
+    """
+    _, _, mask = _compute_maps(camera)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    left, top = int(columns[0]), int(rows[0])
+    return _cropped(camera, camera.K, left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
+
+
+def _cropped(camera: Camera, K: np.ndarray, left: int, top: int, width: int, height: int) -> Camera:
+    return replace(camera, K=K - np.array([[0, 0, left], [0, 0, top], [0, 0, 0]]), width=width, height=height)
 
 
 @lru_cache(maxsize=_CAMERAS_WITH_MAPS)

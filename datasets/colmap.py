@@ -5,7 +5,6 @@ File formats: https://colmap.github.io/format.html
 
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +78,11 @@ def load_sparse_model(data_dir: Path) -> SparseModel:
 
 def read_sparse_model(model_dir: Path) -> SparseModel:
     """Parse a reconstruction with pycolmap. Raises InputError for an unreadable or unsupported model."""
-    suffix = _model_files(model_dir)[0].suffix
+    files = _model_files(model_dir)
+    suffix = files[0].suffix
     if suffix == ".bin":
-        _check_cameras(model_dir / "cameras.bin")
-        _check_images(model_dir / "images.bin")
-        _check_points(model_dir / "points3D.bin")
+        for path in files:
+            _check_binary(path)
     try:
         import pycolmap  # only here: a machine that holds a valid cache does without it
     except ImportError as error:
@@ -91,12 +90,13 @@ def read_sparse_model(model_dir: Path) -> SparseModel:
             f"pycolmap is needed to read {model_dir}, since no valid {CACHE_NAME} was found: "
             "install it with `pip install pycolmap==4.0.4`."
         ) from error
+    pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value  # the sentence below says it
     try:
         reconstruction = pycolmap.Reconstruction(str(model_dir))
     except Exception as error:  # a damaged file shows as ValueError, IndexError, MemoryError, ...
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
         raise InputError(
-            f"{model_dir} cannot be read as a COLMAP model ({reason[0]}): one of its files is damaged, or its "
+            f"{model_dir} cannot be read as a COLMAP model ({reason}): one of its files is damaged, or its "
             "camera model is unknown; export it again."
         ) from error
 
@@ -111,7 +111,8 @@ def read_sparse_model(model_dir: Path) -> SparseModel:
                 f"{model_dir} uses the camera model {camera.model.name}, which is not supported: undistort the "
                 f"images with COLMAP, or use one of {', '.join(_PARAMETERS)}."
             )
-        if camera.width < 1 or camera.height < 1 or not np.isfinite(camera.params).all():
+        usable = min(camera.width, camera.height, camera.focal_length_x, camera.focal_length_y) > 0
+        if not usable or not np.isfinite(camera.params).all():
             raise InputError(
                 f"{model_dir / ('cameras' + suffix)} is damaged: camera {camera.camera_id} has no usable size "
                 "or parameters; export the model again."
@@ -167,51 +168,64 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel:
     return SparseModel(**fields)
 
 
-# pycolmap does not notice the end of a file: a truncated cameras.bin gives made-up parameters, and a
-# truncated points3D.bin asks for all memory there is. So the records are walked through first.
+# pycolmap does not notice the end of a file: a truncated cameras.bin gives made-up parameters, and a damaged
+# points3D.bin or frames.bin asks for all memory or time there is. So the records are walked through first. Each
+# function here takes a record's start to its end.
 
 
-def _check_cameras(path: Path) -> None:
+def _camera_end(data: mmap.mmap, start: int) -> int:
+    (model_id,) = struct.unpack_from("<i", data, start + 4)  # id u32, model i32, width u64, height u64
     params_by_model_id = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16, 4, 5, 3, 4)
-
-    def camera_end(data: mmap.mmap, start: int) -> int:
-        (model_id,) = struct.unpack_from("<i", data, start + 4)  # id u32, model i32, width u64, height u64
-        if model_id not in range(len(params_by_model_id)):
-            return len(data)  # a model of another COLMAP version, which pycolmap is left to judge
-        return start + 24 + 8 * params_by_model_id[model_id]
-
-    _check_records(path, camera_end)
+    if model_id not in range(len(params_by_model_id)):
+        raise ValueError
+    return start + 24 + 8 * params_by_model_id[model_id]
 
 
-def _check_images(path: Path) -> None:
-    def image_end(data: mmap.mmap, start: int) -> int:
-        name_end = data.find(b"\0", start + 64)  # id u32, quaternion 4 f64, translation 3 f64, camera u32
-        (num_points,) = struct.unpack_from("<Q", data, name_end + 1 if name_end > 0 else len(data))
-        return name_end + 9 + 24 * num_points  # x f64, y f64, point id u64
-
-    _check_records(path, image_end)
+def _image_end(data: mmap.mmap, start: int) -> int:
+    name_end = data.find(b"\0", start + 64)  # id u32, quaternion 4 f64, translation 3 f64, camera u32
+    (num_points,) = struct.unpack_from("<Q", data, name_end + 1 if name_end > 0 else len(data))
+    return name_end + 9 + 24 * num_points  # x f64, y f64, point id u64
 
 
-def _check_points(path: Path) -> None:
-    def point_end(data: mmap.mmap, start: int) -> int:
-        (track_length,) = struct.unpack_from("<Q", data, start + 43)  # id u64, xyz 3 f64, rgb 3 u8, error f64
-        return start + 51 + 8 * track_length  # image u32, index u32
-
-    _check_records(path, point_end)
+def _point_end(data: mmap.mmap, start: int) -> int:
+    (track_length,) = struct.unpack_from("<Q", data, start + 43)  # id u64, xyz 3 f64, rgb 3 u8, error f64
+    return start + 51 + 8 * track_length  # image u32, index u32
 
 
-def _check_records(path: Path, record_end: Callable[[mmap.mmap, int], int]) -> None:
+def _rig_end(data: mmap.mmap, start: int) -> int:
+    (num_sensors,) = struct.unpack_from("<I", data, start + 4)  # id u32, count u32
+    position = start + (16 if num_sensors else 8)  # the reference sensor: type i32, id u32
+    for _ in range(1, num_sensors):
+        (has_pose,) = struct.unpack_from("<B", data, position + 8)  # type i32, id u32, flag u8, pose 7 f64
+        position += 65 if has_pose else 9
+    return position
+
+
+def _frame_end(data: mmap.mmap, start: int) -> int:
+    (num_data,) = struct.unpack_from("<I", data, start + 64)  # id u32, rig u32, pose 7 f64
+    return start + 68 + 16 * num_data  # sensor type i32, sensor u32, data u64
+
+
+_RECORD_ENDS = {
+    "cameras": _camera_end,
+    "images": _image_end,
+    "points3D": _point_end,
+    "rigs": _rig_end,
+    "frames": _frame_end,
+}
+
+
+def _check_binary(path: Path) -> None:
     """InputError unless the file is a u64 count and as many records, to its last byte."""
+    record_end = _RECORD_ENDS[path.stem]
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             (count,) = struct.unpack_from("<Q", data)
             position = 8
             for _ in range(count):
                 position = record_end(data, position)
-                if position > len(data):
-                    break
             if position == len(data):
                 return
-    except (struct.error, ValueError):  # beyond the end of the file; an empty file
+    except (struct.error, ValueError, OverflowError):  # beyond the end; an empty file; no such camera model
         pass
-    raise InputError(f"{path} is damaged: it does not end where its records do; export the model again.")
+    raise InputError(f"{path} is damaged, or from an unknown version of COLMAP: export the model again.")

@@ -83,7 +83,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.clip((gray + 128) // 257, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pictures are not supported")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _inspect(data_dir: Path, folder: Path, names: list[str], workers: int) -> dict[str, tuple[int, int] | None]:
