@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
-from datasets.loader import EvaluationLoader, TrainingLoader
+from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from datasets.splits import split_indices
 from datasets.synthetic import ensure_city_block
@@ -117,7 +117,7 @@ class TrainingRun:
         """
         self._model, self._render = model, render
         previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        loader = TrainingLoader(
+        loader = training_loader(
             self.scene,
             self._train_ids,
             batch_size=self.cfg.batch_size,
@@ -180,7 +180,7 @@ class TrainingRun:
             steps: Training steps that the model has had.
             num_gaussians: Its size.
         """
-        with EvaluationLoader(self.scene, self._test_ids, num_workers=self.cfg.num_workers or None) as loader:
+        with evaluation_loader(self.scene, self._test_ids, num_workers=self.cfg.num_workers or None) as loader:
             views = (
                 (self.scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, self.device))
                 for batch in loader

@@ -1,0 +1,15 @@
+// Python bindings of the native kernels over host memory; each source file binds its own.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_adam(nb::module_& module);
+void bind_culling(nb::module_& module);
+void bind_store(nb::module_& module);
+
+NB_MODULE(_native, module) {
+  module.doc() = "Kernels over the host store; arrays are raw contiguous buffers.";
+  bind_adam(module);
+  bind_culling(module);
+  bind_store(module);
+}
