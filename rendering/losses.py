@@ -1,0 +1,112 @@
+"""The photometric loss of 3D Gaussian Splatting: L1 and SSIM (Kerbl et al. 2023, section 5)."""
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from rendering import ssim as ssim_torch
+
+
+def photometric_loss(
+    rendered: Tensor, target: Tensor, *, ssim_lambda: float = 0.2, masks: Tensor | None = None
+) -> Tensor:
+    """(1 - ssim_lambda) * L1 + ssim_lambda * (1 - SSIM), differentiable by `rendered`.
+
+    Args:
+        rendered, target: [C, H, W, 3] float32 in [0, 1], H and W at least 11 px; read without a copy where
+            contiguous. `target` receives no gradient.
+        ssim_lambda: share of the SSIM term, in [0, 1].
+        masks: [C, H, W] bool; both pictures are set to zero where False, so those pixels add nothing to the
+            loss and receive no gradient. The means still run over all pixels and windows, so a picture with
+            fewer valid pixels weighs less.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        InputError: the pictures are smaller than the SSIM window.
+    """
+    if masks is not None:
+        # where() and not a product: whatever the rasterizer left outside the mask, NaN included, is gone.
+        rendered = torch.where(masks[..., None], rendered, 0.0)
+        target = torch.where(masks[..., None], target, 0.0)
+    l1_weight = (1 - ssim_lambda) / rendered.numel()
+    ssim_weight = -ssim_lambda / count_windows(rendered)
+    return ssim_lambda + photometric_sum(rendered, target, l1_weight, ssim_weight)
+
+
+def ssim(rendered: Tensor, target: Tensor) -> Tensor:
+    """Mean SSIM over all channels and all 11x11 Gaussian windows (sigma 1.5 px) wholly inside the pictures.
+
+    Args:
+        rendered, target: [C, H, W, 3] float32 in [0, 1]; only `rendered` receives a gradient.
+
+    Returns:
+        Scalar in [-1, 1].
+
+    Raises:
+        InputError: the pictures are smaller than the window.
+    """
+    return photometric_sum(rendered, target, l1_weight=0.0, ssim_weight=1 / count_windows(rendered))
+
+
+def count_windows(pictures: Tensor) -> int:
+    """Number of SSIM values (windows times channels) in [C, H, W, 3] pictures."""
+    n_cameras, height, width, channels = pictures.shape
+    border = ssim_torch.WINDOW_SIZE - 1
+    if min(height, width) <= border:
+        raise InputError(
+            f"Pictures of {width}x{height} pixels are smaller than the {border + 1}x{border + 1} window of SSIM: "
+            "choose a smaller data_factor."
+        )
+    return n_cameras * (height - border) * (width - border) * channels
+
+
+def photometric_sum(rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
+    """l1_weight * sum of the L1 map + ssim_weight * sum of the SSIM map, differentiable by `rendered`.
+
+    Sums and not means, so that the parts of a picture add up to the whole: the SSIM map has one value for each
+    window wholly inside the pictures given, so a part that brings a halo of 5 px (none at the border of the
+    whole picture) counts exactly the windows whose centres lie in the part.
+
+    Args:
+        rendered, target: [C, H, W, 3], H and W at least 11 px.
+
+    Returns:
+        Scalar.
+    """
+    # Checked because the kernels trust it: a mismatch would read outside the smaller picture.
+    if rendered.shape != target.shape or rendered.dtype != target.dtype or rendered.shape[-1] != 3:
+        raise ValueError(
+            f"rendered {tuple(rendered.shape)} {rendered.dtype} and target {tuple(target.shape)} {target.dtype} "
+            "must be [C, H, W, 3] of one shape and dtype"
+        )
+    return _PhotometricSum.apply(rendered, target.detach(), l1_weight, ssim_weight)
+
+
+class _PhotometricSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
+        rendered, target = rendered.contiguous(), target.contiguous()
+        total, derivatives = _kernels(rendered).weighted_sum(
+            rendered, target, l1_weight, ssim_weight, with_derivatives=ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(rendered, target, derivatives)
+        ctx.weights = l1_weight, ssim_weight
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_sum: Tensor):
+        rendered, target, derivatives = ctx.saved_tensors
+        gradient = _kernels(rendered).weighted_sum_gradient(rendered, target, derivatives, *ctx.weights, grad_sum)
+        return gradient, None, None, None
+
+
+def _kernels(pictures: Tensor):
+    """The module whose `weighted_sum` and `weighted_sum_gradient` suit these pictures."""
+    if pictures.is_cuda and pictures.dtype == torch.float32:
+        from rendering import ssim_triton  # Triton comes with CUDA builds of torch only
+
+        return ssim_triton
+    return ssim_torch
