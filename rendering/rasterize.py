@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
 
 from errors import InputError
@@ -80,7 +81,14 @@ def rasterize(
         # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
         from gsplat import rasterization
 
-        return rasterization(*gaussians, viewmats, Ks, width, height, packed=packed, **options)
+        # gsplat 1.5.3 refuses backgrounds when packed (it checks their shape as if there were no cameras).
+        options["backgrounds"] = None
+        render, alphas, info = rasterization(*gaussians, viewmats, Ks, width, height, packed=packed, **options)
+        if backgrounds is not None and render_mode not in ("D", "ED"):
+            num_colors = backgrounds.shape[-1]
+            behind = (1.0 - alphas) * backgrounds[:, None, None, :]  # [C, H, W, D]
+            render = torch.cat([render[..., :num_colors] + behind, render[..., num_colors:]], dim=-1)
+        return render, alphas, info
     return rasterize_cpu(*gaussians, viewmats, Ks, width, height, **options)
 
 

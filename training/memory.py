@@ -9,6 +9,15 @@ import sys
 import torch
 
 
+def limit_fragmentation() -> None:
+    """Let torch's CUDA allocator grow its segments; call it before the first allocation on the device.
+
+    Every view sees another number of Gaussians, so with fixed segments the memory reserved grows to a multiple of
+    the memory in use (49.8 GB reserved for 3.0 GB in use after 7,000 steps on 165 aerial photos).
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory in bytes that this process can still take on a device; on the CPU, of the machine."""
     if device.type == "cuda":

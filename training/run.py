@@ -23,7 +23,7 @@ from training.checkpoints import Checkpoint
 from training.densification import TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.gaussians import initial_gaussians
-from training.memory import format_bytes, peak_bytes
+from training.memory import format_bytes, limit_fragmentation, peak_bytes
 from training.results import ResultFolder
 from training.stages import StageTimes
 from training.views import View
@@ -49,6 +49,7 @@ def select_device(name: str) -> torch.device:
         raise InputError("--device cuda was given, but torch finds no CUDA GPU: use --device cpu or auto.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    limit_fragmentation()
     check_gsplat()
     return torch.device("cuda")
 
