@@ -45,6 +45,7 @@ def write_scene(
     text: bool = False,
     model_dir: str = "sparse/0",
     write_pictures: bool = True,
+    poses: np.ndarray | None = None,
     seed: int = 0,
 ) -> Path:
     """A dataset whose image i has the camera i % len(cameras) and a ramp for its picture."""
@@ -55,7 +56,8 @@ def write_scene(
     for index, item in enumerate(cameras):
         item.camera_id = index + 1
         model.add_camera_with_trivial_rig(item)
-    for index, (name, pose) in enumerate(zip(names, camera_poses(len(names), seed), strict=True)):
+    poses = camera_poses(len(names), seed) if poses is None else poses
+    for index, (name, pose) in enumerate(zip(names, poses, strict=True)):
         image = pycolmap.Image(name=name, camera_id=index % len(cameras) + 1, image_id=index + 1)
         model.add_image_with_trivial_frame(image, pycolmap.Rigid3d(pose))
         size = (

@@ -33,9 +33,15 @@ def binary_ply(order: str) -> bytes:
         ascii_ply("double", "float", [[c / 255 for c in color] for color in COLORS]),
         ascii_ply("double", "float", COLORS),
         ascii_ply("float", "int"),
-        ascii_ply("float", "ushort", [[c * 257 for c in color] for color in COLORS]),
+        ascii_ply("float", "ushort", [[c * 256 + 99 for c in color] for color in COLORS]),
         binary_ply("<"),
         binary_ply(">"),
+        # A comment, other properties, and another element after and before the vertices.
+        ascii_ply()
+        .replace(b"element", b"comment element vertex\nelement")
+        .replace(b"end_header", b"element face 1\nproperty list uchar int i\nend_header")
+        + b"3 0 1 0\n",
+        ascii_ply().replace(b"element", b"element extra 1\nproperty float f\nelement").replace(b"1.5 ", b"9\n1.5 ", 1),
     ],
 )
 def test_points_and_colors(tmp_path, content):
@@ -55,6 +61,9 @@ def test_points_and_colors(tmp_path, content):
         (b"hello", "cannot be read"),
         (b"\x00\xff" * 50, "cannot be read"),
         (binary_ply("<")[:-5], "cannot be read"),
+        (ascii_ply()[:-30], "cannot be read"),
+        (ascii_ply()[:-5], "cannot be read"),
+        (ascii_ply().replace(b"float", b"quaternion"), "cannot be read"),
         (ascii_ply().replace(b"vertex", b"face"), "cannot be read"),
         (ascii_ply().replace(b" red", b" r"), "lacks the vertex properties red"),
         (ascii_ply().replace(b"3.0", b"nan"), "1 points that are not finite"),

@@ -88,7 +88,7 @@ def test_bad_datasets_are_one_sentence(tmp_path):
     shutil.rmtree(no_images / "images")
     with pytest.raises(InputError, match="images does not exist"):
         load_scene(no_images)
-    one_place = write_scene(tmp_path / "one place", 1)
+    one_place = write_scene(tmp_path / "one place", 2, poses=camera_poses(2)[[0, 0]])
     with pytest.raises(InputError, match="one place"):
         load_scene(one_place)
     truncated = write_scene(tmp_path / "truncated", ["a.jpg", "b.jpg"])
