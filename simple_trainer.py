@@ -5,6 +5,8 @@
 The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def train(cfg: Config, scene_name: str) -> None:
 
 def evaluate_checkpoint(run: TrainingRun) -> None:
     """Evaluate the checkpoint that the options name on the test views."""
-    checkpoint = load_checkpoint(run.cfg.ckpt)
+    checkpoint = load_checkpoint(Path(run.cfg.ckpt))
     parameters = {name: value.to(run.device) for name, value in checkpoint.gaussians.items()}
     activated = activate(parameters)
     run.evaluate(

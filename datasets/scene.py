@@ -10,6 +10,7 @@ from datasets.colmap import SparseModel, find_model_dir, load_sparse_model
 from datasets.images import prepare_images
 from datasets.normalize import normalizing_transform, transform_cameras, transform_points
 from datasets.ply import read_points
+from datasets.splits import split_indices
 from errors import InputError
 
 
@@ -27,6 +28,8 @@ class Scene:
     camtoworlds: np.ndarray  # [n, 4, 4] float64, OpenCV convention
     cameras: list[Camera]
     camera_indices: np.ndarray  # [n] int64, into cameras
+    train_ids: np.ndarray  # int64, ascending
+    test_ids: np.ndarray  # int64, ascending
     points: np.ndarray  # [P, 3] float32
     points_rgb: np.ndarray  # [P, 3] uint8
     transform: np.ndarray  # [4, 4] float64, input world -> normalized world
@@ -34,13 +37,20 @@ class Scene:
 
 
 def load_scene(
-    data_dir: Path | str, *, data_factor: float = 1.0, init_ply: bool = False, num_workers: int | None = None
+    data_dir: Path | str,
+    *,
+    data_factor: float = 1.0,
+    test_every: int = 8,
+    test_after: int = -1,
+    init_ply: bool = False,
+    num_workers: int | None = None,
 ) -> Scene:
     """Read a dataset: its COLMAP model, its pictures (scaled where that has not been done) and initial points.
 
     Args:
         data_dir: folder that holds `images` and a COLMAP model in `sparse/0` or `sparse`.
         data_factor: how many times smaller than the originals the pictures should be, at least 1.
+        test_every, test_after: which images are held out; see `datasets.splits.split_indices`.
         init_ply: take the initial points from `points.ply` in the model's folder, in place of points3D.
         num_workers: threads that check and scale pictures; all processors where None.
 
@@ -51,6 +61,7 @@ def load_scene(
     if not data_dir.is_dir():
         raise InputError(f"{data_dir} does not exist or is no folder: set data_dir to a dataset's folder.")
     model = load_sparse_model(data_dir)
+    train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
     points, points_rgb = model.points, model.points_rgb
     if init_ply:
         points, points_rgb = read_points(find_model_dir(data_dir) / "points.ply")
@@ -76,6 +87,8 @@ def load_scene(
         camtoworlds=camtoworlds,
         cameras=cameras,
         camera_indices=camera_indices,
+        train_ids=train_ids,
+        test_ids=test_ids,
         points=transform_points(transform, points).astype(np.float32),
         points_rgb=points_rgb,
         transform=transform,

@@ -123,16 +123,33 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint(monkeypatch, city_block, 
 def test_growth_past_memory_saves_a_checkpoint(monkeypatch, city_block, tmp_path, capsys):
     monkeypatch.setattr(densification, "available_bytes", lambda device: 1000)
     assert train(monkeypatch, city_block, tmp_path, *SHORT_DENSIFYING) == 1
-    message = capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("Stopped: Growing from 600")
     assert "--max_gaussians" in message
-    assert load_checkpoint(tmp_path / "ckpts/ckpt_20.pt").steps == 20
+    assert "ckpt_21.pt" in message
+    assert load_checkpoint(tmp_path / "ckpts/ckpt_21.pt").steps == 21
 
 
 def test_refinement_that_removes_everything_saves_a_checkpoint(monkeypatch, city_block, tmp_path, capsys):
     assert train(monkeypatch, city_block, tmp_path, *SHORT_DENSIFYING, "--prune_opa", 0.49) == 1
-    assert "would remove all" in capsys.readouterr().err
-    assert load_checkpoint(tmp_path / "ckpts/ckpt_20.pt").steps == 20
+    assert "would remove all" in capsys.readouterr().err.splitlines()[-1]
+    assert load_checkpoint(tmp_path / "ckpts/ckpt_21.pt").steps == 21
+
+
+def test_a_picture_that_vanishes_during_training_costs_nothing(monkeypatch, city_block, tmp_path, capsys):
+    data_dir = shutil.copytree(city_block, tmp_path / "data")
+
+    def remove_pictures(self, tag: str, value: float, step: int) -> None:
+        shutil.rmtree(data_dir / "images", ignore_errors=True)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", remove_pictures)
+    options = ("--max_steps", 1000, "--log_every", 10)
+    assert train(monkeypatch, data_dir, tmp_path / "results", *options) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "images/" in message
+    (saved,) = (tmp_path / "results/ckpts").iterdir()
+    assert str(saved) in message
+    assert load_checkpoint(saved).steps >= 10
 
 
 def test_views_that_see_nothing_train(monkeypatch, city_block, tmp_path):
@@ -163,7 +180,7 @@ def truncate_image(data_dir: Path) -> None:
         (shutil.rmtree, [], ["data_dir"]),
         (remove_model, [], ["sparse"]),
         (break_cameras, [], ["cameras.bin"]),
-        (remove_images, [], ["00.png", "09.png", "13"]),
+        (remove_images, [], ["00.png", "09.png", "3 more"]),
         (truncate_image, [], ["05.png"]),
         (None, ["--test_every", -1], ["test_every", "test_after"]),
         (None, ["--test_after", 3], ["test_every", "test_after"]),

@@ -110,6 +110,7 @@ class DeviceGaussians:
             eps=eps,
             fused=True,
         )
+        self.steps_done = 0
 
     @property
     def num_gaussians(self) -> int:
@@ -130,6 +131,7 @@ class DeviceGaussians:
                 group["lr"] = means_lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
 
     def snapshot(self) -> dict[str, Tensor]:
         """The current parameters, detached; not copied."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from traceback import print_exception
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -15,7 +17,6 @@ from tqdm import tqdm
 from configs import Config
 from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
-from datasets.splits import split_indices
 from datasets.synthetic import ensure_city_block
 from errors import InputError
 from rendering.rasterize import check_gsplat
@@ -31,6 +32,8 @@ from training.views import View
 
 class Model(Protocol):
     """What a run asks of the Gaussians that a trainer trains."""
+
+    steps_done: int
 
     @property
     def num_gaussians(self) -> int: ...
@@ -85,17 +88,18 @@ class TrainingRun:
         self.scene: Scene = load_scene(
             cfg.data_dir,
             data_factor=cfg.data_factor,
+            test_every=cfg.test_every,
+            test_after=cfg.test_after,
             init_ply=cfg.init_ply,
             num_workers=cfg.num_workers or None,
         )
         self.scene_scale = 1.1 * self.scene.scene_scale
-        self._train_ids, self._test_ids = split_indices(
-            len(self.scene.image_names), test_every=cfg.test_every, test_after=cfg.test_after
-        )
         self._lpips = load_lpips(cfg.lpips_net, self.device)
         self.times = StageTimes(self.device)
+        self._resources = ExitStack()
+        self._resources.callback(self._results.close)
+        self._model: Model | None = None
         self._interrupted = False
-        self._steps_done = 0
         self._begin = time.perf_counter()
 
     def initial_gaussians(self) -> dict[str, Tensor]:
@@ -117,31 +121,28 @@ class TrainingRun:
             render: Makes the picture [1, H, W, 3] of a view from them, for evaluation.
         """
         self._model, self._render = model, render
-        previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        loader = training_loader(
-            self.scene,
-            self._train_ids,
-            batch_size=self.cfg.batch_size,
-            seed=self.cfg.seed,
-            num_workers=self.cfg.num_workers or None,
-            pin_memory=self.device.type == "cuda",
+        self._resources.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._on_interrupt))
+        loader = self._resources.enter_context(
+            training_loader(
+                self.scene,
+                self.scene.train_ids,
+                batch_size=self.cfg.batch_size,
+                seed=self.cfg.seed,
+                num_workers=self.cfg.num_workers or None,
+                pin_memory=self.device.type == "cuda",
+            )
         )
-        self._bar = tqdm(total=self.cfg.max_steps, desc="train", unit="step", dynamic_ncols=True)
-        try:
-            for step, batch in zip(range(self.cfg.max_steps), loader, strict=False):
-                self.times.start()
-                view = View.from_batch(batch, self.device)
-                self.times.mark("load")
-                yield step, view
-                if self._interrupted:
-                    print(f"Interrupted after {self._steps_done} steps; saved {self._save_checkpoint()}")
-                    break
-        except (TrainingStopped, torch.cuda.OutOfMemoryError) as error:
-            raise self._stopped(error) from error
-        finally:
-            loader.close()
-            self._bar.close()
-            signal.signal(signal.SIGINT, previous_handler)
+        self._bar = self._resources.enter_context(
+            tqdm(total=self.cfg.max_steps, desc="train", unit="step", dynamic_ncols=True)
+        )
+        for step, batch in zip(range(self.cfg.max_steps), loader, strict=False):
+            self.times.start()
+            view = View.from_batch(batch, self.device)
+            self.times.mark("load")
+            yield step, view
+            if self._interrupted:
+                tqdm.write(f"Interrupted after {model.steps_done} steps; saved {self._save_checkpoint()}")
+                return
 
     def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
         """Show, log, evaluate and save what is due after a step.
@@ -152,9 +153,9 @@ class TrainingRun:
             sh_degree: Degree of the spherical harmonics it used.
         """
         cfg = self.cfg
-        self._steps_done = step + 1
+        steps_done = step + 1
         self._bar.update()
-        last = self._steps_done == cfg.max_steps
+        last = steps_done == cfg.max_steps
         if step % 10 == 0 or last:
             # Reading the loss waits for the device, so not at every step.
             self._bar.set_postfix(
@@ -163,15 +164,15 @@ class TrainingRun:
                 sh=sh_degree,
                 mem=format_bytes(peak_bytes(self.device)["device_allocated"]),
             )
-        if self._steps_done % cfg.log_every == 0:
-            self._log(loss)
-        if self._steps_done in cfg.save_steps or last:
+        if steps_done % cfg.log_every == 0:
+            self._log(steps_done, loss)
+        if steps_done in cfg.save_steps or last:
             self._save_checkpoint()
             self._save_train_statistics()
-        if self._steps_done in cfg.ply_steps or last:
+        if steps_done in cfg.ply_steps or last:
             self._results.save_ply(self._checkpoint())
-        if self._steps_done in cfg.eval_steps or last:
-            self.evaluate(self._render, self._steps_done, self._model.num_gaussians)
+        if steps_done in cfg.eval_steps or last:
+            self.evaluate(self._render, steps_done, self._model.num_gaussians)
 
     def evaluate(self, render: Callable[[View], Tensor], steps: int, num_gaussians: int) -> None:
         """Compare renderings of the test views with the photos, print the means and write them to stats/.
@@ -181,7 +182,7 @@ class TrainingRun:
             steps: Training steps that the model has had.
             num_gaussians: Its size.
         """
-        with evaluation_loader(self.scene, self._test_ids, num_workers=self.cfg.num_workers or None) as loader:
+        with evaluation_loader(self.scene, self.scene.test_ids, num_workers=self.cfg.num_workers or None) as loader:
             views = (
                 (self.scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, self.device))
                 for batch in loader
@@ -214,7 +215,10 @@ class TrainingRun:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._results.close()
+        with self._resources:
+            # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
+            if isinstance(error, Exception) and self._model is not None and self._model.steps_done > 0:
+                raise self._stopped(error) from error
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
         if self._interrupted:
@@ -227,13 +231,19 @@ class TrainingRun:
         message = str(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             message = (
-                f"Device memory ran out after {self._steps_done} steps with {self._model.num_gaussians} "
+                f"Device memory ran out after {self._model.steps_done} steps with {self._model.num_gaussians} "
                 "Gaussians: set --max_gaussians, raise --grow_grad2d or raise --data_factor."
             )
-        return TrainingStopped(f"{message} The Gaussians are saved in {self._save_checkpoint()}.")
+        elif not isinstance(error, TrainingStopped | InputError):
+            print_exception(error)  # a defect: whoever mends it wants to see where
+            message = f"An error ended training after {self._model.steps_done} steps."
+        try:
+            return TrainingStopped(f"{message} The Gaussians are saved in {self._save_checkpoint()}.")
+        except (OSError, RuntimeError) as failure:
+            return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
 
     def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self._steps_done, self._model.snapshot(), self.scene.transform)
+        return Checkpoint(self._model.steps_done, self._model.snapshot(), self.scene.transform)
 
     def _save_checkpoint(self) -> str:
         return str(self._results.save_checkpoint(self._checkpoint()))
@@ -244,25 +254,25 @@ class TrainingRun:
         peaks = peak_bytes(self.device)
         self._results.save_statistics(
             "train",
-            self._steps_done,
+            self._model.steps_done,
             {
                 "num_GS": self._model.num_gaussians,
                 "elapsed_seconds": seconds,
-                "steps_per_second": self._steps_done / seconds,
+                "steps_per_second": self._model.steps_done / seconds,
                 "peak_device_bytes_allocated": peaks["device_allocated"],
                 "peak_device_bytes_reserved": peaks["device_reserved"],
                 "peak_host_bytes": peaks["host"],
             },
         )
 
-    def _log(self, loss: Tensor) -> None:
+    def _log(self, steps_done: int, loss: Tensor) -> None:
         writer = self._results.tensorboard
-        writer.add_scalar("train/loss", loss.item(), self._steps_done)
-        writer.add_scalar("train/num_GS", self._model.num_gaussians, self._steps_done)
+        writer.add_scalar("train/loss", loss.item(), steps_done)
+        writer.add_scalar("train/num_GS", self._model.num_gaussians, steps_done)
         for kind, num_bytes in peak_bytes(self.device).items():
-            writer.add_scalar(f"memory/{kind}_GiB", num_bytes / 2**30, self._steps_done)
+            writer.add_scalar(f"memory/{kind}_GiB", num_bytes / 2**30, steps_done)
         for stage, milliseconds in self.times.mean_milliseconds().items():
-            writer.add_scalar(f"stages_ms/{stage}", milliseconds, self._steps_done)
+            writer.add_scalar(f"stages_ms/{stage}", milliseconds, steps_done)
 
 
 def check_options(cfg: Config) -> None:
