@@ -1,0 +1,57 @@
+"""How far the CPU rasterizer is from gsplat on a trained model: image, radii and gradients.
+
+python -m benchmarks.gsplat_agreement --ckpt results/garden/ckpts/ckpt_7000.pt --data_dir data/garden
+
+Needs a CUDA GPU and gsplat. Views are the first, middle and last test picture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import tyro
+
+from datasets.scene import load_scene
+from tests.gaussian_scenes import GaussianScene
+from tests.gsplat_comparison import compare_renders, run
+from training.checkpoints import load_checkpoint
+from training.gaussians import activate
+
+
+def main(ckpt: Path, data_dir: Path) -> None:
+    """Print a Markdown table, one row per view and rasterization mode.
+
+    Args:
+        ckpt: Checkpoint of a trainer.
+        data_dir: The dataset that it was trained on.
+    """
+    gaussians = load_checkpoint(ckpt).gaussians
+    activated = activate(gaussians)
+    dataset = load_scene(data_dir)
+    print(f"{ckpt}, {len(gaussians['means'])} Gaussians, {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| view | mode | visible | seen by one only | other radii | pixels off by > 1e-3 | worst gradient error |")
+    print("|---|---|---|---|---|---|---|")
+    for image_id in dataset.test_ids[[0, len(dataset.test_ids) // 2, -1]]:
+        camera = dataset.cameras[dataset.camera_indices[image_id]]
+        scene = GaussianScene(
+            **{name: activated[name] for name in ("means", "quats", "scales", "opacities")},
+            sh0=gaussians["sh0"],
+            shN=gaussians["shN"],
+            viewmats=torch.linalg.inv(torch.from_numpy(dataset.camtoworlds[image_id]))[None].float(),
+            Ks=torch.from_numpy(camera.K)[None].float(),
+            width=camera.width,
+            height=camera.height,
+        )
+        for mode in ("classic", "antialiased"):
+            options = {"sh_degree": 3, "rasterize_mode": mode, "absgrad": True}
+            result = compare_renders(run(scene, "cpu", **options), run(scene, "cuda", **options))
+            name, error = max(result.gradient_errors.items(), key=lambda item: item[1])
+            print(
+                f"| {dataset.image_names[image_id]} | {mode} | {result.visible} | {result.seen_by_one_only} "
+                f"| {result.differing_radii} | {100 * result.outlier_pixels:.4f} % | {error:.1e} ({name}) |"
+            )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
