@@ -33,14 +33,16 @@ class Run:
     gradients: dict[str, Tensor]  # of the six parameters
 
 
-def run(scene: GaussianScene, device: str, **options) -> Run:
+def run(scene: GaussianScene, device: str, dtype: torch.dtype = torch.float32, **options) -> Run:
     """Render a scene with `rasterize` on a device, and differentiate randomly weighted pixels and alphas.
 
     Args:
         scene: Gaussians after activation; a trained model will do.
+        device: "cuda" is gsplat, "cpu" ours.
+        dtype: float64 on the CPU is the measure of both.
         options: of `rasterize`; `backgrounds=True` stands for a colour per camera.
     """
-    scene = scene.to(device)
+    scene = scene.to(device, dtype)
     colors, alphas, info = render(rasterize, scene, **options)
     info["means2d"].retain_grad()
     ((colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()).backward()
