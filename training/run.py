@@ -160,7 +160,7 @@ class TrainingRun:
             # Reading the loss waits for the device, so not at every step.
             self._bar.set_postfix(
                 loss=f"{loss.item():.4f}",
-                GS=self._model.num_gaussians,
+                GS=f"{self._model.num_gaussians:,}",
                 sh=sh_degree,
                 mem=format_bytes(peak_bytes(self.device)["device_allocated"]),
             )
