@@ -1,5 +1,152 @@
+// Binds the Adam kernels: checks rows, chooses the build that this processor can run, shares the rows among threads.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+
+#include "adam_kernels.h"
 
 namespace nb = nanobind;
 
-void bind_adam(nb::module_&) {}
+namespace offload {
+
+namespace baseline {
+AdamKernel kernel_for(const AdamRows&);
+}
+#ifdef X86_KERNELS
+namespace avx2 {
+AdamKernel kernel_for(const AdamRows&);
+}
+namespace avx512 {
+AdamKernel kernel_for(const AdamRows&);
+}
+#endif
+
+namespace {
+
+AdamKernel best_kernel(const AdamRows& rows) {
+#ifdef X86_KERNELS
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) return avx512::kernel_for(rows);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernel_for(rows);
+#endif
+  return baseline::kernel_for(rows);
+}
+
+template <class T>
+using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+auto data_or_null(const std::optional<Array>& array) {
+  return array ? array->data() : nullptr;
+}
+
+constexpr int64_t kRowsPerTask = 512;
+
+// Calls body(begin, end) on pieces of [0, count) and returns the sum of what it returns.
+template <class Body>
+int64_t sum_over_pieces(int64_t count, int64_t threads, const Body& body) {
+  const int64_t pieces = (count + kRowsPerTask - 1) / kRowsPerTask;
+  const int team = static_cast<int>(std::max<int64_t>(1, std::min(threads, pieces)));
+  (void)team;  // unused without OpenMP
+  int64_t sum = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(team) reduction(+ : sum)
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    sum += body(piece * kRowsPerTask, std::min((piece + 1) * kRowsPerTask, count));
+  return sum;
+}
+
+// Rows are written by several threads: each must be there, and only once.
+bool increasing_within(const int64_t* ids, int64_t count, int64_t rows, int64_t threads) {
+  if (count == 0) return true;
+  if (ids[0] < 0 || ids[count - 1] >= rows) return false;
+  return sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
+           int64_t wrong = 0;
+           for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) wrong += ids[i] <= ids[i - 1];
+           return wrong;
+         }) == 0;
+}
+
+bool within(const int64_t* ids, int64_t count, int64_t rows, int64_t threads) {
+  return sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
+           int64_t wrong = 0;
+           for (int64_t i = begin; i < end; ++i) wrong += ids[i] < 0 || ids[i] >= rows;
+           return wrong;
+         }) == 0;
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> exp_avg_sq,
+               std::optional<Vector<int32_t>> last_step, std::optional<Vector<const int64_t>> ids,
+               std::optional<Matrix<const float>> gradients, std::optional<Vector<const int64_t>> gradient_rows,
+               std::optional<Matrix<float>> out, std::optional<Vector<const int64_t>> out_rows, bool store,
+               int32_t step, Matrix<const float> skipped, Matrix<const float> decays, Matrix<const float> multipliers,
+               Vector<const float> rates, float gradient_weight, float square_weight, float eps, int64_t threads) {
+  const int64_t total = parameters.shape(0), columns = parameters.shape(1);
+  const int64_t count = ids ? ids->shape(0) : total;
+  const auto has_columns = [&](const auto& array) { return static_cast<int64_t>(array.shape(1)) == columns; };
+  const auto has_length = [](const auto& array, int64_t length) {
+    return static_cast<int64_t>(array.shape(0)) == length;
+  };
+
+  // The Python side says which argument is wrong; these only keep every access inside its array.
+  require(has_columns(exp_avg) && has_columns(exp_avg_sq) && has_columns(multipliers) && has_length(exp_avg, total) &&
+              has_length(exp_avg_sq, total) && has_length(rates, columns) &&
+              (!last_step || has_length(*last_step, total)) && (!gradients || has_columns(*gradients)) &&
+              (!out || has_columns(*out)) && (!gradient_rows || has_length(*gradient_rows, count)) &&
+              (!out_rows || has_length(*out_rows, count)) && skipped.shape(1) == multipliers.shape(0) &&
+              decays.shape(1) == 3 && step > 0 && static_cast<int64_t>(skipped.shape(0)) > step &&
+              static_cast<int64_t>(decays.shape(0)) > step,
+          "arrays do not fit together");
+
+  const AdamStep adam_step{gradients ? step - 1 : step,
+                           step,
+                           columns,
+                           static_cast<int64_t>(multipliers.shape(0)),
+                           skipped.data(),
+                           decays.data(),
+                           multipliers.data(),
+                           rates.data(),
+                           gradient_weight,
+                           square_weight,
+                           eps};
+  const AdamRows rows{parameters.data(),       exp_avg.data(),   exp_avg_sq.data(),
+                      data_or_null(last_step), data_or_null(ids), data_or_null(gradients),
+                      data_or_null(gradient_rows), data_or_null(out), data_or_null(out_rows), store};
+  const int64_t gradient_count = gradients ? gradients->shape(0) : 0, out_count = out ? out->shape(0) : 0;
+
+  int64_t refused = 0;
+  {
+    const nb::gil_scoped_release no_gil;
+    require(!rows.ids || increasing_within(rows.ids, count, total, threads),
+            "ids must increase and be rows of the parameters");
+    require(!gradients || (rows.gradient_rows ? within(rows.gradient_rows, count, gradient_count, threads)
+                                              : gradient_count == count),
+            "every row needs a row of gradients");
+    require(!out || (rows.out_rows ? within(rows.out_rows, count, out_count, threads) : out_count == count),
+            "every row needs a row of out");
+    const AdamKernel kernel = best_kernel(rows);
+    refused = sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
+      return kernel(adam_step, rows, begin, end);
+    });
+  }
+  require(refused == 0, "last_step of some rows is negative or not before this step; they were left alone");
+}
+
+}  // namespace
+}  // namespace offload
+
+void bind_adam(nb::module_& module) {
+  module.def("adam_rows", &offload::adam_rows, nb::arg("parameters"), nb::arg("exp_avg"), nb::arg("exp_avg_sq"),
+             nb::arg("last_step").none(), nb::arg("ids").none(), nb::arg("gradients").none(),
+             nb::arg("gradient_rows").none(), nb::arg("out").none(), nb::arg("out_rows").none(), nb::arg("store"),
+             nb::arg("step"), nb::arg("skipped"), nb::arg("decays"), nb::arg("multipliers"), nb::arg("rates"),
+             nb::arg("gradient_weight"), nb::arg("square_weight"), nb::arg("eps"), nb::arg("threads"));
+}

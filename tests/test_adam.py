@@ -1,0 +1,409 @@
+"""Deferred Adam on the host, native and in plain torch, against dense `torch.optim.Adam` in float64."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload.adam import DeferredAdam
+from offload.adam_reference import ReferenceAdam
+from offload.threads import num_threads
+
+BETAS, EPS = (0.9, 0.999), 1e-15
+# Learning rates of the columns of a row relative to those of their schedule.
+APPEARANCE = torch.tensor([[1.0] * 3 + [1 / 20] * 45])  # sh0, shN
+GEOMETRY = torch.tensor([[1.0] * 3 + [0.0] * 9, [0.0] * 3 + [0.5] * 3 + [0.1] * 4 + [5.0] + [0.0]])  # means, the rest
+
+
+@dataclass
+class Rows:
+    parameters: Tensor  # [N, columns]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    last_step: Tensor  # [N]
+
+    def all(self) -> tuple[Tensor, ...]:
+        return self.parameters, self.exp_avg, self.exp_avg_sq, self.last_step
+
+    def copy(self) -> "Rows":
+        return Rows(*(tensor.clone() for tensor in self.all()))
+
+
+def random_rows(n: int, columns: int, dtype: torch.dtype = torch.float32) -> Rows:
+    parameters = torch.randn(n, columns, dtype=torch.float64).to(dtype)
+    return Rows(
+        parameters, torch.zeros_like(parameters), torch.zeros_like(parameters), torch.zeros(n, dtype=torch.int32)
+    )
+
+
+def stepped_rows(n: int, columns: int, multipliers: Tensor, steps: int = 6) -> tuple[DeferredAdam, Rows]:
+    """Rows with moments and stamps of all ages, some never updated, and their optimizer; a step has begun."""
+    rows, adam = random_rows(n, columns), DeferredAdam(multipliers, BETAS, EPS, threads=2)
+    for _ in range(steps):
+        adam.begin_step([1e-2] * len(multipliers))
+        ids = torch.nonzero(torch.rand(n) < 0.3)[:, 0]
+        adam.commit(*rows.all(), ids, torch.randn(len(ids), columns))
+    adam.begin_step([2e-2] * len(multipliers))
+    return adam, rows
+
+
+class DenseOracle:
+    """`torch.optim.Adam` in float64, one parameter for each column, since learning rates differ by column."""
+
+    def __init__(self, parameters: Tensor, betas: tuple[float, float]) -> None:
+        self.columns = [column.clone().requires_grad_() for column in parameters.double().unbind(1)]
+        groups = [{"params": [column], "lr": 0.0} for column in self.columns]
+        self.adam = torch.optim.Adam(groups, betas=betas, eps=EPS, foreach=True)
+
+    def step(self, gradients: Tensor, learning_rates: Tensor) -> None:
+        """gradients [N, columns], learning_rates [columns]."""
+        for i, group in enumerate(self.adam.param_groups):
+            group["lr"] = learning_rates[i].item()
+            self.columns[i].grad = gradients[:, i].double()
+        self.adam.step()
+
+    def reset(self, ids: Tensor) -> None:
+        for name in ("exp_avg", "exp_avg_sq"):
+            for column in self.columns:
+                if column in self.adam.state:
+                    self.adam.state[column][name][ids] = 0
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """parameters, exp_avg, exp_avg_sq, each [N, columns]."""
+        moments = [[self.adam.state[column][name] for column in self.columns] for name in ("exp_avg", "exp_avg_sq")]
+        return tuple(torch.stack([t.detach() for t in tensors], 1) for tensors in (self.columns, *moments))
+
+
+def largest_row_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest of the rows' relative errors (norms); float32 knows nothing below 1e-30."""
+    errors = (actual.double() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
+    return errors.max().item()
+
+
+def train(adam, rows: Rows, oracle: DenseOracle, steps: int, visible: Tensor) -> None:
+    """Sparse random gradients of all sizes for some of the `visible` [N] shares, changing rates, some resets."""
+    n, columns = rows.parameters.shape
+    multipliers = torch.as_tensor(adam.multipliers).double()
+    for step in range(1, steps + 1):
+        decay, noise = 0.01 ** (step / steps), 0.5 + torch.rand(len(multipliers)).double()
+        rates = 1e-2 * decay * noise  # [schedules]
+        adam.begin_step(rates.tolist())
+        mask = torch.rand(n) < visible
+        if step == 1:
+            mask[:] = True
+        if step in (1, steps):  # and nothing in between for row 0: a gap of steps - 1
+            mask[0] = True
+        elif mask[0]:
+            mask[0] = False
+        ids = torch.nonzero(mask)[:, 0]
+        gradients = torch.randn(len(ids), columns) * 10 ** (-8 * torch.rand(len(ids), 1))
+        adam.commit(*rows.all(), ids, gradients.to(rows.parameters.dtype))
+        dense = torch.zeros(n, columns)
+        dense[ids] = gradients
+        oracle.step(dense, rates @ multipliers)
+        if step % 150 == 0:  # densification
+            reset = torch.randperm(n)[: n // 10]
+            reset = reset[reset != 0]
+            adam.forward(*rows.all(), None, values := torch.empty_like(rows.parameters))
+            rows.parameters[reset] = values[reset]
+            rows.exp_avg[reset] = 0
+            rows.exp_avg_sq[reset] = 0
+            rows.last_step[reset] = adam.step_count
+            oracle.reset(reset)
+
+
+def native(multipliers: Tensor, betas: tuple[float, float]) -> DeferredAdam:
+    return DeferredAdam(multipliers, betas, EPS, threads=2)
+
+
+def reference(multipliers: Tensor, betas: tuple[float, float]) -> ReferenceAdam:
+    return ReferenceAdam(multipliers, betas, EPS)
+
+
+@pytest.mark.parametrize("make", [native, reference])
+@pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_thousand_sparse_steps_equal_dense_adam(make, multipliers, batch):
+    torch.manual_seed(0)
+    n, columns, steps = 200, multipliers.shape[1], 1000
+    betas = (BETAS[0] ** batch, BETAS[1] ** batch)
+    adam, rows = make(multipliers, betas), random_rows(n, columns)
+    oracle = DenseOracle(rows.parameters, betas)
+    train(adam, rows, oracle, steps, visible=10 ** -(3.2 * torch.rand(n)))  # gaps from 1 to 999 steps
+    assert rows.last_step.min() < steps - 300
+
+    forwarded = torch.empty_like(rows.parameters)
+    adam.forward(*rows.all(), None, forwarded)
+    adam.commit(*rows.all(), None, None)
+    assert torch.equal(rows.last_step, torch.full((n,), steps, dtype=torch.int32))
+    parameters, exp_avg, exp_avg_sq = oracle.state()
+    assert largest_row_error(forwarded, parameters) < 1e-5
+    assert largest_row_error(rows.parameters, parameters) < 1e-5
+    assert largest_row_error(rows.exp_avg, exp_avg) < 1e-5
+    assert largest_row_error(rows.exp_avg_sq, exp_avg_sq) < 1e-5
+
+
+def test_reference_in_float64_is_dense_adam_to_rounding():
+    torch.manual_seed(0)
+    adam, rows = ReferenceAdam(GEOMETRY, BETAS, EPS), random_rows(40, 12, torch.float64)
+    oracle = DenseOracle(rows.parameters, BETAS)
+    train(adam, rows, oracle, steps=300, visible=torch.full((40,), 0.05))
+    adam.commit(*rows.all(), None, None)
+    # What remains is eps = 1e-15 beside sqrt(v), from 1e-9 on.
+    for actual, expected, bound in zip(rows.all(), oracle.state(), (1e-6, 1e-12, 1e-12), strict=False):
+        assert largest_row_error(actual, expected) < bound
+
+
+def test_catching_up_one_step_too_few_is_seen():
+    torch.manual_seed(0)
+    errors = []
+    for shift in (0, 1):
+        adam, rows = native(APPEARANCE, BETAS), random_rows(50, 48)
+        oracle = DenseOracle(rows.parameters, BETAS)
+        for _ in range(20):
+            rates = torch.tensor([1e-2], dtype=torch.float64)
+            adam.begin_step(rates.tolist())
+            ids = torch.nonzero(torch.rand(50) < 0.1)[:, 0]
+            gradients = torch.randn(len(ids), 48)
+            rows.last_step += shift * (rows.last_step > 0) * (rows.last_step < adam.step_count - 1)
+            adam.commit(*rows.all(), ids, gradients)
+            rows.last_step[:] -= shift * (rows.last_step > 0) * (rows.last_step < adam.step_count)
+            oracle.step(torch.zeros(50, 48).index_add(0, ids, gradients), rates @ APPEARANCE.double())
+        adam.commit(*rows.all(), None, None)
+        errors.append([largest_row_error(a, b) for a, b in zip(rows.all(), oracle.state(), strict=False)])
+    assert max(errors[0]) < 1e-5
+    assert min(errors[1]) > 1e-4
+
+
+@pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_forward_gives_what_commit_stores_and_leaves_the_rows(multipliers, with_gradients):
+    torch.manual_seed(0)
+    columns = multipliers.shape[1]
+    adam, rows = stepped_rows(1500, columns, multipliers)
+    before, ids = rows.copy(), torch.nonzero(torch.rand(1500) < 0.5)[:, 0]
+    gradients = torch.randn(len(ids), columns) if with_gradients else None
+    forwarded = torch.empty(len(ids), columns)
+    adam.forward(*rows.all(), ids, forwarded, gradients)
+    assert all(map(torch.equal, rows.all(), before.all()))
+
+    adam.commit(*rows.all(), ids, gradients)
+    assert torch.equal(rows.parameters[ids], forwarded)
+    assert not torch.equal(rows.parameters[ids], before.parameters[ids])
+    others = torch.ones(1500, dtype=torch.bool)
+    others[ids] = False
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(rows.all(), before.all(), strict=True))
+
+
+def test_commit_and_forward_is_commit_then_forward():
+    torch.manual_seed(0)
+    adam, rows = stepped_rows(700, 48, APPEARANCE)
+    both, ids = rows.copy(), torch.nonzero(torch.rand(700) < 0.5)[:, 0]
+    gradients, out = torch.randn(len(ids), 48), torch.empty(len(ids), 48)
+    adam.commit(*rows.all(), ids, gradients)
+    adam.commit_and_forward(*both.all(), ids, gradients, out)
+    assert all(map(torch.equal, rows.all(), both.all()))
+    assert torch.equal(out, rows.parameters[ids])
+
+
+def test_rows_of_larger_staging_buffers():
+    torch.manual_seed(0)
+    adam, rows = stepped_rows(700, 48, APPEARANCE)
+    same, ids = rows.copy(), torch.nonzero(torch.rand(700) < 0.5)[:, 0]
+    v = len(ids)
+    staged_gradients, staged_values = torch.randn(900, 48), torch.full((800, 48), 7.0)
+    gradient_rows, out_rows = torch.randperm(900)[:v], torch.randperm(800)[:v]
+    adam.commit_and_forward(
+        *rows.all(), ids, staged_gradients, staged_values, gradient_rows=gradient_rows, out_rows=out_rows
+    )
+    out = torch.empty(v, 48)
+    adam.commit_and_forward(*same.all(), ids, staged_gradients[gradient_rows], out)
+    assert all(map(torch.equal, rows.all(), same.all()))
+    assert torch.equal(staged_values[out_rows], out)
+    untouched = torch.ones(800, dtype=torch.bool)
+    untouched[out_rows] = False
+    assert (staged_values[untouched] == 7).all()
+
+
+@pytest.mark.parametrize("columns", [1, 3, 12, 13, 16, 27, 48, 50])
+@pytest.mark.parametrize("n", [1, 5, 1030])
+def test_native_visits_equal_the_reference_at_any_size(n, columns):
+    torch.manual_seed(0)
+    multipliers = torch.rand(3, columns)
+    ours, theirs = DeferredAdam(multipliers, BETAS, EPS, threads=7), ReferenceAdam(multipliers, BETAS, EPS)
+    rows = random_rows(n, columns)
+    expected = Rows(rows.parameters.double(), rows.exp_avg.double(), rows.exp_avg_sq.double(), rows.last_step.clone())
+    for share in (1.0, 0.5, 0.0, 0.7):
+        ids = torch.nonzero(torch.rand(n) < share)[:, 0]
+        gradients, out = torch.randn(len(ids), columns), torch.empty(len(ids), columns)
+        expected_out = out.double()
+        for adam, state, g, o in ((ours, rows, gradients, out), (theirs, expected, gradients.double(), expected_out)):
+            adam.begin_step([1e-2, 2e-2, 0.0])
+            adam.commit_and_forward(*state.all(), ids, g, o)
+        torch.testing.assert_close(out.double(), expected_out, rtol=1e-6, atol=1e-7)
+    for actual, value in zip(rows.all(), expected.all(), strict=True):
+        torch.testing.assert_close(actual.double(), value.double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("n", "multipliers"), [(1, APPEARANCE), (600, APPEARANCE), (600, GEOMETRY)])
+def test_dense_is_torch_adam(n, multipliers):
+    torch.manual_seed(0)
+    columns = multipliers.shape[1]
+    adam, rows = DeferredAdam(multipliers, BETAS, EPS, threads=3), random_rows(n, columns)
+    oracle = DenseOracle(rows.parameters, BETAS)
+    for step in range(50):
+        rates = torch.full((len(multipliers),), 1e-2 / (1 + step), dtype=torch.float64)
+        gradients = torch.randn(n, columns) * (torch.rand(n, 1) < 0.3)
+        adam.begin_step(rates.tolist())
+        adam.dense(rows.parameters, rows.exp_avg, rows.exp_avg_sq, gradients)
+        oracle.step(gradients, rates @ multipliers.double())
+    for actual, expected in zip(rows.all(), oracle.state(), strict=False):
+        assert largest_row_error(actual, expected) < 2e-6
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    adam, rows = stepped_rows(5000, 12, GEOMETRY)
+    ids = torch.nonzero(torch.rand(5000) < 0.9)[:, 0]
+    gradients, results = torch.randn(len(ids), 12), []
+    for threads in (1, 2, 5, 64):
+        adam.threads = threads
+        copy = rows.copy()
+        adam.commit(*copy.all(), ids, gradients)
+        results.append(copy)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0].all(), other.all()))
+
+
+def test_a_parameter_without_gradient_stays_and_a_tiny_one_is_finite():
+    adam, rows = DeferredAdam(torch.ones(1, 4), BETAS, EPS, threads=1), random_rows(1, 4)
+    start, gradient = rows.parameters.clone(), torch.tensor([[0.0, 1e-30, 1e-10, 1.0]])
+    oracle = DenseOracle(rows.parameters, BETAS)
+    for step in range(60):
+        adam.begin_step([1e-2])
+        if step == 0:
+            adam.commit(*rows.all(), None, gradient)
+        oracle.step(gradient * (step == 0), torch.full((4,), 1e-2))
+    out = torch.empty(1, 4)
+    adam.forward(*rows.all(), None, out)
+    assert out[0, 0] == start[0, 0]
+    assert out[0, 1] == start[0, 1]  # eps holds it back
+    torch.testing.assert_close(out.double(), oracle.state()[0], rtol=0, atol=1e-5)
+
+
+def test_a_gap_of_200_000_steps():
+    adam, rows = DeferredAdam(torch.ones(1, 4), BETAS, EPS, threads=1), random_rows(3, 4)
+    before = rows.copy()
+    adam.begin_step([1e-2])
+    gradients = torch.ones(3, 4)
+    adam.commit(*rows.all(), None, gradients)
+    for _ in range(200_000):
+        adam.begin_step([1e-2])
+    # Since then m / sqrt(v) has faded: the sum of its 200 001 steps, in float64.
+    b1, b2 = BETAS
+    i = torch.arange(1, 200_002, dtype=torch.float64)
+    m, v = (1 - b1) * b1 ** (i - 1), (1 - b2) * b2 ** (i - 1)
+    travel = (1e-2 * m / (1 - b1**i) / ((v / (1 - b2**i)).sqrt() + EPS)).nan_to_num().sum()
+    out = torch.empty(3, 4)
+    adam.forward(*rows.all(), None, out)
+    torch.testing.assert_close(out.double(), before.parameters.double() - travel, rtol=1e-6, atol=1e-7)
+    adam.commit(*rows.all(), None, gradients)
+    assert torch.equal(rows.exp_avg, torch.full((3, 4), 1 - b1))
+    torch.testing.assert_close(rows.exp_avg_sq, torch.full((3, 4), 1 - b2))
+    assert rows.last_step.tolist() == [200_001] * 3
+
+
+def test_nothing_visible_changes_nothing():
+    adam, rows = stepped_rows(10, 48, APPEARANCE)
+    before, none = rows.copy(), torch.empty(0, dtype=torch.int64)
+    adam.commit(*rows.all(), none, torch.empty(0, 48))
+    adam.forward(*rows.all(), none, torch.empty(0, 48))
+    adam.commit_and_forward(*rows.all(), none, torch.empty(0, 48), torch.empty(0, 48))
+    assert all(map(torch.equal, rows.all(), before.all()))
+    empty = random_rows(0, 48)
+    adam.commit(*empty.all(), None, torch.empty(0, 48))
+    adam.forward(*empty.all(), None, torch.empty(0, 48))
+
+
+def int64(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("ids", int64(3, 2), "ids must increase"),
+        ("ids", int64(2, 2), "ids must increase"),
+        ("ids", int64(-1, 2), "ids must increase"),
+        ("ids", int64(2, 10), "ids must increase"),
+        ("ids", torch.tensor([1, 2], dtype=torch.int32), "ids must be contiguous torch.int64"),
+        ("ids", int64(1, 2, 3, 4)[::2], "not contiguous"),
+        ("gradients", torch.zeros(3, 48), r"gradients must be contiguous torch.float32 \[2, 48\]"),
+        ("gradients", torch.zeros(2, 48, dtype=torch.float64), "gradients must be"),
+        ("gradient_rows", int64(0, 2), "row of gradients"),
+        ("gradient_rows", int64(-1, 0), "row of gradients"),
+        ("gradient_rows", int64(0), "gradient_rows must be"),
+        ("out", torch.zeros(1, 48), "out must be"),
+        ("out", torch.zeros(48, 2).T, "out must be"),
+        ("out_rows", int64(0, 2), "row of out"),
+        ("out_rows", int64(0, -1), "row of out"),
+        ("parameters", torch.zeros(10, 12), "parameters must be"),
+        ("exp_avg", torch.zeros(9, 48), "exp_avg must be"),
+        ("exp_avg_sq", torch.zeros(10, 48, dtype=torch.float16), "exp_avg_sq must be"),
+        ("last_step", torch.zeros(10, dtype=torch.int64), "last_step must be"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_change_nothing(argument, value, message):
+    adam, rows = stepped_rows(10, 48, APPEARANCE)
+    arguments = {
+        "parameters": rows.parameters,
+        "exp_avg": rows.exp_avg,
+        "exp_avg_sq": rows.exp_avg_sq,
+        "last_step": rows.last_step,
+        "ids": int64(2, 3),
+        "gradients": torch.ones(2, 48),
+        "gradient_rows": int64(1, 0),
+        "out": torch.zeros(2, 48),
+        "out_rows": int64(0, 1),
+    }
+    if argument in ("gradients", "out"):
+        arguments[f"{argument.removesuffix('s')}_rows"] = None
+    before = rows.copy()
+    with pytest.raises(ValueError, match=message):
+        adam.commit_and_forward(**{**arguments, argument: value})
+    assert all(map(torch.equal, rows.all(), before.all()))
+    adam.commit_and_forward(**arguments)  # as they were, they are right
+
+
+@pytest.mark.parametrize("stamp", [-1, 7, 1_000_000])
+def test_impossible_stamps_are_refused_and_left_alone(stamp):
+    adam, rows = stepped_rows(10, 48, APPEARANCE)  # step 7 has begun
+    rows.last_step[4] = stamp
+    before = rows.copy()
+    with pytest.raises(ValueError, match="last_step"):
+        adam.commit(*rows.all(), int64(3, 4, 5), torch.ones(3, 48))
+    assert all(torch.equal(a[4], b[4]) for a, b in zip(rows.all(), before.all(), strict=True))
+    assert rows.last_step.tolist()[3:6] == [7, stamp, 7]
+
+
+def test_impossible_settings_are_refused():
+    for betas in ((0.999, 0.9), (-0.1, 0.9), (0.9, 1.0)):
+        with pytest.raises(ValueError, match="betas"):
+            DeferredAdam(APPEARANCE, betas, EPS)
+    with pytest.raises(ValueError, match="eps"):
+        DeferredAdam(APPEARANCE, BETAS, 0.0)
+    with pytest.raises(ValueError, match="multipliers"):
+        DeferredAdam(APPEARANCE[0], BETAS, EPS)
+    adam, rows = DeferredAdam(APPEARANCE, BETAS, EPS), random_rows(2, 48)
+    with pytest.raises(ValueError, match="begin_step"):
+        adam.forward(*rows.all(), None, torch.empty(2, 48))
+    with pytest.raises(ValueError, match="2 learning rates for 1 schedules"):
+        adam.begin_step([1.0, 1.0])
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("3", 3), ("5,2", 5), ("0", None), ("many", None), ("", None)])
+def test_number_of_threads(monkeypatch, variable, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert num_threads() == (expected or len(os.sched_getaffinity(0)))
