@@ -30,7 +30,8 @@ class ResultFolder:
         try:
             for name in ("ckpts", "stats", "renders", "ply", "tb"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            (self.path / "cfg.yml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+            if not cfg.ckpt:  # evaluating a checkpoint leaves the options it was trained with
+                (self.path / "cfg.yml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
         except OSError as error:
             raise InputError(
                 f"result_dir {self.path} cannot be written ({error.strerror}): choose another --result_dir."
