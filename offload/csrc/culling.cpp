@@ -1,5 +1,273 @@
+// Visible ids of cameras, from geometry rows and the bounds of their blocks. Blocks that no camera can see are
+// rejected without a look at their rows; every other row is tested by itself (culling_kernels.cpp).
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "culling_kernels.h"
 
 namespace nb = nanobind;
 
-void bind_culling(nb::module_&) {}
+namespace offload {
+
+#define DECLARE_KERNELS(isa)            \
+  namespace isa {                       \
+  extern const CullingKernels kernels;  \
+  }
+
+DECLARE_KERNELS(culling_baseline)
+#ifdef X86_KERNELS
+DECLARE_KERNELS(culling_avx2)
+DECLARE_KERNELS(culling_avx512)
+#endif
+
+const CullingKernels& culling_kernels() {
+#ifdef X86_KERNELS
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  return avx512 ? culling_avx512::kernels : avx2 ? culling_avx2::kernels : culling_baseline::kernels;
+#else
+  return culling_baseline::kernels;
+#endif
+}
+
+namespace {
+
+using Geometry = nb::ndarray<const float, nb::shape<-1, kGeometryColumns>, nb::c_contig, nb::device::cpu>;
+using Bounds = nb::ndarray<float, nb::shape<-1, 8>, nb::c_contig, nb::device::cpu>;
+using Matrices4 = nb::ndarray<const float, nb::shape<-1, 4, 4>, nb::c_contig, nb::device::cpu>;
+using Matrices3 = nb::ndarray<const float, nb::shape<-1, 3, 3>, nb::c_contig, nb::device::cpu>;
+using ConstIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ids = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+constexpr int64_t kChunkBlocks = 32;  // blocks that a thread takes at once
+constexpr int64_t kChunkTiles = kChunkBlocks * kBlockTiles;
+
+struct BlockBounds {
+  float low[3], high[3];  // of the means; NaN where the rows are not finite
+  float largest_scale;    // world units
+  float unused;
+};
+
+BlockBounds bounds_of(const float* rows, int64_t count) {
+  float low[6], high[6], finite[6] = {};
+  std::copy_n(rows, 6, low);
+  std::copy_n(rows, 6, high);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < 6; ++c) {  // means and log scales
+      const float value = rows[kGeometryColumns * i + c];
+      low[c] = std::min(low[c], value);
+      high[c] = std::max(high[c], value);
+      finite[c] += 0.0f * value;
+    }
+  }
+  BlockBounds bounds{};
+  for (int c = 0; c < 3; ++c) {
+    bounds.low[c] = low[c] + finite[c] + finite[3 + c];
+    bounds.high[c] = high[c];
+  }
+  bounds.largest_scale = std::exp(std::max(high[3], std::max(high[4], high[5])));
+  return bounds;
+}
+
+// A half space that everything drawn meets: normal . mean + offset + reach * scale + error_reach * error >= 0, for a
+// ball of the largest scale around a mean that is known up to an error.
+struct Plane {
+  double normal[3];  // in world space
+  double offset, reach, error_reach;
+};
+
+struct Frustum {
+  View view;
+  Plane planes[6];
+  double error, relative_error;  // of coordinates: world units, and relative to their size
+};
+
+struct Limits {
+  float width, height, near_plane, far_plane, eps2d;
+  bool antialiased;
+};
+
+struct Margin {
+  float means, quats, scales, opacities, pixels;
+};
+
+Frustum make_frustum(const float* viewmat, const float* K, const Limits& limits, const Margin& margin) {
+  Frustum f;
+  View& v = f.view;
+  double largest_translation = 0;
+  for (int r = 0; r < 3; ++r) {
+    std::copy_n(viewmat + 4 * r, 3, v.rotation + 3 * r);
+    v.translation[r] = viewmat[4 * r + 3];
+    largest_translation = std::max<double>(largest_translation, std::fabs(v.translation[r]));
+  }
+  v.fx = K[0], v.fy = K[4], v.cx = K[2], v.cy = K[5];
+  v.width = limits.width, v.height = limits.height;
+  v.near_plane = limits.near_plane, v.far_plane = limits.far_plane;
+  v.eps2d = limits.eps2d, v.antialiased = limits.antialiased;
+  v.move = std::sqrt(3.0f) * margin.means;  // three and four components
+  v.turn = 2.0f * margin.quats;
+  v.growth = std::exp(margin.scales);
+  v.logit_gain = margin.opacities;
+  v.extra_pixels = margin.pixels;
+  // ceil(extent sqrt(sigma^2 + eps2d)) <= extent sigma + extent sqrt(eps2d) + 1
+  v.blur_reach = 1.0001f * kOpaqueExtent * std::sqrt(v.eps2d) + 1.01f + v.extra_pixels;
+
+  const float focal[2] = {v.fx, v.fy}, centre[2] = {v.cx, v.cy}, size[2] = {v.width, v.height};
+  for (int axis = 0; axis < 2; ++axis) {
+    // gsplat cuts the slope at 15 % of the picture's extent beyond its borders.
+    const float beyond = 0.15f * size[axis] / focal[axis];
+    v.slope_low[axis] = -(centre[axis] / focal[axis] + beyond);
+    v.slope_high[axis] = (size[axis] - centre[axis]) / focal[axis] + beyond;
+    const float steepest = std::max(std::fabs(v.slope_low[axis]), std::fabs(v.slope_high[axis]));
+    v.reach[axis] = 1.0005f * kOpaqueExtent * v.growth * focal[axis] * std::sqrt(1.0f + steepest * steepest);
+    v.error_reach[axis] = focal[axis] + std::fabs(centre[axis]) + size[axis] + v.blur_reach;
+  }
+
+  const auto plane = [&](double x, double y, double z, double constant, double reach, double error_reach) {
+    Plane p;
+    p.offset = constant + x * v.translation[0] + y * v.translation[1] + z * v.translation[2];
+    for (int k = 0; k < 3; ++k) p.normal[k] = x * v.rotation[k] + y * v.rotation[3 + k] + z * v.rotation[6 + k];
+    p.reach = reach;
+    p.error_reach = error_reach;
+    return p;
+  };
+  const double blur = v.blur_reach;
+  f.planes[0] = plane(v.fx, 0, v.cx + blur, 0, v.reach[0], v.error_reach[0]);
+  f.planes[1] = plane(-v.fx, 0, v.width - v.cx + blur, 0, v.reach[0], v.error_reach[0]);
+  f.planes[2] = plane(0, v.fy, v.cy + blur, 0, v.reach[1], v.error_reach[1]);
+  f.planes[3] = plane(0, -v.fy, v.height - v.cy + blur, 0, v.reach[1], v.error_reach[1]);
+  f.planes[4] = plane(0, 0, 1, -v.near_plane, 0, 1);
+  f.planes[5] = plane(0, 0, -1, v.far_plane, 0, 1);
+  f.relative_error = 1e-6;
+  f.error = v.move + f.relative_error * largest_translation;
+  return f;
+}
+
+bool misses(const Frustum& f, const BlockBounds& b) {
+  double centre[3], half[3], size = 0;
+  for (int k = 0; k < 3; ++k) {
+    centre[k] = 0.5 * (static_cast<double>(b.low[k]) + b.high[k]);
+    half[k] = 0.5 * (static_cast<double>(b.high[k]) - b.low[k]);
+    size += std::fabs(centre[k]) + half[k];
+  }
+  const double error = f.error + f.relative_error * size;
+  for (const Plane& p : f.planes) {
+    double value = p.offset + p.reach * b.largest_scale + p.error_reach * error;
+    for (int k = 0; k < 3; ++k) value += p.normal[k] * centre[k] + std::fabs(p.normal[k]) * half[k];
+    if (value < 0) return true;
+  }
+  return false;
+}
+
+void update_bounds(const float* rows, int64_t n, int64_t block, BlockBounds* bounds) {
+  const int64_t first = block * kBlockRows;
+  bounds[block] = bounds_of(rows + kGeometryColumns * first, std::min<int64_t>(kBlockRows, n - first));
+}
+
+void compute_bounds(Geometry geometry, Bounds bounds, int threads) {
+  const int64_t n = geometry.shape(0), blocks = bounds.shape(0);
+  const float* rows = geometry.data();
+  BlockBounds* to = reinterpret_cast<BlockBounds*>(bounds.data());
+  (void)threads;  // unused without OpenMP
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t block = 0; block < blocks; ++block) update_bounds(rows, n, block, to);
+}
+
+void compute_bounds_of(Geometry geometry, ConstIds ids, Bounds bounds, int threads) {
+  const int64_t n = geometry.shape(0), count = ids.shape(0);
+  const float* rows = geometry.data();
+  const int64_t* id = ids.data();
+  BlockBounds* to = reinterpret_cast<BlockBounds*>(bounds.data());
+  (void)threads;
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic, 4096) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t block = id[i] / kBlockRows;
+    if (i == 0 || id[i - 1] / kBlockRows != block) update_bounds(rows, n, block, to);  // the block's first id
+  }
+}
+
+// Sets bit i of `bits` where row i may be drawn in any camera, and `chunk_ends` to the number of such rows up to each
+// chunk's end. Returns their number.
+int64_t mark_visible(Geometry geometry, Bounds bounds, Matrices4 viewmats, Matrices3 Ks, float width, float height,
+                     float near_plane, float far_plane, float eps2d, bool antialiased, float move_means,
+                     float move_quats, float move_scales, float move_opacities, float pixels, Ids bits,
+                     Ids chunk_ends, int threads) {
+  const int64_t n = geometry.shape(0), blocks = bounds.shape(0), chunks = chunk_ends.shape(0);
+  const Limits limits{width, height, near_plane, far_plane, eps2d, antialiased};
+  const Margin margin{move_means, move_quats, move_scales, move_opacities, pixels};
+  std::vector<Frustum> frusta;
+  for (size_t c = 0; c < viewmats.shape(0); ++c) {
+    frusta.push_back(make_frustum(viewmats.data() + 16 * c, Ks.data() + 9 * c, limits, margin));
+  }
+  const float* rows = geometry.data();
+  const BlockBounds* block_bounds = reinterpret_cast<const BlockBounds*>(bounds.data());
+  uint64_t* words = reinterpret_cast<uint64_t*>(bits.data());
+  int64_t* ends = chunk_ends.data();
+  const CullingKernels& kernels = culling_kernels();
+  (void)threads;
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int64_t visible = 0;
+    for (int64_t block = chunk * kChunkBlocks; block < std::min(blocks, (chunk + 1) * kChunkBlocks); ++block) {
+      uint64_t* word = words + block * kBlockTiles;
+      std::fill_n(word, kBlockTiles, 0);
+      for (const Frustum& frustum : frusta) {
+        if (misses(frustum, block_bounds[block])) continue;
+        for (int tile = 0; tile < kBlockTiles; ++tile) {
+          const int64_t first = block * kBlockRows + tile * kTileRows;
+          const int count = static_cast<int>(std::min<int64_t>(kTileRows, n - first));
+          if (count > 0) word[tile] |= kernels.visible_rows(frustum.view, rows + kGeometryColumns * first, count);
+        }
+      }
+      for (int tile = 0; tile < kBlockTiles; ++tile) visible += __builtin_popcountll(word[tile]);
+    }
+    ends[chunk] = visible;
+  }
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) ends[chunk] += ends[chunk - 1];
+  return chunks ? ends[chunks - 1] : 0;
+}
+
+// Writes the row numbers that mark_visible has found, ascending.
+void write_marked(Ids bits, Ids chunk_ends, Ids ids, int threads) {
+  const int64_t chunks = chunk_ends.shape(0), word_count = bits.shape(0);
+  const uint64_t* words = reinterpret_cast<const uint64_t*>(bits.data());
+  const int64_t* ends = chunk_ends.data();
+  int64_t* out = ids.data();
+  (void)threads;
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int64_t* to = out + (chunk ? ends[chunk - 1] : 0);
+    for (int64_t i = chunk * kChunkTiles; i < std::min(word_count, (chunk + 1) * kChunkTiles); ++i) {
+      for (uint64_t rest = words[i]; rest; rest &= rest - 1) *to++ = kTileRows * i + __builtin_ctzll(rest);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace offload
+
+void bind_culling(nb::module_& module) {
+  using namespace nb::literals;
+  using namespace offload;
+  module.attr("BLOCK_ROWS") = nb::int_(kBlockRows);
+  module.attr("BLOCK_WORDS") = nb::int_(kBlockTiles);
+  module.attr("CHUNK_BLOCKS") = nb::int_(kChunkBlocks);
+  module.def("compute_bounds", compute_bounds, "geometry"_a, "bounds"_a.noconvert(), "threads"_a);
+  module.def("compute_bounds_of", compute_bounds_of, "geometry"_a, "ids"_a, "bounds"_a.noconvert(), "threads"_a);
+  module.def("mark_visible", mark_visible, "geometry"_a.noconvert(), "bounds"_a.noconvert(), "viewmats"_a, "Ks"_a,
+             "width"_a, "height"_a, "near_plane"_a, "far_plane"_a, "eps2d"_a, "antialiased"_a, "move_means"_a,
+             "move_quats"_a, "move_scales"_a, "move_opacities"_a, "pixels"_a, "bits"_a.noconvert(), "chunk_ends"_a.noconvert(),
+             "threads"_a);
+  module.def("write_marked", write_marked, "bits"_a.noconvert(), "chunk_ends"_a.noconvert(), "ids"_a.noconvert(),
+             "threads"_a);
+}

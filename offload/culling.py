@@ -1,0 +1,305 @@
+"""Visible ids of cameras, from geometry alone: natively on the CPU, with torch operations on a device.
+
+Both answer for gsplat's projection (1.5.3): a Gaussian is drawn where its depth lies between the planes, its opacity
+(times the compensation of Mip-Splatting when antialiased) is at least 1/255, and a rectangle around its centre meets
+the picture, of radii ceil(extent * sqrt(cov + eps2d)) with extent = min(3.33, sqrt(2 ln(255 opacity))). None that is
+drawn is ever left out: every bound allows for float rounding, in the rasterizer and here, and for the margin. What is
+returned in excess is a matter of that rounding, far below one percent without a margin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload import _native
+from offload.threads import num_threads
+
+_OPAQUE_EXTENT = 3.33  # standard deviations at which opacity 1 has fallen to 1/255
+_LOGIT_THRESHOLD = -math.log(254)  # logit of 1/255
+# What the rasterizer's and our float operations may be off, as in csrc/culling_kernels.cpp.
+_POSITION_ERROR = 5e-7  # of camera-space coordinates, relative to the summands
+_COVARIANCE_ERROR = 2e-6  # of image covariances, relative to the largest they could be
+_RELATIVE = 1e-5  # of everything else
+
+_CHUNK_ROWS = 2**20  # rows whose temporaries live together on the device: at most about 200 bytes per row
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """C pinhole cameras of one picture size, and how the rasterizer draws them."""
+
+    viewmats: Tensor  # [C, 4, 4] float32 on the CPU, world to camera, rigid
+    Ks: Tensor  # [C, 3, 3] float32 on the CPU, pixels
+    width: int
+    height: int
+    near_plane: float = 0.01
+    far_plane: float = 1e10
+    eps2d: float = 0.3  # pixels^2
+    antialiased: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.near_plane < self.far_plane:
+            raise ValueError(f"near_plane {self.near_plane} and far_plane {self.far_plane} are not 0 < near < far")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How much geometry may move between culling and drawing: the largest change of any one number of a row."""
+
+    means: float = 0.0  # world units
+    scales: float = 0.0  # of log scales
+    quats: float = 0.0  # of stored quaternions
+    opacities: float = 0.0  # of logit opacities
+    pixels: float = 0.0  # added to the radii on top
+
+
+class BlockBounds:
+    """Bounds of blocks of consecutive geometry rows, which let most of a large scene be culled without reading it.
+
+    In Morton order a block is small. Holds 32 bytes per block of 256 rows, and the space that `visible_ids` works in.
+    """
+
+    def __init__(self, geometry: Tensor) -> None:
+        """Args: geometry: [N, 12] float32 on the CPU: means, log scales, quats, logit opacities, unused."""
+        self.rebuild(geometry)
+
+    def rebuild(self, geometry: Tensor) -> None:
+        """Bounds of all blocks, for any number of rows: after densification, or when all rows have moved."""
+        blocks = -(-len(geometry) // _native.BLOCK_ROWS)
+        self.rows = len(geometry)
+        self.bounds = torch.empty(blocks, 8)  # low 3, high 3 of the means; largest scale; unused
+        self.bits = torch.empty(blocks * _native.BLOCK_WORDS, dtype=torch.int64)  # one per row
+        self.chunk_ends = torch.empty(-(-blocks // _native.CHUNK_BLOCKS), dtype=torch.int64)
+        _native.compute_bounds(_rows(geometry), self.bounds.numpy(), num_threads())
+
+    def update(self, geometry: Tensor, ids: Tensor) -> None:
+        """Bounds of the blocks of the rows `ids` (sorted int64 [V]), which have moved."""
+        self._check(geometry)
+        if len(ids) and not 0 <= ids[0] <= ids[-1] < self.rows:
+            raise ValueError(f"ids reach from {ids[0]} to {ids[-1]}, but there are {self.rows} rows")
+        _native.compute_bounds_of(_rows(geometry), ids.numpy(), self.bounds.numpy(), num_threads())
+
+    def _check(self, geometry: Tensor) -> None:
+        if len(geometry) != self.rows:
+            raise ValueError(f"{len(geometry)} rows of geometry, but bounds of {self.rows}; rebuild them")
+
+
+def _rows(geometry: Tensor):
+    return geometry.detach().numpy()
+
+
+def visible_ids(
+    geometry: Tensor, bounds: BlockBounds, cameras: Cameras, margin: Margin | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The rows that any of the cameras may draw, on the CPU, in parallel.
+
+    Args:
+        geometry: [N, 12] float32 on the CPU: means 3, log scales 3, quats 4, logit opacities 1, unused 1.
+        bounds: of the same rows.
+        cameras: the pictures to be drawn.
+        margin: how much the rows may still move.
+        out: int64 [M] to write the ids to, M large enough; without it memory is allocated.
+
+    Returns:
+        Sorted int64 [V]; the first V of `out`, where given.
+
+    Raises:
+        ValueError: bounds of another number of rows, or `out` too small.
+    """
+    bounds._check(geometry)
+    margin = margin or Margin()
+    threads = num_threads()
+    work = (bounds.bits.numpy(), bounds.chunk_ends.numpy())
+    count = _native.mark_visible(
+        _rows(geometry), bounds.bounds.numpy(), cameras.viewmats.contiguous().numpy(), cameras.Ks.contiguous().numpy(),
+        cameras.width, cameras.height, cameras.near_plane, cameras.far_plane, cameras.eps2d, cameras.antialiased,
+        margin.means, margin.quats, margin.scales, margin.opacities, margin.pixels, *work, threads,
+    )  # fmt: skip
+    if out is None:
+        out = torch.empty(count, dtype=torch.int64)
+    elif len(out) < count:
+        raise ValueError(f"{count} Gaussians are visible, but `out` holds {len(out)}")
+    ids = out[:count]
+    _native.write_marked(*work, ids.numpy(), threads)
+    return ids
+
+
+@torch.no_grad()
+def visible_ids_on_device(
+    means: Tensor,
+    scales: Tensor,
+    quats: Tensor,
+    opacities: Tensor,
+    cameras: Cameras,
+    margin: Margin | None = None,
+) -> Tensor:
+    """The rows that any of the cameras may draw, with torch operations where the tensors are.
+
+    The device is synchronized twice, to learn how many rows are left.
+
+    Args:
+        means: [N, 3]. scales: log scales [N, 3]. quats: [N, 4]. opacities: logit opacities [N].
+        cameras: the pictures to be drawn (on the CPU).
+        margin: how much the rows may still move.
+
+    Returns:
+        Sorted int64 [V] on the device of the tensors.
+    """
+    views = [
+        _View(viewmat, K, cameras, margin or Margin())
+        for viewmat, K in zip(cameras.viewmats.tolist(), cameras.Ks.tolist(), strict=True)
+    ]
+    # A cheap test of all rows leaves few for the whole test.
+    near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
+    for part in _chunks(len(means)):
+        for view in views:
+            near[part] |= view.may_reach(means[part], scales[part], opacities[part])
+    ids = near.nonzero().squeeze(1)
+    drawn = torch.zeros(len(ids), dtype=torch.bool, device=means.device)
+    for part in _chunks(len(ids)):
+        rows = ids[part]
+        gathered = (means[rows], scales[rows], quats[rows], opacities[rows])
+        for view in views:
+            drawn[part] |= view.may_be_drawn(*gathered)
+    return ids[drawn]
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(first, first + _CHUNK_ROWS) for first in range(0, rows, _CHUNK_ROWS)]
+
+
+class _View:
+    """A camera and a margin; the tests of csrc/culling_kernels.cpp in torch. n rows at a time."""
+
+    def __init__(self, viewmat: list[list[float]], K: list[list[float]], cameras: Cameras, margin: Margin) -> None:
+        self.rotation = [row[:3] for row in viewmat[:3]]
+        self.translation = [row[3] for row in viewmat[:3]]
+        self.focal = (K[0][0], K[1][1])
+        self.centre = (K[0][2], K[1][2])
+        self.size = (cameras.width, cameras.height)
+        self.cameras = cameras
+        self.margin = margin
+        self.move = math.sqrt(3) * margin.means
+        self.turn = 2 * margin.quats
+        self.growth = math.exp(margin.scales)
+        # ceil(extent sqrt(sigma^2 + eps2d)) <= extent sigma + extent sqrt(eps2d) + 1
+        self.blur_reach = 1.0001 * _OPAQUE_EXTENT * math.sqrt(cameras.eps2d) + 1.01 + margin.pixels
+        # gsplat cuts the slopes x/z and y/z at 15 % of the picture's extent beyond its borders.
+        self.slopes = [
+            (-(c / f + 0.15 * size / f), (size - c) / f + 0.15 * size / f)
+            for f, c, size in zip(self.focal, self.centre, self.size, strict=True)
+        ]
+
+    def camera_position(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, y, z in camera space and their error, [n] each. Not a matrix product: that may run in TF32."""
+        mx, my, mz = means.unbind(1)
+        x, y, z = (
+            row[0] * mx + row[1] * my + row[2] * mz + t for row, t in zip(self.rotation, self.translation, strict=True)
+        )
+        sizes = mx.abs() + my.abs() + mz.abs() + max(map(abs, self.translation))
+        return x, y, z, self.move + _POSITION_ERROR * sizes
+
+    def may_reach(self, means: Tensor, log_scales: Tensor, logits: Tensor) -> Tensor:
+        """Whether a ball of the largest scale may meet the picture [n]."""
+        x, y, z, error = self.camera_position(means)
+        scale = log_scales.amax(1).exp()
+        reaches = (z >= self.cameras.near_plane - error) & (z <= self.cameras.far_plane + error)
+        reaches &= logits >= _LOGIT_THRESHOLD - _RELATIVE - self.margin.opacities
+        z = z.clamp(min=self.cameras.near_plane)
+        for axis, offset in enumerate((x, y)):
+            f, c, size = self.focal[axis], self.centre[axis], self.size[axis]
+            steepest = max(map(abs, self.slopes[axis]))
+            reach = 1.0005 * _OPAQUE_EXTENT * self.growth * f * math.sqrt(1 + steepest**2)
+            # Pixels times depth.
+            beyond = reach * scale + self.blur_reach * z + (f + abs(c) + size + self.blur_reach) * error
+            reaches &= (f * offset + c * z + beyond > 0) & (f * offset - (size - c) * z - beyond < 0)
+        return reaches
+
+    def may_be_drawn(self, means: Tensor, log_scales: Tensor, quats: Tensor, logits: Tensor) -> Tensor:
+        """The whole test [n]."""
+        x, y, z, error = self.camera_position(means)
+        drawn = (z >= self.cameras.near_plane - error) & (z <= self.cameras.far_plane + error)
+        # Of the positions within the error only those behind the near plane can be drawn.
+        z = z.clamp(min=self.cameras.near_plane)
+        relative_move = error / (z - error).clamp(min=self.cameras.near_plane)
+        slopes = (x / z, y / z)
+        norm = quats.norm(dim=1)
+        rotation = _rotation(quats, norm)
+        turn = (2 * self.turn / norm.clamp(min=1e-18)).clamp(max=2)
+        scales = log_scales.exp()
+        extents = [self.image_extent(axis, slopes[axis], z, relative_move, rotation, scales, turn) for axis in range(2)]
+        opacity255 = 255 * (1 + _RELATIVE) * torch.sigmoid(logits + self.margin.opacities)
+        if self.cameras.antialiased:
+            opacity255 = opacity255 * self.largest_compensation(*extents)
+        drawn &= opacity255 >= 1
+        extent = (2 * (opacity255.clamp(min=1).log() + _RELATIVE)).sqrt().clamp(max=_OPAQUE_EXTENT) * (1 + _RELATIVE)
+        for axis in range(2):
+            f, c, size, slope = self.focal[axis], self.centre[axis], self.size[axis], slopes[axis]
+            _, variance, rounding, change = extents[axis]
+            sigma = self.growth * ((variance + rounding).sqrt() + change)
+            radius = extent * (sigma.square() + self.cameras.eps2d).sqrt()
+            offset = f * slope
+            half = (
+                (radius + 1e-4).ceil()
+                + self.margin.pixels
+                + _RELATIVE * (radius + offset.abs())
+                + f * relative_move * (1 + slope.abs())
+                + 1e-6 * (abs(c) + size)
+            )
+            drawn &= (offset + c + half > 0) & (offset + c - half < size)
+        return drawn
+
+    def image_extent(
+        self, axis: int, raw_slope: Tensor, z: Tensor, relative_move: Tensor, rotation: list[list[Tensor]],
+        scales: Tensor, turn: Tensor,
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+        """A row of J W Q S in pixels, its length squared, the rounding error of that, and by how much the length may
+        grow when the centre moves and the axes turn."""
+        low, high = self.slopes[axis]
+        slope = raw_slope.clamp(low, high)
+        slope_change = (relative_move * (1 + raw_slope.abs())).clamp(max=high - low)
+        length = (1 + slope.square()).sqrt()
+        length_change = relative_move * (1 + slope.abs()) + (1 + relative_move) * slope_change
+        W, focal = self.rotation, self.focal[axis] / z
+        jw = [W[axis][k] - slope * W[2][k] for k in range(3)]
+        row = [
+            focal * scales[:, k] * (jw[0] * rotation[0][k] + jw[1] * rotation[1][k] + jw[2] * rotation[2][k])
+            for k in range(3)
+        ]
+        variance = row[0].square() + row[1].square() + row[2].square()
+        rounding = _COVARIANCE_ERROR * (focal * length).square() * scales.square().sum(1)
+        change = scales.amax(1) * focal * (length_change + (length + length_change) * turn)
+        return row, variance, rounding, change
+
+    def largest_compensation(self, x: tuple, y: tuple) -> Tensor:
+        """Bound of sqrt(det(cov) / det(cov + eps2d I)): with the determinant d of cov that is
+        d / (d + eps2d trace + eps2d^2), which grows with d and shrinks with the trace."""
+        (row_x, xx, rounding_x, change_x), (row_y, yy, rounding_y, change_y) = x, y
+        eps2d = self.cameras.eps2d
+        length_x, length_y = xx.sqrt(), yy.sqrt()
+        xy = row_x[0] * row_y[0] + row_x[1] * row_y[1] + row_x[2] * row_y[2]
+        area = (xx * yy - xy.square()).clamp(min=0).sqrt()
+        area = area + change_x * length_y + change_y * length_x + change_x * change_y
+        low_x = (length_x - change_x).clamp(min=0) / self.growth
+        low_y = (length_y - change_y).clamp(min=0) / self.growth
+        rounding = 2 * (rounding_x * yy + rounding_y * xx) + rounding_x * rounding_y + 1e-6 * xx * yy
+        determinant = (self.growth**2 * area).square() + rounding
+        blur = eps2d * (low_x.square() + low_y.square()) + eps2d**2
+        return (determinant / (determinant + blur - 2 * rounding).clamp(min=1e-30)).sqrt()
+
+
+def _rotation(quats: Tensor, norm: Tensor) -> list[list[Tensor]]:
+    """Rotation matrices, entry by entry [n]; a quaternion of length zero counts as the identity."""
+    nonzero = norm >= 1e-19
+    inverse = torch.where(nonzero, 1 / norm, 0)
+    w = torch.where(nonzero, quats[:, 0] * inverse, 1)
+    x, y, z = (quats[:, k] * inverse for k in (1, 2, 3))
+    return [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
