@@ -6,7 +6,7 @@ What is tuned per scene (learning rates, thresholds, steps) stands at the end of
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 
 @dataclass
@@ -177,14 +177,18 @@ DATASETS: dict[str, dict[str, object]] = {
 }
 
 
-def scene_config(scene: str, **hyperparameters: object) -> Config:
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def scene_config(scene: str, config: type[AnyConfig] = Config, **hyperparameters: object) -> AnyConfig:
     """The options of one scene: the facts of its dataset and the script's own hyperparameters.
 
     Args:
         scene: A key of `DATASETS`.
-        hyperparameters: Fields of `Config`.
+        config: `Config`, or a script's extension of it.
+        hyperparameters: Fields of `config`.
 
     Returns:
-        A Config; results go to results/{scene}.
+        The options; results go to results/{scene}.
     """
-    return Config(**{"result_dir": f"results/{scene}", **DATASETS[scene], **hyperparameters})
+    return config(**{"result_dir": f"results/{scene}", **DATASETS[scene], **hyperparameters})

@@ -5,18 +5,15 @@
 The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from configs import Config, scene_config
 from rendering.losses import photometric_loss
 from training import schedules
-from training.checkpoints import load_checkpoint
 from training.command_line import main
 from training.densification import Densification
-from training.gaussians import DeviceGaussians, activate
+from training.gaussians import DeviceGaussians
 from training.run import TrainingRun
 from training.views import View, render_view
 
@@ -30,10 +27,6 @@ def train(cfg: Config, scene_name: str) -> None:
     """
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
-        if cfg.ckpt:
-            evaluate_checkpoint(run)
-            return
-
         gaussians = DeviceGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),
@@ -46,6 +39,10 @@ def train(cfg: Config, scene_name: str) -> None:
 
         def render(view: View) -> Tensor:
             return render_view(gaussians.activated(), view, cfg, sh_degree=cfg.sh_degree)[0]
+
+        if cfg.ckpt:
+            run.evaluate_checkpoint(render, gaussians)
+            return
 
         for step, view in run.steps(gaussians, render):
             # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
@@ -72,18 +69,6 @@ def train(cfg: Config, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
-
-
-def evaluate_checkpoint(run: TrainingRun) -> None:
-    """Evaluate the checkpoint that the options name on the test views."""
-    checkpoint = load_checkpoint(Path(run.cfg.ckpt))
-    parameters = {name: value.to(run.device) for name, value in checkpoint.gaussians.items()}
-    activated = activate(parameters)
-    run.evaluate(
-        lambda view: render_view(activated, view, run.cfg, sh_degree=run.cfg.sh_degree)[0],
-        checkpoint.steps,
-        len(parameters["means"]),
-    )
 
 
 # ----------------------------------------------------------------------------------------------------

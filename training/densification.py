@@ -96,31 +96,42 @@ class Densification:
         if self.statistics is None:
             self.statistics = Statistics.zeros(store.num_gaussians, store.device)
         self.observe(info)
-        refine = (
-            step > rules.refine_start_iter
+        refines = self.refines_at(step)
+        if refines:
+            self.refine(step, store)
+        if self.resets_at(step):
+            store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
+        return refines
+
+    def refines_at(self, step: int) -> bool:
+        """Whether rows may be added and removed after this step, counted from 0."""
+        rules = self.rules
+        return (
+            rules.refine_start_iter < step < rules.refine_stop_iter
             and step % rules.refine_every == 0
             and step % rules.reset_every >= rules.pause_refine_after_reset
         )
-        if refine:
-            self.refine(step, store)
-        if step > 0 and step % rules.reset_every == 0:
-            store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
-        return refine
+
+    def resets_at(self, step: int) -> bool:
+        """Whether opacities are reset after this step, counted from 0."""
+        return 0 < step < self.rules.refine_stop_iter and step % self.rules.reset_every == 0
 
     @torch.no_grad()
     def observe(self, info: Mapping[str, object]) -> None:
         """Add the gradients of one packed rendering to the statistics."""
-        statistics, means2d, ids = self.statistics, info["means2d"], info["gaussian_ids"]  # [V, 2], [V]
+        statistics, means2d = self.statistics, info["means2d"]  # [V, 2]
+        device = statistics.grad2d.device  # the host's where geometry is there
+        ids = info["gaussian_ids"].to(device)  # [V]
         if len(ids) == 0:
             return
         gradients = means2d.absgrad if self.rules.absgrad else means2d.grad  # [V, 2] per pixel
         half_width, half_height = 0.5 * info["width"], 0.5 * info["height"]  # to [-1, 1] screen units
         norms = torch.hypot(gradients[:, 0] * half_width, gradients[:, 1] * half_height)  # [V]
-        norms *= info["n_cameras"]  # undoes the mean over the batch in the loss
+        norms = norms.mul_(info["n_cameras"]).to(device)  # undoes the mean over the batch in the loss
         statistics.grad2d.index_add_(0, ids, norms)
         statistics.count.index_add_(0, ids, torch.ones_like(norms))
         if self.rules.refine_scale2d_stop_iter > 0:
-            share = info["radii"].amax(dim=-1) / max(info["width"], info["height"])  # [V]
+            share = info["radii"].to(device).amax(dim=-1) / max(info["width"], info["height"])  # [V]
             statistics.radii.scatter_reduce_(0, ids, share, "amax")
 
     @torch.no_grad()

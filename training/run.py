@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from traceback import print_exception
 from types import FrameType, TracebackType
 from typing import Protocol
@@ -20,7 +21,7 @@ from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError
 from rendering.rasterize import check_gsplat
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.densification import TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.gaussians import initial_gaussians
@@ -66,6 +67,7 @@ class TrainingRun:
         scene: The dataset, in normalized coordinates.
         scene_scale: Extent of the cameras in world units, with gsplat's margin of 10 %.
         times: Stage times; the trainer marks its stages.
+        upcoming: While `steps` runs, the view of the step after the present one; None at the last.
     """
 
     def __init__(self, cfg: Config, scene_name: str) -> None:
@@ -81,6 +83,7 @@ class TrainingRun:
         self.cfg = cfg.with_scaled_steps()
         check_options(self.cfg)
         self.device = select_device(cfg.device)
+        self._checkpoint_to_evaluate = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
         torch.manual_seed(cfg.seed)
         self._results = ResultFolder(cfg)
         if scene_name == "demo":
@@ -103,7 +106,9 @@ class TrainingRun:
         self._begin = time.perf_counter()
 
     def initial_gaussians(self) -> dict[str, Tensor]:
-        """One Gaussian per point of the scene."""
+        """One Gaussian per point of the scene; those of the checkpoint, where one is to be evaluated."""
+        if self._checkpoint_to_evaluate is not None:
+            return self._checkpoint_to_evaluate.gaussians
         return initial_gaussians(
             self.scene.points,
             self.scene.points_rgb,
@@ -135,9 +140,11 @@ class TrainingRun:
         self._bar = self._resources.enter_context(
             tqdm(total=self.cfg.max_steps, desc="train", unit="step", dynamic_ncols=True)
         )
-        for step, batch in zip(range(self.cfg.max_steps), loader, strict=False):
+        self.upcoming = View.from_batch(next(loader), self.device)
+        for step in range(self.cfg.max_steps):
             self.times.start()
-            view = View.from_batch(batch, self.device)
+            view = self.upcoming
+            self.upcoming = View.from_batch(next(loader), self.device) if step + 1 < self.cfg.max_steps else None
             self.times.mark("load")
             yield step, view
             if self._interrupted:
@@ -205,6 +212,10 @@ class TrainingRun:
             f"on {len(statistics['images'])} held-out views, "
             f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {num_gaussians} Gaussians"
         )
+
+    def evaluate_checkpoint(self, render: Callable[[View], Tensor], model: Model) -> None:
+        """Evaluate the model made from the checkpoint that the options name."""
+        self.evaluate(render, self._checkpoint_to_evaluate.steps, model.num_gaussians)
 
     def __enter__(self) -> TrainingRun:
         return self

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs import Config
 from datasets.loader import Batch
+from offload.culling import Cameras
 from rendering.rasterize import rasterize
 
 
@@ -21,6 +22,8 @@ class View:
     masks: Tensor | None  # [C, H, W] bool, True where the picture is valid; None: everywhere
     viewmats: Tensor  # [C, 4, 4] world to camera
     Ks: Tensor  # [C, 3, 3] in pixels
+    host_viewmats: Tensor  # [C, 4, 4] and
+    host_Ks: Tensor  # [C, 3, 3], the same on the host
     width: int
     height: int
 
@@ -35,9 +38,24 @@ class View:
             masks=masks,
             viewmats=viewmats.to(device, non_blocking=True),
             Ks=batch.Ks.to(device, non_blocking=True),
+            host_viewmats=viewmats,
+            host_Ks=batch.Ks,
             width=images.shape[2],
             height=images.shape[1],
         )
+
+
+def cameras_of(view: View, cfg: Config) -> Cameras:
+    """The cameras of a view as culling takes them."""
+    return Cameras(
+        viewmats=view.host_viewmats,
+        Ks=view.host_Ks,
+        width=view.width,
+        height=view.height,
+        near_plane=cfg.near_plane,
+        far_plane=cfg.far_plane,
+        antialiased=cfg.antialiased,
+    )
 
 
 def render_view(
