@@ -1,0 +1,239 @@
+"""Gaussians and their Adam moments in host memory, changed in place by densification."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offload import _native
+from offload.host_memory import HostArray
+from offload.threads import num_threads
+
+GROUP_NAMES = ("geometry", "appearance")
+STAMP_BYTES = 4
+PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
+COPY_ROWS = 1 << 20  # rows converted at once when the store is filled
+
+
+def group_shapes(group: str, sh_degree: int) -> dict[str, tuple[int, ...]]:
+    """Shape of one Gaussian's values of each parameter of a group, in the order of their columns."""
+    if group == "geometry":
+        return {"means": (3,), "scales": (3,), "quats": (4,), "opacities": ()}
+    return {"sh0": (1, 3), "shN": ((sh_degree + 1) ** 2 - 1, 3)}
+
+
+def num_columns(group: str, sh_degree: int) -> int:
+    """Columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes."""
+    values = sum(int(np.prod(shape)) for shape in group_shapes(group, sh_degree).values())
+    multiple = 4 if group == "geometry" else 16
+    return -(-values // multiple) * multiple
+
+
+def host_bytes(num_gaussians: int, sh_degree: int, groups: Sequence[str] = GROUP_NAMES) -> int:
+    """Bytes that a store of this many Gaussians takes in host memory; while it changes, up to PEAK times as much."""
+    values = 3 * sum(num_columns(group, sh_degree) for group in groups)  # parameters and two moments
+    return num_gaussians * (values * 4 + STAMP_BYTES)
+
+
+@dataclass
+class Group:
+    """Parameters that lie side by side in one row, and their Adam moments: three arrays [N, columns] float32."""
+
+    columns: dict[str, slice]
+    shapes: dict[str, tuple[int, ...]]  # of one Gaussian's values
+    parameters: HostArray
+    exp_avg: HostArray
+    exp_avg_sq: HostArray
+
+    @property
+    def arrays(self) -> tuple[HostArray, HostArray, HostArray]:
+        return self.parameters, self.exp_avg, self.exp_avg_sq
+
+    def named(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views of rows [M, columns] of any of the three arrays, or of gradients laid out like them, by name."""
+        return {name: rows[:, self.columns[name]].view(len(rows), *shape) for name, shape in self.shapes.items()}
+
+
+class HostStore:
+    """All or one group of the Gaussians' parameters, with moments and the steps of their last updates.
+
+    Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576, geometry
+    12 x 3 x 4 = 144, `last_step` 4; 724 in all. Up to 1/32 more is taken when the store grows.
+
+    The operations are those of `training.gaussians.DeviceGaussians`, with the same results row for row. They work on
+    stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
+    moments of zero and the stamp `step`, which the trainer keeps at the number of steps done.
+
+    Views and tensors handed out stay valid until the number of rows changes.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        groups: Sequence[str] = GROUP_NAMES,
+        max_gaussians: int = 0,
+        pin: bool = False,
+    ) -> None:
+        """
+        Args:
+            parameters: means [N, 3], scales [N, 3], quats [N, 4], opacities [N], sh0 [N, 1, 3] and shN [N, K - 1, 3]
+                on any device. They are read in blocks: no second copy of them is made on the way.
+            groups: Which of "geometry" and "appearance" to hold.
+            max_gaussians: Bound of N; 0 allows what the machine's memory could hold.
+            pin: Whether the memory is pinned where there is a GPU.
+
+        Raises:
+            InputError: More Gaussians than `max_gaussians`, or memory that cannot be had.
+        """
+        self.step = 0
+        self.sh_degree = int((parameters["shN"].shape[1] + 1) ** 0.5 + 0.5) - 1
+        num_gaussians = len(parameters["means"])
+        max_rows = max_gaussians or max(num_gaussians, _physical_bytes() // host_bytes(1, self.sh_degree, groups))
+        self.groups = {group: _empty_group(group, self.sh_degree, max_rows, pin) for group in groups}
+        self._stamps = HostArray(1, max_rows=max_rows, dtype=torch.int32, pin=pin)
+        self._resize(num_gaussians)
+        for name, stored in self.snapshot().items():
+            for first in range(0, num_gaussians, COPY_ROWS):
+                stored[first : first + COPY_ROWS] = parameters[name][first : first + COPY_ROWS].detach()
+
+    @property
+    def num_gaussians(self) -> int:
+        return self._stamps.rows
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def last_step(self) -> Tensor:
+        """Step of each row's last update, [N] int32; 0 before the first one."""
+        return self._stamps.tensor[:, 0]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The stored parameters by name: views of the rows."""
+        return {
+            name: view for group in self.groups.values() for name, view in group.named(group.parameters.tensor).items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The stored values of one parameter: a view of the rows."""
+        return self.snapshot()[name]
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M]; the copies start without Adam moments."""
+        ids = self._checked(ids)
+        num_before = self.num_gaussians
+        self._resize(num_before + len(ids))
+        for group in self.groups.values():
+            _native.append_rows(_words(group.parameters), ids.numpy(), num_before, num_threads())
+        self.last_step[num_before:] = self.step
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero, named or not.
+
+        Names of parameters that the store does not hold are passed over.
+        """
+        ids = self._checked(ids)
+        for name, stored in self.snapshot().items():
+            if name in values:
+                stored[ids] = values[name].detach().to(stored)
+        self._forget(ids)
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
+        source_ids, target_ids = self._checked(source_ids), self._checked(target_ids)
+        for group in self.groups.values():
+            _native.copy_rows(_words(group.parameters), source_ids.numpy(), target_ids.numpy(), num_threads())
+        self._forget(target_ids)
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        ids = self._checked(ids)
+        ascending = ids
+        if not bool((ids[1:] > ids[:-1]).all()):
+            ascending = ids.sort().values
+            if not bool((ascending[1:] > ascending[:-1]).all()):
+                raise ValueError("a row can be kept only once")
+        for array in self._arrays:
+            _native.compact_rows(_words(array), ascending.numpy(), num_threads())
+            array.resize(len(ids))
+        if ascending is not ids:
+            self.reorder(torch.searchsorted(ascending, ids))
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the rows into this order [N]: row i becomes what row order[i] was."""
+        order = self._checked(order)
+        if len(order) != self.num_gaussians:
+            raise ValueError(f"an order of {len(order)} rows for {self.num_gaussians}")
+        permutation = _native.Permutation(order.numpy(), num_threads())
+        for array in self._arrays:
+            permutation.apply(_words(array))
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        geometry = self.groups["geometry"]
+        geometry.named(geometry.parameters.tensor)["opacities"].clamp_(max=max_logit)
+        for moment in (geometry.exp_avg, geometry.exp_avg_sq):
+            geometry.named(moment.tensor)["opacities"].zero_()
+
+    def growth_bytes(self, num_new: int) -> int:
+        """Memory in bytes that appending this many Gaussians takes at its peak, re-ordering included."""
+        per_gaussian = host_bytes(1, self.sh_degree, tuple(self.groups))
+        return int(PEAK * (self.num_gaussians + num_new) * per_gaussian) - self.num_gaussians * per_gaussian
+
+    @property
+    def _arrays(self) -> list[HostArray]:
+        return [array for group in self.groups.values() for array in group.arrays] + [self._stamps]
+
+    def _resize(self, num_gaussians: int) -> None:
+        """Give all arrays this many rows, or leave them all as they are."""
+        num_before = self.num_gaussians
+        try:
+            for array in self._arrays:
+                array.resize(num_gaussians)
+        except Exception:
+            for array in self._arrays:
+                array.resize(num_before)
+            raise
+
+    def _forget(self, ids: Tensor) -> None:
+        for group in self.groups.values():
+            for moment in (group.exp_avg, group.exp_avg_sq):
+                moment.tensor.index_fill_(0, ids, 0)
+        self.last_step.index_fill_(0, ids, self.step)
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        """Row numbers as the native code takes them, which does not look where it writes."""
+        ids = ids.detach().to("cpu", torch.int64).contiguous()
+        if len(ids) == 0:
+            return ids
+        lowest, highest = (int(end) for end in ids.aminmax())
+        if lowest < 0 or highest >= self.num_gaussians:
+            raise IndexError(f"rows {lowest} to {highest} of {self.num_gaussians}")
+        return ids
+
+
+def _empty_group(group: str, sh_degree: int, max_rows: int, pin: bool) -> Group:
+    columns, first = {}, 0
+    shapes = group_shapes(group, sh_degree)
+    for name, shape in shapes.items():
+        width = int(np.prod(shape))
+        columns[name] = slice(first, first + width)
+        first += width
+    arrays = (HostArray(num_columns(group, sh_degree), max_rows=max_rows, pin=pin) for _ in range(3))
+    return Group(columns, shapes, *arrays)
+
+
+def _words(array: HostArray) -> np.ndarray:
+    """All rows as 32-bit words [N, columns], which is what the native code moves."""
+    return array.tensor.view(torch.int32).numpy()
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
