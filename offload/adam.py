@@ -228,6 +228,8 @@ class DeferredAdam:
         _check("gradient_rows", gradient_rows, torch.int64, (v,))
         _check("out", out, torch.float32, (v if out_rows is None else any_size, self.columns))
         _check("out_rows", out_rows, torch.int64, (v,))
+        if v == 0:
+            return
         _native.adam_rows(
             parameters=parameters.detach(),
             exp_avg=exp_avg,
