@@ -1,0 +1,242 @@
+"""Gaussians that live on the host, their appearance or all of them, and are trained through the row pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from offload.adam import DeferredAdam
+from offload.culling import BlockBounds, Cameras, Margin, visible_ids
+from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.morton import morton_order
+from offload.pipeline import RowGroup, RowPipeline, ViewRows, largest_drift, largest_step
+from offload.store import HostStore
+
+_ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
+
+
+class HybridGaussians:
+    """The optimized trainer's Gaussians; stands in for `training.gaussians.DeviceGaussians`.
+
+    A training step is `fetch`, rendering and the backward pass, then `update`; `prefetch` after `fetch` lets the next
+    view's rows travel behind the rendering. Densification and evaluation come after `update`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        learning_rates: Mapping[str, float],
+        means_lr: Callable[[int], float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+        geometry: Literal["device", "host"] = "device",
+        max_gaussians: int = 0,
+    ) -> None:
+        """
+        Args:
+            parameters: The six tensors of `training.gaussians.initial_gaussians`.
+            learning_rates: Of each of them at step 0; that of the means never grows.
+            means_lr: The means' learning rate at a step from 0.
+            betas: Adam's decay rates.
+            eps: Adam's epsilon.
+            device: Where views are rendered.
+            geometry: Where means, scales, quats and opacities are.
+            max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+        """
+        order = morton_order(parameters["means"])
+        parameters = {name: value[order] for name, value in parameters.items()}
+        self.steps_done = 0
+        self._learning_rates = dict(learning_rates)
+        self._means_lr = means_lr
+        self._rendering_device = device
+        self._rows: ViewRows | None = None
+        self._geometry_rows: dict[str, Tensor] = {}
+        self._device_geometry: DeviceGeometry | None = None
+        self._stores: dict[str, HostStore] = {}
+        names = ("appearance",) if geometry == "device" else ("geometry", "appearance")
+        groups = {}
+        for name in names:
+            store = HostStore(parameters, groups=(name,), max_gaussians=max_gaussians, pin=device.type == "cuda")
+            multipliers, rates = self._schedules(store, name)
+            groups[name] = RowGroup(store, name, DeferredAdam(multipliers, betas, eps), rates)
+            self._stores[name] = store
+        if geometry == "device":
+            self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
+            self._margin = self._margin_of(largest_step(betas))
+            cull = self._cull_on_device
+        else:
+            # Rows on the host may lag behind by all the steps they have skipped.
+            self._margin = self._margin_of(largest_step(betas) + largest_drift(betas))
+            self._bounds = BlockBounds(self._host_geometry())
+            groups["geometry"].committed = lambda ids: self._bounds.update(self._host_geometry(), ids)
+            cull = self._cull_on_host
+        self._pipeline = RowPipeline(groups, cull, device, cull_in_worker=geometry == "host")
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """The rows [V] that a view needs, on the device, by parameter name; leaves or views of leaves."""
+        self._rows = self._pipeline.fetch(cameras)
+        rows = self._named("appearance", self._rows.values["appearance"])
+        if self._device_geometry is None:
+            return {**self._named("geometry", self._rows.values["geometry"]), **rows}
+        self._geometry_rows = {
+            name: value.requires_grad_() for name, value in self._device_geometry.gather(self._rows.ids).items()
+        }
+        return {**self._geometry_rows, **rows}
+
+    @property
+    def ids(self) -> Tensor:
+        """Which Gaussians `fetch` gave, [V] int64 on the device."""
+        return self._rows.ids
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Prepare the view after this one; not where densification will change rows before it."""
+        self._pipeline.prefetch(cameras)
+
+    def update(self, step: int) -> None:
+        """Adam's step on the gradients of the rows that `fetch` gave.
+
+        Args:
+            step: From 0.
+        """
+        self._pipeline.update()
+        if self._device_geometry is not None:
+            gradients = {
+                name: torch.zeros_like(row) if row.grad is None else row.grad
+                for name, row in self._geometry_rows.items()
+            }
+            rates = {**self._learning_rates, "means": self._means_lr(step)}
+            self._device_geometry.step(self._rows.ids, gradients, rates)
+            self._geometry_rows = {}
+        self.steps_done += 1
+
+    # ------------------------------------------------------------------------------------ reading, at any time
+
+    @property
+    def num_gaussians(self) -> int:
+        return self._stores["appearance"].num_gaussians
+
+    @property
+    def device(self) -> torch.device:
+        """Where geometry is."""
+        return torch.device("cpu") if self._device_geometry is None else self._rendering_device
+
+    @property
+    def staging_allocations(self) -> int:
+        """How often staging memory has been allocated so far."""
+        return self._pipeline.staging_allocations
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Copies of the rows [V] that a view needs, on the device, by parameter name; training is not disturbed."""
+        self._pipeline.finish()
+        if self._device_geometry is not None:
+            ids = self._cull_on_device(cameras)
+            geometry = self._device_geometry.gather(ids)
+        else:
+            ids = self._cull_on_host(cameras)
+            geometry = self._named("geometry", self._pipeline.read("geometry", ids))
+        rows = {**geometry, **self._named("appearance", self._pipeline.read("appearance", ids.cpu()))}
+        return {name: value.to(self._rendering_device) for name, value in rows.items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The current values of the six parameter tensors; a copy of what is on the host."""
+        if self._device_geometry is not None:
+            geometry = self._device_geometry.parameters
+        else:
+            geometry = self._named("geometry", self._pipeline.read("geometry", None))
+        return {**geometry, **self._named("appearance", self._pipeline.read("appearance", None))}
+
+    # ---------------------------------------------- what densification asks (training.densification.GaussianStore)
+
+    def read(self, name: str) -> Tensor:
+        """The current values of one geometry parameter; not copied."""
+        if self._device_geometry is not None:
+            return self._device_geometry.parameters[name]
+        self._catch_up(None)
+        return self._stores["geometry"].read(name)
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M], without moments."""
+        self._catch_up(ids)
+        for place in self._places():
+            place.append_copies(ids)
+        self._rows_changed()
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero."""
+        self._catch_up(ids)
+        for place in self._places():
+            place.overwrite(ids, values)
+        self._rows_changed()
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        self._pipeline.finish()
+        for place in self._places():
+            place.keep(ids)
+        self._rows_changed()
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        if self._device_geometry is not None:
+            self._device_geometry.clamp_opacities(max_logit)
+        else:
+            self._catch_up(None)
+            self._stores["geometry"].clamp_opacities(max_logit)
+
+    def growth_bytes(self, num_new: int) -> int:
+        """Memory in bytes, where geometry is, that appending this many Gaussians takes at its peak."""
+        return sum(place.growth_bytes(num_new) for place in self._places() if place.device == self.device)
+
+    def close(self) -> None:
+        """End the worker thread."""
+        self._pipeline.close()
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _places(self) -> list[DeviceGeometry | HostStore]:
+        device = [] if self._device_geometry is None else [self._device_geometry]
+        return [*device, *self._stores.values()]
+
+    def _catch_up(self, ids: Tensor | None) -> None:
+        host_ids = torch.arange(self.num_gaussians) if ids is None else ids.cpu()
+        self._pipeline.catch_up(host_ids.sort().values)
+
+    def _rows_changed(self) -> None:
+        if self._device_geometry is None:
+            self._bounds.rebuild(self._host_geometry())
+
+    def _host_geometry(self) -> Tensor:
+        return self._stores["geometry"].groups["geometry"].parameters.tensor
+
+    def _cull_on_device(self, cameras: Cameras) -> Tensor:
+        return self._device_geometry.visible_ids(cameras, self._margin)
+
+    def _cull_on_host(self, cameras: Cameras) -> Tensor:
+        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin)
+
+    def _named(self, group: str, rows: Tensor) -> dict[str, Tensor]:
+        return self._stores[group].groups[group].named(rows)
+
+    def _margin_of(self, learning_rates: float) -> Margin:
+        """What geometry can change by this many times its learning rates."""
+        return Margin(**{name: _ROUNDING * learning_rates * self._learning_rates[name] for name in GEOMETRY})
+
+    def _schedules(self, store: HostStore, name: str) -> tuple[Tensor, Callable[[int], list[float]]]:
+        """DeferredAdam's multipliers [schedules, columns] of a group, and the schedules' rates at a step from 1."""
+        group = store.groups[name]
+        constant = torch.zeros(group.parameters.tensor.shape[1])  # [columns]
+        for parameter, columns in group.columns.items():
+            constant[columns] = self._learning_rates[parameter]
+        if "means" not in group.columns:
+            return constant[None], lambda step: [1.0]
+        decaying = torch.zeros_like(constant)
+        decaying[group.columns["means"]] = 1.0
+        constant[group.columns["means"]] = 0.0
+        return torch.stack([constant, decaying]), lambda step: [1.0, self._means_lr(step - 1)]

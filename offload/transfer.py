@@ -1,0 +1,106 @@
+"""Rows between pinned staging buffers on the host and the device, on streams of their own.
+
+On the CPU host and device are one: rows are written where they are used, and there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 << 20  # of an upload that is filled while the previous one travels
+
+
+@dataclass
+class Uploaded:
+    """Rows on their way to the device."""
+
+    rows: Tensor  # [V, columns] on the device
+    done: torch.cuda.Event | None
+
+    def ready(self) -> Tensor:
+        """The rows, for work on the current stream from now on."""
+        if self.done is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            self.rows.record_stream(stream)
+        return self.rows
+
+
+@dataclass
+class Downloaded:
+    """Rows on their way to the host."""
+
+    rows: Tensor  # [V, columns] on the host; overwritten by the download after the next
+    done: torch.cuda.Event | None
+
+    def ready(self) -> Tensor:
+        """The rows, when they have arrived; waits on the calling thread only."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.rows
+
+
+class RowTransfer:
+    """Uploads and downloads of rows of one width; staging is allocated once and grows with the largest view."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._columns = columns
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self.staging_allocations = 0  # shows that the steady state allocates nothing
+        if self._cuda:
+            self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._block_rows = BLOCK_BYTES // (4 * columns)
+            self._blocks = [(self._pinned(self._block_rows), torch.cuda.Event()) for _ in range(3)]
+            self._next_block = 0
+            self._download_staging = [self._pinned(0), self._pinned(0)]
+
+    def upload(self, num_rows: int, fill: Callable[[Tensor, int, int], None]) -> Uploaded:
+        """Send rows that the host writes block by block.
+
+        Args:
+            num_rows: V.
+            fill: Called as fill(out, begin, end) for consecutive ranges of rows; writes them to out
+                [end - begin, columns]. Rows that it leaves alone are undefined.
+        """
+        if not self._cuda:
+            rows = torch.zeros(num_rows, self._columns)
+            fill(rows, 0, num_rows)
+            return Uploaded(rows, None)
+        with torch.cuda.stream(self._up):
+            rows = torch.empty(num_rows, self._columns, device=self._device)
+            for begin in range(0, num_rows, self._block_rows):
+                end = min(begin + self._block_rows, num_rows)
+                block, sent = self._blocks[self._next_block]
+                self._next_block = (self._next_block + 1) % len(self._blocks)
+                sent.synchronize()
+                fill(block[: end - begin], begin, end)
+                rows[begin:end].copy_(block[: end - begin], non_blocking=True)
+                sent.record(self._up)
+            done = torch.cuda.Event()
+            done.record(self._up)
+        return Uploaded(rows, done)
+
+    def download(self, rows: Tensor) -> Downloaded:
+        """Fetch rows [V, columns] that the current stream computes."""
+        if not self._cuda:
+            return Downloaded(rows, None)
+        self._download_staging.reverse()
+        if len(self._download_staging[0]) < len(rows):
+            self._download_staging[0] = self._pinned(len(rows) * 5 // 4)
+        staging = self._download_staging[0][: len(rows)]
+        self._down.wait_stream(torch.cuda.current_stream())
+        rows.record_stream(self._down)
+        with torch.cuda.stream(self._down):
+            staging.copy_(rows, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._down)
+        return Downloaded(staging, done)
+
+    def _pinned(self, num_rows: int) -> Tensor:
+        self.staging_allocations += 1
+        return torch.empty(num_rows, self._columns, pin_memory=True)

@@ -1,0 +1,142 @@
+"""Host offloading with all optimizations: appearance, or everything, lives in host memory.
+
+    python simple_trainer_hybrid_optimized.py SCENE --data_dir D --result_dir R [--geometry host] [--any_option ...]
+
+Geometry is culled on the device (or, with --geometry host, on the CPU); the rows that the next view needs are
+forwarded while the present one is rendered; and the CPU updates only rows that have a gradient, catching up exactly
+what they have skipped (DeferredAdam). The model is that of simple_trainer.py up to float rounding.
+
+The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from configs import Config, scene_config
+from offload.hybrid_gaussians import HybridGaussians
+from rendering.losses import photometric_loss
+from training import schedules
+from training.command_line import main
+from training.densification import Densification
+from training.gaussians import activate
+from training.run import TrainingRun
+from training.views import View, cameras_of, render_view
+
+
+@dataclass
+class HybridConfig(Config):
+    """Train a 3D Gaussian Splatting model of a COLMAP scene, offloaded to host memory."""
+
+    geometry: Literal["device", "host"] = "device"
+    """Where means, scales, quaternions and opacities are; on the host they cost no device memory."""
+
+
+def train(cfg: HybridConfig, scene_name: str) -> None:
+    """Train on one scene, or evaluate `cfg.ckpt` on it.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been trained.
+        TrainingStopped: Training cannot go on; a checkpoint has been saved.
+    """
+    with TrainingRun(cfg, scene_name) as run:
+        cfg = run.cfg
+        gaussians = HybridGaussians(
+            run.initial_gaussians(),
+            schedules.learning_rates(cfg, run.scene_scale),
+            lambda step: schedules.means_lr(cfg, run.scene_scale, step),
+            betas=schedules.adam_betas(cfg.batch_size),
+            eps=1e-15,
+            device=run.device,
+            geometry=cfg.geometry,
+            max_gaussians=cfg.max_gaussians,
+        )
+        densification = Densification(cfg, run.scene_scale, cfg.seed)
+        background_generator = torch.Generator().manual_seed(cfg.seed)
+
+        def render(view: View) -> Tensor:
+            rows = gaussians.read_view(cameras_of(view, cfg))
+            return render_view(activate(rows), view, cfg, sh_degree=cfg.sh_degree)[0]
+
+        if cfg.ckpt:
+            run.evaluate_checkpoint(render, gaussians)
+            return
+
+        for step, view in run.steps(gaussians, render):
+            # The rows of this view are on the device already, but for the first one and after densification.
+            rows = gaussians.fetch(cameras_of(view, cfg))
+            run.times.mark("fetch")
+
+            # Behind the rendering the CPU commits the last view's gradients and forwards the next view's rows.
+            rows_will_change = densification.refines_at(step) or densification.resets_at(step)
+            if run.upcoming is not None and not rows_will_change:
+                gaussians.prefetch(cameras_of(run.upcoming, cfg))
+            run.times.mark("cull")
+
+            backgrounds = None
+            if cfg.random_background:
+                backgrounds = torch.rand(len(view.Ks), 3, generator=background_generator).to(run.device)
+            sh_degree = schedules.sh_degree(cfg, step)
+            colors, _, info = render_view(activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds)
+            info["means2d"].retain_grad()  # densification looks at the gradient on the screen
+            run.times.mark("render")
+
+            loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+            loss.backward()
+            run.times.mark("backward")
+
+            # Rows that the next view needs too are updated and forwarded at once; the others wait for the next step.
+            ids = gaussians.ids
+            gaussians.update(step)
+            run.times.mark("update")
+
+            densification.after_step(step, {**info, "gaussian_ids": ids[info["gaussian_ids"]]}, gaussians)
+            run.times.mark("densify")
+
+            run.after_step(step, loss.detach(), sh_degree)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hyperparameters of each scene; edit them here. What is not named has the default of configs.py.
+#
+# Larger models come from lower thresholds. The ladder (grow_grad2d, grow_scale3d):
+#   (2e-4, 0.01)  (1.5e-4, 0.005)  (1.3e-4, 0.003)  (1e-4, 0.002)  (8e-5, 0.0016)
+# ----------------------------------------------------------------------------------------------------
+LARGE_SCENE = {
+    "max_steps": 200_000,
+    "eval_steps": [200_000],
+    "save_steps": [200_000],
+    "ply_steps": [200_000],
+    "grow_grad2d": 2e-4,
+    "grow_scale3d": 0.01,
+    "refine_stop_iter": 15_000,
+}
+
+CONFIGS = {
+    "demo": scene_config(
+        "demo",
+        HybridConfig,
+        max_steps=2000,
+        eval_steps=[500, 2000],
+        save_steps=[2000],
+        ply_steps=[2000],
+        sh_degree_interval=500,
+        refine_start_iter=200,
+        refine_stop_iter=1200,
+        max_gaussians=40_000,
+    ),
+    "rubble": scene_config("rubble", HybridConfig, position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "building": scene_config("building", HybridConfig, position_lr=8e-6, scaling_lr=2.5e-3, **LARGE_SCENE),
+    "sztu": scene_config("sztu", HybridConfig, position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "lfls": scene_config("lfls", HybridConfig, position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "sziit": scene_config("sziit", HybridConfig, position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "aerial": scene_config("aerial", HybridConfig, position_lr=8e-6, scaling_lr=2.5e-3, **LARGE_SCENE),
+    "residence": scene_config("residence", HybridConfig, position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "sciart": scene_config("sciart", HybridConfig, position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "default": scene_config("default", HybridConfig),
+}
+
+if __name__ == "__main__":
+    main(CONFIGS, train, __doc__)

@@ -1,0 +1,175 @@
+"""The optimized trainer gives the GPU-only trainer's model; training never notices evaluation."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import simple_trainer
+import simple_trainer_hybrid_optimized
+from datasets.synthetic import write_city_block
+from offload.adam import DeferredAdam
+from offload.morton import morton_order
+from offload.pipeline import largest_drift, largest_step, shared_positions
+from training import command_line, gaussians
+from training.checkpoints import load_checkpoint
+
+GEOMETRY_PLACES = ("device", "host")
+
+
+@pytest.fixture(scope="module")
+def city_block(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    return data_dir
+
+
+@pytest.fixture(autouse=True)
+def _anisotropic_start(monkeypatch):
+    """Initial Gaussians whose axes differ, as those of any trained model do.
+
+    Turning a ball changes nothing, so its quaternion's gradient is rounding noise, which Adam scales to full steps:
+    from equal axes two runs that differ by one rounding anywhere have other quaternions after a few steps.
+    """
+    original = gaussians.initial_gaussians
+
+    def initial_gaussians(points: np.ndarray, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
+        parameters = original(points, *arguments, **options)
+        order = morton_order(parameters["means"])
+        parameters = {name: value[order] for name, value in parameters.items()}
+        parameters["scales"] += 0.3 * torch.randn(len(points), 3, generator=torch.Generator().manual_seed(0))
+        return parameters
+
+    monkeypatch.setattr("training.run.initial_gaussians", initial_gaussians)
+
+
+def train(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> dict[str, torch.Tensor]:
+    """The Gaussians after training with a script."""
+    common = ("--data_dir", data_dir, "--result_dir", result_dir, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["script", "default", *map(str, (*common, *options))])
+    command_line.main(script.CONFIGS, script.train, "test")
+    (checkpoint,) = (result_dir / "ckpts").iterdir()
+    return load_checkpoint(checkpoint).gaussians
+
+
+NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--sh_degree_interval", 10)
+DENSIFICATION = (
+    *("--refine_start_iter", 10, "--refine_every", 10, "--reset_every", 45, "--refine_stop_iter", 80),
+    *("--sh_degree_interval", 15, "--grow_grad2d", 1e-4),
+)
+
+
+def differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative norm of the difference of each tensor."""
+    return {name: ((actual[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRY_PLACES)
+@pytest.mark.parametrize("options", [(), ("--batch_size", 2, "--antialiased", "--random_background")], ids=str)
+def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, geometry, options):
+    options = (*NO_DENSIFICATION, "--max_steps", 40, *options)
+    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
+    hybrid = (simple_trainer_hybrid_optimized, city_block, tmp_path / "hybrid")
+    actual = train(monkeypatch, *hybrid, *options, "--geometry", geometry)
+    found = differences(actual, expected)
+    assert max(found.values()) < 1e-4, found
+
+
+def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path):
+    options = (*NO_DENSIFICATION, "--max_steps", 40)
+    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
+    begin_step = DeferredAdam.begin_step
+
+    def begin_step_with_shifted_table(self, learning_rates) -> None:
+        begin_step(self, learning_rates)
+        self._before[:-1] = self._before[1:].copy()
+
+    monkeypatch.setattr(DeferredAdam, "begin_step", begin_step_with_shifted_table)
+    actual = train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path / "hybrid", *options)
+    assert max(differences(actual, expected).values()) > 1e-3
+
+
+@pytest.mark.parametrize("geometry", GEOMETRY_PLACES)
+def test_densification_comes_to_the_same_size(monkeypatch, city_block, tmp_path, geometry):
+    options = (*DENSIFICATION, "--max_steps", 120)
+    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
+    hybrid = (simple_trainer_hybrid_optimized, city_block, tmp_path / "hybrid")
+    actual = train(monkeypatch, *hybrid, *options, "--geometry", geometry)
+    assert len(expected["means"]) > 700
+    assert len(actual["means"]) == pytest.approx(len(expected["means"]), rel=0.005)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRY_PLACES)
+def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_path, geometry):
+    options = (*DENSIFICATION, "--max_steps", 100, "--geometry", geometry)
+    hybrid = (simple_trainer_hybrid_optimized, city_block)
+    plain = train(monkeypatch, *hybrid, tmp_path / "plain", *options)
+    evaluations = [str(step) for step in range(7, 100, 13)]
+    evaluated = train(
+        monkeypatch, *hybrid, tmp_path / "evaluated", *options, "--eval_steps", *evaluations, "--ply_steps", 33, 71
+    )
+    assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+
+
+def test_views_that_see_nothing(monkeypatch, city_block, tmp_path):
+    options = ("--max_steps", 4, "--near_plane", 1e6)
+    trained = train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, *options)
+    assert all(value.isfinite().all() for value in trained.values())
+
+
+def test_a_checkpoint_is_evaluated_as_by_gpu_only(monkeypatch, city_block, tmp_path, capsys):
+    train(monkeypatch, simple_trainer, city_block, tmp_path / "run", "--max_steps", 30)
+    lines = []
+    for script, options in (
+        (simple_trainer, ()),
+        (simple_trainer_hybrid_optimized, ("--geometry", "device")),
+        (simple_trainer_hybrid_optimized, ("--geometry", "host")),
+    ):
+        capsys.readouterr()
+        arguments = ("--data_dir", city_block, "--result_dir", tmp_path / "evaluated", "--device", "cpu")
+        ckpt = ("--ckpt", tmp_path / "run/ckpts/ckpt_30.pt")
+        monkeypatch.setattr(sys, "argv", ["script", "default", *map(str, (*arguments, *ckpt, *options))])
+        command_line.main(script.CONFIGS, script.train, "test")
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Step 30"))
+        lines.append(line.split(", LPIPS")[0])
+    assert lines[0] == lines[1] == lines[2]
+
+
+def test_bounds_of_adam_steps():
+    """No sequence of gradients moves a parameter further than the bounds that culling ahead relies on."""
+    betas, generator = (0.9, 0.999), torch.Generator().manual_seed(0)
+    worst_step = worst_drift = 0.0
+    for pattern in ("growing", "steady", "random"):
+        parameter = torch.zeros(50, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([parameter], lr=1.0, betas=betas, eps=1e-15)
+        for step in range(-5000, 300):  # late, when bias correction no longer damps the steps
+            gradient = torch.zeros(50, dtype=torch.float64)
+            if step >= 0 and pattern == "growing":  # where the Cauchy-Schwarz inequality is an equality
+                gradient = torch.full((50,), (betas[1] / betas[0]) ** step, dtype=torch.float64)
+            elif step >= 0 and pattern == "steady":
+                gradient = torch.ones(50, dtype=torch.float64)
+            elif step >= 0:
+                gradient = torch.randn(50, generator=generator, dtype=torch.float64)
+            parameter.grad = gradient
+            before = parameter.detach().clone()
+            optimizer.step()
+            worst_step = max(worst_step, (parameter.detach() - before).abs().max().item())
+        before = parameter.detach().clone()
+        for _ in range(300):
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        worst_drift = max(worst_drift, (parameter.detach() - before).abs().max().item())
+    assert 0.9 * largest_step(betas) < worst_step <= largest_step(betas)
+    assert 0.8 * largest_drift(betas) < worst_drift <= largest_drift(betas)
+    assert math.isclose(largest_step(betas), 7.27, rel_tol=1e-3)
+
+
+def test_shared_positions():
+    ids, other = torch.tensor([1, 4, 5, 9, 12]), torch.tensor([0, 4, 9, 10])
+    here, there = shared_positions(ids, other)
+    assert (here.tolist(), there.tolist()) == ([1, 3], [1, 2])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert [len(x) for x in shared_positions(ids, nothing) + shared_positions(nothing, ids)] == [0, 0, 0, 0]
