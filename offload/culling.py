@@ -22,7 +22,7 @@ _OPAQUE_EXTENT = 3.33  # standard deviations at which opacity 1 has fallen to 1/
 _LOGIT_THRESHOLD = -math.log(254)  # logit of 1/255
 # What the rasterizer's and our float operations may be off, as in csrc/culling_kernels.cpp.
 _POSITION_ERROR = 5e-7  # of camera-space coordinates, relative to the summands
-_COVARIANCE_ERROR = 2e-6  # of image covariances, relative to the largest they could be
+_COVARIANCE_ERROR = 1e-6  # of image covariances, relative to the largest they could be
 _RELATIVE = 1e-5  # of everything else
 
 _CHUNK_ROWS = 2**20  # rows whose temporaries live together on the device: at most about 200 bytes per row
@@ -149,10 +149,7 @@ def visible_ids_on_device(
     Returns:
         Sorted int64 [V] on the device of the tensors.
     """
-    views = [
-        _View(viewmat, K, cameras, margin or Margin())
-        for viewmat, K in zip(cameras.viewmats.tolist(), cameras.Ks.tolist(), strict=True)
-    ]
+    views = _views(cameras, margin)
     # A cheap test of all rows leaves few for the whole test.
     near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     for part in _chunks(len(means)):
@@ -166,6 +163,11 @@ def visible_ids_on_device(
         for view in views:
             drawn[part] |= view.may_be_drawn(*gathered)
     return ids[drawn]
+
+
+def _views(cameras: Cameras, margin: Margin | None) -> list[_View]:
+    matrices = zip(cameras.viewmats.tolist(), cameras.Ks.tolist(), strict=True)
+    return [_View(viewmat, K, cameras, margin or Margin()) for viewmat, K in matrices]
 
 
 def _chunks(rows: int) -> list[slice]:

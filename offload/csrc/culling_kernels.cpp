@@ -18,7 +18,7 @@ namespace {
 
 // What the rasterizer's and our float operations may be off.
 constexpr float kPositionError = 5e-7f;    // of camera-space coordinates, relative to the summands
-constexpr float kCovarianceError = 2e-6f;  // of image covariances, relative to the largest they could be
+constexpr float kCovarianceError = 1e-6f;  // of image covariances, relative to the largest they could be
 constexpr float kRelative = 1e-5f;         // of everything else
 
 constexpr float kLogitThreshold = -5.5373343f - kRelative;  // logit of 1/255
@@ -83,12 +83,12 @@ inline bool any(Ints condition) {
   return found;
 }
 
-// The first `columns` columns of consecutive rows, one row per lane.
+// Neighbouring columns of consecutive rows, one row per lane; `from` points at the first row's first of them.
 template <int columns>
-inline void load(const float* rows, int count, Floats (&to)[columns]) {
+inline void load(const float* from, int count, Floats (&to)[columns]) {
   float transposed[columns][kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const float* row = rows + kGeometryColumns * (lane < count ? lane : 0);  // idle lanes repeat the first row
+    const float* row = from + kGeometryColumns * (lane < count ? lane : 0);  // idle lanes repeat the first row
     for (int c = 0; c < columns; ++c) transposed[c][lane] = row[c];
   }
   std::memcpy(to, transposed, sizeof transposed);
@@ -235,14 +235,17 @@ inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&
 uint64_t visible_rows(const View& view, const float* rows, int count) {
   uint64_t bits = 0;
   for (int first = 0; first < count; first += kLanes) {
-    Floats columns[kOpacities + 1];
-    load(rows + kGeometryColumns * first, count - first, columns);
-    const Floats(&c)[kOpacities + 1] = columns;
-    const Floats mean[3] = {c[0], c[1], c[2]}, log_scales[3] = {c[3], c[4], c[5]}, quat[4] = {c[6], c[7], c[8], c[9]};
-    const Decision decision = decide(view, mean, log_scales, c[kOpacities]);
+    const float* from = rows + kGeometryColumns * first;
+    Floats mean[3], log_scales[3], logit[1];
+    load(from + kMeans, count - first, mean);
+    load(from + kScales, count - first, log_scales);
+    load(from + kOpacities, count - first, logit);
+    const Decision decision = decide(view, mean, log_scales, logit[0]);
     Ints drawn = decision.drawn;
     if (any(~(decision.hidden | decision.drawn))) {
-      drawn |= ~decision.hidden & may_be_drawn(view, mean, log_scales, quat, c[kOpacities]);
+      Floats quat[4];
+      load(from + kQuats, count - first, quat);
+      drawn |= ~decision.hidden & may_be_drawn(view, mean, log_scales, quat, logit[0]);
     }
     for (int lane = 0; lane < kLanes && first + lane < count; ++lane) {
       bits |= static_cast<uint64_t>(drawn[lane] & 1) << (first + lane);
