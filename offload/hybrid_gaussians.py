@@ -11,8 +11,8 @@ from torch import Tensor
 from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, Margin, visible_ids
 from offload.device_geometry import GEOMETRY, DeviceGeometry
-from offload.morton import morton_order
 from offload.pipeline import RowGroup, RowPipeline, ViewRows, largest_drift, largest_step
+from offload.schedules import schedules_of
 from offload.store import HostStore
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
@@ -39,7 +39,8 @@ class HybridGaussians:
     ) -> None:
         """
         Args:
-            parameters: The six tensors of `training.gaussians.initial_gaussians`.
+            parameters: The six tensors of `training.gaussians.initial_gaussians`; best in Morton order, in which a
+                view's rows come in runs.
             learning_rates: Of each of them at step 0; that of the means never grows.
             means_lr: The means' learning rate at a step from 0.
             betas: Adam's decay rates.
@@ -48,8 +49,6 @@ class HybridGaussians:
             geometry: Where means, scales, quats and opacities are.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
-        order = morton_order(parameters["means"])
-        parameters = {name: value[order] for name, value in parameters.items()}
         self.steps_done = 0
         self._learning_rates = dict(learning_rates)
         self._means_lr = means_lr
@@ -62,7 +61,7 @@ class HybridGaussians:
         groups = {}
         for name in names:
             store = HostStore(parameters, groups=(name,), max_gaussians=max_gaussians, pin=device.type == "cuda")
-            multipliers, rates = self._schedules(store, name)
+            multipliers, rates = schedules_of(store.groups[name], learning_rates, means_lr)
             groups[name] = RowGroup(store, name, DeferredAdam(multipliers, betas, eps), rates)
             self._stores[name] = store
         if geometry == "device":
@@ -227,16 +226,3 @@ class HybridGaussians:
     def _margin_of(self, learning_rates: float) -> Margin:
         """What geometry can change by this many times its learning rates."""
         return Margin(**{name: _ROUNDING * learning_rates * self._learning_rates[name] for name in GEOMETRY})
-
-    def _schedules(self, store: HostStore, name: str) -> tuple[Tensor, Callable[[int], list[float]]]:
-        """DeferredAdam's multipliers [schedules, columns] of a group, and the schedules' rates at a step from 1."""
-        group = store.groups[name]
-        constant = torch.zeros(group.parameters.tensor.shape[1])  # [columns]
-        for parameter, columns in group.columns.items():
-            constant[columns] = self._learning_rates[parameter]
-        if "means" not in group.columns:
-            return constant[None], lambda step: [1.0]
-        decaying = torch.zeros_like(constant)
-        decaying[group.columns["means"]] = 1.0
-        constant[group.columns["means"]] = 0.0
-        return torch.stack([constant, decaying]), lambda step: [1.0, self._means_lr(step - 1)]

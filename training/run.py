@@ -20,6 +20,7 @@ from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError
+from offload.morton import morton_order
 from rendering.rasterize import check_gsplat
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.densification import TrainingStopped
@@ -106,12 +107,13 @@ class TrainingRun:
         self._begin = time.perf_counter()
 
     def initial_gaussians(self) -> dict[str, Tensor]:
-        """One Gaussian per point of the scene; those of the checkpoint, where one is to be evaluated."""
+        """One Gaussian per point of the scene, in Morton order; those of the checkpoint, where one is evaluated."""
         if self._checkpoint_to_evaluate is not None:
             return self._checkpoint_to_evaluate.gaussians
+        order = morton_order(torch.from_numpy(self.scene.points)).numpy()
         return initial_gaussians(
-            self.scene.points,
-            self.scene.points_rgb,
+            self.scene.points[order],
+            self.scene.points_rgb[order],
             sh_degree=self.cfg.sh_degree,
             init_opacity=self.cfg.init_opacity,
             init_scale=self.cfg.init_scale,

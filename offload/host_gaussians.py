@@ -1,0 +1,107 @@
+"""The baseline's Gaussians: everything on the host, nothing optimized (the naive offloading of GS-Scale)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from offload.adam import DeferredAdam
+from offload.culling import BlockBounds, Cameras, visible_ids
+from offload.host_memory import HostArray
+from offload.schedules import schedules_of
+from offload.store import HostStore
+from offload.transfer import RowTransfer
+
+
+class HostGaussians(HostStore):
+    """All Gaussians in one host store; a step visits every one of them twice: culling and dense Adam.
+
+    A training step is `fetch`, rendering and the backward pass, then `update`, one after the other.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        learning_rates: Mapping[str, float],
+        means_lr: Callable[[int], float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+        max_gaussians: int = 0,
+    ) -> None:
+        """
+        Args:
+            parameters: The six tensors of `training.gaussians.initial_gaussians`.
+            learning_rates: Of each of them at step 0.
+            means_lr: The means' learning rate at a step from 0.
+            betas: Adam's decay rates.
+            eps: Adam's epsilon.
+            device: Where views are rendered.
+            max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+        """
+        pin = device.type == "cuda"
+        super().__init__(parameters, max_gaussians=max_gaussians, pin=pin)
+        self.steps_done = 0
+        self._rendering_device = device
+        self._adams, self._rates, self._transfers, self._gradients = {}, {}, {}, {}
+        for name, group in self.groups.items():
+            multipliers, self._rates[name] = schedules_of(group, learning_rates, means_lr)
+            columns = multipliers.shape[1]
+            self._adams[name] = DeferredAdam(multipliers, betas, eps)
+            self._transfers[name] = RowTransfer(columns, device)
+            # Gradients of all rows, zero but between the backward pass and Adam.
+            self._gradients[name] = HostArray(columns, max_rows=group.parameters.max_rows)
+        self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view
+        self._rows: dict[str, Tensor] = {}
+
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """The rows [V] that a view needs, on the device, by parameter name; views of leaves."""
+        self._ids = self._cull(cameras)
+        self._rows = {name: rows.requires_grad_() for name, rows in self._upload(self._ids).items()}
+        return self._named(self._rows)
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Copies of the rows [V] that a view needs, on the device, by parameter name."""
+        return self._named(self._upload(self._cull(cameras)))
+
+    @property
+    def ids(self) -> Tensor:
+        """Which Gaussians `fetch` gave, [V] int64 on the host."""
+        return self._ids
+
+    def update(self) -> None:
+        """Dense Adam over all rows, with the gradients of those that `fetch` gave."""
+        for name, group in self.groups.items():
+            rows = self._rows[name]
+            self._gradients[name].resize(self.num_gaussians)
+            gradients = self._gradients[name].tensor  # [N, columns]
+            if rows.grad is not None:
+                gradients.index_copy_(0, self._ids, self._transfers[name].download(rows.grad).ready())
+            adam = self._adams[name]
+            adam.begin_step(self._rates[name](adam.step_count + 1))
+            moments = (group.exp_avg.tensor, group.exp_avg_sq.tensor)
+            adam.dense(group.parameters.tensor, *moments, gradients)
+            gradients.index_fill_(0, self._ids, 0.0)
+        self.steps_done += 1
+        self.step = self.steps_done
+
+    def _cull(self, cameras: Cameras) -> Tensor:
+        geometry = self.groups["geometry"].parameters.tensor
+        return visible_ids(geometry, BlockBounds(geometry), cameras)  # all rows have moved, so the bounds are new
+
+    def _upload(self, ids: Tensor) -> dict[str, Tensor]:
+        rows = {}
+        for name, group in self.groups.items():
+            parameters = group.parameters.tensor
+
+            def fill(out: Tensor, begin: int, end: int, parameters: Tensor = parameters) -> None:
+                torch.index_select(parameters, 0, ids[begin:end], out=out)
+
+            rows[name] = self._transfers[name].upload(len(ids), fill).ready()
+        return rows
+
+    def _named(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for name, group in self.groups.items() for key, value in group.named(rows[name]).items()}
