@@ -70,6 +70,8 @@ class DeferredAdam:
         self.eps = eps
         self.threads = num_threads() if threads is None else threads
         self.step_count = 0
+        self._rates = np.zeros(self.columns, np.float32)
+        self._eps = eps
 
         ratio = b1 / math.sqrt(b2)
         window = math.ceil(math.log(NEGLIGIBLE) / math.log(ratio)) if ratio > 0 else 1
@@ -115,8 +117,7 @@ class DeferredAdam:
         self._eps = self.eps * root_correction
 
         changed = slice(max(0, t - len(self._ratio_powers)), t)
-        previous = slice(max(0, changed.start - 1), t)
-        self._before[previous] = self._after[previous]
+        self._before[changed] = self._after[changed]
         self._sums[changed] += self._ratio_powers[-(t - changed.start) :, None] * rates
         self._after[changed] = self._sums[changed]
 
@@ -214,8 +215,8 @@ class DeferredAdam:
         *,
         store: bool,
     ) -> None:
-        if self.step_count == 0:
-            raise ValueError("begin_step comes before the first visit of rows")
+        if self.step_count == 0 and gradients is not None:
+            raise ValueError("begin_step comes before the first gradients")
         n = parameters.shape[0]
         v = n if ids is None else ids.shape[0]
         any_size = -1
@@ -228,7 +229,7 @@ class DeferredAdam:
         _check("gradient_rows", gradient_rows, torch.int64, (v,))
         _check("out", out, torch.float32, (v if out_rows is None else any_size, self.columns))
         _check("out_rows", out_rows, torch.int64, (v,))
-        if v == 0:
+        if v == 0:  # empty buffers may have no address, which the kernels would take for an absent one
             return
         _native.adam_rows(
             parameters=parameters.detach(),

@@ -227,6 +227,17 @@ def test_rows_of_larger_staging_buffers():
     assert (staged_values[untouched] == 7).all()
 
 
+def test_staging_buffers_of_any_alignment():
+    torch.manual_seed(0)
+    adam, rows = stepped_rows(100, 48, APPEARANCE)
+    expected, memory = torch.empty(100, 48), torch.empty(100 * 48 + 3)
+    adam.forward(*rows.all(), None, expected)
+    for offset in range(4):
+        out = memory[offset : offset + 100 * 48].view(100, 48)
+        adam.forward(*rows.all(), None, out)
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("columns", [1, 3, 12, 13, 16, 27, 48, 50])
 @pytest.mark.parametrize("n", [1, 5, 1030])
 def test_native_visits_equal_the_reference_at_any_size(n, columns):
@@ -293,6 +304,17 @@ def test_a_parameter_without_gradient_stays_and_a_tiny_one_is_finite():
     torch.testing.assert_close(out.double(), oracle.state()[0], rtol=0, atol=1e-5)
 
 
+def test_moments_do_not_drift_over_many_steps():
+    adam, rows = DeferredAdam(torch.ones(1, 16), BETAS, EPS, threads=1), random_rows(1, 16)
+    gradients, steps = torch.rand(1, 16) + 0.5, 5000
+    for _ in range(steps):
+        adam.begin_step([1e-3])
+        adam.commit(*rows.all(), None, gradients)
+    for moment, beta, power in ((rows.exp_avg, BETAS[0], 1), (rows.exp_avg_sq, BETAS[1], 2)):
+        expected = (1 - beta**steps) * gradients.double() ** power
+        torch.testing.assert_close(moment.double(), expected, rtol=4e-6, atol=0)
+
+
 def test_a_gap_of_200_000_steps():
     adam, rows = DeferredAdam(torch.ones(1, 4), BETAS, EPS, threads=1), random_rows(3, 4)
     before = rows.copy()
@@ -325,6 +347,15 @@ def test_nothing_visible_changes_nothing():
     empty = random_rows(0, 48)
     adam.commit(*empty.all(), None, torch.empty(0, 48))
     adam.forward(*empty.all(), None, torch.empty(0, 48))
+
+
+def test_before_the_first_step_values_are_those_stored():
+    adam, rows = DeferredAdam(APPEARANCE, BETAS, EPS, threads=1), random_rows(3, 48)
+    before, out = rows.copy(), torch.empty(3, 48)
+    adam.forward(*rows.all(), None, out)
+    adam.commit(*rows.all(), None, None)
+    assert torch.equal(out, before.parameters)
+    assert all(map(torch.equal, rows.all(), before.all()))
 
 
 def int64(*values: int) -> Tensor:
@@ -398,7 +429,7 @@ def test_impossible_settings_are_refused():
         DeferredAdam(APPEARANCE[0], BETAS, EPS)
     adam, rows = DeferredAdam(APPEARANCE, BETAS, EPS), random_rows(2, 48)
     with pytest.raises(ValueError, match="begin_step"):
-        adam.forward(*rows.all(), None, torch.empty(2, 48))
+        adam.commit(*rows.all(), None, torch.empty(2, 48))
     with pytest.raises(ValueError, match="2 learning rates for 1 schedules"):
         adam.begin_step([1.0, 1.0])
 

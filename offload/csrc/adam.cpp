@@ -45,18 +45,23 @@ auto data_or_null(const std::optional<Array>& array) {
   return array ? array->data() : nullptr;
 }
 
-constexpr int64_t kRowsPerTask = 512;
+// Rows that a thread takes at a time: many, since prefetching begins anew with each piece, yet several pieces for
+// each thread, since some threads are slower than others.
+int64_t rows_per_piece(int64_t count, int64_t threads) {
+  return std::clamp<int64_t>(count / (8 * std::max<int64_t>(threads, 1)), 64, 4096);
+}
 
 // Calls body(begin, end) on pieces of [0, count) and returns the sum of what it returns.
 template <class Body>
 int64_t sum_over_pieces(int64_t count, int64_t threads, const Body& body) {
-  const int64_t pieces = (count + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t rows = rows_per_piece(count, threads);
+  const int64_t pieces = (count + rows - 1) / rows;
   const int team = static_cast<int>(std::max<int64_t>(1, std::min(threads, pieces)));
   (void)team;  // unused without OpenMP
   int64_t sum = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(team) reduction(+ : sum)
   for (int64_t piece = 0; piece < pieces; ++piece)
-    sum += body(piece * kRowsPerTask, std::min((piece + 1) * kRowsPerTask, count));
+    sum += body(piece * rows, std::min((piece + 1) * rows, count));
   return sum;
 }
 
@@ -102,7 +107,7 @@ void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> ex
               (!last_step || has_length(*last_step, total)) && (!gradients || has_columns(*gradients)) &&
               (!out || has_columns(*out)) && (!gradient_rows || has_length(*gradient_rows, count)) &&
               (!out_rows || has_length(*out_rows, count)) && skipped.shape(1) == multipliers.shape(0) &&
-              decays.shape(1) == 3 && step > 0 && static_cast<int64_t>(skipped.shape(0)) > step &&
+              decays.shape(1) == 3 && step >= 0 && static_cast<int64_t>(skipped.shape(0)) > step &&
               static_cast<int64_t>(decays.shape(0)) > step,
           "arrays do not fit together");
 
