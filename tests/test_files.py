@@ -72,6 +72,15 @@ def test_checkpoint_round_trip(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
 
 
+def test_views_are_saved_alone(tmp_path):
+    gaussians = some_gaussians(50)
+    rows = torch.randn(100_000, 48)
+    views = {**gaussians, "sh0": rows[:50, :3].view(50, 1, 3), "shN": rows[:50, 3:].view(50, 15, 3)}
+    save_checkpoint(tmp_path / "a.pt", Checkpoint(7, views, TRANSFORM))
+    assert (tmp_path / "a.pt").stat().st_size < 50_000
+    assert_same(load_checkpoint(tmp_path / "a.pt").gaussians, views)
+
+
 def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     save_checkpoint(path, Checkpoint(7, some_gaussians(), TRANSFORM))

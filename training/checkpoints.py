@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
                 {
                     "version": FORMAT_VERSION,
                     "step": checkpoint.steps,
-                    "splats": {name: value.cpu() for name, value in checkpoint.gaussians.items()},
+                    "splats": {name: _compact(value.cpu()) for name, value in checkpoint.gaussians.items()},
                     "transform": torch.from_numpy(np.asarray(checkpoint.transform, np.float64)),
                 },
                 file,
@@ -49,6 +49,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _compact(value: Tensor) -> Tensor:
+    """The tensor in memory of its own size: torch saves all that a view is a view of."""
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
