@@ -58,14 +58,14 @@ class HostGaussians(HostStore):
         self._rows: dict[str, Tensor] = {}
 
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
-        """The rows [V] that a view needs, on the device, by parameter name; views of leaves."""
+        """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; views of leaves."""
         self._ids = self._cull(cameras)
         self._rows = {name: rows.requires_grad_() for name, rows in self._upload(self._ids).items()}
-        return self._named(self._rows)
+        return self._to_render(self._rows)
 
     def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
-        """Copies of the rows [V] that a view needs, on the device, by parameter name."""
-        return self._named(self._upload(self._cull(cameras)))
+        """Copies of the rows [V] that a view needs, as from `fetch`."""
+        return self._to_render(self._upload(self._cull(cameras)))
 
     @property
     def ids(self) -> Tensor:
@@ -103,5 +103,5 @@ class HostGaussians(HostStore):
             rows[name] = self._transfers[name].upload(len(ids), fill).ready()
         return rows
 
-    def _named(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value for name, group in self.groups.items() for key, value in group.named(rows[name]).items()}
+    def _to_render(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for name, group in self.groups.items() for key, value in group.to_render(rows[name]).items()}

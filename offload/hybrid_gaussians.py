@@ -79,11 +79,11 @@ class HybridGaussians:
     # ------------------------------------------------------------------------------------------- a training step
 
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
-        """The rows [V] that a view needs, on the device, by parameter name; leaves or views of leaves."""
+        """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; leaves or their views."""
         self._rows = self._pipeline.fetch(cameras)
-        rows = self._named("appearance", self._rows.values["appearance"])
+        rows = self._to_render("appearance", self._rows.values["appearance"])
         if self._device_geometry is None:
-            return {**self._named("geometry", self._rows.values["geometry"]), **rows}
+            return {**self._to_render("geometry", self._rows.values["geometry"]), **rows}
         self._geometry_rows = {
             name: value.requires_grad_() for name, value in self._device_geometry.gather(self._rows.ids).items()
         }
@@ -132,15 +132,15 @@ class HybridGaussians:
         return self._pipeline.staging_allocations
 
     def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
-        """Copies of the rows [V] that a view needs, on the device, by parameter name; training is not disturbed."""
+        """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         self._pipeline.finish()
         if self._device_geometry is not None:
             ids = self._cull_on_device(cameras)
             geometry = self._device_geometry.gather(ids)
         else:
             ids = self._cull_on_host(cameras)
-            geometry = self._named("geometry", self._pipeline.read("geometry", ids))
-        rows = {**geometry, **self._named("appearance", self._pipeline.read("appearance", ids.cpu()))}
+            geometry = self._to_render("geometry", self._pipeline.read("geometry", ids))
+        rows = {**geometry, **self._to_render("appearance", self._pipeline.read("appearance", ids.cpu()))}
         return {name: value.to(self._rendering_device) for name, value in rows.items()}
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -219,6 +219,9 @@ class HybridGaussians:
 
     def _cull_on_host(self, cameras: Cameras) -> Tensor:
         return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin)
+
+    def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:
+        return self._stores[group].groups[group].to_render(rows)
 
     def _named(self, group: str, rows: Tensor) -> dict[str, Tensor]:
         return self._stores[group].groups[group].named(rows)

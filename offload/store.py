@@ -54,6 +54,13 @@ class Group:
     def arrays(self) -> tuple[HostArray, HostArray, HostArray]:
         return self.parameters, self.exp_avg, self.exp_avg_sq
 
+    def to_render(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views of rows [M, columns] as rendering takes them: sh0 and shN are one `colors` [M, K, 3]."""
+        if "sh0" not in self.shapes:
+            return self.named(rows)
+        num_values = self.columns["shN"].stop
+        return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
+
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """Views of rows [M, columns] of any of the three arrays, or of gradients laid out like them, by name."""
         return {name: rows[:, self.columns[name]].view(len(rows), *shape) for name, shape in self.shapes.items()}

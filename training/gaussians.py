@@ -200,15 +200,19 @@ def activate(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """From stored parameters to `rendering.rasterize`'s arguments; differentiable.
 
     Args:
-        parameters: The six tensors of `initial_gaussians`, N rows each.
+        parameters: The six tensors of `initial_gaussians`, N rows each; or `colors` in place of sh0 and shN, where
+            they lie side by side already (a copy of them would be the largest tensor of a view).
 
     Returns:
         means [N, 3], quats [N, 4], scales [N, 3], opacities [N] and colors [N, K, 3] (SH coefficients).
     """
+    colors = parameters.get("colors")
+    if colors is None:
+        colors = torch.cat([parameters["sh0"], parameters["shN"]], dim=1)
     return {
         "means": parameters["means"],
         "quats": parameters["quats"],
         "scales": torch.exp(parameters["scales"]),
         "opacities": torch.sigmoid(parameters["opacities"]),
-        "colors": torch.cat([parameters["sh0"], parameters["shN"]], dim=1),
+        "colors": colors,
     }
