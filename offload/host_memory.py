@@ -20,7 +20,7 @@ from offload.threads import num_threads
 PART_BYTES = 256 << 20  # at most this much is registered at once
 HUGE_PAGE_BYTES = 2 << 20
 PAGE_BYTES = 64 << 10  # a multiple of every system's page
-SPARE = 32  # growth takes 1/32 more than it needs, so that many small ones make few parts
+SPARE = 64  # growth takes 1/64 more than it needs, so that many small ones make few parts
 
 
 class HostArray:
@@ -130,7 +130,7 @@ class _Mapping(mmap.mmap):
     """Anonymous memory of zeros. The last view of it to go unregisters and unmaps it."""
 
     pinned = False
-    _registered: set[int]  # addresses
+    _registered: frozenset[int] = frozenset()  # addresses
 
     @classmethod
     def anonymous(cls, num_bytes: int) -> _Mapping:
@@ -140,7 +140,6 @@ class _Mapping(mmap.mmap):
             # Python names MAP_NORESERVE from 3.13 on; other systems than Linux reserve nothing anyway.
             no_reserve = 0x4000 if sys.platform == "linux" else 0
             mapping = cls(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-        mapping._registered = set()
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -156,12 +155,12 @@ class _Mapping(mmap.mmap):
                 f"CUDA cannot pin {memory.nbytes} more bytes of host memory (error {int(status)}): "
                 "set --max_gaussians lower or free host memory."
             )
-        self._registered.add(address)
+        self._registered |= {address}
 
     def unregister(self, memory: np.ndarray) -> None:
         address = memory.ctypes.data
         if address in self._registered:
-            self._registered.remove(address)
+            self._registered -= {address}
             torch.cuda.cudart().cudaHostUnregister(address)
 
     def discard(self, start: int, num_bytes: int) -> None:

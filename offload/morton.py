@@ -9,7 +9,7 @@ from offload import _native
 from offload.threads import num_threads
 
 CELLS = 1 << 21  # along each axis; three times 21 bits fill a code
-SAMPLE = 100_000
+SAMPLE = 20_000
 OUTLIERS = 0.01  # share of points on either side of an axis that may lie outside the cells
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def group_shapes(group: str, sh_degree: int) -> dict[str, tuple[int, ...]]:
 
 def num_columns(group: str, sh_degree: int) -> int:
     """Columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes."""
-    values = sum(int(np.prod(shape)) for shape in group_shapes(group, sh_degree).values())
+    values = sum(math.prod(shape) for shape in group_shapes(group, sh_degree).values())
     multiple = 4 if group == "geometry" else 16
     return -(-values // multiple) * multiple
 
@@ -70,7 +71,7 @@ class HostStore:
     """All or one group of the Gaussians' parameters, with moments and the steps of their last updates.
 
     Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576, geometry
-    12 x 3 x 4 = 144, `last_step` 4; 724 in all. Up to 1/32 more is taken when the store grows.
+    12 x 3 x 4 = 144, `last_step` 4; 724 in all. Up to 1/64 more is taken when the store grows.
 
     The operations are those of `training.gaussians.DeviceGaussians`, with the same results row for row. They work on
     stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
@@ -92,16 +93,17 @@ class HostStore:
             parameters: means [N, 3], scales [N, 3], quats [N, 4], opacities [N], sh0 [N, 1, 3] and shN [N, K - 1, 3]
                 on any device. They are read in blocks: no second copy of them is made on the way.
             groups: Which of "geometry" and "appearance" to hold.
-            max_gaussians: Bound of N; 0 allows what the machine's memory could hold.
+            max_gaussians: Bound of growth; 0 allows what the machine's memory could hold.
             pin: Whether the memory is pinned where there is a GPU.
 
         Raises:
-            InputError: More Gaussians than `max_gaussians`, or memory that cannot be had.
+            InputError: Memory that cannot be had.
         """
         self.step = 0
-        self.sh_degree = int((parameters["shN"].shape[1] + 1) ** 0.5 + 0.5) - 1
+        self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
         num_gaussians = len(parameters["means"])
-        max_rows = max_gaussians or max(num_gaussians, _physical_bytes() // host_bytes(1, self.sh_degree, groups))
+        most = max_gaussians or _physical_bytes() // host_bytes(1, self.sh_degree, groups)
+        max_rows = max(num_gaussians, most)
         self.groups = {group: _empty_group(group, self.sh_degree, max_rows, pin) for group in groups}
         self._stamps = HostArray(1, max_rows=max_rows, dtype=torch.int32, pin=pin)
         self._resize(num_gaussians)
@@ -230,7 +232,7 @@ def _empty_group(group: str, sh_degree: int, max_rows: int, pin: bool) -> Group:
     columns, first = {}, 0
     shapes = group_shapes(group, sh_degree)
     for name, shape in shapes.items():
-        width = int(np.prod(shape))
+        width = math.prod(shape)
         columns[name] = slice(first, first + width)
         first += width
     arrays = (HostArray(num_columns(group, sh_degree), max_rows=max_rows, pin=pin) for _ in range(3))

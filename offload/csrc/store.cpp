@@ -80,10 +80,10 @@ void copy_rows(const Rows& rows, const Ids& source_ids, const Ids& target_ids, i
 }
 
 // rows[j] = rows[ids[j]] for strictly ascending ids, in place: chunk after chunk. A chunk's sources lie at or behind
-// the chunk, so writing it spoils no source of a later one; where they lie within it, they pass through a buffer
-// that stays in the cache.
+// its rows, so writing it spoils no source of a later one. A chunk that ends before its first source is moved at
+// once, and the more rows are missing, the longer it can be; others pass through a buffer that stays in the cache.
 void compact_rows(const Rows& rows, const Ids& ids, int num_threads) {
-  constexpr int64_t kBytesPerThread = 256 << 10;
+  constexpr int64_t kBytesPerThread = 1 << 20;
   const Table table(rows);
   const int64_t* sources = ids.data();
   const int64_t count = ids.shape(0), columns = table.columns;
@@ -98,8 +98,8 @@ void compact_rows(const Rows& rows, const Ids& ids, int num_threads) {
   const auto memory = scratch<int32_t>(chunk * columns);
   const Table buffer(memory.get(), columns);
 #pragma omp parallel num_threads(num_threads)
-  for (int64_t first = start; first < count; first += chunk) {
-    const int64_t last = std::min(first + chunk, count);
+  for (int64_t first = start, last; first < count; first = last) {
+    last = std::min(std::max(first + chunk, sources[first]), count);
     if (sources[first] >= last) {
 #pragma omp for schedule(static)
       for (int64_t j = first; j < last; ++j) table.copy(table.row(j), table.row(sources[j]));

@@ -1,0 +1,150 @@
+"""Times what densification does to the host store, and prints a Markdown table.
+
+    python -m benchmarks.densify [--quick] [--gaussians 2000000] [--repeats 5]
+
+The floor of each line is the bytes it must move over the bandwidth of a large copy on the same threads; every byte
+read and every byte written counts once. Where other processes are busy too, set OMP_WAIT_POLICY=PASSIVE: threads
+that spin at the end of a loop are then waiting for the cores they take.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from configs import DensificationRules
+from offload.morton import morton_order
+from offload.store import HostStore, host_bytes
+from offload.threads import num_threads
+from training.densification import Densification, Statistics
+
+SHARE = 0.05  # of the rows that one refinement duplicates, splits or removes
+
+
+@dataclass
+class Options:
+    gaussians: int = 2_000_000
+    repeats: int = 5
+    """timed runs of each operation"""
+    quick: bool = False
+    """100,000 Gaussians and 2 runs, to see that everything works"""
+
+
+def random_parameters(n: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(n, *shape, generator=generator)
+
+    parameters = {"means": normal(3), "scales": normal(3) + math.log(0.01), "quats": normal(4), "opacities": normal()}
+    return {**parameters, "sh0": normal(1, 3), "shN": normal(15, 3)}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+    """Bytes per second read and written by copies of a large float32 tensor."""
+    source = torch.ones(num_bytes // 4)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / min(seconds(lambda: target.copy_(source)) for _ in range(6))
+
+
+def every(share: float, n: int) -> Tensor:
+    """Row numbers spread evenly: this share of n."""
+    return torch.arange(0, n, round(1 / share))
+
+
+def bytes_moved(n: int) -> dict[str, float]:
+    """What each operation must read and write; nothing is said about a whole refinement."""
+    row, parameters = host_bytes(1, 3), (12 + 48) * 4  # bytes of a row with moments and stamp, and without
+    changed = SHARE * n
+    return {
+        "fill from six tensors": n * (59 * 4 + row),  # moments are written once, as zeros
+        "Morton order of the means": n * (12 + 8),
+        "re-sort, from random order": 2 * n * row,
+        "re-sort, nearly sorted": 2 * n * row,
+        f"append copies of {SHARE:.0%}": changed * (parameters + row),
+        f"overwrite means and scales of {SHARE:.0%}": changed * (2 * 24 + 2 * parameters + 4),
+        f"relocate onto {SHARE:.0%}": changed * (4 * parameters + 4),
+        "clamp opacities": n * 4 * 4,  # one value read and three written
+        f"remove {SHARE:.0%}": 2 * n * row,
+        "refinement: duplicate, split and remove": math.nan,
+    }
+
+
+def one_round(parameters: dict[str, Tensor]) -> list[float]:
+    """Seconds of each operation of `bytes_moved`, one after the other on one store."""
+    n = len(parameters["means"])
+    start = time.perf_counter()
+    store = HostStore(parameters)
+    filled = time.perf_counter() - start
+
+    times = [filled, seconds(lambda: morton_order(store.read("means")))]
+    ids, others = every(SHARE, n), every(SHARE, n) + 1
+    order = morton_order(store.read("means"))
+    times.append(seconds(lambda: store.reorder(order)))
+    store.overwrite(ids, {"means": store.read("means")[ids].roll(1, 0)})
+    nearly_sorted = morton_order(store.read("means"))
+    times.append(seconds(lambda: store.reorder(nearly_sorted)))
+
+    values = {name: store.read(name)[ids] for name in ("means", "scales")}
+    times.append(seconds(lambda: store.append_copies(ids)))
+    times.append(seconds(lambda: store.overwrite(ids, values)))
+    times.append(seconds(lambda: store.relocate(ids, others)))
+    times.append(seconds(lambda: store.clamp_opacities(2.0)))
+    is_kept = torch.ones(store.num_gaussians, dtype=torch.bool)
+    is_kept[every(SHARE, store.num_gaussians)] = False
+    kept = torch.where(is_kept)[0]
+    times.append(seconds(lambda: store.keep(kept)))
+
+    few = store.read("opacities").kthvalue(int(SHARE * store.num_gaussians)).values
+    rules = DensificationRules(prune_opa=float(few.sigmoid()))
+    densification = Densification(rules, scene_scale=1.0, seed=0)
+    gradients = torch.zeros(store.num_gaussians)
+    gradients[every(2 * SHARE, store.num_gaussians)] = 1.0  # half of them are small enough to be duplicated
+    densification.statistics = Statistics(gradients, torch.ones_like(gradients), torch.zeros_like(gradients))
+    times.append(seconds(lambda: densification.refine(600, store)))
+    return times
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(options: Options) -> None:
+    n, repeats = (100_000, 2) if options.quick else (options.gaussians, options.repeats)
+    torch.set_num_threads(num_threads())
+    bandwidth = copy_bandwidth(min(host_bytes(n, 3), 1 << 30))
+    parameters = random_parameters(n)
+    one_round({name: value[:1000] for name, value in parameters.items()})  # starts all threads
+    all_times = np.array([one_round(parameters) for _ in range(repeats)])  # [repeats, operations]
+    print(f"{processor()}, {num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"{n} Gaussians of SH degree 3, {host_bytes(n, 3) / 1e9:.2f} GB; {repeats} runs")
+    print(f"large copy, read and written: {bandwidth / 1e9:.1f} GB/s\n")
+    print("| operation | ms, median (smallest to largest) | GB moved | floor, ms | share of copy bandwidth |")
+    print("|---|---|---|---|---|")
+    for (name, num_bytes), times in zip(bytes_moved(n).items(), all_times.T, strict=True):
+        low, median, high = (1e3 * time for time in (times.min(), np.median(times), times.max()))
+        floor = 1e3 * num_bytes / bandwidth
+        counted = " | | " if math.isnan(floor) else f"{num_bytes / 1e9:.2f} | {floor:.0f} | {floor / median:.0%}"
+        print(f"| {name} | {median:.0f} ({low:.0f} to {high:.0f}) | {counted} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

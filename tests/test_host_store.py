@@ -1,0 +1,654 @@
+"""The host store against a plain model of named tensors, and against the GPU-only trainer's Gaussians."""
+
+import gc
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from configs import DensificationRules
+from errors import InputError
+from offload import _native, host_memory
+from offload.host_memory import HostArray
+from offload.morton import morton_order
+from offload.store import HostStore, host_bytes
+from training.densification import Densification, Statistics, grow
+from training.gaussians import DeviceGaussians
+
+NAMES = {
+    "geometry": ("means", "scales", "quats", "opacities"),
+    "appearance": ("sh0", "shN"),
+}
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def random_parameters(num_gaussians: int, sh_degree: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(num_gaussians, *shape, generator=generator)
+
+    return {
+        "means": normal(3),
+        "scales": normal(3) - 4,
+        "quats": normal(4),
+        "opacities": normal(),
+        "sh0": normal(1, 3),
+        "shN": normal((sh_degree + 1) ** 2 - 1, 3),
+    }
+
+
+class PlainModel:
+    """What the store should hold, by name, each change written down with fancy indexing."""
+
+    def __init__(self, num_gaussians: int, sh_degree: int, names: tuple[str, ...]) -> None:
+        values, exp_avg, exp_avg_sq = (random_parameters(num_gaussians, sh_degree, seed) for seed in (1, 2, 3))
+        self.arrays = [{name: array[name] for name in names} for array in (values, exp_avg, exp_avg_sq)]
+        self.last_step = torch.randint(0, 50, (num_gaussians,), dtype=torch.int32)
+
+    def select(self, ids: Tensor) -> None:
+        self.arrays = [{name: array[name][ids] for name in array} for array in self.arrays]
+        self.last_step = self.last_step[ids]
+
+    def append_copies(self, ids: Tensor, step: int) -> None:
+        num_before = len(self.last_step)
+        self.select(torch.cat([torch.arange(num_before), ids]))
+        self.forget(torch.arange(num_before, num_before + len(ids)), step)
+
+    def overwrite(self, ids: Tensor, values: dict[str, Tensor], step: int) -> None:
+        for name, value in values.items():
+            if name in self.arrays[0]:
+                self.arrays[0][name][ids] = value
+        self.forget(ids, step)
+
+    def forget(self, ids: Tensor, step: int) -> None:
+        for moments in self.arrays[1:]:
+            for moment in moments.values():
+                moment[ids] = 0
+        self.last_step[ids] = step
+
+
+def named_arrays(store: HostStore) -> list[dict[str, Tensor]]:
+    """Parameters and both moments by name."""
+    arrays = [{}, {}, {}]
+    for group in store.groups.values():
+        for named, array in zip(arrays, group.arrays, strict=True):
+            named.update(group.named(array.tensor))
+    return arrays
+
+
+def store_of(model: PlainModel, groups: tuple[str, ...], sh_degree: int, **options) -> HostStore:
+    parameters = random_parameters(len(model.last_step), sh_degree)
+    store = HostStore({**parameters, **model.arrays[0]}, groups=groups, **options)
+    for stored, given in zip(named_arrays(store), model.arrays, strict=True):
+        for name in given:
+            stored[name].copy_(given[name])
+    store.last_step.copy_(model.last_step)
+    return store
+
+
+def assert_same(store: HostStore, model: PlainModel) -> None:
+    assert store.num_gaussians == len(model.last_step)
+    for stored, expected in zip(named_arrays(store), model.arrays, strict=True):
+        assert stored.keys() == expected.keys()
+        for name, value in expected.items():
+            assert stored[name].shape == value.shape
+            assert torch.equal(stored[name], value), name
+    assert torch.equal(store.last_step, model.last_step)
+    for group in store.groups.values():
+        used = max(columns.stop for columns in group.columns.values())
+        assert all(not array.tensor[:, used:].any() for array in group.arrays)  # padding stays zero
+
+
+def random_ids(num_ids: int, num_gaussians: int) -> Tensor:
+    return torch.randint(0, num_gaussians, (num_ids,))
+
+
+# ------------------------------------------------------------------------------------------------ rows of a store
+
+
+@pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",), ("geometry",)])
+@pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_operations_equal_those_on_a_plain_model(groups, sh_degree, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    torch.manual_seed(0)
+    names = tuple(name for group in groups for name in NAMES[group])
+    model = PlainModel(500, sh_degree, names)
+    store = store_of(model, groups, sh_degree, max_gaussians=5000)
+    assert_same(store, model)
+    for step in range(10, 14):
+        store.step = step
+        ids = random_ids(200, store.num_gaussians)
+        store.append_copies(ids)
+        model.append_copies(ids, step)
+        assert_same(store, model)
+
+        ids = torch.randperm(store.num_gaussians)[:50]
+        values = {name: value for name, value in random_parameters(50, sh_degree, step).items() if name != "quats"}
+        store.overwrite(ids, values)
+        model.overwrite(ids, values, step)
+        assert_same(store, model)
+
+        sources, targets = torch.randperm(store.num_gaussians)[:80].view(2, 40)
+        store.relocate(sources, targets)
+        model.overwrite(targets, {name: value[sources] for name, value in model.arrays[0].items()}, step)
+        assert_same(store, model)
+
+        ids = torch.where(torch.rand(store.num_gaussians) > 0.3)[0]
+        store.keep(ids)
+        model.select(ids)
+        assert_same(store, model)
+
+        if "geometry" in groups:
+            store.clamp_opacities(0.3)
+            model.arrays[0]["opacities"].clamp_(max=0.3)
+            for moments in model.arrays[1:]:
+                moments["opacities"].zero_()
+            assert_same(store, model)
+
+        order = torch.randperm(store.num_gaussians)
+        store.reorder(order)
+        model.select(order)
+        assert_same(store, model)
+
+
+@pytest.mark.parametrize("num_gaussians", [0, 1, 2, 33, 60_000])
+@pytest.mark.parametrize("kept", ["none", "all", "first", "last", "few", "most", "half", "unordered"])
+@pytest.mark.parametrize("threads", ["1", "2", "7"])
+def test_keep(num_gaussians, kept, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    torch.manual_seed(num_gaussians)
+    everything = torch.arange(num_gaussians)
+    draw = torch.rand(num_gaussians)
+    ids = {
+        "none": everything[:0],
+        "all": everything,
+        "first": everything[: num_gaussians // 2],
+        "last": everything[num_gaussians // 2 :],
+        "few": everything[draw < 0.01],
+        "most": everything[draw < 0.999],
+        "half": everything[draw < 0.5],
+        "unordered": torch.randperm(num_gaussians)[: num_gaussians // 2],
+    }[kept]
+    array = HostStore(random_parameters(num_gaussians, 3), groups=("appearance",), max_gaussians=num_gaussians)
+    expected = array.read("shN")[ids]
+    array.last_step.copy_(everything)
+    array.keep(ids)
+    assert torch.equal(array.read("shN"), expected)
+    assert torch.equal(array.last_step.long(), ids)
+
+
+def test_keep_refuses_to_double_rows():
+    store = HostStore(random_parameters(10))
+    with pytest.raises(ValueError, match="only once"):
+        store.keep(torch.tensor([3, 5, 3]))
+
+
+def permutations(n: int) -> dict[str, Tensor]:
+    """Orders with few long, many short and no cycles, with and without a multiple of 32 in them."""
+    everything = torch.arange(n)
+    odd = everything.clone()
+    odd[1::2] = odd[1::2].roll(3)  # one or three cycles of odd rows only, far longer than 32
+    neighbours = everything.clone()
+    neighbours[: n // 2 * 2] = neighbours[: n // 2 * 2].view(-1, 2).flip(1).flatten()
+    return {
+        "none": everything,
+        "rotated": everything.roll(1),
+        "reversed": everything.flip(0),
+        "odd": odd,
+        "neighbours": neighbours,
+        "random": torch.randperm(n, generator=torch.Generator().manual_seed(n)),
+    }
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 1000, 30_001])
+@pytest.mark.parametrize("kind", ["none", "rotated", "reversed", "odd", "neighbours", "random"])
+@pytest.mark.parametrize("threads", ["1", "5"])
+def test_reorder_and_back(n, kind, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    order = permutations(n)[kind]
+    parameters = random_parameters(n)
+    store = HostStore(parameters, max_gaussians=n)
+    store.last_step.copy_(torch.arange(n))
+    store.groups["geometry"].exp_avg.tensor.copy_(store.groups["geometry"].parameters.tensor)
+    store.reorder(order)
+    for name, value in store.snapshot().items():
+        assert torch.equal(value, parameters[name][order])
+    assert torch.equal(store.last_step.long(), order)
+    geometry = store.groups["geometry"]
+    assert torch.equal(geometry.exp_avg.tensor, geometry.parameters.tensor)
+    store.reorder(order.argsort())
+    for name, value in store.snapshot().items():
+        assert torch.equal(value, parameters[name])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, 3], [1, 2, 2, 0]])
+def test_reorder_refuses_what_is_no_permutation(order):
+    parameters = random_parameters(4)
+    store = HostStore(parameters)
+    with pytest.raises(ValueError, match="not a permutation"):
+        store.reorder(torch.tensor(order))
+    with pytest.raises(ValueError, match="order of 3 rows for 4"):
+        store.reorder(torch.tensor([0, 1, 2]))
+    assert torch.equal(store.read("means"), parameters["means"])
+
+
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_rows_that_do_not_exist_are_refused(wrong):
+    store = HostStore(random_parameters(10))
+    ids, others = torch.tensor([2, wrong]), torch.tensor([0, 1])
+    for operation in (
+        lambda: store.append_copies(ids),
+        lambda: store.keep(ids),
+        lambda: store.overwrite(ids, {}),
+        lambda: store.relocate(ids, others),
+        lambda: store.relocate(others, ids),
+    ):
+        with pytest.raises(IndexError, match="of 10"):
+            operation()
+    assert store.num_gaussians == 10
+
+
+def test_a_store_of_no_gaussians_takes_every_operation():
+    store = HostStore(random_parameters(1), max_gaussians=10)
+    nothing = torch.arange(0)
+    store.keep(nothing)
+    assert store.num_gaussians == 0
+    store.append_copies(nothing)
+    store.overwrite(nothing, {"means": torch.zeros(0, 3)})
+    store.relocate(nothing, nothing)
+    store.reorder(nothing)
+    store.clamp_opacities(0.0)
+    store.keep(nothing)
+    assert {name: tuple(value.shape) for name, value in store.snapshot().items()} == {
+        "means": (0, 3),
+        "scales": (0, 3),
+        "quats": (0, 4),
+        "opacities": (0,),
+        "sh0": (0, 1, 3),
+        "shN": (0, 15, 3),
+    }
+
+
+# ------------------------------------------------------------------------- against the GPU-only trainer's Gaussians
+
+
+def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, HostStore]:
+    """The same Gaussians with the same non-zero moments in both kinds of store."""
+    parameters = random_parameters(num_gaussians)
+    parameters["scales"] += math.log(2) * torch.randn(num_gaussians, 3)
+    parameters["opacities"] += math.log(0.005)
+    rates = dict.fromkeys(parameters, 1e-3)
+    device_store = DeviceGaussians(parameters, rates, betas=(0.9, 0.999), eps=1e-15, device=torch.device("cpu"))
+    for parameter in device_store.parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    device_store.step(means_lr=1e-3)
+    host_store = HostStore(device_store.snapshot())
+    host_store.step = 1
+    host_store.last_step.fill_(1)
+    _, exp_avg, exp_avg_sq = named_arrays(host_store)
+    for name, parameter in device_store.parameters.items():
+        state = device_store.optimizer.state[parameter]
+        exp_avg[name].copy_(state["exp_avg"])
+        exp_avg_sq[name].copy_(state["exp_avg_sq"])
+    return device_store, host_store
+
+
+def assert_pair_same(device_store: DeviceGaussians, host_store: HostStore) -> None:
+    values, exp_avg, exp_avg_sq = named_arrays(host_store)
+    for name, parameter in device_store.parameters.items():
+        state = device_store.optimizer.state[parameter]
+        assert torch.equal(values[name], parameter.detach()), name
+        assert torch.equal(exp_avg[name], state["exp_avg"]), name
+        assert torch.equal(exp_avg_sq[name], state["exp_avg_sq"]), name
+
+
+@pytest.mark.parametrize("revised_opacity", [False, True])
+def test_growth_equals_that_of_device_gaussians(revised_opacity):
+    torch.manual_seed(0)
+    pair = trained_pair(400)
+    marks = torch.randint(0, 3, (400,))
+    for store in pair:
+        generator = torch.Generator().manual_seed(5)
+        grow(store, torch.where(marks == 1)[0], torch.where(marks == 2)[0], revised_opacity, generator)
+    assert pair[1].num_gaussians == 400 + int((marks > 0).sum())
+    assert_pair_same(*pair)
+
+
+@pytest.mark.parametrize("step", [600, 3100])
+def test_refinement_equals_that_of_device_gaussians(step):
+    torch.manual_seed(0)
+    pair = trained_pair(2000)
+    count = torch.randint(0, 4, (2000,)).float()
+    statistics = [count * 4e-4 * torch.rand(2000), count, 0.3 * torch.rand(2000)]
+    for store in pair:
+        densification = Densification(DensificationRules(), scene_scale=2.0, seed=3)
+        densification.statistics = Statistics(*(values.clone() for values in statistics))
+        densification.refine(step, store)
+        store.clamp_opacities(-4.0)
+    assert pair[1].num_gaussians not in (0, 2000)
+    assert_pair_same(*pair)
+
+
+# ----------------------------------------------------------------------------------------------------- host memory
+
+
+@pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
+@pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",)])
+def test_host_bytes_are_the_bytes_of_all_arrays(sh_degree, groups):
+    store = HostStore(random_parameters(7, sh_degree), groups=groups)
+    held = [store.last_step, *(array.tensor for group in store.groups.values() for array in group.arrays)]
+    assert host_bytes(7, sh_degree, groups) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def test_bytes_of_one_gaussian_are_the_documented_ones():
+    assert host_bytes(1, 3) == 724
+    assert host_bytes(1, 3, ("appearance",)) == 576 + 4
+    assert host_bytes(1, 3, ("geometry",)) == 144 + 4
+    assert "724" in HostStore.__doc__
+
+
+def test_growth_keeps_addresses_contents_and_views():
+    array = HostArray(48, max_rows=200_000)
+    array.resize(10)
+    array.tensor.copy_(torch.arange(480.0).view(10, 48))
+    early = array.tensor
+    address = early.data_ptr()
+    assert address % 64 == 0
+    for rows in (11, 5000, 5001, 60_000, 200_000):
+        array.resize(rows)
+        assert array.tensor.shape == (rows, 48)
+        assert array.tensor.data_ptr() == address
+        assert torch.equal(array.tensor[:10].flatten(), torch.arange(480.0))
+        assert not array.tensor[10:].any()
+    array.tensor[3] = -1
+    assert (early[3] == -1).all()
+
+
+def test_rows_that_come_back_are_zero():
+    array = HostArray(12, max_rows=500_000)
+    for rows, fewer in ((1000, 999), (500_000, 3), (400_000, 200_000), (100_000, 0), (300_000, 299_000)):
+        array.resize(rows)
+        array.tensor.fill_(7.0)
+        array.resize(fewer)
+        assert (array.tensor == 7.0).all()
+        array.resize(rows)
+        assert (array.tensor[:fewer] == 7.0).all()
+        assert not array.tensor[fewer:].any()
+        array.resize(0)
+
+
+def test_views_outlive_the_array():
+    array = HostArray(3, max_rows=1000)
+    array.resize(1000)
+    view = array.tensor[500:]
+    view.fill_(4.0)
+    del array
+    gc.collect()
+    assert (view == 4.0).all()
+
+
+def test_more_rows_than_reserved_name_the_option():
+    array = HostArray(3, max_rows=10)
+    with pytest.raises(InputError, match="raise --max_gaussians"):
+        array.resize(11)
+    assert array.rows == 0
+    store = HostStore(random_parameters(8), max_gaussians=10)
+    before = store.read("shN").clone()
+    with pytest.raises(InputError, match=r"11 Gaussians .* 10: raise --max_gaussians"):
+        store.append_copies(torch.arange(3))
+    assert store.num_gaussians == 8
+    assert torch.equal(store.read("shN"), before)
+    assert HostStore(random_parameters(8), max_gaussians=5).num_gaussians == 8  # the bound is one of growth
+
+
+def test_a_failure_half_way_leaves_all_arrays_as_they_were(monkeypatch):
+    store = HostStore(random_parameters(8), max_gaussians=10)
+    monkeypatch.setattr(store.groups["appearance"].exp_avg_sq, "max_rows", 8)
+    with pytest.raises(InputError):
+        store.append_copies(torch.arange(1))
+    lengths = {len(array.tensor) for group in store.groups.values() for array in group.arrays}
+    assert lengths | {store.num_gaussians} == {8}
+
+
+def test_address_space_that_cannot_be_had_names_the_option():
+    with pytest.raises(InputError, match="set --max_gaussians lower"):
+        HostArray(48, max_rows=1 << 50)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@on_linux
+def test_removed_rows_give_memory_back_and_reserved_ones_take_none():
+    before = resident_bytes()
+    array = HostArray(48, max_rows=1 << 26)  # 12 GiB
+    assert resident_bytes() - before < 8 << 20
+    rows = (128 << 20) // 192
+    array.resize(rows)
+    array.tensor.fill_(1.0)
+    assert 128 << 20 <= resident_bytes() - before < 142 << 20
+    array.resize(rows // 4)
+    assert resident_bytes() - before < 42 << 20
+    array.resize(0)
+    assert resident_bytes() - before < 8 << 20
+
+
+PEAK_SCRIPT = """
+    import torch
+    from offload.morton import morton_order
+    from offload.store import HostStore, host_bytes
+
+    def status(key):
+        with open("/proc/self/status") as file:
+            return 1024 * int(next(line for line in file if line.startswith(key)).split()[1])
+
+    groups = {groups}
+    few = 1000
+    parameters = {{
+        "means": torch.rand(few, 3), "scales": torch.rand(few, 3), "quats": torch.rand(few, 4),
+        "opacities": torch.rand(few), "sh0": torch.rand(few, 1, 3), "shN": torch.rand(few, 15, 3),
+    }}
+    morton_order(parameters["means"])
+    HostStore(parameters, groups=groups).append_copies(torch.arange(few))  # starts all threads
+    store = HostStore(parameters, groups=groups)
+    before = status("VmRSS")
+    store.append_copies(torch.arange(400_000) % few)
+    store.append_copies(torch.arange(0, 400_000, 10))
+    grown = store.num_gaussians
+    store.overwrite(torch.arange(0, 400_000, 10), {{"means": torch.rand(40_000, 3), "scales": torch.rand(40_000, 3)}})
+    means = store.read("means") if "geometry" in groups else torch.rand(grown, 3)
+    store.reorder(morton_order(means))
+    store.keep(torch.where(torch.arange(grown) % 20 > 0)[0])
+    print((status("VmHWM") - before) / host_bytes(grown, 3, groups))
+"""
+
+
+@on_linux
+@pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",)])
+def test_peak_memory_of_densification(groups):
+    script = textwrap.dedent(PEAK_SCRIPT).format(groups=groups)
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        # Working memory goes back to the system when it is freed, as that of larger stores does anyway.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    assert 1.0 < float(finished.stdout) <= 1.1
+
+
+# -------------------------------------------------------------------------------------------------- pinned parts
+
+
+class FakeCudart:
+    """Registers memory as CUDA does, and complains about what CUDA would not survive."""
+
+    def __init__(self) -> None:
+        self.parts = {}  # start: end
+
+    def cudaHostRegister(self, start: int, num_bytes: int, flags: int) -> int:
+        assert start % 4096 == 0
+        assert num_bytes % 4096 == 0
+        assert all(end <= start or first >= start + num_bytes for first, end in self.parts.items())
+        self.parts[start] = start + num_bytes
+        return 0
+
+    def cudaHostUnregister(self, start: int) -> int:
+        del self.parts[start]
+        return 0
+
+
+@pytest.fixture
+def cudart(monkeypatch) -> FakeCudart:
+    fake = FakeCudart()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(host_memory, "PART_BYTES", 1 << 20)
+    yield fake
+    gc.collect()
+    assert not fake.parts  # all memory has been unregistered before it went
+
+
+def test_all_rows_are_registered_in_parts_that_no_row_straddles(cudart):
+    array = HostArray(48, max_rows=100_000, pin=True)
+    for rows in (1, 10_000, 10_001, 50_000, 20_000, 19_999, 100_000, 0, 30_000):
+        array.resize(rows)
+        address = array.tensor.data_ptr()
+        parts = sorted(cudart.parts.items())
+        assert all(end == start for (_, end), (start, _) in pairwise(parts))
+        if rows:
+            assert parts[0][0] == address
+            assert parts[-1][1] >= address + rows * 192
+        assert all((end - address) % 192 == 0 for _, end in parts)
+        ranges = array.uncut_ranges(rows // 3, rows)
+        assert [row for first, last in ranges for row in range(first, last)] == list(range(rows // 3, rows))
+        for first, last in ranges:
+            assert any(
+                start <= address + first * 192 and address + last * 192 <= end for start, end in cudart.parts.items()
+            )
+    assert len(array.uncut_ranges(0, 30_000)) > 1
+    assert array.uncut_ranges(5, 5) == []
+
+
+def test_growing_by_little_makes_few_parts(cudart):
+    array = HostArray(48, max_rows=100_000, pin=True)
+    for rows in range(50_000, 60_000, 100):
+        array.resize(rows)
+    initial_parts = 50_000 * 192 // (1 << 20) + 1
+    assert len(cudart.parts) < initial_parts + 12
+
+
+def test_memory_that_cuda_does_not_pin_is_reported(cudart, monkeypatch):
+    store = HostStore(random_parameters(10), max_gaussians=100_000, pin=True)
+    monkeypatch.setattr(FakeCudart, "cudaHostRegister", lambda *arguments: 2)
+    with pytest.raises(InputError, match="cannot pin"):
+        store.append_copies(torch.zeros(50_000, dtype=torch.int64))
+    assert store.num_gaussians == 10
+
+
+@pytest.mark.cuda
+def test_pinned_rows_are_copied_asynchronously_part_by_part(monkeypatch):
+    monkeypatch.setattr(host_memory, "PART_BYTES", 8 << 20)
+    array = HostArray(48, max_rows=1_000_000, pin=True)
+    for rows in (100_000, 150_000):
+        array.resize(rows)
+        array.tensor.copy_(torch.randn(rows, 48))
+        ranges = array.uncut_ranges(7, rows)
+        assert len(ranges) > 1
+        copied = torch.empty(rows, 48, device="cuda")
+        for first, last in ranges:
+            part = array.tensor[first:last]
+            assert part.is_pinned()
+            copied[first:last].copy_(part, non_blocking=True)
+        torch.cuda.synchronize()
+        assert torch.equal(copied[7:].cpu(), array.tensor[7:])
+    array.resize(20_000)
+    assert array.tensor.is_pinned()
+    assert torch.equal(array.tensor.cuda().cpu(), array.tensor)
+    kept = array.tensor
+    del array
+    gc.collect()
+    assert kept.is_pinned()
+
+
+# ---------------------------------------------------------------------------------------------------- Morton order
+
+
+def interleaved(x: int, y: int, z: int) -> int:
+    return sum(
+        (x >> bit & 1) << 3 * bit | (y >> bit & 1) << 3 * bit + 1 | (z >> bit & 1) << 3 * bit + 2 for bit in range(21)
+    )
+
+
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_morton_order_sorts_interleaved_bits_and_is_stable(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    cells = np.random.default_rng(0).integers(0, 16, (5000, 3))
+    cells[:2] = [[0, 0, 0], [16, 16, 16]]  # so that a cell of 1/16 of the extent is a whole number of native ones
+    means = torch.from_numpy(cells).float()
+    order = morton_order(means).tolist()
+    native = [[min(int(c / 16 * 2**21), 2**21 - 1) for c in cell] for cell in cells.tolist()]
+    codes = [interleaved(*cell) for cell in native]
+    assert order == sorted(range(5000), key=lambda row: (codes[row], row))
+
+
+def test_morton_order_of_many_points_is_the_same_for_any_number_of_threads(monkeypatch):
+    means = torch.randn(100_000, 3, generator=torch.Generator().manual_seed(0))
+    orders = []
+    for threads in ("1", "3", "8"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        orders.append(morton_order(means))
+    assert torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[0], orders[2])
+    assert torch.equal(orders[0].sort().values, torch.arange(100_000))
+
+
+def block_extent(means: Tensor) -> float:
+    """Mean over blocks of 64 points of their largest side."""
+    blocks = means[: len(means) // 64 * 64].view(-1, 64, 3)
+    return float((blocks.amax(1) - blocks.amin(1)).amax(-1).mean())
+
+
+def test_far_points_do_not_make_the_cells_coarse():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.rand(20_000, 3, generator=generator)
+    expected = block_extent(means[morton_order(means)])
+    assert expected < 0.35  # a cube of 64 of the 20,000 points is 0.147 wide; random blocks are 0.97
+    means[::400] *= 1e6
+    means[7] = math.nan
+    means[8] = math.inf
+    means[9] = -math.inf
+    order = morton_order(means)
+    assert torch.equal(order.sort().values, torch.arange(20_000))
+    ordered = means[order]
+    near = ordered[(ordered.abs() <= 1).all(dim=1)]
+    assert block_extent(near) < 1.2 * expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_morton_order_of_few_and_of_equal_points(n):
+    assert torch.equal(morton_order(torch.full((n, 3), 2.0)), torch.arange(n))
+    assert torch.equal(morton_order(torch.full((n, 3), math.nan)), torch.arange(n))
+
+
+def test_morton_order_reads_strided_rows():
+    rows = torch.randn(1000, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(morton_order(rows[:, 2:5]), morton_order(rows[:, 2:5].contiguous()))
+
+
+def test_native_functions_take_threads_without_rows():
+    _native.touch_pages(np.empty(0, np.uint8), 8)
+    _native.compact_rows(np.empty((0, 3), np.int32), np.empty(0, np.int64), 8)
