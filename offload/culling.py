@@ -25,7 +25,9 @@ _POSITION_ERROR = 5e-7  # of camera-space coordinates, relative to the summands
 _COVARIANCE_ERROR = 1e-6  # of image covariances, relative to the largest they could be
 _RELATIVE = 1e-5  # of everything else
 
-_CHUNK_ROWS = 2**20  # rows whose temporaries live together on the device: at most about 200 bytes per row
+# Rows whose temporaries live together on the device, about 24 bytes per row of the first test and 250 of the whole.
+_REACH_CHUNK = 2**22
+_WHOLE_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,12 @@ def visible_ids_on_device(
     views = _views(cameras, margin)
     # A cheap test of all rows leaves few for the whole test.
     near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
-    for part in _chunks(len(means)):
+    for part in _chunks(len(means), _REACH_CHUNK):
         for view in views:
             near[part] |= view.may_reach(means[part], scales[part], opacities[part])
     ids = near.nonzero().squeeze(1)
     drawn = torch.zeros(len(ids), dtype=torch.bool, device=means.device)
-    for part in _chunks(len(ids)):
+    for part in _chunks(len(ids), _WHOLE_CHUNK):
         rows = ids[part]
         gathered = (means[rows], scales[rows], quats[rows], opacities[rows])
         for view in views:
@@ -170,8 +172,8 @@ def _views(cameras: Cameras, margin: Margin | None) -> list[_View]:
     return [_View(viewmat, K, cameras, margin or Margin()) for viewmat, K in matrices]
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(first, first + _CHUNK_ROWS) for first in range(0, rows, _CHUNK_ROWS)]
+def _chunks(rows: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, rows, size)]
 
 
 class _View:
@@ -195,6 +197,7 @@ class _View:
             (-(c / f + 0.15 * size / f), (size - c) / f + 0.15 * size / f)
             for f, c, size in zip(self.focal, self.centre, self.size, strict=True)
         ]
+        self.planes = self.half_spaces()
 
     def camera_position(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, y, z in camera space and their error, [n] each. Not a matrix product: that may run in TF32."""
@@ -206,20 +209,47 @@ class _View:
         return x, y, z, self.move + _POSITION_ERROR * sizes
 
     def may_reach(self, means: Tensor, log_scales: Tensor, logits: Tensor) -> Tensor:
-        """Whether a ball of the largest scale may meet the picture [n]."""
-        x, y, z, error = self.camera_position(means)
+        """Whether a ball of the largest scale may meet the picture [n]. In few passes over memory: all N rows are
+        tested so."""
+        mx, my, mz = (column.contiguous() for column in means.unbind(1))
         scale = log_scales.amax(1).exp()
-        reaches = (z >= self.cameras.near_plane - error) & (z <= self.cameras.far_plane + error)
-        reaches &= logits >= _LOGIT_THRESHOLD - _RELATIVE - self.margin.opacities
-        z = z.clamp(min=self.cameras.near_plane)
-        for axis, offset in enumerate((x, y)):
+        error = self.move + 2 * _POSITION_ERROR * (
+            3 * means.abs().amax() + max(map(abs, self.translation))
+        )  # no dimension
+        misses = logits < _LOGIT_THRESHOLD - _RELATIVE - self.margin.opacities
+        for (nx, ny, nz), offset, reach, error_reach in self.planes:
+            value = mx * nx
+            value.add_(my, alpha=ny).add_(mz, alpha=nz).add_(scale, alpha=reach)
+            misses |= value < -offset - error_reach * error
+        return ~misses
+
+    def half_spaces(self) -> list[tuple[list[float], float, float, float]]:
+        """What meets the picture lies in these: normal . mean + offset + reach * scale + error_reach * error >= 0.
+
+        A Gaussian's rectangle reaches the border where the centre is `blur_reach` pixels and `reach` largest scales
+        away; times depth that is linear in the centre.
+        """
+        planes = []
+        for axis in range(2):
             f, c, size = self.focal[axis], self.centre[axis], self.size[axis]
             steepest = max(map(abs, self.slopes[axis]))
             reach = 1.0005 * _OPAQUE_EXTENT * self.growth * f * math.sqrt(1 + steepest**2)
-            # Pixels times depth.
-            beyond = reach * scale + self.blur_reach * z + (f + abs(c) + size + self.blur_reach) * error
-            reaches &= (f * offset + c * z + beyond > 0) & (f * offset - (size - c) * z - beyond < 0)
-        return reaches
+            error_reach = f + abs(c) + size + self.blur_reach
+            for sign, inside in ((1, c), (-1, size - c)):
+                normal = [0.0, 0.0, inside + self.blur_reach]
+                normal[axis] = sign * f
+                planes.append((normal, 0.0, reach, error_reach))
+        planes.append(([0.0, 0.0, 1.0], -self.cameras.near_plane, 0.0, 1.0))
+        planes.append(([0.0, 0.0, -1.0], self.cameras.far_plane, 0.0, 1.0))
+        return [
+            (
+                [sum(n * row[k] for n, row in zip(normal, self.rotation, strict=True)) for k in range(3)],
+                constant + sum(n * t for n, t in zip(normal, self.translation, strict=True)),
+                reach,
+                error_reach,
+            )
+            for normal, constant, reach, error_reach in planes
+        ]
 
     def may_be_drawn(self, means: Tensor, log_scales: Tensor, quats: Tensor, logits: Tensor) -> Tensor:
         """The whole test [n]."""
