@@ -9,8 +9,13 @@ what they have skipped (DeferredAdam). The model is that of simple_trainer.py up
 The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Literal
+
+# Read by OpenMP when torch loads: threads sleep between parallel loops. Spinning, they take the cores that the next
+# loop of another library, and the threads that read pictures, need at that moment.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
