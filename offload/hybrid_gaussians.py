@@ -193,10 +193,6 @@ class HybridGaussians:
         """Memory in bytes, where geometry is, that appending this many Gaussians takes at its peak."""
         return sum(place.growth_bytes(num_new) for place in self._places() if place.device == self.device)
 
-    def close(self) -> None:
-        """End the worker thread."""
-        self._pipeline.close()
-
     # --------------------------------------------------------------------------------------------------- inside
 
     def _places(self) -> list[DeviceGeometry | HostStore]:

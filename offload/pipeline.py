@@ -191,21 +191,16 @@ class RowPipeline:
         group = self._groups[name]
         num_rows = group.store.num_gaussians if host_ids is None else len(host_ids)
         out = torch.empty(num_rows, group.adam.columns)
-        self._forward(group, host_ids, out)
+        group.adam.forward(*group.state(), host_ids, out)
         return out
 
     def catch_up(self, host_ids: Tensor) -> None:
         """Commit the skipped steps of rows, so that the store itself holds their current values."""
         self.finish()
         for group in self._groups.values():
-            if group.adam.step_count > 0:
-                stale = host_ids[group.store.last_step[host_ids] < group.adam.step_count]
-                group.adam.commit(*group.state(), stale, None)
-                group.committed(stale)
-
-    def close(self) -> None:
-        """End the worker."""
-        self._worker.shutdown()
+            stale = host_ids[group.store.last_step[host_ids] < group.adam.step_count]
+            group.adam.commit(*group.state(), stale, None)
+            group.committed(stale)
 
     def _find_ids(self, cameras: Cameras, present_ids: Tensor) -> _Ids:
         ids = self._cull(cameras)
@@ -232,15 +227,8 @@ class RowPipeline:
     def _upload_current(self, name: str, host_ids: Tensor) -> Uploaded:
         group = self._groups[name]
         return self._transfers[name].upload(
-            len(host_ids), lambda out, begin, end: self._forward(group, host_ids[begin:end], out)
+            len(host_ids), lambda out, begin, end: group.adam.forward(*group.state(), host_ids[begin:end], out)
         )
-
-    def _forward(self, group: RowGroup, host_ids: Tensor | None, out: Tensor) -> None:
-        if group.adam.step_count > 0:
-            group.adam.forward(*group.state(), host_ids, out)
-        else:
-            parameters = group.state()[0]
-            out.copy_(parameters if host_ids is None else parameters[host_ids])
 
     def _update_shared(self, upcoming: _Upcoming, gradients: Mapping[str, Tensor]) -> None:
         ids = upcoming.ids
