@@ -1,4 +1,4 @@
-"""How far the CPU rasterizer is from gsplat on a trained model: image, radii and gradients.
+"""How far the CPU rasterizer is from gsplat on a trained model: image, radii, and gradients of the training loss.
 
 python -m benchmarks.gsplat_agreement --ckpt results/garden/ckpts/ckpt_7000.pt --data_dir data/garden
 
@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch import Tensor
 
+from datasets.images import decode_image
 from datasets.scene import load_scene
+from rendering.losses import photometric_loss
 from tests.gaussian_scenes import GaussianScene
 from tests.gsplat_comparison import compare_renders, run
 from training.checkpoints import load_checkpoint
@@ -46,8 +49,13 @@ def main(ckpt: Path, data_dir: Path) -> None:
             width=camera.width,
             height=camera.height,
         )
+        photo = torch.tensor(camera.undistort(decode_image(dataset.image_paths[image_id])))[None] / 255.0
+
+        def loss(colors: Tensor, alphas: Tensor, photo: Tensor = photo) -> Tensor:
+            return photometric_loss(colors, photo.to(colors))
+
         for mode in ("classic", "antialiased"):
-            options = {"sh_degree": 3, "rasterize_mode": mode, "absgrad": True}
+            options = {"sh_degree": 3, "rasterize_mode": mode, "absgrad": True, "loss": loss}
             ours, theirs = run(scene, "cpu", **options), run(scene, "cuda", **options)
             exact = run(scene, "cpu", torch.float64, **options)
             result = compare_renders(ours, theirs)

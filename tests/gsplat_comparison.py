@@ -6,6 +6,7 @@ report.check()
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +34,31 @@ class Run:
     gradients: dict[str, Tensor]  # of the six parameters
 
 
-def run(scene: GaussianScene, device: str, dtype: torch.dtype = torch.float32, **options) -> Run:
-    """Render a scene with `rasterize` on a device, and differentiate randomly weighted pixels and alphas.
+def random_loss(colors: Tensor, alphas: Tensor) -> Tensor:
+    """Randomly weighted sum of pixels and alphas, the same on every device."""
+    return (colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()
+
+
+def run(
+    scene: GaussianScene,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    loss: Callable[[Tensor, Tensor], Tensor] = random_loss,
+    **options,
+) -> Run:
+    """Render a scene with `rasterize` on a device, and differentiate a loss.
 
     Args:
         scene: Gaussians after activation; a trained model will do.
         device: "cuda" is gsplat, "cpu" ours.
         dtype: float64 on the CPU is the measure of both.
+        loss: Of colors [C, H, W, D] and alphas [C, H, W, 1].
         options: of `rasterize`; `backgrounds=True` stands for a colour per camera.
     """
     scene = scene.to(device, dtype)
     colors, alphas, info = render(rasterize, scene, **options)
     info["means2d"].retain_grad()
-    ((colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()).backward()
+    loss(colors, alphas).backward()
 
     def cpu(value: Tensor) -> Tensor:
         return value.detach().cpu()
