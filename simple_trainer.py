@@ -11,7 +11,6 @@ import os
 # loop of another library, and the threads that read pictures, need at that moment.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 from torch import Tensor
 
 from configs import Config, scene_config
@@ -41,7 +40,6 @@ def train(cfg: Config, scene_name: str) -> None:
             device=run.device,
         )
         densification = Densification(cfg, run.scene_scale, cfg.seed)
-        background_generator = torch.Generator().manual_seed(cfg.seed)
 
         def render(view: View) -> Tensor:
             return render_view(gaussians.activated(), view, cfg, sh_degree=cfg.sh_degree)[0]
@@ -52,12 +50,9 @@ def train(cfg: Config, scene_name: str) -> None:
 
         for step, view in run.steps(gaussians, render):
             # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
-            backgrounds = None
-            if cfg.random_background:
-                backgrounds = torch.rand(len(view.Ks), 3, generator=background_generator).to(run.device)
             sh_degree = schedules.sh_degree(cfg, step)
             colors, _, info = render_view(
-                gaussians.activated(), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds
+                gaussians.activated(), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
             )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
             run.times.mark("render")

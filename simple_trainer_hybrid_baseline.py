@@ -14,7 +14,6 @@ import os
 # loop of another library, and the threads that read pictures, need at that moment.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 from torch import Tensor
 
 from configs import Config, scene_config
@@ -47,7 +46,6 @@ def train(cfg: Config, scene_name: str) -> None:
             max_gaussians=cfg.max_gaussians,
         )
         densification = Densification(cfg, run.scene_scale, cfg.seed)
-        background_generator = torch.Generator().manual_seed(cfg.seed)
 
         def render(view: View) -> Tensor:
             rows = gaussians.read_view(cameras_of(view, cfg))
@@ -62,11 +60,10 @@ def train(cfg: Config, scene_name: str) -> None:
             rows = gaussians.fetch(cameras_of(view, cfg))
             run.times.mark("fetch")
 
-            backgrounds = None
-            if cfg.random_background:
-                backgrounds = torch.rand(len(view.Ks), 3, generator=background_generator).to(run.device)
             sh_degree = schedules.sh_degree(cfg, step)
-            colors, _, info = render_view(activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds)
+            colors, _, info = render_view(
+                activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
+            )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
             run.times.mark("render")
 

@@ -17,7 +17,6 @@ from typing import Literal
 # loop of another library, and the threads that read pictures, need at that moment.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 from torch import Tensor
 
 from configs import Config, scene_config
@@ -59,7 +58,6 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
             max_gaussians=cfg.max_gaussians,
         )
         densification = Densification(cfg, run.scene_scale, cfg.seed)
-        background_generator = torch.Generator().manual_seed(cfg.seed)
 
         def render(view: View) -> Tensor:
             rows = gaussians.read_view(cameras_of(view, cfg))
@@ -80,11 +78,10 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
                 gaussians.prefetch(cameras_of(run.upcoming, cfg))
             run.times.mark("cull")
 
-            backgrounds = None
-            if cfg.random_background:
-                backgrounds = torch.rand(len(view.Ks), 3, generator=background_generator).to(run.device)
             sh_degree = schedules.sh_degree(cfg, step)
-            colors, _, info = render_view(activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds)
+            colors, _, info = render_view(
+                activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
+            )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
             run.times.mark("render")
 

@@ -102,6 +102,8 @@ class TrainingRun:
         self.times = StageTimes(self.device)
         self._resources = ExitStack()
         self._resources.callback(self._results.close)
+        # On the CPU, so that devices agree.
+        self._background_generator = torch.Generator().manual_seed(cfg.seed)
         self._model: Model | None = None
         self._interrupted = False
         self._begin = time.perf_counter()
@@ -152,6 +154,12 @@ class TrainingRun:
             if self._interrupted:
                 tqdm.write(f"Interrupted after {model.steps_done} steps; saved {self._save_checkpoint()}")
                 return
+
+    def backgrounds(self, view: View) -> Tensor | None:
+        """Colours [C, 3] behind a training view: random ones where the options ask for them, else None for black."""
+        if not self.cfg.random_background:
+            return None
+        return torch.rand(len(view.Ks), 3, generator=self._background_generator).to(self.device)
 
     def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
         """Show, log, evaluate and save what is due after a step.
