@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.aerial_scene import aerial_cameras, aerial_geometry
-from benchmarks.rasterizer_cpu import processor
+from benchmarks.machine import processor
 from offload import _native, culling
 from offload.culling import BlockBounds, Cameras, visible_ids, visible_ids_on_device
 from offload.threads import num_threads

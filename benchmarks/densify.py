@@ -20,6 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.machine import processor
 from configs import DensificationRules
 from offload.morton import morton_order
 from offload.store import HostStore, host_bytes
@@ -117,14 +118,6 @@ def one_round(parameters: dict[str, Tensor]) -> list[float]:
     densification.statistics = Statistics(gradients, torch.ones_like(gradients), torch.zeros_like(gradients))
     times.append(seconds(lambda: densification.refine(600, store)))
     return times
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main(options: Options) -> None:

@@ -24,6 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.machine import processor
 from offload.adam import DeferredAdam
 from offload.host_memory import HostArray
 from offload.threads import num_threads
@@ -100,14 +101,6 @@ def measure(cases: list[Case], repeats: int) -> dict[str, np.ndarray]:
             case.run()
             times[case.name].append(1e3 * (time.perf_counter() - start))
     return {name: np.array(samples[3:]) for name, samples in times.items()}
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def visiting_cases(adam: DeferredAdam, state: tuple[Tensor, ...], visible: float) -> list[Case]:

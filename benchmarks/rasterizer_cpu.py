@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.machine import processor
 from rendering.cpu_rasterizer import blend
 from rendering.projection import Projection, project
 from rendering.rasterize import rasterize
@@ -84,14 +85,6 @@ def milliseconds(repeats: int, forward: Callable[[], tuple[Tensor, list[Tensor]]
         torch.autograd.grad(image, inputs, weights)
         times.append((middle - start, time.perf_counter() - middle))
     return 1e3 * np.array(times[1:])
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main(options: Options) -> None:

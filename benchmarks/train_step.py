@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from benchmarks.aerial_scene import aerial_scene
+from benchmarks.machine import processor
 from configs import Config
 from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
@@ -152,7 +153,7 @@ def main(options: Options) -> None:
     if options.only:
         print(json.dumps(measure(options.only, options.num_gaussians, options.steps)))
         return
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     print(
         f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     )
