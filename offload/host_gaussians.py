@@ -72,6 +72,11 @@ class HostGaussians(HostStore):
         """Which Gaussians `fetch` gave, [V] int64 on the host."""
         return self._ids
 
+    @property
+    def staging_allocations(self) -> int:
+        """How often staging memory has been allocated so far."""
+        return sum(transfer.staging_allocations for transfer in self._transfers.values())
+
     def update(self) -> None:
         """Dense Adam over all rows, with the gradients of those that `fetch` gave."""
         for name, group in self.groups.items():

@@ -1,5 +1,6 @@
 """The optimized trainer gives the GPU-only trainer's model; training never notices evaluation."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -120,6 +121,16 @@ def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_p
         monkeypatch, *hybrid, tmp_path / "evaluated", *options, "--eval_steps", *evaluations, "--ply_steps", 33, 71
     )
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED])
+def test_statistics_name_the_stages(monkeypatch, city_block, tmp_path, script, place):
+    train(monkeypatch, script, city_block, tmp_path, "--max_steps", 12, "--log_every", 5, *place)
+    statistics = json.loads((tmp_path / "stats/train_step12.json").read_text())
+    stages = {"load", "fetch", "render", "backward", "update", "densify"} | ({"cull"} if place else set())
+    assert set(statistics["stages_ms"]) == stages
+    assert sum(statistics["stages_ms"].values()) < 1000 * statistics["elapsed_seconds"] / 12
+    assert statistics["staging_allocations"] == 0  # on the CPU rows are written where they are used
 
 
 def test_views_that_see_nothing(monkeypatch, city_block, tmp_path):

@@ -45,6 +45,11 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     }
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """Device memory in bytes that tensors take now; after every view of a scene it should be what it was before."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def format_bytes(num_bytes: float) -> str:
     """In the largest fitting binary unit, such as '3.2 GiB'."""
     for unit in ("B", "KiB", "MiB"):

@@ -26,7 +26,7 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.densification import TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.gaussians import initial_gaussians
-from training.memory import format_bytes, limit_fragmentation, peak_bytes
+from training.memory import allocated_bytes, format_bytes, limit_fragmentation, peak_bytes
 from training.results import ResultFolder
 from training.stages import StageTimes
 from training.views import View
@@ -283,6 +283,9 @@ class TrainingRun:
                 "peak_device_bytes_allocated": peaks["device_allocated"],
                 "peak_device_bytes_reserved": peaks["device_reserved"],
                 "peak_host_bytes": peaks["host"],
+                "device_bytes_allocated": allocated_bytes(self.device),
+                **self._staging_allocations(),
+                "stages_ms": self.times.mean_milliseconds("statistics"),
             },
         )
 
@@ -292,8 +295,16 @@ class TrainingRun:
         writer.add_scalar("train/num_GS", self._model.num_gaussians, steps_done)
         for kind, num_bytes in peak_bytes(self.device).items():
             writer.add_scalar(f"memory/{kind}_GiB", num_bytes / 2**30, steps_done)
-        for stage, milliseconds in self.times.mean_milliseconds().items():
+        writer.add_scalar("memory/device_allocated_now_GiB", allocated_bytes(self.device) / 2**30, steps_done)
+        for name, count in self._staging_allocations().items():
+            writer.add_scalar(f"memory/{name}", count, steps_done)
+        for stage, milliseconds in self.times.mean_milliseconds("log").items():
             writer.add_scalar(f"stages_ms/{stage}", milliseconds, steps_done)
+
+    def _staging_allocations(self) -> dict[str, int]:
+        """How often staging memory has been allocated, of trainers that have any; constant in the steady state."""
+        count = getattr(self._model, "staging_allocations", None)
+        return {} if count is None else {"staging_allocations": count}
 
 
 def check_options(cfg: Config) -> None:

@@ -17,7 +17,10 @@ class StageTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []  # not read yet
+        self._totals: dict[str, float] = defaultdict(float)  # milliseconds of each stage in all steps so far
+        self._num_steps = 0
+        self._seen: dict[str, tuple[int, dict[str, float]]] = {}  # steps and totals at each reader's last call
 
     def start(self) -> None:
         self.mark("")
@@ -31,14 +34,25 @@ class StageTimes:
         else:
             self._marks.append((name, time.perf_counter()))
 
-    def mean_milliseconds(self) -> dict[str, float]:
-        """Mean time of each stage over the steps since the last call, in the order of the step."""
+    def mean_milliseconds(self, reader: str = "") -> dict[str, float]:
+        """Mean time of each stage over the steps since this reader's last call, in the order of the step.
+
+        Args:
+            reader: Who asks; each reader is told of every step once.
+        """
+        self._read_marks()
+        num_steps_seen, seen = self._seen.get(reader, (0, {}))
+        self._seen[reader] = (self._num_steps, dict(self._totals))
+        num_steps = self._num_steps - num_steps_seen
+        if num_steps == 0:
+            return {}
+        return {name: (total - seen.get(name, 0.0)) / num_steps for name, total in self._totals.items()}
+
+    def _read_marks(self) -> None:
         if self._cuda and self._marks:
             self._marks[-1][1].synchronize()
-        totals: dict[str, float] = defaultdict(float)
-        num_steps = sum(name == "" for name, _ in self._marks)
+        self._num_steps += sum(name == "" for name, _ in self._marks)
         for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
             if name:
-                totals[name] += begin.elapsed_time(end) if self._cuda else 1000.0 * (end - begin)
+                self._totals[name] += begin.elapsed_time(end) if self._cuda else 1000.0 * (end - begin)
         self._marks.clear()
-        return {name: total / num_steps for name, total in totals.items()}
