@@ -135,13 +135,13 @@ class RowPipeline:
 
     def fetch(self, cameras: Cameras) -> ViewRows:
         """The rows of a view, with the values they have after the last step."""
-        if self._upcoming is None:
+        upcoming = self._prepared()
+        if upcoming is None:
             self.finish()
             ids = self._cull(cameras)
             host_ids = ids.cpu()
             uploads = {name: self._upload_current(name, host_ids) for name in self._groups}
         else:
-            upcoming = self._upcoming.result()
             self._upcoming = None
             ids, host_ids, uploads = upcoming.ids.ids, upcoming.ids.host_ids, upcoming.uploads
         values = {name: upload.ready().requires_grad_() for name, upload in uploads.items()}
@@ -164,12 +164,12 @@ class RowPipeline:
             name: torch.zeros_like(values) if values.grad is None else values.grad
             for name, values in rows.values.items()
         }
-        if self._upcoming is None:
+        upcoming = self._prepared()
+        if upcoming is None:
             self.finish()
             self._begin_step()
             gradient_rows = torch.arange(len(rows.host_ids))
         else:
-            upcoming = self._upcoming.result()
             self._update_shared(upcoming, gradients)
             gradient_rows = _positions_without(upcoming.ids.shared_before, len(rows.host_ids))
         self._pending = _Pending(
@@ -181,8 +181,7 @@ class RowPipeline:
 
     def finish(self) -> None:
         """Commit all gradients; afterwards the host holds everything. Values forwarded ahead stay good."""
-        if self._upcoming is not None:
-            self._upcoming.result()
+        self._prepared()
         self._commit_pending()
 
     def read(self, name: str, host_ids: Tensor | None) -> Tensor:
@@ -246,6 +245,16 @@ class RowPipeline:
             forwarded = transfer.upload(len(host_ids), fill).ready()
             upcoming.uploads[name].ready().index_copy_(0, shared_here, forwarded)
             group.committed(host_ids)
+
+    def _prepared(self) -> _Upcoming | None:
+        """What the worker has prepared, once it has; raises its error once, and then the rows can be read and saved."""
+        if self._upcoming is None:
+            return None
+        try:
+            return self._upcoming.result()
+        except BaseException:
+            self._upcoming = None
+            raise
 
     def _begin_step(self) -> None:
         for group in self._groups.values():

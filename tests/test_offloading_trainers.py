@@ -14,7 +14,7 @@ import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 from datasets.synthetic import write_city_block
 from offload.adam import DeferredAdam
-from offload.pipeline import largest_drift, largest_step, shared_positions
+from offload.pipeline import RowPipeline, largest_drift, largest_step, shared_positions
 from training import command_line, gaussians
 from training.checkpoints import load_checkpoint
 
@@ -121,6 +121,39 @@ def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_p
         monkeypatch, *hybrid, tmp_path / "evaluated", *options, "--eval_steps", *evaluations, "--ply_steps", 33, 71
     )
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("out of memory"), ValueError("a defect")], ids=str)
+def test_what_has_been_trained_is_saved_when_the_worker_fails(monkeypatch, city_block, tmp_path, capsys, error):
+    prepare = RowPipeline._prepare
+
+    def fail_at_step_8(self, *arguments: object) -> object:
+        if self._groups["appearance"].adam.step_count == 8:
+            raise error
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(RowPipeline, "_prepare", fail_at_step_8)
+    with pytest.raises(SystemExit, match="1"):
+        train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, "--max_steps", 20)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("Stopped: ")
+    assert "ckpt_8.pt" in message
+    assert load_checkpoint(tmp_path / "ckpts/ckpt_8.pt").steps == 8
+
+
+def test_a_failure_to_save_after_an_error_is_a_sentence_too(monkeypatch, city_block, tmp_path, capsys):
+    def fail(*arguments: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(
+        simple_trainer_hybrid_optimized.Densification, "resets_at", lambda self, step: step > 5 and fail()
+    )
+    monkeypatch.setattr(RowPipeline, "read", fail)
+    with pytest.raises(SystemExit, match="1"):
+        train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, "--max_steps", 20)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("Stopped: An error ended training")
+    assert "could not be saved (a defect)" in message
 
 
 @pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED])

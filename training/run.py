@@ -260,7 +260,7 @@ class TrainingRun:
             message = f"An error ended training after {self._model.steps_done} steps."
         try:
             return TrainingStopped(f"{message} The Gaussians are saved in {self._save_checkpoint()}.")
-        except (OSError, RuntimeError) as failure:
+        except Exception as failure:  # of whatever kind: the user gets the sentence
             return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
 
     def _checkpoint(self) -> Checkpoint:
