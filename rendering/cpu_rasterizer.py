@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rendering import _native
 from rendering.native import array, zeros
 from rendering.projection import Projection, project
+from rendering.region import Region
 from rendering.spherical_harmonics import spherical_harmonics
 
 
@@ -59,9 +62,9 @@ def blend(
     width: int,
     height: int,
     absgrad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Blend projected Gaussians with colours [nnz, D] over backgrounds [C, D] into images [C, H, W, D] and alphas
-    [C, H, W, 1]; D may be any number."""
+    [C, H, W, 1]; D may be any number. The third result is how often Gaussians meet tiles."""
     if absgrad and colors.shape[1] > _native.MAX_CHANNELS:
         # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
         raise ValueError(f"absgrad works for at most {_native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
@@ -80,7 +83,8 @@ def blend(
         )  # fmt: skip
         blended.append(part)
         render_alphas = part_alphas if render_alphas is None else render_alphas
-    return (blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)), render_alphas
+    render_colors = blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)
+    return render_colors, render_alphas, intersections.count
 
 
 def rasterize_cpu(
@@ -88,12 +92,13 @@ def rasterize_cpu(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor,
+    colors: Tensor | tuple[Tensor, Tensor],
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
     height: int,
     *,
+    region: Region,
     near_plane: float,
     far_plane: float,
     radius_clip: float,
@@ -109,6 +114,8 @@ def rasterize_cpu(
     Differentiable in means, quats, scales, opacities, colors and backgrounds, not in the cameras. The result does
     not depend on the number of threads, bit for bit.
     """
+    if isinstance(colors, tuple):
+        colors = torch.cat(colors, dim=1)
     _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height, sh_degree)
     projection = project(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
@@ -130,7 +137,10 @@ def rasterize_cpu(
         rgb = backgrounds[:, : colors.shape[1] - 1]
         backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
 
-    render_colors, render_alphas = blend(projection, colors, backgrounds, width, height, absgrad)
+    projection = replace(projection, means2d=region.relative(projection.means2d))
+    render_colors, render_alphas, num_intersections = blend(
+        projection, colors, backgrounds, region.width, region.height, absgrad
+    )
     if render_mode in ("ED", "RGB+ED"):
         depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
         render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
@@ -145,7 +155,7 @@ def rasterize_cpu(
         "width": width,
         "height": height,
         "n_cameras": len(viewmats),
-        "n_batches": 1,
+        "n_intersections": num_intersections,
         "tile_size": _native.TILE_SIZE,
     }
     return render_colors, render_alphas, info

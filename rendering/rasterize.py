@@ -1,14 +1,14 @@
-"""rasterize(): gsplat where tensors are on a CUDA GPU, the native CPU rasterizer elsewhere."""
+"""rasterize(): gsplat's kernels where tensors are on a CUDA GPU, the native CPU rasterizer elsewhere."""
 
 from __future__ import annotations
 
 import importlib.util
 
-import torch
 from torch import Tensor
 
 from errors import InputError
 from rendering.cpu_rasterizer import rasterize_cpu
+from rendering.region import Region
 
 _RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 _RASTERIZE_MODES = ("classic", "antialiased")
@@ -19,18 +19,18 @@ def rasterize(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor,
+    colors: Tensor | tuple[Tensor, Tensor],
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
     height: int,
     *,
+    region: Region | None = None,
     near_plane: float = 0.01,
     far_plane: float = 1e10,
     radius_clip: float = 0.0,
     eps2d: float = 0.3,
     sh_degree: int | None = None,
-    packed: bool = True,
     backgrounds: Tensor | None = None,
     render_mode: str = "RGB",
     absgrad: bool = False,
@@ -41,22 +41,24 @@ def rasterize(
     Args:
         means: centres [N, 3]. quats: rotations w x y z, of any length [N, 4].
         scales: standard deviations [N, 3], after exp. opacities: [N], after sigmoid.
-        colors: [N, D], or spherical harmonics [N, K, 3] when sh_degree is given.
+        colors: [N, D]; or spherical harmonics when sh_degree is given: [N, K, 3], or sh0 [N, 1, 3] and
+            shN [N, K - 1, 3] where they are two tensors.
         viewmats: world to camera [C, 4, 4]. Ks: intrinsics in pixels [C, 3, 3]. width, height: pixels.
+        region: render these pixels of the picture only, as they are in the whole picture; None: all.
         near_plane, far_plane: Gaussians with a depth outside are left out.
         radius_clip: pixels; Gaussians whose radii are at most this are left out.
         eps2d: blur added to the image covariance, pixels^2.
         sh_degree: bands in use, at most 3 on the CPU. backgrounds: [C, D].
-        packed: as in gsplat; the CPU is always packed.
         render_mode: RGB, D (accumulated depth), ED (expected depth), RGB+D or RGB+ED (depth as last channel).
         absgrad: the backward pass sets `info["means2d"].absgrad`.
         rasterize_mode: classic or antialiased.
 
     Returns:
-        render_colors [C, H, W, D], render_alphas [C, H, W, 1] and info. When packed, info holds for the nnz pairs of
-        camera and visible Gaussian: `camera_ids`, `gaussian_ids` [nnz] int64; `radii` [nnz, 2] int32 pixels;
-        `means2d` [nnz, 2] pixels (call `retain_grad()` on it to get its gradient); `depths`, `opacities` [nnz];
-        `conics` [nnz, 3]; and `width`, `height`, `n_cameras`.
+        render_colors [C, H, W, D], render_alphas [C, H, W, 1], of the region's size, and info, which holds for the nnz
+        pairs of camera and visible Gaussian: `camera_ids`, `gaussian_ids` [nnz] int64; `radii` [nnz, 2] int32 pixels;
+        `means2d` [nnz, 2] pixels from the region's corner (call `retain_grad()` on it to get its gradient); `depths`,
+        `opacities` [nnz]; `conics` [nnz, 3]; and `width`, `height` of the picture, `n_cameras`, `n_intersections` of
+        Gaussians and 16x16 tiles of pixels.
 
     Raises:
         ValueError, TypeError: tensors that do not fit each other.
@@ -65,31 +67,19 @@ def rasterize(
         raise ValueError(f"render_mode is {render_mode!r}, expected one of {', '.join(_RENDER_MODES)}")
     if rasterize_mode not in _RASTERIZE_MODES:
         raise ValueError(f"rasterize_mode is {rasterize_mode!r}, expected one of {', '.join(_RASTERIZE_MODES)}")
-    options = {
-        "near_plane": near_plane,
-        "far_plane": far_plane,
-        "radius_clip": radius_clip,
-        "eps2d": eps2d,
-        "sh_degree": sh_degree,
-        "backgrounds": backgrounds,
-        "render_mode": render_mode,
-        "absgrad": absgrad,
-        "rasterize_mode": rasterize_mode,
-    }
-    gaussians = (means, quats, scales, opacities, colors)
-    if means.is_cuda:
-        # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
-        from gsplat import rasterization
+    rasterize_on = _rasterize_on_cuda if means.is_cuda else rasterize_cpu
+    return rasterize_on(
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height,
+        region=region or Region(0, 0, width, height), near_plane=near_plane, far_plane=far_plane,
+        radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, backgrounds=backgrounds, render_mode=render_mode,
+        absgrad=absgrad, rasterize_mode=rasterize_mode,
+    )  # fmt: skip
 
-        # gsplat 1.5.3 refuses backgrounds when packed (it checks their shape as if there were no cameras).
-        options["backgrounds"] = None
-        render, alphas, info = rasterization(*gaussians, viewmats, Ks, width, height, packed=packed, **options)
-        if backgrounds is not None and render_mode not in ("D", "ED"):
-            num_colors = backgrounds.shape[-1]
-            behind = (1.0 - alphas) * backgrounds[:, None, None, :]  # [C, H, W, D]
-            render = torch.cat([render[..., :num_colors] + behind, render[..., num_colors:]], dim=-1)
-        return render, alphas, info
-    return rasterize_cpu(*gaussians, viewmats, Ks, width, height, **options)
+
+def _rasterize_on_cuda(*args, **options) -> tuple[Tensor, Tensor, dict]:
+    from rendering.gsplat_rasterizer import rasterize_gsplat  # Triton comes with CUDA builds of torch only
+
+    return rasterize_gsplat(*args, **options)
 
 
 def check_gsplat() -> None:

@@ -6,10 +6,11 @@ import sys
 import types
 
 import pytest
+import torch
 
 from errors import InputError
 from rendering import rasterize as rasterize_module
-from tests.gaussian_scenes import random_scene
+from tests.gaussian_scenes import gradients, random_scene, relative_error, render
 from tests.gsplat_comparison import compare_renders, run
 from tests.gsplat_golden import GOLDEN_CASES, GOLDEN_FILE, load_golden
 
@@ -32,6 +33,24 @@ def test_equals_gsplat_on_the_gpu(options, n_cameras):
     comparison = compare_renders(run(scene, "cpu", **options), run(scene, "cuda", **options))
     print(comparison)
     comparison.check()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [case for case in LIVE_CASES if "backgrounds" not in case], ids=str)
+@pytest.mark.parametrize("n_cameras", [1, 2])
+def test_gsplats_kernels_put_together_equal_its_own_rasterization(options, n_cameras):
+    from gsplat import rasterization
+
+    scene = random_scene(20_000, seed=11, n_cameras=n_cameras, width=330, height=250, median_scale=0.02)
+    scene = scene.to("cuda", torch.float32)
+    colors, alphas, info = render(rasterize_module.rasterize, scene, **options)
+    expected_colors, expected_alphas, expected_info = render(rasterization, scene, packed=True, **options)
+    assert torch.equal(info["gaussian_ids"], expected_info["gaussian_ids"])
+    assert (colors - expected_colors).abs().max() < 1e-5
+    assert torch.equal(alphas, expected_alphas)
+    expected = gradients(scene, expected_colors, expected_alphas)
+    for name, gradient in gradients(scene, colors, alphas).items():
+        assert relative_error(gradient, expected[name]) < 1e-5, name
 
 
 @pytest.mark.skipif(not GOLDEN_FILE.exists(), reason=f"{GOLDEN_FILE.name} has not been written on a GPU yet")

@@ -120,8 +120,8 @@ class DeviceGaussians:
     def device(self) -> torch.device:
         return self.parameters["means"].device
 
-    def activated(self) -> dict[str, Tensor]:
-        """What the rasterizer takes, differentiable: means, quats, scales, opacities and colors [N, K, 3]."""
+    def activated(self) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """What the rasterizer takes, differentiable: means, quats, scales, opacities and colors."""
         return activate(self.parameters)
 
     def step(self, means_lr: float) -> None:
@@ -196,19 +196,18 @@ class DeviceGaussians:
                 self.optimizer.state[new] = state
 
 
-def activate(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def activate(parameters: Mapping[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     """From stored parameters to `rendering.rasterize`'s arguments; differentiable.
 
     Args:
-        parameters: The six tensors of `initial_gaussians`, N rows each; or `colors` in place of sh0 and shN, where
-            they lie side by side already (a copy of them would be the largest tensor of a view).
+        parameters: The six tensors of `initial_gaussians`, N rows each; or `colors` [N, K, 3] in place of sh0 and shN,
+            where they lie side by side.
 
     Returns:
-        means [N, 3], quats [N, 4], scales [N, 3], opacities [N] and colors [N, K, 3] (SH coefficients).
+        means [N, 3], quats [N, 4], scales [N, 3], opacities [N] and colors (SH coefficients): one tensor or, since a
+        copy of them would be the largest tensor of a view, the two.
     """
-    colors = parameters.get("colors")
-    if colors is None:
-        colors = torch.cat([parameters["sh0"], parameters["shN"]], dim=1)
+    colors = parameters["colors"] if "colors" in parameters else (parameters["sh0"], parameters["shN"])
     return {
         "means": parameters["means"],
         "quats": parameters["quats"],

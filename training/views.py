@@ -12,6 +12,7 @@ from configs import Config
 from datasets.loader import Batch
 from offload.culling import Cameras
 from rendering.rasterize import rasterize
+from rendering.region import Region
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def render_view(
     *,
     sh_degree: int,
     backgrounds: Tensor | None = None,
+    region: Region | None = None,
 ) -> tuple[Tensor, Tensor, dict]:
     """Rasterize Gaussians as the options say.
 
@@ -74,9 +76,10 @@ def render_view(
         cfg: Options.
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene; None is black.
+        region: Render these pixels only; None: all.
 
     Returns:
-        Colours [C, H, W, 3], alphas [C, H, W, 1] and gsplat's info.
+        Colours [C, H, W, 3], alphas [C, H, W, 1], of the region's size, and `rasterize`'s info.
     """
     return rasterize(
         **activated,
@@ -84,6 +87,7 @@ def render_view(
         Ks=view.Ks,
         width=view.width,
         height=view.height,
+        region=region,
         sh_degree=sh_degree,
         near_plane=cfg.near_plane,
         far_plane=cfg.far_plane,

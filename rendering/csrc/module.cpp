@@ -170,6 +170,12 @@ struct Intersections {
   int width, height;
   std::vector<int64_t> row_offsets;  // [images + 1]
   std::vector<TileLists> images;
+
+  int64_t count() const {
+    int64_t total = 0;
+    for (const TileLists& lists : images) total += lists.gaussian_rows.size();
+    return total;
+  }
 };
 
 template <class T>
@@ -304,7 +310,7 @@ NB_MODULE(_native, m) {
   m.attr("MAX_CHANNELS") = kMaxChannels;
   m.attr("MAX_SH_DEGREE") = 3;
   m.attr("TILE_SIZE") = kTileSize;
-  nb::class_<Intersections>(m, "Intersections");
+  nb::class_<Intersections>(m, "Intersections").def_prop_ro("count", &Intersections::count);
   bind<float>(m);
   bind<double>(m);
 }

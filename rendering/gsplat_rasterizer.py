@@ -1,0 +1,104 @@
+"""Rasterization on CUDA, put together from gsplat's own kernels.
+
+`gsplat.rasterization` gathers the harmonics of all visible Gaussians before it evaluates them and scatters their
+gradients back, which makes those copies the largest tensors of a view; here they are read and their gradients written
+where they lie. It also cannot render a part of a picture, and refuses backgrounds when packed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rendering.region import Region
+from rendering.spherical_harmonics_triton import spherical_harmonics
+
+TILE_SIZE = 16  # pixels
+
+
+def rasterize_gsplat(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor | tuple[Tensor, Tensor],
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    region: Region,
+    near_plane: float,
+    far_plane: float,
+    radius_clip: float,
+    eps2d: float,
+    sh_degree: int | None,
+    backgrounds: Tensor | None,
+    render_mode: str,
+    absgrad: bool,
+    rasterize_mode: str,
+) -> tuple[Tensor, Tensor, dict]:
+    """`rendering.rasterize.rasterize` for CUDA tensors; float32, packed."""
+    # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
+    from gsplat.cuda._wrapper import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels
+
+    num_cameras = len(viewmats)
+    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = fully_fused_projection(
+        means, None, quats, scales, viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
+        far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=opacities,
+        calc_compensations=rasterize_mode == "antialiased",
+    )  # fmt: skip
+    # index_select, whose backward pass adds where indexing would sort
+    opacities = opacities.index_select(0, gaussian_ids)  # [nnz]
+    if compensations is not None:
+        opacities = opacities * compensations
+
+    if render_mode in ("D", "ED"):
+        colors = depths[:, None]
+    else:
+        if sh_degree is None:
+            colors = colors.index_select(0, gaussian_ids)  # [nnz, D]
+        else:
+            camera_positions = torch.inverse(viewmats)[:, :3, 3]  # [C, 3]
+            colors = spherical_harmonics(sh_degree, means, camera_positions, colors, camera_ids, gaussian_ids)
+        if render_mode != "RGB":
+            colors = torch.cat([colors, depths[:, None]], dim=-1)
+    if backgrounds is not None and render_mode != "RGB":
+        # Depth has background 0.
+        rgb = backgrounds[:, : colors.shape[1] - 1]
+        backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
+
+    means2d = region.relative(means2d)
+    tiles = (math.ceil(region.width / TILE_SIZE), math.ceil(region.height / TILE_SIZE))
+    _, isect_ids, flatten_ids = isect_tiles(
+        means2d, radii, depths, TILE_SIZE, *tiles, packed=True, n_images=num_cameras, image_ids=camera_ids,
+        gaussian_ids=gaussian_ids,
+    )  # fmt: skip
+    offsets = isect_offset_encode(isect_ids, num_cameras, *tiles).view(num_cameras, tiles[1], tiles[0])
+    render_colors, render_alphas = rasterize_to_pixels(
+        means2d, conics, colors, opacities, region.width, region.height, TILE_SIZE, offsets, flatten_ids,
+        packed=True, absgrad=absgrad,
+    )  # fmt: skip
+    if backgrounds is not None:
+        # gsplat's own check refuses backgrounds when packed.
+        render_colors = render_colors + (1.0 - render_alphas) * backgrounds[:, None, None, :]
+    if render_mode in ("ED", "RGB+ED"):
+        depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
+        render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
+    info = {
+        "camera_ids": camera_ids,
+        "gaussian_ids": gaussian_ids,
+        "radii": radii,
+        "means2d": means2d,
+        "depths": depths,
+        "conics": conics,
+        "opacities": opacities,
+        "width": width,
+        "height": height,
+        "n_cameras": num_cameras,
+        "n_intersections": len(isect_ids),
+        "tile_size": TILE_SIZE,
+    }
+    return render_colors, render_alphas, info

@@ -1,0 +1,222 @@
+"""View-dependent colour from spherical harmonics on CUDA, read and differentiated where the coefficients lie.
+
+A program handles ROWS pairs of camera and Gaussian at once, as a tile of ROWS x 64 of which 48 columns are the
+coefficients of 16 bands by 3 channels, so that neighbouring threads read and write neighbouring floats.
+
+Memory traffic per pair at degree 3: forward reads 192 bytes of coefficients, backward reads them again and writes as
+many; 0.6 KB, or 0.2 ms for 1.4 million pairs at 4 TB/s. The basis is that of gsplat and 3DGS: real spherical
+harmonics in Cartesian form (Sloan, Efficient Spherical Harmonic Evaluation, JCGT 2013).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 16
+
+
+def spherical_harmonics(
+    sh_degree: int,
+    means: Tensor,
+    camera_positions: Tensor,
+    coeffs: Tensor | tuple[Tensor, Tensor],
+    camera_ids: Tensor,
+    gaussian_ids: Tensor,
+) -> Tensor:
+    """Colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
+
+    Args:
+        sh_degree: 0 to 3; coefficients of higher bands are not used.
+        means: Gaussian centres [N, 3]. camera_positions: [C, 3], not differentiated.
+        coeffs: [N, K, 3] with K >= (sh_degree + 1)^2; or band 0 [N, 1, 3] and the others [N, K - 1, 3].
+        camera_ids, gaussian_ids: [nnz] int64.
+    """
+    sh0, shN = coeffs if isinstance(coeffs, tuple) else (coeffs, None)
+    return _SphericalHarmonics.apply(sh_degree, means, camera_positions, sh0, shN, camera_ids, gaussian_ids)
+
+
+class _SphericalHarmonics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sh_degree, means, camera_positions, sh0, shN, camera_ids, gaussian_ids):
+        means, sh0 = means.contiguous(), sh0.contiguous()
+        shN = None if shN is None else shN.contiguous()
+        colors = means.new_empty(len(gaussian_ids), 3)
+        if len(gaussian_ids):
+            _forward[_grid(gaussian_ids)](
+                means, camera_positions.contiguous(), *_rows(sh0, shN), camera_ids, gaussian_ids, colors,
+                len(gaussian_ids), BANDS=(sh_degree + 1) ** 2, ROWS=ROWS,
+            )  # fmt: skip
+        ctx.save_for_backward(means, camera_positions, sh0, shN, camera_ids, gaussian_ids, colors)
+        ctx.sh_degree = sh_degree
+        return colors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, v_colors):
+        means, camera_positions, sh0, shN, camera_ids, gaussian_ids, colors = ctx.saved_tensors
+        v_means, v_sh0 = torch.zeros_like(means), torch.zeros_like(sh0)
+        v_shN = None if shN is None else torch.zeros_like(shN)
+        if len(gaussian_ids):
+            _backward[_grid(gaussian_ids)](
+                means, camera_positions.contiguous(), *_rows(sh0, shN), camera_ids, gaussian_ids, colors,
+                v_colors.contiguous(), v_means, *_rows(v_sh0, v_shN)[::2],
+                len(gaussian_ids), BANDS=(ctx.sh_degree + 1) ** 2, ONE_CAMERA=len(camera_positions) == 1, ROWS=ROWS,
+            )  # fmt: skip
+        return None, v_means, None, v_sh0, v_shN, None, None
+
+
+def _grid(gaussian_ids: Tensor) -> tuple[int]:
+    return (triton.cdiv(len(gaussian_ids), ROWS),)
+
+
+def _rows(sh0: Tensor, shN: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
+    """Where band 0 and the others lie: a tensor and the floats of one Gaussian in it, twice; both in one tensor where
+    shN is None."""
+    if shN is None:
+        rest = sh0.view(-1)[3:] if sh0.shape[1] > 1 else sh0
+        return sh0, 3 * sh0.shape[1], rest, 3 * sh0.shape[1]
+    return sh0, 3, shN, 3 * shN.shape[1]
+
+
+@triton.jit
+def _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid):
+    """Which Gaussians [ROWS, 1] int64, the unit vectors towards them, and one over their distance."""
+    gaussian = tl.load(gaussian_ids + row, mask=valid, other=0)
+    camera = tl.load(camera_ids + row, mask=valid, other=0)
+    x = tl.load(means + gaussian * 3) - tl.load(camera_positions + camera * 3)
+    y = tl.load(means + gaussian * 3 + 1) - tl.load(camera_positions + camera * 3 + 1)
+    z = tl.load(means + gaussian * 3 + 2) - tl.load(camera_positions + camera * 3 + 2)
+    inverse = 1.0 / tl.sqrt(tl.maximum(x * x + y * y + z * z, 1e-24))
+    return gaussian, x * inverse, y * inverse, z * inverse, inverse
+
+
+@triton.jit
+def _basis(x, y, z, band):
+    """Y_band(x, y, z); x, y, z [ROWS, 1], band [1, 64]."""
+    xx, yy, zz = x * x, y * y, z * z
+    b = tl.where(band == 0, 0.28209479177387814, 0.0 * x)
+    b = tl.where(band == 1, -0.4886025119029199 * y, b)
+    b = tl.where(band == 2, 0.4886025119029199 * z, b)
+    b = tl.where(band == 3, -0.4886025119029199 * x, b)
+    b = tl.where(band == 4, 1.0925484305920792 * x * y, b)
+    b = tl.where(band == 5, -1.0925484305920792 * y * z, b)
+    b = tl.where(band == 6, 0.31539156525252005 * (3.0 * zz - 1.0), b)
+    b = tl.where(band == 7, -1.0925484305920792 * x * z, b)
+    b = tl.where(band == 8, 0.5462742152960396 * (xx - yy), b)
+    b = tl.where(band == 9, -0.5900435899266435 * y * (3.0 * xx - yy), b)
+    b = tl.where(band == 10, 2.890611442640554 * x * y * z, b)
+    b = tl.where(band == 11, -0.4570457994644658 * y * (5.0 * zz - 1.0), b)
+    b = tl.where(band == 12, 0.3731763325901154 * z * (5.0 * zz - 3.0), b)
+    b = tl.where(band == 13, -0.4570457994644658 * x * (5.0 * zz - 1.0), b)
+    b = tl.where(band == 14, 1.445305721320277 * z * (xx - yy), b)
+    return tl.where(band == 15, -0.5900435899266435 * x * (xx - 3.0 * yy), b)
+
+
+@triton.jit
+def _basis_gradient(x, y, z, band):
+    """Derivatives of the polynomials of `_basis` by x, y and z."""
+    xx, yy, zz = x * x, y * y, z * z
+    zero = 0.0 * x * band
+    dx = tl.where(band == 3, -0.4886025119029199, zero)
+    dy = tl.where(band == 1, -0.4886025119029199, zero)
+    dz = tl.where(band == 2, 0.4886025119029199, zero)
+    dx = tl.where(band == 4, 1.0925484305920792 * y, dx)
+    dy = tl.where(band == 4, 1.0925484305920792 * x, dy)
+    dy = tl.where(band == 5, -1.0925484305920792 * z, dy)
+    dz = tl.where(band == 5, -1.0925484305920792 * y, dz)
+    dz = tl.where(band == 6, 1.8923493915151202 * z, dz)
+    dx = tl.where(band == 7, -1.0925484305920792 * z, dx)
+    dz = tl.where(band == 7, -1.0925484305920792 * x, dz)
+    dx = tl.where(band == 8, 1.0925484305920792 * x, dx)
+    dy = tl.where(band == 8, -1.0925484305920792 * y, dy)
+    dx = tl.where(band == 9, -3.540261539559861 * x * y, dx)
+    dy = tl.where(band == 9, -1.7701307697799304 * (xx - yy), dy)
+    dx = tl.where(band == 10, 2.890611442640554 * y * z, dx)
+    dy = tl.where(band == 10, 2.890611442640554 * x * z, dy)
+    dz = tl.where(band == 10, 2.890611442640554 * x * y, dz)
+    dy = tl.where(band == 11, -0.4570457994644658 * (5.0 * zz - 1.0), dy)
+    dz = tl.where(band == 11, -4.570457994644658 * y * z, dz)
+    dz = tl.where(band == 12, 0.3731763325901154 * (15.0 * zz - 3.0), dz)
+    dx = tl.where(band == 13, -0.4570457994644658 * (5.0 * zz - 1.0), dx)
+    dz = tl.where(band == 13, -4.570457994644658 * x * z, dz)
+    dx = tl.where(band == 14, 2.890611442640554 * x * z, dx)
+    dy = tl.where(band == 14, -2.890611442640554 * y * z, dy)
+    dz = tl.where(band == 14, 1.445305721320277 * (xx - yy), dz)
+    dx = tl.where(band == 15, -1.7701307697799304 * (xx - yy), dx)
+    dy = tl.where(band == 15, 3.540261539559861 * x * y, dy)
+    return dx, dy, dz
+
+
+@triton.jit
+def _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, used):
+    """Coefficients [ROWS, 64] of Gaussians [ROWS, 1]; column = 3 band + channel."""
+    first = tl.load(sh0 + gaussian * stride0 + column, mask=used & (column < 3), other=0.0)
+    others = tl.load(shN + gaussian * strideN + column - 3, mask=used & (column >= 3), other=0.0)
+    return tl.where(column < 3, first, others)
+
+
+@triton.jit
+def _forward(
+    means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors, num_pairs,
+    BANDS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    valid = row < num_pairs
+    gaussian, x, y, z, _ = _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid)
+    column = tl.arange(0, 64)[None, :]
+    band, channel = column // 3, column % 3
+    coeffs = _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, valid & (band < BANDS))
+    terms = _basis(x, y, z, band) * coeffs  # [ROWS, 64]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    for c in tl.static_range(3):
+        color = tl.sum(tl.where(channel == c, terms, 0.0), axis=1) + 0.5
+        tl.store(colors + row * 3 + c, tl.maximum(color, 0.0), mask=row < num_pairs)
+
+
+@triton.jit
+def _backward(
+    means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors,
+    v_colors, v_means, v_sh0, v_shN, num_pairs,
+    BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    valid = row < num_pairs
+    gaussian, x, y, z, inverse = _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid)
+    column = tl.arange(0, 64)[None, :]
+    band, channel = column // 3, column % 3
+    used = valid & (band < BANDS)
+    coeffs = _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, used)
+    # Colours that were cut at zero have no gradient.
+    color = tl.load(colors + row * 3 + channel, mask=used, other=0.0)
+    v_color = tl.load(v_colors + row * 3 + channel, mask=used, other=0.0)
+    v_color = tl.where(color > 0.0, v_color, 0.0)  # [ROWS, 64]
+
+    v_coeffs = v_color * _basis(x, y, z, band)
+    first, others = used & (column < 3), used & (column >= 3)
+    if ONE_CAMERA:  # every Gaussian is in one pair at most
+        tl.store(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
+        tl.store(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
+    else:
+        tl.atomic_add(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
+        tl.atomic_add(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
+
+    if BANDS > 1:
+        dx, dy, dz = _basis_gradient(x, y, z, band)
+        v_term = v_color * coeffs
+        v_x = tl.sum(v_term * dx, axis=1)[:, None]
+        v_y = tl.sum(v_term * dy, axis=1)[:, None]
+        v_z = tl.sum(v_term * dz, axis=1)[:, None]
+        # Through d / |d|: what points along d is lost.
+        along = v_x * x + v_y * y + v_z * z
+        v_x, v_y, v_z = (v_x - along * x) * inverse, (v_y - along * y) * inverse, (v_z - along * z) * inverse
+        if ONE_CAMERA:
+            tl.store(v_means + gaussian * 3, v_x, mask=valid)
+            tl.store(v_means + gaussian * 3 + 1, v_y, mask=valid)
+            tl.store(v_means + gaussian * 3 + 2, v_z, mask=valid)
+        else:
+            tl.atomic_add(v_means + gaussian * 3, v_x, mask=valid)
+            tl.atomic_add(v_means + gaussian * 3 + 1, v_y, mask=valid)
+            tl.atomic_add(v_means + gaussian * 3 + 2, v_z, mask=valid)

@@ -1,0 +1,57 @@
+"""The harmonics' Triton kernels against the native ones, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from rendering.projection import project
+from rendering.spherical_harmonics import spherical_harmonics as native
+from tests.gaussian_scenes import random_scene, relative_error, weights_like
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [] if INTERPRETED else [pytest.mark.cuda]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.mark.parametrize("num_cameras", [1, 2])
+@pytest.mark.parametrize("sh_degree", range(4))
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tensors):
+    from rendering.spherical_harmonics_triton import spherical_harmonics
+
+    scene = random_scene(1001, seed=5, n_cameras=num_cameras)
+    projection = project(
+        scene.means, scene.quats, scene.scales, scene.opacities, scene.viewmats, scene.Ks, scene.width, scene.height,
+        near_plane=0.01, far_plane=1e10, radius_clip=0.0, eps2d=0.3, antialiased=False,
+    )  # fmt: skip
+    means, coeffs = scene.means.requires_grad_(), torch.cat([scene.sh0, scene.shN], 1).requires_grad_()
+    expected = native(sh_degree, means, scene.viewmats, coeffs, projection)
+    assert 0.02 < (expected == 0).double().mean() < 0.95
+    (expected * weights_like(expected)).sum().backward()
+
+    ours = [t.detach().to(DEVICE).requires_grad_() for t in (means, coeffs[:, :1], coeffs[:, 1:])]
+    if tensors == 1:
+        ours = [ours[0], coeffs.detach().to(DEVICE).requires_grad_()]
+    colors = spherical_harmonics(
+        sh_degree, ours[0], torch.inverse(scene.viewmats)[:, :3, 3].to(DEVICE),
+        ours[1] if tensors == 1 else tuple(ours[1:]),
+        projection.camera_ids.to(DEVICE), projection.gaussian_ids.to(DEVICE),
+    )  # fmt: skip
+    (colors * weights_like(expected).to(DEVICE)).sum().backward()
+    assert relative_error(colors.cpu(), expected) < 1e-6
+    assert relative_error(ours[0].grad.cpu(), means.grad) < 1e-5
+    assert relative_error(torch.cat([t.grad.cpu() for t in ours[1:]], 1), coeffs.grad) < 1e-6
+
+
+def test_no_pairs():
+    from rendering.spherical_harmonics_triton import spherical_harmonics
+
+    means, coeffs = (torch.zeros(4, *shape, device=DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    colors = spherical_harmonics(3, means, torch.zeros(1, 3, device=DEVICE), coeffs, none, none)
+    assert colors.shape == (0, 3)
+    colors.sum().backward()
+    assert coeffs.grad.abs().max() == 0
