@@ -56,6 +56,7 @@ class HybridGaussians:
         self._rows: ViewRows | None = None
         self._geometry_rows: dict[str, Tensor] = {}
         self._device_geometry: DeviceGeometry | None = None
+        self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
         self._stores: dict[str, HostStore] = {}
         names = ("appearance",) if geometry == "device" else ("geometry", "appearance")
         groups = {}
@@ -71,8 +72,7 @@ class HybridGaussians:
         else:
             # Rows on the host may lag behind by all the steps they have skipped.
             self._margin = self._margin_of(largest_step(betas) + largest_drift(betas))
-            self._bounds = BlockBounds(self._host_geometry())
-            groups["geometry"].committed = lambda ids: self._bounds.update(self._host_geometry(), ids)
+            groups["geometry"].committed = self._geometry_committed
             cull = self._cull_on_host
         self._pipeline = RowPipeline(groups, cull, device, cull_in_worker=geometry == "host")
 
@@ -165,21 +165,21 @@ class HybridGaussians:
         self._catch_up(ids)
         for place in self._places():
             place.append_copies(ids)
-        self._rows_changed()
+        self._bounds = None
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero."""
         self._catch_up(ids)
         for place in self._places():
             place.overwrite(ids, values)
-        self._rows_changed()
+        self._bounds = None
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
         self._pipeline.finish()
         for place in self._places():
             place.keep(ids)
-        self._rows_changed()
+        self._bounds = None
 
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
@@ -203,9 +203,9 @@ class HybridGaussians:
         host_ids = torch.arange(self.num_gaussians) if ids is None else ids.cpu()
         self._pipeline.catch_up(host_ids.sort().values)
 
-    def _rows_changed(self) -> None:
-        if self._device_geometry is None:
-            self._bounds.rebuild(self._host_geometry())
+    def _geometry_committed(self, host_ids: Tensor) -> None:
+        if self._bounds is not None:
+            self._bounds.update(self._host_geometry(), host_ids)
 
     def _host_geometry(self) -> Tensor:
         return self._stores["geometry"].groups["geometry"].parameters.tensor
@@ -214,6 +214,8 @@ class HybridGaussians:
         return self._device_geometry.visible_ids(cameras, self._margin)
 
     def _cull_on_host(self, cameras: Cameras) -> Tensor:
+        if self._bounds is None:  # once after a refinement, whose operations are several
+            self._bounds = BlockBounds(self._host_geometry())
         return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin)
 
     def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 from datasets.synthetic import write_city_block
 from offload.adam import DeferredAdam
+from offload.culling import BlockBounds
 from offload.pipeline import RowPipeline, largest_drift, largest_step, shared_positions
 from training import command_line, gaussians
 from training.checkpoints import load_checkpoint
+from training.densification import Densification
 
 BASELINE = pytest.param(simple_trainer_hybrid_baseline, (), id="baseline")
 OPTIMIZED = [
@@ -164,6 +166,21 @@ def test_statistics_name_the_stages(monkeypatch, city_block, tmp_path, script, p
     assert set(statistics["stages_ms"]) == stages
     assert sum(statistics["stages_ms"].values()) < 1000 * statistics["elapsed_seconds"] / 12
     assert statistics["staging_allocations"] == 0  # on the CPU rows are written where they are used
+
+
+def test_bounds_of_blocks_are_made_once_per_refinement(monkeypatch, city_block, tmp_path):
+    made, refined = [], []
+    rebuild, refine = BlockBounds.rebuild, Densification.refine
+    monkeypatch.setattr(BlockBounds, "rebuild", lambda self, rows: (made.append(len(rows)), rebuild(self, rows)))
+    monkeypatch.setattr(
+        Densification,
+        "refine",
+        lambda self, step, store: (refine(self, step, store), refined.append(len(store.read("means")))),
+    )
+    options = ("--geometry", "host", *DENSIFICATION, "--max_steps", 60)
+    train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, *options)
+    assert len(set(refined)) > 3
+    assert made == [600, *refined]
 
 
 def test_views_that_see_nothing(monkeypatch, city_block, tmp_path):
