@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from offload.culling import BlockBounds, Cameras, visible_ids
 from offload.morton import morton_order
 
 GROUND = 10.0  # world units, both sides
@@ -26,15 +28,23 @@ NEAR_PLANE = 0.01
 class AerialCameras:
     viewmats: Tensor  # [64, 4, 4] world to camera
     Ks: Tensor  # [64, 3, 3] pixels
-    width: int = WIDTH
-    height: int = HEIGHT
+    width: int
+    height: int
     near_plane: float = NEAR_PLANE
 
 
-def aerial_scene(num_gaussians: int, seed: int) -> tuple[dict[str, Tensor], AerialCameras]:
+def aerial_scene(
+    num_gaussians: int, seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0
+) -> tuple[dict[str, Tensor], AerialCameras]:
     """Gaussians in Morton order and cameras above them.
 
     Needs hardly more memory than the result, 236 bytes per Gaussian.
+
+    Args:
+        num_gaussians: N.
+        seed: Of everything random.
+        focal: Focal length in pixels; the longer, the smaller the part of the scene that a view sees.
+        picture_scale: Factor on the pictures' sides and on the focal length.
 
     Returns:
         means [N, 3], scales [N, 3] (log), quats [N, 4], opacities [N] (logit), sh0 [N, 1, 3] and shN [N, 15, 3], all
@@ -44,11 +54,11 @@ def aerial_scene(num_gaussians: int, seed: int) -> tuple[dict[str, Tensor], Aeri
     parameters = aerial_geometry(num_gaussians, generator)
     parameters["sh0"] = torch.empty(num_gaussians, 1, 3).normal_(0, 0.5, generator=generator)
     parameters["shN"] = torch.empty(num_gaussians, 15, 3).normal_(0, 0.05, generator=generator)
-    return parameters, aerial_cameras(generator)
+    return parameters, aerial_cameras(seed, focal=focal, picture_scale=picture_scale)
 
 
 def aerial_geometry(num_gaussians: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The means, scales, quats and opacities of `aerial_scene`."""
+    """The means, scales, quats and opacities of `aerial_scene`, from a generator with its seed."""
     cells = round(GROUND / BLOCK)
     heights = torch.rand(cells, cells, generator=generator) * MAX_HEIGHT
     means = torch.rand(num_gaussians, 3, generator=generator)
@@ -69,8 +79,9 @@ def aerial_geometry(num_gaussians: int, generator: torch.Generator) -> dict[str,
     }
 
 
-def aerial_cameras(generator: torch.Generator) -> AerialCameras:
+def aerial_cameras(seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0) -> AerialCameras:
     """Cameras at one height that look down, each with its heading and tilt."""
+    generator = torch.Generator().manual_seed(seed + 1)
     viewmats = torch.eye(4).repeat(NUM_CAMERAS, 1, 1)
     for viewmat in viewmats:
         u, v, turn, lean = torch.rand(4, generator=generator).tolist()
@@ -81,5 +92,62 @@ def aerial_cameras(generator: torch.Generator) -> AerialCameras:
         forward = math.sin(tilt) * ahead - math.cos(tilt) * torch.tensor([0.0, 0.0, 1.0])
         viewmat[:3, :3] = torch.stack([right, torch.linalg.cross(forward, right), forward])
         viewmat[:3, 3] = -viewmat[:3, :3] @ position
-    K = torch.tensor([[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]])
-    return AerialCameras(viewmats, K.repeat(NUM_CAMERAS, 1, 1))
+    width, height = round(WIDTH * picture_scale), round(HEIGHT * picture_scale)
+    focal *= picture_scale
+    K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    return AerialCameras(viewmats, K.repeat(NUM_CAMERAS, 1, 1), width, height)
+
+
+def geometry_rows(parameters: Mapping[str, Tensor]) -> Tensor:
+    """Geometry [N, 12] as the host store keeps it."""
+    rows = torch.zeros(len(parameters["means"]), 12)
+    rows[:, 0:3] = parameters["means"]
+    rows[:, 3:6] = parameters["scales"]
+    rows[:, 6:10] = parameters["quats"]
+    rows[:, 10] = parameters["opacities"]
+    return rows
+
+
+def one_by_one(cameras: AerialCameras) -> list[Cameras]:
+    """Each camera alone, as culling takes it."""
+    return [
+        Cameras(viewmat[None], K[None], cameras.width, cameras.height, near_plane=cameras.near_plane)
+        for viewmat, K in zip(cameras.viewmats, cameras.Ks, strict=True)
+    ]
+
+
+class VisibleCounts:
+    """How many Gaussians of `aerial_scene` its views see."""
+
+    def __init__(self, num_gaussians: int, seed: int) -> None:
+        self.seed = seed
+        self._geometry = geometry_rows(aerial_geometry(num_gaussians, torch.Generator().manual_seed(seed)))
+        self._bounds = BlockBounds(self._geometry)
+
+    def mean(self, focal: float) -> float:
+        """Mean over all cameras."""
+        cameras = one_by_one(aerial_cameras(self.seed, focal=focal))
+        return sum(len(visible_ids(self._geometry, self._bounds, camera)) for camera in cameras) / len(cameras)
+
+    def focal_for(self, visible: float) -> float:
+        """The focal length in pixels at which views see this many Gaussians in the mean, within 1 %."""
+        shortest, longest = math.log(FOCAL / 20), math.log(FOCAL * 200)
+        for _ in range(20):
+            focal = math.exp((shortest + longest) / 2)
+            found = self.mean(focal)
+            if abs(found / visible - 1) < 0.01:
+                break
+            shortest, longest = (math.log(focal), longest) if found > visible else (shortest, math.log(focal))
+        return focal
+
+
+def mean_visible(num_gaussians: int, focal: float, seed: int = 0) -> float:
+    """How many Gaussians a view sees in the mean."""
+    return VisibleCounts(num_gaussians, seed).mean(focal)
+
+
+def focals_for(num_gaussians: int, visible: Sequence[float], seed: int = 0) -> list[tuple[float, float]]:
+    """For each wanted mean number of visible Gaussians the focal length in pixels, and the number there is then."""
+    counts = VisibleCounts(num_gaussians, seed)
+    focals = [counts.focal_for(wanted) for wanted in visible]
+    return [(focal, counts.mean(focal)) for focal in focals]

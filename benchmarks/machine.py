@@ -1,6 +1,57 @@
-"""What a table of measurements says about the machine."""
+"""What machine and which versions measured something."""
 
+from __future__ import annotations
+
+import importlib.metadata
+import os
 import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from offload.threads import num_threads
+
+PACKAGES = ("torch", "gsplat", "triton", "numpy")
+
+
+def describe_machine() -> dict[str, object]:
+    """Names, sizes (bytes) and versions, for JSON; None for what is not there."""
+    gpu = torch.cuda.is_available()
+    return {
+        "processor": processor(),
+        "threads": num_threads(),
+        "host_memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        or None,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "commit": commit(),
+    }
+
+
+def sentence(machine: dict[str, object]) -> str:
+    """A machine in one line of text."""
+    parts = [f"{machine['processor']}, {machine['threads']} threads, {machine['host_memory_bytes'] / 1e9:.0f} GB"]
+    if machine["gpu"]:
+        memory = machine["device_memory_bytes"] / 1e9
+        parts.append(f"{machine['gpu']}, {memory:.0f} GB, driver {machine['driver']}, CUDA {machine['cuda']}")
+    versions = {"Python": machine["python"], **{package: machine[package] for package in PACKAGES}}
+    parts.append(", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    return "; ".join([*parts, f"commit {machine['commit']}"])
+
+
+def machine_name(machine: dict[str, object]) -> str:
+    """A short name for file names: the GPU's, or the processor's with its threads."""
+    name = machine["gpu"] or f"{machine['processor']} {machine['threads']} threads"
+    name = re.sub(r"\((r|tm|c)\)|@.*?hz|\b(nvidia|geforce|intel|amd|cpu|processor)\b", " ", name.lower())
+    return "_".join(re.findall(r"[a-z0-9.]+", name))
 
 
 def processor() -> str:
@@ -10,3 +61,30 @@ def processor() -> str:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver, where there is one."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
+def commit() -> str:
+    """The commit of this source tree, marked where files differ from it."""
+    here = ("git", "-C", str(Path(__file__).parent))
+    changed = _output(*here, "status", "--porcelain", "--untracked-files=no")
+    return (_output(*here, "rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

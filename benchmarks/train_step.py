@@ -1,62 +1,173 @@
-"""Milliseconds and memory of one training step on a synthetic aerial scene of any size, for each trainer.
+"""Milliseconds and memory of one training step of each trainer, on a synthetic aerial scene of any size.
 
-python -m benchmarks.train_step [--num_gaussians 4000000] [--trainers gpu_only optimized ...] [--quick]
+    python -m benchmarks.train_step [--num_gaussians 4000000 18000000] [--trainers gpu_only optimized] [--quick]
+    python -m benchmarks.train_step --num_gaussians 18000000 --device_memory_cap 24GB
 
-Each trainer runs in its own process, from the same scene, without densification. Floor of a GPU-only step: rendering,
-plus 28 bytes of device memory for each of 59 parameters of every Gaussian (Adam reads four floats and writes three).
-An offloaded step moves 192 bytes to and 192 bytes from the device for each visible Gaussian, and on the host reads
-768 + 192 and writes 192 + 576 bytes for it.
+Each trainer runs its own `train` in its own process, from the same scene, without densification; only its
+`TrainingRun` is replaced by one that has random pictures ready on the device. Floor of the memory traffic: the bytes
+that a step must move (`TRAFFIC`) at the bandwidth of large copies on the same machine. Rendering comes on top of it
+where everything is on the device, and runs beside it where Gaussians are offloaded with all optimizations.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import resource
-import subprocess
-import sys
+import multiprocessing
 import time
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from unittest import mock
 
-import numpy as np
 import torch
-import tyro
+from torch import Tensor
 
-from benchmarks.aerial_scene import aerial_scene
-from benchmarks.machine import processor
+from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible
+from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.report import Report, count, gigabytes, number, percent, spread
+from benchmarks.timing import CPU, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
-from offload.host_gaussians import HostGaussians
-from offload.hybrid_gaussians import HybridGaussians
-from rendering.losses import photometric_loss
-from training import schedules
-from training.gaussians import DeviceGaussians, activate
-from training.memory import limit_fragmentation
+from errors import InputError
+from trainers import TRAINERS
+from training.command_line import parse
+from training.densification import TrainingStopped
+from training.memory import limit_fragmentation, peak_bytes
+from training.run import Model, select_device
 from training.stages import StageTimes
-from training.views import View, cameras_of, render_view
+from training.views import View
 
-Trainer = Literal["gpu_only", "baseline", "optimized", "optimized_geometry_on_host"]
-TRAINERS: tuple[Trainer, ...] = ("gpu_only", "baseline", "optimized", "optimized_geometry_on_host")
 SCENE_SCALE = 3.2  # world units: how far the cameras stand apart
+FEW_STEPS = ("baseline",)  # trainers so slow that a tenth of the steps is enough
+
+# Options of every trainer here: nothing is refined or reset, and all spherical harmonics are in use at once.
+OPTIONS = ("--refine_stop_iter", "0", "--sh_degree_interval", "1")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one step must read and write."""
+
+    device: float = 0.0
+    link: float = 0.0  # in the busier direction
+    host: float = 0.0
+
+
+# Of trainers, from N Gaussians of which V are visible. Rows are 48 (appearance) and 12 (geometry) float32.
+# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes.
+# - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
+#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
+TRAFFIC: dict[str, Callable[[float, float], Traffic]] = {
+    "gpu_only": lambda n, v: Traffic(device=28 * 59 * n),
+    "baseline": lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
+    "optimized": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
+    "optimized_geometry_on_host": lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+}
 
 
 @dataclass
-class Options:
-    """Measure training steps."""
-
-    num_gaussians: int = 4_000_000
-    """Size of the scene."""
+class Options(BenchmarkOptions):
+    num_gaussians: tuple[int, ...] = (4_000_000,)
+    """Sizes of the scene."""
     steps: int = 100
     """Steps to measure, after a fifth of them to warm up; the baseline takes a tenth."""
-    trainers: tuple[Trainer, ...] = TRAINERS
+    trainers: tuple[str, ...] = tuple(TRAINERS)
     """Which trainers."""
-    quick: bool = False
-    """A size for a laptop's CPU."""
-    only: str = ""
-    """Measure this trainer in this process and print JSON."""
+    picture_scale: float = 1.0
+    """Factor on the sides of the pictures and on the focal length."""
+    device_memory_cap: str = ""
+    """Device memory that torch may take, such as 24GB (10^9 bytes); a trainer that needs more is reported as such."""
 
 
-def random_views(cameras, num_views: int, device: torch.device) -> list[View]:
+@dataclass(frozen=True)
+class Job:
+    """One measurement."""
+
+    trainer: str
+    num_gaussians: int
+    focal: float  # pixels
+    picture_scale: float
+    steps: int
+    memory_cap: int = 0  # bytes; 0: none
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one trainer did; `problem` says why it did not come to the end."""
+
+    milliseconds: Spread | None = None
+    stages: dict[str, float] | None = None  # mean milliseconds
+    memory: dict[str, int] | None = None  # of `training.memory.peak_bytes`
+    staging_allocations: int = 0  # in the measured steps
+    loss: float | None = None
+    problem: str = ""
+
+
+class AerialRun:
+    """What a trainer script asks of its `TrainingRun`, over a synthetic scene, timing every step."""
+
+    def __init__(self, cfg: Config, job: Job) -> None:
+        self.cfg = cfg
+        self.job = job
+        self.device = select_device(cfg.device)
+        if job.memory_cap:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(job.memory_cap / total, 1.0))
+        self.scene_scale = SCENE_SCALE
+        self.times = StageTimes(self.device)
+        self.upcoming: View | None = None
+        self.num_warmup = max(job.steps // 5, 3)
+        self.milliseconds: list[float] = []
+        self.stages: dict[str, float] = {}
+        self._parameters, cameras = aerial_scene(
+            job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale
+        )
+        self._views = random_views(cameras, self.num_warmup + job.steps + 1, self.device)
+        self._staging_before = 0
+
+    def initial_gaussians(self) -> dict[str, Tensor]:
+        parameters, self._parameters = self._parameters, {}  # not held while the trainer has its own
+        return parameters
+
+    def steps(self, model: Model, render: object) -> Iterator[tuple[int, View]]:
+        self.model = model
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(self.num_warmup + self.job.steps):
+            if step == self.num_warmup:
+                self.times.mean_milliseconds()  # forgets the first steps
+                self._staging_before = getattr(model, "staging_allocations", 0)
+            self._begin = time.perf_counter()
+            self.times.start()
+            self.upcoming = self._views[step + 1]
+            yield step, self._views[step]
+
+    def backgrounds(self, view: View) -> None:
+        return None
+
+    def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if step >= self.num_warmup:
+            self.milliseconds.append(1000 * (time.perf_counter() - self._begin))
+        self.loss = loss.item()
+
+    def measurement(self) -> Measurement:
+        return Measurement(
+            milliseconds=Spread.of(self.milliseconds),
+            stages=self.times.mean_milliseconds(),
+            memory=peak_bytes(self.device),
+            staging_allocations=getattr(self.model, "staging_allocations", 0) - self._staging_before,
+            loss=self.loss,
+        )
+
+    def __enter__(self) -> AerialRun:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def random_views(cameras: AerialCameras, num_views: int, device: torch.device) -> list[View]:
     """Cameras with random photos; all views share 4 of them."""
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(4)]
@@ -77,108 +188,148 @@ def random_views(cameras, num_views: int, device: torch.device) -> list[View]:
     return views
 
 
-def measure(trainer: Trainer, num_gaussians: int, num_steps: int) -> dict[str, object]:
-    """Run one trainer; returns the figures of its row."""
+def run_trainer(job: Job) -> Measurement:
+    """Run one trainer's `train` in this process."""
     limit_fragmentation()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = Config(sh_degree_interval=1)
-    parameters, cameras = aerial_scene(num_gaussians, seed=0)
-    rates, means_lr = (
-        schedules.learning_rates(cfg, SCENE_SCALE),
-        lambda step: schedules.means_lr(cfg, SCENE_SCALE, step),
-    )
-    adam = {"betas": schedules.adam_betas(1), "eps": 1e-15, "device": device}
-    if trainer == "gpu_only":
-        gaussians = DeviceGaussians(parameters, rates, **adam)
-    elif trainer == "baseline":
-        gaussians = HostGaussians(parameters, rates, means_lr, max_gaussians=num_gaussians, **adam)
-    else:
-        place = "host" if trainer == "optimized_geometry_on_host" else "device"
-        gaussians = HybridGaussians(parameters, rates, means_lr, geometry=place, max_gaussians=num_gaussians, **adam)
-    del parameters
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    trainer = TRAINERS[job.trainer]
+    script = trainer.load()
+    bound = ("--max_gaussians", str(job.num_gaussians))
+    _, cfg = parse(script.CONFIGS, ["default", *trainer.arguments, *OPTIONS, *bound], "")
+    runs: list[AerialRun] = []
 
-    num_warmup = max(num_steps // 5, 3)
-    views = random_views(cameras, num_warmup + num_steps + 1, device)
-    times, milliseconds, visible = StageTimes(device), [], []
-    for step in range(num_warmup + num_steps):
-        if step == num_warmup:
-            times.mean_milliseconds()
-            staging = getattr(gaussians, "staging_allocations", 0)
-        begin = time.perf_counter()
-        times.start()
-        view = views[step]
-        if trainer == "gpu_only":
-            activated = gaussians.activated()
-        else:
-            activated = activate(gaussians.fetch(cameras_of(view, cfg)))
-            times.mark("fetch")
-        if isinstance(gaussians, HybridGaussians):
-            gaussians.prefetch(cameras_of(views[step + 1], cfg))
-            times.mark("cull ahead")
-        colors, _, info = render_view(activated, view, cfg, sh_degree=3)
-        times.mark("render")
-        loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda)
-        loss.backward()
-        times.mark("backward")
-        if trainer == "gpu_only":
-            gaussians.step(means_lr(step))
-        elif trainer == "baseline":
-            gaussians.update()
-        else:
-            gaussians.update(step)
-        times.mark("update")
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if step >= num_warmup:
-            milliseconds.append(1000 * (time.perf_counter() - begin))
-            visible.append(len(info["gaussian_ids"]) / num_gaussians)
-    return {
-        "trainer": trainer,
-        "ms": [float(x) for x in np.percentile(milliseconds, [50, 10, 90])],
-        "stages": times.mean_milliseconds(),
-        "device_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "visible": float(np.mean(visible)),
-        "staging_allocations": getattr(gaussians, "staging_allocations", 0) - staging,
-        "loss": loss.item(),
-    }
+    def start(cfg: Config, scene_name: str) -> AerialRun:
+        runs.append(AerialRun(cfg, job))
+        return runs[0]
+
+    try:
+        with mock.patch.object(script, "TrainingRun", start):
+            script.train(cfg, "default")
+    except torch.OutOfMemoryError:
+        return Measurement(problem="out of device memory")
+    except (InputError, TrainingStopped) as error:
+        return Measurement(problem=str(error))
+    return runs[0].measurement()
+
+
+def in_fresh_process(function: Callable, *arguments: object):
+    """What the function returns; no process inherits memory, threads or a CUDA context."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(job: Job) -> Measurement:
+    """Run one trainer in a process of its own."""
+    try:
+        return in_fresh_process(run_trainer, job)
+    except BrokenProcessPool:
+        return Measurement(problem="killed, most likely out of host memory")
+
+
+def bandwidths() -> Traffic:
+    """Bytes per second of large copies: on the device, from the host to it, and on the host."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_device, link = (copy_bandwidth(device), upload_bandwidth(device)) if device.type == "cuda" else (0.0, 0.0)
+    return Traffic(device=on_device, link=link, host=copy_bandwidth(CPU))
+
+
+def sentence_of(bandwidth: Traffic) -> str:
+    host = f"Large copies: on the host {bandwidth.host / 1e9:.0f} GB/s read and written"
+    if not bandwidth.device:
+        return host + "."
+    return host + (
+        f", on the device {bandwidth.device / 1e9:.0f} GB/s, from pinned memory to the device "
+        f"{bandwidth.link / 1e9:.0f} GB/s one way."
+    )
+
+
+def floor_milliseconds(trainer: str, num_gaussians: int, visible: float, bandwidth: Traffic) -> float | None:
+    """Time of a step's memory traffic: that of its slowest part, since all may overlap."""
+    if trainer not in TRAFFIC:
+        return None
+    traffic, speed = asdict(TRAFFIC[trainer](num_gaussians, visible)), asdict(bandwidth)
+    speed = {place: value or bandwidth.host for place, value in speed.items()}  # without a GPU all is on the host
+    return 1e3 * max(traffic[place] / speed[place] for place in traffic)
+
+
+def bytes_of(text: str) -> int:
+    """The number of bytes that "24GB" or "800MB" says.
+
+    Raises:
+        InputError: The text is something else.
+    """
+    units = {"GB": 10**9, "MB": 10**6}
+    value, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        return int(float(value) * units[unit])
+    except (KeyError, ValueError):
+        raise InputError(f"--device_memory_cap is {text!r}, but must be a size such as 24GB or 800MB.") from None
+
+
+def check(options: Options) -> int:
+    """Refuse options that cannot work; returns the memory cap in bytes, 0 for none.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    unknown = [name for name in options.trainers if name not in TRAINERS]
+    if unknown:
+        raise InputError(f"--trainers {unknown[0]} is unknown: choose from {', '.join(TRAINERS)}.")
+    if options.picture_scale <= 0:
+        raise InputError(f"--picture_scale is {options.picture_scale}, but must be above 0.")
+    if options.steps < 1 or min(options.num_gaussians, default=0) < 1:
+        raise InputError("--steps and --num_gaussians must be at least 1.")
+    if options.device_memory_cap and not torch.cuda.is_available():
+        raise InputError("--device_memory_cap bounds a GPU's memory, but torch finds none: leave it out.")
+    return bytes_of(options.device_memory_cap) if options.device_memory_cap else 0
+
+
+COLUMNS = {
+    "trainer": str,
+    "Gaussians": count,
+    "visible": percent,
+    "ms per step: median (10 %, 90 %)": spread,
+    "floor of memory traffic, ms": number,
+    "peak device GB": gigabytes,
+    "reserved": gigabytes,
+    "peak host GB": gigabytes,
+    "staging allocations": count,
+    "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
+    "remark": str,
+}
+
+
+def row_of(job: Job, visible: float, found: Measurement, bandwidth: Traffic) -> list[object]:
+    """The cells of `COLUMNS`."""
+    floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
+    row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, found.milliseconds, floor]
+    if found.memory is None:
+        return [*row, None, None, None, None, None, found.problem]
+    memory = [found.memory[kind] for kind in ("device_allocated", "device_reserved", "host")]
+    over = job.memory_cap and found.memory["device_reserved"] > job.memory_cap
+    return [*row, *memory, found.staging_allocations, found.stages, "took more than the cap" if over else None]
 
 
 def main(options: Options) -> None:
-    """Print a Markdown table, one row per trainer."""
-    if options.quick:
-        options.num_gaussians, options.steps = 100_000, 10
-    if options.only:
-        print(json.dumps(measure(options.only, options.num_gaussians, options.steps)))
-        return
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    print(
-        f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    print(f"{options.num_gaussians} Gaussians, 1152x864\n")
-    print("| trainer | ms per step: median (10 %, 90 %) | peak device GB | peak host GB | visible | stages, mean ms |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for trainer in options.trainers:
-        steps = max(options.steps // 10, 3) if trainer == "baseline" else options.steps
-        arguments = ["--only", trainer, "--num_gaussians", str(options.num_gaussians), "--steps", str(steps)]
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.train_step", *arguments], capture_output=True, text=True, check=False
-        )
-        if run.returncode != 0:
-            print(f"| {trainer} | failed: {(run.stderr.strip().splitlines() or ['?'])[-1]} | | | | |", flush=True)
-            continue
-        row = json.loads(run.stdout.strip().splitlines()[-1])
-        stages = ", ".join(f"{name} {value:.1f}" for name, value in row["stages"].items())
-        median, low, high = row["ms"]
-        print(
-            f"| {trainer} | {median:.1f} ({low:.1f}, {high:.1f}) | {row['device_bytes'] / 1e9:.2f} "
-            f"| {row['host_bytes'] / 1e9:.1f} | {100 * row['visible']:.1f} % | {stages}; "
-            f"staging allocations {row['staging_allocations']} |",
-            flush=True,
-        )
+    if options.quick:  # a laptop's CPU
+        options.num_gaussians, options.steps, options.picture_scale = (100_000,), 5, 0.25
+    cap = check(options)
+    purpose = "Time and memory of one training step, each trainer in turn"
+    report = Report("train_step", purpose, options, variant=options.device_memory_cap)
+    bandwidth = in_fresh_process(bandwidths)
+    report.say(sentence_of(bandwidth))
+    if cap:
+        report.say(f"Torch may take {options.device_memory_cap} of device memory.")
+    width, height = round(WIDTH * options.picture_scale), round(HEIGHT * options.picture_scale)
+    title = f"Aerial scene, pictures of {width}x{height} pixels, no densification; memory in 10^9 bytes."
+    table = report.table(title, COLUMNS)
+    for num_gaussians in options.num_gaussians:
+        visible = in_fresh_process(mean_visible, num_gaussians, FOCAL)
+        for trainer in options.trainers:
+            steps = max(options.steps // 10, 3) if trainer in FEW_STEPS else options.steps
+            job = Job(trainer, num_gaussians, FOCAL, options.picture_scale, steps, cap)
+            table.add(*row_of(job, visible, measure(job), bandwidth))
+    report.write()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options, __doc__)

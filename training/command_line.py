@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import tyro
 
-from configs import Config
+from configs import AnyConfig, Config
 from errors import InputError
 from training.densification import TrainingStopped
 
@@ -23,11 +23,8 @@ def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], de
         train: The training loop; takes the options and the name of the scene.
         description: Of the script, for --help.
     """
-    arguments = sys.argv[1:]
     try:
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in configs:
-            raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
-        scene, cfg = _parse(configs, arguments, description)
+        scene, cfg = parse(configs, sys.argv[1:], description)
         train(cfg, scene)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -40,7 +37,14 @@ def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], de
         sys.exit(130)
 
 
-def _parse(configs: Mapping[str, Config], arguments: list[str], description: str) -> tuple[str, Config]:
+def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: str) -> tuple[str, AnyConfig]:
+    """The scene and its options, from `SCENE [--option value ...]`; exits where an option cannot be read.
+
+    Raises:
+        InputError: The scene is unknown.
+    """
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in configs:
+        raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
     cfg = tyro.extras.overridable_config_cli(
         {name: (f"Options of scene {name}.", config) for name, config in configs.items()},
         args=arguments,

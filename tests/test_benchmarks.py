@@ -1,0 +1,150 @@
+"""Benchmarks run at a small size and write what they measured; none of their times is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import trainers
+from benchmarks import scaling, train_step
+from benchmarks.__main__ import benchmarks
+from benchmarks.aerial_scene import VisibleCounts, aerial_scene
+from benchmarks.machine import describe_machine, machine_name
+from benchmarks.report import Report, number, spread
+from benchmarks.timing import Case, Spread, time_in_turns
+from errors import InputError
+
+
+def written(out: Path) -> dict:
+    """The JSON of a benchmark, whose Markdown must show every row."""
+    content = json.loads(out.with_name(out.name + ".json").read_text())
+    markdown = out.with_name(out.name + ".md").read_text()
+    rows = sum(len(table["rows"]) + 2 for table in content["tables"])
+    assert sum(line.startswith("|") for line in markdown.splitlines()) == rows
+    assert content["machine"]["torch"] in markdown
+    return content
+
+
+@pytest.fixture
+def _in_this_process(monkeypatch):
+    for module in (train_step, scaling):
+        monkeypatch.setattr(module, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(train_step, "copy_bandwidth", lambda device: 1e10)
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_train_step_runs_every_trainer_as_the_scripts_do(tmp_path):
+    options = train_step.Options(num_gaussians=(3000,), steps=3, picture_scale=0.1, out=tmp_path / "table")
+    train_step.main(options)
+    (table,) = written(tmp_path / "table")["tables"]
+    assert [row["trainer"] for row in table["rows"]] == list(trainers.TRAINERS)
+    assert not any(row["remark"] for row in table["rows"])
+    times = [row["ms per step: median (10 %, 90 %)"] for row in table["rows"]]
+    assert all(time["low"] <= time["median"] <= time["high"] and time["count"] == 3 for time in times)
+    assert all("render" in row["stages, mean ms"] for row in table["rows"])
+
+
+def test_trainers_of_the_benchmark_have_the_same_loss():
+    losses = [
+        train_step.run_trainer(train_step.Job(name, 3000, 1000.0, 0.1, steps=3)).loss for name in trainers.TRAINERS
+    ]
+    assert max(losses) - min(losses) < 1e-5 * losses[0]
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_a_trainer_without_memory_is_reported_and_the_rest_go_on(tmp_path, monkeypatch):
+    def train(cfg, scene_name):
+        raise train_step.torch.OutOfMemoryError("as a GPU would")
+
+    monkeypatch.setattr(trainers.TRAINERS["gpu_only"].load(), "train", train)
+    names = ("gpu_only", "optimized")
+    options = train_step.Options(
+        num_gaussians=(3000,), steps=3, picture_scale=0.1, trainers=names, out=tmp_path / "table"
+    )
+    train_step.main(options)
+    failed, finished = written(tmp_path / "table")["tables"][0]["rows"]
+    assert failed["remark"] == "out of device memory"
+    assert failed["peak device GB"] is None
+    assert finished["remark"] is None
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_scaling_varies_one_number_at_a_time(tmp_path):
+    options = scaling.Options(
+        num_gaussians=(2000, 8000), visible=(200, 800), fixed_num_gaussians=4000, steps=3, picture_scale=0.1
+    )
+    options.out = tmp_path / "table"
+    scaling.main(options)
+    by_n, by_v = (table["rows"] for table in written(options.out)["tables"])
+    assert [row["Gaussians"] for row in by_n] == [2000, 8000]
+    assert all(row["visible per view"] == pytest.approx(200, rel=0.1) for row in by_n)
+    assert [row["visible per view"] for row in by_v] == pytest.approx([200, 800], rel=0.1)
+    assert by_n[1]["focal length, px"] > 1.5 * by_n[0]["focal length, px"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        train_step.Options(trainers=("none",)),
+        train_step.Options(steps=0),
+        train_step.Options(device_memory_cap="24GB"),
+        train_step.Options(picture_scale=0.0),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused(options, monkeypatch):
+    monkeypatch.setattr(train_step.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--"):
+        train_step.check(options)
+
+
+def test_sizes_in_bytes():
+    assert [train_step.bytes_of(text) for text in ("24GB", "1.5 gb", "800MB")] == [24 * 10**9, 15 * 10**8, 8 * 10**8]
+    for text in ("", "GB", "24", "24TB"):
+        with pytest.raises(InputError):
+            train_step.bytes_of(text)
+
+
+def test_visible_counts_are_those_of_the_scene():
+    _, cameras = aerial_scene(5000, seed=0)
+    counts = VisibleCounts(5000, seed=0)
+    assert len(cameras.viewmats) == 64
+    assert 0.04 < counts.mean(1000.0) / 5000 < 0.15
+    assert counts.mean(500.0) > 2 * counts.mean(1000.0)
+
+
+def test_every_benchmark_is_listed_with_its_purpose():
+    found = benchmarks()
+    assert {"train_step", "scaling", "host_adam", "culling", "densify", "rasterizer_cpu", "losses"} <= set(found)
+    assert "report" not in found
+    assert all(purpose.endswith(".") for purpose in found.values())
+
+
+def test_turns_are_timed_after_their_preparation():
+    calls = []
+    cases = {
+        "a": Case(lambda: calls.append("a"), lambda: calls.append("prepare a")),
+        "b": Case(lambda: calls.append("b")),
+    }
+    times = time_in_turns(cases, 2, warmup=1)
+    assert calls == ["prepare a", "a", "b"] * 3
+    assert times["a"].count == 2
+    assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, pytest.approx(1.2), pytest.approx(2.8), 3)
+
+
+def test_cells():
+    assert [number(value) for value in (1234.5, 12.34, 1.234, 0.01234, 0)] == ["1234", "12.3", "1.23", "0.012", "0"]
+    assert spread(Spread(10.0, 9.0, 12.5, 5)) == "10.0 (9.00, 12.5)"
+
+
+def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
+    machine = {**describe_machine(), "gpu": None, "processor": "Intel(R) Xeon(R) CPU E5 @ 2.20GHz", "threads": 8}
+    assert machine_name(machine) == "xeon_e5_8_threads"
+    assert machine_name({**machine, "gpu": "NVIDIA H200"}) == "h200"
+    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
+    report = Report("train_step", "Purpose", train_step.Options(quick=True), variant="24GB")
+    report.machine = {**machine, "gpu": "NVIDIA H200", "device_memory_bytes": 150e9}
+    report.write()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"train_step_24GB_h200_quick.{suffix}" for suffix in ("md", "json")
+    }
