@@ -71,7 +71,7 @@ class DeferredAdam:
         self.threads = num_threads() if threads is None else threads
         self.step_count = 0
         self._rates = np.zeros(self.columns, np.float32)
-        self._eps = eps
+        self._eps = self._previous_eps = eps
 
         ratio = b1 / math.sqrt(b2)
         window = math.ceil(math.log(NEGLIGIBLE) / math.log(ratio)) if ratio > 0 else 1
@@ -114,7 +114,7 @@ class DeferredAdam:
         rates = np.array(learning_rates, np.float64) * (root_correction / (1 - b1**t))  # [schedules]
         # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
         self._rates = (rates @ self.multipliers).astype(np.float32)  # [columns]
-        self._eps = self.eps * root_correction
+        self._previous_eps, self._eps = self._eps, self.eps * root_correction
 
         changed = slice(max(0, t - len(self._ratio_powers)), t)
         self._before[changed] = self._after[changed]
@@ -173,6 +173,28 @@ class DeferredAdam:
         state = (parameters, exp_avg, exp_avg_sq, last_step)
         self._visit(*state, ids, gradients, gradient_rows, out, out_rows, store=False)
 
+    def forward_previous(
+        self,
+        parameters: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        last_step: Tensor,
+        ids: Tensor | None,
+        out: Tensor,
+        *,
+        out_rows: Tensor | None = None,
+    ) -> None:
+        """Writes the values that rows had before step t began, for rows that have not been committed since.
+
+        Args:
+            parameters, exp_avg, exp_avg_sq, last_step, ids, out, out_rows: as for `forward`.
+
+        Raises:
+            ValueError: as for `commit`.
+        """
+        state = (parameters, exp_avg, exp_avg_sq, last_step)
+        self._visit(*state, ids, None, None, out, out_rows, store=False, previous=True)
+
     def commit_and_forward(
         self,
         parameters: Tensor,
@@ -214,6 +236,7 @@ class DeferredAdam:
         out_rows: Tensor | None,
         *,
         store: bool,
+        previous: bool = False,
     ) -> None:
         if self.step_count == 0 and gradients is not None:
             raise ValueError("begin_step comes before the first gradients")
@@ -242,14 +265,14 @@ class DeferredAdam:
             out=out,
             out_rows=out_rows,
             store=store,
-            step=self.step_count,
-            skipped=self._after if gradients is None else self._before,
+            step=self.step_count - previous,
+            skipped=self._after if gradients is None and not previous else self._before,
             decays=self._decays,
             multipliers=self.multipliers,
             rates=self._rates,
             gradient_weight=1 - self.betas[0],
             square_weight=1 - self.betas[1],
-            eps=self._eps,
+            eps=self._previous_eps if previous else self._eps,
             threads=self.threads,
         )
 

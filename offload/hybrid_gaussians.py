@@ -11,7 +11,7 @@ from torch import Tensor
 from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, Margin, visible_ids
 from offload.device_geometry import GEOMETRY, DeviceGeometry
-from offload.pipeline import RowGroup, RowPipeline, ViewRows, largest_drift, largest_step
+from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds, largest_drift, largest_step
 from offload.schedules import schedules_of
 from offload.store import HostStore
 
@@ -53,8 +53,10 @@ class HybridGaussians:
         self._learning_rates = dict(learning_rates)
         self._means_lr = means_lr
         self._rendering_device = device
-        self._rows: ViewRows | None = None
+        self._rows: PartRows | None = None
+        self._ids = torch.zeros(0, dtype=torch.int64)
         self._geometry_rows: dict[str, Tensor] = {}
+        self._geometry_sums: dict[str, Tensor] = {}
         self._device_geometry: DeviceGeometry | None = None
         self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
         self._stores: dict[str, HostStore] = {}
@@ -68,31 +70,23 @@ class HybridGaussians:
         if geometry == "device":
             self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
             self._margin = self._margin_of(largest_step(betas))
-            cull = self._cull_on_device
         else:
             # Rows on the host may lag behind by all the steps they have skipped.
             self._margin = self._margin_of(largest_step(betas) + largest_drift(betas))
             groups["geometry"].committed = self._geometry_committed
-            cull = self._cull_on_host
-        self._pipeline = RowPipeline(groups, cull, device, cull_in_worker=geometry == "host")
+        self._pipeline = RowPipeline(groups, self._find, device, find_in_worker=geometry == "host")
 
     # ------------------------------------------------------------------------------------------- a training step
 
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
         """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; leaves or their views."""
-        self._rows = self._pipeline.fetch(cameras)
-        rows = self._to_render("appearance", self._rows.values["appearance"])
-        if self._device_geometry is None:
-            return {**self._to_render("geometry", self._rows.values["geometry"]), **rows}
-        self._geometry_rows = {
-            name: value.requires_grad_() for name, value in self._device_geometry.gather(self._rows.ids).items()
-        }
-        return {**self._geometry_rows, **rows}
+        self._begin(cameras)
+        return self._fetch_part()
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians `fetch` gave, [V] int64 on the device."""
-        return self._rows.ids
+        """Which Gaussians the present view needs, [V] int64 on the device."""
+        return self._ids
 
     def prefetch(self, cameras: Cameras) -> None:
         """Prepare the view after this one; not where densification will change rows before it."""
@@ -106,13 +100,9 @@ class HybridGaussians:
         """
         self._pipeline.update()
         if self._device_geometry is not None:
-            gradients = {
-                name: torch.zeros_like(row) if row.grad is None else row.grad
-                for name, row in self._geometry_rows.items()
-            }
             rates = {**self._learning_rates, "means": self._means_lr(step)}
-            self._device_geometry.step(self._rows.ids, gradients, rates)
-            self._geometry_rows = {}
+            self._device_geometry.step(self._ids, self._geometry_gradients(), rates)
+        self._geometry_rows, self._geometry_sums = {}, {}
         self.steps_done += 1
 
     # ------------------------------------------------------------------------------------ reading, at any time
@@ -134,11 +124,10 @@ class HybridGaussians:
     def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
         """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         self._pipeline.finish()
+        ids = self._cull(cameras)
         if self._device_geometry is not None:
-            ids = self._cull_on_device(cameras)
             geometry = self._device_geometry.gather(ids)
         else:
-            ids = self._cull_on_host(cameras)
             geometry = self._to_render("geometry", self._pipeline.read("geometry", ids))
         rows = {**geometry, **self._to_render("appearance", self._pipeline.read("appearance", ids.cpu()))}
         return {name: value.to(self._rendering_device) for name, value in rows.items()}
@@ -195,6 +184,28 @@ class HybridGaussians:
 
     # --------------------------------------------------------------------------------------------------- inside
 
+    def _begin(self, cameras: Cameras) -> None:
+        self._ids = self._pipeline.begin(cameras).ids.to(self._rendering_device)
+
+    def _fetch_part(self) -> dict[str, Tensor]:
+        self._rows = self._pipeline.fetch()
+        rows = self._to_render("appearance", self._rows.values["appearance"])
+        if self._device_geometry is None:
+            return {**self._to_render("geometry", self._rows.values["geometry"]), **rows}
+        self._geometry_rows = {
+            name: value.requires_grad_() for name, value in self._device_geometry.gather(self._rows.ids).items()
+        }
+        return {**self._geometry_rows, **rows}
+
+    def _geometry_gradients(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros_like(row) if row.grad is None else row.grad for name, row in self._geometry_rows.items()
+        }
+
+    def _find(self, cameras: Cameras) -> ViewIds:
+        ids = self._cull(cameras)
+        return ViewIds(ids, ids.cpu(), [Part()])
+
     def _places(self) -> list[DeviceGeometry | HostStore]:
         device = [] if self._device_geometry is None else [self._device_geometry]
         return [*device, *self._stores.values()]
@@ -210,10 +221,9 @@ class HybridGaussians:
     def _host_geometry(self) -> Tensor:
         return self._stores["geometry"].groups["geometry"].parameters.tensor
 
-    def _cull_on_device(self, cameras: Cameras) -> Tensor:
-        return self._device_geometry.visible_ids(cameras, self._margin)
-
-    def _cull_on_host(self, cameras: Cameras) -> Tensor:
+    def _cull(self, cameras: Cameras) -> Tensor:
+        if self._device_geometry is not None:
+            return self._device_geometry.visible_ids(cameras, self._margin)
         if self._bounds is None:  # once after a refinement, whose operations are several
             self._bounds = BlockBounds(self._host_geometry())
         return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin)

@@ -13,20 +13,28 @@ When view j has been rendered,
 The margin covers the largest step that Adam can take, so the ids found ahead contain all that will be drawn, and
 nothing has to be fetched late. Rows that turn out not to be drawn have a zero gradient, which Adam may apply or defer
 alike (DESIGN: parameter forwarding and deferred updates of GS-Scale, arXiv 2509.15645).
+
+A view may come in parts, which are rendered one after another. Then the device holds the rows of one part and of the
+next: behind part p the worker commits the rows that part p - 1 alone has, adds up the gradients of rows that several
+parts have, and uploads part p + 1, with the values from before the step. All that is said above of view j holds for
+its last part together with the rows that several parts have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from offload.adam import DeferredAdam
 from offload.culling import Cameras
+from offload.split import Tile
 from offload.store import HostStore
 from offload.transfer import Downloaded, RowTransfer, Uploaded
 
@@ -65,124 +73,251 @@ class RowGroup:
 
 
 @dataclass
-class ViewRows:
-    """The rows of one view on the device."""
+class Part:
+    """Rows of a view that are rendered together."""
 
-    ids: Tensor  # [V] int64 on the device, sorted
+    tile: Tile | None = None  # what they draw; None: all pictures of the view
+    rows: Tensor | None = None  # [T] int64, ascending: which of the view's rows they are; None: all
+    host_rows: Tensor | None = None  # [T] the same on the host
+
+
+@dataclass
+class ViewIds:
+    """The rows that a view needs, and the parts it is rendered in."""
+
+    ids: Tensor  # [V] int64, sorted, where geometry is
     host_ids: Tensor  # [V] the same on the host
-    values: dict[str, Tensor]  # group -> [V, columns], leaves that receive gradients
+    parts: list[Part]
 
 
 @dataclass
-class _Ids:
-    """What the next view needs, and how much of that the present view has as well."""
+class PartRows:
+    """The rows of one part of a view on the device."""
 
-    ids: Tensor  # [V] where they were found
-    host_ids: Tensor  # [V]
-    shared_here: Tensor  # [S] positions of the rows in both views, in the next view; on the host
-    shared_before: Tensor  # [S] and in the present view; on the host
-
-
-@dataclass
-class _Upcoming:
-    """The rows of the next view, but for those that the present view will change."""
-
-    ids: _Ids
-    uploads: dict[str, Uploaded]
+    part: Part
+    ids: Tensor  # [T] int64 where geometry is, sorted
+    host_ids: Tensor  # [T] the same on the host
+    values: dict[str, Tensor]  # group -> [T, columns], leaves that receive gradients
 
 
 @dataclass
-class _Pending:
-    """Gradients of a view that have not been committed."""
+class _Ahead:
+    """Rows on their way to the device, behind the rendering."""
 
-    host_ids: Tensor  # [P]
-    gradient_rows: Tensor  # [P] positions in the downloads
-    gradients: dict[str, Downloaded]
+    uploads: dict[str, Uploaded]  # group -> [T, columns]
+    following: _Following | None = None  # None: the next part of the present view
+
+
+@dataclass
+class _Following:
+    """The view after the present one, and what its first part shares with the present view."""
+
+    view: ViewIds
+    shared_here: Tensor  # [S] rows of its first part that wait for gradients of the present view; on the host
+    shared_before: Tensor  # [S] which rows of the present view they are
+
+
+class _Present:
+    """The view that is being rendered part by part; gradients of rows that several parts have add up here."""
+
+    def __init__(self, view: ViewIds, columns: Mapping[str, int]) -> None:
+        self.view = view
+        self.index = 0  # of the part that is being rendered
+        self.slots: Tensor | None = None  # [V] int64: row of `sums`, -1 where one part alone has it; None: one part
+        self.sums = {name: torch.zeros(0, count) for name, count in columns.items()}  # [S, columns]
+        if len(view.parts) > 1:
+            self._share()
+
+    @property
+    def part(self) -> Part:
+        return self.view.parts[self.index]
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == len(self.view.parts) - 1
+
+    def part_ids(self, index: int) -> tuple[Tensor, Tensor]:
+        """The ids [T] of a part, where geometry is and on the host."""
+        part = self.view.parts[index]
+        if part.rows is None:
+            return self.view.ids, self.view.host_ids
+        return self.view.ids[part.rows], self.view.host_ids[part.host_rows]
+
+    def replace_part(self, finer: Sequence[Part]) -> None:
+        """Render these parts instead of the present one; together they have its rows."""
+        self.view.parts[self.index : self.index + 1] = finer
+        self._share()
+
+    def divide(self) -> tuple[Tensor, Tensor]:
+        """Positions in the present part of the rows that it alone has, and of the others."""
+        shared = self.slots[self.part.host_rows] >= 0  # [T]
+        return (~shared).nonzero().squeeze(1), shared.nonzero().squeeze(1)
+
+    def waiting(self) -> Tensor | None:
+        """Rows [W] of the view that miss a gradient until its last part has been rendered; None: all."""
+        if self.slots is None:
+            return None
+        waits = self.slots >= 0
+        waits[self.view.parts[-1].host_rows] = True
+        return waits.nonzero().squeeze(1)
+
+    def _share(self) -> None:
+        """Give a row of `sums` to each row that several of the coming parts have."""
+        num_rows = len(self.view.host_ids)
+        if self.slots is None:
+            self.slots = torch.full((num_rows,), -1)
+        seen, again = torch.zeros(2, num_rows, dtype=torch.bool)
+        for part in self.view.parts[self.index :]:
+            again[part.host_rows] |= seen[part.host_rows]
+            seen[part.host_rows] = True
+        new = (again & (self.slots < 0)).nonzero().squeeze(1)
+        for name, sums in self.sums.items():
+            first, columns = sums.shape
+            self.sums[name] = torch.cat([sums, torch.zeros(len(new), columns)])
+        self.slots[new] = torch.arange(first, first + len(new))
 
 
 class RowPipeline:
-    """Brings each view's rows to the device and their gradients back; see the head of this file."""
+    """Brings the rows of each view, part by part, to the device and their gradients back; see the head of this file.
+
+    A step is `begin` and, for each part, `fetch`, `prefetch`, rendering and backward pass, and `next_part`; after the
+    last part `update` takes the place of `next_part`.
+
+    What the worker does ahead may fail where device memory runs out. That is raised once, by whichever call needs its
+    result, and nothing has changed then: the same call can be repeated, and works without what was done ahead.
+    """
 
     def __init__(
         self,
         groups: Mapping[str, RowGroup],
-        cull: Callable[[Cameras], Tensor],
+        find: Callable[[Cameras], ViewIds],
         device: torch.device,
         *,
-        cull_in_worker: bool,
+        find_in_worker: bool,
     ) -> None:
         """
         Args:
             groups: What travels.
-            cull: Gives the sorted ids [V], where geometry is, of what cameras may draw after one more step.
+            find: Gives the ids of what cameras may draw after one more step, and the parts to render it in.
             device: Where views are rendered.
-            cull_in_worker: Whether culling reads rows of the groups, which the worker changes.
+            find_in_worker: Whether `find` reads rows of the groups, which the worker changes.
         """
         self._groups = groups
-        self._cull = cull
+        self._find = find
         self._device = device
-        self._cull_in_worker = cull_in_worker
+        self._find_in_worker = find_in_worker
         self._transfers = {name: RowTransfer(group.adam.columns, device) for name, group in groups.items()}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
-        self._rows: ViewRows | None = None
-        self._upcoming: Future[_Upcoming] | None = None
-        self._pending: _Pending | None = None
+        self._present: _Present | None = None
+        self._rows: PartRows | None = None
+        self._step_begun = False
+        self._ahead: Future[_Ahead] | None = None
+        self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
 
     @property
     def staging_allocations(self) -> int:
         """How often staging memory has been allocated; constant once the largest view has been seen."""
         return sum(transfer.staging_allocations for transfer in self._transfers.values())
 
-    def fetch(self, cameras: Cameras) -> ViewRows:
-        """The rows of a view, with the values they have after the last step."""
-        upcoming = self._prepared()
-        if upcoming is None:
+    def begin(self, cameras: Cameras) -> ViewIds:
+        """Begin a step on the view of these cameras."""
+        ahead = self._prepared()
+        if ahead is None:
             self.finish()
-            ids = self._cull(cameras)
-            host_ids = ids.cpu()
-            uploads = {name: self._upload_current(name, host_ids) for name in self._groups}
+            view = self._find(cameras)
         else:
-            self._upcoming = None
-            ids, host_ids, uploads = upcoming.ids.ids, upcoming.ids.host_ids, upcoming.uploads
+            view = ahead.following.view
+        self._present = _Present(view, {name: group.adam.columns for name, group in self._groups.items()})
+        return view
+
+    def fetch(self) -> PartRows:
+        """The rows of the present part, with the values they have after the last step."""
+        ahead = self._prepared()
+        ids, host_ids = self._present.part_ids(self._present.index)
+        if ahead is None:
+            self._settle()
+            uploads = self._upload_unchanged(host_ids)
+        else:
+            self._ahead = None
+            uploads = ahead.uploads
         values = {name: upload.ready().requires_grad_() for name, upload in uploads.items()}
-        self._rows = ViewRows(ids.to(self._device), host_ids, values)
+        self._rows = PartRows(self._present.part, ids, host_ids, values)
         return self._rows
 
-    def prefetch(self, cameras: Cameras) -> None:
-        """Let the worker commit what is pending and forward the next view's rows, while this view is rendered.
+    def prefetch(self, cameras: Cameras | None) -> None:
+        """Let the worker commit what is owed and forward the rows that come next, while this part is rendered.
 
-        Not to be called where the rows of the store will change before the next view.
+        Args:
+            cameras: Of the next view; None where the rows of the store will change before it.
         """
-        # The worker gives no work to the device's current stream, where it would wait for the rendering.
-        ids = None if self._cull_in_worker else self._find_ids(cameras, self._rows.ids)
-        self._upcoming = self._worker.submit(self._prepare, cameras, self._rows.host_ids, ids)
+        present = self._present
+        if not present.is_last:
+            _, host_ids = present.part_ids(present.index + 1)
+            self._ahead = self._worker.submit(self._prepare_part, host_ids)
+        elif cameras is not None:
+            # The worker gives no work to the device's current stream, where it would wait for the rendering.
+            following = None if self._find_in_worker else self._find_following(cameras, present)
+            self._ahead = self._worker.submit(self._prepare, cameras, present, following)
+
+    def replace_part(self, finer: Sequence[Part]) -> None:
+        """Render these parts instead of the present one, whose gradients are forgotten; together they have its rows.
+
+        What was prefetched is dropped.
+        """
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            self._prepared()
+        self._ahead = self._rows = None
+        self._present.replace_part(finer)
+
+    def next_part(self) -> None:
+        """Take in the gradients of the present part and go on to the next one of the view."""
+        self._prepared()
+        self._settle()
+        present, gradients = self._present, self._gradients()
+        self._begin_step()
+        alone, shared = present.divide()
+        slots, host_ids = present.slots[present.part.host_rows[shared]], self._rows.host_ids
+        downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
+
+        def settle() -> None:
+            self._commit(host_ids[alone], alone, downloads)
+            for name, download in downloads.items():
+                present.sums[name][slots] += download.ready()[shared]
+
+        self._owed.append(settle)
+        self._rows = None
+        present.index += 1
 
     def update(self) -> None:
-        """Take in the gradients of the view that `fetch` gave; they are committed in the background."""
-        rows = self._rows
-        gradients = {
-            name: torch.zeros_like(values) if values.grad is None else values.grad
-            for name, values in rows.values.items()
-        }
-        upcoming = self._prepared()
-        if upcoming is None:
-            self.finish()
-            self._begin_step()
-            gradient_rows = torch.arange(len(rows.host_ids))
+        """Take in the gradients of the view's last part and end the step; they are committed in the background."""
+        ahead = self._prepared()
+        self._settle()
+        present, gradients = self._present, self._gradients()
+        self._begin_step()
+        remain = torch.ones(len(present.view.host_ids), dtype=torch.bool)  # [V] not committed at once
+        if present.slots is not None:
+            self._add_shared(present, gradients)
+        if ahead is not None:
+            self._update_shared(ahead, present, gradients)
+            remain[ahead.following.shared_before] = False
+        downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
+        if present.slots is None:
+            rows = gradient_rows = remain.nonzero().squeeze(1)
         else:
-            self._update_shared(upcoming, gradients)
-            gradient_rows = _positions_without(upcoming.ids.shared_before, len(rows.host_ids))
-        self._pending = _Pending(
-            host_ids=rows.host_ids[gradient_rows],
-            gradient_rows=gradient_rows,
-            gradients={name: self._transfers[name].download(gradient) for name, gradient in gradients.items()},
-        )
-        self._rows = None
+            alone, _ = present.divide()
+            alone = alone[remain[present.part.host_rows[alone]]]
+            rows, gradient_rows = present.part.host_rows[alone], alone
+            summed = (remain & (present.slots >= 0)).nonzero().squeeze(1)
+            sums = {name: Downloaded(rows, None) for name, rows in present.sums.items()}
+            self._owed.append(partial(self._commit, present.view.host_ids[summed], present.slots[summed], sums))
+        self._owed.append(partial(self._commit, present.view.host_ids[rows], gradient_rows, downloads))
+        self._rows = self._present = None
+        self._step_begun = False
 
     def finish(self) -> None:
         """Commit all gradients; afterwards the host holds everything. Values forwarded ahead stay good."""
         self._prepared()
-        self._commit_pending()
+        self._settle()
 
     def read(self, name: str, host_ids: Tensor | None) -> Tensor:
         """Copies of the current values of rows [V, columns] (None: all) on the host; the store is left as it is."""
@@ -201,78 +336,125 @@ class RowPipeline:
             group.adam.commit(*group.state(), stale, None)
             group.committed(stale)
 
-    def _find_ids(self, cameras: Cameras, present_ids: Tensor) -> _Ids:
-        ids = self._cull(cameras)
-        shared_here, shared_before = shared_positions(ids, present_ids)
-        return _Ids(ids, ids.cpu(), shared_here.cpu(), shared_before.cpu())
+    def _find_following(self, cameras: Cameras, present: _Present) -> _Following:
+        view, waiting = self._find(cameras), present.waiting()
+        first = view.parts[0]
+        ids = view.ids if first.rows is None else view.ids[first.rows]
+        waiting_ids = present.view.ids if waiting is None else present.view.ids[waiting.to(ids.device)]
+        shared_here, shared_before = (positions.cpu() for positions in shared_positions(ids, waiting_ids))
+        return _Following(view, shared_here, shared_before if waiting is None else waiting[shared_before])
 
-    def _prepare(self, cameras: Cameras, present_ids: Tensor, ids: _Ids | None) -> _Upcoming:
-        self._commit_pending()
+    def _prepare(self, cameras: Cameras, present: _Present, following: _Following | None) -> _Ahead:
+        """Upload what can be known of the next view's first part before the present view's gradients."""
+        self._settle()
         self._begin_step()
-        ids = ids or self._find_ids(cameras, present_ids)
-        return _Upcoming(ids, {name: self._upload_ahead(name, ids) for name in self._groups})
+        following = following or self._find_following(cameras, present)
+        first = following.view.parts[0]
+        host_ids = following.view.host_ids if first.rows is None else following.view.host_ids[first.host_rows]
+        known = _positions_without(following.shared_here, len(host_ids))
+        return _Ahead({name: self._upload_known(name, host_ids, known) for name in self._groups}, following)
 
-    def _upload_ahead(self, name: str, ids: _Ids) -> Uploaded:
+    def _prepare_part(self, host_ids: Tensor) -> _Ahead:
+        """Upload the next part of the present view, as it was before the step."""
+        self._settle()
+        self._begin_step()
+        return _Ahead(self._upload_unchanged(host_ids))
+
+    def _upload_known(self, name: str, host_ids: Tensor, known: Tensor) -> Uploaded:
         group = self._groups[name]
-        alone = _positions_without(ids.shared_here, len(ids.host_ids))
 
         def fill(out: Tensor, begin: int, end: int) -> None:
-            first, last = torch.searchsorted(alone, torch.tensor([begin, end])).tolist()
-            positions = alone[first:last]
-            group.adam.forward(*group.state(), ids.host_ids[positions], out, out_rows=positions - begin)
+            first, last = torch.searchsorted(known, torch.tensor([begin, end])).tolist()
+            positions = known[first:last]
+            group.adam.forward(*group.state(), host_ids[positions], out, out_rows=positions - begin)
 
-        return self._transfers[name].upload(len(ids.host_ids), fill)
+        return self._transfers[name].upload(len(host_ids), fill)
 
-    def _upload_current(self, name: str, host_ids: Tensor) -> Uploaded:
-        group = self._groups[name]
-        return self._transfers[name].upload(
-            len(host_ids), lambda out, begin, end: group.adam.forward(*group.state(), host_ids[begin:end], out)
-        )
+    def _upload_unchanged(self, host_ids: Tensor) -> dict[str, Uploaded]:
+        """Rows as they were before the step, whether or not it has begun."""
+        uploads = {}
+        for name, group in self._groups.items():
+            forward = group.adam.forward_previous if self._step_begun else group.adam.forward
 
-    def _update_shared(self, upcoming: _Upcoming, gradients: Mapping[str, Tensor]) -> None:
-        ids = upcoming.ids
-        if len(ids.shared_here) == 0:
+            def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, forward: Callable = forward) -> None:
+                forward(*group.state(), host_ids[begin:end], out)
+
+            uploads[name] = self._transfers[name].upload(len(host_ids), fill)
+        return uploads
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of the present part's rows: group -> [T, columns]."""
+        return {
+            name: torch.zeros_like(values) if values.grad is None else values.grad
+            for name, values in self._rows.values.items()
+        }
+
+    def _add_shared(self, present: _Present, gradients: Mapping[str, Tensor]) -> None:
+        """Add the last part's gradients of rows that several parts have."""
+        _, shared = present.divide()
+        slots, on_device = present.slots[present.part.host_rows[shared]], shared.to(self._device)
+        for name, gradient in gradients.items():
+            present.sums[name][slots] += self._transfers[name].download(gradient[on_device]).ready()
+
+    def _update_shared(self, ahead: _Ahead, present: _Present, gradients: Mapping[str, Tensor]) -> None:
+        """Update the rows that both views have, and complete what was forwarded of the next one."""
+        rows = ahead.following.shared_before  # of the present view
+        if len(rows) == 0:
             return
-        host_ids = ids.host_ids[ids.shared_here]
-        shared_here, shared_before = ids.shared_here.to(self._device), ids.shared_before.to(self._device)
+        host_ids = present.view.host_ids[rows]
+        if present.slots is None:
+            part_rows, gradient_rows = rows, torch.arange(len(rows))  # of the last part; of what `arrived`
+        else:
+            slots = present.slots[rows]
+            alone = slots < 0
+            part_rows = torch.searchsorted(present.part.host_rows, rows[alone])
+            gradient_rows = torch.where(alone, alone.cumsum(0) - 1, slots + len(part_rows))
+        part_rows = part_rows.to(self._device)
+        shared_here = ahead.following.shared_here.to(self._device)
         for name, group in self._groups.items():
             transfer = self._transfers[name]
-            shared = transfer.download(gradients[name][shared_before]).ready()
+            arrived = transfer.download(gradients[name][part_rows]).ready()
+            if present.slots is not None:
+                arrived = torch.cat([arrived, present.sums[name]])
 
-            def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, shared: Tensor = shared) -> None:
-                group.adam.commit_and_forward(*group.state(), host_ids[begin:end], shared[begin:end], out)
+            def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, arrived: Tensor = arrived) -> None:
+                group.adam.commit_and_forward(
+                    *group.state(), host_ids[begin:end], arrived, out, gradient_rows=gradient_rows[begin:end]
+                )
 
             forwarded = transfer.upload(len(host_ids), fill).ready()
-            upcoming.uploads[name].ready().index_copy_(0, shared_here, forwarded)
+            ahead.uploads[name].ready().index_copy_(0, shared_here, forwarded)
             group.committed(host_ids)
 
-    def _prepared(self) -> _Upcoming | None:
+    def _prepared(self) -> _Ahead | None:
         """What the worker has prepared, once it has; raises its error once, and then the rows can be read and saved."""
-        if self._upcoming is None:
+        if self._ahead is None:
             return None
         try:
-            return self._upcoming.result()
+            return self._ahead.result()
         except BaseException:
-            self._upcoming = None
+            self._ahead = None
             raise
 
     def _begin_step(self) -> None:
+        """Begin the step of the present view, if that has not been done."""
+        if self._step_begun:
+            return
         for group in self._groups.values():
             group.adam.begin_step(group.learning_rates(group.adam.step_count + 1))
             group.store.step = group.adam.step_count
+        self._step_begun = True
 
-    def _commit_pending(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+    def _settle(self) -> None:
+        """Commit the gradients that are owed to the host."""
+        owed, self._owed = self._owed, []
+        for work in owed:
+            work()
+
+    def _commit(self, host_ids: Tensor, gradient_rows: Tensor, gradients: Mapping[str, Downloaded]) -> None:
         for name, group in self._groups.items():
-            group.adam.commit(
-                *group.state(),
-                pending.host_ids,
-                pending.gradients[name].ready(),
-                gradient_rows=pending.gradient_rows,
-            )
-            group.committed(pending.host_ids)
+            group.adam.commit(*group.state(), host_ids, gradients[name].ready(), gradient_rows=gradient_rows)
+            group.committed(host_ids)
 
 
 def _positions_without(positions: Tensor, count: int) -> Tensor:
