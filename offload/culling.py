@@ -18,12 +18,12 @@ from torch import Tensor
 from offload import _native
 from offload.threads import num_threads
 
-_OPAQUE_EXTENT = 3.33  # standard deviations at which opacity 1 has fallen to 1/255
+OPAQUE_EXTENT = 3.33  # standard deviations at which opacity 1 has fallen to 1/255
 _LOGIT_THRESHOLD = -math.log(254)  # logit of 1/255
 # What the rasterizer's and our float operations may be off, as in csrc/culling_kernels.cpp.
-_POSITION_ERROR = 5e-7  # of camera-space coordinates, relative to the summands
-_COVARIANCE_ERROR = 1e-6  # of image covariances, relative to the largest they could be
-_RELATIVE = 1e-5  # of everything else
+POSITION_ERROR = 5e-7  # of camera-space coordinates, relative to the summands
+COVARIANCE_ERROR = 1e-6  # of image covariances, relative to the largest they could be
+RELATIVE = 1e-5  # of everything else
 
 # Rows whose temporaries live together on the device, about 24 bytes per row of the first test and 250 of the whole.
 _REACH_CHUNK = 2**22
@@ -139,9 +139,9 @@ def visible_ids_on_device(
     cameras: Cameras,
     margin: Margin | None = None,
 ) -> Tensor:
-    """The rows that any of the cameras may draw, with torch operations where the tensors are.
+    """The rows that any of the cameras may draw: on CUDA by a kernel, with torch operations elsewhere.
 
-    The device is synchronized twice, to learn how many rows are left.
+    The device is synchronized, to learn how many rows are left.
 
     Args:
         means: [N, 3]. scales: log scales [N, 3]. quats: [N, 4]. opacities: logit opacities [N].
@@ -152,6 +152,13 @@ def visible_ids_on_device(
         Sorted int64 [V] on the device of the tensors.
     """
     views = _views(cameras, margin)
+    if means.is_cuda:
+        from offload.culling_triton import mark_visible  # Triton comes with CUDA builds of torch only
+
+        flags = torch.zeros(len(means), dtype=torch.uint8, device=means.device)
+        for view in views:
+            mark_visible(means, scales, quats, opacities, view, flags)
+        return flags.nonzero().squeeze(1)
     # A cheap test of all rows leaves few for the whole test.
     near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     for part in _chunks(len(means), _REACH_CHUNK):
@@ -191,7 +198,7 @@ class _View:
         self.turn = 2 * margin.quats
         self.growth = math.exp(margin.scales)
         # ceil(extent sqrt(sigma^2 + eps2d)) <= extent sigma + extent sqrt(eps2d) + 1
-        self.blur_reach = 1.0001 * _OPAQUE_EXTENT * math.sqrt(cameras.eps2d) + 1.01 + margin.pixels
+        self.blur_reach = 1.0001 * OPAQUE_EXTENT * math.sqrt(cameras.eps2d) + 1.01 + margin.pixels
         # gsplat cuts the slopes x/z and y/z at 15 % of the picture's extent beyond its borders.
         self.slopes = [
             (-(c / f + 0.15 * size / f), (size - c) / f + 0.15 * size / f)
@@ -206,17 +213,17 @@ class _View:
             row[0] * mx + row[1] * my + row[2] * mz + t for row, t in zip(self.rotation, self.translation, strict=True)
         )
         sizes = mx.abs() + my.abs() + mz.abs() + max(map(abs, self.translation))
-        return x, y, z, self.move + _POSITION_ERROR * sizes
+        return x, y, z, self.move + POSITION_ERROR * sizes
 
     def may_reach(self, means: Tensor, log_scales: Tensor, logits: Tensor) -> Tensor:
         """Whether a ball of the largest scale may meet the picture [n]. In few passes over memory: all N rows are
         tested so."""
         mx, my, mz = (column.contiguous() for column in means.unbind(1))
         scale = log_scales.amax(1).exp()
-        error = self.move + 2 * _POSITION_ERROR * (
+        error = self.move + 2 * POSITION_ERROR * (
             3 * means.abs().amax() + max(map(abs, self.translation))
         )  # no dimension
-        misses = logits < _LOGIT_THRESHOLD - _RELATIVE - self.margin.opacities
+        misses = logits < _LOGIT_THRESHOLD - RELATIVE - self.margin.opacities
         for (nx, ny, nz), offset, reach, error_reach in self.planes:
             value = mx * nx
             value.add_(my, alpha=ny).add_(mz, alpha=nz).add_(scale, alpha=reach)
@@ -233,7 +240,7 @@ class _View:
         for axis in range(2):
             f, c, size = self.focal[axis], self.centre[axis], self.size[axis]
             steepest = max(map(abs, self.slopes[axis]))
-            reach = 1.0005 * _OPAQUE_EXTENT * self.growth * f * math.sqrt(1 + steepest**2)
+            reach = 1.0005 * OPAQUE_EXTENT * self.growth * f * math.sqrt(1 + steepest**2)
             error_reach = f + abs(c) + size + self.blur_reach
             for sign, inside in ((1, c), (-1, size - c)):
                 normal = [0.0, 0.0, inside + self.blur_reach]
@@ -264,11 +271,11 @@ class _View:
         turn = (2 * self.turn / norm.clamp(min=1e-18)).clamp(max=2)
         scales = log_scales.exp()
         extents = [self.image_extent(axis, slopes[axis], z, relative_move, rotation, scales, turn) for axis in range(2)]
-        opacity255 = 255 * (1 + _RELATIVE) * torch.sigmoid(logits + self.margin.opacities)
+        opacity255 = 255 * (1 + RELATIVE) * torch.sigmoid(logits + self.margin.opacities)
         if self.cameras.antialiased:
             opacity255 = opacity255 * self.largest_compensation(*extents)
         drawn &= opacity255 >= 1
-        extent = (2 * (opacity255.clamp(min=1).log() + _RELATIVE)).sqrt().clamp(max=_OPAQUE_EXTENT) * (1 + _RELATIVE)
+        extent = (2 * (opacity255.clamp(min=1).log() + RELATIVE)).sqrt().clamp(max=OPAQUE_EXTENT) * (1 + RELATIVE)
         for axis in range(2):
             f, c, size, slope = self.focal[axis], self.centre[axis], self.size[axis], slopes[axis]
             _, variance, rounding, change = extents[axis]
@@ -278,7 +285,7 @@ class _View:
             half = (
                 (radius + 1e-4).ceil()
                 + self.margin.pixels
-                + _RELATIVE * (radius + offset.abs())
+                + RELATIVE * (radius + offset.abs())
                 + f * relative_move * (1 + slope.abs())
                 + 1e-6 * (abs(c) + size)
             )
@@ -303,7 +310,7 @@ class _View:
             for k in range(3)
         ]
         variance = row[0].square() + row[1].square() + row[2].square()
-        rounding = _COVARIANCE_ERROR * (focal * length).square() * scales.square().sum(1)
+        rounding = COVARIANCE_ERROR * (focal * length).square() * scales.square().sum(1)
         change = scales.amax(1) * focal * (length_change + (length + length_change) * turn)
         return row, variance, rounding, change
 

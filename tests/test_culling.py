@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from offload import culling
 from offload.culling import BlockBounds, Cameras, Margin, visible_ids, visible_ids_on_device
 from offload.morton import morton_order
 from rendering.rasterize import rasterize
@@ -144,7 +146,23 @@ def check(rows: Tensor, cameras: Cameras, cull) -> tuple[Tensor, Tensor]:
     return drawn, found
 
 
-BOTH = pytest.mark.parametrize("cull", [native, with_torch])
+def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tensor:
+    """As `visible_ids_on_device` does it on CUDA."""
+    from offload import culling_triton
+
+    if INTERPRETED:
+        culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
+    rows = rows if INTERPRETED else rows.cuda()
+    flags = torch.zeros(len(rows), dtype=torch.uint8, device=rows.device)
+    for view in culling._views(cameras, margin):
+        culling_triton.mark_visible(*(rows[:, columns] for columns in COLUMNS.values()), view, flags)
+    return flags.nonzero().squeeze(1).cpu()
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, for tests
+BOTH = pytest.mark.parametrize(
+    "cull", [native, with_torch, pytest.param(with_triton, marks=[] if INTERPRETED else pytest.mark.cuda)]
+)
 MODES = pytest.mark.parametrize("antialiased", [False, True], ids=["classic", "antialiased"])
 
 
