@@ -15,7 +15,6 @@ from torch import Tensor
 from offload.culling import Cameras, Margin, visible_ids_on_device
 
 GEOMETRY = ("means", "scales", "quats", "opacities")
-_CHUNK_ROWS = 1 << 21  # rows whose temporaries live together: at most 4 floats each
 
 
 class DeviceGeometry:
@@ -61,14 +60,37 @@ class DeviceGeometry:
         self.step_count += 1
         b1, b2 = self.betas
         root_correction = math.sqrt(1 - b2**self.step_count)
+        if self.device.type == "cuda":
+            self._step_on_cuda(ids, gradients, learning_rates, root_correction)
+            return
         for name, parameter in self.parameters.items():
             exp_avg, exp_avg_sq, gradient = self.exp_avg[name], self.exp_avg_sq[name], gradients[name]
             exp_avg.mul_(b1).index_add_(0, ids, gradient, alpha=1 - b1)
             exp_avg_sq.mul_(b2).index_add_(0, ids, gradient.square(), alpha=1 - b2)
             step_size = learning_rates[name] / (1 - b1**self.step_count)
-            for part in _chunks(len(parameter)):
-                denominator = exp_avg_sq[part].sqrt().div_(root_correction).add_(self.eps)
-                parameter[part].addcdiv_(exp_avg[part], denominator, value=-step_size)
+            denominator = exp_avg_sq.sqrt().div_(root_correction).add_(self.eps)
+            parameter.addcdiv_(exp_avg, denominator, value=-step_size)
+
+    def _step_on_cuda(
+        self, ids: Tensor, gradients: Mapping[str, Tensor], learning_rates: Mapping[str, float], root_correction: float
+    ) -> None:
+        from offload.device_adam_triton import adam_step  # Triton comes with CUDA builds of torch only
+
+        has_gradient = torch.zeros(self.num_gaussians, dtype=torch.uint8, device=self.device)
+        has_gradient.index_fill_(0, ids, 1)
+        for name, parameter in self.parameters.items():
+            adam_step(
+                parameter,
+                self.exp_avg[name],
+                self.exp_avg_sq[name],
+                ids,
+                gradients[name],
+                has_gradient,
+                betas=self.betas,
+                step_size=learning_rates[name] / (1 - self.betas[0] ** self.step_count),
+                root_correction=root_correction,
+                eps=self.eps,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +127,3 @@ class DeviceGeometry:
         self.parameters["opacities"].clamp_(max=max_logit)
         self.exp_avg["opacities"].zero_()
         self.exp_avg_sq["opacities"].zero_()
-
-
-def _chunks(rows: int) -> list[slice]:
-    return [slice(first, first + _CHUNK_ROWS) for first in range(0, rows, _CHUNK_ROWS)]
