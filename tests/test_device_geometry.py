@@ -42,7 +42,8 @@ def test_equals_dense_adam_in_float64(step):
         adam.step()
     for name in GEOMETRY:
         change, expected = geometry.parameters[name].cpu().double() - start[name], exact[name].detach() - start[name]
-        assert (change - expected).norm() < 1e-5 * expected.norm()
+        # Parameters of size 1 that move by 1e-2 are known to 6e-8 / 1e-2 after each of 42 roundings.
+        assert (change - expected).norm() < 1e-4 * expected.norm()
         state = adam.state[exact[name]]
         for moment, expected in ((geometry.exp_avg, state["exp_avg"]), (geometry.exp_avg_sq, state["exp_avg_sq"])):
             assert (moment[name].cpu().double() - expected).norm() < 1e-5 * expected.norm()
