@@ -6,3 +6,9 @@ class InputError(Exception):
 
     Scripts print the message without a traceback and exit with code 2, before anything expensive has started.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of a failure, as a part of such a sentence: one printable line of at most 200 characters."""
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in words[:200]).rstrip(" .:") or type(error).__name__

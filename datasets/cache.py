@@ -1,8 +1,11 @@
 """Where derived files live, and small .npz files that remember what was learned about other files."""
 
 import hashlib
+import io
+import math
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +34,29 @@ def fingerprint(paths: list[Path]) -> np.ndarray:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an .npz file; None where it is absent or damaged, since a cache can always be rebuilt."""
+    """The arrays of an .npz file; None where it is absent or damaged, since a cache can always be rebuilt.
+
+    Nothing in it is unpickled, and no array is allocated that the file is too small to hold.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            return {name: _read_member(archive, info) for name, info in members.items()}
     except Exception:  # zipfile, zlib, struct and numpy each have errors of their own for damaged files
         return None
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.compress_type != zipfile.ZIP_STORED:  # write_npz compresses nothing; a small file stays small
+        raise ValueError
+    content = archive.read(info)
+    header = io.BytesIO(content)
+    version = np.lib.format.read_magic(header)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(header)
+    if math.prod(shape) * dtype.itemsize != len(content) - header.tell():
+        raise ValueError
+    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

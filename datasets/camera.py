@@ -71,8 +71,12 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
     camera = Camera(K, width, height, K, width, height, distortion, fisheye)
     if not camera.is_distorted:
         return camera
-    camera = _fisheye_pinhole(camera) if fisheye else _perspective_pinhole(camera)
-    if camera is None or not _compute_maps(camera)[2].any():
+    try:
+        camera = _fisheye_pinhole(camera) if fisheye else _perspective_pinhole(camera)
+        usable = camera is not None and np.isfinite(camera.K).all() and _compute_maps(camera)[2].any()
+    except (cv2.error, np.linalg.LinAlgError):  # parameters so large that nothing can be computed with them
+        usable = False
+    if not usable:
         raise InputError(
             f"A camera of the COLMAP model cannot be undistorted ({model_name} with {params.tolist()}): calibrate it "
             "again, or undistort the pictures with COLMAP."

@@ -6,15 +6,20 @@ File formats: https://colmap.github.io/format.html
 import mmap
 import struct
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datasets.cache import CacheFile, fingerprint
-from errors import InputError
+from errors import InputError, reason
+
+if TYPE_CHECKING:
+    import pycolmap
 
 CACHE_NAME = "parsed_scene.npz"
 CACHE_FORMAT = 1  # raised when the arrays of the cache change
+LARGEST_SIDE = 1_000_000  # pixels; a camera that claims more is damaged
 
 # Where each camera model keeps fx, fy, cx, cy and its distortion in COLMAP's parameter vector.
 _PARAMETERS = {
@@ -70,17 +75,22 @@ def load_sparse_model(data_dir: Path) -> SparseModel:
     }
     for arrays in cache.read():
         if all(np.array_equal(arrays.get(name), value) for name, value in key.items()):
-            return _from_arrays(arrays)
+            model = _from_arrays(arrays)
+            if model is not None:
+                _check_names(model_dir, model.image_names)  # the cache may have come with a stranger's dataset
+                return model
     model = read_sparse_model(model_dir)
     cache.write(key | _to_arrays(model))
     return model
 
 
-def read_sparse_model(model_dir: Path) -> SparseModel:
-    """Parse a reconstruction with pycolmap. Raises InputError for an unreadable or unsupported model."""
+def open_model(model_dir: Path) -> "pycolmap.Reconstruction":
+    """The reconstruction as pycolmap reads it, of files that have been checked first.
+
+    Raises InputError for missing, damaged or unreadable files, and for names that lead out of the dataset.
+    """
     files = _model_files(model_dir)
-    suffix = files[0].suffix
-    if suffix == ".bin":
+    if files[0].suffix == ".bin":
         for path in files:
             _check_binary(path)
     try:
@@ -93,13 +103,20 @@ def read_sparse_model(model_dir: Path) -> SparseModel:
     pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value  # the sentence below says it
     try:
         reconstruction = pycolmap.Reconstruction(str(model_dir))
-    except Exception as error:  # a damaged file shows as ValueError, IndexError, MemoryError, ...
-        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        names = [image.name for image in reconstruction.images.values()]
+    except Exception as error:  # a damaged file shows as ValueError, IndexError, UnicodeDecodeError, ...
         raise InputError(
-            f"{model_dir} cannot be read as a COLMAP model ({reason}): one of its files is damaged, or its "
+            f"{model_dir} cannot be read as a COLMAP model ({reason(error)}): one of its files is damaged, or its "
             "camera model is unknown; export it again."
         ) from error
+    _check_names(model_dir, names)
+    return reconstruction
 
+
+def read_sparse_model(model_dir: Path) -> SparseModel:
+    """Parse a reconstruction with pycolmap. Raises InputError for an unreadable or unsupported model."""
+    suffix = _model_files(model_dir)[0].suffix
+    reconstruction = open_model(model_dir)
     images = sorted((i for i in reconstruction.images.values() if i.has_pose), key=lambda image: image.name)
     if not images:
         raise InputError(f"{model_dir} holds no image with a pose: run COLMAP's mapper to the end.")
@@ -111,27 +128,53 @@ def read_sparse_model(model_dir: Path) -> SparseModel:
                 f"{model_dir} uses the camera model {camera.model.name}, which is not supported: undistort the "
                 f"images with COLMAP, or use one of {', '.join(_PARAMETERS)}."
             )
-        usable = min(camera.width, camera.height, camera.focal_length_x, camera.focal_length_y) > 0
-        if not usable or not np.isfinite(camera.params).all():
-            raise InputError(
-                f"{model_dir / ('cameras' + suffix)} is damaged: camera {camera.camera_id} has no usable size "
-                "or parameters; export the model again."
-            )
     points = list(reconstruction.points3D.values())
     bottom_row = np.array([[0.0, 0.0, 0.0, 1.0]])
-    worldtocams = np.stack([np.concatenate([image.cam_from_world().matrix(), bottom_row]) for image in images])
-    if not np.isfinite(worldtocams).all():
-        raise InputError(f"{model_dir / ('images' + suffix)} is damaged: a pose is not finite; export it again.")
-    return SparseModel(
+    model = SparseModel(
         image_names=[image.name for image in images],
-        worldtocams=worldtocams,
+        worldtocams=np.stack([np.concatenate([image.cam_from_world().matrix(), bottom_row]) for image in images]),
         camera_indices=np.searchsorted(camera_ids, [image.camera_id for image in images]),
         camera_models=[camera.model.name for camera in cameras],
-        camera_sizes=np.array([(camera.width, camera.height) for camera in cameras], np.int64),
+        camera_sizes=np.array([[min(s, LARGEST_SIDE + 1) for s in (c.width, c.height)] for c in cameras], np.int64),
         camera_params=np.stack([_uniform_params(camera.model.name, camera.params) for camera in cameras]),
         points=np.array([point.xyz for point in points], np.float64).reshape(-1, 3),
         points_rgb=np.array([point.color for point in points], np.uint8).reshape(-1, 3),
     )
+    damage = _damage(model)
+    if damage:
+        part, problem = damage
+        raise InputError(f"{model_dir / (part + suffix)} is damaged ({problem}): export the model again.")
+    return model
+
+
+def _damage(model: SparseModel) -> tuple[str, str] | None:
+    """The part of a model that no reconstruction can contain, and why; None where there is none."""
+    sizes, focal_lengths = model.camera_sizes, model.camera_params[:, :2]
+    if not ((sizes > 0).all() and (sizes <= LARGEST_SIDE).all() and (focal_lengths > 0).all()):
+        return "cameras", "a camera has no usable size or focal length"
+    if not np.isfinite(model.camera_params).all():
+        return "cameras", "a parameter is not finite"
+    rotations = model.worldtocams[:, :3, :3]
+    if not np.isfinite(model.worldtocams).all() or np.abs(np.linalg.det(rotations) - 1).max() > 1e-6:
+        return "images", "a pose is not a rotation and a finite translation"
+    if not np.isfinite(model.points).all():
+        return "points3D", "a point is not finite"
+    return None
+
+
+def _check_names(model_dir: Path, names: list[str]) -> None:
+    """InputError unless every name is a relative path that stays in the folder of pictures, and no two are equal."""
+    for name in names:
+        parts = PurePosixPath(name).parts
+        escapes = not parts or ".." in parts or parts[0] == "/"
+        unusable = any(c in name for c in "\0\n\r") or max(len(part.encode()) for part in (*parts, "")) > 255
+        if escapes or unusable:
+            raise InputError(
+                f"{model_dir} names a picture {name[:100]!r}, which is no path inside the folder of pictures: do not "
+                "use this model, or write it with relative names."
+            )
+    if len(set(names)) < len(names):
+        raise InputError(f"{model_dir} names a picture twice: export the model again.")
 
 
 def _model_files(model_dir: Path) -> list[Path]:
@@ -161,11 +204,28 @@ def _to_arrays(model: SparseModel) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel:
-    fields = {name: arrays[name] for name in SparseModel.__dataclass_fields__}
-    for name in ("image_names", "camera_models"):
-        fields[name] = fields[name].tobytes().decode().split("\n")
-    return SparseModel(**fields)
+def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
+    """The model in a cache; None where its arrays do not belong together."""
+    try:
+        fields = {name: arrays[name] for name in SparseModel.__dataclass_fields__}
+        for name in ("image_names", "camera_models"):
+            fields[name] = fields[name].tobytes().decode().split("\n")
+        n, k, num_points = len(fields["image_names"]), len(fields["camera_models"]), len(fields["points"])
+        expected = {
+            "worldtocams": ((n, 4, 4), np.float64),
+            "camera_indices": ((n,), np.int64),
+            "camera_sizes": ((k, 2), np.int64),
+            "camera_params": ((k, 8), np.float64),
+            "points": ((num_points, 3), np.float64),
+            "points_rgb": ((num_points, 3), np.uint8),
+        }
+        whole = all(fields[name].shape == s and fields[name].dtype == d for name, (s, d) in expected.items())
+        whole &= set(fields["camera_models"]) <= set(_PARAMETERS)
+        whole &= bool(np.isin(fields["camera_indices"], np.arange(k)).all())
+        model = SparseModel(**fields)
+        return model if whole and not _damage(model) else None
+    except (KeyError, ValueError):  # an array is absent; names are not UTF-8
+        return None
 
 
 # pycolmap does not notice the end of a file: a truncated cameras.bin gives made-up parameters, and a damaged

@@ -13,12 +13,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.cache import CacheFile, fingerprint, is_writable, user_cache_dir
-from errors import InputError
+from errors import InputError, reason
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LISTED = 10  # files named in one message
+
+# Decoders that are tried. Pillow knows many more formats, one of which hands the file to Ghostscript. A picture of
+# more than 179 million pixels is refused by Pillow before anything is allocated (its decompression bomb limit).
+_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")
 
 
 def prepare_images(
@@ -71,10 +75,10 @@ def decode_image(path: Path) -> np.ndarray:
     Raises InputError, naming the file, where it cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return np.asarray(_to_rgb(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise InputError(f"{path} cannot be decoded ({error}): replace it by a whole picture.") from error
+        raise InputError(f"{path} cannot be decoded ({reason(error)}): replace it by a whole picture.") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -95,9 +99,12 @@ def _inspect(data_dir: Path, folder: Path, names: list[str], workers: int) -> di
     record = CacheFile(data_dir / "sparse", data_dir, f"checked_{folder.name}.npz")
     known: dict[tuple[str, int, int], tuple[int, int]] = {}
     for arrays in record.read():
-        remembered = arrays["names"].tobytes().decode().split("\n")
-        checked = zip(remembered, arrays["stamps"].tolist(), arrays["sizes"].tolist(), strict=True)
-        known |= {(name, *stamp): tuple(size) for name, stamp, size in checked}
+        try:
+            remembered = arrays["names"].tobytes().decode().split("\n")
+            checked = zip(remembered, arrays["stamps"].tolist(), arrays["sizes"].tolist(), strict=True)
+            known |= {(name, *stamp): (int(width), int(height)) for name, stamp, (width, height) in checked}
+        except (KeyError, TypeError, ValueError):  # damaged: the pictures are decoded again
+            continue
 
     keys = [(name, *stamp) for name, stamp in zip(names, stamps.tolist(), strict=True)]
     new = [key for key in keys if key not in known]
@@ -118,7 +125,7 @@ def _inspect(data_dir: Path, folder: Path, names: list[str], workers: int) -> di
 def _checked_size(path: Path) -> tuple[int, int] | None:
     """(width, height) of a picture that decodes to its end, else None."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             size = image.size
             image.draft(None, (1, 1))  # a JPEG is read to its end all the same, but mostly not transformed
             image.load()
@@ -165,16 +172,18 @@ def _scale_missing(data_dir: Path, folder: Path, names: list[str], factor: float
                 f"Scaling to {folder.name}",
             )
     except OSError as error:
-        raise InputError(f"Scaled pictures cannot be written to {folder} ({error}).") from error
+        raise InputError(f"Scaled pictures cannot be written to {folder} ({reason(error)}).") from error
 
 
 def _scaled_sizes(folder: Path, names: list[str], factor: float, workers: int) -> list[tuple[int, int]]:
     def scaled_size(name: str) -> tuple[int, int]:
         try:
-            with Image.open(folder / name) as image:
+            with Image.open(folder / name, formats=_FORMATS) as image:
                 width, height = image.size
         except Exception as error:  # see decode_image
-            raise InputError(f"{folder / name} cannot be decoded ({error}): replace it by a whole picture.") from error
+            raise InputError(
+                f"{folder / name} cannot be decoded ({reason(error)}): replace it by a whole picture."
+            ) from error
         return max(1, round(width / factor)), max(1, round(height / factor))
 
     return _in_threads(scaled_size, names, workers, f"Reading sizes in {folder.name}")
@@ -183,7 +192,7 @@ def _scaled_sizes(folder: Path, names: list[str], factor: float, workers: int) -
 def _scale_image(source: Path, target: Path, size: tuple[int, int]) -> None:
     """Write `source` at `size` = (width, height) to `target`, in the same format."""
     image = Image.fromarray(decode_image(source)).resize(size, Image.Resampling.BICUBIC)  # antialiased
-    with Image.open(source) as original:
+    with Image.open(source, formats=_FORMATS) as original:
         picture_format = "JPEG" if original.format == "MPO" else original.format  # MPO: a phone's JPEG
     options = {"quality": 98, "subsampling": "4:4:4"} if picture_format == "JPEG" else {}
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,17 @@
 """Reads the initial points of a scene from a PLY file."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from plyfile import PlyData
 
-from errors import InputError
+from errors import InputError, reason
+
+# A header is a few lines; a file that is none is not searched for a line's end to its own end.
+_LONGEST_LINE = 4096
+_LONGEST_HEADER = 1 << 20
 
 _SCALARS = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
@@ -28,11 +34,16 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: put the initial points there, or train without init_ply.")
     try:
+        _check_counts(path)
         vertices = _read_ascii(path)
         if vertices is None:
             vertices = PlyData.read(str(path))["vertex"].data
+        names = vertices.dtype.names or ()
+        lists = [name for name in (*"xyz", "red", "green", "blue") if name in names and vertices[name].dtype == object]
+        if lists:
+            raise ValueError(f"{lists[0]} is a list")
     except Exception as error:  # plyfile, NumPy and the text decoder each have errors of their own
-        raise InputError(f"{path} cannot be read as a PLY file with a vertex element ({error}).") from error
+        raise InputError(f"{path} cannot be read as a PLY file with a vertex element ({reason(error)}).") from error
     for wanted in (("x", "y", "z"), ("red", "green", "blue")):
         missing = [name for name in wanted if name not in (vertices.dtype.names or ())]
         if missing:
@@ -47,17 +58,47 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return points, _to_uint8(colors)
 
 
+def _read_header(file: BinaryIO) -> list[list[str]]:
+    """The words of each line to end_header, where the file then stands."""
+    header: list[list[str]] = []
+    while not header or header[-1] != ["end_header"]:
+        line = file.readline(_LONGEST_LINE)
+        if not line.endswith(b"\n") or file.tell() > _LONGEST_HEADER:
+            raise ValueError("no end_header")
+        header.append(line.decode("latin-1").split())
+        if header[0] != ["ply"]:
+            raise ValueError("no PLY file")
+    return header
+
+
+def _check_counts(path: Path) -> None:
+    """ValueError where the header promises more than the file can hold, before memory is set aside for it."""
+    with open(path, "rb") as file:
+        header = _read_header(file)
+        remaining = path.stat().st_size - file.tell()
+    is_ascii = ["format", "ascii", "1.0"] in header
+    promised = count = 0  # bytes, of the elements so far; rows of the present one
+    for before, words in pairwise(header):
+        if before[:1] == ["element"] and count and words[:1] != ["property"]:
+            raise ValueError(f"{count} rows without a property")
+        if words[:1] == ["element"]:
+            count = int(words[2])
+            if count < 0:
+                raise ValueError(f"{count} rows")
+        elif words[:1] == ["property"]:  # a value is a digit and a separator, a list at least its length
+            kind = words[2] if words[1] == "list" else words[1]
+            promised += count * (2 if is_ascii else np.dtype(_SCALARS[kind]).itemsize)
+    if promised > remaining + 1:  # the last line may lack its end
+        raise ValueError(f"its header promises {promised} bytes or more, {remaining} follow")
+
+
 def _read_ascii(path: Path) -> np.ndarray | None:
     """The vertices of an ASCII file that begins with them, as a structured array; None for any other file.
 
     plyfile reads these too, at 7 seconds for a million points.
     """
-    header = []
     with open(path, "rb") as file:
-        for line in file:
-            header.append(line.decode("latin-1").split())
-            if header[0] != ["ply"] or header[-1] == ["end_header"]:
-                break
+        header = _read_header(file)
         starts = [index for index, words in enumerate(header) if words[:1] == ["element"]]
         if ["format", "ascii", "1.0"] not in header or not starts or header[starts[0]][1] != "vertex":
             return None

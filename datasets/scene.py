@@ -13,6 +13,10 @@ from datasets.ply import read_points
 from datasets.splits import split_indices
 from errors import InputError
 
+# Survey coordinates stay below 1e8 m. Squares and sums of what is below this bound stay finite, and in the normalized
+# world float32 is fine enough.
+LARGEST_COORDINATE = 1e12
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -70,6 +74,11 @@ def load_scene(
             f"points3D in {find_model_dir(data_dir)} holds no points to start from: put a points.ply beside it and "
             "set init_ply."
         )
+    for what, values in (("point", points), ("camera", model.worldtocams[:, :3, 3])):
+        if np.abs(values).max(initial=0.0) > LARGEST_COORDINATE:
+            raise InputError(
+                f"A {what} of {data_dir} is farther than {LARGEST_COORDINATE:g} from the origin: remove it."
+            )
     paths, sizes = prepare_images(data_dir, model.image_names, data_factor=data_factor, num_workers=num_workers)
     cameras, camera_indices = _cameras_of(model, paths, sizes)
 

@@ -1,0 +1,120 @@
+"""Damaged copies of files, for fuzzing what reads them."""
+
+import io
+import random
+import struct
+import zipfile
+
+_INTEGERS = [
+    struct.pack(form, value)
+    for form, values in (
+        ("<I", (0, 1, 0x7FFFFFFF, 0xFFFFFFFF)),
+        (">I", (1, 100_000, 0x7FFFFFFF, 0xFFFFFFFF)),
+        ("<Q", (0, 1, 10**9, 10**18, 2**63, 2**64 - 1)),
+        ("<d", (float("nan"), float("inf"), -1.0, 1e300)),
+    )
+    for value in values
+]
+_WORDS = [
+    b"0",
+    b"-1",
+    b"nan",
+    b"inf",
+    b"1e300",
+    b"999999999999999999",
+    b"99999999999999999999999999",
+    b"\xff",
+    b"x",
+    b"",
+]
+_PATHS = [b"../../../etc/passwd", b"/etc/passwd", b"a/../../b.png", b"..", b"\n", b"a" * 300]
+
+
+def mutate(content: bytes, donor: bytes, rng: random.Random) -> bytes:
+    """A copy of `content` with one to four kinds of damage, some of it taken from `donor`."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        rng.choice(_MUTATIONS)(data, donor, rng)
+    return bytes(data)
+
+
+def mutate_npz(content: bytes, donor: bytes, rng: random.Random) -> bytes:
+    """A copy of an .npz file with one of its arrays damaged, and checksums that hold."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    chosen = rng.choice(sorted(members))
+    members[chosen] = mutate(members[chosen], donor, rng)
+    if rng.random() < 0.1:
+        del members[chosen]
+    result = io.BytesIO()
+    compression = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(result, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return result.getvalue()
+
+
+def _flip_bits(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        if data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def _truncate(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    del data[rng.randrange(len(data) + 1) :]
+
+
+def _append(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    data += donor[: rng.choice((1, 8, 1000))]
+
+
+def _delete(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    start = rng.randrange(len(data) + 1)
+    del data[start : start + rng.choice((1, 4, 8, 50))]
+
+
+def _splice(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    start, source = rng.randrange(len(data) + 1), rng.randrange(len(donor) + 1)
+    length = rng.choice((1, 8, 64, 500))
+    data[start : start + length] = donor[source : source + length]
+
+
+def _repeat(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    start = rng.randrange(len(data) + 1)
+    data[start:start] = data[start : start + rng.choice((8, 64, 500))] * rng.choice((1, 2, 50))
+
+
+def _put_integer(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    integer = rng.choice(_INTEGERS)
+    # Half of the time near the beginning, where headers keep their counts.
+    start = rng.randrange(min(len(data), rng.choice((64, 1 << 30))) + 1)
+    data[start : start + len(integer)] = integer
+
+
+def _put_word(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    """Replace a word of a text file, or what stands between two blanks by chance."""
+    words = bytes(data[: 1 << 16]).split(b" ")
+    if len(words) > 1:
+        words[rng.randrange(len(words))] = rng.choice(_WORDS)
+        data[: 1 << 16] = b" ".join(words)
+
+
+def _swap_lines(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    lines = bytes(data[: 1 << 16]).split(b"\n")
+    if len(lines) > 1:
+        first, second = rng.randrange(len(lines)), rng.randrange(len(lines))
+        lines[first], lines[second] = lines[second], lines[first]
+        data[: 1 << 16] = b"\n".join(lines)
+
+
+def _put_path(data: bytearray, donor: bytes, rng: random.Random) -> None:
+    """Replace the name of a picture by one that leads elsewhere, or cannot be a name."""
+    at = bytes(data).find(b".png", rng.randrange(len(data) + 1))
+    if at > 3:
+        data[at - 3 : at + 4] = rng.choice(_PATHS)
+
+
+_MUTATIONS = (
+    *(_flip_bits, _truncate, _append, _delete, _splice, _repeat),
+    *(_put_integer, _put_integer, _put_word, _put_word, _swap_lines, _put_path),
+)
