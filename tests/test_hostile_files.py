@@ -171,7 +171,7 @@ def test_repeated_names_and_points_that_are_not_finite_are_refused(tmp_path):
     write_scene(tmp_path / "a", ["a.png", "b.png", "c.png"], write_pictures=False)
     images = tmp_path / "a/sparse/0/images.bin"
     images.write_bytes(images.read_bytes().replace(b"b.png", b"a.png"))
-    with pytest.raises(InputError, match="twice|cannot be read as a COLMAP model"):
+    with pytest.raises(InputError, match=r"twice|cannot be read as a COLMAP model"):
         load_sparse_model(tmp_path / "a")
     write_scene(tmp_path / "b", 3, write_pictures=False)
     points = tmp_path / "b/sparse/0/points3D.bin"
