@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs import Config, scene_config
 from rendering.losses import photometric_loss
-from training import schedules
+from training import memory_estimate, schedules
 from training.command_line import main
 from training.densification import Densification
 from training.gaussians import DeviceGaussians
@@ -32,6 +32,7 @@ def train(cfg: Config, scene_name: str) -> None:
     """
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
+        run.check_memory(memory_estimate.gpu_only(cfg.sh_degree))
         gaussians = DeviceGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),

@@ -19,7 +19,7 @@ from torch import Tensor
 from configs import Config, scene_config
 from offload.host_gaussians import HostGaussians
 from rendering.losses import photometric_loss
-from training import schedules
+from training import memory_estimate, schedules
 from training.command_line import main
 from training.densification import Densification
 from training.gaussians import activate
@@ -36,6 +36,7 @@ def train(cfg: Config, scene_name: str) -> None:
     """
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
+        run.check_memory(memory_estimate.baseline(cfg.sh_degree))
         gaussians = HostGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),

@@ -22,7 +22,7 @@ from torch import Tensor
 from configs import Config, scene_config
 from offload.hybrid_gaussians import HybridGaussians
 from rendering.losses import photometric_loss
-from training import schedules
+from training import memory_estimate, schedules
 from training.command_line import main
 from training.densification import Densification
 from training.gaussians import activate
@@ -47,6 +47,7 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
     """
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
+        run.check_memory(memory_estimate.optimized(cfg.sh_degree, cfg.geometry))
         gaussians = HybridGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),

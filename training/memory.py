@@ -54,6 +54,6 @@ def format_bytes(num_bytes: float) -> str:
     """In the largest fitting binary unit, such as '3.2 GiB'."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
+            return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.2f} GiB"

@@ -27,6 +27,7 @@ from training.densification import TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.gaussians import initial_gaussians
 from training.memory import allocated_bytes, format_bytes, limit_fragmentation, peak_bytes
+from training.memory_estimate import Footprint, check_memory, needs, share_in_largest_view
 from training.results import ResultFolder
 from training.stages import StageTimes
 from training.views import View
@@ -107,6 +108,22 @@ class TrainingRun:
         self._model: Model | None = None
         self._interrupted = False
         self._begin = time.perf_counter()
+
+    def check_memory(self, footprint: Footprint) -> None:
+        """Print what training will take of host and device memory.
+
+        Args:
+            footprint: Of the trainer.
+
+        Raises:
+            InputError: It does not fit, with the option to change.
+        """
+        if self._checkpoint_to_evaluate is not None:
+            return
+        share = share_in_largest_view(self.scene, self.cfg.batch_size)
+        num_pixels = self.cfg.batch_size * max(camera.width * camera.height for camera in self.scene.cameras)
+        all_needs = needs(footprint, share, num_pixels, self.device)
+        print(check_memory(all_needs, len(self.scene.points), self.cfg.max_gaussians))
 
     def initial_gaussians(self) -> dict[str, Tensor]:
         """One Gaussian per point of the scene, in Morton order; those of the checkpoint, where one is evaluated."""

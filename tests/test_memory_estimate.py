@@ -1,0 +1,221 @@
+"""The memory that training will take is known before, and what cannot fit is refused in one sentence."""
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import simple_trainer
+import simple_trainer_hybrid_baseline
+import simple_trainer_hybrid_optimized
+from benchmarks.aerial_scene import aerial_scene
+from configs import Config
+from datasets.scene import load_scene
+from datasets.synthetic import write_city_block
+from offload.host_gaussians import HostGaussians
+from offload.hybrid_gaussians import HybridGaussians
+from rendering.losses import photometric_loss
+from training import command_line, memory_estimate, schedules
+from training.checkpoints import Checkpoint, save_checkpoint
+from training.gaussians import DeviceGaussians, activate
+from training.memory import allocated_bytes
+from training.memory_estimate import Need, check_memory, needs, share_in_largest_view
+from training.views import View, cameras_of, render_view
+
+GIB = 2**30
+FOOTPRINTS = {
+    "gpu_only": memory_estimate.gpu_only(3),
+    "baseline": memory_estimate.baseline(3),
+    "geometry on device": memory_estimate.optimized(3, "device"),
+    "geometry on host": memory_estimate.optimized(3, "host"),
+}
+WIDTH, HEIGHT = 288, 216
+NUM_VIEWS = 6
+
+
+@pytest.fixture(scope="module")
+def city_block(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    return data_dir
+
+
+def train_some_steps(trainer: str, parameters: dict[str, torch.Tensor], cameras, device: torch.device):
+    """The Gaussians after some steps of a trainer on random pictures, and the largest share of them in a view."""
+    cfg = Config(sh_degree_interval=1)
+    rates = schedules.learning_rates(cfg, 3.2)
+    adam = {"betas": (0.9, 0.999), "eps": 1e-15, "device": device}
+    num_gaussians = len(parameters["means"])
+    if trainer == "gpu_only":
+        gaussians = DeviceGaussians(parameters, rates, **adam)
+    elif trainer == "baseline":
+        gaussians = HostGaussians(parameters, rates, lambda step: 1e-4, max_gaussians=num_gaussians, **adam)
+    else:
+        place = trainer.split()[-1]
+        gaussians = HybridGaussians(
+            parameters, rates, lambda step: 1e-4, geometry=place, max_gaussians=num_gaussians, **adam
+        )
+    parameters.clear()
+    scale = torch.tensor([[WIDTH / cameras.width], [HEIGHT / cameras.height], [1.0]])
+    views = []
+    for index in range(NUM_VIEWS + 1):
+        viewmats, Ks = cameras.viewmats[index : index + 1], scale * cameras.Ks[index : index + 1]
+        images = torch.rand(1, HEIGHT, WIDTH, 3, device=device)
+        views.append(View(images, None, viewmats.to(device), Ks.to(device), viewmats, Ks, WIDTH, HEIGHT))
+    largest_view = 0
+    for step in range(NUM_VIEWS):
+        view = views[step]
+        on_device = trainer == "gpu_only"
+        activated = gaussians.activated() if on_device else activate(gaussians.fetch(cameras_of(view, cfg)))
+        if trainer.startswith("geometry"):
+            gaussians.prefetch(cameras_of(views[step + 1], cfg))
+        colors, _, info = render_view(activated, view, cfg, sh_degree=3)
+        largest_view = max(largest_view, len(info["gaussian_ids"]))
+        photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
+        if trainer == "gpu_only":
+            gaussians.step(1e-4)
+        elif trainer == "baseline":
+            gaussians.update()
+        else:
+            gaussians.update(step)
+        del activated, colors, info
+    return gaussians, largest_view / num_gaussians
+
+
+def resident_bytes(key: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("trainer", FOOTPRINTS)
+def test_estimate_is_what_training_and_saving_take(tmp_path, trainer):
+    num_gaussians = 300_000
+    parameters, cameras = aerial_scene(num_gaussians, seed=0)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what tests before this one have freed would be used again unseen
+    before = resident_bytes("VmRSS") - num_gaussians * memory_estimate.parameter_bytes(3)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    gaussians, share = train_some_steps(trainer, parameters, cameras, torch.device("cpu"))
+    save_checkpoint(tmp_path / "ckpt.pt", Checkpoint(NUM_VIEWS, gaussians.snapshot(), np.eye(4)))
+    taken = resident_bytes("VmHWM") - before
+    (need,) = needs(FOOTPRINTS[trainer], share, WIDTH * HEIGHT, torch.device("cpu"))
+    assert taken == pytest.approx(need.bytes(num_gaussians), rel=0.2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("trainer", FOOTPRINTS)
+def test_estimate_is_what_the_device_allocates(trainer):
+    device, num_gaussians = torch.device("cuda"), 2_000_000
+    before = allocated_bytes(device)
+    torch.cuda.reset_peak_memory_stats()
+    _, share = train_some_steps(trainer, *aerial_scene(num_gaussians, seed=0), device)
+    taken = torch.cuda.max_memory_allocated() - before
+    need = needs(FOOTPRINTS[trainer], share, WIDTH * HEIGHT, device)[1]
+    assert taken == pytest.approx(need.bytes(num_gaussians), rel=0.2)
+
+
+def test_host_bytes_per_gaussian():
+    """Store, and what a checkpoint copies: README.md and the store's docstring name the first figures."""
+    assert FOOTPRINTS["gpu_only"].device == 4 * 236 + 32
+    assert FOOTPRINTS["baseline"].host == 724 + 240 + 236
+    assert FOOTPRINTS["geometry on device"].host == 580 + 192 + 236
+    assert FOOTPRINTS["geometry on host"].host == 728 + 240 + 236
+    assert memory_estimate.gpu_only(0).host == 14 * 4
+
+
+def test_share_in_the_largest_view_is_that_of_the_best_placed_camera(city_block):
+    scene = load_scene(city_block)
+    shares = []
+    for index in scene.train_ids:
+        camera = scene.cameras[scene.camera_indices[index]]
+        num_inside = 0
+        for point in scene.points.astype(np.float64):
+            x, y, z = (np.linalg.inv(scene.camtoworlds[index]) @ [*point, 1.0])[:3]
+            u, v = camera.K[0, 0] * x / z + camera.K[0, 2], camera.K[1, 1] * y / z + camera.K[1, 2]
+            num_inside += z > 0 and 0 <= u <= camera.width and 0 <= v <= camera.height
+        shares.append(num_inside / len(scene.points))
+    assert 0.1 < max(shares) <= 1
+    assert share_in_largest_view(scene, batch_size=1) == pytest.approx(max(shares))
+    assert share_in_largest_view(scene, batch_size=1000) == 1.0
+
+
+def needs_of(host_free: float, device_free: float) -> list[Need]:
+    return [
+        Need("host memory", 1000, 0, int(host_free), "free memory"),
+        Need("GPU memory", 100, 5000, int(device_free), "give --geometry host"),
+    ]
+
+
+def test_what_fits_is_told_in_one_or_two_lines():
+    told = check_memory(needs_of(4 * GIB, GIB), 2**20, 0)
+    assert told == (
+        "Memory for 1,048,576 Gaussians: 1000 MiB of host memory (4.00 GiB free), 100 MiB of GPU memory "
+        "(1.00 GiB free).\nAbout 4,294,967 would fit."
+    )
+    allowed = check_memory(needs_of(4 * GIB, GIB), 2**20, 2**21)
+    assert allowed.splitlines()[1].startswith("Memory for 2,097,152, as --max_gaussians allows: 1.95 GiB of host")
+    assert len(check_memory(needs_of(4 * GIB, GIB), 2**20, 1000).splitlines()) == 1  # it cannot grow at all
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "words"),
+    [
+        (simple_trainer, (), ["--sh_degree"]),
+        (simple_trainer_hybrid_baseline, (), ["simple_trainer_hybrid_optimized.py"]),
+        (simple_trainer_hybrid_optimized, ("--geometry", "device"), ["--sh_degree"]),
+        (simple_trainer_hybrid_optimized, ("--geometry", "host"), ["--geometry device"]),
+    ],
+)
+def test_a_scene_that_does_not_fit_is_refused(monkeypatch, city_block, tmp_path, capsys, script, options, words):
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 600 * 1000)
+    assert run(monkeypatch, script, city_block, tmp_path, *options) == 2
+    assert_one_sentence(capsys.readouterr().err, ["600 Gaussians", "585.9 KiB are free", *words])
+
+
+def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(monkeypatch, city_block, tmp_path, capsys):
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 20 * 1000**2)
+    script = simple_trainer_hybrid_optimized
+    assert run(monkeypatch, script, city_block, tmp_path, "--max_gaussians", 10**6) == 2
+    message = capsys.readouterr().err
+    assert_one_sentence(message, ["--max_gaussians 1000000", "set it to at most "])
+    most = int(message.rstrip(".\n").split()[-1])
+    assert run(monkeypatch, script, city_block, tmp_path, "--max_gaussians", most + 1) == 2
+    assert run(monkeypatch, script, city_block, tmp_path, "--max_gaussians", most, "--max_steps", 1) == 0
+    assert f"Memory for {most:,}, as --max_gaussians allows" in capsys.readouterr().out
+
+
+def test_device_memory_names_what_takes_less_of_it(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB if device.type == "cuda" else 999 * GIB)
+    remedies = {
+        "gpu_only": "simple_trainer_hybrid_optimized.py",
+        "baseline": "--data_factor",
+        "geometry on device": "--geometry host",
+        "geometry on host": "--data_factor",
+    }
+    for trainer, remedy in remedies.items():
+        with pytest.raises(memory_estimate.InputError, match=f"of GPU memory, and 1.00 GiB are free: .*{remedy}"):
+            check_memory(needs(FOOTPRINTS[trainer], 0.1, 10**6, torch.device("cuda")), 10**8, 0)
+
+
+def run(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:
+    """The exit code of a script."""
+    common = ("--data_dir", data_dir, "--result_dir", result_dir, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["script", "default", *map(str, (*common, *options))])
+    try:
+        command_line.main(script.CONFIGS, script.train, "test")
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def assert_one_sentence(message: str, words: list[str]) -> None:
+    line = message.splitlines()[-1]
+    assert line.startswith("Error: ")
+    for word in words:
+        assert word in line

@@ -1,0 +1,198 @@
+"""How much memory training will take, from the number of Gaussians; known before anything is allocated.
+
+Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainers that send rows there:
+
+    appearance row  192 x 5   values, gradient, rows of the next view, and of the rows that both views need the
+                              gradients on their way to the host and the values on their way back
+    geometry row     48 x 5   the same, where geometry is on the host;
+                     44 x 3   else: values, gradient, a gathered copy
+    rendering           250   position, conic, colour, opacity, depth and radii on the screen with their gradients
+                              (about 120), activated scales and opacities (32), and the keys of the tiles that it
+                              meets, sorted out of place (24 for each of about 4)
+
+Bytes per pixel: three pictures of 12 bytes (this view's, the next view's, the rendering), SSIM's derivatives (36),
+gradients (16), alphas and last ids (8): about 100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from datasets.scene import Scene
+from errors import InputError
+from offload.store import GROUP_NAMES, host_bytes, num_columns
+from training.memory import available_bytes, format_bytes
+
+RENDERING_BYTES = 250  # of a Gaussian in view
+PIXEL_BYTES = 100
+MOVING_ROWS = 5  # tensors of a view's rows on the device at once
+STAGING_ROWS = 2.5  # pinned rows on the host for each row in view: two downloads, with a quarter to spare
+SAMPLE = 10_000  # points whose visibility stands for all
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one Gaussian takes while a trainer runs."""
+
+    host: int
+    host_in_view: int  # more, if the largest view shows it
+    device: int
+    device_in_view: int
+    host_remedy: str  # what to change where the host, and where the device, is too small
+    device_remedy: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """What training takes of one memory, and what there is."""
+
+    memory: str  # its name
+    bytes_per_gaussian: float
+    other_bytes: float
+    free_bytes: int
+    remedy: str  # what to change where that is too little
+
+    def bytes(self, num_gaussians: int) -> float:
+        return num_gaussians * self.bytes_per_gaussian + self.other_bytes
+
+    def most_gaussians(self) -> int:
+        return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
+
+
+def gpu_only(sh_degree: int) -> Footprint:
+    """Of simple_trainer.py: parameters, gradients and moments, and the activated scales and opacities with theirs."""
+    parameters = parameter_bytes(sh_degree)
+    return Footprint(
+        host=parameters,  # as read, and whenever a checkpoint is written
+        host_in_view=0,
+        device=4 * parameters + 32,
+        device_in_view=RENDERING_BYTES,
+        host_remedy="lower --sh_degree or free memory",
+        device_remedy="use simple_trainer_hybrid_optimized.py, which needs less of it, or lower --sh_degree",
+    )
+
+
+def baseline(sh_degree: int) -> Footprint:
+    """Of simple_trainer_hybrid_baseline.py: gradients of all rows lie on the host too."""
+    row = _row_bytes(GROUP_NAMES, sh_degree)
+    return Footprint(
+        host=host_bytes(1, sh_degree) + row + parameter_bytes(sh_degree),
+        host_in_view=int(STAGING_ROWS * row),
+        device=0,
+        device_in_view=2 * row + RENDERING_BYTES,
+        host_remedy="use simple_trainer_hybrid_optimized.py, which takes less, or lower --sh_degree",
+        device_remedy="raise --data_factor or lower --batch_size",
+    )
+
+
+def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
+    """Of simple_trainer_hybrid_optimized.py."""
+    groups = ("appearance",) if geometry == "device" else GROUP_NAMES
+    row = _row_bytes(groups, sh_degree)
+    on_device = geometry == "device"
+    store = sum(host_bytes(1, sh_degree, (group,)) for group in groups)
+    return Footprint(
+        host=store + row + parameter_bytes(sh_degree),  # for a checkpoint current values are copied, then their columns
+        host_in_view=int(STAGING_ROWS * row),
+        device=3 * 44 if on_device else 0,
+        device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
+        host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
+        device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
+    )
+
+
+def parameter_bytes(sh_degree: int) -> int:
+    """Of the parameters of one Gaussian: 236 at SH degree 3."""
+    return 4 * (11 + 3 * (sh_degree + 1) ** 2)
+
+
+def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:
+    return 4 * sum(num_columns(group, sh_degree) for group in groups)
+
+
+def share_in_largest_view(scene: Scene, batch_size: int) -> float:
+    """Share of a scene's points that the training views of one step show at most, counted on a sample of them.
+
+    Args:
+        scene: The dataset.
+        batch_size: Views per step.
+    """
+    points = scene.points[:: len(scene.points) // SAMPLE + 1].astype(np.float64)  # [S, 3]
+    points = np.c_[points, np.ones(len(points))]  # [S, 4]
+    largest = 0.0
+    for index in scene.train_ids:
+        camera = scene.cameras[scene.camera_indices[index]]
+        in_camera = points @ np.linalg.inv(scene.camtoworlds[index]).T[:, :3]  # [S, 3]
+        depth = in_camera[:, 2:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pixels = (in_camera @ camera.K.T)[:, :2] / depth  # [S, 2]
+        inside = (depth > 0) & (pixels >= 0) & (pixels <= (camera.width, camera.height))  # [S, 2]
+        largest = max(largest, inside.all(axis=1).mean())
+    return min(1.0, batch_size * largest)
+
+
+def needs(footprint: Footprint, share_in_view: float, num_pixels: int, device: torch.device) -> list[Need]:
+    """What a trainer takes of the host's and of the device's memory; on the CPU they are one.
+
+    Args:
+        footprint: Of the trainer.
+        share_in_view: Of the Gaussians, in the largest view.
+        num_pixels: Of the pictures of one step.
+        device: Where views are rendered.
+    """
+    of_host = footprint.host + share_in_view * footprint.host_in_view
+    of_device = footprint.device + share_in_view * footprint.device_in_view
+    pictures = num_pixels * PIXEL_BYTES
+    free = available_bytes(torch.device("cpu"))
+    if device.type == "cpu":
+        return [Need("memory", of_host + of_device, pictures, free, footprint.host_remedy)]
+    return [
+        Need("host memory", of_host, 0, free, footprint.host_remedy),
+        Need("GPU memory", of_device, pictures, available_bytes(device), footprint.device_remedy),
+    ]
+
+
+def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int) -> str:
+    """Refuse what cannot fit.
+
+    Args:
+        all_needs: Of a trainer.
+        num_gaussians: That training starts with.
+        max_gaussians: The option; 0 where it is not set.
+
+    Returns:
+        One or two lines for the user: what these Gaussians take, and what the allowed number takes or could be.
+
+    Raises:
+        InputError: The Gaussians at hand do not fit, or those that --max_gaussians allows; with the option to change.
+    """
+    for need in all_needs:
+        if need.bytes(num_gaussians) > need.free_bytes:
+            raise InputError(
+                f"Training {num_gaussians} Gaussians takes about {format_bytes(need.bytes(num_gaussians))} of "
+                f"{need.memory}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
+            )
+    most = min(need.most_gaussians() for need in all_needs)
+    if max_gaussians > most:
+        need = min(all_needs, key=Need.most_gaussians)
+        raise InputError(
+            f"--max_gaussians {max_gaussians} would take about {format_bytes(need.bytes(max_gaussians))} of "
+            f"{need.memory}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
+        )
+    lines = [f"Memory for {num_gaussians:,} Gaussians: {_listed(all_needs, num_gaussians)}."]
+    if max_gaussians > num_gaussians:
+        lines.append(f"Memory for {max_gaussians:,}, as --max_gaussians allows: {_listed(all_needs, max_gaussians)}.")
+    elif max_gaussians == 0:
+        lines.append(f"About {most:,} would fit.")
+    return "\n".join(lines)
+
+
+def _listed(all_needs: list[Need], num_gaussians: int) -> str:
+    return ", ".join(
+        f"{format_bytes(need.bytes(num_gaussians))} of {need.memory} ({format_bytes(need.free_bytes)} free)"
+        for need in all_needs
+    )
