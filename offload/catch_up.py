@@ -1,0 +1,101 @@
+"""What rows need to know to apply all steps that they have skipped: small tables on the device.
+
+The mathematics is that of `offload/adam.py`. A table is brought to the next step by a few operations on the device,
+so nothing is copied and nobody waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload.adam import NEGLIGIBLE
+
+FIRST_CAPACITY = 4096  # steps
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """What one Adam step needs: w -= sizes * m / (sqrt(v) + eps), bias corrections included."""
+
+    sizes: Tensor  # [columns]
+    eps: float
+    betas: tuple[float, float]
+
+
+class CatchUpTables:
+    """C_t(s) of each schedule and the decay of both moments over any number of steps.
+
+    Attributes:
+        step: t, the step that `begin_step` began last; 0 before the first.
+        eps: Adam's, times the bias correction of step t.
+        sums: [schedules, capacity] float64, C_t(s) indexed by s.
+        decays: [2, capacity] float64, b1^k and b2^k.
+        multipliers: [schedules, columns] float32; at learning rates [schedules] those of the columns are
+            `learning_rates @ multipliers`.
+    """
+
+    def __init__(self, multipliers: Tensor, betas: tuple[float, float], eps: float, device: torch.device) -> None:
+        """
+        Args:
+            multipliers: [schedules, columns].
+            betas: Adam's decay rates, 0 <= betas[0] < sqrt(betas[1]) < 1.
+            eps: Adam's epsilon.
+            device: Where rows are updated.
+        """
+        b1, b2 = betas
+        if not (0 <= b1 < math.sqrt(b2) < 1):
+            raise ValueError(f"betas {betas} must satisfy 0 <= betas[0] < sqrt(betas[1]) < 1")
+        self.step = 0
+        self.eps = eps
+        self.betas = betas
+        self.multipliers = multipliers.to(device, torch.float32)
+        self._eps = eps
+        self._rates: list[float] = [0.0] * len(multipliers)  # [schedules], with bias correction
+        ratio = b1 / math.sqrt(b2)
+        window = math.ceil(math.log(NEGLIGIBLE) / math.log(ratio)) if ratio > 0 else 1
+        powers = ratio ** torch.arange(window, 0, -1, dtype=torch.float64)  # oldest entry first
+        self._ratio_powers = powers.to(device)
+        self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
+        self._grow(FIRST_CAPACITY)
+
+    @property
+    def columns(self) -> int:
+        return self.multipliers.shape[1]
+
+    def begin_step(self, learning_rates: Sequence[float]) -> None:
+        """Begin step t = step + 1, on the current stream, in time that does not depend on N.
+
+        Args:
+            learning_rates: [schedules], of step t.
+        """
+        self.step += 1
+        t, (b1, b2) = self.step, self.betas
+        if t >= self.sums.shape[1]:
+            self._grow(2 * self.sums.shape[1])
+        root_correction = math.sqrt(1 - b2**t)
+        self.eps = self._eps * root_correction
+        self._rates = [rate * root_correction / (1 - b1**t) for rate in learning_rates]
+        first = max(0, t - len(self._ratio_powers))
+        for sums, rate in zip(self.sums, self._rates, strict=True):
+            sums[first:t].add_(self._ratio_powers[len(self._ratio_powers) - (t - first) :], alpha=rate)
+
+    def step_sizes(self) -> StepSizes:
+        """Of step t, computed on the current stream."""
+        sizes = self.multipliers[0] * self._rates[0]
+        for multipliers, rate in zip(self.multipliers[1:], self._rates[1:], strict=True):
+            sizes.add_(multipliers, alpha=rate)
+        return StepSizes(sizes, self.eps, self.betas)
+
+    def _grow(self, capacity: int) -> None:
+        device = self.sums.device
+        sums = torch.zeros(len(self.multipliers), capacity, dtype=torch.float64, device=device)
+        sums[:, : self.sums.shape[1]] = self.sums
+        self.sums = sums
+        decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
+        decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers
+        self.decays = decays.to(device)

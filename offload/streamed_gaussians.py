@@ -1,0 +1,167 @@
+"""Gaussians whose appearance, parameters and moments alike, lives on the host and is updated by the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from offload.catch_up import CatchUpTables
+from offload.culling import Cameras, Margin
+from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.pipeline import largest_step
+from offload.schedules import schedules_of
+from offload.store import HostStore
+from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
+
+_ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
+
+
+class StreamedGaussians:
+    """The streamed trainer's Gaussians; stands in for `training.gaussians.DeviceGaussians`.
+
+    A training step is `fetch`, rendering and the backward pass, then `update`; `prefetch` after `fetch` lets the next
+    view's rows travel behind the rendering. Densification and evaluation come after `update`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        learning_rates: Mapping[str, float],
+        means_lr: Callable[[int], float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+        max_gaussians: int = 0,
+    ) -> None:
+        """
+        Args:
+            parameters: The six tensors of `training.gaussians.initial_gaussians`; best in Morton order, in which a
+                view's rows come in runs.
+            learning_rates: Of each of them at step 0; that of the means never grows.
+            means_lr: The means' learning rate at a step from 0.
+            betas: Adam's decay rates.
+            eps: Adam's epsilon.
+            device: Where views are rendered and rows are updated.
+            max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+        """
+        self.steps_done = 0
+        self._learning_rates = dict(learning_rates)
+        self._means_lr = means_lr
+        self._rendering_device = device
+        self._view: StreamedView | None = None
+        self._geometry_rows: dict[str, Tensor] = {}
+        self._geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
+        moves = {name: _ROUNDING * largest_step(betas) * learning_rates[name] for name in GEOMETRY}
+        self._margin = Margin(**moves)
+        self._store = HostStore(
+            parameters, groups=("appearance",), max_gaussians=max_gaussians, pin=device.type == "cuda"
+        )
+        multipliers, rates = schedules_of(self._appearance, learning_rates, means_lr)
+        tables = CatchUpTables(multipliers, betas, eps, device)
+        groups = {"appearance": StreamedGroup(self._store, "appearance", tables, rates)}
+        self._pipeline = StreamedPipeline(groups, self._cull, device)
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; leaves or their views."""
+        self._view = self._pipeline.fetch(cameras)
+        self._geometry_rows = {
+            name: rows.requires_grad_() for name, rows in self._geometry.gather(self._view.ids).items()
+        }
+        return {**self._geometry_rows, **self._appearance.to_render(self._view.values["appearance"])}
+
+    @property
+    def ids(self) -> Tensor:
+        """Which Gaussians `fetch` gave, [V] int64 on the device."""
+        return self._view.ids
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Prepare the view after this one; not where densification will change rows before it."""
+        self._pipeline.prefetch(cameras)
+
+    def update(self, step: int) -> None:
+        """Adam's step on the gradients of the rows that `fetch` gave.
+
+        Args:
+            step: From 0.
+        """
+        self._pipeline.update()
+        gradients = {
+            name: torch.zeros_like(rows) if rows.grad is None else rows.grad
+            for name, rows in self._geometry_rows.items()
+        }
+        self._geometry.step(self.ids, gradients, {**self._learning_rates, "means": self._means_lr(step)})
+        self._pipeline.geometry_has_moved()
+        self._geometry_rows = {}
+        self.steps_done += 1
+
+    # ------------------------------------------------------------------------------------ reading, at any time
+
+    @property
+    def num_gaussians(self) -> int:
+        return self._store.num_gaussians
+
+    @property
+    def device(self) -> torch.device:
+        """Where geometry is."""
+        return self._rendering_device
+
+    @property
+    def staging_allocations(self) -> int:
+        """How often space for a view has been allocated so far."""
+        return self._pipeline.staging_allocations
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
+        ids = self._cull(cameras)
+        rows = self._pipeline.read("appearance", ids)
+        return {**self._geometry.gather(ids), **self._appearance.to_render(rows)}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The current values of the six parameter tensors; a copy of what is on the host."""
+        return {**self._geometry.parameters, **self._appearance.named(self._pipeline.read_all("appearance"))}
+
+    # ---------------------------------------------- what densification asks (training.densification.GaussianStore)
+
+    def read(self, name: str) -> Tensor:
+        """The current values of one geometry parameter; not copied."""
+        return self._geometry.parameters[name]
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M], without moments."""
+        self._pipeline.hand_over(ids)
+        self._geometry.append_copies(ids)
+        self._store.append_copies(ids)
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero."""
+        self._pipeline.hand_over(ids)
+        self._geometry.overwrite(ids, values)
+        self._store.overwrite(ids, values)
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        self._pipeline.hand_over(ids[:0])
+        self._geometry.keep(ids)
+        self._store.keep(ids)
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        self._geometry.clamp_opacities(max_logit)
+
+    def growth_bytes(self, num_new: int) -> int:
+        """Memory in bytes, where geometry is, that appending this many Gaussians takes at its peak."""
+        return self._geometry.growth_bytes(num_new)
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _appearance(self):
+        return self._store.groups["appearance"]
+
+    def _cull(self, cameras: Cameras) -> Tensor:
+        return self._geometry.visible_ids(cameras, self._margin)

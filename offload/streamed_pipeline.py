@@ -1,0 +1,308 @@
+"""Rows that live in pinned host memory and are updated by the device, behind the rendering.
+
+Three lanes of work run at the same time. While view j is rendered,
+
+- the fetch lane reads the rows of view j + 1 from the host and applies the steps that they have skipped;
+- the write lane writes the rows of view j - 1 to the host.
+
+After the backward pass of view j the device updates its rows where they lie. Those that view j + 1 needs too are moved
+to it on the device, moments and all, and make neither trip; the others are left to the write lane.
+
+So the host has the current state of a row unless a view on the device has it. The fetch lane reads the rows of view
+j + 1 that neither view j - 1 nor j has at once, those of view j - 1 when that has been written, and those of view j
+not at all. View j + 1 comes into the place of view j - 2, so whatever was there has been written.
+
+Views are culled ahead, with a margin for what geometry may change until they are rendered (`offload/pipeline.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from offload import row_kernels
+from offload.catch_up import CatchUpTables
+from offload.culling import Cameras
+from offload.lanes import Lane
+from offload.row_kernels import RowState
+from offload.store import HostStore
+
+SPARE = 8  # space for a view is taken with 1/8 more than it needs, so that larger views seldom need more
+CHUNK_ROWS = 1 << 18  # visited at once when nothing is rendered: 150 MB of appearance
+
+
+@dataclass
+class StreamedGroup:
+    """A store of rows that travel together, and what updates them."""
+
+    store: HostStore  # holds this group only
+    name: str  # of the group in the store
+    tables: CatchUpTables
+    learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
+    stamps: Tensor | None = None  # [N] int32 on the device, newer than those of the store; None: the store's count
+
+    def host(self) -> RowState:
+        """All rows, in pinned memory."""
+        return RowState(*(array.tensor for array in self.store.groups[self.name].arrays))
+
+
+@dataclass
+class _Slot:
+    """Space on the device for the rows of one view."""
+
+    states: dict[str, RowState] = field(default_factory=dict)  # group -> [capacity, columns]
+    capacity: int = 0
+    written: torch.cuda.Event | None = None  # the view that was here is on the host
+
+
+@dataclass
+class StreamedView:
+    """The rows of one view on the device."""
+
+    ids: Tensor  # [V] int64 on the device, sorted
+    slot: _Slot
+    values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
+    fetched: torch.cuda.Event | None = None
+    step: int = 0  # after which its rows have the values they have, once updated
+
+    def state(self, group: str) -> RowState:
+        return self.slot.states[group][: len(self.ids)]
+
+
+@dataclass
+class _Upcoming:
+    """The next view, whose rows are on their way but for those of the present view."""
+
+    view: StreamedView
+    sources: Tensor  # [V] int64, where its rows are in the present view; -1 where they are not
+    leaving: Tensor  # [V of the present view] bool, which rows of that it does not need
+
+
+class StreamedPipeline:
+    """Brings each view's rows to the device, updates them and brings them back; see the head of this file."""
+
+    def __init__(
+        self, groups: Mapping[str, StreamedGroup], cull: Callable[[Cameras], Tensor], device: torch.device
+    ) -> None:
+        """
+        Args:
+            groups: What travels.
+            cull: Gives the sorted ids [V], on the device, of what cameras may draw after one more step.
+            device: Where views are rendered and rows are updated.
+        """
+        self._groups = groups
+        self._cull = cull
+        self._device = device
+        self._kernels = kernels_of(device)
+        self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
+        self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
+        self._previous: StreamedView | None = None  # updated last
+        self._present: StreamedView | None = None
+        self._upcoming: _Upcoming | None = None
+        self._host_lacks_previous = False  # whether rows of the previous view live in the upcoming one only
+        self._ready: torch.cuda.Event | None = None  # when the next view may be culled
+        self._rows_rendered = 0
+        self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
+        self.staging_allocations = 0
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> StreamedView:
+        """The rows of a view, with the values they have after the last step."""
+        compute = Lane.current(self._device)
+        if self._upcoming is None:
+            self.finish()
+            ids = self._cull(cameras)
+            view = StreamedView(ids, self._next_slot(len(ids)))
+            compute.wait(self._fetch_lane.record())  # the tables
+            self._read_from_host(view, None)
+            self._previous = None
+            self._ready = compute.record()
+        else:
+            view, self._upcoming = self._upcoming.view, None
+            compute.wait(view.fetched)
+            compute.uses(view.ids)
+        view.values = {name: view.state(name).parameters.detach().requires_grad_() for name in self._groups}
+        self._present = view
+        self._rows_rendered += len(view.ids)
+        return view
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Let the next view's rows travel while the present one is rendered; waits for the culling alone.
+
+        Not to be called where the rows of the store will change before the next view.
+        """
+        present, previous = self._present.ids, self._previous
+        with self._cull_lane as lane:
+            lane.wait(self._ready)
+            ids = self._cull(cameras)
+            sources, leaving = _positions(ids, present), _positions(present, ids) < 0
+            absent = sources < 0  # [V]
+            late = torch.zeros_like(absent) if previous is None else absent & (_positions(ids, previous.ids) >= 0)
+            self._rows_retained += (~absent).sum()
+            culled = lane.record()
+        view = StreamedView(ids, self._next_slot(len(ids)))
+        self._begin_step()
+        with self._fetch_lane as lane:
+            lane.wait(culled, view.slot.written)
+            self._read_from_host(view, absent & ~late)
+            if previous is not None:
+                lane.wait(previous.slot.written)
+                self._read_from_host(view, late)
+            view.fetched = lane.record()
+            lane.uses(ids, absent, late)
+        self._upcoming = _Upcoming(view, sources, leaving)
+
+    def update(self) -> None:
+        """Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
+        view, upcoming, compute = self._present, self._upcoming, Lane.current(self._device)
+        if upcoming is None:
+            self._begin_step()
+        for name, group in self._groups.items():
+            gradients = view.values[name].grad
+            if gradients is None:  # nothing was drawn
+                gradients = torch.zeros_like(view.values[name])
+            self._kernels.step_rows(view.state(name), gradients, group.tables.step_sizes())
+        view.values, view.step = {}, self.step_count
+        if upcoming is not None:
+            compute.wait(upcoming.view.slot.written)
+            for name in self._groups:
+                self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
+            compute.uses(upcoming.sources)
+        self._ready = compute.record()
+        self._write_to_host(view, None if upcoming is None else upcoming.leaving)
+        self._host_lacks_previous = upcoming is not None
+        self._previous, self._present = view, None
+
+    def geometry_has_moved(self) -> None:
+        """Say that geometry outside the groups has been given its values of after the last step."""
+        self._ready = Lane.current(self._device).record()
+
+    def finish(self) -> None:
+        """Wait until the host has everything. Rows that were fetched ahead stay good."""
+        if self._host_lacks_previous:
+            self._write_to_host(self._previous, None)
+            self._host_lacks_previous = False
+        self._write_lane.finish()
+
+    @property
+    def step_count(self) -> int:
+        """The step that has begun last."""
+        return next(iter(self._groups.values())).tables.step
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Rows rendered since the beginning, and how many of them made no trip in between; waits for the device."""
+        self._cull_lane.finish()
+        return self._rows_rendered, int(self._rows_retained)
+
+    # ------------------------------------------------------------------------------------ reading and changing rows
+
+    def read(self, name: str, ids: Tensor) -> Tensor:
+        """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
+        self.finish()
+        group = self._groups[name]
+        Lane.current(self._device).wait(self._fetch_lane.record())  # the tables
+        out = torch.empty(len(ids), group.tables.columns, device=self._device)
+        self._kernels.read_rows(group.host(), self._stamps(group), ids, out, group.tables)
+        return out
+
+    def read_all(self, name: str) -> Tensor:
+        """Copies of the current values of all rows [N, columns] on the host; the store is left as it is."""
+        out = torch.empty_like(self._groups[name].host().parameters)
+        for first, last in _chunks(len(out)):
+            out[first:last] = self.read(name, torch.arange(first, last, device=self._device)).cpu()
+        return out
+
+    def hand_over(self, ids: Tensor | None) -> None:
+        """Let the stores be read and changed by others, until the next view is fetched.
+
+        Args:
+            ids: int64 [M] anywhere, rows of which the stores are to hold the current values; None: all rows.
+                Others keep the steps they have skipped.
+        """
+        self.finish()
+        self._upcoming = None  # what was fetched ahead may not hold any more
+        compute = Lane.current(self._device)
+        compute.wait(self._fetch_lane.record())
+        for group in self._groups.values():
+            stamps = self._stamps(group)
+            for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
+                chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
+                rows = RowState(*(torch.empty(len(chunk), group.tables.columns, device=self._device) for _ in range(3)))
+                self._kernels.fetch_rows(group.host(), stamps, chunk, None, rows, group.tables)
+                self._kernels.write_rows(rows, chunk, None, group.host(), stamps, group.tables.step)
+            compute.finish()
+            group.store.last_step.copy_(stamps.cpu())
+            group.stamps = None
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _next_slot(self, count: int) -> _Slot:
+        """The slot whose view came first, with space for this many rows."""
+        slot = self._slots.pop(0)
+        self._slots.append(slot)
+        if count > slot.capacity:
+            if slot.written is not None:
+                slot.written.synchronize()
+            slot.states.clear()  # frees memory before more is taken
+            slot.capacity = count + count // SPARE
+            for name, group in self._groups.items():
+                space = (torch.empty(slot.capacity, group.tables.columns, device=self._device) for _ in range(3))
+                slot.states[name] = RowState(*space)
+            # What this memory was used for before may not be done.
+            self._fetch_lane.wait(Lane.current(self._device).record())
+            self.staging_allocations += 1
+        return slot
+
+    def _begin_step(self) -> None:
+        with self._fetch_lane:  # where rows catch up
+            for group in self._groups.values():
+                group.tables.begin_step(group.learning_rates(group.tables.step + 1))
+                group.store.step = group.tables.step
+
+    def _read_from_host(self, view: StreamedView, wanted: Tensor | None) -> None:
+        for name, group in self._groups.items():
+            stamps = self._stamps(group)
+            self._kernels.fetch_rows(group.host(), stamps, view.ids, wanted, view.state(name), group.tables)
+
+    def _write_to_host(self, view: StreamedView, wanted: Tensor | None) -> None:
+        """Write rows as they will be when what the current lane has been given is done."""
+        updated = Lane.current(self._device).record()
+        with self._write_lane as lane:
+            lane.wait(updated)
+            for name, group in self._groups.items():
+                host, stamps = group.host(), self._stamps(group)
+                self._kernels.write_rows(view.state(name), view.ids, wanted, host, stamps, view.step)
+            lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+            view.slot.written = lane.record()
+
+    def _stamps(self, group: StreamedGroup) -> Tensor:
+        if group.stamps is None:
+            group.stamps = group.store.last_step.clone().to(self._device)  # pinned memory is not copied across parts
+        return group.stamps
+
+
+def kernels_of(device: torch.device) -> ModuleType:
+    """The functions of `offload/row_kernels.py` for a device."""
+    if device.type == "cuda":
+        from offload import row_kernels_triton  # Triton comes with CUDA builds of torch only
+
+        return row_kernels_triton
+    return row_kernels
+
+
+def _positions(ids: Tensor, others: Tensor) -> Tensor:
+    """Where ids stand among others, int64 [V]; -1 where they do not. Both are sorted and unique."""
+    if len(others) == 0:
+        return torch.full_like(ids, -1)
+    positions = torch.searchsorted(others, ids).clamp_(max=len(others) - 1)
+    return torch.where(others[positions] == ids, positions, -1)
+
+
+def _chunks(rows: int) -> list[tuple[int, int]]:
+    return [(first, min(first + CHUNK_ROWS, rows)) for first in range(0, rows, CHUNK_ROWS)]
