@@ -54,6 +54,7 @@ class Traffic:
 
 # Of trainers, from N Gaussians of which V are visible. Rows are 48 (appearance) and 12 (geometry) float32.
 # - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes.
+# - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
 #   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
 TRAFFIC: dict[str, Callable[[float, float], Traffic]] = {
@@ -61,6 +62,7 @@ TRAFFIC: dict[str, Callable[[float, float], Traffic]] = {
     "baseline": lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
     "optimized": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
     "optimized_geometry_on_host": lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+    "streamed": lambda n, v: Traffic(device=28 * 11 * n + 28 * 48 * v, host=2 * 576 * v, link=576 * v),
 }
 
 

@@ -55,7 +55,7 @@ class _Slot:
     """Space on the device for the rows of one view."""
 
     states: dict[str, RowState] = field(default_factory=dict)  # group -> [capacity, columns]
-    capacity: int = 0
+    capacity: int = -1  # rows; none have been allocated
     written: torch.cuda.Event | None = None  # the view that was here is on the host
 
 

@@ -1,4 +1,4 @@
-"""The optimized trainer gives the GPU-only trainer's model; training never notices evaluation."""
+"""Every offloading trainer gives the GPU-only trainer's model; training never notices evaluation."""
 
 import json
 import math
@@ -12,8 +12,10 @@ import torch
 import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
+import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from offload.adam import DeferredAdam
+from offload.catch_up import CatchUpTables
 from offload.culling import BlockBounds
 from offload.pipeline import RowPipeline, largest_drift, largest_step, shared_positions
 from training import command_line, gaussians
@@ -25,6 +27,7 @@ OPTIMIZED = [
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", place), id=f"geometry on {place}")
     for place in ("device", "host")
 ]
+STREAMED = pytest.param(simple_trainer_hybrid_streamed, (), id="streamed")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return found
 
 
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED])
+@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED])
 @pytest.mark.parametrize("options", [(), ("--batch_size", 2, "--antialiased", "--random_background")], ids=str)
 def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, script, place, options):
     options = (*NO_DENSIFICATION, "--max_steps", 40, *options)
@@ -104,7 +107,21 @@ def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp
     assert max(differences(actual, expected).values()) > 1e-3
 
 
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED])
+def test_a_streamed_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path):
+    options = (*NO_DENSIFICATION, "--max_steps", 40)
+    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
+    begin_step = CatchUpTables.begin_step
+
+    def begin_step_with_shifted_table(self, learning_rates) -> None:
+        begin_step(self, learning_rates)
+        self.sums = self.sums.roll(-1, dims=1)
+
+    monkeypatch.setattr(CatchUpTables, "begin_step", begin_step_with_shifted_table)
+    actual = train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path / "streamed", *options)
+    assert max(differences(actual, expected).values()) > 1e-3
+
+
+@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED])
 def test_densification_comes_to_the_same_size(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFICATION, "--max_steps", 120)
     expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
@@ -113,7 +130,7 @@ def test_densification_comes_to_the_same_size(monkeypatch, city_block, tmp_path,
     assert len(actual["means"]) == pytest.approx(len(expected["means"]), rel=0.005)
 
 
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED])
+@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED])
 def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFICATION, "--max_steps", 100, *place)
     hybrid = (script, city_block)
@@ -183,9 +200,10 @@ def test_bounds_of_blocks_are_made_once_per_refinement(monkeypatch, city_block, 
     assert made == [600, *refined]
 
 
-def test_views_that_see_nothing(monkeypatch, city_block, tmp_path):
+@pytest.mark.parametrize("script", [simple_trainer_hybrid_optimized, simple_trainer_hybrid_streamed], ids=lambda s: s.__name__)
+def test_views_that_see_nothing(monkeypatch, city_block, tmp_path, script):
     options = ("--max_steps", 4, "--near_plane", 1e6)
-    trained = train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, *options)
+    trained = train(monkeypatch, script, city_block, tmp_path, *options)
     assert all(value.isfinite().all() for value in trained.values())
 
 
@@ -197,6 +215,7 @@ def test_a_checkpoint_is_evaluated_as_by_gpu_only(monkeypatch, city_block, tmp_p
         (simple_trainer_hybrid_baseline, ()),
         (simple_trainer_hybrid_optimized, ("--geometry", "device")),
         (simple_trainer_hybrid_optimized, ("--geometry", "host")),
+        (simple_trainer_hybrid_streamed, ()),
     ):
         capsys.readouterr()
         arguments = ("--data_dir", city_block, "--result_dir", tmp_path / "evaluated", "--device", "cpu")

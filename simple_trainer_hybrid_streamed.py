@@ -1,0 +1,133 @@
+"""Host offloading for fast links: appearance lives in host memory, and the device itself updates it.
+
+    python simple_trainer_hybrid_streamed.py SCENE --data_dir D --result_dir R [--any_option ...]
+
+The rows that a view needs are read by the device from pinned host memory, moments and all, while the view before is
+rendered; steps that they have skipped are caught up on the way. After the backward pass the device applies Adam, hands
+rows that the next view needs too on to it, and writes the others back while that is rendered. The CPU moves no row.
+The model is that of simple_trainer.py up to float rounding.
+
+The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
+"""
+
+import os
+
+# Read by OpenMP when torch loads: threads sleep between parallel loops. Spinning, they take the cores that the next
+# loop of another library, and the threads that read pictures, need at that moment.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from torch import Tensor
+
+from configs import Config, scene_config
+from offload.streamed_gaussians import StreamedGaussians
+from rendering.losses import photometric_loss
+from training import schedules
+from training.command_line import main
+from training.densification import Densification
+from training.gaussians import activate
+from training.run import TrainingRun
+from training.views import View, cameras_of, render_view
+
+
+def train(cfg: Config, scene_name: str) -> None:
+    """Train on one scene, or evaluate `cfg.ckpt` on it.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been trained.
+        TrainingStopped: Training cannot go on; a checkpoint has been saved.
+    """
+    with TrainingRun(cfg, scene_name) as run:
+        cfg = run.cfg
+        gaussians = StreamedGaussians(
+            run.initial_gaussians(),
+            schedules.learning_rates(cfg, run.scene_scale),
+            lambda step: schedules.means_lr(cfg, run.scene_scale, step),
+            betas=schedules.adam_betas(cfg.batch_size),
+            eps=1e-15,
+            device=run.device,
+            max_gaussians=cfg.max_gaussians,
+        )
+        densification = Densification(cfg, run.scene_scale, cfg.seed)
+
+        def render(view: View) -> Tensor:
+            rows = gaussians.read_view(cameras_of(view, cfg))
+            return render_view(activate(rows), view, cfg, sh_degree=cfg.sh_degree)[0]
+
+        if cfg.ckpt:
+            run.evaluate_checkpoint(render, gaussians)
+            return
+
+        for step, view in run.steps(gaussians, render):
+            # The rows of this view are on the device already, but for the first one and after densification.
+            rows = gaussians.fetch(cameras_of(view, cfg))
+            run.times.mark("fetch")
+
+            # Behind the rendering the last view's rows go to the host, and the next view's rows come from there.
+            rows_will_change = densification.refines_at(step) or densification.resets_at(step)
+            if run.upcoming is not None and not rows_will_change:
+                gaussians.prefetch(cameras_of(run.upcoming, cfg))
+            run.times.mark("cull")
+
+            sh_degree = schedules.sh_degree(cfg, step)
+            colors, _, info = render_view(
+                activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
+            )
+            info["means2d"].retain_grad()  # densification looks at the gradient on the screen
+            run.times.mark("render")
+
+            loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+            loss.backward()
+            run.times.mark("backward")
+
+            # Adam on the device; rows that the next view needs too stay there, the others are written back.
+            ids = gaussians.ids
+            gaussians.update(step)
+            run.times.mark("update")
+
+            densification.after_step(step, {**info, "gaussian_ids": ids[info["gaussian_ids"]]}, gaussians)
+            run.times.mark("densify")
+
+            run.after_step(step, loss.detach(), sh_degree)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hyperparameters of each scene; edit them here. What is not named has the default of configs.py.
+#
+# Larger models come from lower thresholds. The ladder (grow_grad2d, grow_scale3d):
+#   (2e-4, 0.01)  (1.5e-4, 0.005)  (1.3e-4, 0.003)  (1e-4, 0.002)  (8e-5, 0.0016)
+# ----------------------------------------------------------------------------------------------------
+LARGE_SCENE = {
+    "max_steps": 200_000,
+    "eval_steps": [200_000],
+    "save_steps": [200_000],
+    "ply_steps": [200_000],
+    "grow_grad2d": 2e-4,
+    "grow_scale3d": 0.01,
+    "refine_stop_iter": 15_000,
+}
+
+CONFIGS = {
+    "demo": scene_config(
+        "demo",
+        max_steps=2000,
+        eval_steps=[500, 2000],
+        save_steps=[2000],
+        ply_steps=[2000],
+        sh_degree_interval=500,
+        refine_start_iter=200,
+        refine_stop_iter=1200,
+        max_gaussians=40_000,
+    ),
+    "rubble": scene_config("rubble", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "building": scene_config("building", position_lr=8e-6, scaling_lr=2.5e-3, **LARGE_SCENE),
+    "sztu": scene_config("sztu", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "lfls": scene_config("lfls", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "sziit": scene_config("sziit", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "aerial": scene_config("aerial", position_lr=8e-6, scaling_lr=2.5e-3, **LARGE_SCENE),
+    "residence": scene_config("residence", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "sciart": scene_config("sciart", position_lr=1.6e-5, scaling_lr=5e-3, **LARGE_SCENE),
+    "default": scene_config("default"),
+}
+
+if __name__ == "__main__":
+    main(CONFIGS, train, __doc__)
