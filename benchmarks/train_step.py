@@ -12,11 +12,11 @@ where everything is on the device, and runs beside it where Gaussians are offloa
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, count, gigabytes, number, percent, spread
-from benchmarks.timing import CPU, Spread, copy_bandwidth, upload_bandwidth
+from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
 from errors import InputError
 from trainers import TRAINERS
@@ -100,6 +100,7 @@ class Measurement:
     stages: dict[str, float] | None = None  # mean milliseconds
     memory: dict[str, int] | None = None  # of `training.memory.peak_bytes`
     staging_allocations: int = 0  # in the measured steps
+    link_bytes_per_step: float | None = None  # both ways; of trainers that count them
     loss: float | None = None
     problem: str = ""
 
@@ -118,7 +119,8 @@ class AerialRun:
         self.times = StageTimes(self.device)
         self.upcoming: View | None = None
         self.num_warmup = max(job.steps // 5, 3)
-        self.milliseconds: list[float] = []
+        self._clock = Clock(self.device)
+        self._ends: list[torch.cuda.Event | float] = []  # of the measured steps and the one before
         self.stages: dict[str, float] = {}
         self._parameters, cameras = aerial_scene(
             job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale
@@ -138,7 +140,7 @@ class AerialRun:
             if step == self.num_warmup:
                 self.times.mean_milliseconds()  # forgets the first steps
                 self._staging_before = getattr(model, "staging_allocations", 0)
-            self._begin = time.perf_counter()
+                self._link_bytes_before = getattr(model, "link_bytes", 0)
             self.times.start()
             self.upcoming = self._views[step + 1]
             yield step, self._views[step]
@@ -147,19 +149,20 @@ class AerialRun:
         return None
 
     def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        if step >= self.num_warmup:
-            self.milliseconds.append(1000 * (time.perf_counter() - self._begin))
-        self.loss = loss.item()
+        # Nobody waits for the device here, as in training: what a trainer does behind the next step stays there.
+        if step >= self.num_warmup - 1:
+            self._ends.append(self._clock.mark())
+        self._loss = loss
 
     def measurement(self) -> Measurement:
+        link_bytes = getattr(self.model, "link_bytes", None)
         return Measurement(
-            milliseconds=Spread.of(self.milliseconds),
+            milliseconds=Spread.of([self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]),
             stages=self.times.mean_milliseconds(),
             memory=peak_bytes(self.device),
             staging_allocations=getattr(self.model, "staging_allocations", 0) - self._staging_before,
-            loss=self.loss,
+            link_bytes_per_step=None if link_bytes is None else (link_bytes - self._link_bytes_before) / self.job.steps,
+            loss=self._loss.item(),
         )
 
     def __enter__(self) -> AerialRun:
@@ -295,6 +298,7 @@ COLUMNS = {
     "reserved": gigabytes,
     "peak host GB": gigabytes,
     "staging allocations": count,
+    "GB over the link per step": gigabytes,
     "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
     "remark": str,
 }
@@ -305,10 +309,11 @@ def row_of(job: Job, visible: float, found: Measurement, bandwidth: Traffic) -> 
     floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
     row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, found.milliseconds, floor]
     if found.memory is None:
-        return [*row, None, None, None, None, None, found.problem]
+        return [*row, *[None] * 6, found.problem]
     memory = [found.memory[kind] for kind in ("device_allocated", "device_reserved", "host")]
     over = job.memory_cap and found.memory["device_reserved"] > job.memory_cap
-    return [*row, *memory, found.staging_allocations, found.stages, "took more than the cap" if over else None]
+    moved = (found.staging_allocations, found.link_bytes_per_step)
+    return [*row, *memory, *moved, found.stages, "took more than the cap" if over else None]
 
 
 def main(options: Options) -> None:

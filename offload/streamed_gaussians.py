@@ -115,6 +115,11 @@ class StreamedGaussians:
         """How often space for a view has been allocated so far."""
         return self._pipeline.staging_allocations
 
+    @property
+    def link_bytes(self) -> int:
+        """Bytes of rows that have travelled between host and device so far, both ways."""
+        return self._pipeline.link_bytes
+
     def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
         """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         ids = self._cull(cameras)

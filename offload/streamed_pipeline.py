@@ -195,10 +195,11 @@ class StreamedPipeline:
         return next(iter(self._groups.values())).tables.step
 
     @property
-    def traffic(self) -> tuple[int, int]:
-        """Rows rendered since the beginning, and how many of them made no trip in between; waits for the device."""
+    def link_bytes(self) -> int:
+        """Bytes that views have moved between host and device so far, both ways; waits for the culling."""
         self._cull_lane.finish()
-        return self._rows_rendered, int(self._rows_retained)
+        row_bytes = sum(3 * 4 * group.tables.columns for group in self._groups.values())
+        return 2 * row_bytes * (self._rows_rendered - int(self._rows_retained))
 
     # ------------------------------------------------------------------------------------ reading and changing rows
 

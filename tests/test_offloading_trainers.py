@@ -200,7 +200,9 @@ def test_bounds_of_blocks_are_made_once_per_refinement(monkeypatch, city_block, 
     assert made == [600, *refined]
 
 
-@pytest.mark.parametrize("script", [simple_trainer_hybrid_optimized, simple_trainer_hybrid_streamed], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "script", [simple_trainer_hybrid_optimized, simple_trainer_hybrid_streamed], ids=lambda s: s.__name__
+)
 def test_views_that_see_nothing(monkeypatch, city_block, tmp_path, script):
     options = ("--max_steps", 4, "--near_plane", 1e6)
     trained = train(monkeypatch, script, city_block, tmp_path, *options)
