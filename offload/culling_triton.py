@@ -79,7 +79,7 @@ def _meets(
     return (offset + centre + half > 0) & (offset + centre - half < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_gaussians"])  # or each new kind of number would compile it again
 def _mark_visible(
     means, scales, quats, opacities, drawn_flags, num_gaussians,
     w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,

@@ -55,7 +55,7 @@ def _update(w, m, v, step_size, inverse_root_correction, eps):
     return w - step_size * m / (tl.sqrt(v) * inverse_root_correction + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_values"])  # or each new kind of number would compile it again
 def _rows_with_gradient(
     parameter, exp_avg, exp_avg_sq, ids, gradients, num_values,
     b1, b2, one_minus_b1, one_minus_b2, step_size, inverse_root_correction, eps,
@@ -73,7 +73,7 @@ def _rows_with_gradient(
     tl.store(parameter + at, _update(w, m, v, step_size, inverse_root_correction, eps), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_values"])  # or each new kind of number would compile it again
 def _rows_without(
     parameter, exp_avg, exp_avg_sq, has_gradient, num_values,
     b1, b2, one_minus_b1, one_minus_b2, step_size, inverse_root_correction, eps,

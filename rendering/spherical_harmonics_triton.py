@@ -158,7 +158,7 @@ def _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, used):
     return tl.where(column < 3, first, others)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])  # or each new kind of number would compile it again
 def _forward(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors, num_pairs,
     BANDS: tl.constexpr, ROWS: tl.constexpr,
@@ -176,7 +176,7 @@ def _forward(
         tl.store(colors + row * 3 + c, tl.maximum(color, 0.0), mask=row < num_pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])  # or each new kind of number would compile it again
 def _backward(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors,
     v_colors, v_means, v_sh0, v_shN, num_pairs,

@@ -67,4 +67,4 @@ def test_harmonics_in_two_tensors_equal_those_in_one(scene):
         return rasterize(means, quats, scales, opacities, (scene.sh0, scene.shN), *cameras, **options)
 
     for name, gradient in gradients(scene, *render(apart, scene, sh_degree=2)[:2]).items():
-        assert relative_error(gradient, together[name]) < 1e-6, name
+        assert relative_error(gradient, together[name]) < 1e-5, name  # sums on CUDA have no fixed order
