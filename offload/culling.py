@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ RELATIVE = 1e-5  # of everything else
 # Rows whose temporaries live together on the device, about 24 bytes per row of the first test and 250 of the whole.
 _REACH_CHUNK = 2**22
 _WHOLE_CHUNK = 2**20
+_CELLS_CHUNK = 2**19  # about 400 bytes per row
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,89 @@ def visible_ids_on_device(
     return ids[drawn]
 
 
+@dataclass(frozen=True)
+class CoveredCells:
+    """In which square cells of a grid over one picture each row may draw.
+
+    A row that draws in none ends in each direction before it begins. Cells are counted from the picture's corner.
+    """
+
+    cells: Tensor  # [4, V] int16: the first and the end along x, the first and the end along y
+    corners: np.ndarray  # [2, 2, columns + 1, rows + 1] int64: rows that draw, by (first, end) along x and y
+
+    def rows_in(self, left: int, right: int, top: int, bottom: int) -> Tensor:
+        """Which rows [T] may draw in these columns and rows of cells; ends not included."""
+        first_x, end_x, first_y, end_y = self.cells
+        meets = (first_x < right) & (end_x > left) & (first_y < bottom) & (end_y > top)
+        return meets.nonzero().squeeze(1)
+
+
+def covered_cells(geometry: Tensor, ids: Tensor, cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
+    """Where rows may draw, for each camera, on the CPU, in parallel.
+
+    Args:
+        geometry: [N, 12] as for `visible_ids`.
+        ids: [V] int64, the rows to look at.
+        cameras: the pictures.
+        margin: how much the rows may still move; its pixels reach beyond the rows on every side.
+        cell: width and height of a cell in pixels.
+    """
+    if len(ids) and not 0 <= ids.min() <= ids.max() < len(geometry):
+        raise ValueError(f"ids reach from {ids.min()} to {ids.max()}, but there are {len(geometry)} rows")
+    found = []
+    for viewmat, K in zip(cameras.viewmats.split(1), cameras.Ks.split(1), strict=True):
+        cells = torch.empty(4, len(ids), dtype=torch.int16)
+        corners = np.empty((4, *(end + 1 for end in _grid(cameras, cell))), np.int64)
+        _native.covered_cells(
+            _rows(geometry), ids.numpy(), viewmat.contiguous().numpy(), K.contiguous().numpy(), cameras.width,
+            cameras.height, cameras.near_plane, cameras.far_plane, cameras.eps2d, cameras.antialiased, margin.means,
+            margin.quats, margin.scales, margin.opacities, margin.pixels, cell, cells.numpy(), corners, num_threads(),
+        )  # fmt: skip
+        found.append(CoveredCells(cells, corners.reshape(2, 2, *corners.shape[1:])))
+    return found
+
+
+@torch.no_grad()
+def covered_cells_on_device(
+    means: Tensor,
+    scales: Tensor,
+    quats: Tensor,
+    opacities: Tensor,
+    ids: Tensor,
+    cameras: Cameras,
+    margin: Margin,
+    cell: int,
+) -> list[CoveredCells]:
+    """`covered_cells` with torch operations where the tensors are, as for `visible_ids_on_device`."""
+    ends = _grid(cameras, cell)
+    found = []
+    for view in _views(cameras, margin):
+        cells = torch.empty(4, len(ids), dtype=torch.int16, device=ids.device)
+        corners = torch.zeros(4, (ends[0] + 1) * (ends[1] + 1), dtype=torch.int64, device=ids.device)
+        for part in _chunks(len(ids), _CELLS_CHUNK):
+            rows = ids[part]
+            drawn, intervals = view.rectangles(means[rows], scales[rows], quats[rows], opacities[rows])
+            for (low, high), size in zip(intervals, view.size, strict=True):
+                drawn &= (high > 0) & (low < size)
+            borders = []
+            for (low, high), end in zip(intervals, ends, strict=True):
+                first_cell = (low / cell).floor().clamp(0, end).long()
+                end_cell = (high / cell).ceil().clamp(0, end).long()
+                borders.append((torch.where(drawn, first_cell, end), torch.where(drawn, end_cell, 0)))
+            (x, y) = borders
+            cells[:, part] = torch.stack([*x, *y]).short()
+            for corner, (column, row) in enumerate((column, row) for column in x for row in y):
+                where = (column * (ends[1] + 1) + row)[drawn]
+                corners[corner] += torch.bincount(where, minlength=corners.shape[1])
+        found.append(CoveredCells(cells, corners.cpu().numpy().reshape(2, 2, ends[0] + 1, ends[1] + 1)))
+    return found
+
+
+def _grid(cameras: Cameras, cell: int) -> tuple[int, int]:
+    """Columns and rows of cells that cover a picture."""
+    return -(-cameras.width // cell), -(-cameras.height // cell)
+
+
 def _views(cameras: Cameras, margin: Margin | None) -> list[_View]:
     matrices = zip(cameras.viewmats.tolist(), cameras.Ks.tolist(), strict=True)
     return [_View(viewmat, K, cameras, margin or Margin()) for viewmat, K in matrices]
@@ -260,6 +345,16 @@ class _View:
 
     def may_be_drawn(self, means: Tensor, log_scales: Tensor, quats: Tensor, logits: Tensor) -> Tensor:
         """The whole test [n]."""
+        drawn, intervals = self.rectangles(means, log_scales, quats, logits)
+        for (low, high), size in zip(intervals, self.size, strict=True):
+            drawn &= (high > 0) & (low < size)
+        return drawn
+
+    def rectangles(
+        self, means: Tensor, log_scales: Tensor, quats: Tensor, logits: Tensor
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Which rows may be drawn at all [n]; and where, in or beside the picture: low and high x [n], low and high y
+        [n], in pixels."""
         x, y, z, error = self.camera_position(means)
         drawn = (z >= self.cameras.near_plane - error) & (z <= self.cameras.far_plane + error)
         # Of the positions within the error only those behind the near plane can be drawn.
@@ -276,6 +371,7 @@ class _View:
             opacity255 = opacity255 * self.largest_compensation(*extents)
         drawn &= opacity255 >= 1
         extent = (2 * (opacity255.clamp(min=1).log() + RELATIVE)).sqrt().clamp(max=OPAQUE_EXTENT) * (1 + RELATIVE)
+        intervals = []
         for axis in range(2):
             f, c, size, slope = self.focal[axis], self.centre[axis], self.size[axis], slopes[axis]
             _, variance, rounding, change = extents[axis]
@@ -289,8 +385,8 @@ class _View:
                 + f * relative_move * (1 + slope.abs())
                 + 1e-6 * (abs(c) + size)
             )
-            drawn &= (offset + c + half > 0) & (offset + c - half < size)
-        return drawn
+            intervals.append((offset + c - half, offset + c + half))
+        return drawn, intervals
 
     def image_extent(
         self, axis: int, raw_slope: Tensor, z: Tensor, relative_move: Tensor, rotation: list[list[Tensor]],

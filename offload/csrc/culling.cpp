@@ -45,6 +45,9 @@ using Matrices3 = nb::ndarray<const float, nb::shape<-1, 3, 3>, nb::c_contig, nb
 using ConstIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Cells = nb::ndarray<int16_t, nb::shape<4, -1>, nb::c_contig, nb::device::cpu>;
+using Corners = nb::ndarray<int64_t, nb::shape<4, -1, -1>, nb::c_contig, nb::device::cpu>;
+
 constexpr int64_t kChunkBlocks = 32;  // blocks that a thread takes at once
 constexpr int64_t kChunkTiles = kChunkBlocks * kBlockTiles;
 
@@ -253,6 +256,62 @@ void write_marked(Ids bits, Ids chunk_ends, Ids ids, int threads) {
   }
 }
 
+// The cells of a grid over the picture that rows may draw in or near: cells[0] and cells[1] are the first and the end
+// along x, cells[2] and cells[3] along y. A row that draws in no cell has its first one behind the last.
+// `corners` [4, columns + 1, rows + 1] counts rows by two of these numbers: 0 and 2, 0 and 3, 1 and 2, 1 and 3.
+void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3 K, float width, float height,
+                   float near_plane, float far_plane, float eps2d, bool antialiased, float move_means,
+                   float move_quats, float move_scales, float move_opacities, float pixels, float cell_pixels,
+                   Cells cells, Corners corners, int threads) {
+  const Limits limits{width, height, near_plane, far_plane, eps2d, antialiased};
+  const Margin margin{move_means, move_quats, move_scales, move_opacities, pixels};
+  const Frustum frustum = make_frustum(viewmat.data(), K.data(), limits, margin);
+  const int64_t count = ids.shape(0), ends_x = corners.shape(1), ends_y = corners.shape(2);
+  const int64_t plane = ends_x * ends_y;
+  const int columns = static_cast<int>(ends_x) - 1, lines = static_cast<int>(ends_y) - 1;
+  const int64_t* id = ids.data();
+  const float* rows = geometry.data();
+  int16_t* to = cells.data();
+  const CullingKernels& kernels = culling_kernels();
+  // A NaN is in all cells, for the rasterizer to judge.
+  const auto first_cell = [&](float low) { return low >= cell_pixels ? static_cast<int>(low / cell_pixels) : 0; };
+  const auto end_cell = [&](float high, int end) {
+    return high <= end * cell_pixels ? static_cast<int>(std::ceil(high / cell_pixels)) : end;
+  };
+  (void)threads;
+  nb::gil_scoped_release release;
+  std::fill_n(corners.data(), 4 * plane, 0);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int64_t> found(4 * plane);
+#pragma omp for schedule(dynamic, 64)
+    for (int64_t tile = 0; tile < (count + kTileRows - 1) / kTileRows; ++tile) {
+      const int64_t first = tile * kTileRows;
+      const int size = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
+      float gathered[kTileRows * kGeometryColumns], rectangles[kTileRows][4];
+      for (int i = 0; i < size; ++i) {
+        std::copy_n(rows + kGeometryColumns * id[first + i], kGeometryColumns, gathered + kGeometryColumns * i);
+      }
+      kernels.picture_rectangles(frustum.view, gathered, size, rectangles);
+      for (int i = 0; i < size; ++i) {
+        const float *r = rectangles[i], *x = r, *y = r + 2;
+        const bool hidden = x[1] <= 0 || x[0] >= width || y[1] <= 0 || y[0] >= height;
+        const int x0 = hidden ? columns : first_cell(x[0]), x1 = hidden ? 0 : end_cell(x[1], columns);
+        const int y0 = hidden ? lines : first_cell(y[0]), y1 = hidden ? 0 : end_cell(y[1], lines);
+        const int values[4] = {x0, x1, y0, y1};
+        for (int c = 0; c < 4; ++c) to[c * count + first + i] = static_cast<int16_t>(values[c]);
+        if (hidden) continue;
+        ++found[x0 * ends_y + y0];
+        ++found[plane + x0 * ends_y + y1];
+        ++found[2 * plane + x1 * ends_y + y0];
+        ++found[3 * plane + x1 * ends_y + y1];
+      }
+    }
+#pragma omp critical
+    for (int64_t i = 0; i < 4 * plane; ++i) corners.data()[i] += found[i];
+  }
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -268,6 +327,10 @@ void bind_culling(nb::module_& module) {
              "width"_a, "height"_a, "near_plane"_a, "far_plane"_a, "eps2d"_a, "antialiased"_a, "move_means"_a,
              "move_quats"_a, "move_scales"_a, "move_opacities"_a, "pixels"_a, "bits"_a.noconvert(), "chunk_ends"_a.noconvert(),
              "threads"_a);
+  module.def("covered_cells", covered_cells, "geometry"_a.noconvert(), "ids"_a.noconvert(), "viewmat"_a, "K"_a, "width"_a,
+             "height"_a, "near_plane"_a, "far_plane"_a, "eps2d"_a, "antialiased"_a, "move_means"_a, "move_quats"_a,
+             "move_scales"_a, "move_opacities"_a, "pixels"_a, "cell_pixels"_a, "cells"_a.noconvert(),
+             "corners"_a.noconvert(), "threads"_a);
   module.def("write_marked", write_marked, "bits"_a.noconvert(), "chunk_ends"_a.noconvert(), "ids"_a.noconvert(),
              "threads"_a);
 }

@@ -185,9 +185,13 @@ inline Floats largest_compensation(const View& v, const Extent& x, const Extent&
   return root(determinant / at_least(determinant + blur - 2.0f * error, 1e-30f));
 }
 
-// True where the rectangle of an axis misses the picture's `size` pixels.
-inline Ints misses(const View& v, float focal, float centre, float size, Floats slope, const Extent& e,
-                   Floats extent, Floats relative_move) {
+// Where the rectangle of an axis lies in the picture, in pixels.
+struct Interval {
+  Floats low, high;
+};
+
+inline Interval interval(const View& v, float focal, float centre, float size, Floats slope, const Extent& e,
+                         Floats extent, Floats relative_move) {
   const Floats sigma = v.growth * (root(e.variance + e.error) + e.change);
   const Floats radius = extent * root(sigma * sigma + v.eps2d);
   // ceil(r) as floor(r) + 1, which vectorizes everywhere.
@@ -195,12 +199,16 @@ inline Ints misses(const View& v, float focal, float centre, float size, Floats 
   const Floats offset = focal * slope;
   const Floats half = __builtin_convertvector(floor + 1, Floats) + v.extra_pixels + kRelative * (radius + magnitude(offset)) +
                       focal * relative_move * (1.0f + magnitude(slope)) + 1e-6f * (std::fabs(centre) + size);
-  return (offset + centre + half <= 0.0f) | (offset + centre - half >= size);
+  return {offset + centre - half, offset + centre + half};
 }
 
-// The whole test.
-inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3],
-                         const Floats (&quat)[4], Floats logit) {
+struct Rectangle {
+  Interval x, y;
+  Ints hidden;  // drawn nowhere
+};
+
+inline Rectangle rectangle(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3],
+                           const Floats (&quat)[4], Floats logit) {
   const Position p = camera_position(v, mean);
   // Of the positions within the error only those behind the near plane can be drawn.
   const Floats z = at_least(p.z, v.near_plane), nearest = at_least(z - p.error, v.near_plane);
@@ -228,8 +236,15 @@ inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&
   if (v.antialiased) opacity255 *= largest_compensation(v, ex, ey);
   const Floats extent2 = 2.0f * (logarithm(clamp(opacity255, 1.0f, 1e6f)) + kRelative);
   const Floats extent = smallest(root(extent2), broadcast(kOpaqueExtent)) * (1.0f + kRelative);
-  return ~((opacity255 < 1.0f) | misses(v, v.fx, v.cx, v.width, slope_x, ex, extent, relative_move) |
-           misses(v, v.fy, v.cy, v.height, slope_y, ey, extent, relative_move));
+  return {interval(v, v.fx, v.cx, v.width, slope_x, ex, extent, relative_move),
+          interval(v, v.fy, v.cy, v.height, slope_y, ey, extent, relative_move), opacity255 < 1.0f};
+}
+
+// The whole test.
+inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3],
+                         const Floats (&quat)[4], Floats logit) {
+  const Rectangle r = rectangle(v, mean, log_scales, quat, logit);
+  return ~(r.hidden | (r.x.high <= 0.0f) | (r.x.low >= v.width) | (r.y.high <= 0.0f) | (r.y.low >= v.height));
 }
 
 uint64_t visible_rows(const View& view, const float* rows, int count) {
@@ -254,10 +269,28 @@ uint64_t visible_rows(const View& view, const float* rows, int count) {
   return bits;
 }
 
+void picture_rectangles(const View& view, const float* rows, int count, float (*rectangles)[4]) {
+  for (int first = 0; first < count; first += kLanes) {
+    const float* from = rows + kGeometryColumns * first;
+    Floats mean[3], log_scales[3], quat[4], logit[1];
+    load(from + kMeans, count - first, mean);
+    load(from + kScales, count - first, log_scales);
+    load(from + kQuats, count - first, quat);
+    load(from + kOpacities, count - first, logit);
+    const Rectangle r = rectangle(view, mean, log_scales, quat, logit[0]);
+    const Ints hidden = r.hidden | decide(view, mean, log_scales, logit[0]).hidden;
+    for (int lane = 0; lane < kLanes && first + lane < count; ++lane) {
+      float* to = rectangles[first + lane];
+      to[0] = r.x.low[lane], to[1] = r.x.high[lane], to[2] = r.y.low[lane], to[3] = r.y.high[lane];
+      if (hidden[lane]) to[1] = -INFINITY;
+    }
+  }
+}
+
 }  // namespace
 
 extern const CullingKernels kernels;
-const CullingKernels kernels{visible_rows};
+const CullingKernels kernels{visible_rows, picture_rectangles};
 
 }  // namespace CULLING_ISA
 }  // namespace offload
