@@ -32,6 +32,7 @@ from trainers import TRAINERS
 from training.command_line import parse
 from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, peak_bytes
+from training.memory_estimate import Footprint
 from training.run import Model, select_device
 from training.stages import StageTimes
 from training.views import View
@@ -127,6 +128,9 @@ class AerialRun:
         )
         self._views = random_views(cameras, self.num_warmup + job.steps + 1, self.device)
         self._staging_before = 0
+
+    def check_memory(self, footprint: Footprint) -> None:
+        pass  # what does not fit is found out
 
     def initial_gaussians(self) -> dict[str, Tensor]:
         parameters, self._parameters = self._parameters, {}  # not held while the trainer has its own
