@@ -10,7 +10,7 @@ to it on the device, moments and all, and make neither trip; the others are left
 
 So the host has the current state of a row unless a view on the device has it. The fetch lane reads the rows of view
 j + 1 that neither view j - 1 nor j has at once, those of view j - 1 when that has been written, and those of view j
-not at all. View j + 1 comes into the place of view j - 2, so whatever was there has been written.
+not at all. So view j - 1 has been written before view j + 2, which comes into its place, is fetched.
 
 Views are culled ahead, with a margin for what geometry may change until they are rendered (`offload/pipeline.py`).
 """
@@ -148,7 +148,7 @@ class StreamedPipeline:
         view = StreamedView(ids, self._next_slot(len(ids)))
         self._begin_step()
         with self._fetch_lane as lane:
-            lane.wait(culled, view.slot.written)
+            lane.wait(culled)
             self._read_from_host(view, absent & ~late)
             if previous is not None:
                 lane.wait(previous.slot.written)
@@ -169,7 +169,6 @@ class StreamedPipeline:
             self._kernels.step_rows(view.state(name), gradients, group.tables.step_sizes())
         view.values, view.step = {}, self.step_count
         if upcoming is not None:
-            compute.wait(upcoming.view.slot.written)
             for name in self._groups:
                 self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
             compute.uses(upcoming.sources)

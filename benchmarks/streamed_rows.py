@@ -1,0 +1,177 @@
+"""Rows between pinned host memory and the device: GB/s of the streamed trainer's kernels, by number of thread blocks.
+
+    python -m benchmarks.streamed_rows [--num_gaussians 18000000] [--blocks 16 32 64 128 256] [--quick]
+
+The rows are those that a view of the aerial scene needs, in Morton order. Fetching reads parameters and moments, 576
+bytes a row, and applies skipped steps; writing back writes as many. Beside them: large copies by the copy engines, and
+copies of runs of rows, one call each. GB/s are 10^9 bytes per second over the link, both ways together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, one_by_one
+from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.report import Report, count, number, spread
+from benchmarks.timing import Case, time_in_turns
+from errors import InputError
+from offload.catch_up import CatchUpTables
+from offload.culling import visible_ids_on_device
+from offload.host_memory import HostArray
+from offload.lanes import Lane
+from offload.row_kernels import RowState
+
+COLUMNS = 48
+ROW_BYTES = 3 * 4 * COLUMNS
+STEPS_BEFORE = 1000
+COPY_BYTES = 1 << 28
+
+
+@dataclass
+class Options(BenchmarkOptions):
+    num_gaussians: int = 18_000_000
+    """Rows in host memory, 576 bytes each."""
+    blocks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Thread blocks of a kernel."""
+    tiles: tuple[int, ...] = (512, 1024, 2048)
+    """16-byte vectors that a block moves at a time."""
+    warps: tuple[int, ...] = (4, 8)
+    """Of a block."""
+    repeats: int = 9
+    """Timed turns."""
+
+
+def view_of_aerial_scene(num_gaussians: int, device: torch.device) -> torch.Tensor:
+    """The ids [V] that one camera needs, on the device."""
+    parameters = aerial_geometry(num_gaussians, torch.Generator().manual_seed(0))
+    geometry = {name: value.to(device) for name, value in parameters.items()}
+    return visible_ids_on_device(**geometry, cameras=one_by_one(aerial_cameras(seed=0))[0])
+
+
+def host_rows(num_rows: int) -> tuple[RowState, list[HostArray]]:
+    """Rows in pinned memory that is touched by all cores and registered in parts, as the store does it."""
+    arrays = [HostArray(COLUMNS, max_rows=num_rows, pin=True) for _ in range(3)]
+    for array in arrays:
+        array.resize(num_rows)
+    return RowState(*(array.tensor for array in arrays)), arrays
+
+
+def together(*works: Callable[[], None]) -> Callable[[], None]:
+    """Work on lanes of their own, which the current lane waits for."""
+    device = torch.device("cuda")
+    lanes = [Lane.new(device) for _ in works]
+
+    def work() -> None:
+        current = Lane.current(device)
+        begin = current.record()
+        for lane, each in zip(lanes, works, strict=True):
+            with lane:
+                lane.wait(begin)
+                each()
+            current.wait(lane.record())
+
+    return work
+
+
+def copy_in_runs(source: torch.Tensor, destination: torch.Tensor, rows: int) -> Callable[[], None]:
+    """Copies of consecutive rows, one call for each run."""
+    pairs = list(zip(source.split(rows), destination.split(rows), strict=True))
+
+    def work() -> None:
+        for host, device in pairs:
+            device.copy_(host, non_blocking=True)
+
+    return work
+
+
+def main(options: Options) -> None:
+    if not torch.cuda.is_available():
+        raise InputError("This measures the link between host and GPU, and torch finds no CUDA GPU.")
+    from offload import row_kernels_triton as kernels
+
+    device = torch.device("cuda")
+    if options.quick:
+        options.num_gaussians, options.repeats, options.tiles, options.warps = 1_000_000, 3, (1024,), (8,)
+    ids = view_of_aerial_scene(options.num_gaussians, device)
+    torch.cuda.empty_cache()
+    num_rows = len(ids)
+    num_runs = int((ids.diff() != 1).sum()) + 1
+    report = Report("streamed_rows", "Rows between pinned host memory and the device", options)
+    report.say(
+        f"{num_rows:,} of {options.num_gaussians:,} rows are visible, in {num_runs:,} runs; {ROW_BYTES} bytes a row "
+        "each way."
+    )
+
+    host, _arrays = host_rows(options.num_gaussians)
+    stamps = torch.randint(0, STEPS_BEFORE, (options.num_gaussians,), dtype=torch.int32, device=device)
+    fetched, updated = (RowState(*torch.zeros(3, num_rows, COLUMNS, device=device)) for _ in range(2))
+    tables = CatchUpTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
+    for _ in range(STEPS_BEFORE):
+        tables.begin_step([1e-3])
+    places = torch.arange(num_rows, device=device)
+    gradients, sizes = torch.zeros(num_rows, COLUMNS, device=device), tables.step_sizes()
+
+    def fetch() -> None:
+        kernels.fetch_rows(host, stamps, ids, None, fetched, tables)
+
+    def write() -> None:
+        kernels.write_rows(updated, ids, None, host, stamps, STEPS_BEFORE)
+
+    up, down = (torch.empty(2, COPY_BYTES // 8, dtype=torch.float32, pin_memory=True) for _ in range(2))
+    up_device, down_device = torch.zeros_like(up, device=device), torch.zeros_like(down, device=device)
+
+    def upload() -> None:
+        up_device.copy_(up, non_blocking=True)
+
+    def download() -> None:
+        down.copy_(down_device, non_blocking=True)
+
+    columns = {"work": str, "ms": spread, "GB over the link": lambda x: number(x / 1e9), "GB/s": number}
+    table = report.table("Copies, and work on the device:", columns)
+    run_source = torch.empty(COPY_BYTES // (4 * COLUMNS), COLUMNS, pin_memory=True)
+    run_target = torch.empty_like(run_source, device=device)
+    cases = {
+        "copy to the device": (upload, up.nbytes),
+        "copy to the host": (download, up.nbytes),
+        "both copies at once": (together(upload, download), 2 * up.nbytes),
+        "Adam on the rows of a view": (lambda: kernels.step_rows(fetched, gradients, sizes), 0),
+"move all rows of a view": (lambda: kernels.move_rows(fetched, places, updated), 0),
+            lambda: kernels.move_rows(fetched, torch.arange(num_rows, device=device), updated),
+            0,
+        ),
+    }
+    for rows in (64, 512, 4096):
+        cases[f"copy to the device in runs of {rows} rows"] = (
+            copy_in_runs(run_source, run_target, rows),
+            run_source.nbytes,
+        )
+    times = time_in_turns(
+        {name: Case(work) for name, (work, _) in cases.items()}, options.repeats, warmup=2, device=device
+    )
+    for name, (_, moved) in cases.items():
+        table.add(name, times[name], moved, moved / times[name].median / 1e6)
+
+    columns = {
+        "blocks": count, "vectors": count, "warps": count,
+        "fetch, ms": spread, "GB/s, fetch": number, "write back, ms": spread, "GB/s, write back": number,
+        "both at once, ms": spread, "GB/s": number,
+    }  # fmt: skip
+    table = report.table("Kernels that read and write pinned rows:", columns)
+    moved = num_rows * ROW_BYTES
+    for kernels.TILE, kernels.WARPS, kernels.BLOCKS in product(options.tiles, options.warps, options.blocks):
+        cases = {"fetch": Case(fetch), "write": Case(write), "both": Case(together(fetch, write))}
+        times = time_in_turns(cases, options.repeats, warmup=2, device=device)
+        cells = []
+        for name, directions in (("fetch", 1), ("write", 1), ("both", 2)):
+            cells += [times[name], directions * moved / times[name].median / 1e6]
+        table.add(kernels.BLOCKS, kernels.TILE, kernels.WARPS, *cells)
+    report.write()
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)

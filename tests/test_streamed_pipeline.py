@@ -1,0 +1,201 @@
+"""The three lanes of the streamed pipeline, run in every order that their waits allow, against dense Adam."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from test_adam import APPEARANCE, EPS, DenseOracle, largest_row_error
+from torch import Tensor
+
+from offload import row_kernels, streamed_pipeline
+from offload.catch_up import CatchUpTables
+from offload.store import HostStore
+from offload.streamed_pipeline import StreamedGroup, StreamedPipeline
+
+BETAS, RATE = (0.9, 0.999), 1e-2
+CPU = torch.device("cpu")
+
+
+class Event:
+    """That a lane's first `position` tasks are done."""
+
+    def __init__(self, lane: SimulatedLane, position: int) -> None:
+        self.lane, self.position = lane, position
+
+    def happened(self) -> bool:
+        return self.lane.done >= self.position
+
+    def synchronize(self) -> None:
+        self.lane.clock.run_until(self.happened)
+
+
+class SimulatedLane:
+    """A lane whose tasks wait to be run, in the order in which they were given."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.tasks, self.done = clock, [], 0
+        clock.lanes.append(self)
+
+    def __enter__(self) -> SimulatedLane:
+        self.clock.current.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clock.current.pop()
+
+    def give(self, task: Callable[[], None], after: Event | None = None) -> None:
+        self.tasks.append((task, after))
+
+    def wait(self, *events: Event | None) -> None:
+        for event in events:
+            if event is not None:
+                self.give(lambda: None, event)
+
+    def record(self) -> Event:
+        return Event(self, len(self.tasks))
+
+    def finish(self) -> None:
+        self.record().synchronize()
+
+    def uses(self, *tensors: Tensor) -> None:
+        pass
+
+    def runnable(self) -> bool:
+        return self.done < len(self.tasks) and (self.tasks[self.done][1] is None or self.tasks[self.done][1].happened())
+
+
+class Clock:
+    """Decides which lane works next: at random, or by favour of some."""
+
+    def __init__(self, favourites: tuple[int, ...], seed: int) -> None:
+        self.favourites, self.random = favourites, random.Random(seed)
+        self.lanes: list[SimulatedLane] = []
+        self.current = [SimulatedLane(self)]  # the lane of rendering
+
+    def run_until(self, happened: Callable[[], bool]) -> None:
+        while not happened():
+            lanes = [lane for lane in self.lanes if lane.runnable()]
+            assert lanes, "the lanes wait for each other"
+            favoured = [lane for lane in lanes if self.lanes.index(lane) in self.favourites]
+            lane = self.random.choice(favoured or lanes)
+            task, _ = lane.tasks[lane.done]
+            task()
+            lane.done += 1
+
+    def kernels(self) -> object:
+        """The row kernels, done when their lane comes to them, with the tables as they were when it was told."""
+
+        class Kernels:
+            def __getattr__(_, name: str) -> Callable[..., None]:
+                def give(*arguments: object) -> None:
+                    frozen = [copy.deepcopy(x) if isinstance(x, CatchUpTables) else x for x in arguments]
+                    self.current[-1].give(lambda: getattr(row_kernels, name)(*frozen))
+
+                return give
+
+        return Kernels()
+
+
+def make_pipeline(n: int, views: list[Tensor], device: torch.device) -> tuple[StreamedPipeline, StreamedGroup]:
+    """A pipeline whose cameras are numbers of views."""
+    parameters = {"means": torch.zeros(n, 3), "sh0": torch.randn(n, 1, 3), "shN": torch.randn(n, 15, 3)}
+    store = HostStore(parameters, groups=("appearance",), max_gaussians=n, pin=device.type == "cuda")
+    group = StreamedGroup(store, "appearance", CatchUpTables(APPEARANCE, BETAS, EPS, device), lambda step: [RATE])
+    return StreamedPipeline({"appearance": group}, lambda index: views[index].to(device), device), group
+
+
+def random_views(n: int, num_views: int) -> list[Tensor]:
+    """Sorted ids of views of all sizes; rows come back after one view, two, three and many."""
+    return [torch.nonzero(torch.rand(n) < 0.5 * torch.rand(()))[:, 0] for _ in range(num_views)]
+
+
+def train(pipeline: StreamedPipeline, views: list[Tensor], oracle: DenseOracle, n: int, after: Callable[[int], None]):
+    """Steps with random gradients; now and then the next view is not known in time."""
+    for step, (ids, _) in enumerate(pairwise([*views, None])):
+        view = pipeline.fetch(step)
+        assert torch.equal(view.ids.cpu(), ids)
+        if step + 1 < len(views) and step % 7 != 6:
+            pipeline.prefetch(step + 1)
+        gradients = torch.randn(len(ids), 48)
+        view.values["appearance"].grad = gradients.to(view.ids.device)
+        pipeline.update()
+        dense = torch.zeros(n, 48)
+        dense[ids] = gradients
+        oracle.step(dense, RATE * APPEARANCE[0].double())
+        after(step)
+
+
+@pytest.mark.parametrize("favourites", [(), (0,), (2,), (3,), (0, 2), (0, 3)], ids=str)  # 2 fetches and 3 writes
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
+    torch.manual_seed(seed)
+    n, views = 60, random_views(60, 40)
+    clock = Clock(favourites, seed)
+    monkeypatch.setattr(streamed_pipeline, "kernels_of", lambda device: clock.kernels())
+    monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
+    monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)
+    monkeypatch.setattr(streamed_pipeline, "Lane", SimulatedLane)
+    pipeline, group = make_pipeline(n, views, CPU)
+    oracle = DenseOracle(group.host().parameters.clone(), BETAS)
+
+    def check(step: int) -> None:
+        if step % 9 == 8:
+            pipeline.finish()  # in the midst of training, with a view on its way
+        if step % 20 == 19:
+            rows = pipeline.read("appearance", torch.arange(n))
+            clock.current[0].finish()
+            assert largest_row_error(rows, oracle.state()[0]) < 1e-5
+
+    train(pipeline, views, oracle, n, check)
+    pipeline.hand_over(None)
+    for actual, expected in zip(group.host().tensors(), oracle.state(), strict=True):
+        assert largest_row_error(actual, expected) < 1e-5
+    assert (group.store.last_step == len(views)).all()
+
+
+def test_rows_counted_as_travelling(monkeypatch):
+    views = [torch.tensor(ids) for ids in ([0, 1, 2], [1, 2, 5], [2], [0, 2])]
+    pipeline, _ = make_pipeline(8, views, CPU)
+    for index in range(len(views)):
+        view = pipeline.fetch(index)
+        if index + 1 < len(views):
+            pipeline.prefetch(index + 1)
+        view.values["appearance"].grad = torch.zeros(len(view.ids), 48)
+        pipeline.update()
+    # 9 rows are rendered, of which 2, 1 and 1 stay from one view to the next.
+    assert pipeline.link_bytes == 2 * 576 * (9 - 4)
+
+
+@pytest.mark.cuda
+def test_lanes_on_a_gpu_are_dense_adam():
+    """Large views, so that kernels of all lanes are under way at once."""
+    torch.manual_seed(0)
+    device, n = torch.device("cuda"), 1_000_000
+    views = [(torch.rand(n) < 0.15).nonzero()[:, 0] for _ in range(30)]
+    pipeline, group = make_pipeline(n, views, device)
+    expected = group.host().parameters.clone().to(device).requires_grad_()
+    adam = torch.optim.Adam([expected], lr=RATE, betas=BETAS, eps=EPS, fused=True)
+    for step, ids in enumerate(views):
+        view = pipeline.fetch(step)
+        if step + 1 < len(views):
+            pipeline.prefetch(step + 1)
+        gradients = torch.randn(len(ids), 48, device=device)
+        view.values["appearance"].grad = gradients
+        pipeline.update()
+        expected.grad = torch.zeros_like(expected)
+        expected.grad[view.ids] = gradients
+        expected.grad[:, 3:] *= 1  # the same learning rate for all columns below
+        adam.step()
+    pipeline.hand_over(None)
+    state = adam.state[expected]
+    for actual, moment in zip(group.host().tensors()[1:], (state["exp_avg"], state["exp_avg_sq"]), strict=True):
+        torch.testing.assert_close(actual.to(device), moment, rtol=1e-4, atol=1e-9)
+    sh0 = slice(0, 3)  # the columns that have the learning rate of the schedule
+    torch.testing.assert_close(
+        group.host().parameters[:, sh0].to(device), expected.detach()[:, sh0], rtol=1e-4, atol=1e-4
+    )
