@@ -177,14 +177,14 @@ class AerialRun:
 
 
 def random_views(cameras: AerialCameras, num_views: int, device: torch.device) -> list[View]:
-    """Cameras with random photos; all views share 4 of them."""
+    """Cameras with random photos; all views share 2 of them, as many as training has on the device at a time."""
     generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(4)]
+    images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(2)]
     views = []
     for index in torch.randint(len(cameras.viewmats), (num_views,), generator=generator).tolist():
         viewmats, Ks = cameras.viewmats[index : index + 1], cameras.Ks[index : index + 1]
         view = View(
-            images=images[index % 4],
+            images=images[len(views) % 2],
             masks=None,
             viewmats=viewmats.to(device),
             Ks=Ks.to(device),

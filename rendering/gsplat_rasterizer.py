@@ -45,6 +45,8 @@ def rasterize_gsplat(
     from gsplat.cuda._wrapper import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels
 
     num_cameras = len(viewmats)
+    # Columns of wider rows are copied once, here, for projection and harmonics alike.
+    means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = fully_fused_projection(
         means, None, quats, scales, viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
         far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=opacities,
@@ -61,7 +63,8 @@ def rasterize_gsplat(
         if sh_degree is None:
             colors = colors.index_select(0, gaussian_ids)  # [nnz, D]
         else:
-            camera_positions = torch.inverse(viewmats)[:, :3, 3]  # [C, 3]
+            # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
+            camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
             colors = spherical_harmonics(sh_degree, means, camera_positions, colors, camera_ids, gaussian_ids)
         if render_mode != "RGB":
             colors = torch.cat([colors, depths[:, None]], dim=-1)
