@@ -1,0 +1,137 @@
+"""Charts as SVG text that takes its text colour from the page, so that one page serves light and dark mode.
+
+Drawn by matplotlib: an SVG has 10 to 40 kB, where an interactive library would bring megabytes of JavaScript into
+every page. Charts are 4.2 inches wide (400 px), so that their text is readable where a phone shows one per row.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from comparing.runs import Curve, Run
+
+# Colours that stand out from white and from near-black; runs and stages take them in this order.
+COLORS = ("#2f81f7", "#e8710a", "#1f9d55", "#c2478f", "#8a63d2", "#0e9aa7", "#b5891b", "#d64545", "#6b7f94")
+_INK = "#012345"  # stands for the page's text colour until the SVG is written
+_SIZE = (4.2, 2.7)  # inches
+
+
+def color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def line_chart(runs: Sequence[Run], curve: str, label: str, *, over: str) -> str | None:
+    """One line per run that has the curve, thinner from run to run, so that equal ones are seen behind each other.
+
+    Args:
+        runs: Their order gives the colours.
+        curve: Key of `Run.curves`.
+        label: Of the vertical axis.
+        over: "steps" or "seconds".
+
+    Returns:
+        SVG text; None where no run has the curve.
+    """
+    figure, axes = _figure(label)
+    drawn = 0
+    for index, run in enumerate(runs):
+        values: Curve | None = run.curves.get(curve)
+        if values is None:
+            continue
+        width = 6.0 - 4.8 * index / max(len(runs) - 1, 1)  # points
+        marker = "o" if len(values.values) < 12 else None
+        axes.plot(
+            getattr(values, over),
+            values.values,
+            color=color(index),
+            linewidth=width,
+            marker=marker,
+            markersize=width + 2,
+        )
+        drawn += 1
+    if not drawn:
+        return None
+    axes.set_xlabel("training steps" if over == "steps" else "seconds since the start")
+    return _svg(figure, f"{label} over {over}")
+
+
+def stage_bars(runs: Sequence[Run], colors: Mapping[str, str]) -> str | None:
+    """One bar per run, made of the mean milliseconds of the stages of its steps.
+
+    Args:
+        runs: Those without stages are left out.
+        colors: Of each stage.
+    """
+    runs = [run for run in runs if run.stages_ms]
+    if not runs:
+        return None
+    figure, axes = _figure("", height=0.9 + 0.55 * len(runs))
+    for row, run in enumerate(runs):
+        left = 0.0
+        for stage, milliseconds in run.stages_ms.items():
+            axes.barh(row, milliseconds, left=left, color=colors[stage], height=0.62)
+            left += milliseconds
+        axes.annotate(f" {left:.3g}", (left, row), va="center", color=_INK)
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(runs)), [_short(run.name) for run in runs])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("milliseconds per step")
+    return _svg(figure, "Stages of a step")
+
+
+def _short(name: str, most: int = 28) -> str:
+    """A name that leaves room for a bar beside it."""
+    name = name.replace("_", " ")
+    return name if len(name) <= most else "... " + name[-most + 4 :]
+
+
+def stage_colors(runs: Sequence[Run]) -> dict[str, str]:
+    """A colour for every stage that any run has, in the order in which they come in a step."""
+    stages: dict[str, None] = {}
+    for run in runs:
+        stages.update(dict.fromkeys(run.stages_ms))
+    return {stage: color(index) for index, stage in enumerate(stages)}
+
+
+def _figure(label: str, height: float = _SIZE[1]):
+    settings = {
+        "svg.fonttype": "none",  # text stays text, in the page's font
+        "svg.hashsalt": "comparison",  # the same chart gives the same file
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **{f"{part}.color": _INK for part in ("xtick", "ytick", "text")},
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK,
+        "axes.grid": True,
+        "grid.color": _INK,
+        "grid.alpha": 0.15,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_ylabel(label)
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure to stand inside a page: as wide as its place, in the page's text colour and font."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", svg)
+    referenced = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in referenced else "", svg)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{title}"', svg, count=1)

@@ -1,0 +1,223 @@
+"""Runs trainer scripts one after the other, each in a fresh process, and says how each of them ended."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from benchmarks.machine import describe_machine
+from comparing.runs import (
+    FINISHED,
+    LAUNCH,
+    Launch,
+    differing_options,
+    is_complete,
+    is_finished,
+    read_options,
+    write_launch,
+)
+from configs import Config
+from errors import InputError
+from trainers import TRAINERS, Trainer
+from training.command_line import parse
+
+FAILED, OUT_OF_MEMORY, INTERRUPTED = "failed", "out of memory", "interrupted"
+
+# In the last sentence of a trainer: torch's, the system's and our own ways to say it.
+_MEMORY = re.compile(r"out of memory|memory ran out|cannot allocate|MemoryError|only .* (is|are) free", re.IGNORECASE)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BAR = re.compile(rb"\d%\|.*\|")  # tqdm's; the last of a bar ends the line
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is wanted."""
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]  # of the Python interpreter
+    cfg: Config
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", *self.arguments])
+
+
+def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:
+    """The runs of some trainers with one scene and the same options; exits where an option cannot be read.
+
+    Args:
+        scene: As the trainer scripts take it.
+        names: Keys of `TRAINERS`; results go to folders of these names.
+        result_dir: Where those folders are.
+        passed_on: Options for the trainers. One that only some trainers have is given to those.
+
+    Raises:
+        InputError: A trainer, the scene or an option is unknown, or a folder holds a finished run with other options.
+    """
+    unknown = [name for name in names if name not in TRAINERS]
+    if unknown or not names:
+        found = unknown[0] if unknown else "nothing"
+        raise InputError(f"--trainers names {found}: choose from {', '.join(TRAINERS)}.")
+    groups = list(_option_groups(passed_on))
+    known_to = {name: _known_options(TRAINERS[name], scene) for name in names}
+    for option, _ in groups:
+        if not any(option in known for known in known_to.values()):
+            raise InputError(
+                f"--{option} is no option of compare.py, nor of the trainers {', '.join(names)}: see "
+                f"`python {TRAINERS[names[0]].path.name} {scene} --help`."
+            )
+    plans = []
+    for name in names:
+        trainer, folder = TRAINERS[name], result_dir / name
+        options = [token for option, tokens in groups if option in known_to[name] for token in tokens]
+        arguments = [scene, *options, *trainer.arguments, "--result_dir", str(folder)]
+        _, cfg = parse(trainer.load().CONFIGS, arguments, trainer.path.name)
+        plans.append(Plan(name, folder, (os.path.relpath(trainer.path), *arguments), cfg))
+    return plans
+
+
+def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
+    """Refuse to overwrite finished runs that had other options.
+
+    Raises:
+        InputError: Naming the folder and the options.
+    """
+    for wanted in plans:
+        if not is_complete(wanted.folder):
+            continue
+        differences = differing_options(read_options(wanted.folder), wanted.cfg)
+        if differences:
+            said = ", ".join(f"{name} {there} instead of {asked}" for name, (there, asked) in differences.items())
+            raise InputError(
+                f"{wanted.folder} holds a finished run with other options ({said}): choose another --result_dir, or "
+                "give --force to replace it."
+            )
+
+
+def _option_groups(tokens: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each option's name, as its field is called, and its tokens: ["--max_steps", "5"]."""
+    group: list[str] = []
+    for token in [*tokens, "--"]:
+        if token.startswith("--"):
+            if group:
+                name = group[0].removeprefix("--").partition("=")[0].replace("-", "_")
+                yield name, group
+            group = [token]
+        elif not group:
+            raise InputError(f"{token!r} belongs to no option: name the scene first, then options.")
+        else:
+            group.append(token)
+
+
+def _known_options(trainer: Trainer, scene: str) -> set[str]:
+    configs = trainer.load().CONFIGS
+    if scene not in configs:
+        raise InputError(f"Scene {scene!r} is unknown: choose one of {', '.join(configs)}.")
+    names = {item.name for item in fields(configs[scene])}
+    return names | {f"no_{name}" for name in names}  # tyro's way to switch an option off
+
+
+class Interruption:
+    """Ctrl-C, SIGTERM and a closed terminal while trainers run: told to the running trainer, and remembered.
+
+    A trainer has a session of its own, so that it is told once: it ends its step and saves. At a second Ctrl-C it
+    stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+
+
+def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]) -> Launch:
+    """Run a trainer to its end; everything it prints but its progress goes to log.txt in its result folder.
+
+    Args:
+        wanted: What to run. Statistics, log and renderings of an earlier run in its folder are removed.
+        interruption: Told of the process.
+        show: Called with each line of progress.
+    """
+    for name in ("stats", "tb", "renders"):
+        shutil.rmtree(wanted.folder / name, ignore_errors=True)
+    (wanted.folder / LAUNCH).unlink(missing_ok=True)
+    wanted.folder.mkdir(parents=True, exist_ok=True)
+    with open(wanted.folder / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *wanted.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        interruption.process = process
+        if interruption.requested:  # came between the last check and now
+            process.send_signal(signal.SIGINT)
+        last_line = ""
+        for line, is_progress in _lines(process.stdout):
+            show(line)
+            if not is_progress:
+                log.write(line + "\n")
+                last_line = line.strip() or last_line
+        exit_code = process.wait()
+        interruption.process = None
+    status, message = _outcome(exit_code, last_line, whole=is_finished(wanted.folder, wanted.cfg))
+    result = Launch(
+        command=wanted.command,
+        status=status,
+        message=message,
+        exit_code=exit_code,
+        date=datetime.datetime.now().isoformat(" ", "seconds"),
+        machine=describe_machine(),
+    )
+    write_launch(wanted.folder, result)
+    return result
+
+
+def _outcome(exit_code: int, last_line: str, *, whole: bool) -> tuple[str, str]:
+    """Status and, unless it finished, a sentence."""
+    if exit_code == 0 and whole:
+        return FINISHED, ""
+    if exit_code == -signal.SIGKILL:
+        return OUT_OF_MEMORY, "Killed by the system, most likely since host memory ran out."
+    if exit_code in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM):
+        return INTERRUPTED, last_line
+    return OUT_OF_MEMORY if _MEMORY.search(last_line) else FAILED, last_line
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
+    """Lines of a program, and whether each is one of a progress bar, which the next one overwrites."""
+    rest = b""
+    while chunk := stream.read1(65536):
+        *parts, rest = re.split(rb"(\r\n|\n|\r)", rest + chunk)
+        for text, end in zip(parts[::2], parts[1::2], strict=True):
+            if text.strip():
+                yield text.decode(errors="replace"), end == b"\r" or _BAR.search(text) is not None
+    if rest:
+        yield rest.decode(errors="replace"), False

@@ -1,0 +1,229 @@
+"""Writes a comparison of runs: comparison.md, comparison.json and comparison.html, which needs no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from benchmarks.machine import sentence
+from comparing import charts
+from comparing.pictures import AMPLIFIED, compared_views
+from comparing.runs import FINISHED, Run
+
+NAME = "comparison"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One column of the table."""
+
+    key: str  # of `Run.figures`
+    title: str
+    show: Callable[[float], str]
+    digits: int | None = None  # of the difference to the first run, for figures compared by that and not by ratio
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+FIGURES = (
+    Figure("psnr", "PSNR", lambda value: f"{value:.2f} dB", digits=2),
+    Figure("ssim", "SSIM", lambda value: f"{value:.4f}", digits=4),
+    Figure("lpips", "LPIPS", lambda value: f"{value:.4f}", digits=4),
+    Figure("num_GS", "Gaussians", lambda value: f"{value:,}"),
+    Figure("elapsed_seconds", "wall time", _duration),
+    Figure("ms_per_step", "time per step", lambda value: f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"),
+    Figure("peak_device_bytes_allocated", "device memory allocated", _gigabytes),
+    Figure("peak_device_bytes_reserved", "device memory reserved", _gigabytes),
+    Figure("peak_host_bytes", "host memory", _gigabytes),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is reported."""
+
+    title: str
+    runs: Sequence[Run]
+    command: str
+    date: str
+    machine: dict[str, object]  # where the report is made
+
+    @property
+    def first(self) -> Run:
+        """The run that the others are compared with."""
+        return self.runs[0]
+
+
+def ratio(run: Run, first: Run, key: str) -> float | None:
+    """A figure over that of the first run; None where there is no sense in it."""
+    value, reference = run.figures.get(key), first.figures.get(key)
+    return None if value is None or not reference else value / reference
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write all three files; each replaces the one before only when it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"json": as_json(comparison), "md": as_markdown(comparison), "html": as_html(comparison)}
+    paths = []
+    for suffix, text in texts.items():
+        path = folder / f"{NAME}.{suffix}"
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+        paths.append(path)
+    return paths
+
+
+def as_json(comparison: Comparison) -> str:
+    runs = []
+    for run in comparison.runs:
+        content = {**asdict(run), "folder": str(run.folder)}
+        content["pictures"] = {name: str(path) for name, path in run.pictures.items()}
+        content["ratios"] = {figure.key: ratio(run, comparison.first, figure.key) for figure in FIGURES}
+        runs.append(content)
+    content = {
+        "title": comparison.title,
+        "date": comparison.date,
+        "command": comparison.command,
+        "machine": comparison.machine,
+        "complete": all(run.status == FINISHED for run in comparison.runs),
+        "runs": runs,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def cells(run: Run, first: Run) -> list[str]:
+    """The texts of a run's figures, with its difference or ratio to the first run in brackets."""
+    texts = []
+    for figure in FIGURES:
+        value = run.figures.get(figure.key)
+        if value is None:
+            texts.append("-")
+            continue
+        text = figure.show(value)
+        reference = first.figures.get(figure.key)
+        if run is not first and reference:
+            difference = round(value - reference, figure.digits or 0) + 0.0  # and not -0
+            text += f" ({value / reference:.2f}x)" if figure.digits is None else f" ({difference:+.{figure.digits}f})"
+        texts.append(text)
+    return texts
+
+
+def status_of(run: Run) -> str:
+    return run.status if run.status == FINISHED or not run.steps else f"{run.status}, figures of step {run.steps}"
+
+
+def as_markdown(comparison: Comparison) -> str:
+    heads = ["run", "status", "steps", *(figure.title for figure in FIGURES)]
+    lines = [f"# {comparison.title}", "", comparison.date, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for run in comparison.runs:
+        row = [run.name, status_of(run), f"{run.steps:,}", *cells(run, comparison.first)]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", EXPLANATION]
+    for run in comparison.runs:
+        if run.message:
+            lines += ["", f"{run.name}: {run.status}. {run.message}"]
+    stages = {run.name: run.stages_ms for run in comparison.runs if run.stages_ms}
+    if stages:
+        names = list(charts.stage_colors(comparison.runs))
+        lines += ["", "Mean milliseconds of each stage of a step:", ""]
+        lines += [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for name, times in stages.items():
+            row = (f"{times[stage]:.2f}" if stage in times else "" for stage in names)
+            lines.append(f"| {name} | {' | '.join(row)} |")
+    lines += ["", "## Machine", "", *(f"{machine}\n" for machine in machines(comparison)), "## Commands", "", "```bash"]
+    lines += [comparison.command, *(f"# {run.name}\n{run.command}" for run in comparison.runs if run.command), "```"]
+    return "\n".join(lines) + "\n"
+
+
+EXPLANATION = (
+    "In brackets: the difference to the first run for PSNR, SSIM and LPIPS, the ratio to it for all else. Wall time "
+    "runs from the start of training to its statistics, evaluations included. Time per step is the mean of the steps "
+    "since the statistics before, without evaluation and saving. Memory is the peak of the process."
+)
+
+
+def machines(comparison: Comparison) -> list[str]:
+    """Where the runs were made, one sentence per machine; runs started by hand do not say."""
+    found: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        if run.machine:
+            found.setdefault(sentence(run.machine), []).append(run.name)
+    if len(found) == 1 and sum(map(len, found.values())) == len(comparison.runs):
+        return [f"{machine}." for machine in found]
+    unknown = [run.name for run in comparison.runs if not run.machine and run.options]
+    return [
+        *(f"{', '.join(names)}: {machine}." for machine, names in found.items()),
+        *([f"Not recorded: {', '.join(unknown)}."] if unknown else []),
+        f"This report: {sentence(comparison.machine)}.",
+    ]
+
+
+def as_html(comparison: Comparison) -> str:
+    folder = Path(__file__).parent
+    page = Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(default=True), trim_blocks=True)
+    runs = [
+        {
+            "run": run,
+            "color": charts.color(index),
+            "status": status_of(run),
+            "cells": list(zip([figure.title for figure in FIGURES], cells(run, comparison.first), strict=True)),
+        }
+        for index, run in enumerate(comparison.runs)
+    ]
+    stages = charts.stage_colors(comparison.runs)
+    return page.get_template("page.html").render(
+        comparison=comparison,
+        runs=runs,
+        finished=FINISHED,
+        figures=FIGURES,
+        explanation=EXPLANATION,
+        charts=line_charts(comparison.runs),
+        stages=stages,
+        stage_chart=charts.stage_bars(comparison.runs, stages),
+        views=compared_views(comparison.runs),
+        amplified=AMPLIFIED,
+        options=differing(comparison.runs),
+        machines=machines(comparison),
+    )
+
+
+def line_charts(runs: Sequence[Run]) -> list[str]:
+    """All charts of curves that any run has."""
+    wanted = [
+        ("loss", "training loss", "steps"),
+        ("loss", "training loss", "seconds"),
+        ("psnr", "PSNR of test views, dB", "steps"),
+        ("psnr", "PSNR of test views, dB", "seconds"),
+        ("num_GS", "Gaussians", "steps"),
+        ("device_allocated_GiB", "device memory, GiB, peak so far", "seconds"),
+        ("device_reserved_GiB", "device memory reserved, GiB", "seconds"),
+        ("host_GiB", "host memory, GiB, peak so far", "seconds"),
+    ]
+    drawn = (
+        charts.line_chart(runs, curve, label, over=over)
+        for curve, label, over in wanted
+        if not curve.startswith("device") or any(any(run.curves[curve].values) for run in runs if curve in run.curves)
+    )
+    return [chart for chart in drawn if chart]
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[object]]:
+    """Options that are not the same in all runs, with each run's value ('' where it has none)."""
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    values = {name: [run.options.get(name, "") for run in runs] for name in names if name != "result_dir"}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}

@@ -1,0 +1,230 @@
+"""Reads result folders of training runs: what they were asked to do, how far they came, and what they measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from configs import Config
+from errors import InputError
+
+FINISHED, NOT_RUN = "finished", "not run"
+LAUNCH = "launch.json"  # what compare.py knows of a run that it started
+
+# TensorBoard tags that become curves, by the name the report gives them.
+CURVES = {
+    "loss": "train/loss",
+    "num_GS": "train/num_GS",
+    "psnr": "val/psnr",
+    "device_allocated_GiB": "memory/device_allocated_GiB",
+    "device_reserved_GiB": "memory/device_reserved_GiB",
+    "host_GiB": "memory/host_GiB",
+}
+TRAIN_FIGURES = (
+    "num_GS",
+    "elapsed_seconds",
+    "peak_device_bytes_allocated",
+    "peak_device_bytes_reserved",
+    "peak_host_bytes",
+)
+VAL_FIGURES = ("psnr", "ssim", "lpips")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How compare.py started a run, and how that ended."""
+
+    command: str
+    status: str
+    message: str
+    exit_code: int
+    date: str
+    machine: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value over the steps, and over the seconds since the run began to write its log."""
+
+    steps: list[int]
+    seconds: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result folder."""
+
+    name: str
+    folder: Path
+    status: str = NOT_RUN
+    message: str = ""  # why it did not finish
+    command: str = ""  # empty where it is not known
+    machine: dict[str, object] | None = None
+    options: dict[str, object] = field(default_factory=dict)  # cfg.yml
+    steps: int = 0  # that the statistics are of
+    figures: dict[str, float | int | None] = field(default_factory=dict)  # as in the statistics, and ms_per_step
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    staging_allocations: int | None = None
+    curves: dict[str, Curve] = field(default_factory=dict)
+    pictures: dict[str, Path] = field(default_factory=dict)  # by test view: photo and rendering side by side
+
+
+def last_step(options: Mapping[str, object]) -> int:
+    """Steps that a run with these options (of cfg.yml) does."""
+    return int(options["max_steps"] * options.get("steps_scaler", 1.0))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder holds the whole of the run that wrote its cfg.yml.
+
+    The statistics of the last step must be there, and be that run's: compare.py has seen it finish, or they are newer
+    than cfg.yml, which every run writes when it starts.
+    """
+    options = read_options(folder)
+    if options is None:
+        return False
+    files = [folder / "stats" / f"{kind}_step{last_step(options)}.json" for kind in ("train", "val")]
+    if any(_read_json(file) is None for file in files):
+        return False
+    launch = read_launch(folder)
+    if launch is not None:
+        return launch.status == FINISHED
+    began = (folder / "cfg.yml").stat().st_mtime_ns
+    return all(file.stat().st_mtime_ns >= began for file in files)
+
+
+def is_finished(folder: Path, cfg: Config) -> bool:
+    """Whether the folder holds the whole of a run with these options."""
+    return is_complete(folder) and not differing_options(read_options(folder), cfg)
+
+
+def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, tuple[object, object]]:
+    """Options of a cfg.yml that are not those asked for, with both values.
+
+    The folder's own name does not count, and what an older version wrote nothing of was as its default is now.
+    """
+    wanted, default = (yaml.safe_load(yaml.safe_dump(asdict(values))) for values in (cfg, type(cfg)()))
+    there = {**default, **options}
+    names = sorted(there.keys() - {"result_dir"})
+    return {name: (there[name], wanted.get(name)) for name in names if there[name] != wanted.get(name)}
+
+
+def read_options(folder: Path) -> dict[str, object] | None:
+    """cfg.yml; None where it is missing or damaged."""
+    try:
+        options = yaml.safe_load((folder / "cfg.yml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return options if isinstance(options, dict) and "max_steps" in options else None
+
+
+def read_launch(folder: Path) -> Launch | None:
+    content = _read_json(folder / LAUNCH)
+    try:
+        return None if content is None else Launch(**content)
+    except TypeError:
+        return None
+
+
+def write_launch(folder: Path, launch: Launch) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LAUNCH).write_text(json.dumps(asdict(launch), indent=2) + "\n")
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """All that a result folder tells; what is missing or damaged stays empty.
+
+    Raises:
+        InputError: The folder is no result folder.
+    """
+    options = read_options(folder)
+    if options is None:
+        raise InputError(f"{folder} has no readable cfg.yml: give result folders of trainer scripts.")
+    launch = read_launch(folder)
+    train_step, train = _latest(folder, "train", last_step(options))
+    val_step, val = _latest(folder, "val", last_step(options))
+    finished = train_step == val_step == last_step(options)
+    if launch is None:
+        launch = Launch("", FINISHED if finished else "unfinished", "", 0, "", {})
+    curves = _read_curves(folder)
+    stages = train.get("stages_ms") or _mean_of_logged_stages(curves)
+    return Run(
+        name=name,
+        folder=folder,
+        status=launch.status,
+        message=launch.message,
+        command=launch.command,
+        machine=launch.machine or None,
+        options=options,
+        steps=max(train_step, val_step),
+        figures={
+            **{key: train.get(key) for key in TRAIN_FIGURES},
+            **{key: val.get(key) for key in VAL_FIGURES},
+            "num_GS": train.get("num_GS", val.get("num_GS")),
+            "ms_per_step": sum(stages.values()) if stages else None,
+        },
+        stages_ms=stages,
+        staging_allocations=train.get("staging_allocations"),
+        curves={key: curves[tag] for key, tag in CURVES.items() if tag in curves},
+        pictures={
+            image["name"]: path
+            for index, image in enumerate(val.get("images", []))
+            if (path := folder / "renders" / f"val_step{val_step}_{index:04d}.png").is_file()
+        },
+    )
+
+
+def _latest(folder: Path, kind: str, last: int) -> tuple[int, dict]:
+    """The highest step up to `last` that has readable statistics, and those; step 0 where there are none."""
+    steps = []
+    for path in (folder / "stats").glob(f"{kind}_step*.json"):
+        number = path.stem.removeprefix(f"{kind}_step")
+        if number.isdecimal() and int(number) <= last:
+            steps.append(int(number))
+    for step in sorted(steps, reverse=True):
+        content = _read_json(folder / "stats" / f"{kind}_step{step}.json")
+        if content is not None:
+            return step, content
+    return 0, {}
+
+
+def _read_curves(folder: Path) -> dict[str, Curve]:
+    """Every scalar of the last log in tb/, by tag."""
+    logs = sorted((folder / "tb").glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+    if not logs:
+        return {}
+    accumulator = EventAccumulator(str(logs[-1]), size_guidance={SCALARS: 0})  # 0: all of them
+    accumulator.Reload()
+    curves = {}
+    for tag in accumulator.Tags()["scalars"]:
+        events = accumulator.Scalars(tag)
+        curves[tag] = Curve(
+            steps=[event.step for event in events],
+            seconds=[event.wall_time - accumulator.FirstEventTimestamp() for event in events],
+            values=[event.value for event in events],
+        )
+    return curves
+
+
+def _mean_of_logged_stages(curves: Mapping[str, Curve]) -> dict[str, float]:
+    prefix = "stages_ms/"
+    return {
+        tag.removeprefix(prefix): sum(curve.values) / len(curve.values)
+        for tag, curve in curves.items()
+        if tag.startswith(prefix)
+    }
+
+
+def _read_json(path: Path) -> dict | None:
+    """None where the file is missing or was cut off while it was written."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

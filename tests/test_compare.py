@@ -1,0 +1,328 @@
+"""compare.py: all trainers in fresh processes, and reports that say what the run folders say, whatever happened."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import yaml
+
+import compare
+import simple_trainer
+import simple_trainer_hybrid_optimized
+from comparing import launch as launching
+from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
+from comparing.runs import LAUNCH, TRAIN_FIGURES, VAL_FIGURES, is_complete, is_finished, read_run
+from datasets.synthetic import write_city_block
+from errors import InputError
+from trainers import TRAINERS
+
+ROOT = Path(compare.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def city_block(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    return data_dir
+
+
+def run_compare(monkeypatch, *arguments: object) -> int:
+    """compare.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    return stop.value.code
+
+
+def report_of(folder: Path) -> dict:
+    """comparison.json, when the page and the Markdown tell the same and need nothing from outside."""
+    content = json.loads((folder / "comparison.json").read_text())
+    page, markdown = (folder / "comparison.html").read_text(), (folder / "comparison.md").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)|(src|href)=[^"]|url\((?!#)|@import', page)
+    for run in content["runs"]:
+        assert f"| {run['name']} | {run['status']}" in markdown
+        assert f">{run['status']}" in page
+        assert run["command"] in markdown
+    assert not list(folder.glob("*.partial"))
+    return content
+
+
+def test_all_trainers_on_the_demo_scene(monkeypatch, city_block, tmp_path, capsys):
+    options = ("demo", "--data_dir", city_block, "--result_dir", tmp_path, "--device", "cpu", "--max_steps", 100)
+    options = (*options, "--log_every", 10, "--eval_steps", 50)
+    assert run_compare(monkeypatch, *options) == 0
+    report = report_of(tmp_path)
+    assert report["complete"]
+    assert [run["name"] for run in report["runs"]] == list(TRAINERS)
+    first = report["runs"][0]
+    for run in report["runs"]:
+        folder = tmp_path / run["name"]
+        train = json.loads((folder / "stats/train_step100.json").read_text())
+        val = json.loads((folder / "stats/val_step100.json").read_text())
+        assert run["figures"] == {
+            **{key: train[key] for key in TRAIN_FIGURES},
+            **{key: val[key] for key in VAL_FIGURES},
+            "ms_per_step": sum(train["stages_ms"].values()),
+        }
+        assert run["stages_ms"] == train["stages_ms"]
+        assert run["options"] == yaml.safe_load((folder / "cfg.yml").read_text())
+        assert run["curves"]["loss"]["steps"] == list(range(10, 101, 10))
+        assert run["curves"]["psnr"]["steps"] == [50, 100]
+        assert run["curves"]["psnr"]["values"][-1] == pytest.approx(val["psnr"], rel=1e-6)
+        assert all(second >= 0 for second in run["curves"]["loss"]["seconds"])
+        assert run["ratios"]["psnr"] == run["figures"]["psnr"] / first["figures"]["psnr"]
+        assert run["figures"]["psnr"] == pytest.approx(first["figures"]["psnr"], abs=0.1)
+    assert first["ratios"]["ms_per_step"] == 1.0
+    printed = capsys.readouterr().out
+    assert all(f"] {name}: finished, PSNR" in printed for name in TRAINERS)
+
+    # Finished runs are not repeated, and not replaced by runs with other options.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/stats/*")}
+    assert run_compare(monkeypatch, *options) == 0
+    assert run_compare(monkeypatch, *options, "--seed", 1) == 2
+    assert "seed 42 instead of 1" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/stats/*")} == before
+
+    # Two of the folders, from another report.
+    runs = (tmp_path / "gpu_only", tmp_path / "baseline")
+    assert run_compare(monkeypatch, "--runs", *runs, "--result_dir", tmp_path / "again") == 0
+    again = report_of(tmp_path / "again")["runs"]
+    assert [run["figures"] for run in again] == [run["figures"] for run in report["runs"][:2]]
+
+
+def test_a_failure_and_ctrl_c_leave_a_correct_partial_report(city_block, tmp_path):
+    (tmp_path / "gpu_only").mkdir()
+    (tmp_path / "gpu_only" / "ckpts").write_text("a file where the trainer needs a folder")
+    command = [
+        sys.executable,
+        "compare.py",
+        "demo",
+        "--data_dir",
+        city_block,
+        "--result_dir",
+        tmp_path,
+        "--device",
+        "cpu",
+    ]
+    command += ["--trainers", "gpu_only", "optimized", "baseline", "--max_steps", "100000", "--eval_steps", "5"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    evaluated = tmp_path / "optimized/stats/val_step5.json"
+    deadline = time.monotonic() + 120
+    while not evaluated.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+
+    report = report_of(tmp_path)
+    assert not report["complete"]
+    failed, interrupted, waiting = report["runs"]
+    assert failed["status"] == "failed"
+    assert "gpu_only cannot be written" in failed["message"]
+    assert failed["figures"] == {}
+    assert interrupted["status"] == "interrupted"
+    assert "Interrupted after" in interrupted["message"]
+    assert interrupted["steps"] == 5
+    assert interrupted["figures"]["psnr"] == json.loads(evaluated.read_text())["psnr"]
+    assert interrupted["figures"]["elapsed_seconds"] is not None or not list(evaluated.parent.glob("train_*"))
+    assert list((tmp_path / "optimized/ckpts").iterdir())
+    assert waiting["status"] == "not run"
+    assert not (tmp_path / "baseline").exists()
+
+
+# ------------------------------------------------------------------------------------------------- single parts
+
+
+def planned(folder: Path, code: str) -> Plan:
+    """A run of a few lines of Python in place of a trainer."""
+    return Plan("fake", folder, ("-c", code), simple_trainer.CONFIGS["default"])
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("import sys; sys.exit('Error: no such file')", "failed", "Error: no such file"),
+        ("raise MemoryError('no room')", "out of memory", "MemoryError: no room"),
+        ("import sys; sys.exit('torch.OutOfMemoryError: CUDA out of memory. Tried')", "out of memory", "torch.Out"),
+        ("import sys; sys.exit('Stopped: Device memory ran out after 5 steps')", "out of memory", "Stopped: Device"),
+        ("import os; os.kill(os.getpid(), 9)", "out of memory", "Killed by the system"),
+        ("import os; os.kill(os.getpid(), 2)", "interrupted", "KeyboardInterrupt"),
+        (
+            "print('Interrupted after 3 steps'); print('train: 3%|##   | 3/100', end='\\r')",
+            "interrupted",
+            "Interrupted",
+        ),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_how_a_trainer_ended(tmp_path, code, status, message):
+    with Interruption() as interruption:
+        result = launch(planned(tmp_path, code), interruption, lambda line: None)
+    assert (result.status, result.message[: len(message)]) == (status, message)
+    assert json.loads((tmp_path / LAUNCH).read_text())["status"] == status
+
+
+def test_progress_is_shown_and_kept_out_of_the_log(tmp_path):
+    code = "print('\\rtrain:  1%|  | 1/2\\rtrain: 2%|# | 2/2\\nStep 2: PSNR 20 dB', end='')"
+    shown = []
+    with Interruption() as interruption:
+        launch(planned(tmp_path, code), interruption, shown.append)
+    assert shown == ["train:  1%|  | 1/2", "train: 2%|# | 2/2", "Step 2: PSNR 20 dB"]
+    assert (tmp_path / "log.txt").read_text() == "Step 2: PSNR 20 dB\n"
+
+
+def test_a_trainer_is_told_once_of_each_ctrl_c(tmp_path):
+    code = """
+import os, signal, time
+def tell(number, frame): print("told", flush=True)
+signal.signal(signal.SIGINT, tell)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(1)
+"""
+    with Interruption() as interruption:
+        launch(planned(tmp_path, code), interruption, lambda line: None)
+    assert interruption.requested
+    assert (tmp_path / "log.txt").read_text() == "told\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_options_go_to_the_trainers_that_have_them(tmp_path):
+    names = ("gpu_only", "optimized", "optimized_geometry_on_host")
+    passed_on = ["--max_steps", "7", "--test_every", "-1", "--test_after", "3", "--geometry", "device", "--antialiased"]
+    gpu_only, optimized, on_host = plan("default", names, tmp_path, passed_on)
+    assert isinstance(optimized.cfg, simple_trainer_hybrid_optimized.HybridConfig)
+    assert (optimized.cfg.geometry, on_host.cfg.geometry) == ("device", "host")
+    for each in (gpu_only, optimized, on_host):
+        assert (each.cfg.max_steps, each.cfg.test_every, each.cfg.antialiased) == (7, -1, True)
+        assert Path(each.cfg.result_dir) == tmp_path / each.name
+        assert str(tmp_path / each.name) in each.command
+    assert "--geometry" not in gpu_only.arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere",), "Scene 'nowhere' is unknown"),
+        (("demo", "--trainers", "fastest"), "--trainers names fastest"),
+        (("demo", "--trainers", "gpu_only", "--geometry", "host"), "--geometry is no option"),
+        (("demo", "--max_stepss", "5"), "--max_stepss is no option"),
+        (("demo", "--runs", "."), "--runs trains nothing"),
+        (("--runs", "."), "has no readable cfg.yml"),
+        ((), "Scene '' is unknown"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(monkeypatch, tmp_path, capsys, arguments, said):
+    assert run_compare(monkeypatch, *arguments, "--result_dir", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
+    """A result folder as a trainer writes it, with two statistics."""
+    cfg = simple_trainer.CONFIGS["default"].__class__(max_steps=steps, result_dir=str(folder), **options)
+    (folder / "stats").mkdir(parents=True)
+    (folder / "renders").mkdir()
+    (folder / "cfg.yml").write_text(yaml.safe_dump(asdict(cfg)))
+    for step in (10, steps):
+        train = {"num_GS": 5, "elapsed_seconds": 2.0 * step, "peak_host_bytes": 10**9, "stages_ms": {"render": 1.5}}
+        images = [{"name": f"{name}.png", "psnr": 20.0} for name in "ab"]
+        val = {"num_GS": 5, "psnr": 20.0 + step, "ssim": 0.5, "lpips": None, "images": images}
+        for kind, content in (("train", train), ("val", val)):
+            (folder / f"stats/{kind}_step{step}.json").write_text(json.dumps(content))
+    for index in range(2):
+        picture = np.full((6, 16, 3), 100 + index, np.uint8)
+        imageio.imwrite(folder / f"renders/val_step{steps}_{index:04d}.png", picture)
+    return Plan(folder.name, folder, ("-c", "pass"), cfg)
+
+
+def test_what_finished_means(tmp_path):
+    done = write_run(tmp_path / "run")
+    assert is_finished(done.folder, done.cfg)
+    other = write_run(tmp_path / "other", seed=7)
+    assert not is_finished(done.folder, other.cfg)
+    with pytest.raises(InputError, match="seed 42 instead of 7"):
+        check_nothing_is_lost([Plan("run", done.folder, (), other.cfg)])
+
+    # A run that began after the statistics were written has not finished yet.
+    later = time.time() + 100
+    os.utime(done.folder / "cfg.yml", (later, later))
+    assert not is_complete(done.folder)
+
+    for name in ("train_step30.json", "val_step30.json"):
+        damaged = write_run(tmp_path / name)
+        (damaged.folder / "stats" / name).write_text('{"psnr": 2')
+        assert not is_complete(damaged.folder)
+        (damaged.folder / "stats" / name).unlink()
+        assert not is_complete(damaged.folder)
+    check_nothing_is_lost([Plan("run", damaged.folder, (), other.cfg)])
+
+
+def test_an_option_that_an_older_version_did_not_have_was_at_its_default(tmp_path):
+    done = write_run(tmp_path / "run")
+    options = yaml.safe_load((done.folder / "cfg.yml").read_text())
+    del options["near_plane"]
+    (done.folder / "cfg.yml").write_text(yaml.safe_dump(options))
+    later = time.time() + 100
+    for file in (done.folder / "stats").iterdir():
+        os.utime(file, (later, later))
+    assert is_finished(done.folder, done.cfg)
+    done.cfg.near_plane = 0.5
+    assert not is_finished(done.folder, done.cfg)
+
+
+def test_a_damaged_folder_gives_what_is_left(tmp_path):
+    folder = write_run(tmp_path / "run").folder
+    (folder / "stats/train_step30.json").write_text("")
+    (folder / "renders/val_step30_0000.png").unlink()
+    (folder / "tb").mkdir()
+    (folder / "tb/events.out.tfevents.1").write_bytes(b"not a log")
+    run = read_run("run", folder)
+    assert (run.status, run.steps) == ("unfinished", 30)
+    assert run.figures["psnr"] == 50.0
+    assert run.figures["elapsed_seconds"] == 20.0
+    assert list(run.pictures) == ["b.png"]
+    assert run.curves == {}
+
+
+def test_runs_that_differ_in_everything_are_reported(monkeypatch, tmp_path):
+    first, second = write_run(tmp_path / "one/run"), write_run(tmp_path / "two/run", steps=20, seed=3)
+    imageio.imwrite(second.folder / "renders/val_step20_0000.png", np.zeros((3, 8, 3), np.uint8))  # another scale
+    (second.folder / "renders/val_step20_0001.png").write_bytes(b"damaged")
+    assert run_compare(monkeypatch, "--runs", first.folder, second.folder, "--result_dir", tmp_path / "report") == 0
+    runs = json.loads((tmp_path / "report/comparison.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == [str(first.folder), str(second.folder)]
+    assert runs[1]["ratios"]["psnr"] == 40.0 / 50.0
+    assert runs[1]["ratios"]["lpips"] is None
+    page = (tmp_path / "report/comparison.html").read_text()
+    assert "<td>seed</td><td>42</td><td>3</td>" in page
+    assert "-10.00" in page  # decibels
+
+
+def test_names_of_folders_cannot_break_the_page(monkeypatch, tmp_path):
+    folder = write_run(tmp_path / "<script>alert(1)").folder
+    assert run_compare(monkeypatch, "--runs", folder, "--result_dir", tmp_path / "report") == 0
+    assert "<script>" not in (tmp_path / "report/comparison.html").read_text()
+
+
+def test_the_memory_sentences_of_the_trainers_are_known():
+    for sentence in (
+        "Stopped: Growing from 5 to 9 Gaussians needs 3 GiB and only 2 GiB are free: set --max_gaussians.",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "Stopped: Device memory ran out after 7 steps with 9 Gaussians: set --max_gaussians.",
+    ):
+        assert launching._outcome(1, sentence, whole=False)[0] == "out of memory"
+    assert launching._outcome(2, "Error: data/x does not exist", whole=False)[0] == "failed"
