@@ -68,6 +68,12 @@ class Config(DensificationRules):
     """Folder that receives checkpoints, statistics, renderings and logs."""
     ckpt: str = ""
     """Evaluate this checkpoint instead of training."""
+    resume: bool = False
+    """Continue from the newest valid checkpoint in result_dir; start from the beginning where there is none."""
+    save_every: str = "15m"
+    """Save a checkpoint to resume from after so many steps (500) or so much time (90s, 15m, 2h); 0 for never."""
+    keep: int = 2
+    """How many of those stay, the newest ones; 0 keeps all. Checkpoints of save_steps and the last always stay."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU."""
     seed: int = 42

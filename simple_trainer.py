@@ -49,7 +49,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.evaluate_checkpoint(render, gaussians)
             return
 
-        for step, view in run.steps(gaussians, render):
+        for step, view in run.steps(gaussians, densification, render):
             # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
             sh_degree = schedules.sh_degree(cfg, step)
             colors, _, info = render_view(

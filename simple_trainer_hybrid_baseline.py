@@ -56,7 +56,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.evaluate_checkpoint(render, gaussians)
             return
 
-        for step, view in run.steps(gaussians, render):
+        for step, view in run.steps(gaussians, densification, render):
             # Every Gaussian is tested against the cameras; the rows in view are gathered and sent to the device.
             rows = gaussians.fetch(cameras_of(view, cfg))
             run.times.mark("fetch")

@@ -57,7 +57,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.evaluate_checkpoint(render, gaussians)
             return
 
-        for step, view in run.steps(gaussians, render):
+        for step, view in run.steps(gaussians, densification, render):
             # The rows of this view are on the device already, but for the first one and after densification.
             rows = gaussians.fetch(cameras_of(view, cfg))
             run.times.mark("fetch")

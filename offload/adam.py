@@ -12,8 +12,10 @@ counters). Adam: Kingma & Ba, arXiv 1412.6980, as in `torch.optim.Adam`.
 `offload/adam_reference.py` is the same in plain torch.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -73,6 +75,9 @@ class DeferredAdam:
         self._rates = np.zeros(self.columns, np.float32)
         self._eps = self._previous_eps = eps
 
+        # What `begin_step` has changed in the tables: where, and what was there.
+        self._unchanged = slice(0, 0), np.zeros((0, self.schedules), np.float32), np.zeros((0, self.schedules))
+
         ratio = b1 / math.sqrt(b2)
         window = math.ceil(math.log(NEGLIGIBLE) / math.log(ratio)) if ratio > 0 else 1
         self._ratio_powers = ratio ** np.arange(window, 0, -1, dtype=np.float64)  # oldest entry first
@@ -96,6 +101,61 @@ class DeferredAdam:
         self._decays = np.column_stack([decays, (powers[:, 1] - decays[:, 1]).astype(np.float32)])
         self._capacity = capacity
 
+    def tables(self) -> dict[str, Tensor]:
+        """Copies of all that later steps and catching up rows depend on, by name; a few bytes for each step so far."""
+        steps = self.step_count + 1
+        return {
+            "step_count": torch.tensor(self.step_count),
+            "betas": torch.tensor(self.betas, dtype=torch.float64),
+            "eps": torch.tensor(self.eps, dtype=torch.float64),
+            "multipliers": torch.from_numpy(self.multipliers.copy()),  # [schedules, columns]
+            "sums": torch.from_numpy(self._sums[:steps].copy()),  # [steps, schedules]
+            "before": torch.from_numpy(self._before[:steps].copy()),
+            "after": torch.from_numpy(self._after[:steps].copy()),
+        }
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Tensor], columns: slice = slice(None)) -> DeferredAdam:
+        """The optimizer that left these tables, or one of some of its columns.
+
+        Raises:
+            ValueError: They do not belong together.
+        """
+        betas = tuple(tables["betas"].tolist())
+        adam = cls(tables["multipliers"][:, columns], betas, tables["eps"].item())
+        adam.continue_from(tables)
+        return adam
+
+    def matches(self, tables: Mapping[str, Tensor]) -> bool:
+        """Whether an optimizer with the same columns, betas and learning rates left these tables."""
+        return (
+            tuple(tables["betas"].tolist()) == self.betas
+            and tables["eps"].item() == self.eps
+            and tables["multipliers"].shape == self.multipliers.shape
+            and bool((tables["multipliers"].numpy() == self.multipliers).all())
+        )
+
+    def continue_from(self, tables: Mapping[str, Tensor]) -> None:
+        """Go on after the steps that another optimizer has left.
+
+        Args:
+            tables: As `tables` gives them; with `step_count` alone no row may lag behind.
+
+        Raises:
+            ValueError: They do not belong together.
+        """
+        self.step_count = int(tables["step_count"])
+        self._eps = self.eps * self._root_correction()
+        steps = self.step_count + 1
+        if steps > self._capacity:
+            self._grow(max(steps, 2 * self._capacity))
+        if "sums" not in tables:
+            return
+        for name, table in (("sums", self._sums), ("before", self._before), ("after", self._after)):
+            if tables[name].shape != (steps, self.schedules):
+                raise ValueError(f"{name} {list(tables[name].shape)} is not [{steps}, {self.schedules}]")
+            table[:steps] = tables[name].numpy()
+
     def begin_step(self, learning_rates: Sequence[float]) -> None:
         """Begins step t = step_count + 1, in time that does not depend on N.
 
@@ -109,17 +169,29 @@ class DeferredAdam:
         if t >= self._capacity:
             self._grow(2 * self._capacity)
 
-        b1, b2 = self.betas
-        root_correction = math.sqrt(1 - b2**t)
+        b1 = self.betas[0]
+        root_correction = self._root_correction()
         rates = np.array(learning_rates, np.float64) * (root_correction / (1 - b1**t))  # [schedules]
         # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
         self._rates = (rates @ self.multipliers).astype(np.float32)  # [columns]
         self._previous_eps, self._eps = self._eps, self.eps * root_correction
 
         changed = slice(max(0, t - len(self._ratio_powers)), t)
+        self._unchanged = changed, self._before[changed].copy(), self._sums[changed].copy()
         self._before[changed] = self._after[changed]
         self._sums[changed] += self._ratio_powers[-(t - changed.start) :, None] * rates
         self._after[changed] = self._sums[changed]
+
+    def undo_step(self) -> None:
+        """Takes `begin_step` back; no row may have been committed since, and it cannot be done twice in a row."""
+        changed, before, sums = self._unchanged
+        self._after[changed], self._before[changed], self._sums[changed] = self._before[changed], before, sums
+        self._eps = self._previous_eps
+        self.step_count -= 1
+
+    def _root_correction(self) -> float:
+        """sqrt(1 - b2^t); 1 before the first step, when there are no moments to correct."""
+        return math.sqrt(1 - self.betas[1] ** self.step_count) if self.step_count else 1.0
 
     def commit(
         self,

@@ -7,7 +7,7 @@ so nothing is copied and nobody waits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,7 @@ class CatchUpTables:
         self._ratio_powers = powers.to(device)
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
+        self._unchanged = 0, self.sums[:, :0]  # what `begin_step` has changed, from where on, and what was there
 
     @property
     def columns(self) -> int:
@@ -81,8 +82,57 @@ class CatchUpTables:
         self.eps = self._eps * root_correction
         self._rates = [rate * root_correction / (1 - b1**t) for rate in learning_rates]
         first = max(0, t - len(self._ratio_powers))
+        self._unchanged = first, self.sums[:, first:t].clone()
         for sums, rate in zip(self.sums, self._rates, strict=True):
             sums[first:t].add_(self._ratio_powers[len(self._ratio_powers) - (t - first) :], alpha=rate)
+
+    def undo_step(self) -> None:
+        """Take `begin_step` back; it cannot be done twice in a row."""
+        first, unchanged = self._unchanged
+        self.sums[:, first : self.step] = unchanged
+        self.step -= 1
+        self.eps = self._eps * (math.sqrt(1 - self.betas[1] ** self.step) if self.step else 1.0)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Copies on the host of what catching up rows depends on, named as by `DeferredAdam.tables`."""
+        sums = self.sums[:, : self.step + 1].T.cpu().contiguous()  # [steps, schedules]
+        return {
+            "step_count": torch.tensor(self.step),
+            "betas": torch.tensor(self.betas, dtype=torch.float64),
+            "eps": torch.tensor(self._eps, dtype=torch.float64),
+            "multipliers": self.multipliers.cpu(),
+            "sums": sums,
+            "before": sums.float(),
+            "after": sums.float(),
+        }
+
+    def matches(self, tables: Mapping[str, Tensor]) -> bool:
+        """Whether an optimizer with the same columns, betas and learning rates left these tables."""
+        return (
+            tuple(tables["betas"].tolist()) == self.betas
+            and tables["eps"].item() == self._eps
+            and torch.equal(tables["multipliers"], self.multipliers.cpu())
+        )
+
+    def continue_from(self, tables: Mapping[str, Tensor]) -> None:
+        """Go on after the steps that another optimizer has left.
+
+        Args:
+            tables: As `tables` gives them; with `step_count` alone no row may lag behind.
+
+        Raises:
+            ValueError: They do not belong together.
+        """
+        self.step = int(tables["step_count"])
+        self.eps = self._eps * (math.sqrt(1 - self.betas[1] ** self.step) if self.step else 1.0)
+        steps = self.step + 1
+        if steps > self.sums.shape[1]:
+            self._grow(max(steps, 2 * self.sums.shape[1]))
+        if "sums" not in tables:
+            return
+        if tables["sums"].shape != (steps, len(self.multipliers)):
+            raise ValueError(f"sums {list(tables['sums'].shape)} is not [{steps}, {len(self.multipliers)}]")
+        self.sums[:, :steps] = tables["sums"].T.to(self.sums.device)
 
     def step_sizes(self) -> StepSizes:
         """Of step t, computed on the current stream."""

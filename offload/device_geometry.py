@@ -92,6 +92,11 @@ class DeviceGeometry:
                 eps=self.eps,
             )
 
+    def arrays_by_name(self) -> dict[str, Tensor]:
+        """Parameters and moments under the names of `offload.state`; not copied."""
+        arrays = {"parameters": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {f"{array}/{name}": value for array, values in arrays.items() for name, value in values.items()}
+
     @property
     def device(self) -> torch.device:
         return self.parameters["means"].device

@@ -11,6 +11,7 @@ from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, visible_ids
 from offload.host_memory import HostArray
 from offload.schedules import schedules_of
+from offload.state import State, copy_current
 from offload.store import HostStore
 from offload.transfer import RowTransfer
 
@@ -92,6 +93,27 @@ class HostGaussians(HostStore):
             gradients.index_fill_(0, self._ids, 0.0)
         self.steps_done += 1
         self.step = self.steps_done
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, as `offload.state` describes it: views of the store."""
+        return {"step_count": torch.tensor(self.steps_done), **self.arrays_by_name()}
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+        copy_current(self.arrays_by_name(), state)
+        for adam in self._adams.values():
+            adam.continue_from({"step_count": state["step_count"]})
+        self.steps_done = self.step = int(state["step_count"])
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended.
+
+        Raises:
+            RuntimeError: It has been applied in part.
+        """
+        if any(adam.step_count != self.steps_done for adam in self._adams.values()):
+            raise RuntimeError("the step had been applied in part")
+        self._rows = {}
 
     def _cull(self, cameras: Cameras) -> Tensor:
         geometry = self.groups["geometry"].parameters.tensor

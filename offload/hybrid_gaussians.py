@@ -13,7 +13,9 @@ from offload.culling import BlockBounds, Cameras, Margin, visible_ids
 from offload.device_geometry import GEOMETRY, DeviceGeometry
 from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds, largest_drift, largest_step
 from offload.schedules import schedules_of
+from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore
+from offload.upcoming import upcoming_state, upcoming_view
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
 
@@ -60,12 +62,14 @@ class HybridGaussians:
         self._device_geometry: DeviceGeometry | None = None
         self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
         self._stores: dict[str, HostStore] = {}
+        self._adams: dict[str, DeferredAdam] = {}
         names = ("appearance",) if geometry == "device" else ("geometry", "appearance")
         groups = {}
         for name in names:
             store = HostStore(parameters, groups=(name,), max_gaussians=max_gaussians, pin=device.type == "cuda")
             multipliers, rates = schedules_of(store.groups[name], learning_rates, means_lr)
-            groups[name] = RowGroup(store, name, DeferredAdam(multipliers, betas, eps), rates)
+            self._adams[name] = DeferredAdam(multipliers, betas, eps)
+            groups[name] = RowGroup(store, name, self._adams[name], rates)
             self._stores[name] = store
         if geometry == "device":
             self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
@@ -139,6 +143,44 @@ class HybridGaussians:
         else:
             geometry = self._named("geometry", self._pipeline.read("geometry", None))
         return {**geometry, **self._named("appearance", self._pipeline.read("appearance", None))}
+
+    # ------------------------------------------------------------------------------------------- to be continued
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, as `offload.state` describes it: views of the stores.
+
+        With the next view, as far as it has been found ahead.
+        """
+        self._pipeline.finish()
+        state = {"step_count": torch.tensor(self.steps_done), **upcoming_state(self._pipeline.upcoming)}
+        for place in self._places():
+            state.update(place.arrays_by_name())
+        for name, store in self._stores.items():
+            state[f"last_step/{name}"] = store.last_step
+            state.update({f"deferral/{name}/{key}": table for key, table in self._adams[name].tables().items()})
+        return state
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+        self.steps_done = int(state["step_count"])
+        for name, store in self._stores.items():
+            load_deferred(store, name, self._adams[name], state)
+        if self._device_geometry is not None:
+            copy_current(self._device_geometry.arrays_by_name(), state)
+            self._device_geometry.step_count = self.steps_done
+        self._bounds = None
+        self._pipeline.continue_with(upcoming_view(state, self.device))
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended.
+
+        Raises:
+            RuntimeError: It has been applied in part.
+        """
+        self._pipeline.undo_step()
+        if any(adam.step_count != self.steps_done for adam in self._adams.values()):
+            raise RuntimeError("the step had been applied in part")
+        self._rows, self._geometry_rows, self._geometry_sums = None, {}, {}
 
     # ---------------------------------------------- what densification asks (training.densification.GaussianStore)
 

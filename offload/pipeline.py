@@ -213,6 +213,8 @@ class RowPipeline:
         self._step_begun = False
         self._ahead: Future[_Ahead] | None = None
         self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
+        self._applied = False  # whether gradients of the present view may have reached the rows
+        self._found: ViewIds | None = None  # of the next view, found before training was interrupted
 
     @property
     def staging_allocations(self) -> int:
@@ -224,10 +226,11 @@ class RowPipeline:
         ahead = self._prepared()
         if ahead is None:
             self.finish()
-            view = self._find(cameras)
+            view, self._found = self._found or self._find(cameras), None
         else:
             view = ahead.following.view
         self._present = _Present(view, {name: group.adam.columns for name, group in self._groups.items()})
+        self._applied = False
         return view
 
     def fetch(self) -> PartRows:
@@ -275,6 +278,7 @@ class RowPipeline:
         self._settle()
         present, gradients = self._present, self._gradients()
         self._begin_step()
+        self._applied = True
         alone, shared = present.divide()
         slots, host_ids = present.slots[present.part.host_rows[shared]], self._rows.host_ids
         downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
@@ -294,6 +298,7 @@ class RowPipeline:
         self._settle()
         present, gradients = self._present, self._gradients()
         self._begin_step()
+        self._applied = True
         remain = torch.ones(len(present.view.host_ids), dtype=torch.bool)  # [V] not committed at once
         if present.slots is not None:
             self._add_shared(present, gradients)
@@ -318,6 +323,41 @@ class RowPipeline:
         """Commit all gradients; afterwards the host holds everything. Values forwarded ahead stay good."""
         self._prepared()
         self._settle()
+
+    @property
+    def upcoming(self) -> ViewIds | None:
+        """The next view, where it has been found ahead; between steps."""
+        ahead = self._prepared()
+        return self._found if ahead is None else ahead.following.view
+
+    def continue_with(self, upcoming: ViewIds | None) -> None:
+        """Take this for the next view, which was found ahead before training was interrupted.
+
+        Culling anew might find other rows. The picture would be the same, but a row that is committed with a gradient
+        of zero rounds differently from one that is deferred.
+        """
+        self._found = upcoming
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended; the next one begins with the same view.
+
+        Raises:
+            RuntimeError: Gradients have reached some rows already.
+        """
+        with contextlib.suppress(Exception):
+            self._prepared()
+        if self._present is None:
+            return
+        if self._applied:
+            raise RuntimeError("the step had been applied in part")
+        self._settle()
+        if self._step_begun:
+            for group in self._groups.values():
+                group.adam.undo_step()
+                group.store.step = group.adam.step_count
+        self._found = self._present.view
+        self._step_begun = False
+        self._ahead = self._rows = self._present = None
 
     def read(self, name: str, host_ids: Tensor | None) -> Tensor:
         """Copies of the current values of rows [V, columns] (None: all) on the host; the store is left as it is."""

@@ -28,6 +28,15 @@ def group_shapes(group: str, sh_degree: int) -> dict[str, tuple[int, ...]]:
     return {"sh0": (1, 3), "shN": ((sh_degree + 1) ** 2 - 1, 3)}
 
 
+def group_columns(group: str, sh_degree: int) -> dict[str, slice]:
+    """Columns of each parameter in a group's rows."""
+    columns, first = {}, 0
+    for name, shape in group_shapes(group, sh_degree).items():
+        columns[name] = slice(first, first + math.prod(shape))
+        first = columns[name].stop
+    return columns
+
+
 def num_columns(group: str, sh_degree: int) -> int:
     """Columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes."""
     values = sum(math.prod(shape) for shape in group_shapes(group, sh_degree).values())
@@ -130,6 +139,15 @@ class HostStore:
             name: view for group in self.groups.values() for name, view in group.named(group.parameters.tensor).items()
         }
 
+    def arrays_by_name(self) -> dict[str, Tensor]:
+        """Views of the stored parameters and moments, under the names of `offload.state`."""
+        return {
+            f"{array}/{name}": view
+            for group in self.groups.values()
+            for array, rows in zip(("parameters", "exp_avg", "exp_avg_sq"), group.arrays, strict=True)
+            for name, view in group.named(rows.tensor).items()
+        }
+
     def read(self, name: str) -> Tensor:
         """The stored values of one parameter: a view of the rows."""
         return self.snapshot()[name]
@@ -229,14 +247,8 @@ class HostStore:
 
 
 def _empty_group(group: str, sh_degree: int, max_rows: int, pin: bool) -> Group:
-    columns, first = {}, 0
-    shapes = group_shapes(group, sh_degree)
-    for name, shape in shapes.items():
-        width = math.prod(shape)
-        columns[name] = slice(first, first + width)
-        first += width
     arrays = (HostArray(num_columns(group, sh_degree), max_rows=max_rows, pin=pin) for _ in range(3))
-    return Group(columns, shapes, *arrays)
+    return Group(group_columns(group, sh_degree), group_shapes(group, sh_degree), *arrays)
 
 
 def _words(array: HostArray) -> np.ndarray:

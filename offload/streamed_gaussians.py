@@ -12,6 +12,7 @@ from offload.culling import Cameras, Margin
 from offload.device_geometry import GEOMETRY, DeviceGeometry
 from offload.pipeline import largest_step
 from offload.schedules import schedules_of
+from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore
 from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
 
@@ -60,8 +61,8 @@ class StreamedGaussians:
             parameters, groups=("appearance",), max_gaussians=max_gaussians, pin=device.type == "cuda"
         )
         multipliers, rates = schedules_of(self._appearance, learning_rates, means_lr)
-        tables = CatchUpTables(multipliers, betas, eps, device)
-        groups = {"appearance": StreamedGroup(self._store, "appearance", tables, rates)}
+        self._tables = CatchUpTables(multipliers, betas, eps, device)
+        groups = {"appearance": StreamedGroup(self._store, "appearance", self._tables, rates)}
         self._pipeline = StreamedPipeline(groups, self._cull, device)
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -129,6 +130,44 @@ class StreamedGaussians:
     def snapshot(self) -> dict[str, Tensor]:
         """The current values of the six parameter tensors; a copy of what is on the host."""
         return {**self._geometry.parameters, **self._appearance.named(self._pipeline.read_all("appearance"))}
+
+    # ------------------------------------------------------------------------------------------- to be continued
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, as `offload.state` describes it: views of the store.
+
+        With the next view, as far as it has been found ahead.
+        """
+        self._pipeline.finish()
+        state = {
+            "step_count": torch.tensor(self.steps_done),
+            **self._geometry.arrays_by_name(),
+            **self._store.arrays_by_name(),
+            "last_step/appearance": self._pipeline.stamps("appearance"),
+        }
+        state.update({f"deferral/appearance/{key}": table for key, table in self._tables.tables().items()})
+        if self._pipeline.upcoming_ids is not None:
+            state["upcoming/ids"] = self._pipeline.upcoming_ids
+        return state
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+        self.steps_done = self._geometry.step_count = int(state["step_count"])
+        copy_current(self._geometry.arrays_by_name(), state)
+        load_deferred(self._store, "appearance", self._tables, state)
+        upcoming = state.get("upcoming/ids")
+        self._pipeline.continue_with(None if upcoming is None else upcoming.to(self._rendering_device, copy=True))
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended.
+
+        Raises:
+            RuntimeError: It has been applied in part.
+        """
+        self._pipeline.undo_step(self.steps_done)
+        if self._tables.step != self.steps_done:
+            raise RuntimeError("the step had been applied in part")
+        self._geometry_rows = {}
 
     # ---------------------------------------------- what densification asks (training.densification.GaussianStore)
 

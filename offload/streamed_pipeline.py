@@ -103,8 +103,10 @@ class StreamedPipeline:
         self._previous: StreamedView | None = None  # updated last
         self._present: StreamedView | None = None
         self._upcoming: _Upcoming | None = None
+        self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
         self._host_lacks_previous = False  # whether rows of the previous view live in the upcoming one only
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
+        self._applied = False  # whether gradients of the present view may have reached its rows
         self._rows_rendered = 0
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
@@ -116,7 +118,7 @@ class StreamedPipeline:
         compute = Lane.current(self._device)
         if self._upcoming is None:
             self.finish()
-            ids = self._cull(cameras)
+            ids, self._found_ids = self._cull(cameras) if self._found_ids is None else self._found_ids, None
             view = StreamedView(ids, self._next_slot(len(ids)))
             compute.wait(self._fetch_lane.record())  # the tables
             self._read_from_host(view, None)
@@ -127,7 +129,7 @@ class StreamedPipeline:
             compute.wait(view.fetched)
             compute.uses(view.ids)
         view.values = {name: view.state(name).parameters.detach().requires_grad_() for name in self._groups}
-        self._present = view
+        self._present, self._applied = view, False
         self._rows_rendered += len(view.ids)
         return view
 
@@ -162,6 +164,7 @@ class StreamedPipeline:
         view, upcoming, compute = self._present, self._upcoming, Lane.current(self._device)
         if upcoming is None:
             self._begin_step()
+        self._applied = True
         for name, group in self._groups.items():
             gradients = view.values[name].grad
             if gradients is None:  # nothing was drawn
@@ -187,6 +190,31 @@ class StreamedPipeline:
             self._write_to_host(self._previous, None)
             self._host_lacks_previous = False
         self._write_lane.finish()
+
+    @property
+    def upcoming_ids(self) -> Tensor | None:
+        """The next view's rows [V], where they have been found ahead; between steps."""
+        return self._found_ids if self._upcoming is None else self._upcoming.view.ids
+
+    def continue_with(self, upcoming_ids: Tensor | None) -> None:
+        """Take these rows for the next view; they were found ahead before training was interrupted."""
+        self._found_ids, self._upcoming = upcoming_ids, None
+
+    def undo_step(self, steps_done: int) -> None:
+        """Forget the step after so many; the next one begins with the same view.
+
+        Raises:
+            RuntimeError: Gradients have reached some rows already.
+        """
+        if self._present is None:
+            return
+        if self._applied:
+            raise RuntimeError("the step had been applied in part")
+        self._found_ids, self._present, self._upcoming = self._present.ids, None, None
+        for group in self._groups.values():
+            if group.tables.step > steps_done:
+                group.tables.undo_step()
+                group.store.step = group.tables.step
 
     @property
     def step_count(self) -> int:
@@ -217,6 +245,10 @@ class StreamedPipeline:
         for first, last in _chunks(len(out)):
             out[first:last] = self.read(name, torch.arange(first, last, device=self._device)).cpu()
         return out
+
+    def stamps(self, name: str) -> Tensor:
+        """Step of each row's last update, [N] int32."""
+        return self._stamps(self._groups[name])
 
     def hand_over(self, ids: Tensor | None) -> None:
         """Let the stores be read and changed by others, until the next view is fetched.

@@ -1,5 +1,6 @@
 """Checkpoints and PLY files: what is read is what was written, and damaged files are refused in a sentence."""
 
+import os
 import struct
 
 import numpy as np
@@ -14,6 +15,10 @@ from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.ply import load_ply, save_ply
 
 TRANSFORM = np.diag([2.0, 2.0, 2.0, 1.0]) + 0.125
+
+
+def with_parameters(steps: int, gaussians: dict[str, torch.Tensor]) -> Checkpoint:
+    return Checkpoint(steps, TRANSFORM, {f"parameters/{name}": value for name, value in gaussians.items()})
 
 
 def some_gaussians(num_gaussians: int = 50, sh_degree: int = 3) -> dict[str, torch.Tensor]:
@@ -64,7 +69,7 @@ def test_ply_has_the_layout_of_the_3dgs_viewers(tmp_path):
 
 def test_checkpoint_round_trip(tmp_path):
     gaussians = some_gaussians()
-    save_checkpoint(tmp_path / "a.pt", Checkpoint(7, gaussians, TRANSFORM))
+    save_checkpoint(tmp_path / "a.pt", with_parameters(7, gaussians))
     loaded = load_checkpoint(tmp_path / "a.pt")
     assert_same(loaded.gaussians, gaussians)
     assert loaded.steps == 7
@@ -76,21 +81,22 @@ def test_views_are_saved_alone(tmp_path):
     gaussians = some_gaussians(50)
     rows = torch.randn(100_000, 48)
     views = {**gaussians, "sh0": rows[:50, :3].view(50, 1, 3), "shN": rows[:50, 3:].view(50, 15, 3)}
-    save_checkpoint(tmp_path / "a.pt", Checkpoint(7, views, TRANSFORM))
+    save_checkpoint(tmp_path / "a.pt", with_parameters(7, views))
     assert (tmp_path / "a.pt").stat().st_size < 50_000
     assert_same(load_checkpoint(tmp_path / "a.pt").gaussians, views)
 
 
-def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "replace"])
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, Checkpoint(7, some_gaussians(), TRANSFORM))
+    save_checkpoint(path, with_parameters(7, some_gaussians()))
 
     def full_disk(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(os, call, full_disk)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, Checkpoint(8, some_gaussians(), TRANSFORM))
+        save_checkpoint(path, with_parameters(8, some_gaussians()))
     assert load_checkpoint(path).steps == 7
     assert list(tmp_path.iterdir()) == [path]
 
@@ -108,7 +114,7 @@ def damaged_checkpoints(content: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "pickle", "header only"])
 def test_damaged_checkpoints_are_refused(tmp_path, damage):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, Checkpoint(7, some_gaussians(), TRANSFORM))
+    save_checkpoint(path, with_parameters(7, some_gaussians()))
     path.write_bytes(damaged_checkpoints(path.read_bytes())[damage])
     with pytest.raises(InputError, match=r"a\.pt"):
         load_checkpoint(path)

@@ -1,10 +1,26 @@
-"""Checkpoints: the Gaussians as they stand after some number of steps."""
+"""The file format of checkpoints: written block by block, checked by checksums, read without running any code in it.
+
+    16 bytes   MAGIC
+    28 bytes   version uint32, place and length of the header uint64, CRC-32 of the header, CRC-32 of all before this
+    ...        the tensors, one after the other, each from a multiple of 64 bytes on; little-endian
+    ...        the header, JSON: steps, sequence, periodic, transform, options and, of each tensor, its dtype, shape,
+               place, rows per block and the CRC-32 of each block
+
+Files of version 1, which hold the six parameters only, are torch's own archives; they can still be evaluated.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
+import math
+import mmap
 import os
-import pickle
-from dataclasses import dataclass
+import struct
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +28,20 @@ import torch
 from torch import Tensor
 
 from errors import InputError
+from offload.state import ARRAYS, current_values
 from training.gaussians import PARAMETER_NAMES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MAGIC = b"3DGS checkpoint\n"
+PROLOGUE = struct.Struct("<16sIQQI")  # magic, version, place of the header, its length, its CRC-32
+PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
+ALIGNMENT = 64
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "int32": torch.int32, "int64": torch.int64}
+DTYPES |= {"uint8": torch.uint8, "bool": torch.bool}
+MAX_STEPS = 10_000_000  # tables grow with the steps
+THREADS = min(os.cpu_count() or 1, 16)
+MEMORY_SHARE = 40  # blocks under way take at most this part of what is written; a block may stand twice
+SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 8 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -22,68 +49,288 @@ class Checkpoint:
     """What a checkpoint file holds."""
 
     steps: int  # training steps done
-    gaussians: dict[str, Tensor]  # as `training.gaussians.initial_gaussians`, on the CPU
     transform: np.ndarray  # [4, 4] similarity from the dataset's coordinates to the model's
+    state: Mapping[str, Tensor]  # as `offload.state`, and more that a run needs to go on; read as views of the file
+    options: Mapping[str, object] = field(default_factory=dict)  # of the run
+    sequence: int = 0  # larger than that of all checkpoints that lay in the folder before
+    periodic: bool = False  # whether later ones may take its place
+
+    @property
+    def gaussians(self) -> dict[str, Tensor]:
+        """The six parameter tensors as `training.gaussians.initial_gaussians`, after the last step."""
+        return current_values(self.state)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it holds what training goes on from, not the parameters alone."""
+        return "step_count" in self.state
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the file appears under its name only when it is complete and on disk.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written; a file that was there before is as it was.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(
-                {
-                    "version": FORMAT_VERSION,
-                    "step": checkpoint.steps,
-                    "splats": {name: _compact(value.cpu()) for name, value in checkpoint.gaussians.items()},
-                    "transform": torch.from_numpy(np.asarray(checkpoint.transform, np.float64)),
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    PartialCheckpoint(path, checkpoint).publish()
 
 
-def _compact(value: Tensor) -> Tensor:
-    """The tensor in memory of its own size: torch saves all that a view is a view of."""
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+class PartialCheckpoint:
+    """A file that holds a checkpoint but does not bear its name yet, since it may not have reached the disk."""
+
+    def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Copy everything into a file beside the final one; the state may change as soon as this returns.
+
+        Raises:
+            OSError: The file cannot be written; none is left.
+        """
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _write(self._file, checkpoint)
+        except BaseException:
+            self.discard()
+            raise
+
+    def publish(self) -> None:
+        """Wait until the file is on disk, then give it its name, in place of a file that had it.
+
+        Raises:
+            OSError: The disk does not take it; a file that had the name is as it was.
+        """
+        try:
+            os.fsync(self._file)
+            os.replace(self._partial, self.path)
+        except BaseException:
+            self.discard()
+            raise
+        os.close(self._file)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Remove the file."""
+        os.close(self._file)
+        self._partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of a tensor, and where they lie in the file."""
+
+    rows: Tensor
+    place: int
+
+
+def _write(file: int, checkpoint: Checkpoint) -> None:
+    state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
+    _check_rows(state)
+    total = sum(tensor.nbytes for tensor in state.values())
+    free = os.fstatvfs(file)
+    if total > free.f_bavail * free.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    block_bytes = min(max(total // MEMORY_SHARE // THREADS, SMALLEST_BLOCK), LARGEST_BLOCK)
+
+    entries, end = {}, PROLOGUE_BYTES
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
+        for name, tensor in state.items():
+            place = -(-end // ALIGNMENT) * ALIGNMENT
+            row_bytes = tensor.nbytes // max(len(tensor), 1)
+            block_rows = max(block_bytes // max(row_bytes, 1), 1)
+            blocks = [
+                _Block(tensor[first : first + block_rows], place + first * row_bytes)
+                for first in range(0, len(tensor), block_rows)
+            ]
+            entries[name] = {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(checkpoint.state[name].shape),
+                "place": place,
+                "block_rows": block_rows,
+                "crc32": threads.map(lambda block: _write_block(file, block), blocks),
+            }
+            end = place + tensor.nbytes
+        for entry in entries.values():
+            entry["crc32"] = list(entry["crc32"])
+    header = {
+        "steps": checkpoint.steps,
+        "sequence": checkpoint.sequence,
+        "periodic": checkpoint.periodic,
+        "transform": np.asarray(checkpoint.transform, np.float64).tolist(),
+        "options": dict(checkpoint.options),
+        "tensors": entries,
+    }
+    content = json.dumps(header).encode()
+    _write_all(file, content, end)
+    prologue = PROLOGUE.pack(MAGIC, FORMAT_VERSION, end, len(content), zlib.crc32(content))
+    _write_all(file, prologue + struct.pack("<I", zlib.crc32(prologue)), 0)
+
+
+def _check_rows(state: Mapping[str, Tensor]) -> None:
+    """Refuse to write Gaussians of which a failed change has reached some tensors only."""
+    arrays = (f"{array}/{name}" for array in ARRAYS for name in PARAMETER_NAMES)
+    if len({len(state[array]) for array in arrays if array in state}) > 1:
+        raise RuntimeError("the Gaussians' tensors have different numbers of rows")
+
+
+def _write_block(file: int, block: _Block) -> int:
+    """Write a block and return its CRC-32."""
+    content = memoryview(block.rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    _write_all(file, content, block.place)
+    return zlib.crc32(content)
+
+
+def _write_all(file: int, content: bytes | memoryview, place: int) -> None:
+    written = 0
+    while written < len(content):
+        written += os.pwrite(file, content[written:], place + written)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class DamagedError(InputError):
+    """A checkpoint that is incomplete or not what was written."""
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint without running any code in it.
+    """Read a checkpoint and compare all of it with its checksums. Tensors are views of the file.
 
     Raises:
         InputError: There is no such file, it is damaged, or it was written by a newer version.
     """
+    checkpoint, blocks = _open_checkpoint(path)
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
+        if not all(threads.map(lambda block: zlib.crc32(block[0]) == block[1], blocks)):
+            raise _damaged(path)
+    if not _indices_fit(checkpoint):
+        raise _damaged(path)
+    return checkpoint
+
+
+def _indices_fit(checkpoint: Checkpoint) -> bool:
+    """Whether what is used as places in tables and as numbers of rows lies in them."""
+    state = checkpoint.state
+    stamps = (tensor for name, tensor in state.items() if name.startswith("last_step/"))
+    if any(int(end) not in range(checkpoint.steps + 1) for tensor in stamps for end in tensor.aminmax()):
+        return False
+    ids = state.get("upcoming/ids", torch.zeros(0, dtype=torch.int64))
+    if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids[1:] <= ids[:-1]).any()):
+        return False
+    return len(ids) == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < len(state["parameters/means"]))
+
+
+def peek_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without comparing its tensors with their checksums.
+
+    Raises:
+        InputError: As `load_checkpoint`, as far as it is seen.
+    """
+    return _open_checkpoint(path)[0]
+
+
+def _damaged(path: Path) -> DamagedError:
+    return DamagedError(f"{path} is not a complete checkpoint of this suite: choose another.")
+
+
+def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
+    """A checkpoint, and all blocks of its tensors with the checksums that they should have."""
     if not path.is_file():
         raise InputError(f"Checkpoint {path} does not exist: give --ckpt a file such as ckpts/ckpt_30000.pt.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        version = content["version"]
-        if version <= FORMAT_VERSION:
-            return Checkpoint(
-                steps=content["step"],
-                gaussians={name: content["splats"][name] for name in PARAMETER_NAMES},
-                transform=content["transform"].numpy(),
-            )
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise InputError(f"{path} is not a complete checkpoint of this suite: choose another.") from error
-    raise InputError(
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                return _read_version_1(path), []
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        prologue, (prologue_crc,) = content[: PROLOGUE.size], struct.unpack_from("<I", content, PROLOGUE.size)
+        magic, version, header_place, header_length, header_crc = PROLOGUE.unpack(prologue)
+        if magic != MAGIC or zlib.crc32(prologue) != prologue_crc:
+            raise _damaged(path)
+        if version > FORMAT_VERSION:
+            raise _newer(path, version)
+        header = content[header_place : header_place + header_length]
+        if header_place + header_length != len(content) or zlib.crc32(header) != header_crc:
+            raise _damaged(path)
+        return _parse(json.loads(header), content, header_place)
+    except InputError:
+        raise
+    # What torch and the standard library raise for content that nobody has meant to write is beyond listing.
+    except Exception as error:
+        raise _damaged(path) from error
+
+
+def _newer(path: Path, version: object) -> InputError:
+    return InputError(
         f"{path} was written by a newer version of this suite (format {version}, known: {FORMAT_VERSION}): "
         "update this one."
     )
+
+
+def _parse(
+    header: Mapping[str, object], content: mmap.mmap, end: int
+) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
+    """The checkpoint in a file whose tensors lie before `end`; nothing is allocated for what the file cannot hold."""
+    state, blocks, view = {}, [], memoryview(content)
+    for name, entry in header["tensors"].items():
+        dtype, shape = DTYPES[entry["dtype"]], tuple(_count(size) for size in entry["shape"])
+        num_values, place, block_rows = math.prod(shape), _count(entry["place"]), _count(entry["block_rows"])
+        num_bytes = num_values * dtype.itemsize
+        rows = shape[0] if shape else 1
+        if len(shape) > 8 or place + num_bytes > end or -(-rows // block_rows) != len(entry["crc32"]):
+            raise ValueError(name)
+        if num_values:
+            state[name] = torch.frombuffer(content, dtype=dtype, count=num_values, offset=place).view(shape)
+        else:
+            state[name] = torch.empty(shape, dtype=dtype)
+        row_bytes = num_bytes // max(rows, 1)
+        for index, crc in enumerate(entry["crc32"]):
+            first = place + index * block_rows * row_bytes
+            blocks.append((view[first : min(first + block_rows * row_bytes, place + num_bytes)], crc))
+    transform = np.array(header["transform"], np.float64)
+    steps = _count(header["steps"])
+    counts = [tensor.item() for name, tensor in state.items() if name.rpartition("/")[2] == "step_count"]
+    if steps > MAX_STEPS or any(count != steps for count in counts):
+        raise ValueError("steps")
+    _check_gaussians(state, transform)
+    return Checkpoint(
+        steps, transform, state, dict(header["options"]), _count(header["sequence"]), header["periodic"] is True
+    ), blocks
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None:
+    """Raise ValueError or KeyError unless there are Gaussians and all that belongs to them has their shapes."""
+    num_gaussians, num_rest = state["parameters/shN"].shape[:2]
+    rest = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (num_rest, 3)}
+    arrays = ARRAYS if "step_count" in state else ARRAYS[:1]
+    for name, shape in rest.items():
+        for array in arrays:
+            tensor = state[f"{array}/{name}"]
+            if tensor.shape != (num_gaussians, *shape) or tensor.dtype != torch.float32:
+                raise ValueError(name)
+    for name, tensor in state.items():
+        if name.startswith("last_step/") and (tensor.shape != (num_gaussians,) or tensor.dtype != torch.int32):
+            raise ValueError(name)
+    if num_gaussians == 0 or num_rest not in (0, 3, 8, 15) or transform.shape != (4, 4):
+        raise ValueError("no Gaussians")
+
+
+def _read_version_1(path: Path) -> Checkpoint:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if content["version"] != 1:
+        raise _newer(path, content["version"])
+    state = {f"parameters/{name}": content["splats"][name] for name in PARAMETER_NAMES}
+    transform = content["transform"].numpy()
+    _check_gaussians(state, transform)
+    return Checkpoint(_count(content["step"]), transform, state)

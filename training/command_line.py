@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 
@@ -35,6 +38,18 @@ def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], de
     except KeyboardInterrupt:
         print("Stopped at once, without saving.", file=sys.stderr)
         sys.exit(130)
+
+
+def resume_command() -> str:
+    """The command that continues this run, to be copied into a shell in the same folder."""
+    arguments = [argument for argument in sys.argv if argument != "--resume"]
+    return shlex.join([_interpreter(), *arguments, "--resume"])
+
+
+def _interpreter() -> str:
+    """How a shell calls the Python that runs this."""
+    found = shutil.which("python")
+    return "python" if found and os.path.dirname(found) == os.path.dirname(sys.executable) else sys.executable
 
 
 def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: str) -> tuple[str, AnyConfig]:

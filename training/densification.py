@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,12 +69,12 @@ class Densification:
         Args:
             rules: Thresholds and schedule.
             scene_scale: Extent of the cameras in world units.
-            seed: Of the positions of split Gaussians; drawn on the CPU, so that devices agree.
+            seed: Of the positions of split Gaussians.
         """
         self.rules = rules
         self.scene_scale = scene_scale
         self.statistics: Statistics | None = None
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
 
     def after_step(self, step: int, info: Mapping[str, object], store: GaussianStore) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
@@ -102,6 +103,15 @@ class Densification:
         if self.resets_at(step):
             store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
         return refines
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been gathered since the last refinement, by name; not copied."""
+        return {} if self.statistics is None else dict(vars(self.statistics))
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from a state; the statistics are put on the device where geometry is."""
+        if state:
+            self.statistics = Statistics(**{name: value.to(device, copy=True) for name, value in state.items()})
 
     def refines_at(self, step: int) -> bool:
         """Whether rows may be added and removed after this step, counted from 0."""
@@ -143,7 +153,9 @@ class Densification:
         duplicate, split = select_growth(rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale)
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
         check_growth_fits(store, len(duplicate_ids) + len(split_ids))
-        grow(store, duplicate_ids, split_ids, rules.revised_opacity, self._generator)
+        # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0]))
+        grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator)
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
         radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])

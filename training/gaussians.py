@@ -9,6 +9,8 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from offload.state import ARRAYS, State, copy_current
+
 SH_C0 = 0.28209479177387814  # Y_0^0, the constant spherical harmonic
 
 BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
@@ -132,6 +134,36 @@ class DeviceGaussians:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, as `offload.state` describes it; not copied."""
+        state = {"step_count": torch.tensor(self.steps_done)}
+        for name, parameter in self.parameters.items():
+            moments = self._moments(parameter) or dict.fromkeys(ARRAYS[1:], torch.zeros_like(parameter))
+            state.update({f"parameters/{name}": parameter.detach()})
+            state.update({f"{moment}/{name}": value.detach() for moment, value in moments.items()})
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+        self.steps_done = int(state["step_count"])
+        for parameter in self.parameters.values():
+            step = torch.tensor(float(self.steps_done), device=parameter.device)
+            moments = {moment: torch.empty_like(parameter) for moment in ARRAYS[1:]}
+            self.optimizer.state[parameter] = {"step": step, **moments}
+        copy_current({key: value for key, value in self.state().items() if key != "step_count"}, state)
+
+    def undo_step(self) -> None:
+        """Forget the gradients of the step that an error has ended.
+
+        Raises:
+            RuntimeError: They have been applied.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = (state["step"].item() for state in self.optimizer.state.values())
+        if any(count != self.steps_done for count in counts):
+            raise RuntimeError("the step had been applied in part")
 
     def snapshot(self) -> dict[str, Tensor]:
         """The current parameters, detached; not copied."""

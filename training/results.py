@@ -10,11 +10,12 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import yaml
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from configs import Config
 from errors import InputError
-from training.checkpoints import Checkpoint, save_checkpoint
+from training.checkpoint_folder import CheckpointFolder
 from training.ply import save_ply
 
 
@@ -36,20 +37,16 @@ class ResultFolder:
             raise InputError(
                 f"result_dir {self.path} cannot be written ({error.strerror}): choose another --result_dir."
             ) from error
+        self.checkpoints = CheckpointFolder(self.path / "ckpts", keep=cfg.keep)
         self.tensorboard = SummaryWriter(str(self.path / "tb"))
 
     def close(self) -> None:
+        self.checkpoints.close()
         self.tensorboard.close()
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
-        path = self.path / "ckpts" / f"ckpt_{checkpoint.steps}.pt"
-        save_checkpoint(path, checkpoint)
-        return path
-
-    def save_ply(self, checkpoint: Checkpoint) -> Path:
-        path = self.path / "ply" / f"point_cloud_{checkpoint.steps}.ply"
-        save_ply(path, checkpoint.gaussians, checkpoint.transform)
-        return path
+    def save_ply(self, steps: int, gaussians: Mapping[str, Tensor], transform: np.ndarray) -> None:
+        """Write ply/point_cloud_{steps}.ply."""
+        save_ply(self.path / "ply" / f"point_cloud_{steps}.ply", gaussians, transform)
 
     def save_statistics(self, kind: str, steps: int, statistics: Mapping[str, object]) -> None:
         """Write stats/{kind}_step{steps}.json."""

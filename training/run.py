@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from traceback import print_exception
 from types import FrameType, TracebackType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,16 +24,22 @@ from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError
 from offload.morton import morton_order
+from offload.state import State, sh_degree_of
 from rendering.rasterize import check_gsplat
+from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
-from training.densification import TrainingStopped
+from training.command_line import resume_command
+from training.densification import Densification, TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize
-from training.gaussians import initial_gaussians
+from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.memory import allocated_bytes, format_bytes, limit_fragmentation, peak_bytes
 from training.memory_estimate import Footprint, check_memory, needs, share_in_largest_view
 from training.results import ResultFolder
 from training.stages import StageTimes
 from training.views import View
+
+# Options that say where a run finds and leaves things and what it reports, not what it computes.
+OPTIONS_OF_THE_PLACE = ("data_dir", "result_dir", "device", "resume", "save_every", "keep", "num_workers", "log_every")
 
 
 class Model(Protocol):
@@ -43,6 +52,15 @@ class Model(Protocol):
 
     def snapshot(self) -> dict[str, Tensor]:
         """The current values of the six parameter tensors."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, as `offload.state` describes it."""
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are."""
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended; raises RuntimeError where it has been applied in part."""
 
 
 def select_device(name: str) -> torch.device:
@@ -84,6 +102,7 @@ class TrainingRun:
         """
         self.cfg = cfg.with_scaled_steps()
         check_options(self.cfg)
+        self._schedule = SaveSchedule(cfg.save_every)
         self.device = select_device(cfg.device)
         self._checkpoint_to_evaluate = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
         torch.manual_seed(cfg.seed)
@@ -103,9 +122,10 @@ class TrainingRun:
         self.times = StageTimes(self.device)
         self._resources = ExitStack()
         self._resources.callback(self._results.close)
-        # On the CPU, so that devices agree.
-        self._background_generator = torch.Generator().manual_seed(cfg.seed)
+        self._resumed = self._checkpoint_to_resume() if cfg.resume else None
         self._model: Model | None = None
+        self._step = 0
+        self._saved_steps = 0
         self._interrupted = False
         self._begin = time.perf_counter()
 
@@ -126,9 +146,11 @@ class TrainingRun:
         print(check_memory(all_needs, len(self.scene.points), self.cfg.max_gaussians))
 
     def initial_gaussians(self) -> dict[str, Tensor]:
-        """One Gaussian per point of the scene, in Morton order; those of the checkpoint, where one is evaluated."""
+        """One Gaussian per point of the scene, in Morton order; those of the checkpoint, where there is one."""
         if self._checkpoint_to_evaluate is not None:
             return self._checkpoint_to_evaluate.gaussians
+        if self._resumed is not None:
+            return {name: self._resumed.state[f"parameters/{name}"] for name in PARAMETER_NAMES}
         order = morton_order(torch.from_numpy(self.scene.points)).numpy()
         return initial_gaussians(
             self.scene.points[order],
@@ -139,44 +161,58 @@ class TrainingRun:
             seed=self.cfg.seed,
         )
 
-    def steps(self, model: Model, render: Callable[[View], Tensor]) -> Iterator[tuple[int, View]]:
-        """The step numbers from 0 and the view of each, until max_steps or Ctrl-C.
+    def steps(
+        self, model: Model, densification: Densification, render: Callable[[View], Tensor]
+    ) -> Iterator[tuple[int, View]]:
+        """The step numbers and the view of each, until max_steps or Ctrl-C; from 0 or, with --resume, where it stopped.
 
         Args:
-            model: The Gaussians that are trained, for saving.
+            model: The Gaussians that are trained, for saving and resuming.
+            densification: The same.
             render: Makes the picture [1, H, W, 3] of a view from them, for evaluation.
         """
-        self._model, self._render = model, render
-        self._resources.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._on_interrupt))
+        self._model, self._densification, self._render = model, densification, render
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
+        first = self._load_resumed()
+        if first >= self.cfg.max_steps:
+            tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
+            return
         loader = self._resources.enter_context(
             training_loader(
                 self.scene,
                 self.scene.train_ids,
                 batch_size=self.cfg.batch_size,
                 seed=self.cfg.seed,
+                start_step=first,
                 num_workers=self.cfg.num_workers or None,
                 pin_memory=self.device.type == "cuda",
             )
         )
         self._bar = self._resources.enter_context(
-            tqdm(total=self.cfg.max_steps, desc="train", unit="step", dynamic_ncols=True)
+            tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
         )
         self.upcoming = View.from_batch(next(loader), self.device)
-        for step in range(self.cfg.max_steps):
+        for step in range(first, self.cfg.max_steps):
+            self._step = step
             self.times.start()
             view = self.upcoming
             self.upcoming = View.from_batch(next(loader), self.device) if step + 1 < self.cfg.max_steps else None
             self.times.mark("load")
             yield step, view
             if self._interrupted:
-                tqdm.write(f"Interrupted after {model.steps_done} steps; saved {self._save_checkpoint()}")
+                tqdm.write(f"Interrupted after {model.steps_done} steps; saved {self._save_at_the_end()}")
+                tqdm.write(f"Continue with:\n{resume_command()}")
                 return
+        self._save_at_the_end()
 
     def backgrounds(self, view: View) -> Tensor | None:
         """Colours [C, 3] behind a training view: random ones where the options ask for them, else None for black."""
         if not self.cfg.random_background:
             return None
-        return torch.rand(len(view.Ks), 3, generator=self._background_generator).to(self.device)
+        # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
+        colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.Ks), 3), np.float32)
+        return torch.from_numpy(colors).to(self.device)
 
     def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
         """Show, log, evaluate and save what is due after a step.
@@ -201,12 +237,19 @@ class TrainingRun:
         if steps_done % cfg.log_every == 0:
             self._log(steps_done, loss)
         if steps_done in cfg.save_steps or last:
-            self._save_checkpoint()
+            self._save_checkpoint(periodic=False)
             self._save_train_statistics()
+        elif self._schedule.is_due(steps_done):
+            self._save_checkpoint(periodic=True)
         if steps_done in cfg.ply_steps or last:
-            self._results.save_ply(self._checkpoint())
+            with self._going_on_without("The PLY file"):
+                self._results.save_ply(steps_done, self._model.snapshot(), self.scene.transform)
         if steps_done in cfg.eval_steps or last:
-            self.evaluate(self._render, steps_done, self._model.num_gaussians)
+            with self._going_on_without("The evaluation"):
+                self.evaluate(self._render, steps_done, self._model.num_gaussians)
+        failure = self._results.checkpoints.failure()
+        if failure is not None:
+            self._checkpoint_failed(failure)
 
     def evaluate(self, render: Callable[[View], Tensor], steps: int, num_gaussians: int) -> None:
         """Compare renderings of the test views with the photos, print the means and write them to stats/.
@@ -259,7 +302,7 @@ class TrainingRun:
                 raise self._stopped(error) from error
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+        if self._interrupted and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         self._interrupted = True
         tqdm.write("Stopping after this step; press Ctrl-C again to stop at once without saving.")
@@ -276,15 +319,112 @@ class TrainingRun:
             print_exception(error)  # a defect: whoever mends it wants to see where
             message = f"An error ended training after {self._model.steps_done} steps."
         try:
-            return TrainingStopped(f"{message} The Gaussians are saved in {self._save_checkpoint()}.")
+            self._model.undo_step()
+            return TrainingStopped(
+                f"{message} The Gaussians are saved in {self._save_at_the_end()}. Continue with: {resume_command()}"
+            )
+        except TrainingStopped as failure:
+            return TrainingStopped(f"{message} {failure}")
         except Exception as failure:  # of whatever kind: the user gets the sentence
             return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
 
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self._model.steps_done, self._model.snapshot(), self.scene.transform)
+    # ---------------------------------------------------------------------------------------- saving and resuming
 
-    def _save_checkpoint(self) -> str:
-        return str(self._results.save_checkpoint(self._checkpoint()))
+    def _checkpoint_to_resume(self) -> Checkpoint | None:
+        checkpoints = self._results.checkpoints
+        checkpoint = checkpoints.newest_valid(print)
+        if checkpoint is None:
+            print(f"{checkpoints.path} holds no checkpoint to resume from: training starts from the beginning.")
+            return None
+        if sh_degree_of(checkpoint.state) != self.cfg.sh_degree:
+            raise InputError(
+                f"The checkpoint to resume from has harmonics of degree {sh_degree_of(checkpoint.state)}: give this "
+                "--sh_degree, or another --result_dir."
+            )
+        if not np.allclose(checkpoint.transform, self.scene.transform, rtol=1e-4, atol=1e-6):
+            raise InputError(
+                f"The checkpoint to resume from was trained on another dataset than {self.cfg.data_dir}: give its "
+                "--data_dir, or another --result_dir."
+            )
+        return checkpoint
+
+    def _load_resumed(self) -> int:
+        """Put the state of the checkpoint that is resumed in place; returns the number of the first step."""
+        checkpoint, self._resumed = self._resumed, None
+        if checkpoint is None:
+            return 0
+        state, prefix = dict(checkpoint.state), "densification/"
+        statistics = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for name, value in json.loads(json.dumps(asdict(self.cfg))).items():
+            before = checkpoint.options.get(name, value)
+            if before != value and name not in OPTIONS_OF_THE_PLACE:
+                print(f"--{name} is now {value}; it was {before}.")
+                state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}  # another view
+        try:
+            self._model.load_state(state)
+            self._densification.load_state(statistics, self._model.device)
+            self._begin -= state["elapsed_seconds"].item()
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"The checkpoint of {checkpoint.steps} steps in {self._results.checkpoints.path} does not hold what "
+                "resuming needs: remove it."
+            ) from error
+        self._saved_steps = checkpoint.steps
+        print(f"Resuming after {checkpoint.steps} steps with {self._model.num_gaussians} Gaussians.")
+        return checkpoint.steps
+
+    def _save_checkpoint(self, *, periodic: bool) -> None:
+        """Save what training goes on from; where that fails, say so and train on."""
+        steps_done = self._model.steps_done
+        statistics = {f"densification/{name}": value for name, value in self._densification.state().items()}
+        elapsed = torch.tensor(time.perf_counter() - self._begin, dtype=torch.float64)
+        checkpoint = Checkpoint(
+            steps=steps_done,
+            transform=self.scene.transform,
+            state={**self._model.state(), **statistics, "elapsed_seconds": elapsed},
+            options=asdict(self.cfg),
+            periodic=periodic,
+        )
+        try:
+            self._results.checkpoints.save(checkpoint)
+            self._saved_steps = steps_done
+        except OSError as error:
+            self._checkpoint_failed(error)
+
+    def _checkpoint_failed(self, error: OSError) -> None:
+        self._saved_steps = -1
+        tqdm.write(
+            f"Warning: a checkpoint could not be written to {self._results.checkpoints.path} ({error.strerror}). "
+            "Those before it are untouched, and training goes on."
+        )
+
+    def _save_at_the_end(self) -> Path:
+        """Make sure that all steps done are in a checkpoint on disk.
+
+        Raises:
+            TrainingStopped: They cannot be.
+        """
+        checkpoints, steps_done = self._results.checkpoints, self._model.steps_done
+        path = checkpoints.path / f"ckpt_{steps_done}.pt"
+        if self._saved_steps != steps_done:
+            self._save_checkpoint(periodic=True)
+        failure = checkpoints.wait()
+        if failure is not None:
+            self._checkpoint_failed(failure)
+        if self._saved_steps != steps_done:
+            raise TrainingStopped(
+                f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path}: make room there or "
+                f"make it writable, and continue from the checkpoint before with: {resume_command()}"
+            )
+        return path
+
+    @contextmanager
+    def _going_on_without(self, what: str) -> Iterator[None]:
+        """A result that cannot be written is missed, not worth the training."""
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"Warning: {what} could not be written to {self._results.path} ({error}); training goes on.")
 
     def _save_train_statistics(self) -> None:
         synchronize(self.device)
@@ -341,5 +481,9 @@ def check_options(cfg: Config) -> None:
         raise InputError(f"--sh_degree is {cfg.sh_degree}, but must be 0, 1, 2 or 3.")
     if not 0 <= cfg.ssim_lambda <= 1:
         raise InputError(f"--ssim_lambda is {cfg.ssim_lambda}, but must be between 0 and 1.")
+    if cfg.keep < 0:
+        raise InputError(f"--keep is {cfg.keep}, but must be 0 (keep all) or above.")
+    if cfg.ckpt and cfg.resume:
+        raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
     if cfg.max_gaussians < 0 or cfg.num_workers < 0:
         raise InputError("--max_gaussians and --num_workers must be 0 (no bound, one per core) or above.")

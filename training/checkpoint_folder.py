@@ -1,0 +1,157 @@
+"""The checkpoints of one result folder: which one is the newest, when the next is due, and which are dropped."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+
+from errors import InputError
+from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
+
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+class SaveSchedule:
+    """When a periodic checkpoint is due: after a number of steps, or of seconds on a clock that never jumps."""
+
+    def __init__(self, every: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            every: Steps ("500") or time ("90s", "15m", "2h"); "0" for never.
+            clock: Seconds from any beginning.
+
+        Raises:
+            InputError: It is neither.
+        """
+        match = re.fullmatch(r"(\d+)([smh]?)", every.strip())
+        if match is None:
+            raise InputError(
+                f"--save_every is {every!r}, but must be steps, such as 500, or time, such as 90s, 15m or 2h."
+            )
+        self._steps = 0 if match[2] else int(match[1])
+        self._seconds = int(match[1]) * SECONDS[match[2]] if match[2] else 0
+        self._clock = clock
+        self._last = clock()
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether to save after so many steps; where it goes by time, the next interval begins now."""
+        if self._seconds == 0:
+            return self._steps > 0 and steps_done % self._steps == 0
+        now = self._clock()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
+class CheckpointFolder:
+    """Writes checkpoints one after the other and keeps the newest of the periodic ones.
+
+    `save` returns when everything has been copied into the file; a thread waits for the disk and then gives the file
+    its name. So the newest file under its name is always complete.
+    """
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        """
+        Args:
+            path: Of the folder, which exists.
+            keep: How many periodic checkpoints stay; 0 for all.
+        """
+        self.path = path
+        self.longest_stall = 0.0  # seconds that `save` has taken
+        self._keep = keep
+        self._periodic: list[Path] = []  # oldest first, those that may be dropped
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-publisher")
+        self._publishing: Future[None] | None = None
+        self._failure: OSError | None = None  # of the last file, not told yet
+        self._sequence = max((checkpoint.sequence for _, checkpoint in self._readable()), default=0)
+
+    def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The checkpoint to go on from, compared with its checksums; None where there is none.
+
+        Args:
+            say: Takes a sentence on each file that is passed over.
+        """
+        for file in self._files():
+            if isinstance(_peek(file), InputError):
+                say(f"Skipped: {_peek(file)}")
+        candidates = sorted(self._readable(), key=lambda found: (found[1].sequence, found[1].steps))
+        while candidates:
+            file, peeked = candidates[-1]
+            if not peeked.can_resume:
+                say(f"Skipped: {file} was written by an earlier version, without what resuming needs.")
+            else:
+                try:
+                    checkpoint = load_checkpoint(file)
+                    self._periodic = [path for path, other in candidates if other.periodic]
+                    return checkpoint
+                except InputError as error:
+                    say(f"Skipped: {error}")
+            candidates.pop()
+        return None
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Copy a checkpoint into a file; its name appears when it is on disk.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        begin = time.perf_counter()
+        wait([self._publishing] if self._publishing else [])
+        self._sequence += 1
+        path = self.path / f"ckpt_{checkpoint.steps}.pt"
+        partial = PartialCheckpoint(path, replace(checkpoint, sequence=self._sequence))
+        self._failure = None
+        self._publishing = self._publisher.submit(self._publish, partial, checkpoint.periodic)
+        self.longest_stall = max(self.longest_stall, time.perf_counter() - begin)
+        return path
+
+    def wait(self) -> OSError | None:
+        """Wait until the last checkpoint is on disk; returns why it cannot be, told once."""
+        wait([self._publishing] if self._publishing else [])
+        return self.failure()
+
+    def failure(self) -> OSError | None:
+        """Why the last checkpoint did not reach the disk, as far as that is known already; told once."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def close(self) -> None:
+        """Let the thread end; what is being written is written to its end."""
+        self._publisher.shutdown(wait=True)
+
+    def remove_unfinished(self) -> None:
+        """Remove what runs that were killed while they wrote have left."""
+        for file in self.path.glob("ckpt_*.pt.partial"):
+            file.unlink(missing_ok=True)
+
+    def _publish(self, partial: PartialCheckpoint, periodic: bool) -> None:
+        try:
+            partial.publish()
+        except OSError as error:
+            self._failure = error
+            return
+        self._periodic = [path for path in self._periodic if path != partial.path]
+        if not periodic:
+            return
+        self._periodic.append(partial.path)
+        while 0 < self._keep < len(self._periodic):
+            self._periodic.pop(0).unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.path.glob("ckpt_*.pt") if file.is_file())
+
+    def _readable(self) -> list[tuple[Path, Checkpoint]]:
+        found = ((file, _peek(file)) for file in self._files())
+        return [(file, checkpoint) for file, checkpoint in found if isinstance(checkpoint, Checkpoint)]
+
+
+def _peek(file: Path) -> Checkpoint | InputError:
+    try:
+        return peek_checkpoint(file)
+    except InputError as error:
+        return error
