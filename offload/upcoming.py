@@ -1,9 +1,9 @@
 """The next view, found ahead, as part of the state that training goes on from.
 
-    upcoming/ids      [V]      int64, its rows
-    upcoming/tiles    [P, 5]   int64, the tile of each of its parts; only where it is rendered in parts
-    upcoming/rows     [R]      int64, which of the view's rows each part has, one part after the other
-    upcoming/counts   [P]      int64, how many those are
+upcoming/ids      [V]      int64, its rows
+upcoming/tiles    [P, 5]   int64, the tile of each of its parts; only where it is rendered in parts
+upcoming/rows     [R]      int64, which of the view's rows each part has, one part after the other
+upcoming/counts   [P]      int64, how many those are
 """
 
 from __future__ import annotations

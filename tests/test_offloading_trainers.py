@@ -167,7 +167,7 @@ def test_a_failure_to_save_after_an_error_is_a_sentence_too(monkeypatch, city_bl
     monkeypatch.setattr(
         simple_trainer_hybrid_optimized.Densification, "resets_at", lambda self, step: step > 5 and fail()
     )
-    monkeypatch.setattr(RowPipeline, "read", fail)
+    monkeypatch.setattr(simple_trainer_hybrid_optimized.HybridGaussians, "state", fail)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, "--max_steps", 20)
     message = capsys.readouterr().err.splitlines()[-1]
