@@ -152,7 +152,7 @@ class Config(DensificationRules):
         )
 
 
-# Where each dataset lies and how it is split; README.md says how to obtain them.
+# Where each dataset lies and how it is split; `python -m datasets.prepare` puts them there.
 DATASETS: dict[str, dict[str, object]] = {
     "demo": {"data_dir": "data/city_block"},
     "rubble": {"data_dir": "data/mill19/rubble-pixsfm", "data_factor": 4.0, "test_every": 83},
@@ -164,20 +164,20 @@ DATASETS: dict[str, dict[str, object]] = {
         "data_dir": "data/MatrixCity/aerial",
         "data_factor": 1.2,
         "test_every": -1,
-        "test_after": 5620,
+        "test_after": 5620,  # 5621 training pictures, then 741
         "init_ply": True,
     },
     "residence": {
         "data_dir": "data/urban_scene_3d/residence-pixsfm",
         "data_factor": 4.0,
         "test_every": -1,
-        "test_after": 2561,
+        "test_after": 2560,  # 2561 training pictures, then the 21 published test pictures
     },
     "sciart": {
         "data_dir": "data/urban_scene_3d/sci-art-pixsfm",
         "data_factor": 4.0,
         "test_every": -1,
-        "test_after": 2998,
+        "test_after": 2997,  # 2998 training pictures, then 21
     },
     "default": {},
 }

@@ -81,6 +81,26 @@ def decode_image(path: Path) -> np.ndarray:
         raise InputError(f"{path} cannot be decoded ({reason(error)}): replace it by a whole picture.") from error
 
 
+def picture_sizes(folder: Path, names: list[str], num_workers: int | None = None) -> list[tuple[int, int]]:
+    """(width, height) of each picture, by its header alone. Raises InputError, naming the file, for one without."""
+
+    def size(name: str) -> tuple[int, int]:
+        try:
+            with Image.open(folder / name, formats=_FORMATS) as image:
+                return image.size
+        except Exception as error:  # see decode_image
+            raise InputError(
+                f"{folder / name} cannot be decoded ({reason(error)}): replace it by a whole picture."
+            ) from error
+
+    return in_threads(size, names, num_workers or os.cpu_count() or 1, f"Reading sizes in {folder.name}")
+
+
+def save_jpeg(image: Image.Image, path: Path) -> None:
+    """Save nearly without loss: colours at full resolution."""
+    image.save(path, format="JPEG", quality=98, subsampling="4:4:4")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
         gray = np.asarray(image).astype(np.int64)
@@ -108,7 +128,7 @@ def _inspect(data_dir: Path, folder: Path, names: list[str], workers: int) -> di
 
     keys = [(name, *stamp) for name, stamp in zip(names, stamps.tolist(), strict=True)]
     new = [key for key in keys if key not in known]
-    sizes = _in_threads(lambda key: _checked_size(folder / key[0]), new, workers, f"Checking {folder.name}")
+    sizes = in_threads(lambda key: _checked_size(folder / key[0]), new, workers, f"Checking {folder.name}")
     known |= {key: size for key, size in zip(new, sizes, strict=True) if size is not None}
     if new:
         whole = [key for key in keys if key in known]
@@ -165,7 +185,7 @@ def _scale_missing(data_dir: Path, folder: Path, names: list[str], factor: float
             for leftover in folder.rglob(".*.part"):
                 leftover.unlink()
             todo = [name for name in todo if name in found or not (folder / name).is_file()]
-            _in_threads(
+            in_threads(
                 lambda name: _scale_image(data_dir / "images" / name, folder / name, targets[name]),
                 todo,
                 workers,
@@ -176,17 +196,8 @@ def _scale_missing(data_dir: Path, folder: Path, names: list[str], factor: float
 
 
 def _scaled_sizes(folder: Path, names: list[str], factor: float, workers: int) -> list[tuple[int, int]]:
-    def scaled_size(name: str) -> tuple[int, int]:
-        try:
-            with Image.open(folder / name, formats=_FORMATS) as image:
-                width, height = image.size
-        except Exception as error:  # see decode_image
-            raise InputError(
-                f"{folder / name} cannot be decoded ({reason(error)}): replace it by a whole picture."
-            ) from error
-        return max(1, round(width / factor)), max(1, round(height / factor))
-
-    return _in_threads(scaled_size, names, workers, f"Reading sizes in {folder.name}")
+    sizes = picture_sizes(folder, names, workers)
+    return [(max(1, round(width / factor)), max(1, round(height / factor))) for width, height in sizes]
 
 
 def _scale_image(source: Path, target: Path, size: tuple[int, int]) -> None:
@@ -194,10 +205,12 @@ def _scale_image(source: Path, target: Path, size: tuple[int, int]) -> None:
     image = Image.fromarray(decode_image(source)).resize(size, Image.Resampling.BICUBIC)  # antialiased
     with Image.open(source, formats=_FORMATS) as original:
         picture_format = "JPEG" if original.format == "MPO" else original.format  # MPO: a phone's JPEG
-    options = {"quality": 98, "subsampling": "4:4:4"} if picture_format == "JPEG" else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
-    image.save(temporary, format=picture_format, **options)
+    if picture_format == "JPEG":
+        save_jpeg(image, temporary)
+    else:
+        image.save(temporary, format=picture_format)
     os.replace(temporary, target)
 
 
@@ -212,7 +225,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _in_threads(function: Callable[[Item], Result], items: list[Item], workers: int, description: str) -> list[Result]:
+def in_threads(function: Callable[[Item], Result], items: list[Item], workers: int, description: str) -> list[Result]:
     """function(item) of each item, in order; Pillow works outside the interpreter's lock. Stops at an error."""
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -112,14 +112,19 @@ def _cameras_of(model: SparseModel, paths: list[Path], sizes: list[tuple[int, in
         if (index, size) in cameras:
             continue
         model_size = model.camera_sizes[index]
-        # Rounding moves a side by less than a pixel, a picture turned by 90 degrees or cropped by more.
-        scale = np.divide(size, model_size).mean()
-        if np.abs(model_size * scale - size).max() > 2 + 0.01 * max(size):
-            raise InputError(
-                f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of its camera in the COLMAP model "
-                f"({model_size[0]}x{model_size[1]}): use the pictures that COLMAP saw."
-            )
+        check_shape(path, size, model_size)
         cameras[index, size] = make_camera(model.camera_models[index], model.camera_params[index], model_size, size)
     order = {key: position for position, key in enumerate(cameras)}
     indices = [order[key] for key in zip(model.camera_indices.tolist(), sizes, strict=True)]
     return list(cameras.values()), np.array(indices, np.int64)
+
+
+def check_shape(path: Path, size: tuple[int, int], model_size: np.ndarray) -> None:
+    """InputError unless a picture of `size` may be a scaled one of its camera's `model_size` (width, height)."""
+    # Rounding moves a side by less than a pixel, a picture turned by 90 degrees or cropped by more.
+    scale = np.divide(size, model_size).mean()
+    if np.abs(model_size * scale - size).max() > 2 + 0.01 * max(size):
+        raise InputError(
+            f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of its camera in the COLMAP model "
+            f"({model_size[0]}x{model_size[1]}): use the pictures that COLMAP saw."
+        )
