@@ -263,6 +263,6 @@ def _write_kernel(
 @triton.jit
 def _is_wanted(wanted, row, inside):
     """Which rows of the tile to move: those inside, and where `wanted` says so."""
-    if wanted is None:
-        return inside
-    return inside & (tl.load(wanted + row, mask=inside, other=0) != 0)
+    if wanted is not None:
+        inside = inside & (tl.load(wanted + row, mask=inside, other=0) != 0)
+    return inside
