@@ -81,10 +81,7 @@ class CatchUpTables:
         root_correction = math.sqrt(1 - b2**t)
         self.eps = self._eps * root_correction
         self._rates = [rate * root_correction / (1 - b1**t) for rate in learning_rates]
-        first = max(0, t - len(self._ratio_powers))
-        self._unchanged = first, self.sums[:, first:t].clone()
-        for sums, rate in zip(self.sums, self._rates, strict=True):
-            sums[first:t].add_(self._ratio_powers[len(self._ratio_powers) - (t - first) :], alpha=rate)
+        self._add_step(t, self._rates)
 
     def undo_step(self) -> None:
         """Take `begin_step` back; it cannot be done twice in a row."""
@@ -140,6 +137,12 @@ class CatchUpTables:
         for multipliers, rate in zip(self.multipliers[1:], self._rates[1:], strict=True):
             sizes.add_(multipliers, alpha=rate)
         return StepSizes(sizes, self.eps, self.betas)
+
+    def _add_step(self, t: int, rates: Sequence[float]) -> None:
+        first = max(0, t - len(self._ratio_powers))
+        self._unchanged = first, self.sums[:, first:t].clone()
+        for sums, rate in zip(self.sums, rates, strict=True):
+            sums[first:t].add_(self._ratio_powers[len(self._ratio_powers) - (t - first) :], alpha=rate)
 
     def _grow(self, capacity: int) -> None:
         device = self.sums.device

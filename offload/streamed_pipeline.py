@@ -120,7 +120,6 @@ class StreamedPipeline:
             self.finish()
             ids, self._found_ids = self._cull(cameras) if self._found_ids is None else self._found_ids, None
             view = StreamedView(ids, self._next_slot(len(ids)))
-            compute.wait(self._fetch_lane.record())  # the tables
             self._read_from_host(view, None)
             self._previous = None
             self._ready = compute.record()
@@ -148,9 +147,9 @@ class StreamedPipeline:
             self._rows_retained += (~absent).sum()
             culled = lane.record()
         view = StreamedView(ids, self._next_slot(len(ids)))
-        self._begin_step()
         with self._fetch_lane as lane:
             lane.wait(culled)
+            self._begin_step()  # here, where rows catch up
             self._read_from_host(view, absent & ~late)
             if previous is not None:
                 lane.wait(previous.slot.written)
@@ -163,7 +162,9 @@ class StreamedPipeline:
         """Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
         view, upcoming, compute = self._present, self._upcoming, Lane.current(self._device)
         if upcoming is None:
-            self._begin_step()
+            with self._fetch_lane as lane:
+                lane.wait(self._ready)  # rows have caught up elsewhere
+                self._begin_step()
         self._applied = True
         for name, group in self._groups.items():
             gradients = view.values[name].grad
@@ -185,10 +186,11 @@ class StreamedPipeline:
         self._ready = Lane.current(self._device).record()
 
     def finish(self) -> None:
-        """Wait until the host has everything. Rows that were fetched ahead stay good."""
+        """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
         if self._host_lacks_previous:
             self._write_to_host(self._previous, None)
             self._host_lacks_previous = False
+        self._fetch_lane.finish()
         self._write_lane.finish()
 
     @property
@@ -210,6 +212,7 @@ class StreamedPipeline:
             return
         if self._applied:
             raise RuntimeError("the step had been applied in part")
+        self._fetch_lane.finish()
         self._found_ids, self._present, self._upcoming = self._present.ids, None, None
         for group in self._groups.values():
             if group.tables.step > steps_done:
@@ -234,9 +237,9 @@ class StreamedPipeline:
         """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
         group = self._groups[name]
-        Lane.current(self._device).wait(self._fetch_lane.record())  # the tables
         out = torch.empty(len(ids), group.tables.columns, device=self._device)
         self._kernels.read_rows(group.host(), self._stamps(group), ids, out, group.tables)
+        self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
         return out
 
     def read_all(self, name: str) -> Tensor:
@@ -259,8 +262,6 @@ class StreamedPipeline:
         """
         self.finish()
         self._upcoming = None  # what was fetched ahead may not hold any more
-        compute = Lane.current(self._device)
-        compute.wait(self._fetch_lane.record())
         for group in self._groups.values():
             stamps = self._stamps(group)
             for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
@@ -268,7 +269,7 @@ class StreamedPipeline:
                 rows = RowState(*(torch.empty(len(chunk), group.tables.columns, device=self._device) for _ in range(3)))
                 self._kernels.fetch_rows(group.host(), stamps, chunk, None, rows, group.tables)
                 self._kernels.write_rows(rows, chunk, None, group.host(), stamps, group.tables.step)
-            compute.finish()
+            Lane.current(self._device).finish()
             group.store.last_step.copy_(stamps.cpu())
             group.stamps = None
 
@@ -292,10 +293,9 @@ class StreamedPipeline:
         return slot
 
     def _begin_step(self) -> None:
-        with self._fetch_lane:  # where rows catch up
-            for group in self._groups.values():
-                group.tables.begin_step(group.learning_rates(group.tables.step + 1))
-                group.store.step = group.tables.step
+        for group in self._groups.values():
+            group.tables.begin_step(group.learning_rates(group.tables.step + 1))
+            group.store.step = group.tables.step
 
     def _read_from_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         for name, group in self._groups.items():
