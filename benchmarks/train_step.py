@@ -136,7 +136,7 @@ class AerialRun:
         parameters, self._parameters = self._parameters, {}  # not held while the trainer has its own
         return parameters
 
-    def steps(self, model: Model, render: object) -> Iterator[tuple[int, View]]:
+    def steps(self, model: Model, densification: object, render: object) -> Iterator[tuple[int, View]]:
         self.model = model
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

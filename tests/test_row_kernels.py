@@ -38,7 +38,8 @@ class HostRows:
     """N rows in pinned host memory, and the kernels that update them."""
 
     def __init__(self, n: int, multipliers: Tensor, betas: tuple[float, float], kind: str, device: str) -> None:
-        # torch's own operations on a GPU cannot read pinned memory, so their rows lie on the device.
+        # torch's own operations on a GPU cannot read pinned memory, so their rows lie on the device (through a clone,
+        # since a copy must not cross the border of two pinned parts).
         self.kind, self.device, self.kernels = kind, device, kernels_of(kind)
         columns = multipliers.shape[1]
         self.arrays = [HostArray(columns, max_rows=n, pin=device == "cuda") for _ in range(3)]
@@ -46,7 +47,7 @@ class HostRows:
             array.resize(n)
         self.state = RowState(*(array.tensor for array in self.arrays))
         if kind == "torch":
-            self.state = RowState(*(tensor.to(device) for tensor in self.state.tensors()))
+            self.state = RowState(*(tensor.clone().to(device) for tensor in self.state.tensors()))
         self.stamps = torch.zeros(n, dtype=torch.int32, device=device)
         self.tables = CatchUpTables(multipliers, betas, EPS, torch.device(device))
 
