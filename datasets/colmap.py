@@ -6,12 +6,13 @@ File formats: https://colmap.github.io/format.html
 import mmap
 import struct
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datasets.cache import CacheFile, fingerprint
+from datasets.paths import stays_inside
 from errors import InputError, reason
 
 if TYPE_CHECKING:
@@ -165,10 +166,7 @@ def _damage(model: SparseModel) -> tuple[str, str] | None:
 def _check_names(model_dir: Path, names: list[str]) -> None:
     """InputError unless every name is a relative path that stays in the folder of pictures, and no two are equal."""
     for name in names:
-        parts = PurePosixPath(name).parts
-        escapes = not parts or ".." in parts or parts[0] == "/"
-        unusable = any(c in name for c in "\0\n\r") or max(len(part.encode()) for part in (*parts, "")) > 255
-        if escapes or unusable:
+        if not stays_inside(name):
             raise InputError(
                 f"{model_dir} names a picture {name[:100]!r}, which is no path inside the folder of pictures: do not "
                 "use this model, or write it with relative names."

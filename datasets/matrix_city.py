@@ -10,6 +10,7 @@ picture of each half k.png.
 """
 
 import json
+import posixpath
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +20,7 @@ import pycolmap
 from datasets.colmap import LARGEST_SIDE, open_model
 from datasets.colmap_merge import find_model, merge_models, model_of_poses, write_model
 from datasets.links import link_file, write_whole
+from datasets.paths import stays_inside
 from datasets.ply import read_points
 from datasets.prepared import check_writable_place, write_test_list
 from errors import InputError, reason
@@ -145,19 +147,10 @@ def _centers(worldtocams: np.ndarray) -> np.ndarray:
 
 def _find_picture(json_path: Path, name: str, source: Path) -> Path:
     """The picture that a frame names: relative to the JSON file, where it lies or in `input` beside it."""
-    relative: list[str] = list(json_path.parent.relative_to(source).parts)
-    for part in PurePosixPath(name).parts:
-        if part == ".." and relative:
-            relative.pop()
-        elif part in ("..", "/") or "\0" in part:
-            raise InputError(
-                f"{json_path} names a picture {name[:100]!r}, which is outside {source}: download it again."
-            )
-        else:
-            relative.append(part)
-    if len(relative) < 2:
-        raise InputError(f"{json_path} names a picture {name[:100]!r}, which is none of a block: download it again.")
-    file = source.joinpath(*relative)
+    relative = posixpath.normpath(posixpath.join(json_path.parent.relative_to(source).as_posix(), name))
+    if not stays_inside(relative):
+        raise InputError(f"{json_path} names a picture {name[:100]!r}, which is outside {source}: download it again.")
+    file = source / relative
     for candidate in (file, file.parent / "input" / file.name):
         if candidate.is_file():
             return candidate

@@ -20,6 +20,7 @@ from datasets.colmap import open_model
 from datasets.colmap_merge import find_model, merge_models, write_model
 from datasets.images import decode_image, in_threads, save_jpeg
 from datasets.links import link_file, write_whole
+from datasets.paths import stays_inside
 from datasets.prepared import check_writable_place, write_test_list
 from errors import InputError, reason
 
@@ -125,8 +126,9 @@ def _undistort_photos(source: Path, photos: Path | None, folders: dict[str, Path
     todo = []
     for line in mappings.read_text(errors="replace").splitlines():
         photo, _, metadata = (word.strip() for word in line.partition(","))
-        part = next((part for part in PARTS if (source / part / "metadata" / metadata).is_file()), None)
-        if not (_stays_inside(photo) and _stays_inside(metadata) and part):
+        usable = stays_inside(photo) and stays_inside(metadata)
+        part = next((p for p in PARTS if usable and (source / p / "metadata" / metadata).is_file()), None)
+        if part is None:
             raise InputError(
                 f"{mappings} has the line {line[:100]!r}, which names no photo and metadata of this download: download "
                 "it again."
@@ -142,13 +144,8 @@ def _undistort_photos(source: Path, photos: Path | None, folders: dict[str, Path
     in_threads(lambda task: _undistort(*task), todo, os.cpu_count() or 1, "Undistorting photos")
 
 
-def _stays_inside(name: str) -> bool:
-    """Whether a path of a stranger's list is relative and leads no level up."""
-    return bool(name) and not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name
-
-
 def _undistort(photo: Path, metadata: Path, target: Path) -> None:
-    size, K, distortion = _read_metadata(metadata)
+    size, K, distortion = read_metadata(metadata)
     image = decode_image(photo)
     if image.shape[1::-1] != size:
         raise InputError(
@@ -159,7 +156,7 @@ def _undistort(photo: Path, metadata: Path, target: Path) -> None:
     write_whole(target, lambda path: save_jpeg(undistorted, path))
 
 
-def _read_metadata(path: Path) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+def read_metadata(path: Path) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """Width and height, [3, 3] intrinsics as OpenCV takes them, and OpenCV's distortion coefficients."""
     import torch  # the files are its checkpoints
 

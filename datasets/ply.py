@@ -34,7 +34,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: put the initial points there, or train without init_ply.")
     try:
-        _check_counts(path)
+        check_counts(path)
         vertices = _read_ascii(path)
         if vertices is None:
             vertices = PlyData.read(str(path))["vertex"].data
@@ -71,7 +71,7 @@ def _read_header(file: BinaryIO) -> list[list[str]]:
     return header
 
 
-def _check_counts(path: Path) -> None:
+def check_counts(path: Path) -> None:
     """ValueError where the header promises more than the file can hold, before memory is set aside for it."""
     with open(path, "rb") as file:
         header = _read_header(file)

@@ -1,4 +1,4 @@
-"""Feeds damaged files to the readers of `datasets`.
+"""Feeds damaged files to the readers of models, points, pictures and caches.
 
     python -m tests.fuzz_readers --cases 10000
 
@@ -29,11 +29,16 @@ from PIL import Image
 
 from datasets.colmap import load_sparse_model, read_sparse_model
 from datasets.images import decode_image
+from datasets.matrix_city import read_transforms
+from datasets.mega_nerf import read_metadata
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
+from tests.made_up_downloads import matrix_city, mega_nerf
 from tests.mutations import mutate, mutate_npz
 from tests.small_scene import camera, ramp_picture, write_scene
+from training.gaussians import initial_gaussians
+from training.ply import load_ply, save_ply
 
 MEMORY = 5 << 29  # bytes beyond what the imports take
 SECONDS = 20  # for one case
@@ -74,6 +79,16 @@ def read_ply(data_dir: Path, damaged: str) -> None:
     assert np.isfinite(points).all()
 
 
+def read_gaussians(data_dir: Path, damaged: str) -> None:
+    gaussians = load_ply(data_dir / damaged)
+    shapes = {name: tuple(value.shape) for name, value in gaussians.items()}
+    n, rest = shapes["shN"][:2]
+    assert shapes == {
+        **{"means": (n, 3), "scales": (n, 3), "quats": (n, 4), "opacities": (n,)},
+        **{"sh0": (n, 1, 3), "shN": (n, rest, 3)},
+    }
+
+
 def read_picture(data_dir: Path, damaged: str) -> None:
     picture = decode_image(data_dir / damaged)
     assert picture.dtype == np.uint8
@@ -91,6 +106,22 @@ def read_scene(data_dir: Path, damaged: str) -> None:
         item = scene.cameras[scene.camera_indices[image_id]]
         assert np.isfinite(item.K).all()
         assert item.undistort(decode_image(path)).shape == (item.height, item.width, 3)
+
+
+def read_poses(data_dir: Path, damaged: str) -> None:
+    half = read_transforms(data_dir / damaged, data_dir)
+    assert half.worldtocams.shape == (len(half.files), 3, 4)
+    rotations = half.worldtocams[:, :, :3]
+    assert np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max() < 1e-9
+    assert np.isfinite(half.worldtocams).all()
+    assert all(file.resolve().is_relative_to(data_dir.resolve()) for file in half.files)
+
+
+def read_metadata_file(data_dir: Path, damaged: str) -> None:
+    size, K, distortion = read_metadata(data_dir / damaged)
+    assert min(size) > 0
+    assert np.isfinite(K).all()
+    assert np.isfinite(distortion).all()
 
 
 def model_files(folder: Path, *, text: bool = False, rigs: bool = True) -> Files:
@@ -145,6 +176,14 @@ def ply_files() -> Files:
     }
 
 
+def gaussian_files(scratch: Path) -> Files:
+    points = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    colors = np.full((10, 3), 128, np.uint8)
+    gaussians = initial_gaussians(points, colors, sh_degree=3, init_opacity=0.1, init_scale=1.0, seed=0)
+    save_ply(scratch / "gaussians.ply", gaussians, np.eye(4))
+    return {"gaussians.ply": (scratch / "gaussians.ply").read_bytes()}
+
+
 def picture_files() -> Files:
     picture = Image.fromarray(ramp_picture((40, 30)))
     gray16 = Image.fromarray(ramp_picture((40, 30))[..., 0].astype(np.uint16) * 257)
@@ -190,6 +229,11 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
     binary, older = model_files(scratch / "binary"), model_files(scratch / "older", rigs=False)
     text, plys, pictures = model_files(scratch / "text", text=True), ply_files(), picture_files()
     scene = scene_files(scratch / "scene")
+    gaussians = gaussian_files(scratch)
+    matrix_city(scratch / "poses", 4, 2)
+    poses = read_files(scratch / "poses")
+    mega_nerf(scratch / "photos", scratch / "models", 4, 2)
+    metadata = {name: content for name, content in read_files(scratch / "photos").items() if name.endswith(".pt")}
 
     def model_parts(files: Files) -> list[str]:
         return [name for name in files if name.startswith("sparse/")]
@@ -200,8 +244,11 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
         ("text model", text, model_parts(text), read_model),
         ("cache of a model", scene, ["sparse/0/parsed_scene.npz"], read_cached_model),
         ("PLY", plys, list(plys), read_ply),
+        ("PLY of Gaussians", gaussians, list(gaussians), read_gaussians),
         ("picture", pictures, list(pictures), read_picture),
         ("dataset", scene, list(scene), read_scene),
+        ("MatrixCity's poses", poses, [name for name in poses if name.endswith(".json")], read_poses),
+        ("Mega-NeRF's metadata", metadata, [n for n in metadata if "metadata" in n], read_metadata_file),
     ]
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plyfile import PlyData, PlyParseError
+from plyfile import PlyData
 from torch import Tensor
 
-from errors import InputError
+from datasets.ply import check_counts
+from errors import InputError, reason
 
 ROWS_PER_BLOCK = 1 << 18  # written at a time, so that a large model is never copied whole
 
@@ -80,6 +81,7 @@ def load_ply(path: Path) -> dict[str, Tensor]:
         InputError: The file is missing, damaged, or holds no Gaussians.
     """
     try:
+        check_counts(path)
         vertex = PlyData.read(path)["vertex"]
         num_rest = sum(property.name.startswith("f_rest_") for property in vertex.properties)
 
@@ -96,5 +98,7 @@ def load_ply(path: Path) -> dict[str, Tensor]:
             "sh0": columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None, :],
             "shN": shN.reshape(len(vertex), 3, num_rest // 3).transpose(1, 2).contiguous(),
         }
-    except (OSError, PlyParseError, KeyError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a 3DGS PLY file: choose a complete one.") from error
+    except Exception as error:  # plyfile, NumPy and torch each have errors of their own
+        raise InputError(
+            f"{path} cannot be read as a 3DGS PLY file ({reason(error)}): choose a complete one."
+        ) from error
