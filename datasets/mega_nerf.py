@@ -25,6 +25,7 @@ from datasets.prepared import check_writable_place, write_test_list
 from errors import InputError, reason
 
 PARTS = ("train", "val")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")  # of pictures, in lower case
 
 
 def prepare(cfg: Config, source: Path, colmap: Path | None, photos: Path | None, data_dir: Path) -> None:
@@ -87,26 +88,29 @@ def _match_pictures(model: pycolmap.Reconstruction, folder: Path, part: str) -> 
 
     Raises InputError where one has no file, and where a test picture has no place in the model.
     """
-    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    present = {path.relative_to(folder).as_posix(): path for path in files}
     by_stem: dict[str, list[str]] = {}
     for name in present:
         by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
-    found, missing = {}, []
-    for image in model.images.values():
-        same_stem = by_stem.get(str(PurePosixPath(image.name).with_suffix("")), [])
-        name = image.name if image.name in present else same_stem[0] if len(same_stem) == 1 else None
-        if name is None:
-            missing.append(image.name)
+    found, missing, taken = {}, [], set()
+    for wanted in sorted(image.name for image in model.images.values()):
+        same_stem = by_stem.get(str(PurePosixPath(wanted).with_suffix("")), [])
+        name = wanted if wanted in present else same_stem[0] if len(same_stem) == 1 else None
+        if name is None or name in taken:
+            missing.append(wanted)
         else:
-            found[image.name] = present.pop(name)
+            found[wanted] = present[name]
+            taken.add(name)
     if missing:
         raise InputError(
             f"{len(missing)} of {model.num_images()} pictures of the {part} model are missing from {folder} "
-            f"({min(missing)}): complete the download, or use the COLMAP model that belongs to it."
+            f"({missing[0]}): complete the download, or use the COLMAP model that belongs to it."
         )
-    if present and part == "val":
+    left_out = present.keys() - taken
+    if left_out and part == "val":
         raise InputError(
-            f"{len(present)} test pictures in {folder} are not in the COLMAP model of val ({min(present)}): use a "
+            f"{len(left_out)} test pictures in {folder} are not in the COLMAP model of val ({min(left_out)}): use a "
             "model of all of them."
         )
     return found

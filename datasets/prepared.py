@@ -53,7 +53,8 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
     train_ids, test_ids = split_indices(len(names), test_every=cfg.test_every, test_after=cfg.test_after)
     return [
         f"pictures: {len(names)}, {_ranges(sizes)}",
-        f"cameras:  {len(model.camera_models)}, {', '.join(sorted(set(model.camera_models)))}",
+        f"cameras:  {len(model.camera_models)}, {', '.join(sorted(set(model.camera_models)))}, "
+        f"{_ranges([tuple(size) for size in model.camera_sizes.tolist()])}",
         f"split:    {len(train_ids)} train, {len(test_ids)} test, {_check_split(data_dir, names, test_ids, cfg)}",
         f"points:   {_count_points(data_dir, len(model.points), cfg)}",
     ]

@@ -36,12 +36,7 @@ def _own_place(tmp_path, monkeypatch):
 def readme_command(dataset: str) -> list[str]:
     """The arguments of the README's command for a dataset."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    prefix = f"python -m datasets.prepare {dataset}"
-    (command,) = {
-        c
-        for c in readme.split("`")
-        if c == prefix or c.startswith(prefix + " --colmap") or c.startswith(prefix + " --p")
-    }
+    (command,) = (line for line in readme.splitlines() if line.startswith(f"python -m datasets.prepare {dataset}"))
     return shlex.split(command)[3:]
 
 
@@ -246,7 +241,7 @@ def test_nothing_of_others_is_replaced(monkeypatch, capsys):
 
 
 def test_incomplete_downloads_are_refused(monkeypatch, capsys):
-    small_rubble(monkeypatch)
+    _, test = small_rubble(monkeypatch)
     no_models = ["rubble", "--source", "download", "--data_dir", "rubble"]
     assert "--colmap" in refused(no_models, capsys)
     os.rename("download/train/rgbs/000001.jpg", "000001.jpg")
@@ -254,10 +249,24 @@ def test_incomplete_downloads_are_refused(monkeypatch, capsys):
     os.rename("000001.jpg", "download/train/rgbs/000001.jpg")
     shutil.copy("download/val/rgbs/000000.jpg", "download/val/rgbs/000025.jpg")
     assert "1 test pictures in download/val/rgbs are not in the COLMAP model" in refused(RUBBLE, capsys)
-    Path("download/val/rgbs/000025.jpg").unlink()
+    os.rename("download/val/rgbs/000025.jpg", "download/val/rgbs/000005.png")  # now of one stem with another
+    os.rename("download/val/rgbs/000005.jpg", "000005.jpg")
+    shutil.copytree("models", "twice")
+    shutil.rmtree("twice/val/sparse")
+    poses = {name: view.worldtocam for name, view in test.items()} | {"000005.JPG": test["000005.jpg"].worldtocam}
+    write_model(Path("twice/val/sparse/0"), poses, [pinhole()])
+    command = [argument.replace("models", "twice") for argument in RUBBLE]
+    assert "1 of 6 pictures of the val model are missing from download/val/rgbs (000005.jpg)" in refused(
+        command, capsys
+    )
+    os.rename("000005.jpg", "download/val/rgbs/000005.jpg")
+    Path("download/val/rgbs/000005.png").unlink()
+    Path("download/val/rgbs/.000005.part.jpg").write_bytes(b"left over")
+    Path("download/val/rgbs/Thumbs.db").write_bytes(b"")
+    assert not Path("rubble").exists()
+    main(RUBBLE)
     shutil.rmtree("download/val")
     assert "download/val does not exist" in refused(RUBBLE, capsys)
-    assert not Path("rubble").exists()
 
 
 def test_halves_of_different_worlds_or_with_equal_names_are_refused(monkeypatch, capsys):
