@@ -81,6 +81,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
+            del rows, colors, info, loss  # the next view needs their memory
 
 
 # ----------------------------------------------------------------------------------------------------

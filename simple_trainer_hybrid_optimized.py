@@ -99,6 +99,7 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
+            del rows, colors, info, loss  # the next view needs their memory
 
 
 # ----------------------------------------------------------------------------------------------------
