@@ -64,7 +64,7 @@ def train(cfg: Config, scene_name: str) -> None:
             loss.backward()
             run.times.mark("backward")
 
-            gaussians.step(schedules.means_lr(cfg, run.scene_scale, step))
+            gaussians.step(schedules.means_lr(cfg, run.scene_scale, step), info["gaussian_ids"])
             run.times.mark("optimize")
 
             densification.after_step(step, info, gaussians)

@@ -101,9 +101,9 @@ class DeviceGeometry:
     def device(self) -> torch.device:
         return self.parameters["means"].device
 
-    def growth_bytes(self, num_new: int) -> int:
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Memory in bytes that appending this many Gaussians takes at its peak: one tensor stands twice."""
-        return num_new * 3 * 11 * 4 + self.num_gaussians * 4 * 4
+        return {self.device: num_new * 3 * 11 * 4 + self.num_gaussians * 4 * 4}
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""

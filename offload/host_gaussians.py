@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, visible_ids
+from offload.finite import FiniteGradients
 from offload.host_memory import HostArray
 from offload.schedules import schedules_of
 from offload.state import State, copy_current
@@ -57,6 +58,7 @@ class HostGaussians(HostStore):
             self._gradients[name] = HostArray(columns, max_rows=group.parameters.max_rows)
         self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view
         self._rows: dict[str, Tensor] = {}
+        self._finite = FiniteGradients(device)
 
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
         """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; views of leaves."""
@@ -80,6 +82,7 @@ class HostGaussians(HostStore):
 
     def update(self) -> None:
         """Dense Adam over all rows, with the gradients of those that `fetch` gave."""
+        self._finite.keep([rows.grad for rows in self._rows.values() if rows.grad is not None])
         for name, group in self.groups.items():
             rows = self._rows[name]
             self._gradients[name].resize(self.num_gaussians)
@@ -104,6 +107,15 @@ class HostGaussians(HostStore):
         for adam in self._adams.values():
             adam.continue_from({"step_count": state["step_count"]})
         self.steps_done = self.step = int(state["step_count"])
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
+        return self._finite.skipped_steps()
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Memory in bytes that appending this many Gaussians takes at its peak."""
+        gradients = sum(4 * len(group.parameters.tensor[0]) for group in self.groups.values())
+        return {self.device: super().growth_bytes(num_new)[self.device] + num_new * gradients}
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.

@@ -11,10 +11,11 @@ from torch import Tensor
 from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, Margin, visible_ids
 from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.finite import FiniteGradients
 from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds, largest_drift, largest_step
 from offload.schedules import schedules_of
 from offload.state import State, copy_current, load_deferred
-from offload.store import HostStore
+from offload.store import HostStore, total_growth
 from offload.upcoming import upcoming_state, upcoming_view
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
@@ -63,6 +64,7 @@ class HybridGaussians:
         self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
         self._stores: dict[str, HostStore] = {}
         self._adams: dict[str, DeferredAdam] = {}
+        self._finite = FiniteGradients(device)
         names = ("appearance",) if geometry == "device" else ("geometry", "appearance")
         groups = {}
         for name in names:
@@ -102,6 +104,7 @@ class HybridGaussians:
         Args:
             step: From 0.
         """
+        self._keep_finite()
         self._pipeline.update()
         if self._device_geometry is not None:
             rates = {**self._learning_rates, "means": self._means_lr(step)}
@@ -171,6 +174,10 @@ class HybridGaussians:
         self._bounds = None
         self._pipeline.continue_with(upcoming_view(state, self.device))
 
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
+        return self._finite.skipped_steps()
+
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
 
@@ -220,9 +227,9 @@ class HybridGaussians:
             self._catch_up(None)
             self._stores["geometry"].clamp_opacities(max_logit)
 
-    def growth_bytes(self, num_new: int) -> int:
-        """Memory in bytes, where geometry is, that appending this many Gaussians takes at its peak."""
-        return sum(place.growth_bytes(num_new) for place in self._places() if place.device == self.device)
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Memory in bytes, of host and device, that appending this many Gaussians takes at its peak."""
+        return total_growth(self._places(), num_new)
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -238,6 +245,10 @@ class HybridGaussians:
             name: value.requires_grad_() for name, value in self._device_geometry.gather(self._rows.ids).items()
         }
         return {**self._geometry_rows, **rows}
+
+    def _keep_finite(self) -> None:
+        leaves = [*self._rows.values.values(), *self._geometry_rows.values()]
+        self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         return {

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ GROUP_NAMES = ("geometry", "appearance")
 STAMP_BYTES = 4
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
 COPY_ROWS = 1 << 20  # rows converted at once when the store is filled
+
+
+class GrowingPlace(Protocol):
+    """Holds parameters of Gaussians."""
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]: ...
 
 
 def group_shapes(group: str, sh_degree: int) -> dict[str, tuple[int, ...]]:
@@ -209,10 +216,11 @@ class HostStore:
         for moment in (geometry.exp_avg, geometry.exp_avg_sq):
             geometry.named(moment.tensor)["opacities"].zero_()
 
-    def growth_bytes(self, num_new: int) -> int:
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Memory in bytes that appending this many Gaussians takes at its peak, re-ordering included."""
         per_gaussian = host_bytes(1, self.sh_degree, tuple(self.groups))
-        return int(PEAK * (self.num_gaussians + num_new) * per_gaussian) - self.num_gaussians * per_gaussian
+        peak = int(PEAK * (self.num_gaussians + num_new) * per_gaussian)
+        return {self.device: peak - self.num_gaussians * per_gaussian}
 
     @property
     def _arrays(self) -> list[HostArray]:
@@ -258,3 +266,12 @@ def _words(array: HostArray) -> np.ndarray:
 
 def _physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def total_growth(places: Sequence[GrowingPlace], num_new: int) -> dict[torch.device, int]:
+    """Memory in bytes of each device that appending so many Gaussians takes in all these places."""
+    total: dict[torch.device, int] = {}
+    for place in places:
+        for device, needed in place.growth_bytes(num_new).items():
+            total[device] = total.get(device, 0) + needed
+    return total

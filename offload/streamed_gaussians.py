@@ -10,10 +10,11 @@ from torch import Tensor
 from offload.catch_up import CatchUpTables
 from offload.culling import Cameras, Margin
 from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.finite import FiniteGradients
 from offload.pipeline import largest_step
 from offload.schedules import schedules_of
 from offload.state import State, copy_current, load_deferred
-from offload.store import HostStore
+from offload.store import HostStore, total_growth
 from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
@@ -54,6 +55,7 @@ class StreamedGaussians:
         self._rendering_device = device
         self._view: StreamedView | None = None
         self._geometry_rows: dict[str, Tensor] = {}
+        self._finite = FiniteGradients(device)
         self._geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
         moves = {name: _ROUNDING * largest_step(betas) * learning_rates[name] for name in GEOMETRY}
         self._margin = Margin(**moves)
@@ -90,6 +92,8 @@ class StreamedGaussians:
         Args:
             step: From 0.
         """
+        leaves = [*self._view.values.values(), *self._geometry_rows.values()]
+        self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
         self._pipeline.update()
         gradients = {
             name: torch.zeros_like(rows) if rows.grad is None else rows.grad
@@ -158,6 +162,10 @@ class StreamedGaussians:
         upcoming = state.get("upcoming/ids")
         self._pipeline.continue_with(None if upcoming is None else upcoming.to(self._rendering_device, copy=True))
 
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
+        return self._finite.skipped_steps()
+
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
 
@@ -197,9 +205,9 @@ class StreamedGaussians:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
         self._geometry.clamp_opacities(max_logit)
 
-    def growth_bytes(self, num_new: int) -> int:
-        """Memory in bytes, where geometry is, that appending this many Gaussians takes at its peak."""
-        return self._geometry.growth_bytes(num_new)
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Memory in bytes, of host and device, that appending this many Gaussians takes at its peak."""
+        return total_growth([self._geometry, self._store], num_new)
 
     # --------------------------------------------------------------------------------------------------- inside
 

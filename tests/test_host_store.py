@@ -291,7 +291,7 @@ def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, HostStore]:
     device_store = DeviceGaussians(parameters, rates, betas=(0.9, 0.999), eps=1e-15, device=torch.device("cpu"))
     for parameter in device_store.parameters.values():
         parameter.grad = torch.randn_like(parameter)
-    device_store.step(means_lr=1e-3)
+    device_store.step(means_lr=1e-3, ids=torch.arange(num_gaussians))
     host_store = HostStore(device_store.snapshot())
     host_store.step = 1
     host_store.last_step.fill_(1)

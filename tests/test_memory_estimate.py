@@ -24,6 +24,7 @@ from training.checkpoints import Checkpoint, save_checkpoint
 from training.gaussians import DeviceGaussians, activate
 from training.memory import allocated_bytes
 from training.memory_estimate import Need, check_memory, needs, share_in_largest_view
+from training.ply import save_ply
 from training.views import View, cameras_of, render_view
 
 GIB = 2**30
@@ -77,7 +78,7 @@ def train_some_steps(trainer: str, parameters: dict[str, torch.Tensor], cameras,
         largest_view = max(largest_view, len(info["gaussian_ids"]))
         photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
         if trainer == "gpu_only":
-            gaussians.step(1e-4)
+            gaussians.step(1e-4, info["gaussian_ids"])
         elif trainer == "baseline":
             gaussians.update()
         else:
@@ -102,7 +103,8 @@ def test_estimate_is_what_training_and_saving_take(tmp_path, trainer):
     before = resident_bytes("VmRSS") - num_gaussians * memory_estimate.parameter_bytes(3)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     gaussians, share = train_some_steps(trainer, parameters, cameras, torch.device("cpu"))
-    save_checkpoint(tmp_path / "ckpt.pt", Checkpoint(NUM_VIEWS, gaussians.snapshot(), np.eye(4)))
+    save_checkpoint(tmp_path / "ckpt.pt", Checkpoint(NUM_VIEWS, np.eye(4), gaussians.state()))
+    save_ply(tmp_path / "a.ply", gaussians.snapshot(), np.eye(4))
     taken = resident_bytes("VmHWM") - before
     (need,) = needs(FOOTPRINTS[trainer], share, WIDTH * HEIGHT, torch.device("cpu"))
     assert taken == pytest.approx(need.bytes(num_gaussians), rel=0.2)

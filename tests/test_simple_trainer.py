@@ -123,14 +123,13 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint(monkeypatch, city_block, 
     assert "ckpt_20.pt" in capsys.readouterr().out
 
 
-def test_growth_past_memory_saves_a_checkpoint(monkeypatch, city_block, tmp_path, capsys):
+def test_growth_past_memory_is_skipped_with_one_warning(monkeypatch, city_block, tmp_path, capsys):
     monkeypatch.setattr(densification, "available_bytes", lambda device: 1000)
-    assert train(monkeypatch, city_block, tmp_path, *SHORT_DENSIFYING) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("Stopped: Growing from 600")
-    assert "--max_gaussians" in message
-    assert "ckpt_21.pt" in message
-    assert load_checkpoint(tmp_path / "ckpts/ckpt_21.pt").steps == 21
+    assert train(monkeypatch, city_block, tmp_path, *SHORT_DENSIFYING) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "Growing from 600" in line]
+    assert len(warnings) == 1
+    assert "--max_gaussians" in warnings[0]
+    assert len(load_checkpoint(tmp_path / "ckpts/ckpt_60.pt").gaussians["means"]) <= 600
 
 
 def test_refinement_that_removes_everything_saves_a_checkpoint(monkeypatch, city_block, tmp_path, capsys):

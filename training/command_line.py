@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -42,7 +43,24 @@ def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], de
 
 def resume_command() -> str:
     """The command that continues this run, to be copied into a shell in the same folder."""
-    arguments = [argument for argument in sys.argv if argument != "--resume"]
+    return _command(sys.argv)
+
+
+def smaller_command() -> str:
+    """The command that continues this run in the trainer that needs the next less device memory."""
+    script, *arguments = sys.argv
+    folder, name = os.path.split(script)
+    if name in ("simple_trainer.py", "simple_trainer_hybrid_streamed.py"):
+        name = "simple_trainer_hybrid_optimized.py"
+    elif name == "simple_trainer_hybrid_optimized.py" and not re.search(r"--geometry[ =]host", " ".join(arguments)):
+        arguments = [*arguments, "--geometry", "host"]  # the last one given counts
+    else:
+        name = "simple_trainer_hybrid_optimized_split.py"
+    return _command([os.path.join(folder, name), *arguments])
+
+
+def _command(script_and_arguments: list[str]) -> str:
+    arguments = [argument for argument in script_and_arguments if argument != "--resume"]
     return shlex.join([_interpreter(), *arguments, "--resume"])
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from configs import DensificationRules
 from training.memory import available_bytes, format_bytes
@@ -45,7 +46,7 @@ class GaussianStore(Protocol):
 
     def clamp_opacities(self, max_logit: float) -> None: ...
 
-    def growth_bytes(self, num_new: int) -> int: ...
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]: ...
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Densification:
         self.scene_scale = scene_scale
         self.statistics: Statistics | None = None
         self._seed = seed
+        self._told_of_memory = False
 
     def after_step(self, step: int, info: Mapping[str, object], store: GaussianStore) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
@@ -88,7 +90,7 @@ class Densification:
             Whether the rows of the store have changed.
 
         Raises:
-            TrainingStopped: Nothing would be left, or the growth does not fit into memory.
+            TrainingStopped: Nothing would be left.
         """
         rules = self.rules
         if step >= rules.refine_stop_iter:
@@ -138,6 +140,7 @@ class Densification:
         half_width, half_height = 0.5 * info["width"], 0.5 * info["height"]  # to [-1, 1] screen units
         norms = torch.hypot(gradients[:, 0] * half_width, gradients[:, 1] * half_height)  # [V]
         norms = norms.mul_(info["n_cameras"]).to(device)  # undoes the mean over the batch in the loss
+        norms.nan_to_num_(nan=0.0, posinf=0.0)  # of a step that is skipped
         statistics.grad2d.index_add_(0, ids, norms)
         statistics.count.index_add_(0, ids, torch.ones_like(norms))
         if self.rules.refine_scale2d_stop_iter > 0:
@@ -148,11 +151,17 @@ class Densification:
     def refine(self, step: int, store: GaussianStore) -> None:
         """Duplicate, split and remove by the statistics so far, then start them anew."""
         statistics, rules = self.statistics, self.rules
+        self.statistics = None  # whatever happens below, they will not fit the rows
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
         largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
         duplicate, split = select_growth(rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale)
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
-        check_growth_fits(store, len(duplicate_ids) + len(split_ids))
+        lack = lacking_memory(store, len(duplicate_ids) + len(split_ids))
+        if lack is not None:
+            duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
+            if not self._told_of_memory:
+                tqdm.write(f"Warning: {lack} From now on nothing grows that does not fit.")
+            self._told_of_memory = True
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0]))
         grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator)
@@ -286,16 +295,17 @@ def rotation_matrices(quats: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
-def check_growth_fits(store: GaussianStore, num_new: int) -> None:
-    """Stop, with everything intact, before a growth that memory cannot hold.
-
-    Raises:
-        TrainingStopped: Naming what is needed, what there is, and the option that bounds the growth.
-    """
-    needed, free = store.growth_bytes(num_new), available_bytes(store.device)
-    if num_new and needed > free:
-        raise TrainingStopped(
-            f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
-            f"{format_bytes(needed)} and only {format_bytes(free)} are free: set --max_gaussians or "
-            "raise --grow_grad2d."
-        )
+def lacking_memory(store: GaussianStore, num_new: int) -> str | None:
+    """Why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
+    if num_new == 0:
+        return None
+    for device, needed in store.growth_bytes(num_new).items():
+        free = available_bytes(device)
+        if needed > free:
+            memory = "host memory" if device.type == "cpu" else "GPU memory"
+            return (
+                f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
+                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free, so it is skipped: "
+                "set --max_gaussians or raise --grow_grad2d."
+            )
+    return None

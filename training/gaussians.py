@@ -9,6 +9,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from offload.finite import FiniteGradients
 from offload.state import ARRAYS, State, copy_current
 
 SH_C0 = 0.28209479177387814  # Y_0^0, the constant spherical harmonic
@@ -113,6 +114,7 @@ class DeviceGaussians:
             fused=True,
         )
         self.steps_done = 0
+        self._finite = FiniteGradients(device)
 
     @property
     def num_gaussians(self) -> int:
@@ -126,8 +128,18 @@ class DeviceGaussians:
         """What the rasterizer takes, differentiable: means, quats, scales, opacities and colors."""
         return activate(self.parameters)
 
-    def step(self, means_lr: float) -> None:
-        """One Adam step on the gradients at hand, with this learning rate for the means."""
+    def step(self, means_lr: float, ids: Tensor) -> None:
+        """One Adam step on the gradients at hand.
+
+        Args:
+            means_lr: Learning rate of the means.
+            ids: [V] int64, rows whose gradients are not zero; rows may repeat.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        rows = [gradient[ids] for gradient in gradients]
+        self._finite.keep(rows)
+        for gradient, values in zip(gradients, rows, strict=True):
+            gradient[ids] = values
         for group in self.optimizer.param_groups:
             if group["name"] == "means":
                 group["lr"] = means_lr
@@ -153,6 +165,10 @@ class DeviceGaussians:
             moments = {moment: torch.empty_like(parameter) for moment in ARRAYS[1:]}
             self.optimizer.state[parameter] = {"step": step, **moments}
         copy_current({key: value for key, value in self.state().items() if key != "step_count"}, state)
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
+        return self._finite.skipped_steps()
 
     def undo_step(self) -> None:
         """Forget the gradients of the step that an error has ended.
@@ -201,13 +217,13 @@ class DeviceGaussians:
         for moment in self._moments(parameter).values():
             moment.zero_()
 
-    def growth_bytes(self, num_new: int) -> int:
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Memory in bytes that appending this many Gaussians takes at its peak.
 
         Tensors are replaced one at a time, so beside the growth the largest one stands twice.
         """
         largest = max(parameter.numel() * 4 for parameter in self.parameters.values())
-        return num_new * BYTES_PER_GAUSSIAN + largest
+        return {self.device: num_new * BYTES_PER_GAUSSIAN + largest}
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter, {})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,10 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused
+    return int(min(_machine_bytes(), _container_bytes()))
+
+
+def _machine_bytes() -> int:
     try:
         with open("/proc/meminfo") as meminfo:
             for line in meminfo:
@@ -32,6 +38,17 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _container_bytes() -> float:
+    """What the limit of this process's container leaves (cgroup v2); infinite where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / "memory.max").read_text(), int((folder / "memory.current").read_text())
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+        return int(limit) - used + int(cached)
+    except (OSError, ValueError, KeyError):  # no such files, or a limit of "max"
+        return math.inf
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:

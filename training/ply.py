@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets.ply import check_counts
 from errors import InputError, reason
 
-ROWS_PER_BLOCK = 1 << 18  # written at a time, so that a large model is never copied whole
+ROWS_PER_BLOCK = 1 << 15  # written at a time, so that a large model is never copied whole
 
 
 def save_ply(path: Path, gaussians: Mapping[str, Tensor], transform: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from traceback import print_exception
+from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from offload.state import State, sh_degree_of
 from rendering.rasterize import check_gsplat
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
-from training.command_line import resume_command
+from training.command_line import resume_command, smaller_command
 from training.densification import Densification, TrainingStopped
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
@@ -40,6 +40,9 @@ from training.views import View
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = ("data_dir", "result_dir", "device", "resume", "save_every", "keep", "num_workers", "log_every")
+
+
+MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
 
 class Model(Protocol):
@@ -58,6 +61,9 @@ class Model(Protocol):
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are."""
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended; raises RuntimeError where it has been applied in part."""
@@ -126,6 +132,7 @@ class TrainingRun:
         self._model: Model | None = None
         self._step = 0
         self._saved_steps = 0
+        self._skipped_steps = 0
         self._interrupted = False
         self._begin = time.perf_counter()
 
@@ -142,8 +149,10 @@ class TrainingRun:
             return
         share = share_in_largest_view(self.scene, self.cfg.batch_size)
         num_pixels = self.cfg.batch_size * max(camera.width * camera.height for camera in self.scene.cameras)
+        resumed = self._resumed
+        num_gaussians = len(self.scene.points if resumed is None else resumed.state["parameters/means"])
         all_needs = needs(footprint, share, num_pixels, self.device)
-        print(check_memory(all_needs, len(self.scene.points), self.cfg.max_gaussians))
+        print(check_memory(all_needs, num_gaussians, self.cfg.max_gaussians))
 
     def initial_gaussians(self) -> dict[str, Tensor]:
         """One Gaussian per point of the scene, in Morton order; those of the checkpoint, where there is one."""
@@ -234,6 +243,7 @@ class TrainingRun:
                 sh=sh_degree,
                 mem=format_bytes(peak_bytes(self.device)["device_allocated"]),
             )
+            self._look_at_skipped_steps()
         if steps_done % cfg.log_every == 0:
             self._log(steps_done, loss)
         if steps_done in cfg.save_steps or last:
@@ -250,6 +260,17 @@ class TrainingRun:
         failure = self._results.checkpoints.failure()
         if failure is not None:
             self._checkpoint_failed(failure)
+
+    def _look_at_skipped_steps(self) -> None:
+        skipped, in_a_row = self._model.skipped_steps()
+        if in_a_row >= MOST_SKIPPED_STEPS:
+            raise TrainingStopped(
+                f"The gradients of the last {in_a_row} steps were not finite, so nothing is learned any more: look at "
+                "the pictures, or lower the learning rates."
+            )
+        if skipped > self._skipped_steps:
+            tqdm.write(f"Warning: {skipped} steps so far had gradients that were not finite; they were skipped.")
+        self._skipped_steps = skipped
 
     def evaluate(self, render: Callable[[View], Tensor], steps: int, num_gaussians: int) -> None:
         """Compare renderings of the test views with the photos, print the means and write them to stats/.
@@ -310,18 +331,22 @@ class TrainingRun:
     def _stopped(self, error: Exception) -> TrainingStopped:
         """The sentence for an error that ends training, with everything trained so far saved."""
         message = str(error)
+        command = resume_command()
         if isinstance(error, torch.cuda.OutOfMemoryError):
+            clear_frames(error.__traceback__)  # which hold what the step had allocated
+            torch.cuda.empty_cache()
             message = (
                 f"Device memory ran out after {self._model.steps_done} steps with {self._model.num_gaussians} "
-                "Gaussians: set --max_gaussians, raise --grow_grad2d or raise --data_factor."
+                "Gaussians: continue in a trainer that needs less of it, or raise --data_factor."
             )
+            command = smaller_command()
         elif not isinstance(error, TrainingStopped | InputError):
             print_exception(error)  # a defect: whoever mends it wants to see where
             message = f"An error ended training after {self._model.steps_done} steps."
         try:
             self._model.undo_step()
             return TrainingStopped(
-                f"{message} The Gaussians are saved in {self._save_at_the_end()}. Continue with: {resume_command()}"
+                f"{message} The Gaussians are saved in {self._save_at_the_end()}. Continue with: {command}"
             )
         except TrainingStopped as failure:
             return TrainingStopped(f"{message} {failure}")
@@ -442,6 +467,7 @@ class TrainingRun:
                 "peak_host_bytes": peaks["host"],
                 "device_bytes_allocated": allocated_bytes(self.device),
                 **self._staging_allocations(),
+                "longest_save_seconds": self._results.checkpoints.longest_stall,
                 "stages_ms": self.times.mean_milliseconds("statistics"),
             },
         )
