@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -42,7 +43,8 @@ class ResultFolder:
 
     def close(self) -> None:
         self.checkpoints.close()
-        self.tensorboard.close()
+        with contextlib.suppress(OSError):  # the log is not worth an error at the very end
+            self.tensorboard.close()
 
     def save_ply(self, steps: int, gaussians: Mapping[str, Tensor], transform: np.ndarray) -> None:
         """Write ply/point_cloud_{steps}.ply."""

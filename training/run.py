@@ -45,6 +45,10 @@ OPTIONS_OF_THE_PLACE = ("data_dir", "result_dir", "device", "resume", "save_ever
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
 
+class NotSaved(TrainingStopped):
+    """Training has come to an end that could not be saved."""
+
+
 class Model(Protocol):
     """What a run asks of the Gaussians that a trainer trains."""
 
@@ -128,6 +132,8 @@ class TrainingRun:
         self.times = StageTimes(self.device)
         self._resources = ExitStack()
         self._resources.callback(self._results.close)
+        if not cfg.ckpt:
+            self._results.checkpoints.remove_unfinished()
         self._resumed = self._checkpoint_to_resume() if cfg.resume else None
         self._model: Model | None = None
         self._step = 0
@@ -245,10 +251,12 @@ class TrainingRun:
             )
             self._look_at_skipped_steps()
         if steps_done % cfg.log_every == 0:
-            self._log(steps_done, loss)
+            with self._going_on_without("The log"):
+                self._log(steps_done, loss)
         if steps_done in cfg.save_steps or last:
             self._save_checkpoint(periodic=False)
-            self._save_train_statistics()
+            with self._going_on_without("The statistics"):
+                self._save_train_statistics()
         elif self._schedule.is_due(steps_done):
             self._save_checkpoint(periodic=True)
         if steps_done in cfg.ply_steps or last:
@@ -319,7 +327,9 @@ class TrainingRun:
     ) -> None:
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
-            if isinstance(error, Exception) and self._model is not None and self._model.steps_done > 0:
+            if isinstance(error, NotSaved) or not isinstance(error, Exception):
+                return
+            if self._model is not None and self._model.steps_done > 0:
                 raise self._stopped(error) from error
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
@@ -348,7 +358,7 @@ class TrainingRun:
             return TrainingStopped(
                 f"{message} The Gaussians are saved in {self._save_at_the_end()}. Continue with: {command}"
             )
-        except TrainingStopped as failure:
+        except NotSaved as failure:
             return TrainingStopped(f"{message} {failure}")
         except Exception as failure:  # of whatever kind: the user gets the sentence
             return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
@@ -427,7 +437,7 @@ class TrainingRun:
         """Make sure that all steps done are in a checkpoint on disk.
 
         Raises:
-            TrainingStopped: They cannot be.
+            NotSaved: They cannot be.
         """
         checkpoints, steps_done = self._results.checkpoints, self._model.steps_done
         path = checkpoints.path / f"ckpt_{steps_done}.pt"
@@ -437,7 +447,7 @@ class TrainingRun:
         if failure is not None:
             self._checkpoint_failed(failure)
         if self._saved_steps != steps_done:
-            raise TrainingStopped(
+            raise NotSaved(
                 f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path}: make room there or "
                 f"make it writable, and continue from the checkpoint before with: {resume_command()}"
             )

@@ -1,0 +1,223 @@
+"""Kills training runs at random moments, again and again, and resumes them.
+
+    python -m tests.fault_trials --kills 50 --num_gaussians 200000
+
+Each trainer trains one scene in a child process that is killed (SIGKILL) at a random moment: at any time, shortly
+after a step, a refinement or the writing of a checkpoint has begun. After each kill the newest valid checkpoint must
+be at least as new as the newest one that had been reported as written, and the run is resumed. When all kills are
+done the run goes to its end, and its last checkpoint is compared with that of a run that was never killed: on the CPU
+they must be bit-equal. Prints a row for each trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from datasets.synthetic import write_city_block
+from training.checkpoint_folder import CheckpointFolder
+from training.checkpoints import load_checkpoint
+
+TRAINERS = {
+    "simple_trainer": (),
+    "simple_trainer_hybrid_baseline": (),
+    "simple_trainer_hybrid_optimized": ("--geometry", "host"),
+    "simple_trainer_hybrid_streamed": (),
+}
+MOMENTS = ("step", "refinement", "writing", "publishing")
+STEPS_PER_KILL = 8
+SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+@dataclass
+class Report:
+    """What came of the kills of one trainer."""
+
+    trainer: str
+    kills: int = 0
+    lost: int = 0  # kills after which a checkpoint that had been written was not there or not valid
+    moments: Counter[str] = field(default_factory=Counter)  # what the run did when it was killed
+    steps_repeated: int = 0  # that had been computed after the newest checkpoint
+    num_gaussians: int = 0  # at the end
+    bit_equal: bool = False
+
+
+def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> Report:
+    """Kill and resume one trainer so many times.
+
+    Args:
+        trainer: A key of `TRAINERS`.
+        kills: How often.
+        num_gaussians: That training starts with.
+        seed: Of the moments.
+    """
+    rng, report = random.Random(seed), Report(trainer)
+    with tempfile.TemporaryDirectory() as scratch:
+        data_dir, killed = Path(scratch) / "data", Path(scratch) / "killed"
+        write_city_block(data_dir, num_views=12, width=48, height=32, num_points=num_gaussians)
+        max_steps = STEPS_PER_KILL * kills + 20
+        options = (
+            *("--data_dir", data_dir, "--device", "cpu", "--max_steps", max_steps, "--eval_steps", max_steps),
+            *("--save_every", 3, "--refine_start_iter", 1, "--refine_every", 4, "--refine_stop_iter", max_steps - 5),
+            *("--reset_every", 50, "--grow_grad2d", 1e-4, "--max_gaussians", num_gaussians + num_gaussians // 10),
+            *("--num_workers", 1, *TRAINERS[trainer]),
+        )
+        ending = ("--result_dir", str(Path(scratch) / "whole"), "--resume")
+        whole = subprocess.Popen((*child(trainer), *map(str, options), *ending), **SILENT)
+        while report.kills < kills:
+            with Run(trainer, (*options, "--result_dir", killed, "--resume")) as run:
+                moment = rng.choice(("any", *MOMENTS))
+                # Let some steps pass, so that the run gets on.
+                if not run.wait_for("step", rng.randint(1, 2 * STEPS_PER_KILL)):
+                    raise SystemExit(f"{trainer} ended by itself:\n{run.output}")
+                if moment == "any" or not run.wait_for(moment, 1):
+                    time.sleep(rng.uniform(0, 1.0))
+                else:
+                    time.sleep(rng.uniform(0, 0.03))
+                run.kill()
+            report.kills += 1
+            report.moments[run.doing] += 1
+            found = newest(killed)
+            report.lost += found < run.published
+            report.steps_repeated += max(run.steps_done - found, 0)
+        subprocess.run((*child(trainer), *map(str, options), "--result_dir", str(killed), "--resume"), **SILENT)
+        whole.wait()
+        checkpoints = [
+            load_checkpoint(Path(scratch) / name / f"ckpts/ckpt_{max_steps}.pt") for name in ("killed", "whole")
+        ]
+        states = [dict(checkpoint.state) for checkpoint in checkpoints]
+        report.num_gaussians = len(states[0]["parameters/means"])
+        report.bit_equal = states[0].keys() == states[1].keys() and all(
+            torch.equal(value, states[1][name]) for name, value in states[0].items() if name != "elapsed_seconds"
+        )
+    return report
+
+
+def newest(result_dir: Path) -> int:
+    """Steps of the newest valid checkpoint; 0 where there is none."""
+    folder = CheckpointFolder(result_dir / "ckpts", keep=0)
+    checkpoint = folder.newest_valid(lambda sentence: None)
+    folder.close()
+    return 0 if checkpoint is None else checkpoint.steps
+
+
+def child(trainer: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "tests.fault_trials", "--child", trainer, "default"
+
+
+class Run:
+    """A training run in a child process, which says what it is doing."""
+
+    def __init__(self, trainer: str, options: tuple[object, ...]) -> None:
+        command = (*child(trainer), *map(str, options))
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.output = ""
+        self.doing = "starting"
+        self.steps_done = 0
+        self.published = 0  # steps of the newest checkpoint that has been reported as written
+
+    def wait_for(self, moment: str, times: int) -> bool:
+        """Whether the run has said so often that it begins this."""
+        while times > 0:
+            line = self._process.stdout.readline()
+            if not line:
+                return False
+            times -= self._heard(line) == moment
+        return True
+
+    def kill(self) -> None:
+        self._process.kill()
+        for line in self._process.stdout:
+            self._heard(line)
+        self._process.wait()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _heard(self, line: str) -> str:
+        self.output += line
+        word, *number = line.split()[:2] if line.startswith("@") else ["@"]
+        if word == "@step":
+            self.steps_done = int(number[0])
+        if word == "@published":
+            self.published = int(number[0])
+        if len(word) > 1:
+            self.doing = word[1:]
+        return word[1:]
+
+
+def be_child(trainer: str, arguments: list[str]) -> None:
+    """Train in this process, and say on stdout what begins."""
+    from training import checkpoint_folder, command_line
+    from training.checkpoints import PartialCheckpoint
+    from training.densification import Densification
+    from training.run import TrainingRun
+
+    def announce(owner: type, name: str, before: str, after: str = "") -> None:
+        method = getattr(owner, name)
+
+        def announced(self, *arguments: object, **options: object) -> object:
+            steps = arguments[1].steps if owner is PartialCheckpoint and len(arguments) > 1 else None
+            if name == "publish":
+                steps = int(self.path.stem.split("_")[1])
+            if name == "after_step":
+                steps = arguments[0] + 1
+            print(f"@{before} {steps}", flush=True)
+            result = method(self, *arguments, **options)
+            if after:
+                print(f"@{after} {steps}", flush=True)
+            return result
+
+        setattr(owner, name, announced)
+
+    announce(PartialCheckpoint, "__init__", "writing", "training")
+    announce(PartialCheckpoint, "publish", "publishing", "published")
+    announce(Densification, "refine", "refinement", "training")
+    announce(TrainingRun, "after_step", "step")
+    assert checkpoint_folder.PartialCheckpoint is PartialCheckpoint
+    script = importlib.import_module(trainer)
+    sys.argv = [f"{trainer}.py", *arguments]
+    command_line.main(script.CONFIGS, script.train, "")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        be_child(sys.argv[2], sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="how many, of all trainers together (50)")
+    parser.add_argument("--num_gaussians", type=int, default=200_000, help="that training starts with (200000)")
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), help="all")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    arguments = parser.parse_args()
+    kills = -(-arguments.kills // len(arguments.trainers))
+    failed = False
+    for trainer in arguments.trainers:
+        report = kill_trials(trainer, kills, arguments.num_gaussians, arguments.seed)
+        failed |= report.lost > 0 or not report.bit_equal
+        moments = ", ".join(f"{count} {moment}" for moment, count in report.moments.items())
+        print(
+            f"{trainer}: {report.kills} kills ({moments}), {report.num_gaussians} Gaussians at the end, "
+            f"{report.lost} checkpoints lost, {report.steps_repeated} steps computed again, "
+            f"{'bit-equal' if report.bit_equal else 'NOT EQUAL'} to a run that was not killed",
+            flush=True,
+        )
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""What a long day brings: after each fault nothing saved is lost, a sentence names it, and resuming works."""
+
+import os
+import shlex
+import signal
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import fault_trials
+import pytest
+import torch
+from test_resume import (
+    DENSIFYING,
+    TRAINERS,
+    assert_same_state,
+    interrupt_after,
+    saved,
+    train,
+)
+
+import simple_trainer
+import simple_trainer_hybrid_optimized
+from datasets.synthetic import write_city_block
+from errors import InputError
+from offload.pipeline import RowPipeline
+from training import checkpoint_folder
+from training.checkpoint_folder import CheckpointFolder, SaveSchedule
+from training.checkpoints import Checkpoint, load_checkpoint
+from training.run import TrainingRun
+from training.views import View
+
+
+@pytest.fixture(scope="module")
+def city_block(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory, city_block) -> dict[str, Checkpoint]:
+    """The last checkpoints of runs that nothing has disturbed; filled as they are needed."""
+    return {}
+
+
+def undisturbed(whole_runs, city_block, tmp_path, script, place) -> Checkpoint:
+    key = script.__name__ + str(place)
+    if key not in whole_runs:
+        with pytest.MonkeyPatch.context() as patch:
+            assert train(patch, script, city_block, tmp_path / "undisturbed", *DENSIFYING, *place) == 0
+        whole_runs[key] = saved(tmp_path / "undisturbed")
+    return whole_runs[key]
+
+
+def last_error(capsys) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ signals, schedule
+
+
+def test_sigterm_stops_like_ctrl_c_and_prints_the_command_to_continue(monkeypatch, city_block, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7, number=signal.SIGTERM)
+        assert train(patch, simple_trainer, city_block, tmp_path / "a b", "--max_steps", 20) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert saved(tmp_path / "a b", 7).can_resume
+    assert command[1:3] == ["simple_trainer.py", "default"]
+    assert command[-1] == "--resume"
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path / "a b", *command[3:][6:]) == 0
+    assert "Resuming after 7 steps" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch, city_block, tmp_path):
+    after_step = TrainingRun.after_step
+
+    def press_twice(self, step: int, *arguments: object) -> None:
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        after_step(self, step, *arguments)
+
+    monkeypatch.setattr(TrainingRun, "after_step", press_twice)
+    options = ("--max_steps", 1000, "--save_every", 9)
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 130
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["ckpt_9.pt"]
+
+
+def test_save_every_and_keep(monkeypatch, city_block, tmp_path):
+    """Periodic checkpoints make room for newer ones; those that were asked for by number stay."""
+    options = ("--max_steps", 30, "--save_steps", 8, "--save_every", 4, "--keep", 2)
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {f"ckpt_{n}.pt" for n in (8, 24, 28, 30)}
+
+
+@pytest.mark.parametrize("every", ["", "x", "15 minutes", "-3", "1.5h"])
+def test_save_every_is_steps_or_time(every):
+    with pytest.raises(InputError, match="--save_every"):
+        SaveSchedule(every)
+
+
+def test_saving_by_time_does_not_notice_a_clock_that_jumps(monkeypatch):
+    seconds = [1000.0]
+    schedule = SaveSchedule("15m", clock=lambda: seconds[0])
+    due = []
+    for _ in range(40):
+        seconds[0] += 60
+        due.append(schedule.is_due(1))
+    assert [minute for minute, is_due in enumerate(due, 1) if is_due] == [15, 30]
+    schedule = SaveSchedule("1h")  # with its own clock
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    assert not schedule.is_due(1)
+
+
+def test_the_newest_checkpoint_does_not_depend_on_the_clock(monkeypatch, city_block, tmp_path, capsys):
+    options = ("--max_steps", 12, "--save_every", 4)
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    for step, age in ((4, 0), (8, 3600), (12, 86400)):  # the clock was set back more and more
+        os.utime(tmp_path / f"ckpts/ckpt_{step}.pt", (1e9 - age, 1e9 - age))
+    # A new run in the same folder supersedes the old one, although its numbers are smaller.
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 5, "--save_every", 0) == 0
+    capsys.readouterr()
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 6, "--resume") == 0
+    assert "Resuming after 5 steps" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ disks and files
+
+
+def damage_last_byte(content: bytearray) -> None:
+    content[-1] ^= 1
+
+
+def damage_a_tensor(content: bytearray) -> None:
+    content[len(content) // 2] ^= 1
+
+
+def truncate(content: bytearray) -> None:
+    del content[len(content) * 2 // 3 :]
+
+
+def leave_nothing(content: bytearray) -> None:
+    content.clear()
+
+
+@pytest.mark.parametrize("damage", [damage_last_byte, damage_a_tensor, truncate, leave_nothing])
+def test_a_damaged_checkpoint_is_named_and_skipped(monkeypatch, city_block, tmp_path, capsys, damage):
+    options = ("--max_steps", 12, "--save_every", 5, "--keep", 0)
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    newest = tmp_path / "ckpts/ckpt_12.pt"
+    before = saved(tmp_path, 12)
+    content = bytearray(newest.read_bytes())
+    damage(content)
+    newest.unlink()
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert any(line.startswith("Skipped: ") and "ckpt_12.pt" in line for line in printed.splitlines())
+    assert "Resuming after 10 steps" in printed
+    assert_same_state(saved(tmp_path, 12), before)
+
+
+def test_every_flipped_bit_is_found(monkeypatch, city_block, tmp_path):
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 2) == 0
+    path = tmp_path / "ckpts/ckpt_2.pt"
+    content = path.read_bytes()
+    path.unlink()
+    state = load_checkpoint_of(path, content).state
+    padding = sum(-tensor.nbytes % 64 for tensor in state.values())
+    generator = torch.Generator().manual_seed(0)
+    unnoticed = 0
+    for position in torch.randint(len(content), (200,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        try:
+            load_checkpoint_of(path, bytes(damaged))
+            unnoticed += 1
+        except InputError:
+            pass
+    assert unnoticed <= max(2, 400 * padding // len(content))  # between tensors nothing is stored
+
+
+def load_checkpoint_of(path: Path, content: bytes) -> Checkpoint:
+    path.unlink(missing_ok=True)  # a file that is mapped must not be changed
+    path.write_bytes(content)
+    return load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("pwrite", OSError(28, "No space left on device")),
+        ("fsync", OSError(5, "Input/output error")),
+        ("open", OSError(30, "Read-only file system")),
+    ],
+    ids=["full disk", "failing disk", "read-only"],
+)
+def test_a_disk_that_fails_for_a_while_costs_no_training(monkeypatch, city_block, tmp_path, capsys, call, error):
+    original, options = getattr(os, call), (*DENSIFYING, "--save_every", 10, "--keep", 0)
+    failing = [False]
+
+    def fails_for_a_while(*arguments: object) -> object:
+        if failing[0] and (call != "open" or str(arguments[0]).endswith(".partial")):
+            raise error
+        return original(*arguments)
+
+    after_step = TrainingRun.after_step
+
+    def fail_from_20_to_40(self, step: int, *arguments: object) -> None:
+        failing[0] = 20 <= step + 1 < 40
+        after_step(self, step, *arguments)
+        publishing = self._results.checkpoints._publishing
+        wait([publishing] if publishing else [])
+
+    monkeypatch.setattr(os, call, fails_for_a_while)
+    monkeypatch.setattr(TrainingRun, "after_step", fail_from_20_to_40)
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if error.strerror in line]
+    assert len(warnings) == 2
+    assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {f"ckpt_{n}.pt" for n in (10, 40, 50, 60)}
+
+
+def test_a_disk_that_stays_full_is_said_at_the_end(monkeypatch, city_block, tmp_path, capsys):
+    save = checkpoint_folder.PartialCheckpoint
+
+    def full_after_10(path: Path, checkpoint: Checkpoint) -> object:
+        if checkpoint.steps > 10:
+            raise OSError(28, "No space left on device")
+        return save(path, checkpoint)
+
+    options = ("--max_steps", 30, "--save_every", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "PartialCheckpoint", full_after_10)
+        assert train(patch, simple_trainer, city_block, tmp_path, *options) == 1
+    message = last_error(capsys)
+    assert message.startswith("Stopped: The Gaussians after 30 steps could not be saved")
+    assert message.endswith("--resume")
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
+    assert "Resuming after 10 steps" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_cost_no_training(monkeypatch, city_block, tmp_path, capsys):
+    def fail(*arguments: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("save_ply", "save_statistics", "save_rendering"):
+        monkeypatch.setattr(f"training.results.ResultFolder.{name}", fail)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 20, "--log_every", 10) == 0
+    printed = capsys.readouterr().out
+    for what in ("The PLY file", "The evaluation", "The statistics", "The log"):
+        assert f"Warning: {what} could not be written" in printed
+    assert saved(tmp_path, 20).can_resume
+
+
+def test_what_a_killed_run_has_left_is_removed(tmp_path):
+    (tmp_path / "ckpt_10.pt.partial").write_bytes(b"half")
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.remove_unfinished()
+    assert not list(tmp_path.iterdir())
+    folder.close()
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(("script", "place"), TRAINERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_pixel_that_is_not_a_number_is_skipped(monkeypatch, city_block, tmp_path, capsys, script, place, value):
+    spoil_pictures(monkeypatch, {7, 8, 22}, value)
+    assert train(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place) == 0
+    state = saved(tmp_path).state
+    assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+    assert "Warning: 2 steps so far" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("script", "place"), TRAINERS)
+def test_a_gradient_that_stays_not_finite_stops_training(monkeypatch, city_block, tmp_path, capsys, script, place):
+    with monkeypatch.context() as patch:
+        spoil_pictures(patch, set(range(13, 1000)), float("nan"))
+        assert train(patch, script, city_block, tmp_path, *DENSIFYING, *place) == 1
+    message = last_error(capsys)
+    assert message.startswith("Stopped: The gradients of the last")
+    (path,) = (tmp_path / "ckpts").iterdir()
+    checkpoint = load_checkpoint(path)
+    assert str(path) in message
+    assert all(tensor.isfinite().all() for tensor in checkpoint.state.values() if tensor.is_floating_point())
+    assert train(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place, "--resume") == 0
+
+
+def spoil_pictures(monkeypatch, numbers: set[int], value: float) -> None:
+    """Put this value into a pixel of the pictures that are loaded with these numbers."""
+    from_batch, loaded = View.from_batch, [0]
+
+    def spoiled(batch, device) -> View:
+        view = from_batch(batch, device)
+        if loaded[0] in numbers:
+            view.images[0, 20, 30, 1] = value
+        loaded[0] += 1
+        return view
+
+    monkeypatch.setattr(View, "from_batch", spoiled)
+
+
+# ------------------------------------------------------------------------------------------------ memory and workers
+
+
+@pytest.mark.parametrize(("script", "place"), TRAINERS)
+@pytest.mark.parametrize("where", ["render_view", "photometric_loss"])
+def test_a_step_that_device_memory_cannot_hold_is_undone(
+    monkeypatch, city_block, tmp_path, capsys, whole_runs, script, place, where
+):
+    """What is saved is the state before the step: resumed, the run is the one that was never disturbed."""
+    fail_at_call(monkeypatch, script, where, 33)
+    with monkeypatch.context():
+        assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place) == 1
+    message = last_error(capsys)
+    assert message.startswith("Stopped: Device memory ran out after 32 steps")
+    assert "ckpt_32.pt" in message
+    command = shlex.split(message.split("Continue with: ")[1])
+    assert command[1] != f"{script.__name__}.py" or ("--geometry" in command and "host" in command)
+    monkeypatch.undo()
+    assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place, "--resume") == 0
+    assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, place))
+
+
+def fail_at_call(monkeypatch, script, name: str, number: int) -> None:
+    original, calls = getattr(script, name), [0]
+
+    def fails(*arguments: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] == number:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(script, name, fails)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("_prepare", torch.cuda.OutOfMemoryError("out of memory")), ("_upload_known", ValueError("a defect"))],
+    ids=["before its step", "in its step"],
+)
+def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_runs, method, error):
+    script, original, calls = simple_trainer_hybrid_optimized, getattr(RowPipeline, method), [0]
+
+    def dies(self, *arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 25:
+            raise error
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowPipeline, method, dies)
+        assert train(patch, script, city_block, tmp_path / "parts", *DENSIFYING) == 1
+    assert "The Gaussians are saved in" in last_error(capsys)
+    assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, "--resume") == 0
+    assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, ()))
+
+
+def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, capsys):
+    """The checkpoint before it stays the newest one, and the message says so."""
+    script, options = simple_trainer_hybrid_optimized, (*DENSIFYING, "--save_every", 10)
+    settle, calls = RowPipeline._update_shared, [0]
+
+    def fails_after_its_work(self, *arguments: object) -> None:
+        settle(self, *arguments)
+        calls[0] += 1
+        if calls[0] == 15:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowPipeline, "_update_shared", fails_after_its_work)
+        assert train(patch, script, city_block, tmp_path, *options) == 1
+    assert "could not be saved (the step had been applied in part)" in last_error(capsys)
+    assert train(monkeypatch, script, city_block, tmp_path, *options, "--resume") == 0
+    assert "Resuming after 10 steps" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ kill -9
+
+
+def test_killed_runs_lose_nothing_that_was_saved():
+    """A short run of what `python -m tests.fault_trials` does at length."""
+    report = fault_trials.kill_trials("simple_trainer_hybrid_optimized", kills=2, num_gaussians=1000, seed=1)
+    assert report.kills == 2
+    assert report.lost == 0
+    assert report.bit_equal
