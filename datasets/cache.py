@@ -1,7 +1,6 @@
 """Where derived files live, and small .npz files that remember what was learned about other files."""
 
 import hashlib
-import io
 import math
 import os
 import stat
@@ -41,6 +40,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if sum(info.file_size for info in members.values()) > path.stat().st_size:
+                return None
             return {name: _read_member(archive, info) for name, info in members.items()}
     except Exception:  # zipfile, zlib, struct and numpy each have errors of their own for damaged files
         return None
@@ -49,14 +50,14 @@ def read_npz(path: Path) -> dict[str, np.ndarray] | None:
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     if info.compress_type != zipfile.ZIP_STORED:  # write_npz compresses nothing; a small file stays small
         raise ValueError
-    content = archive.read(info)
-    header = io.BytesIO(content)
-    version = np.lib.format.read_magic(header)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(header)
-    if math.prod(shape) * dtype.itemsize != len(content) - header.tell():
-        raise ValueError
-    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+            raise ValueError
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
