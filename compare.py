@@ -5,7 +5,8 @@
 
 Each trainer (trainers.py) runs in a fresh process and writes to its own folder in R; options that compare.py does not
 have are passed on to all of them. comparison.md, comparison.json and comparison.html are written to R after each
-trainer. A trainer that fails is reported, and the rest go on; runs that are finished are not repeated.
+trainer. A trainer that fails is reported, and the rest go on. The same command again leaves runs that are finished as
+they are, and continues the others.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Options:
     trainers: tuple[str, ...] = tuple(TRAINERS)
     """Which trainers, in this order; ratios are to the first."""
     force: bool = False
-    """Repeat runs that are finished, and replace those that had other options."""
+    """Begin all runs anew, also those that are finished or had other options; their folders are emptied."""
     runs: tuple[Path, ...] = ()
     """Compare these result folders, and train nothing."""
 
@@ -87,7 +88,7 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
             if is_finished(wanted.folder, wanted.cfg) and not options.force:
                 print(f"{head}{outcome(result_of(wanted))}, before", flush=True)
             elif not interruption.requested:
-                launch(wanted, interruption, lambda line, head=head: show_progress(head + line))
+                launch(wanted, interruption, lambda line, head=head: show_progress(head + line), anew=options.force)
                 show_progress("")
                 print(head + outcome(result_of(wanted)), flush=True)
                 report(title, [result_of(each) for each in plans], options.result_dir)
@@ -123,7 +124,7 @@ def result_of(wanted: Plan) -> Run:
         run = read_run(wanted.name, wanted.folder)
         return replace(run, command=run.command or wanted.command)
     run = Run(wanted.name, wanted.folder, command=wanted.command)
-    if launched is None or launched.command != wanted.command:
+    if launched is None or not launched.command.startswith(wanted.command):
         return run
     return replace(run, status=launched.status, message=launched.message, machine=launched.machine)
 

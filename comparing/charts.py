@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks.report import number
 from comparing.runs import Curve, Run
 
 # Colours that stand out from white and from near-black; runs and stages take them in this order.
@@ -76,7 +77,7 @@ def stage_bars(runs: Sequence[Run], colors: Mapping[str, str]) -> str | None:
         for stage, milliseconds in run.stages_ms.items():
             axes.barh(row, milliseconds, left=left, color=colors[stage], height=0.62)
             left += milliseconds
-        axes.annotate(f" {left:.3g}", (left, row), va="center", color=_INK)
+        axes.annotate(f" {number(left)}", (left, row), va="center", color=_INK)
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.set_yticks(range(len(runs)), [_short(run.name) for run in runs])

@@ -35,15 +35,16 @@ from training.command_line import parse
 FAILED, OUT_OF_MEMORY, INTERRUPTED = "failed", "out of memory", "interrupted"
 
 # In the last sentence of a trainer: torch's, the system's and our own ways to say it.
-_MEMORY = re.compile(r"out of memory|memory ran out|cannot allocate|MemoryError|only .* (is|are) free", re.IGNORECASE)
+_MEMORY = re.compile(r"out of memory|memory ran out|cannot allocate|MemoryError|(is|are) free\b", re.IGNORECASE)
 
+_VERDICT = re.compile(r"(Error|Stopped|Interrupted)\b")  # how a trainer's last word begins
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BAR = re.compile(rb"\d%\|.*\|")  # tqdm's; the last of a bar ends the line
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is wanted."""
+    """A run that is wanted, from its beginning."""
 
     name: str
     folder: Path
@@ -90,20 +91,21 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
 
 
 def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
-    """Refuse to overwrite finished runs that had other options.
+    """Refuse to replace runs that had other options.
 
     Raises:
         InputError: Naming the folder and the options.
     """
     for wanted in plans:
-        if not is_complete(wanted.folder):
+        options = read_options(wanted.folder)
+        if options is None or not (is_complete(wanted.folder) or any((wanted.folder / "ckpts").glob("*.pt"))):
             continue
-        differences = differing_options(read_options(wanted.folder), wanted.cfg)
+        differences = differing_options(options, wanted.cfg)
         if differences:
             said = ", ".join(f"{name} {there} instead of {asked}" for name, (there, asked) in differences.items())
             raise InputError(
-                f"{wanted.folder} holds a finished run with other options ({said}): choose another --result_dir, or "
-                "give --force to replace it."
+                f"{wanted.folder} holds a run with other options ({said}): choose another --result_dir, or give "
+                "--force to replace it."
             )
 
 
@@ -152,24 +154,31 @@ class Interruption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]) -> Launch:
+def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None], *, anew: bool = False) -> Launch:
     """Run a trainer to its end; everything it prints but its progress goes to log.txt in its result folder.
 
     Args:
-        wanted: What to run. Statistics, log and renderings of an earlier run in its folder are removed.
+        wanted: What to run. An unfinished run with the same options is continued from its last checkpoint.
         interruption: Told of the process.
         show: Called with each line of progress.
+        anew: Whether to begin anew in any case.
     """
-    for name in ("stats", "tb", "renders"):
-        shutil.rmtree(wanted.folder / name, ignore_errors=True)
+    options = read_options(wanted.folder)
+    arguments = list(wanted.arguments)
+    if anew or options is None or differing_options(options, wanted.cfg):
+        for name in ("stats", "tb", "renders", "ckpts", "ply"):
+            shutil.rmtree(wanted.folder / name, ignore_errors=True)
+    else:
+        arguments.append("--resume")
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
     wanted.folder.mkdir(parents=True, exist_ok=True)
+    said = ""
     with open(wanted.folder / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, *wanted.arguments],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -179,17 +188,17 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
         interruption.process = process
         if interruption.requested:  # came between the last check and now
             process.send_signal(signal.SIGINT)
-        last_line = ""
         for line, is_progress in _lines(process.stdout):
             show(line)
             if not is_progress:
                 log.write(line + "\n")
-                last_line = line.strip() or last_line
+                if not _VERDICT.match(said) or _VERDICT.match(line):
+                    said = line.strip() or said
         exit_code = process.wait()
         interruption.process = None
-    status, message = _outcome(exit_code, last_line, whole=is_finished(wanted.folder, wanted.cfg))
+    status, message = _outcome(exit_code, said, whole=is_finished(wanted.folder, wanted.cfg))
     result = Launch(
-        command=wanted.command,
+        command=shlex.join(["python", *arguments]),
         status=status,
         message=message,
         exit_code=exit_code,
@@ -200,15 +209,23 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     return result
 
 
-def _outcome(exit_code: int, last_line: str, *, whole: bool) -> tuple[str, str]:
-    """Status and, unless it finished, a sentence."""
+def _outcome(exit_code: int, said: str, *, whole: bool) -> tuple[str, str]:
+    """Status and, unless it finished, a sentence.
+
+    Args:
+        exit_code: Of the process.
+        said: Its last line, or the one that says why it ended.
+        whole: Whether all results are there.
+    """
     if exit_code == 0 and whole:
         return FINISHED, ""
     if exit_code == -signal.SIGKILL:
         return OUT_OF_MEMORY, "Killed by the system, most likely since host memory ran out."
-    if exit_code in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM):
-        return INTERRUPTED, last_line
-    return OUT_OF_MEMORY if _MEMORY.search(last_line) else FAILED, last_line
+    if exit_code in (130, -signal.SIGINT, -signal.SIGTERM) or (exit_code == 0 and said.startswith("Interrupted")):
+        return INTERRUPTED, said
+    if exit_code == 0:
+        return FAILED, f"It ended without the statistics of its last step. {said}".strip()
+    return OUT_OF_MEMORY if _MEMORY.search(said) else FAILED, said
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:

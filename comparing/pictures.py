@@ -24,13 +24,20 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """What a run made of a test view."""
+
+    picture: Picture
+    difference: Picture  # to the first run's; of the first run's to the photo
+
+
+@dataclass(frozen=True)
 class ComparedView:
     """One test view of all runs that rendered it."""
 
     name: str
     photo: Picture
-    renderings: list[Picture]
-    differences: list[Picture]  # of each rendering: to the first run's; of the first run's: to the photo
+    renderings: list[Rendering]
 
 
 def compared_views(runs: Sequence[Run]) -> list[ComparedView]:
@@ -48,20 +55,15 @@ def _compare(name: str, runs: Sequence[Run]) -> ComparedView | None:
     if any(half is None or half[0].shape != halves[0][0].shape for half in halves):
         return None  # damaged, or of another scale
     photo = halves[0][0]
-    renderings, differences = [], []
+    renderings = []
     for run, (_, rendering) in zip(runs, halves, strict=True):
         is_first = run is runs[0]
         other = photo if is_first else halves[0][1]
         difference = np.abs(rendering.astype(np.int16) - other)  # [H, W, 3] in levels of 255
-        to = "the photo" if is_first else runs[0].name
-        renderings.append(Picture(run.name, _data_uri(rendering)))
-        differences.append(
-            Picture(
-                f"{run.name} and {to}: {difference.mean():.2f} of 255 in the mean",
-                _data_uri(np.minimum(AMPLIFIED * difference, 255).astype(np.uint8)),
-            )
-        )
-    return ComparedView(name, Picture("photo", _data_uri(photo)), renderings, differences)
+        bright = np.minimum(AMPLIFIED * difference, 255).astype(np.uint8)
+        caption = f"to {'the photo' if is_first else runs[0].name}: {difference.mean():.2f} of 255 in the mean"
+        renderings.append(Rendering(Picture(run.name, _data_uri(rendering)), Picture(caption, _data_uri(bright))))
+    return ComparedView(name, Picture("photo", _data_uri(photo)), renderings)
 
 
 def _halves(run: Run, name: str) -> tuple[np.ndarray, np.ndarray] | None:

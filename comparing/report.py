@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from benchmarks.machine import sentence
+from benchmarks.report import number
 from comparing import charts
 from comparing.pictures import AMPLIFIED, compared_views
 from comparing.runs import FINISHED, Run
@@ -45,7 +46,7 @@ FIGURES = (
     Figure("lpips", "LPIPS", lambda value: f"{value:.4f}", digits=4),
     Figure("num_GS", "Gaussians", lambda value: f"{value:,}"),
     Figure("elapsed_seconds", "wall time", _duration),
-    Figure("ms_per_step", "time per step", lambda value: f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"),
+    Figure("ms_per_step", "time per step", lambda value: f"{number(value)} ms"),
     Figure("peak_device_bytes_allocated", "device memory allocated", _gigabytes),
     Figure("peak_device_bytes_reserved", "device memory reserved", _gigabytes),
     Figure("peak_host_bytes", "host memory", _gigabytes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ CURVES = {
     "device_reserved_GiB": "memory/device_reserved_GiB",
     "host_GiB": "memory/host_GiB",
 }
+ELAPSED = "train/elapsed_seconds"  # the tag that tells how long training has taken, pauses left out
 TRAIN_FIGURES = (
     "num_GS",
     "elapsed_seconds",
@@ -33,6 +35,7 @@ TRAIN_FIGURES = (
     "peak_host_bytes",
 )
 VAL_FIGURES = ("psnr", "ssim", "lpips")
+NO_OTHER_RUN = ("result_dir", "resume", "save_every", "keep")  # options that make no run another one
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Curve:
-    """A value over the steps, and over the seconds since the run began to write its log."""
+    """A value over the steps, and over the seconds that training has taken."""
 
     steps: list[int]
     seconds: list[float]
@@ -93,8 +96,8 @@ def is_complete(folder: Path) -> bool:
     if any(_read_json(file) is None for file in files):
         return False
     launch = read_launch(folder)
-    if launch is not None:
-        return launch.status == FINISHED
+    if launch is not None and launch.status == FINISHED:
+        return True
     began = (folder / "cfg.yml").stat().st_mtime_ns
     return all(file.stat().st_mtime_ns >= began for file in files)
 
@@ -107,11 +110,11 @@ def is_finished(folder: Path, cfg: Config) -> bool:
 def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, tuple[object, object]]:
     """Options of a cfg.yml that are not those asked for, with both values.
 
-    The folder's own name does not count, and what an older version wrote nothing of was as its default is now.
+    `NO_OTHER_RUN` do not count, and what an older version wrote nothing of was as its default is now.
     """
     wanted, default = (yaml.safe_load(yaml.safe_dump(asdict(values))) for values in (cfg, type(cfg)()))
     there = {**default, **options}
-    names = sorted(there.keys() - {"result_dir"})
+    names = sorted(there.keys() - set(NO_OTHER_RUN))
     return {name: (there[name], wanted.get(name)) for name in names if there[name] != wanted.get(name)}
 
 
@@ -146,19 +149,18 @@ def read_run(name: str, folder: Path) -> Run:
     options = read_options(folder)
     if options is None:
         raise InputError(f"{folder} has no readable cfg.yml: give result folders of trainer scripts.")
-    launch = read_launch(folder)
+    launch = read_launch(folder) or Launch("", "unfinished", "", 0, "", {})
     train_step, train = _latest(folder, "train", last_step(options))
     val_step, val = _latest(folder, "val", last_step(options))
+    # A folder that was copied keeps no times, so here the last step's statistics are enough.
     finished = train_step == val_step == last_step(options)
-    if launch is None:
-        launch = Launch("", FINISHED if finished else "unfinished", "", 0, "", {})
     curves = _read_curves(folder)
     stages = train.get("stages_ms") or _mean_of_logged_stages(curves)
     return Run(
         name=name,
         folder=folder,
-        status=launch.status,
-        message=launch.message,
+        status=FINISHED if finished else launch.status,
+        message="" if finished else launch.message,
         command=launch.command,
         machine=launch.machine or None,
         options=options,
@@ -195,18 +197,28 @@ def _latest(folder: Path, kind: str, last: int) -> tuple[int, dict]:
 
 
 def _read_curves(folder: Path) -> dict[str, Curve]:
-    """Every scalar of the last log in tb/, by tag."""
-    logs = sorted((folder / "tb").glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
-    if not logs:
+    """Every scalar in tb/, by tag; where a run was continued or begun anew, what came before the step it began at."""
+    if not any((folder / "tb").glob("*tfevents*")):
         return {}
-    accumulator = EventAccumulator(str(logs[-1]), size_guidance={SCALARS: 0})  # 0: all of them
+    accumulator = EventAccumulator(str(folder / "tb"), size_guidance={SCALARS: 0})  # 0: all of them
     accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    clock = accumulator.Scalars(ELAPSED) if ELAPSED in tags else []
+    walls = [event.wall_time for event in clock]
+
+    def seconds(wall_time: float) -> float:
+        if not clock:
+            return wall_time - accumulator.FirstEventTimestamp()
+        after = bisect_right(walls, wall_time)
+        nearest = min(clock[max(after - 1, 0) : after + 1], key=lambda event: abs(event.wall_time - wall_time))
+        return max(nearest.value + wall_time - nearest.wall_time, 0.0)
+
     curves = {}
-    for tag in accumulator.Tags()["scalars"]:
+    for tag in tags:
         events = accumulator.Scalars(tag)
         curves[tag] = Curve(
             steps=[event.step for event in events],
-            seconds=[event.wall_time - accumulator.FirstEventTimestamp() for event in events],
+            seconds=[seconds(event.wall_time) for event in events],
             values=[event.value for event in events],
         )
     return curves

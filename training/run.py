@@ -486,6 +486,7 @@ class TrainingRun:
         writer = self._results.tensorboard
         writer.add_scalar("train/loss", loss.item(), steps_done)
         writer.add_scalar("train/num_GS", self._model.num_gaussians, steps_done)
+        writer.add_scalar("train/elapsed_seconds", time.perf_counter() - self._begin, steps_done)
         for kind, num_bytes in peak_bytes(self.device).items():
             writer.add_scalar(f"memory/{kind}_GiB", num_bytes / 2**30, steps_done)
         writer.add_scalar("memory/device_allocated_now_GiB", allocated_bytes(self.device) / 2**30, steps_done)
