@@ -1,4 +1,4 @@
-"""Times what densification does to the host store, and prints a Markdown table.
+"""What densification does to the host store: append, split, remove, re-sort in place.
 
     python -m benchmarks.densify [--quick] [--gaussians 2000000] [--repeats 5]
 
@@ -10,17 +10,16 @@ that spin at the end of a loop are then waiting for the cores they take.
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
-from benchmarks.machine import processor
+from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.report import Report, gigabytes, number, percent, spread
+from benchmarks.timing import CPU, Spread, copy_bandwidth
 from configs import DensificationRules
 from offload.morton import morton_order
 from offload.store import HostStore, host_bytes
@@ -31,12 +30,11 @@ SHARE = 0.05  # of the rows that one refinement duplicates, splits or removes
 
 
 @dataclass
-class Options:
+class Options(BenchmarkOptions):
     gaussians: int = 2_000_000
+    """Rows of the store."""
     repeats: int = 5
-    """timed runs of each operation"""
-    quick: bool = False
-    """100,000 Gaussians and 2 runs, to see that everything works"""
+    """Timed runs of each operation."""
 
 
 def random_parameters(n: int) -> dict[str, Tensor]:
@@ -55,19 +53,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes per second read and written by copies of a large float32 tensor."""
-    source = torch.ones(num_bytes // 4)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / min(seconds(lambda: target.copy_(source)) for _ in range(6))
-
-
 def every(share: float, n: int) -> Tensor:
     """Row numbers spread evenly: this share of n."""
     return torch.arange(0, n, round(1 / share))
 
 
-def bytes_moved(n: int) -> dict[str, float]:
+def bytes_moved(n: int) -> dict[str, float | None]:
     """What each operation must read and write; nothing is said about a whole refinement."""
     row, parameters = host_bytes(1, 3), (12 + 48) * 4  # bytes of a row with moments and stamp, and without
     changed = SHARE * n
@@ -81,7 +72,7 @@ def bytes_moved(n: int) -> dict[str, float]:
         f"relocate onto {SHARE:.0%}": changed * (4 * parameters + 4),
         "clamp opacities": n * 4 * 4,  # one value read and three written
         f"remove {SHARE:.0%}": 2 * n * row,
-        "refinement: duplicate, split and remove": math.nan,
+        "refinement: duplicate, split and remove": None,
     }
 
 
@@ -123,21 +114,30 @@ def one_round(parameters: dict[str, Tensor]) -> list[float]:
 def main(options: Options) -> None:
     n, repeats = (100_000, 2) if options.quick else (options.gaussians, options.repeats)
     torch.set_num_threads(num_threads())
-    bandwidth = copy_bandwidth(min(host_bytes(n, 3), 1 << 30))
     parameters = random_parameters(n)
     one_round({name: value[:1000] for name, value in parameters.items()})  # starts all threads
-    all_times = np.array([one_round(parameters) for _ in range(repeats)])  # [repeats, operations]
-    print(f"{processor()}, {num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"{n} Gaussians of SH degree 3, {host_bytes(n, 3) / 1e9:.2f} GB; {repeats} runs")
-    print(f"large copy, read and written: {bandwidth / 1e9:.1f} GB/s\n")
-    print("| operation | ms, median (smallest to largest) | GB moved | floor, ms | share of copy bandwidth |")
-    print("|---|---|---|---|---|")
-    for (name, num_bytes), times in zip(bytes_moved(n).items(), all_times.T, strict=True):
-        low, median, high = (1e3 * time for time in (times.min(), np.median(times), times.max()))
-        floor = 1e3 * num_bytes / bandwidth
-        counted = " | | " if math.isnan(floor) else f"{num_bytes / 1e9:.2f} | {floor:.0f} | {floor / median:.0%}"
-        print(f"| {name} | {median:.0f} ({low:.0f} to {high:.0f}) | {counted} |")
+    rounds = [one_round(parameters) for _ in range(repeats)]
+    bandwidth = copy_bandwidth(CPU, min(host_bytes(n, 3), 1 << 30))
+
+    report = Report("densify", "Densification of the host store", options)
+    report.say(
+        f"{n:,} Gaussians of SH degree 3, {host_bytes(n, 3) / 1e9:.2f} GB; {repeats} runs. "
+        f"Large copy on the host, read and written: {bandwidth / 1e9:.1f} GB/s."
+    )
+    columns = {
+        "operation": str,
+        "ms, median (10 %, 90 %)": spread,
+        "GB moved": gigabytes,
+        "floor, ms": number,
+        "share of copy bandwidth": percent,
+    }
+    table = report.table("Each operation, and the bytes that it must move:", columns)
+    for (name, num_bytes), seconds_of_rounds in zip(bytes_moved(n).items(), zip(*rounds, strict=True), strict=True):
+        time = Spread.of([1e3 * value for value in seconds_of_rounds])
+        floor = None if num_bytes is None else 1e3 * num_bytes / bandwidth
+        table.add(name, time, num_bytes, floor, None if floor is None else floor / time.median)
+    report.write()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -1,4 +1,4 @@
-"""Times Adam on the host against the machine's copy bandwidth and torch's fused Adam, and prints a Markdown table.
+"""Adam on the host, against the machine's copy bandwidth and torch's fused Adam.
 
     python -m benchmarks.host_adam [--quick] [--num_gaussians 4000000] [--visible 0.08] [--repeats 20]
 
@@ -10,21 +10,17 @@ what a cache line brings along. All cases take turns, so that other work on the 
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads its OpenMP
 import torch
-import tyro
 from torch import Tensor
 
-from benchmarks.machine import processor
+from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.report import Report, megabytes, number, percent, spread
+from benchmarks.timing import Case, time_in_turns
+from benchmarks.visible_rows import KINDS, MEAN_RUN
 from offload.adam import DeferredAdam
 from offload.host_memory import HostArray
 from offload.threads import num_threads
@@ -33,32 +29,30 @@ from training.memory import available_bytes
 COLUMNS = 48
 ROW = 4 * COLUMNS  # bytes
 STAMP, ID = 4, 8  # bytes
-MEAN_RUN = 50  # rows
 STEPS_BEFORE = 1000
 MOST_GAUSSIANS = 18_000_000
+YARDSTICK = "torch.optim.Adam(fused=True), all rows"
 COPIED_ROWS = 2_000_000  # 384 MB: beyond any cache
 
 
 @dataclass
-class Options:
+class Options(BenchmarkOptions):
     num_gaussians: int = 0
-    """rows of the store; 0: as many as fit half of the available memory, at most 18 million"""
+    """Rows of the store; 0: as many as fit half of the available memory, at most 18 million."""
     visible: float = 0.08
-    """share of the rows that a step visits"""
+    """Share of the rows that a step visits."""
     repeats: int = 20
-    """timed turns"""
+    """Timed turns."""
     threads: int = 0
-    """of all cases; 0: the cores of this process"""
-    quick: bool = False
-    """400,000 rows and 5 turns: a look, not a measurement"""
+    """Of all cases; 0: the cores of this process."""
 
 
-@dataclass
-class Case:
-    name: str
+@dataclass(frozen=True)
+class Counted:
+    """A case, and the bytes that it reads and writes."""
+
+    case: Case
     bytes_moved: int
-    run: Callable[[], None]
-    prepare: Callable[[], None] = lambda: None
 
 
 def store_rows(rows: int) -> Tensor:
@@ -66,19 +60,6 @@ def store_rows(rows: int) -> Tensor:
     array = HostArray(COLUMNS, max_rows=rows)
     array.resize(rows)
     return array.tensor
-
-
-def runs_of_rows(n: int, visible: float, rng: np.random.Generator) -> Tensor:
-    """Sorted ids: runs and the gaps between them have geometric lengths."""
-    mean_gap = MEAN_RUN * (1 - visible) / visible
-    count = int(2 * n / (MEAN_RUN + mean_gap)) + 10  # runs enough to pass n
-    lengths = np.stack([rng.geometric(1 / mean_gap, count), rng.geometric(1 / MEAN_RUN, count)], 1)
-    mask = np.repeat(np.tile([False, True], count), lengths.reshape(-1))[:n]
-    return torch.from_numpy(np.flatnonzero(mask))
-
-
-def random_rows(n: int, visible: float, rng: np.random.Generator) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(rng.random(n) < visible))
 
 
 def threaded_copy(destination: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int) -> None:
@@ -91,24 +72,12 @@ def threaded_copy(destination: Tensor, source: Tensor, pool: ThreadPoolExecutor,
     list(pool.map(copy, range(threads)))
 
 
-def measure(cases: list[Case], repeats: int) -> dict[str, np.ndarray]:
-    """Milliseconds [repeats] of each case after three turns to warm up."""
-    times = {case.name: [] for case in cases}
-    for _ in range(repeats + 3):
-        for case in cases:
-            case.prepare()
-            start = time.perf_counter()
-            case.run()
-            times[case.name].append(1e3 * (time.perf_counter() - start))
-    return {name: np.array(samples[3:]) for name, samples in times.items()}
-
-
-def visiting_cases(adam: DeferredAdam, state: tuple[Tensor, ...], visible: float) -> list[Case]:
+def visiting_cases(adam: DeferredAdam, state: tuple[Tensor, ...], visible: float) -> dict[str, Counted]:
     """The deferred kernels on rows in runs and at random, other rows at every turn."""
     n = len(state[0])
     rng = np.random.default_rng(0)
-    cases = []
-    for kind, choose in (("Morton runs", runs_of_rows), ("random rows", random_rows)):
+    cases = {}
+    for kind, choose in KINDS.items():
         choices = [choose(n, visible, rng) for _ in range(4)]
         most = max(map(len, choices))
         gradients, out = store_rows(most), store_rows(most)
@@ -131,15 +100,14 @@ def visiting_cases(adam: DeferredAdam, state: tuple[Tensor, ...], visible: float
 
         v = sum(map(len, choices)) // len(choices)
         commit_bytes = v * (7 * ROW + 2 * STAMP + ID)  # reads w m v g, writes w m v
-        cases += [
-            Case(f"commit, {kind}", commit_bytes, commit, prepare),
-            Case(f"commit and forward, {kind}", commit_bytes + v * ROW, commit_and_forward, prepare),
-            Case(f"forward, {kind}", v * (4 * ROW + STAMP + ID), forward, prepare),  # reads w m v, writes out
-        ]
+        forward_bytes = v * (4 * ROW + STAMP + ID)  # reads w m v, writes out
+        cases[f"commit, {kind}"] = Counted(Case(commit, prepare), commit_bytes)
+        cases[f"commit and forward, {kind}"] = Counted(Case(commit_and_forward, prepare), commit_bytes + v * ROW)
+        cases[f"forward, {kind}"] = Counted(Case(forward, prepare), forward_bytes)
     return cases
 
 
-def dense_cases(adam: DeferredAdam, state: tuple[Tensor, ...], threads: int) -> list[Case]:
+def dense_cases(adam: DeferredAdam, state: tuple[Tensor, ...], threads: int) -> dict[str, Counted]:
     """Adam over all rows: torch's and ours, on the same memory."""
     parameters, exp_avg, exp_avg_sq, _ = state
     torch.set_num_threads(threads)
@@ -149,15 +117,11 @@ def dense_cases(adam: DeferredAdam, state: tuple[Tensor, ...], threads: int) -> 
     step = torch.tensor(float(STEPS_BEFORE))
     fused.state[parameters] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     bytes_moved = 7 * parameters.nbytes
-    return [
-        Case("torch.optim.Adam(fused=True), all rows", bytes_moved, fused.step),
-        Case(
-            "dense, all rows",
-            bytes_moved,
-            lambda: adam.dense(parameters, exp_avg, exp_avg_sq, gradients),
-            lambda: adam.begin_step([1e-3]),
-        ),
-    ]
+    ours = Case(lambda: adam.dense(parameters, exp_avg, exp_avg_sq, gradients), lambda: adam.begin_step([1e-3]))
+    return {
+        YARDSTICK: Counted(Case(fused.step), bytes_moved),
+        "dense, all rows": Counted(ours, bytes_moved),
+    }
 
 
 def main(options: Options) -> None:
@@ -182,26 +146,36 @@ def main(options: Options) -> None:
 
     with ThreadPoolExecutor(threads) as pool:
         source, destination = (store_rows(COPIED_ROWS) for _ in range(2))
-        copy = Case("copy", 2 * source.nbytes, lambda: threaded_copy(destination, source, pool, threads))
-        dense = dense_cases(adam, state, threads)
-        cases = [copy, *visiting_cases(adam, state, options.visible), *dense]
-        times = measure(cases, repeats)
+        copy = Case(lambda: threaded_copy(destination, source, pool, threads))
+        cases = {
+            "copy": Counted(copy, 2 * source.nbytes),
+            **visiting_cases(adam, state, options.visible),
+            **dense_cases(adam, state, threads),
+        }
+        times = time_in_turns({name: counted.case for name, counted in cases.items()}, repeats, warmup=3)
 
-    bandwidth = copy.bytes_moved / np.median(times["copy"]) / 1e6  # GB/s
-    yardstick = np.median(times[dense[0].name])
-    python = platform.python_version()
-    print(f"{processor()}, {threads} threads, {platform.system()}, Python {python}, torch {torch.__version__}")
-    print(f"{n} rows of {COLUMNS} float32, {options.visible:.0%} visible, runs of {MEAN_RUN} rows in the mean,")
-    print(f"median of {repeats} turns (10th to 90th percentile), bytes by count, MB = 10^6 bytes\n")
-    print("| | ms | MB moved | GB/s | of copy | torch's time / this |\n|---|---|---|---|---|---|")
-    for case in cases:
-        low, median, high = np.percentile(times[case.name], (10, 50, 90))
-        speed = case.bytes_moved / median / 1e6
-        print(
-            f"| {case.name} | {median:.2f} ({low:.2f} to {high:.2f}) | {case.bytes_moved / 1e6:.0f} "
-            f"| {speed:.1f} | {speed / bandwidth:.0%} | {yardstick / median:.1f} |"
-        )
+    report = Report("host_adam", "Adam on the host", options)
+    report.say(
+        f"{n:,} rows of {COLUMNS} float32, {options.visible:.0%} visible, runs of {MEAN_RUN} rows in the mean, "
+        f"{threads} threads; {repeats} turns; bytes by count."
+    )
+    columns = {
+        "work": str,
+        "ms, median (10 %, 90 %)": spread,
+        "MB moved": megabytes,
+        "GB/s": number,
+        "of copy": percent,
+        "torch's time / this": number,
+    }
+    table = report.table("Time of one step's visit of rows:", columns)
+    bandwidth = cases["copy"].bytes_moved / times["copy"].median  # bytes per ms
+    for name, counted in cases.items():
+        time = times[name]
+        speed = counted.bytes_moved / time.median
+        ratio = times[YARDSTICK].median / time.median
+        table.add(name, time, counted.bytes_moved, speed / 1e6, speed / bandwidth, ratio)
+    report.write()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options, __doc__)

@@ -1,6 +1,6 @@
-"""Times the CPU rasterizer against the same blend in plain torch, and prints a Markdown table.
+"""The CPU rasterizer, against the same blend in plain torch.
 
-    python -m benchmarks.rasterizer_cpu [--gaussians 100000] [--width 320] [--height 240] [--repeats 15]
+    python -m benchmarks.rasterizer_cpu [--gaussians 100000] [--width 320] [--height 240] [--quick]
 
 Both blends start from the same projected Gaussians and colours; the torch version goes tile by tile, vectorized over
 the pixels and Gaussians of a tile, with autograd. A third line times the whole of `rasterize`.
@@ -8,17 +8,16 @@ the pixels and Gaussians of a tile, with autograd. A third line times the whole 
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
-from benchmarks.machine import processor
+from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.report import Report, number, spread
+from benchmarks.timing import Clock, Spread
+from offload.threads import num_threads
 from rendering.cpu_rasterizer import blend
 from rendering.projection import Projection, project
 from rendering.rasterize import rasterize
@@ -28,14 +27,17 @@ MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE = 0.999, 1 / 255, 1e-4
 
 
 @dataclass
-class Options:
+class Options(BenchmarkOptions):
     gaussians: int = 100_000
+    """Random ones, in a box before the camera."""
     width: int = 320
+    """Of the picture, in pixels."""
     height: int = 240
+    """Of the picture, in pixels."""
     repeats: int = 15
-    """timed runs of the native rasterizer"""
+    """Timed runs of the native rasterizer."""
     torch_repeats: int = 3
-    """timed runs of the torch blend, which is slow"""
+    """Timed runs of the torch blend, which is slow."""
 
 
 def random_gaussians(n: int) -> list[Tensor]:
@@ -75,19 +77,31 @@ def torch_blend(projected: Projection, colors: Tensor, width: int, height: int) 
     return torch.cat(rows)
 
 
-def milliseconds(repeats: int, forward: Callable[[], tuple[Tensor, list[Tensor]]], weights: Tensor) -> np.ndarray:
-    """Forward and backward times [repeats, 2] after one run to warm up."""
-    times = []
+def milliseconds(repeats: int, forward: Callable[[], tuple[Tensor, list[Tensor]]], weights: Tensor) -> list[Spread]:
+    """Times of the forward pass, the backward pass and both, after one run to warm up."""
+    clock, marks = Clock(), []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock.mark()
         image, inputs = forward()
-        middle = time.perf_counter()
+        middle = clock.mark()
         torch.autograd.grad(image, inputs, weights)
-        times.append((middle - start, time.perf_counter() - middle))
-    return 1e3 * np.array(times[1:])
+        marks.append((start, middle, clock.mark()))
+    return [
+        Spread.of([clock.milliseconds(times[first], times[last]) for times in marks[1:]])
+        for first, last in ((0, 1), (1, 2), (0, 2))
+    ]
 
 
 def main(options: Options) -> None:
+    if options.quick:
+        options.gaussians, options.width, options.height, options.repeats, options.torch_repeats = (
+            10_000,
+            160,
+            120,
+            5,
+            1,
+        )
+    torch.set_num_threads(num_threads())
     width, height = options.width, options.height
     gaussians = random_gaussians(options.gaussians)
     viewmats = torch.eye(4)[None]
@@ -120,21 +134,18 @@ def main(options: Options) -> None:
         "native, rasterize: projection, harmonics, blend": milliseconds(options.repeats, whole, weights),
     }
     visible, radius = len(seen.gaussian_ids), seen.radii.float().mean()
-    python, threads = platform.python_version(), torch.get_num_threads()
-    print(f"{processor()}, {threads} threads, Python {python}, torch {torch.__version__}")
-    print(f"{options.gaussians} Gaussians, {visible} visible, mean radius {radius:.1f} pixels, {width}x{height}")
-    print(f"largest difference of the two blends: {difference:.1e}\n")
-    print("| ms, median (10th to 90th percentile) | forward | backward | total |\n|---|---|---|---|")
-    totals = []
+    report = Report("rasterizer_cpu", "The CPU rasterizer", options)
+    report.say(
+        f"{options.gaussians:,} Gaussians, {visible:,} visible, mean radius {radius:.1f} pixels, {width}x{height} "
+        f"pixels. Largest difference of the two blends: {difference:.1e}."
+    )
+    columns = {"work": str, **dict.fromkeys(("forward", "backward", "total"), spread), "plain torch / this": number}
+    table = report.table("Milliseconds, median (10 %, 90 %):", columns)
+    slowest = timed["plain torch, blend"][2].median
     for name, times in timed.items():
-        cells = []
-        for column in (times[:, 0], times[:, 1], times.sum(1)):
-            low, median, high = np.percentile(column, (10, 50, 90))
-            cells.append(f"{median:.1f} ({low:.1f} to {high:.1f})")
-        totals.append(np.median(times.sum(1)))
-        print(f"| {name} | {' | '.join(cells)} |")
-    print(f"| plain torch / native, blend | | | {totals[0] / totals[1]:.0f} |")
+        table.add(name, *times, None if "rasterize" in name else slowest / times[2].median)
+    report.write()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ Format = Callable[[object], str]
 
 def number(value: float) -> str:
     """Two or three digits, more where there are more before the point."""
-    size = abs(value)
+    size = float(f"{abs(value):.3g}")
     if size < 1:
         return f"{value:.2g}"
     return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
@@ -132,7 +133,7 @@ class Report:
             "tables": [{"title": table.title, "rows": table.rows} for table in self.tables],
         }
         path.with_name(path.name + ".json").write_text(json.dumps(content, indent=1, default=_plain) + "\n")
-        print(f"\nWritten to {path}.md and {path}.json")
+        print(f"\nWritten to {os.path.relpath(path)}.md and .json")
         return path
 
 

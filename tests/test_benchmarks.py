@@ -1,17 +1,36 @@
 """Benchmarks run at a small size and write what they measured; none of their times is asserted."""
 
+import dataclasses
+import functools
+import importlib
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import trainers
-from benchmarks import scaling, train_step
+from benchmarks import (
+    culling,
+    dataset_loading,
+    densify,
+    gsplat_agreement,
+    host_adam,
+    losses,
+    rasterizer_cpu,
+    scaling,
+    timing,
+    train_step,
+    transfer,
+)
 from benchmarks.__main__ import benchmarks
 from benchmarks.aerial_scene import VisibleCounts, aerial_scene
 from benchmarks.machine import describe_machine, machine_name
 from benchmarks.report import Report, number, spread
 from benchmarks.timing import Case, Spread, time_in_turns
+from benchmarks.visible_rows import KINDS
 from errors import InputError
 
 
@@ -148,3 +167,75 @@ def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {
         f"train_step_24GB_h200_quick.{suffix}" for suffix in ("md", "json")
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (culling, {"num_gaussians": 20_000, "views": 2, "torch_views": 1}),
+        (dataset_loading, {"views": 4, "width": 64, "repeats": 1}),
+        (densify, {"gaussians": 5000, "repeats": 1}),
+        (gsplat_agreement, {"quick": True}),
+        (host_adam, {"num_gaussians": 20_000, "repeats": 2}),
+        (losses, {"repeats": 1, "quick": True}),
+        (rasterizer_cpu, {"gaussians": 500, "width": 48, "height": 32, "repeats": 1, "torch_repeats": 1}),
+        (transfer, {"num_gaussians": 20_000, "repeats": 2}),
+    ],
+    ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else "",
+)
+def test_benchmark_writes_its_table(tmp_path, monkeypatch, module, options):
+    small = functools.partial(timing.copy_bandwidth, num_bytes=2**20)
+    if hasattr(module, "copy_bandwidth"):
+        monkeypatch.setattr(module, "copy_bandwidth", lambda device=timing.CPU, num_bytes=0: small(device))
+    monkeypatch.setattr(host_adam, "COPIED_ROWS", 2000)
+    module.main(module.Options(**options, out=tmp_path / "table"))
+    tables = written(tmp_path / "table")["tables"]
+    for row in (row for table in tables for row in table["rows"]):
+        for name, cell in row.items():
+            values = cell.values() if isinstance(cell, dict) else [cell]
+            assert all(value >= 0 for value in values if isinstance(value, int | float)), (name, cell)
+
+
+@pytest.mark.parametrize("options", [{}, {"ckpt": "a.pt"}], ids=str)
+def test_agreement_needs_a_trained_model(options):
+    with pytest.raises(InputError, match="--ckpt"):
+        gsplat_agreement.main(gsplat_agreement.Options(**options))
+
+
+def test_rows_in_runs_and_at_random():
+    for kind, choose in KINDS.items():
+        ids = choose(100_000, 0.08, np.random.default_rng(0))
+        assert len(ids) == pytest.approx(8000, rel=0.2)
+        assert bool((ids.diff() > 0).all())
+        assert ids[-1] < 100_000
+        runs = int((ids.diff() != 1).sum()) + 1
+        assert (len(ids) / runs > 20) == (kind == "Morton runs")
+
+
+@pytest.mark.cuda
+def test_kernels_read_and_write_pinned_rows():
+    from benchmarks import row_access
+
+    rows = torch.rand(100, 48).pin_memory()
+    before, ids = rows.clone(), torch.randperm(100)[:37]
+    out = torch.zeros(37, 48, device="cuda")
+    row_access.gather(rows, ids.cuda(), out)
+    assert torch.equal(out.cpu(), before[ids])
+    row_access.scatter(out + 1, ids.cuda(), rows)
+    torch.cuda.synchronize()
+    before[ids] += 1
+    assert torch.equal(rows, before)
+
+
+def test_commands_of_the_documentation_exist():
+    """Every `python -m benchmarks.x --option` of the documents names a benchmark and its options."""
+    root = Path(train_step.__file__).parent.parent
+    listed = benchmarks()
+    commands = set()
+    for document in (root / "README.md", root / "benchmarks/README.md"):
+        commands |= set(re.findall(r"python -m benchmarks\.([a-z]\w*)([^`#\n]*)", document.read_text()))
+    assert {name for name, _ in commands} >= {"train_step", "scaling", "transfer"}
+    for name, arguments in commands:
+        assert name in listed
+        known = {field.name for field in dataclasses.fields(importlib.import_module(f"benchmarks.{name}").Options)}
+        assert set(re.findall(r"--(\w+)", arguments)) <= known, (name, arguments)
