@@ -1,0 +1,166 @@
+"""Given the same gradients, every trainer's Gaussians take the same steps: nothing is left to chaos.
+
+Training itself multiplies roundings: Adam scales the smallest gradient to a full step, and a pixel that passes the
+threshold of alpha (1/255) by a rounding changes the gradients of what is behind it. So runs of whole trainers are
+compared with a tolerance (tests/test_offloading_trainers.py). Here gradients do not depend on parameters. They come
+from a table of random numbers, for the rows that a fixed part of each picture shows, so that what is left is what the
+trainers do differently: culling, forwarding, deferring, committing, and moving rows at a refinement.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs import Config
+from datasets.loader import training_loader
+from datasets.scene import Scene, load_scene
+from datasets.synthetic import write_city_block
+from offload.adam import DeferredAdam
+from offload.catch_up import CatchUpTables
+from offload.culling import Cameras
+from offload.host_gaussians import HostGaussians
+from offload.hybrid_gaussians import HybridGaussians
+from offload.streamed_gaussians import StreamedGaussians
+from training import schedules
+from training.densification import GaussianStore, grow
+from training.gaussians import DeviceGaussians, initial_gaussians
+from training.views import View, cameras_of
+
+CPU = torch.device("cpu")
+NUM_STEPS = 200
+REFINED = (40, 80, 120, 160)  # after these steps, counted from 0
+RESET = 100
+OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed")
+
+
+@pytest.fixture(scope="module")
+def views_and_points(tmp_path_factory):
+    """The cameras of each step, and a scene whose points are the first Gaussians."""
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=24, width=64, height=48, num_points=1500)
+    scene = load_scene(data_dir)
+    with training_loader(scene, scene.train_ids, batch_size=1, seed=0, num_workers=1, pin_memory=False) as loader:
+        return [cameras_of(View.from_batch(next(loader), CPU), CONFIG) for _ in range(NUM_STEPS)], scene
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["as many rows", "refined"])
+def gpu_only(request, views_and_points):
+    """Whether rows are refined, the rows with gradients at each step, and the Gaussians of GPU-only training."""
+    views, scene = views_and_points
+    gaussians, drawn = DeviceGaussians(*start(scene), **ADAM), []
+    for step, cameras in enumerate(views):
+        ids = surely_drawn(gaussians, cameras)
+        gradients = random_gradients(step, len(ids))
+        gradients["sh0"], gradients["shN"] = gradients.pop("colors").split([1, 15], dim=1)
+        for name, parameter in gaussians.parameters.items():
+            parameter.grad = torch.zeros_like(parameter).index_copy(0, ids, gradients[name])
+        gaussians.step(means_lr(step))
+        drawn.append(ids)
+        if request.param:
+            refine(gaussians, step)
+    assert 0.2 < sum(map(len, drawn)) / NUM_STEPS / gaussians.num_gaussians < 0.4
+    return request.param, drawn, gaussians.snapshot()
+
+
+@pytest.mark.parametrize("trainer", OFFLOADING)
+def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trainer):
+    refines, drawn, expected = gpu_only
+    actual = train(trainer, *views_and_points, drawn, refines)
+    differences = relative_differences(actual, expected)
+    assert max(differences.values()) < 1e-6, differences
+
+
+@pytest.mark.parametrize("trainer", OFFLOADING[1:])
+def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, views_and_points, gpu_only, trainer):
+    refines, drawn, expected = gpu_only
+    begin_deferred, begin_streamed = DeferredAdam.begin_step, CatchUpTables.begin_step
+
+    def begin_step_deferred(self, learning_rates) -> None:
+        begin_deferred(self, learning_rates)
+        self._before[:-1] = self._before[1:].copy()
+
+    def begin_step_streamed(self, learning_rates) -> None:
+        begin_streamed(self, learning_rates)
+        self.sums = self.sums.roll(-1, dims=1)
+
+    monkeypatch.setattr(DeferredAdam, "begin_step", begin_step_deferred)
+    monkeypatch.setattr(CatchUpTables, "begin_step", begin_step_streamed)
+    differences = relative_differences(train(trainer, *views_and_points, drawn, refines), expected)
+    assert min(differences["sh0"], differences["shN"]) > 1e-4, differences
+
+
+CONFIG = Config(max_steps=NUM_STEPS)
+SCALE = 5.0  # of the scene, in world units
+RATES = schedules.learning_rates(CONFIG, SCALE)
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-15, "device": CPU}
+
+
+def means_lr(step: int) -> float:
+    return schedules.means_lr(CONFIG, SCALE, step)
+
+
+def start(scene: Scene) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The first Gaussians, one per point, and their learning rates."""
+    options = {"sh_degree": 3, "init_opacity": 0.5, "init_scale": 1.0, "seed": 0}
+    return initial_gaussians(scene.points, scene.points_rgb, **options), RATES
+
+
+def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor], refines: bool) -> dict[str, Tensor]:
+    """The Gaussians of an offloading trainer after all steps, of which `drawn` says which rows have gradients."""
+    if trainer == "baseline":
+        gaussians = HostGaussians(*start(scene), means_lr, **ADAM)
+    elif trainer == "streamed":
+        gaussians = StreamedGaussians(*start(scene), means_lr, **ADAM)
+    else:
+        gaussians = HybridGaussians(*start(scene), means_lr, geometry=trainer.removeprefix("geometry on "), **ADAM)
+    for step, cameras in enumerate(views):
+        rows = gaussians.fetch(cameras)
+        rows_will_change = refines and step in (*REFINED, RESET)
+        if trainer != "baseline" and step + 1 < NUM_STEPS and not rows_will_change:
+            gaussians.prefetch(views[step + 1])
+        positions = torch.searchsorted(gaussians.ids, drawn[step])
+        assert torch.equal(gaussians.ids[positions], drawn[step])  # culling has left out none of them
+        gradients = random_gradients(step, len(positions))
+        sum((rows[name][positions] * gradient).sum() for name, gradient in gradients.items()).backward()
+        gaussians.update() if trainer == "baseline" else gaussians.update(step)
+        if refines:
+            refine(gaussians, step)
+    return gaussians.snapshot()
+
+
+def surely_drawn(gaussians: DeviceGaussians, cameras: Cameras) -> Tensor:
+    """Rows that are in the inner part of the picture and not nearly transparent."""
+    means = gaussians.read("means") @ cameras.viewmats[0, :3, :3].T + cameras.viewmats[0, :3, 3]  # [N, 3]
+    pixels = (means @ cameras.Ks[0].T)[:, :2] / means[:, 2:]  # [N, 2]
+    size = torch.tensor([cameras.width, cameras.height])
+    inside = ((pixels > 0.2 * size) & (pixels < 0.8 * size)).all(dim=1) & (means[:, 2] > 0.1)
+    return (inside & (gaussians.read("opacities").sigmoid() > 0.02)).nonzero().squeeze(1)
+
+
+def random_gradients(step: int, num_rows: int) -> dict[str, Tensor]:
+    """Gradients of some rows at a step; those of some rows are a million times larger than those of others."""
+    generator = torch.Generator().manual_seed(step)
+    sizes = 10 ** (-6 * torch.rand(num_rows, 1, generator=generator))
+    gradients = sizes * torch.randn(num_rows, 59, generator=generator)
+    means, scales, quats, opacities, colors = gradients.split([3, 3, 4, 1, 48], dim=1)
+    colors = colors.view(num_rows, 16, 3)
+    return {"means": means, "scales": scales, "quats": quats, "opacities": opacities[:, 0], "colors": colors}
+
+
+def refine(gaussians: GaussianStore, step: int) -> None:
+    """At some steps duplicate, split and remove rows, or reset opacities; which rows, the step decides."""
+    if step in REFINED:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randperm(gaussians.num_gaussians, generator=generator)[:200]
+        grow(gaussians, chosen[:120].sort().values, chosen[120:].sort().values, False, generator)
+        kept = torch.rand(gaussians.num_gaussians, generator=generator) < 0.95
+        gaussians.keep(kept.nonzero().squeeze(1))
+    if step == RESET:
+        gaussians.clamp_opacities(-3.0)
+
+
+def relative_differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the difference over that of the expected values, for each parameter."""
+    return {name: ((actual[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
