@@ -125,6 +125,11 @@ class StreamedGaussians:
         """Bytes of rows that have travelled between host and device so far, both ways."""
         return self._pipeline.link_bytes
 
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Rows that views have fetched, retained and written so far, and the bytes over the link."""
+        return {**self._pipeline.rows_moved, "link_bytes": self._pipeline.link_bytes}
+
     def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
         """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         ids = self._cull(cameras)

@@ -107,7 +107,7 @@ class StreamedPipeline:
         self._host_lacks_previous = False  # whether rows of the previous view live in the upcoming one only
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
         self._applied = False  # whether gradients of the present view may have reached its rows
-        self._rows_rendered = 0
+        self._rows_found, self._rows_updated = 0, 0
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
 
@@ -119,7 +119,7 @@ class StreamedPipeline:
         if self._upcoming is None:
             self.finish()
             ids, self._found_ids = self._cull(cameras) if self._found_ids is None else self._found_ids, None
-            view = StreamedView(ids, self._next_slot(len(ids)))
+            view = self._new_view(ids)
             self._read_from_host(view, None)
             self._previous = None
             self._ready = compute.record()
@@ -129,7 +129,6 @@ class StreamedPipeline:
             compute.uses(view.ids)
         view.values = {name: view.state(name).parameters.detach().requires_grad_() for name in self._groups}
         self._present, self._applied = view, False
-        self._rows_rendered += len(view.ids)
         return view
 
     def prefetch(self, cameras: Cameras) -> None:
@@ -146,7 +145,7 @@ class StreamedPipeline:
             late = torch.zeros_like(absent) if previous is None else absent & (_positions(ids, previous.ids) >= 0)
             self._rows_retained += (~absent).sum()
             culled = lane.record()
-        view = StreamedView(ids, self._next_slot(len(ids)))
+        view = self._new_view(ids)
         with self._fetch_lane as lane:
             lane.wait(culled)
             self._begin_step()  # here, where rows catch up
@@ -172,6 +171,7 @@ class StreamedPipeline:
                 gradients = torch.zeros_like(view.values[name])
             self._kernels.step_rows(view.state(name), gradients, group.tables.step_sizes())
         view.values, view.step = {}, self.step_count
+        self._rows_updated += len(view.ids)
         if upcoming is not None:
             for name in self._groups:
                 self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
@@ -225,11 +225,25 @@ class StreamedPipeline:
         return next(iter(self._groups.values())).tables.step
 
     @property
+    def rows_moved(self) -> dict[str, int]:
+        """How many rows of views have been fetched, retained and written so far; waits for the culling.
+
+        A retained row stays on the device from one view to the next: it is neither written nor fetched in between.
+        """
+        self._cull_lane.finish()
+        retained = int(self._rows_retained)
+        return {
+            "rows_fetched": self._rows_found - retained,
+            "rows_retained": retained,
+            "rows_written": self._rows_updated - retained,
+        }
+
+    @property
     def link_bytes(self) -> int:
         """Bytes that views have moved between host and device so far, both ways; waits for the culling."""
-        self._cull_lane.finish()
+        rows = self.rows_moved
         row_bytes = sum(3 * 4 * group.tables.columns for group in self._groups.values())
-        return 2 * row_bytes * (self._rows_rendered - int(self._rows_retained))
+        return row_bytes * (rows["rows_fetched"] + rows["rows_written"])
 
     # ------------------------------------------------------------------------------------ reading and changing rows
 
@@ -274,6 +288,10 @@ class StreamedPipeline:
             group.stamps = None
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _new_view(self, ids: Tensor) -> StreamedView:
+        self._rows_found += len(ids)
+        return StreamedView(ids, self._next_slot(len(ids)))
 
     def _next_slot(self, count: int) -> _Slot:
         """The slot whose view came first, with space for this many rows."""

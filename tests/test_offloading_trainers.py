@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,28 @@ def test_statistics_name_the_stages(monkeypatch, city_block, tmp_path, script, p
     assert set(statistics["stages_ms"]) == stages
     assert sum(statistics["stages_ms"].values()) < 1000 * statistics["elapsed_seconds"] / 12
     assert statistics["staging_allocations"] == 0  # on the CPU rows are written where they are used
+
+
+def test_statistics_count_what_travels(monkeypatch, city_block, tmp_path):
+    views = []
+    fetch = simple_trainer_hybrid_streamed.StreamedGaussians.fetch
+    monkeypatch.setattr(
+        simple_trainer_hybrid_streamed.StreamedGaussians,
+        "fetch",
+        lambda self, cameras: (fetch(self, cameras), views.append(set(self.ids.tolist())))[0],
+    )
+    options = (*NO_DENSIFICATION, "--max_steps", 12, "--log_every", 5)
+    train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path, *options)
+    found = json.loads((tmp_path / "stats/train_step12.json").read_text())["per_step"]
+    retained = sum(len(before & view) for before, view in pairwise(views))
+    moved = sum(map(len, views)) - retained
+    assert found == {
+        "rows_fetched": moved / 12,
+        "rows_retained": retained / 12,
+        "rows_written": moved / 12,
+        "link_bytes": 2 * 576 * moved / 12,
+    }
+    assert retained > 0
 
 
 def test_bounds_of_blocks_are_made_once_per_refinement(monkeypatch, city_block, tmp_path):

@@ -34,6 +34,7 @@ from training.evaluation import evaluate, load_lpips, synchronize
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.memory import allocated_bytes, format_bytes, limit_fragmentation, peak_bytes
 from training.memory_estimate import Footprint, check_memory, needs, share_in_largest_view
+from training.per_step import PerStep
 from training.results import ResultFolder
 from training.stages import StageTimes
 from training.views import View
@@ -137,6 +138,8 @@ class TrainingRun:
         self._resumed = self._checkpoint_to_resume() if cfg.resume else None
         self._model: Model | None = None
         self._step = 0
+        self._first_step = 0
+        self._traffic_per_step = PerStep()
         self._saved_steps = 0
         self._skipped_steps = 0
         self._interrupted = False
@@ -189,7 +192,7 @@ class TrainingRun:
         self._model, self._densification, self._render = model, densification, render
         for number in (signal.SIGINT, signal.SIGTERM):
             self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
-        first = self._load_resumed()
+        first = self._first_step = self._load_resumed()
         if first >= self.cfg.max_steps:
             tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
             return
@@ -479,6 +482,7 @@ class TrainingRun:
                 **self._staging_allocations(),
                 "longest_save_seconds": self._results.checkpoints.longest_stall,
                 "stages_ms": self.times.mean_milliseconds("statistics"),
+                **self._traffic("statistics"),
             },
         )
 
@@ -494,11 +498,19 @@ class TrainingRun:
             writer.add_scalar(f"memory/{name}", count, steps_done)
         for stage, milliseconds in self.times.mean_milliseconds("log").items():
             writer.add_scalar(f"stages_ms/{stage}", milliseconds, steps_done)
+        for name, mean in self._traffic("log").get("per_step", {}).items():
+            writer.add_scalar(f"per_step/{name}", mean, steps_done)
 
     def _staging_allocations(self) -> dict[str, int]:
         """How often staging memory has been allocated, of trainers that have any; constant in the steady state."""
         count = getattr(self._model, "staging_allocations", None)
         return {} if count is None else {"staging_allocations": count}
+
+    def _traffic(self, reader: str) -> dict[str, dict[str, float]]:
+        """Mean rows and bytes that a step has moved since this reader asked last, of trainers that count them."""
+        totals = getattr(self._model, "traffic", None)
+        steps = self._model.steps_done - self._first_step
+        return {} if totals is None else {"per_step": self._traffic_per_step.means(reader, steps, totals)}
 
 
 def check_options(cfg: Config) -> None:

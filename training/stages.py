@@ -7,6 +7,8 @@ from collections import defaultdict
 
 import torch
 
+from training.per_step import PerStep
+
 
 class StageTimes:
     """Divides the time line of the device (of this thread, on the CPU) into named stages.
@@ -20,7 +22,7 @@ class StageTimes:
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []  # not read yet
         self._totals: dict[str, float] = defaultdict(float)  # milliseconds of each stage in all steps so far
         self._num_steps = 0
-        self._seen: dict[str, tuple[int, dict[str, float]]] = {}  # steps and totals at each reader's last call
+        self._per_step = PerStep()
 
     def start(self) -> None:
         self.mark("")
@@ -41,12 +43,7 @@ class StageTimes:
             reader: Who asks; each reader is told of every step once.
         """
         self._read_marks()
-        num_steps_seen, seen = self._seen.get(reader, (0, {}))
-        self._seen[reader] = (self._num_steps, dict(self._totals))
-        num_steps = self._num_steps - num_steps_seen
-        if num_steps == 0:
-            return {}
-        return {name: (total - seen.get(name, 0.0)) / num_steps for name, total in self._totals.items()}
+        return self._per_step.means(reader, self._num_steps, self._totals)
 
     def _read_marks(self) -> None:
         if self._cuda and self._marks:
