@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.colmap import load_sparse_model, read_sparse_model
+from datasets.colmap import load_sparse_model, open_model, read_sparse_model
+from datasets.colmap_merge import merge_models, write_model
 from datasets.images import decode_image
 from datasets.matrix_city import read_transforms
 from datasets.mega_nerf import read_metadata
@@ -54,6 +55,14 @@ def read_model(data_dir: Path, damaged: str) -> None:
 
 def read_cached_model(data_dir: Path, damaged: str) -> None:
     check_model(load_sparse_model(data_dir))
+
+
+def merge(data_dir: Path, damaged: str) -> None:
+    first, second = open_model(data_dir / "a/sparse/0"), open_model(data_dir / "b/sparse/0")
+    names = sorted(image.name for model in (first, second) for image in model.images.values() if image.has_pose)
+    merge_models(first, second)
+    model_dir = write_model(first, data_dir)
+    assert sorted(image.name for image in open_model(model_dir).images.values()) == names
 
 
 def check_model(model) -> None:
@@ -235,13 +244,17 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
     mega_nerf(scratch / "photos", scratch / "models", 4, 2)
     metadata = {name: content for name, content in read_files(scratch / "photos").items() if name.endswith(".pt")}
 
+    halves = {f"a/{name}": content for name, content in older.items()}
+    halves |= {f"b/{name}": content.replace(b".png", b".jpg") for name, content in older.items()}
+
     def model_parts(files: Files) -> list[str]:
-        return [name for name in files if name.startswith("sparse/")]
+        return [name for name in files if "sparse/" in name]
 
     return [
         ("binary model", binary, model_parts(binary), read_model),
         ("binary model without rigs", older, model_parts(older), read_model),
         ("text model", text, model_parts(text), read_model),
+        ("models to merge", halves, model_parts(halves), merge),
         ("cache of a model", scene, ["sparse/0/parsed_scene.npz"], read_cached_model),
         ("PLY", plys, list(plys), read_ply),
         ("PLY of Gaussians", gaussians, list(gaussians), read_gaussians),
