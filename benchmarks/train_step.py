@@ -129,7 +129,7 @@ class AerialRun:
         self._views = random_views(cameras, self.num_warmup + job.steps + 1, self.device)
         self._staging_before = 0
 
-    def check_memory(self, footprint: Footprint) -> None:
+    def check_memory(self, footprint: Footprint, largest_part: float = 1.0) -> None:
         pass  # what does not fit is found out
 
     def initial_gaussians(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from offload.culling import Cameras, Margin, visible_ids_on_device
+from offload.culling import Cameras, CoveredCells, Margin, covered_cells_on_device, visible_ids_on_device
 
 GEOMETRY = ("means", "scales", "quats", "opacities")
 
@@ -44,6 +44,10 @@ class DeviceGeometry:
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
         """Sorted int64 [V] on the device: rows that the cameras may draw when geometry moves by at most the margin."""
         return visible_ids_on_device(**self.parameters, cameras=cameras, margin=margin)
+
+    def covered_cells(self, ids: Tensor, cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
+        """In which cells of each camera's picture these rows [V] may draw, moved by at most the margin."""
+        return covered_cells_on_device(**self.parameters, ids=ids, cameras=cameras, margin=margin, cell=cell)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copies of the rows [V]."""

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from offload.adam import DeferredAdam
-from offload.culling import BlockBounds, Cameras, Margin, visible_ids
+from offload.culling import BlockBounds, Cameras, CoveredCells, Margin, covered_cells, visible_ids
 from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.device_memory import begin_stretch, stretch_peak
 from offload.finite import FiniteGradients
+from offload.part_limits import MemoryBudget, RowLimit
 from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds, largest_drift, largest_step
 from offload.schedules import schedules_of
+from offload.split import CELL, HALO, Box, Coverage, Tile, box_of, plan_boxes
 from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore, total_growth
 from offload.upcoming import upcoming_state, upcoming_view
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
+
+
+@dataclass
+class ViewPart:
+    """What is rendered at once."""
+
+    tile: Tile | None  # None: all pictures of the view
+    rows: dict[str, Tensor]  # on the device, for `training.gaussians.activate`; leaves or their views
+    positions: Tensor | None  # [T] int64 on the device: which of the view's rows they are; None: all, or nobody asks
+
+
+@dataclass
+class PartResult:
+    """What rendering a part gave."""
+
+    loss: Tensor  # scalar, its share of the view's loss
+    num_intersections: int  # of Gaussians and the rasterizer's tiles
+    num_pixels: int  # with halo
 
 
 class HybridGaussians:
@@ -39,6 +61,8 @@ class HybridGaussians:
         device: torch.device,
         geometry: Literal["device", "host"] = "device",
         max_gaussians: int = 0,
+        limit: RowLimit | MemoryBudget | None = None,
+        halo: int = HALO,
     ) -> None:
         """
         Args:
@@ -51,13 +75,20 @@ class HybridGaussians:
             device: Where views are rendered.
             geometry: Where means, scales, quats and opacities are.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+            limit: Of the parts that `train_view` and `view_parts` split views into; None: they are never split.
+            halo: Pixels around a tile that are rendered with it.
         """
         self.steps_done = 0
         self._learning_rates = dict(learning_rates)
         self._means_lr = means_lr
         self._rendering_device = device
+        self._limit = limit
+        self._halo = halo
+        self._measures = isinstance(limit, MemoryBudget) and device.type == "cuda"
         self._rows: PartRows | None = None
-        self._ids = torch.zeros(0, dtype=torch.int64)
+        self._cameras: Cameras | None = None
+        self._view: ViewIds | None = None
+        self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view, on the device
         self._geometry_rows: dict[str, Tensor] = {}
         self._geometry_sums: dict[str, Tensor] = {}
         self._device_geometry: DeviceGeometry | None = None
@@ -105,12 +136,62 @@ class HybridGaussians:
             step: From 0.
         """
         self._keep_finite()
-        self._pipeline.update()
+        gradients = self._geometry_gradients()
+        self._rows = None  # frees their values
+        if self._limit is None:
+            self._pipeline.update()
+        else:
+            _once_more(self._pipeline.update)
         if self._device_geometry is not None:
             rates = {**self._learning_rates, "means": self._means_lr(step)}
-            self._device_geometry.step(self._ids, self._geometry_gradients(), rates)
-        self._geometry_rows, self._geometry_sums = {}, {}
+            self._device_geometry.step(self._ids, gradients, rates)
+        self._geometry_rows, self._geometry_sums, self._view = {}, {}, None
         self.steps_done += 1
+
+    # ----------------------------------------------------------------------------------- a training step in parts
+
+    def train_view(
+        self, cameras: Cameras, upcoming: Cameras | None, train_part: Callable[[ViewPart], PartResult]
+    ) -> Tensor:
+        """Render a view and propagate its loss back, in parts where it exceeds the limit; `update` comes after it.
+
+        A part that runs out of device memory leaves nothing behind and is rendered again in finer parts.
+
+        Args:
+            cameras: The view.
+            upcoming: The view after it; None at the last, and where densification will change rows before it.
+            train_part: Renders one part and runs the backward pass of its share of the loss. It must leave no trace
+                when it fails.
+
+        Returns:
+            The loss, a scalar.
+        """
+        _once_more(self._begin, cameras)
+        losses = []
+        while True:
+            try:
+                result = self._train_part(upcoming, train_part)
+            except torch.cuda.OutOfMemoryError:
+                result = None
+            if result is None:  # here, where what the failed part held is free
+                self._refine_part()
+                continue
+            losses.append(result.loss)
+            if self._pipeline.is_last:
+                return torch.stack(losses).sum()
+            self._keep_finite()
+            self._sum_geometry_gradients()
+            self._rows = None
+            _once_more(self._pipeline.next_part)
+
+    def view_parts(self, cameras: Cameras) -> Iterator[ViewPart]:
+        """Copies of the rows of a view, in parts where it exceeds the limit; training is not disturbed."""
+        self._pipeline.finish()
+        view = self._find(cameras)
+        for part in view.parts:
+            ids, host_ids = view.of_part(part)
+            rows = self._read(ids, host_ids)
+            yield ViewPart(part.tile, {name: value.to(self._rendering_device) for name, value in rows.items()}, None)
 
     # ------------------------------------------------------------------------------------ reading, at any time
 
@@ -132,12 +213,7 @@ class HybridGaussians:
         """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         self._pipeline.finish()
         ids = self._cull(cameras)
-        if self._device_geometry is not None:
-            geometry = self._device_geometry.gather(ids)
-        else:
-            geometry = self._to_render("geometry", self._pipeline.read("geometry", ids))
-        rows = {**geometry, **self._to_render("appearance", self._pipeline.read("appearance", ids.cpu()))}
-        return {name: value.to(self._rendering_device) for name, value in rows.items()}
+        return {name: value.to(self._rendering_device) for name, value in self._read(ids, ids.cpu()).items()}
 
     def snapshot(self) -> dict[str, Tensor]:
         """The current values of the six parameter tensors; a copy of what is on the host."""
@@ -172,7 +248,10 @@ class HybridGaussians:
             copy_current(self._device_geometry.arrays_by_name(), state)
             self._device_geometry.step_count = self.steps_done
         self._bounds = None
-        self._pipeline.continue_with(upcoming_view(state, self.device))
+        upcoming = upcoming_view(state, self.device)
+        if upcoming is not None and self._limit is None:
+            upcoming.parts = [Part()]
+        self._pipeline.continue_with(upcoming)
 
     def skipped_steps(self) -> tuple[int, int]:
         """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
@@ -234,7 +313,11 @@ class HybridGaussians:
     # --------------------------------------------------------------------------------------------------- inside
 
     def _begin(self, cameras: Cameras) -> None:
-        self._ids = self._pipeline.begin(cameras).ids.to(self._rendering_device)
+        if self._measures:
+            in_use = torch.cuda.memory_allocated(self._rendering_device)
+            self._limit.fixed = in_use - self._pipeline.uploaded_bytes()
+        self._cameras, self._view = cameras, self._pipeline.begin(cameras)
+        self._ids = self._view.ids.to(self._rendering_device)
 
     def _fetch_part(self) -> dict[str, Tensor]:
         self._rows = self._pipeline.fetch()
@@ -250,14 +333,109 @@ class HybridGaussians:
         leaves = [*self._rows.values.values(), *self._geometry_rows.values()]
         self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
 
+    def _train_part(self, upcoming: Cameras | None, train_part: Callable[[ViewPart], PartResult]) -> PartResult:
+        rows, part = self._fetch_part(), self._rows.part
+        positions = None if part.rows is None else part.rows.to(self._rendering_device)
+        self._pipeline.prefetch(upcoming)
+        if not self._measures:
+            return train_part(ViewPart(part.tile, rows, positions))
+        if not self._limit.is_calibrated:
+            self._pipeline.uploaded_bytes()  # waits, so that what grows from here is this part's rendering alone
+        before = torch.cuda.memory_allocated(self._rendering_device)
+        begin_stretch(self._rendering_device)
+        result = train_part(ViewPart(part.tile, rows, positions))
+        peak = stretch_peak(self._rendering_device)
+        self._limit.observe(len(self._rows.host_ids), result.num_intersections, result.num_pixels, peak - before, peak)
+        return result
+
+    def _refine_part(self) -> None:
+        """Split the present part, which has run out of memory.
+
+        Raises:
+            OutOfMemoryError: It cannot be split.
+        """
+        self._geometry_rows, self._rows = {}, None
+        if isinstance(self._limit, MemoryBudget):
+            self._limit.exceeded()
+        finer = self._finer_parts(self._pipeline.part)
+        if len(finer) < 2:
+            raise torch.cuda.OutOfMemoryError("The smallest tile does not fit into device memory.")
+        self._pipeline.replace_part(finer)
+        if self._rendering_device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _geometry_gradients(self) -> dict[str, Tensor]:
+        """Of the whole view, once its last part has been propagated back."""
+        if self._geometry_sums:
+            self._sum_geometry_gradients()
+            return self._geometry_sums
         return {
             name: torch.zeros_like(row) if row.grad is None else row.grad for name, row in self._geometry_rows.items()
         }
 
+    def _sum_geometry_gradients(self) -> None:
+        """Add the present part's to those of the view."""
+        if self._device_geometry is None:
+            return
+        if not self._geometry_sums:
+            self._geometry_sums = {
+                name: row.new_zeros(len(self._ids), *row.shape[1:]) for name, row in self._geometry_rows.items()
+            }
+        for name, row in self._geometry_rows.items():
+            if row.grad is not None:
+                self._geometry_sums[name].index_add_(0, self._rows.part.rows, row.grad)
+        self._geometry_rows = {}
+
+    # ----------------------------------------------------------------------------------------- what a view needs
+
     def _find(self, cameras: Cameras) -> ViewIds:
         ids = self._cull(cameras)
-        return ViewIds(ids, ids.cpu(), [Part()])
+        num_pixels = len(cameras.Ks) * cameras.width * cameras.height
+        whole = ViewIds(ids, ids.cpu(), [Part()])
+        if self._limit is None or self._limit.allows(len(ids), num_pixels, self.num_gaussians):
+            return whole
+        cells = self._covered_cells(cameras, ids)
+        coverages = [Coverage(covered.corners, cameras.width, cameras.height) for covered in cells]
+        plans = self._limit.plan(coverages, len(ids), self.num_gaussians)
+        if max(map(len, plans)) == len(cameras.Ks) == 1:
+            return whole
+        parts = _parts(plans, coverages, cells)
+        return ViewIds(ids, whole.host_ids, parts)
+
+    def _finer_parts(self, part: Part) -> list[Part]:
+        """The present part, whose cost is halved by splitting it, or all its cameras' pictures one by one."""
+        cameras, (ids, _) = self._cameras, self._view.of_part(part)
+        cells = self._covered_cells(cameras, ids)
+        coverages = [Coverage(covered.corners, cameras.width, cameras.height) for covered in cells]
+        boxes = [coverage.everything for coverage in coverages]
+        chosen = range(len(boxes))
+        if part.tile is not None:
+            chosen, boxes = [part.tile.camera], {part.tile.camera: box_of(part.tile)}
+        limit = self._limit or RowLimit(1.0)
+        plans = [[] for _ in coverages]
+        for camera in chosen:
+            coverage, box = coverages[camera], boxes[camera]
+            price = limit.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
+            plans[camera] = plan_boxes(coverage, limit.cost, price / 2, box)
+        finer = _parts(plans, coverages, cells)
+        if part.rows is not None:
+            for piece in finer:
+                piece.rows, piece.host_rows = part.rows[piece.rows], part.host_rows[piece.host_rows]
+        return finer
+
+    def _covered_cells(self, cameras: Cameras, ids: Tensor) -> list[CoveredCells]:
+        margin = replace(self._margin, pixels=self._halo)
+        if self._device_geometry is not None:
+            return self._device_geometry.covered_cells(ids, cameras, margin, CELL)
+        return covered_cells(self._host_geometry(), ids, cameras, margin, CELL)
+
+    def _read(self, ids: Tensor, host_ids: Tensor) -> dict[str, Tensor]:
+        """Copies of rows: geometry where it is, appearance on the host."""
+        if self._device_geometry is not None:
+            geometry = self._device_geometry.gather(ids)
+        else:
+            geometry = self._to_render("geometry", self._pipeline.read("geometry", host_ids))
+        return {**geometry, **self._to_render("appearance", self._pipeline.read("appearance", host_ids))}
 
     def _places(self) -> list[DeviceGeometry | HostStore]:
         device = [] if self._device_geometry is None else [self._device_geometry]
@@ -290,3 +468,27 @@ class HybridGaussians:
     def _margin_of(self, learning_rates: float) -> Margin:
         """What geometry can change by this many times its learning rates."""
         return Margin(**{name: _ROUNDING * learning_rates * self._learning_rates[name] for name in GEOMETRY})
+
+
+def _parts(plans: Sequence[Sequence[Box]], coverages: Sequence[Coverage], cells: Sequence[CoveredCells]) -> list[Part]:
+    """A part for each box of each camera, with the rows that may draw there."""
+    parts = []
+    for camera, (boxes, coverage, covered) in enumerate(zip(plans, coverages, cells, strict=True)):
+        for box in boxes:
+            rows = covered.rows_in(*box)
+            parts.append(Part(coverage.tile(camera, box), rows, rows.cpu()))
+    return parts
+
+
+Result = TypeVar("Result")
+
+
+def _once_more(method: Callable[..., Result], *arguments: object) -> Result:
+    """Call a method again where what was done ahead for it has run out of device memory, which drops that."""
+    try:
+        return method(*arguments)
+    except torch.cuda.OutOfMemoryError:
+        pass
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return method(*arguments)

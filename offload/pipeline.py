@@ -26,7 +26,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -89,6 +89,12 @@ class ViewIds:
     host_ids: Tensor  # [V] the same on the host
     parts: list[Part]
 
+    def of_part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """The ids [T] of a part, where geometry is and on the host."""
+        if part.rows is None:
+            return self.ids, self.host_ids
+        return self.ids[part.rows], self.host_ids[part.host_rows]
+
 
 @dataclass
 class PartRows:
@@ -97,7 +103,10 @@ class PartRows:
     part: Part
     ids: Tensor  # [T] int64 where geometry is, sorted
     host_ids: Tensor  # [T] the same on the host
-    values: dict[str, Tensor]  # group -> [T, columns], leaves that receive gradients
+    values: dict[
+        str, Tensor
+    ]  # group -> [T, columns], leaves that receive gradients; empty once they have been taken in
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,13 +144,6 @@ class _Present:
     @property
     def is_last(self) -> bool:
         return self.index == len(self.view.parts) - 1
-
-    def part_ids(self, index: int) -> tuple[Tensor, Tensor]:
-        """The ids [T] of a part, where geometry is and on the host."""
-        part = self.view.parts[index]
-        if part.rows is None:
-            return self.view.ids, self.view.host_ids
-        return self.view.ids[part.rows], self.view.host_ids[part.host_rows]
 
     def replace_part(self, finer: Sequence[Part]) -> None:
         """Render these parts instead of the present one; together they have its rows."""
@@ -221,6 +223,21 @@ class RowPipeline:
         """How often staging memory has been allocated; constant once the largest view has been seen."""
         return sum(transfer.staging_allocations for transfer in self._transfers.values())
 
+    @property
+    def part(self) -> Part:
+        """The part of the present view that is to be rendered."""
+        return self._present.part
+
+    @property
+    def is_last(self) -> bool:
+        """Whether that is the view's last part."""
+        return self._present.is_last
+
+    def uploaded_bytes(self) -> int:
+        """Device memory of rows that were prefetched; waits for them."""
+        ahead = self._prepared()
+        return 0 if ahead is None else sum(upload.rows.nbytes for upload in ahead.uploads.values())
+
     def begin(self, cameras: Cameras) -> ViewIds:
         """Begin a step on the view of these cameras."""
         ahead = self._prepared()
@@ -236,7 +253,7 @@ class RowPipeline:
     def fetch(self) -> PartRows:
         """The rows of the present part, with the values they have after the last step."""
         ahead = self._prepared()
-        ids, host_ids = self._present.part_ids(self._present.index)
+        ids, host_ids = self._present.view.of_part(self._present.part)
         if ahead is None:
             self._settle()
             uploads = self._upload_unchanged(host_ids)
@@ -255,7 +272,7 @@ class RowPipeline:
         """
         present = self._present
         if not present.is_last:
-            _, host_ids = present.part_ids(present.index + 1)
+            _, host_ids = present.view.of_part(present.view.parts[present.index + 1])
             self._ahead = self._worker.submit(self._prepare_part, host_ids)
         elif cameras is not None:
             # The worker gives no work to the device's current stream, where it would wait for the rendering.
@@ -276,11 +293,11 @@ class RowPipeline:
         """Take in the gradients of the present part and go on to the next one of the view."""
         self._prepared()
         self._settle()
-        present, gradients = self._present, self._gradients()
+        present, host_ids, gradients = self._present, self._rows.host_ids, self._gradients()
         self._begin_step()
         self._applied = True
         alone, shared = present.divide()
-        slots, host_ids = present.slots[present.part.host_rows[shared]], self._rows.host_ids
+        slots = present.slots[present.part.host_rows[shared]]
         downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
 
         def settle() -> None:
@@ -289,7 +306,6 @@ class RowPipeline:
                 present.sums[name][slots] += download.ready()[shared]
 
         self._owed.append(settle)
-        self._rows = None
         present.index += 1
 
     def update(self) -> None:
@@ -300,10 +316,13 @@ class RowPipeline:
         self._begin_step()
         self._applied = True
         remain = torch.ones(len(present.view.host_ids), dtype=torch.bool)  # [V] not committed at once
-        if present.slots is not None:
-            self._add_shared(present, gradients)
-        if ahead is not None:
-            self._update_shared(ahead, present, gradients)
+        # All that takes device memory comes before anything is changed, so that it can be done again.
+        added = None if present.slots is None else self._shared_gradients(present, gradients)
+        urgent = None if ahead is None else self._urgent_gradients(ahead, present, gradients)
+        if added is not None:
+            self._add_shared(present, *added)
+        if urgent is not None:
+            self._update_urgent(ahead, present, *urgent)
             remain[ahead.following.shared_before] = False
         downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
         if present.slots is None:
@@ -316,7 +335,7 @@ class RowPipeline:
             sums = {name: Downloaded(rows, None) for name, rows in present.sums.items()}
             self._owed.append(partial(self._commit, present.view.host_ids[summed], present.slots[summed], sums))
         self._owed.append(partial(self._commit, present.view.host_ids[rows], gradient_rows, downloads))
-        self._rows = self._present = None
+        self._present = None
         self._step_begun = False
 
     def finish(self) -> None:
@@ -378,8 +397,7 @@ class RowPipeline:
 
     def _find_following(self, cameras: Cameras, present: _Present) -> _Following:
         view, waiting = self._find(cameras), present.waiting()
-        first = view.parts[0]
-        ids = view.ids if first.rows is None else view.ids[first.rows]
+        ids, _ = view.of_part(view.parts[0])
         waiting_ids = present.view.ids if waiting is None else present.view.ids[waiting.to(ids.device)]
         shared_here, shared_before = (positions.cpu() for positions in shared_positions(ids, waiting_ids))
         return _Following(view, shared_here, shared_before if waiting is None else waiting[shared_before])
@@ -389,8 +407,7 @@ class RowPipeline:
         self._settle()
         self._begin_step()
         following = following or self._find_following(cameras, present)
-        first = following.view.parts[0]
-        host_ids = following.view.host_ids if first.rows is None else following.view.host_ids[first.host_rows]
+        _, host_ids = following.view.of_part(following.view.parts[0])
         known = _positions_without(following.shared_here, len(host_ids))
         return _Ahead({name: self._upload_known(name, host_ids, known) for name in self._groups}, following)
 
@@ -423,47 +440,60 @@ class RowPipeline:
         return uploads
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Of the present part's rows: group -> [T, columns]."""
-        return {
-            name: torch.zeros_like(values) if values.grad is None else values.grad
-            for name, values in self._rows.values.items()
-        }
+        """Of the present part's rows: group -> [T, columns]. Their values are given up."""
+        rows = self._rows
+        for name, values in rows.values.items():
+            rows.gradients[name] = torch.zeros_like(values) if values.grad is None else values.grad
+        rows.values = {}
+        return rows.gradients
 
-    def _add_shared(self, present: _Present, gradients: Mapping[str, Tensor]) -> None:
-        """Add the last part's gradients of rows that several parts have."""
+    def _shared_gradients(
+        self, present: _Present, gradients: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Downloaded]]:
+        """Of the rows of the last part that other parts have too; and in which rows of `sums` they belong."""
         _, shared = present.divide()
-        slots, on_device = present.slots[present.part.host_rows[shared]], shared.to(self._device)
-        for name, gradient in gradients.items():
-            present.sums[name][slots] += self._transfers[name].download(gradient[on_device]).ready()
+        on_device = shared.to(self._device)
+        downloads = {name: self._transfers[name].download(rows[on_device]) for name, rows in gradients.items()}
+        return present.slots[present.part.host_rows[shared]], downloads
 
-    def _update_shared(self, ahead: _Ahead, present: _Present, gradients: Mapping[str, Tensor]) -> None:
-        """Update the rows that both views have, and complete what was forwarded of the next one."""
+    def _add_shared(self, present: _Present, slots: Tensor, downloads: Mapping[str, Downloaded]) -> None:
+        for name, download in downloads.items():
+            present.sums[name][slots] += download.ready()
+
+    def _urgent_gradients(
+        self, ahead: _Ahead, present: _Present, gradients: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, dict[str, Downloaded]]:
+        """Of the rows that both views have: those that the last part alone has. And for each row that both have its
+        place in these gradients, with `sums` behind them; None: in their order."""
         rows = ahead.following.shared_before  # of the present view
-        if len(rows) == 0:
-            return
-        host_ids = present.view.host_ids[rows]
         if present.slots is None:
-            part_rows, gradient_rows = rows, torch.arange(len(rows))  # of the last part; of what `arrived`
+            places, part_rows = None, rows
         else:
             slots = present.slots[rows]
             alone = slots < 0
             part_rows = torch.searchsorted(present.part.host_rows, rows[alone])
-            gradient_rows = torch.where(alone, alone.cumsum(0) - 1, slots + len(part_rows))
+            places = torch.where(alone, alone.cumsum(0) - 1, slots + len(part_rows))
         part_rows = part_rows.to(self._device)
-        shared_here = ahead.following.shared_here.to(self._device)
+        return places, {name: self._transfers[name].download(rows[part_rows]) for name, rows in gradients.items()}
+
+    def _update_urgent(
+        self, ahead: _Ahead, present: _Present, places: Tensor | None, downloads: Mapping[str, Downloaded]
+    ) -> None:
+        """Update the rows that both views have, and complete what was forwarded of the next one."""
+        host_ids = present.view.host_ids[ahead.following.shared_before]
         for name, group in self._groups.items():
-            transfer = self._transfers[name]
-            arrived = transfer.download(gradients[name][part_rows]).ready()
+            arrived = downloads[name].ready()
             if present.slots is not None:
                 arrived = torch.cat([arrived, present.sums[name]])
 
             def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, arrived: Tensor = arrived) -> None:
-                group.adam.commit_and_forward(
-                    *group.state(), host_ids[begin:end], arrived, out, gradient_rows=gradient_rows[begin:end]
-                )
+                block = (*group.state(), host_ids[begin:end])
+                if places is None:
+                    group.adam.commit_and_forward(*block, arrived[begin:end], out)
+                else:
+                    group.adam.commit_and_forward(*block, arrived, out, gradient_rows=places[begin:end])
 
-            forwarded = transfer.upload(len(host_ids), fill).ready()
-            ahead.uploads[name].ready().index_copy_(0, shared_here, forwarded)
+            self._transfers[name].complete(ahead.uploads[name], ahead.following.shared_here, fill)
             group.committed(host_ids)
 
     def _prepared(self) -> _Ahead | None:

@@ -5,7 +5,7 @@ On the CPU host and device are one: rows are written where they are used, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -73,17 +73,45 @@ class RowTransfer:
             return Uploaded(rows, None)
         with torch.cuda.stream(self._up):
             rows = torch.empty(num_rows, self._columns, device=self._device)
-            for begin in range(0, num_rows, self._block_rows):
-                end = min(begin + self._block_rows, num_rows)
-                block, sent = self._blocks[self._next_block]
-                self._next_block = (self._next_block + 1) % len(self._blocks)
-                sent.synchronize()
-                fill(block[: end - begin], begin, end)
-                rows[begin:end].copy_(block[: end - begin], non_blocking=True)
-                sent.record(self._up)
+            for begin, end, block in self._filled_blocks(num_rows, fill):
+                rows[begin:end].copy_(block, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._up)
         return Uploaded(rows, done)
+
+    def complete(self, uploaded: Uploaded, positions: Tensor, fill: Callable[[Tensor, int, int], None]) -> None:
+        """Write some of the rows of an earlier upload, block by block, in the order of uploads.
+
+        Args:
+            uploaded: Rows on the device.
+            positions: Which of them, [S] int64 on the host.
+            fill: As for `upload`, of S rows.
+        """
+        if not self._cuda:
+            rows = torch.empty(len(positions), self._columns)
+            fill(rows, 0, len(positions))
+            uploaded.rows.index_copy_(0, positions, rows)
+            return
+        with torch.cuda.stream(self._up):
+            on_device = positions.to(self._device)
+            arrived = torch.empty(min(self._block_rows, len(positions)), self._columns, device=self._device)
+            for begin, end, block in self._filled_blocks(len(positions), fill):
+                arrived[: end - begin].copy_(block, non_blocking=True)
+                uploaded.rows.index_copy_(0, on_device[begin:end], arrived[: end - begin])
+            uploaded.done.record(self._up)
+
+    def _filled_blocks(
+        self, num_rows: int, fill: Callable[[Tensor, int, int], None]
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of staging memory that `fill` has written; each is free again when what follows has been copied."""
+        for begin in range(0, num_rows, self._block_rows):
+            end = min(begin + self._block_rows, num_rows)
+            block, sent = self._blocks[self._next_block]
+            self._next_block = (self._next_block + 1) % len(self._blocks)
+            sent.synchronize()
+            fill(block[: end - begin], begin, end)
+            yield begin, end, block[: end - begin]
+            sent.record(self._up)
 
     def download(self, rows: Tensor) -> Downloaded:
         """Fetch rows [V, columns] that the current stream computes."""

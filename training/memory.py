@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from errors import InputError
+from offload.device_memory import memory_bound, peak_memory
 
 
 def limit_fragmentation() -> None:
@@ -24,8 +28,9 @@ def available_bytes(device: torch.device) -> int:
     """Memory in bytes that this process can still take on a device; on the CPU, of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + unused
+        in_use, bound = torch.cuda.memory_allocated(device), memory_bound()
+        free += torch.cuda.memory_reserved(device) - in_use
+        return free if bound is None else max(min(free, bound - in_use), 0)
     return int(min(_machine_bytes(), _container_bytes()))
 
 
@@ -53,11 +58,11 @@ def _container_bytes() -> float:
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
     """Peaks of this process so far: device memory allocated and reserved by torch, and host memory."""
-    cuda = device.type == "cuda"
+    peaks = peak_memory(device) if device.type == "cuda" else {"allocated": 0, "reserved": 0}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return {
-        "device_allocated": torch.cuda.max_memory_allocated(device) if cuda else 0,
-        "device_reserved": torch.cuda.max_memory_reserved(device) if cuda else 0,
+        "device_allocated": peaks["allocated"],
+        "device_reserved": peaks["reserved"],
         "host": resident if sys.platform == "darwin" else resident * 1024,
     }
 
@@ -74,3 +79,24 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.2f} GiB"
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """The number of bytes that a text such as '6GiB', '800 MB' or '2.5e9' says; without a unit it is in bytes.
+
+    Args:
+        text: A number and a unit: B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024), in any case.
+        option: Where it was given.
+
+    Raises:
+        InputError: The text is something else, or not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text.lower())
+    try:
+        number, prefix, binary = float(match[1]), match[2] or "", match[3]
+        num_bytes = int(number * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    except (TypeError, ValueError, OverflowError):
+        num_bytes = 0
+    if num_bytes <= 0 or (binary and not prefix):
+        raise InputError(f"{option} is {text!r}, but must be a size such as 6GiB, 800MB or 6442450944.")
+    return num_bytes

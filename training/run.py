@@ -145,18 +145,19 @@ class TrainingRun:
         self._interrupted = False
         self._begin = time.perf_counter()
 
-    def check_memory(self, footprint: Footprint) -> None:
+    def check_memory(self, footprint: Footprint, largest_part: float = 1.0) -> None:
         """Print what training will take of host and device memory.
 
         Args:
             footprint: Of the trainer.
+            largest_part: Share of the Gaussians above which a view is rendered in parts.
 
         Raises:
             InputError: It does not fit, with the option to change.
         """
         if self._checkpoint_to_evaluate is not None:
             return
-        share = share_in_largest_view(self.scene, self.cfg.batch_size)
+        share = min(share_in_largest_view(self.scene, self.cfg.batch_size), largest_part)
         num_pixels = self.cfg.batch_size * max(camera.width * camera.height for camera in self.scene.cameras)
         resumed = self._resumed
         num_gaussians = len(self.scene.points if resumed is None else resumed.state["parameters/means"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ class View:
             host_Ks=batch.Ks,
             width=images.shape[2],
             height=images.shape[1],
+        )
+
+    def of_cameras(self, cameras: slice) -> View:
+        """Some of the pictures and their cameras."""
+        return replace(
+            self,
+            images=self.images[cameras],
+            masks=None if self.masks is None else self.masks[cameras],
+            viewmats=self.viewmats[cameras],
+            Ks=self.Ks[cameras],
+            host_viewmats=self.host_viewmats[cameras],
+            host_Ks=self.host_Ks[cameras],
         )
 
 

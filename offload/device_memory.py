@@ -1,0 +1,42 @@
+"""Device memory of this process: a bound that torch's allocator keeps, and peaks of stretches of work."""
+
+from __future__ import annotations
+
+import torch
+
+_highest = {"allocated": 0, "reserved": 0}  # bytes, in the stretches that have ended
+_bound: int | None = None  # bytes
+
+
+def bound_memory(num_bytes: int, device: torch.device) -> None:
+    """Let torch take at most this much device memory; what needs more raises OutOfMemoryError."""
+    global _bound
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0), device)
+        _bound = num_bytes
+
+
+def memory_bound() -> int | None:
+    """The bytes given to `bound_memory`; None: all there are."""
+    return _bound
+
+
+def begin_stretch(device: torch.device) -> None:
+    """Begin a stretch of work whose peak `stretch_peak` gives."""
+    for kind, num_bytes in peak_memory(device).items():
+        _highest[kind] = num_bytes
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def stretch_peak(device: torch.device) -> int:
+    """Most bytes in use at once since the stretch began."""
+    return torch.cuda.max_memory_allocated(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Most bytes that this process has had allocated, and that torch has reserved for it, at once."""
+    return {
+        "allocated": max(_highest["allocated"], torch.cuda.max_memory_allocated(device)),
+        "reserved": max(_highest["reserved"], torch.cuda.max_memory_reserved(device)),
+    }

@@ -1,0 +1,181 @@
+"""Rendering a view tile by tile: pictures, loss and gradients on the screen are those of the whole view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from configs import Config
+from offload.hybrid_gaussians import ViewPart
+from offload.split import HALO, Tile
+from rendering.losses import count_windows, photometric_loss, photometric_sum
+from rendering.region import Region
+from training.gaussians import activate
+from training.views import View, render_view
+
+
+def halo_of(cfg: Config) -> int:
+    """Pixels around a tile that must be rendered with it.
+
+    SSIM looks 5 pixels around itself. Where densification adds up absolute values of pixels' gradients, each of these
+    must be complete in one tile, and so must all windows that reach it, and what they see.
+    """
+    return 2 * HALO if cfg.absgrad else HALO
+
+
+def render_part(
+    part: ViewPart, view: View, cfg: Config, *, sh_degree: int, backgrounds: Tensor | None = None, halo: int = 0
+) -> tuple[Tensor, dict]:
+    """Render the pixels of a part.
+
+    Args:
+        part: Rows, and the tile that they draw.
+        view: The cameras.
+        cfg: Options.
+        sh_degree: Degree of the spherical harmonics to use.
+        backgrounds: [C, 3] colours behind the scene; None is black.
+        halo: Pixels around the tile to render with it.
+
+    Returns:
+        Colours [C, H, W, 3], or [1, h, w, 3] of a tile with its halo, and `rasterize`'s info.
+    """
+    region = None
+    if part.tile is not None:
+        camera = slice(part.tile.camera, part.tile.camera + 1)
+        region = Region(*part.tile.with_halo(halo, view.width, view.height)[1:])
+        view = view.of_cameras(camera)
+        backgrounds = None if backgrounds is None else backgrounds[camera]
+    colors, _, info = render_view(
+        activate(part.rows), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region
+    )
+    return colors, info
+
+
+@torch.no_grad()
+def render_in_parts(parts: Iterable[ViewPart], view: View, cfg: Config) -> Tensor:
+    """The pictures [C, H, W, 3] of a view, put together from those of its parts."""
+    pictures = torch.empty_like(view.images)
+    for part in parts:
+        colors, _ = render_part(part, view, cfg, sh_degree=cfg.sh_degree)
+        if part.tile is None:
+            return colors
+        _pixels(pictures, part.tile).copy_(colors)
+    return pictures
+
+
+def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: float, halo: int = HALO) -> Tensor:
+    """A tile's share of `photometric_loss` of the view; all shares add up to it, and so do their gradients.
+
+    Args:
+        rendered: Of `render_part` with this halo.
+        view: The photos.
+        tile: None: all of the view.
+        ssim_lambda: Weight of 1 - SSIM; L1 has the rest.
+        halo: 5, as SSIM needs; or 10, and then the gradient of each pixel of the tile is complete, and that of the
+            halo is zero.
+
+    Returns:
+        Scalar.
+    """
+    if tile is None:
+        return photometric_loss(rendered, view.images, ssim_lambda=ssim_lambda, masks=view.masks)
+    padded = tile.with_halo(halo, view.width, view.height)
+    target = _pixels(view.images, padded)
+    inner = tile._replace(camera=0, x=tile.x - padded.x, y=tile.y - padded.y)  # the tile in what was rendered
+    if halo > HALO:
+        rendered.register_hook(lambda gradient: _only(gradient, inner))
+    if view.masks is not None:
+        masks = _pixels(view.masks, padded)
+        rendered = torch.where(masks[..., None], rendered, 0.0)
+        target = torch.where(masks[..., None], target, 0.0)
+    # With so large a halo, SSIM has a value for each window whose centre lies in the tile, and for no other.
+    ssim_weight = -ssim_lambda / count_windows(view.images)
+    ssim = photometric_sum(rendered, target, 0.0, ssim_weight)
+    if halo > HALO:  # the gradient is right, but windows around the tile must not count
+        seen = inner.with_halo(HALO, padded.width, padded.height)
+        counted = photometric_sum(_pixels(rendered.detach(), seen), _pixels(target, seen), 0.0, ssim_weight)
+        ssim = ssim - (ssim.detach() - counted)
+    l1_weight = (1 - ssim_lambda) / view.images.numel()
+    l1 = l1_weight * (_pixels(rendered, inner) - _pixels(target, inner)).abs().sum()
+    share = 3 * tile.width * tile.height / view.images.numel()
+    return ssim_lambda * share + l1 + ssim
+
+
+def _pixels(pictures: Tensor, tile: Tile) -> Tensor:
+    """The pixels [1, h, w, ...] of a tile in pictures [C, H, W, ...]; a view."""
+    rows, columns = slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width)
+    return pictures[tile.camera : tile.camera + 1, rows, columns]
+
+
+def _only(gradient: Tensor, tile: Tile) -> Tensor:
+    kept = torch.zeros_like(gradient)
+    _pixels(kept, tile).copy_(_pixels(gradient, tile))
+    return kept
+
+
+class ScreenGradients:
+    """What densification asks of a rendering of a view, from renderings of its parts.
+
+    A Gaussian that several tiles of a picture see has its gradients added up before their norm is taken.
+    """
+
+    def __init__(self, view: View) -> None:
+        """
+        Args:
+            view: What is rendered.
+        """
+        self._view = view
+        self._whole: Mapping[str, object] | None = None  # info of the one part that is all of the view
+        self._sums: Tensor | None = None  # [C, V, 2] of gradients of means2d
+        self._absolute: Tensor | None = None  # [C, V, 2] of absolute ones
+        self._radii: Tensor | None = None  # [C, V] pixels, 0 where a Gaussian is not seen
+
+    @torch.no_grad()
+    def add(self, part: ViewPart, num_visible: int, info: Mapping[str, object]) -> None:
+        """Take in a part after its backward pass.
+
+        Args:
+            part: What was rendered.
+            num_visible: V, rows of the view.
+            info: Of its rendering; `means2d` has its gradient.
+        """
+        if part.tile is None:
+            self._whole = info
+            return
+        means2d, absolute = info["means2d"], getattr(info["means2d"], "absgrad", None)
+        rows = part.positions[info["gaussian_ids"]]
+        radii = info["radii"].amax(dim=-1)
+        cameras = len(self._view.Ks)
+        if self._radii is None:
+            self._radii = radii.new_zeros(cameras, num_visible)
+            self._sums = means2d.new_zeros(cameras, num_visible, 2)
+            self._absolute = None if absolute is None else torch.zeros_like(self._sums)
+        camera = part.tile.camera
+        self._radii[camera].index_copy_(0, rows, radii)
+        self._sums[camera].index_add_(0, rows, means2d.grad)
+        if absolute is not None:
+            self._absolute[camera].index_add_(0, rows, absolute)
+
+    def info(self, ids: Tensor) -> dict[str, object]:
+        """As of one rendering of the view, for `Densification`.
+
+        Args:
+            ids: [V] which Gaussians the rows of the view are.
+        """
+        if self._whole is not None:
+            return {**self._whole, "gaussian_ids": ids[self._whole["gaussian_ids"]]}
+        cameras, rows = self._radii.nonzero(as_tuple=True)
+        return {
+            "means2d": SimpleNamespace(
+                grad=self._sums[cameras, rows],
+                absgrad=None if self._absolute is None else self._absolute[cameras, rows],
+            ),
+            "gaussian_ids": ids[rows],
+            "radii": self._radii[cameras, rows][:, None],
+            "width": self._view.width,
+            "height": self._view.height,
+            "n_cameras": len(self._view.Ks),
+        }
