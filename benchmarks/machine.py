@@ -17,16 +17,12 @@ PACKAGES = ("torch", "gsplat", "triton", "numpy")
 
 
 def describe_machine() -> dict[str, object]:
-    """Names, sizes (bytes) and versions, for JSON; None for what is not there."""
-    gpu = torch.cuda.is_available()
+    """Names, sizes (bytes) and versions, for JSON; None for what is not there. Takes no memory on the GPU."""
     return {
         "processor": processor(),
         "threads": num_threads(),
         "host_memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-        or None,
+        **(describe_gpu() if torch.cuda.is_available() else dict.fromkeys(("gpu", "device_memory_bytes", "driver"))),
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -34,6 +30,20 @@ def describe_machine() -> dict[str, object]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "commit": commit(),
     }
+
+
+def describe_gpu() -> dict[str, object]:
+    """Name, memory in bytes and driver of the first GPU that this process may use.
+
+    By nvidia-smi where it is there: torch would set up a context, which takes memory from the runs to be measured.
+    """
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+    found = _output("nvidia-smi", "-i", index, *query).split(", ")
+    if len(found) != 3 or not found[1].isdecimal():
+        properties = torch.cuda.get_device_properties(0)
+        return {"gpu": properties.name, "device_memory_bytes": properties.total_memory, "driver": None}
+    return {"gpu": found[0], "device_memory_bytes": int(found[1]) * 2**20, "driver": found[2]}
 
 
 def sentence(machine: dict[str, object]) -> str:
@@ -61,11 +71,6 @@ def processor() -> str:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def driver() -> str | None:
-    """Version of the NVIDIA driver, where there is one."""
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
 
 
 def commit() -> str:

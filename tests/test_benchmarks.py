@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from benchmarks import (
     gsplat_agreement,
     host_adam,
     losses,
+    machine,
     rasterizer_cpu,
     scaling,
     timing,
@@ -157,12 +159,12 @@ def test_cells():
 
 
 def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
-    machine = {**describe_machine(), "gpu": None, "processor": "Intel(R) Xeon(R) CPU E5 @ 2.20GHz", "threads": 8}
-    assert machine_name(machine) == "xeon_e5_8_threads"
-    assert machine_name({**machine, "gpu": "NVIDIA H200"}) == "h200"
+    found = {**describe_machine(), "gpu": None, "processor": "Intel(R) Xeon(R) CPU E5 @ 2.20GHz", "threads": 8}
+    assert machine_name(found) == "xeon_e5_8_threads"
+    assert machine_name({**found, "gpu": "NVIDIA H200"}) == "h200"
     monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
     report = Report("train_step", "Purpose", train_step.Options(quick=True), variant="24GB")
-    report.machine = {**machine, "gpu": "NVIDIA H200", "device_memory_bytes": 150e9}
+    report.machine = {**found, "gpu": "NVIDIA H200", "device_memory_bytes": 150e9}
     report.write()
     assert {path.name for path in tmp_path.iterdir()} == {
         f"train_step_24GB_h200_quick.{suffix}" for suffix in ("md", "json")
@@ -239,3 +241,21 @@ def test_commands_of_the_documentation_exist():
         assert name in listed
         known = {field.name for field in dataclasses.fields(importlib.import_module(f"benchmarks.{name}").Options)}
         assert set(re.findall(r"--(\w+)", arguments)) <= known, (name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("NVIDIA H200, 143771, 570.86.15", ("NVIDIA H200", 143771 * 2**20, "570.86.15")),
+        ("", ("Some GPU", 5, None)),
+        ("NVIDIA H200, [N/A], 570.86.15", ("Some GPU", 5, None)),
+    ],
+)
+def test_the_gpu_is_described_without_a_context_where_that_is_possible(monkeypatch, printed, expected):
+    asked = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setattr(machine, "_output", lambda *command: asked.append(command) or printed)
+    properties = SimpleNamespace(name="Some GPU", total_memory=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert tuple(machine.describe_gpu().values()) == expected
+    assert asked[0][:3] == ("nvidia-smi", "-i", "3")

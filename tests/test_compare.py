@@ -332,3 +332,39 @@ def test_the_memory_sentences_of_the_trainers_are_known():
     ):
         assert launching._outcome(1, sentence, whole=False)[0] == "out of memory"
     assert launching._outcome(2, "Error: data/x does not exist", whole=False)[0] == "failed"
+
+
+def test_what_is_left_in_a_folder_before_a_trainer_starts(tmp_path):
+    same, other = write_run(tmp_path / "same"), write_run(tmp_path / "other", seed=7)
+    code = "import sys; print(' '.join(sys.argv[1:]))"
+
+    def start(folder: Path, *, anew: bool = False) -> tuple[str, bool]:
+        """What the trainer was called with, and whether statistics of the run before were left."""
+        wanted = Plan(folder.name, folder, ("-c", code), same.cfg)
+        with Interruption() as interruption:
+            launch(wanted, interruption, lambda line: None, anew=anew)
+        return (folder / "log.txt").read_text().strip(), (folder / "stats/train_step10.json").is_file()
+
+    assert start(same.folder) == ("--resume", True)
+    assert start(other.folder) == ("", False)
+    assert start(same.folder, anew=True) == ("", False)
+
+
+def test_force_begins_finished_runs_anew(monkeypatch, tmp_path):
+    started = []
+
+    def launch_nothing(wanted, interruption, show, *, anew):
+        started.append((wanted.name, anew))
+
+    monkeypatch.setattr(compare, "launch", launch_nothing)
+    for name in ("gpu_only", "baseline"):
+        write_run(tmp_path / name)
+    options = ("default", "--data_dir", "data/scene", "--result_dir", tmp_path, "--max_steps", 30)
+    options = (*options, "--trainers", "gpu_only", "baseline")
+    assert run_compare(monkeypatch, *options) == 0
+    assert started == []
+    assert run_compare(monkeypatch, *options, "--seed", 5) == 2
+    assert started == []
+    assert run_compare(monkeypatch, *options, "--force") == 0
+    assert run_compare(monkeypatch, *options, "--seed", 5, "--force") == 1
+    assert started == [("gpu_only", True), ("baseline", True)] * 2
