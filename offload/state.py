@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from offload.adam import DeferredAdam
-from offload.store import GROUP_NAMES, HostStore, group_columns
+from offload.store import GROUP_NAMES, HostStore, group_columns, num_columns
 
 State = Mapping[str, Tensor]
 
@@ -35,6 +35,7 @@ class Deferral(Protocol):
 
 
 ARRAYS = ("parameters", "exp_avg", "exp_avg_sq")
+MOST_MEMORY = 0.999  # of b1 / sqrt(b2): the tables that follow a step are some 30,000 steps long then
 BLOCK_ROWS = 1 << 18  # rows that are copied at once
 
 
@@ -46,6 +47,40 @@ def sh_degree_of(state: State) -> int:
 def is_deferred(state: State, group: str) -> bool:
     """Whether rows of a group may lag behind."""
     return f"last_step/{group}" in state
+
+
+def check_state(state: State) -> None:
+    """Refuse a state that could not be used, such as one from a file of unknown origin.
+
+    Raises:
+        ValueError, KeyError: Something is missing or does not fit the rest.
+    """
+    num_gaussians, degree = len(state["parameters/means"]), sh_degree_of(state)
+    for group in GROUP_NAMES:
+        if not is_deferred(state, group):
+            continue
+        tables, stamps = deferral_tables(state, group), state[f"last_step/{group}"]
+        b1, b2 = tables["betas"].tolist()
+        if not (0 <= b1 < MOST_MEMORY * b2**0.5 < 1):
+            raise ValueError("betas")
+        if tables["multipliers"].ndim != 2 or tables["multipliers"].shape[1] != num_columns(group, degree):
+            raise ValueError("multipliers")
+        DeferredAdam.from_tables(tables)
+        if stamps.shape != (num_gaussians,) or stamps.dtype != torch.int32:
+            raise ValueError("last_step")
+        if int(stamps.min()) < 0 or int(stamps.max()) > int(state["step_count"]):
+            raise ValueError("last_step")
+    ids = state.get("upcoming/ids", torch.zeros(0, dtype=torch.int64))
+    if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids[1:] <= ids[:-1]).any()):
+        raise ValueError("upcoming/ids")
+    if len(ids) > 0 and (int(ids[0]) < 0 or int(ids[-1]) >= num_gaussians):
+        raise ValueError("upcoming/ids")
+    if "upcoming/tiles" in state:
+        rows, counts = state["upcoming/rows"], state["upcoming/counts"]
+        if rows.dtype != torch.int64 or counts.dtype != torch.int64 or state["upcoming/tiles"].shape[1:] != (5,):
+            raise ValueError("upcoming/tiles")
+        if int(counts.sum()) != len(rows) or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(ids)):
+            raise ValueError("upcoming/rows")
 
 
 def current_values(state: State) -> dict[str, Tensor]:

@@ -2,10 +2,10 @@
 
     python -m tests.fuzz_readers --cases 10000
 
-Each case damages one file of a small dataset and reads it. Either what is read holds together, or there is an
-InputError of one line; anything else is reported with the number of the case, which `--first N --cases 1` repeats:
-another exception, a crash, more than 20 seconds, more than 2.5 GiB, a path outside the dataset. The cases run in a
-child process with that bound on its memory; after a crash the next child goes on behind it.
+Each case damages one file of a small dataset, or a checkpoint, and reads it. Either what is read holds together, or
+there is an InputError of one line; anything else is reported with the number of the case, which `--first N --cases 1`
+repeats: another exception, a crash, more than 20 seconds, more than 2.5 GiB, a path outside the dataset. The cases run
+in a child process with that bound on its memory; after a crash the next child goes on behind it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from datasets.colmap import load_sparse_model, open_model, read_sparse_model
@@ -35,10 +36,13 @@ from datasets.mega_nerf import read_metadata
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
+from offload.culling import Cameras
+from offload.hybrid_gaussians import HybridGaussians
 from tests.made_up_downloads import matrix_city, mega_nerf
-from tests.mutations import mutate, mutate_npz
+from tests.mutations import mutate, mutate_checkpoint, mutate_npz
 from tests.small_scene import camera, ramp_picture, write_scene
-from training.gaussians import initial_gaussians
+from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.gaussians import PARAMETER_NAMES, DeviceGaussians, initial_gaussians
 from training.ply import load_ply, save_ply
 
 MEMORY = 5 << 29  # bytes beyond what the imports take
@@ -131,6 +135,62 @@ def read_metadata_file(data_dir: Path, damaged: str) -> None:
     assert min(size) > 0
     assert np.isfinite(K).all()
     assert np.isfinite(distortion).all()
+
+
+def read_checkpoint(data_dir: Path, damaged: str) -> None:
+    """Read a checkpoint, as for evaluation, and go on from it, as the trainers do."""
+    checkpoint = load_checkpoint(data_dir / damaged)
+    gaussians = checkpoint.gaussians
+    assert list(gaussians) == list(PARAMETER_NAMES)
+    assert {len(value) for value in gaussians.values()} == {len(gaussians["means"])}
+    if not checkpoint.can_resume:
+        return
+    parameters = {name: checkpoint.state[f"parameters/{name}"] for name in PARAMETER_NAMES}
+    rates, device = dict.fromkeys(PARAMETER_NAMES, 1e-3), torch.device("cpu")
+    adam = {"betas": (0.9, 0.999), "eps": 1e-15, "device": device}
+    places = [HybridGaussians(parameters, rates, lambda step: 1e-3, geometry="host", max_gaussians=100, **adam)]
+    places.append(DeviceGaussians(parameters, rates, **adam))
+    for place in places:
+        try:
+            place.load_state(checkpoint.state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # which `TrainingRun` makes a sentence
+            raise InputError("does not hold what resuming needs") from error
+    places[0].snapshot()
+
+
+def checkpoint_files(folder: Path) -> Files:
+    """Checkpoints of both versions, the newer one of a trainer that defers steps and of one that does not."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
+    parameters = {name: torch.randn(20, *shape, generator=generator) for name, shape in shapes.items()}
+    rates = dict.fromkeys(parameters, 1e-3)
+    gaussians = HybridGaussians(
+        parameters,
+        rates,
+        lambda step: 1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-15,
+        device=torch.device("cpu"),
+        geometry="host",
+        max_gaussians=100,
+    )
+    viewmats, Ks = torch.eye(4)[None], torch.tensor([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])[None]
+    for step in range(3):
+        rows = gaussians.fetch(Cameras(viewmats, Ks, 60, 40))
+        sum(value.square().sum() for value in rows.values()).backward()
+        gaussians.update(step)
+    deferred = {"densification/count": torch.ones(20), "elapsed_seconds": torch.tensor(1.0), **gaussians.state()}
+    deferred["upcoming/ids"] = torch.arange(5)
+    dense = DeviceGaussians(parameters, rates, betas=(0.9, 0.999), eps=1e-15, device=torch.device("cpu"))
+    options = {"max_steps": 3, "seed": 1}
+    folder.mkdir(parents=True)
+    save_checkpoint(folder / "deferred.pt", Checkpoint(3, np.eye(4), deferred, options))
+    save_checkpoint(folder / "dense.pt", Checkpoint(0, np.eye(4), dense.state(), options))
+    torch.save(
+        {"version": 1, "step": 3, "splats": parameters, "transform": torch.eye(4, dtype=torch.float64)},
+        folder / "version 1.pt",
+    )
+    return read_files(folder)
 
 
 def model_files(folder: Path, *, text: bool = False, rigs: bool = True) -> Files:
@@ -237,7 +297,7 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
     """What is fuzzed: a name, the files of the dataset, which of them are damaged, and their reader."""
     binary, older = model_files(scratch / "binary"), model_files(scratch / "older", rigs=False)
     text, plys, pictures = model_files(scratch / "text", text=True), ply_files(), picture_files()
-    scene = scene_files(scratch / "scene")
+    scene, checkpoints = scene_files(scratch / "scene"), checkpoint_files(scratch / "checkpoints")
     gaussians = gaussian_files(scratch)
     matrix_city(scratch / "poses", 4, 2)
     poses = read_files(scratch / "poses")
@@ -260,9 +320,15 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
         ("PLY of Gaussians", gaussians, list(gaussians), read_gaussians),
         ("picture", pictures, list(pictures), read_picture),
         ("dataset", scene, list(scene), read_scene),
+        ("checkpoint", checkpoints, ["deferred.pt", "dense.pt"], read_checkpoint),
+        ("checkpoint of version 1", checkpoints, ["version 1.pt"], read_checkpoint),
         ("MatrixCity's poses", poses, [name for name in poses if name.endswith(".json")], read_poses),
         ("Mega-NeRF's metadata", metadata, [n for n in metadata if "metadata" in n], read_metadata_file),
     ]
+
+
+SINGLE = (read_ply, read_picture, read_checkpoint, read_gaussians)  # read one file alone
+RESEALING = {".npz": mutate_npz, "checkpoint": mutate_checkpoint}  # what makes damage that checksums do not notice
 
 
 def outcome(read: Reader, data_dir: Path, damaged: str) -> str:
@@ -284,11 +350,11 @@ def outcome(read: Reader, data_dir: Path, damaged: str) -> str:
     return "read"
 
 
-def work(first: int, cases: int) -> None:
+def work(first: int, cases: int, chosen: list[str] | None) -> None:
     """Run cases in this process; write a line before each and its outcome after it."""
     os.environ["XDG_CACHE_HOME"] = "/nonexistent"
     with tempfile.TemporaryDirectory() as scratch:
-        everything = targets(Path(scratch) / "whole")
+        everything = [target for target in targets(Path(scratch) / "whole") if not chosen or target[0] in chosen]
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -299,11 +365,12 @@ def work(first: int, cases: int) -> None:
             damaged, donor = rng.choice(damageable), rng.choice(damageable)
             shutil.rmtree(data_dir, ignore_errors=True)
             for path, content in files.items():
-                if read in (read_ply, read_picture) and path != damaged:
+                if read in SINGLE and path != damaged:
                     continue
                 (data_dir / path).parent.mkdir(parents=True, exist_ok=True)
                 if path == damaged:
-                    mutated = mutate_npz if path.endswith(".npz") and rng.random() < 0.8 else mutate
+                    mutated = RESEALING.get(name if path.endswith(".pt") else Path(path).suffix, mutate)
+                    mutated = mutated if rng.random() < 0.8 else mutate
                     content = mutated(content, files[donor], rng)
                 (data_dir / path).write_bytes(content)
                 stamp = STAMP + (path == damaged and not path.endswith(".npz"))  # caches notice a change by its time
@@ -312,7 +379,7 @@ def work(first: int, cases: int) -> None:
             print(" ".join(outcome(read, data_dir, damaged).split()), flush=True)
 
 
-def run(first: int, cases: int) -> tuple[Counter[tuple[str, str]], list[str]]:
+def run(first: int, cases: int, chosen: list[str] | None = None) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Run cases in child processes. Returns how often each target ended how, and a line for each failure."""
     counts: Counter[tuple[str, str]] = Counter()
     failures = []
@@ -327,6 +394,7 @@ def run(first: int, cases: int) -> tuple[Counter[tuple[str, str]], list[str]]:
             str(next_case),
             "--cases",
             str(end - next_case),
+            *(["--targets", *chosen] if chosen else []),
         ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
             lines = Lines(child.stdout)
@@ -373,13 +441,14 @@ class Lines:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="how many (1000)")
+    parser.add_argument("--targets", nargs="+", help="names of what is damaged, such as checkpoint (everything)")
     parser.add_argument("--first", type=int, default=0, help="number of the first, which decides its damage (0)")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.first, arguments.cases)
+        work(arguments.first, arguments.cases, arguments.targets)
         return
-    counts, failures = run(arguments.first, arguments.cases)
+    counts, failures = run(arguments.first, arguments.cases, arguments.targets)
     for name in dict.fromkeys(name for name, _ in counts):
         parts = (f"{counts[name, ended]} {ended}" for ended in ("read", "sentence", "FAILED"))
         print(f"{name}: {', '.join(parts)}")

@@ -1,9 +1,11 @@
 """Damaged copies of files, for fuzzing what reads them."""
 
 import io
+import json
 import random
 import struct
 import zipfile
+import zlib
 
 _INTEGERS = [
     struct.pack(form, value)
@@ -27,6 +29,7 @@ _WORDS = [
     b"x",
     b"",
 ]
+_VALUES = [0, 1, -1, 3, 2**31, 2**63, 10**30, 0.5, float("nan"), "", "float32", "int64", None, True, [], [1], {}, [[]]]
 _PATHS = [b"../../../etc/passwd", b"/etc/passwd", b"a/../../b.png", b"..", b"\n", b"a" * 300]
 
 
@@ -52,6 +55,47 @@ def mutate_npz(content: bytes, donor: bytes, rng: random.Random) -> bytes:
         for name, data in members.items():
             archive.writestr(name, data)
     return result.getvalue()
+
+
+def mutate_checkpoint(content: bytes, donor: bytes, rng: random.Random) -> bytes:
+    """A copy of a checkpoint of version 2 with damage in its header or in one of its tensors, and good checksums."""
+    place, length = struct.unpack_from("<QQ", content, 20)
+    data, text = bytearray(content[:place]), content[place : place + length]
+    header = json.loads(text)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        kind = rng.choice(("entry", "bytes", "text"))
+        entry = header["tensors"][rng.choice(sorted(header["tensors"]))]
+        if kind == "entry":
+            owner = rng.choice((header, entry, entry, entry["shape"]))
+            key = rng.randrange(len(owner)) if isinstance(owner, list) and owner else rng.choice(sorted(owner or ["x"]))
+            if isinstance(owner, dict) and rng.random() < 0.1:
+                del owner[key]
+                break
+            if not isinstance(owner, list) or owner:
+                owner[key] = rng.choice(_VALUES)
+                break
+        elif kind == "bytes":
+            position = entry["place"] + rng.randrange(64)
+            value = rng.choice(_INTEGERS)
+            data[position : position + len(value)] = value[: max(len(data) - position, 0)]
+    else:
+        for entry in header["tensors"].values():
+            row_bytes = {"float32": 4, "int32": 4, "uint8": 1, "bool": 1}.get(entry["dtype"], 8)
+            for size in entry["shape"][1:]:
+                row_bytes *= size
+            end = entry["place"] + row_bytes * (entry["shape"][0] if entry["shape"] else 1)
+            step = entry["block_rows"] * row_bytes
+            entry["crc32"] = [
+                zlib.crc32(data[first : min(first + step, end)]) for first in range(entry["place"], end, step or 1)
+            ]
+    text = json.dumps(header).encode()
+    if rng.random() < 0.1:
+        text = mutate(text, donor, rng)
+    prologue = struct.pack(
+        "<16sIQQI", content[:16], rng.choice((2, 2, 2, 2, 3)), len(data), len(text), zlib.crc32(text)
+    )
+    data[: len(prologue) + 4] = prologue + struct.pack("<I", zlib.crc32(prologue))
+    return bytes(data) + text
 
 
 def _flip_bits(data: bytearray, donor: bytes, rng: random.Random) -> None:

@@ -22,13 +22,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from errors import InputError
-from offload.state import ARRAYS, current_values
+from offload.state import ARRAYS, check_state, current_values
 from training.gaussians import PARAMETER_NAMES
 
 FORMAT_VERSION = 2
@@ -38,9 +39,9 @@ PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
 ALIGNMENT = 64
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int32": torch.int32, "int64": torch.int64}
 DTYPES |= {"uint8": torch.uint8, "bool": torch.bool}
-MAX_STEPS = 10_000_000  # tables grow with the steps
+MAX_STEPS = 4_000_000  # tables grow with the steps
 THREADS = min(os.cpu_count() or 1, 16)
-MEMORY_SHARE = 40  # blocks under way take at most this part of what is written; a block may stand twice
+MEMORY_SHARE = 40  # blocks under way take at most this part of what is written
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 8 << 20  # bytes
 
 
@@ -91,18 +92,19 @@ class PartialCheckpoint:
         self._partial = path.with_name(path.name + ".partial")
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _write(self._file, checkpoint)
+            self._header = _copy_state(self._file, checkpoint)
         except BaseException:
             self.discard()
             raise
 
     def publish(self) -> None:
-        """Wait until the file is on disk, then give it its name, in place of a file that had it.
+        """Complete the file, wait until it is on disk, then give it its name, in place of a file that had it.
 
         Raises:
             OSError: The disk does not take it; a file that had the name is as it was.
         """
         try:
+            _seal(self._file, self._header)
             os.fsync(self._file)
             os.replace(self._partial, self.path)
         except BaseException:
@@ -121,15 +123,8 @@ class PartialCheckpoint:
         self._partial.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows of a tensor, and where they lie in the file."""
-
-    rows: Tensor
-    place: int
-
-
-def _write(file: int, checkpoint: Checkpoint) -> None:
+def _copy_state(file: int, checkpoint: Checkpoint) -> dict[str, object]:
+    """Copy all tensors into the file, by several threads; returns the header, which misses the checksums."""
     state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
     _check_rows(state)
     total = sum(tensor.nbytes for tensor in state.values())
@@ -137,28 +132,40 @@ def _write(file: int, checkpoint: Checkpoint) -> None:
     if total > free.f_bavail * free.f_frsize:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     block_bytes = min(max(total // MEMORY_SHARE // THREADS, SMALLEST_BLOCK), LARGEST_BLOCK)
+    buffers: SimpleQueue[Tensor] = SimpleQueue()  # one for each thread, so that nothing is allocated block by block
+    for _ in range(THREADS):
+        buffers.put(torch.empty(block_bytes, dtype=torch.uint8))
 
-    entries, end = {}, PROLOGUE_BYTES
+    def copy_block(rows: Tensor, place: int) -> None:
+        buffer = buffers.get()
+        try:
+            content = buffer[: rows.nbytes]
+            copy = content.view(rows.dtype).view(rows.shape)
+            # numpy copies on this thread alone, where torch would start more.
+            np.copyto(copy.numpy(), rows.numpy()) if rows.device.type == "cpu" else copy.copy_(rows)
+            _write_all(file, memoryview(content.numpy()), place)
+        finally:
+            buffers.put(buffer)
+
+    entries, copies, end = {}, [], PROLOGUE_BYTES
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
         for name, tensor in state.items():
             place = -(-end // ALIGNMENT) * ALIGNMENT
+            end = place + tensor.nbytes
             row_bytes = tensor.nbytes // max(len(tensor), 1)
             block_rows = max(block_bytes // max(row_bytes, 1), 1)
-            blocks = [
-                _Block(tensor[first : first + block_rows], place + first * row_bytes)
-                for first in range(0, len(tensor), block_rows)
-            ]
+            for first in range(0, len(tensor), block_rows):
+                rows = tensor[first : first + block_rows]
+                copies.append(threads.submit(copy_block, rows, place + first * row_bytes))
             entries[name] = {
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "shape": list(checkpoint.state[name].shape),
                 "place": place,
                 "block_rows": block_rows,
-                "crc32": threads.map(lambda block: _write_block(file, block), blocks),
             }
-            end = place + tensor.nbytes
-        for entry in entries.values():
-            entry["crc32"] = list(entry["crc32"])
-    header = {
+        for copy in copies:
+            copy.result()
+    return {
         "steps": checkpoint.steps,
         "sequence": checkpoint.sequence,
         "periodic": checkpoint.periodic,
@@ -166,6 +173,17 @@ def _write(file: int, checkpoint: Checkpoint) -> None:
         "options": dict(checkpoint.options),
         "tensors": entries,
     }
+
+
+def _seal(file: int, header: dict[str, object]) -> None:
+    """Add the checksums of what has been copied, the header and what stands before it."""
+    end = PROLOGUE_BYTES
+    for entry in header["tensors"].values():
+        row_bytes = DTYPES[entry["dtype"]].itemsize * math.prod(entry["shape"][1:])
+        num_bytes = row_bytes * (entry["shape"][0] if entry["shape"] else 1)
+        end, step = entry["place"] + num_bytes, entry["block_rows"] * row_bytes
+        places = range(entry["place"], end, max(step, 1))
+        entry["crc32"] = [zlib.crc32(os.pread(file, min(step, end - place), place)) for place in places]
     content = json.dumps(header).encode()
     _write_all(file, content, end)
     prologue = PROLOGUE.pack(MAGIC, FORMAT_VERSION, end, len(content), zlib.crc32(content))
@@ -177,13 +195,6 @@ def _check_rows(state: Mapping[str, Tensor]) -> None:
     arrays = (f"{array}/{name}" for array in ARRAYS for name in PARAMETER_NAMES)
     if len({len(state[array]) for array in arrays if array in state}) > 1:
         raise RuntimeError("the Gaussians' tensors have different numbers of rows")
-
-
-def _write_block(file: int, block: _Block) -> int:
-    """Write a block and return its CRC-32."""
-    content = memoryview(block.rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    _write_all(file, content, block.place)
-    return zlib.crc32(content)
 
 
 def _write_all(file: int, content: bytes | memoryview, place: int) -> None:
@@ -209,21 +220,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
         if not all(threads.map(lambda block: zlib.crc32(block[0]) == block[1], blocks)):
             raise _damaged(path)
-    if not _indices_fit(checkpoint):
-        raise _damaged(path)
+    try:
+        check_state(checkpoint.state)
+    except Exception as error:  # whatever the numbers of a stranger's file may lead to
+        raise _damaged(path) from error
     return checkpoint
-
-
-def _indices_fit(checkpoint: Checkpoint) -> bool:
-    """Whether what is used as places in tables and as numbers of rows lies in them."""
-    state = checkpoint.state
-    stamps = (tensor for name, tensor in state.items() if name.startswith("last_step/"))
-    if any(int(end) not in range(checkpoint.steps + 1) for tensor in stamps for end in tensor.aminmax()):
-        return False
-    ids = state.get("upcoming/ids", torch.zeros(0, dtype=torch.int64))
-    if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids[1:] <= ids[:-1]).any()):
-        return False
-    return len(ids) == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < len(state["parameters/means"]))
 
 
 def peek_checkpoint(path: Path) -> Checkpoint:
@@ -319,9 +320,6 @@ def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None
             tensor = state[f"{array}/{name}"]
             if tensor.shape != (num_gaussians, *shape) or tensor.dtype != torch.float32:
                 raise ValueError(name)
-    for name, tensor in state.items():
-        if name.startswith("last_step/") and (tensor.shape != (num_gaussians,) or tensor.dtype != torch.int32):
-            raise ValueError(name)
     if num_gaussians == 0 or num_rest not in (0, 3, 8, 15) or transform.shape != (4, 4):
         raise ValueError("no Gaussians")
 
