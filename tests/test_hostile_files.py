@@ -28,7 +28,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def test_damaged_files_are_read_or_refused():
     """A short run of what `python -m tests.fuzz_readers` does at length."""
-    counts, failures = run(0, 400)
+    counts, failures = run(0, 560)
     assert failures == []
     for target in {name for name, _ in counts} - {"cache of a model"}:  # a damaged cache is no reason to stop
         assert counts[target, "sentence"] > 10, target
