@@ -32,12 +32,13 @@ def test_initial_gaussians_show_the_colours_of_the_points():
     gaussians = initial_gaussians(points, colors, sh_degree=3, init_opacity=0.1, init_scale=2.0, seed=0)
     activated = activate(gaussians)
     # The constant spherical harmonic is 1 / (2 sqrt(pi)), and the rasterizer adds 0.5.
-    shown = activated["colors"][:, 0] / (2 * np.sqrt(np.pi)) + 0.5
+    sh0, shN = activated["colors"]
+    shown = sh0[:, 0] / (2 * np.sqrt(np.pi)) + 0.5
     assert torch.allclose(shown, torch.from_numpy(colors) / 255.0, atol=1e-6)
     assert torch.allclose(activated["opacities"], torch.tensor(0.1))
     expected = torch.from_numpy(2.0 * neighbour_distances(points))[:, None].expand(-1, 3)
     assert torch.allclose(activated["scales"], expected, rtol=1e-5)
-    assert activated["colors"].shape == (30, 16, 3)
+    assert (sh0.shape, shN.shape) == ((30, 1, 3), (30, 15, 3))
 
 
 def test_one_adam_step_is_that_of_dense_adam_in_float64():
