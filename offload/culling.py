@@ -10,6 +10,7 @@ returned in excess is a matter of that rounding, far below one percent without a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,11 +187,38 @@ class CoveredCells:
     cells: Tensor  # [4, V] int16: the first and the end along x, the first and the end along y
     corners: np.ndarray  # [2, 2, columns + 1, rows + 1] int64: rows that draw, by (first, end) along x and y
 
-    def rows_in(self, left: int, right: int, top: int, bottom: int) -> Tensor:
-        """Which rows [T] may draw in these columns and rows of cells; ends not included."""
+    def rows_in(self, boxes: Sequence[tuple[int, int, int, int]]) -> tuple[list[Tensor], Tensor]:
+        """Which rows may draw in boxes of cells.
+
+        Args:
+            boxes: left, right, top and bottom of each, in cells; right and bottom not included.
+
+        Returns:
+            For each box int64 [T], ascending; and int64 [S], the rows that may draw in several of them.
+        """
+        if self.cells.is_cuda:
+            return self._rows_in_on_device(boxes)
+        num_rows = self.cells.shape[1]
+        edges = np.array(boxes, np.int32).reshape(-1, 4)
+        counts = np.zeros((-(-num_rows // _native.CHUNK_ROWS), len(boxes) + 1), np.int64)  # [chunks, boxes + 1]
+        _native.count_in_boxes(self.cells.numpy(), edges, counts, num_threads())
+        ends = counts.T.cumsum().reshape(counts.T.shape)  # box after box, chunk after chunk
+        rows = torch.empty(counts.sum(), dtype=torch.int64)
+        offsets = np.ascontiguousarray((ends - counts.T).T)
+        _native.write_in_boxes(self.cells.numpy(), edges, offsets, rows.numpy(), num_threads())
+        *chosen, shared = rows.split(counts.sum(0).tolist())
+        return chosen, shared
+
+    def _rows_in_on_device(self, boxes: Sequence[tuple[int, int, int, int]]) -> tuple[list[Tensor], Tensor]:
         first_x, end_x, first_y, end_y = self.cells
-        meets = (first_x < right) & (end_x > left) & (first_y < bottom) & (end_y > top)
-        return meets.nonzero().squeeze(1)
+        met = torch.zeros_like(first_x, dtype=torch.uint8)
+        chosen = []
+        for left, right, top, bottom in boxes:
+            meets = (first_x < right) & (end_x > left) & (first_y < bottom) & (end_y > top)
+            met += meets
+            met.clamp_(max=2)
+            chosen.append(meets.nonzero().squeeze(1))
+        return chosen, (met > 1).nonzero().squeeze(1)
 
 
 def covered_cells(geometry: Tensor, ids: Tensor, cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:

@@ -20,6 +20,7 @@ from offload.schedules import schedules_of
 from offload.split import CELL, HALO, Box, Coverage, Tile, box_of, plan_boxes
 from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore, total_growth
+from offload.transfer import to_host
 from offload.upcoming import upcoming_state, upcoming_view
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
@@ -391,7 +392,7 @@ class HybridGaussians:
     def _find(self, cameras: Cameras) -> ViewIds:
         ids = self._cull(cameras)
         num_pixels = len(cameras.Ks) * cameras.width * cameras.height
-        whole = ViewIds(ids, ids.cpu(), [Part()])
+        whole = ViewIds(ids, to_host(ids), [Part()])
         if self._limit is None or self._limit.allows(len(ids), num_pixels, self.num_gaussians):
             return whole
         cells = self._covered_cells(cameras, ids)
@@ -399,8 +400,8 @@ class HybridGaussians:
         plans = self._limit.plan(coverages, len(ids), self.num_gaussians)
         if max(map(len, plans)) == len(cameras.Ks) == 1:
             return whole
-        parts = _parts(plans, coverages, cells)
-        return ViewIds(ids, whole.host_ids, parts)
+        parts, shared = _parts(plans, coverages, cells)
+        return ViewIds(ids, whole.host_ids, parts, shared)
 
     def _finer_parts(self, part: Part) -> list[Part]:
         """The present part, whose cost is halved by splitting it, or all its cameras' pictures one by one."""
@@ -417,7 +418,7 @@ class HybridGaussians:
             coverage, box = coverages[camera], boxes[camera]
             price = limit.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
             plans[camera] = plan_boxes(coverage, limit.cost, price / 2, box)
-        finer = _parts(plans, coverages, cells)
+        finer, _ = _parts(plans, coverages, cells)
         if part.rows is not None:
             for piece in finer:
                 piece.rows, piece.host_rows = part.rows[piece.rows], part.host_rows[piece.host_rows]
@@ -470,14 +471,17 @@ class HybridGaussians:
         return Margin(**{name: _ROUNDING * learning_rates * self._learning_rates[name] for name in GEOMETRY})
 
 
-def _parts(plans: Sequence[Sequence[Box]], coverages: Sequence[Coverage], cells: Sequence[CoveredCells]) -> list[Part]:
-    """A part for each box of each camera, with the rows that may draw there."""
-    parts = []
+def _parts(
+    plans: Sequence[Sequence[Box]], coverages: Sequence[Coverage], cells: Sequence[CoveredCells]
+) -> tuple[list[Part], Tensor | None]:
+    """A part for each box of each camera, with the rows that may draw there; and the rows that several parts have,
+    where that is easily told."""
+    parts, shared = [], None
     for camera, (boxes, coverage, covered) in enumerate(zip(plans, coverages, cells, strict=True)):
-        for box in boxes:
-            rows = covered.rows_in(*box)
-            parts.append(Part(coverage.tile(camera, box), rows, rows.cpu()))
-    return parts
+        chosen, shared = covered.rows_in(boxes)
+        for box, rows in zip(boxes, chosen, strict=True):
+            parts.append(Part(coverage.tile(camera, box), rows, to_host(rows)))
+    return parts, to_host(shared) if len(cells) == 1 else None
 
 
 Result = TypeVar("Result")

@@ -36,7 +36,7 @@ from offload.adam import DeferredAdam
 from offload.culling import Cameras
 from offload.split import Tile
 from offload.store import HostStore
-from offload.transfer import Downloaded, RowTransfer, Uploaded
+from offload.transfer import Downloaded, RowTransfer, Uploaded, to_host
 
 
 def largest_step(betas: tuple[float, float]) -> float:
@@ -88,6 +88,7 @@ class ViewIds:
     ids: Tensor  # [V] int64, sorted, where geometry is
     host_ids: Tensor  # [V] the same on the host
     parts: list[Part]
+    shared: Tensor | None = None  # [S] int64 on the host: rows that several parts have; None: to be counted
 
     def of_part(self, part: Part) -> tuple[Tensor, Tensor]:
         """The ids [T] of a part, where geometry is and on the host."""
@@ -135,7 +136,7 @@ class _Present:
         self.slots: Tensor | None = None  # [V] int64: row of `sums`, -1 where one part alone has it; None: one part
         self.sums = {name: torch.zeros(0, count) for name, count in columns.items()}  # [S, columns]
         if len(view.parts) > 1:
-            self._share()
+            self._share(self._shared_rows() if view.shared is None else view.shared)
 
     @property
     def part(self) -> Part:
@@ -148,11 +149,11 @@ class _Present:
     def replace_part(self, finer: Sequence[Part]) -> None:
         """Render these parts instead of the present one; together they have its rows."""
         self.view.parts[self.index : self.index + 1] = finer
-        self._share()
+        self._share(self._shared_rows())
 
-    def divide(self) -> tuple[Tensor, Tensor]:
-        """Positions in the present part of the rows that it alone has, and of the others."""
-        shared = self.slots[self.part.host_rows] >= 0  # [T]
+    def divide(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Positions in a part of the rows that it alone has, and of the others."""
+        shared = self.slots[part.host_rows] >= 0  # [T]
         return (~shared).nonzero().squeeze(1), shared.nonzero().squeeze(1)
 
     def waiting(self) -> Tensor | None:
@@ -163,20 +164,23 @@ class _Present:
         waits[self.view.parts[-1].host_rows] = True
         return waits.nonzero().squeeze(1)
 
-    def _share(self) -> None:
-        """Give a row of `sums` to each row that several of the coming parts have."""
-        num_rows = len(self.view.host_ids)
+    def _share(self, shared: Tensor) -> None:
+        """Give a row of `sums` to each of these rows of the view that has none."""
         if self.slots is None:
-            self.slots = torch.full((num_rows,), -1)
-        seen, again = torch.zeros(2, num_rows, dtype=torch.bool)
-        for part in self.view.parts[self.index :]:
-            again[part.host_rows] |= seen[part.host_rows]
-            seen[part.host_rows] = True
-        new = (again & (self.slots < 0)).nonzero().squeeze(1)
+            self.slots = torch.full((len(self.view.host_ids),), -1)
+        new = shared[self.slots[shared] < 0]
         for name, sums in self.sums.items():
             first, columns = sums.shape
             self.sums[name] = torch.cat([sums, torch.zeros(len(new), columns)])
         self.slots[new] = torch.arange(first, first + len(new))
+
+    def _shared_rows(self) -> Tensor:
+        """Rows [S] of the view that several of its coming parts have."""
+        seen, again = torch.zeros(2, len(self.view.host_ids), dtype=torch.bool)
+        for part in self.view.parts[self.index :]:
+            again[part.host_rows] |= seen[part.host_rows]
+            seen[part.host_rows] = True
+        return again.nonzero().squeeze(1)
 
 
 class RowPipeline:
@@ -296,11 +300,12 @@ class RowPipeline:
         present, host_ids, gradients = self._present, self._rows.host_ids, self._gradients()
         self._begin_step()
         self._applied = True
-        alone, shared = present.divide()
-        slots = present.slots[present.part.host_rows[shared]]
+        part = present.part
         downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
 
         def settle() -> None:
+            alone, shared = present.divide(part)
+            slots = present.slots[part.host_rows[shared]]
             self._commit(host_ids[alone], alone, downloads)
             for name, download in downloads.items():
                 present.sums[name][slots] += download.ready()[shared]
@@ -317,7 +322,8 @@ class RowPipeline:
         self._applied = True
         remain = torch.ones(len(present.view.host_ids), dtype=torch.bool)  # [V] not committed at once
         # All that takes device memory comes before anything is changed, so that it can be done again.
-        added = None if present.slots is None else self._shared_gradients(present, gradients)
+        divided = None if present.slots is None else present.divide(present.part)
+        added = None if divided is None else self._shared_gradients(present, divided[1], gradients)
         urgent = None if ahead is None else self._urgent_gradients(ahead, present, gradients)
         if added is not None:
             self._add_shared(present, *added)
@@ -328,7 +334,7 @@ class RowPipeline:
         if present.slots is None:
             rows = gradient_rows = remain.nonzero().squeeze(1)
         else:
-            alone, _ = present.divide()
+            alone = divided[0]
             alone = alone[remain[present.part.host_rows[alone]]]
             rows, gradient_rows = present.part.host_rows[alone], alone
             summed = (remain & (present.slots >= 0)).nonzero().squeeze(1)
@@ -399,7 +405,7 @@ class RowPipeline:
         view, waiting = self._find(cameras), present.waiting()
         ids, _ = view.of_part(view.parts[0])
         waiting_ids = present.view.ids if waiting is None else present.view.ids[waiting.to(ids.device)]
-        shared_here, shared_before = (positions.cpu() for positions in shared_positions(ids, waiting_ids))
+        shared_here, shared_before = map(to_host, shared_positions(ids, waiting_ids))
         return _Following(view, shared_here, shared_before if waiting is None else waiting[shared_before])
 
     def _prepare(self, cameras: Cameras, present: _Present, following: _Following | None) -> _Ahead:
@@ -448,10 +454,9 @@ class RowPipeline:
         return rows.gradients
 
     def _shared_gradients(
-        self, present: _Present, gradients: Mapping[str, Tensor]
+        self, present: _Present, shared: Tensor, gradients: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Downloaded]]:
         """Of the rows of the last part that other parts have too; and in which rows of `sums` they belong."""
-        _, shared = present.divide()
         on_device = shared.to(self._device)
         downloads = {name: self._transfers[name].download(rows[on_device]) for name, rows in gradients.items()}
         return present.slots[present.part.host_rows[shared]], downloads

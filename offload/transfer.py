@@ -44,6 +44,15 @@ class Downloaded:
         return self.rows
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor on the host, when it has arrived there: through pinned memory, which torch keeps for the next time."""
+    if not tensor.is_cuda:
+        return tensor
+    copy = tensor.to("cpu", non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return copy
+
+
 class RowTransfer:
     """Uploads and downloads of rows of one width; staging is allocated once and grows with the largest view."""
 

@@ -164,8 +164,9 @@ def test_each_tile_has_every_row_that_draws_in_it(find, antialiased):
         coverage = Coverage(covered.corners, cameras.width, cameras.height)
         boxes = plan_boxes(coverage, ROWS, 300)
         assert len(boxes) >= 4
-        for box in boxes:
-            positions = covered.rows_in(*box)
+        chosen, shared = covered.rows_in(boxes)
+        assert torch.equal(shared, (torch.cat(chosen).bincount(minlength=len(ids)) > 1).nonzero().squeeze(1))
+        for box, positions in zip(boxes, chosen, strict=True):
             assert len(positions) == coverage.rows(box) < len(ids)
             here = ids[positions]
             padded = coverage.tile(camera, box).with_halo(HALO, cameras.width, cameras.height)
@@ -215,6 +216,20 @@ def test_both_ways_agree():
         assert abs(here.corners - there.corners).sum() < 200
 
 
+def test_rows_of_boxes_on_any_number_of_threads(cells, coverage, monkeypatch):
+    """Also of more rows than a thread takes at once."""
+    many = torch.from_numpy(np.tile(cells, 20))
+    boxes = plan_boxes(coverage, ROWS, 0.3 * len(cells[0]))
+    covered = CoveredCells(many, np.zeros(0))
+    expected, expected_shared = covered._rows_in_on_device(boxes)
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        chosen, shared = covered.rows_in(boxes)
+        assert all(map(torch.equal, chosen, expected))
+        assert torch.equal(shared, expected_shared)
+        assert [len(rows) for rows in chosen] == [20 * count(cells, box) for box in boxes]
+
+
 def test_a_nan_is_left_to_the_rasterizer():
     rows, cameras = random_geometry(10, seed=8), large(random_cameras(9, count=1))
     rows[5, COLUMNS["means"]] = float("nan")
@@ -229,7 +244,8 @@ def test_no_rows(find):
     for covered in find(rows, torch.zeros(0, dtype=torch.int64), cameras, NO_MARGIN):
         coverage = Coverage(covered.corners, cameras.width, cameras.height)
         assert plan_boxes(coverage, ROWS, 0) == [coverage.everything]
-        assert len(covered.rows_in(*coverage.everything)) == 0
+        (rows,), shared = covered.rows_in([coverage.everything])
+        assert len(rows) == len(shared) == 0
 
 
 def test_ids_out_of_range_are_refused():

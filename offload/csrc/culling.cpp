@@ -46,6 +46,9 @@ using ConstIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::devic
 using Ids = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 using Cells = nb::ndarray<int16_t, nb::shape<4, -1>, nb::c_contig, nb::device::cpu>;
+using ConstCells = nb::ndarray<const int16_t, nb::shape<4, -1>, nb::c_contig, nb::device::cpu>;
+using Boxes = nb::ndarray<const int32_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Corners = nb::ndarray<int64_t, nb::shape<4, -1, -1>, nb::c_contig, nb::device::cpu>;
 
 constexpr int64_t kChunkBlocks = 32;  // blocks that a thread takes at once
@@ -312,6 +315,60 @@ void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3
   }
 }
 
+constexpr int64_t kChunkRows = 1 << 15;  // rows whose cells stay in the cache while all boxes are compared with them
+
+// Which rows of a chunk of `cells` [4, rows] meet a box; the number of boxes that each meets is added to `met`.
+inline void meet(const int16_t* cells, int64_t rows, int64_t first, int64_t count, const int32_t* box, uint8_t* meets,
+                 uint8_t* met) {
+  const int16_t *x0 = cells + first, *x1 = x0 + rows, *y0 = x1 + rows, *y1 = y0 + rows;
+  const int16_t left = box[0], right = box[1], top = box[2], bottom = box[3];
+  for (int64_t i = 0; i < count; ++i) {
+    meets[i] = (x0[i] < right) & (x1[i] > left) & (y0[i] < bottom) & (y1[i] > top);
+    met[i] = std::min(met[i] + meets[i], 2);
+  }
+}
+
+// How many rows of each chunk meet each box, and, in the last column, how many meet several.
+void count_in_boxes(ConstCells cells, Boxes boxes, Counts counts, int threads) {
+  const int64_t rows = cells.shape(1), num_boxes = boxes.shape(0), chunks = counts.shape(0);
+  (void)threads;
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = chunk * kChunkRows, count = std::min(kChunkRows, rows - first);
+    std::vector<uint8_t> meets(count), met(count);
+    int64_t* to = counts.data() + chunk * (num_boxes + 1);
+    for (int64_t b = 0; b < num_boxes; ++b) {
+      meet(cells.data(), rows, first, count, boxes.data() + 4 * b, meets.data(), met.data());
+      to[b] = std::count(meets.begin(), meets.end(), 1);
+    }
+    to[num_boxes] = std::count(met.begin(), met.end(), 2);
+  }
+}
+
+// Writes the rows that `count_in_boxes` has counted, from `offsets` [chunks, boxes + 1] on.
+void write_in_boxes(ConstCells cells, Boxes boxes, Counts offsets, Ids out, int threads) {
+  const int64_t rows = cells.shape(1), num_boxes = boxes.shape(0), chunks = offsets.shape(0);
+  (void)threads;
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = chunk * kChunkRows, count = std::min(kChunkRows, rows - first);
+    std::vector<uint8_t> meets(count), met(count);
+    const auto write = [&](int64_t column, const std::vector<uint8_t>& chosen, uint8_t value) {
+      int64_t* to = out.data() + offsets.data()[chunk * (num_boxes + 1) + column];
+      for (int64_t i = 0; i < count; ++i) {
+        if (chosen[i] == value) *to++ = first + i;
+      }
+    };
+    for (int64_t b = 0; b < num_boxes; ++b) {
+      meet(cells.data(), rows, first, count, boxes.data() + 4 * b, meets.data(), met.data());
+      write(b, meets, 1);
+    }
+    write(num_boxes, met, 2);
+  }
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -331,6 +388,10 @@ void bind_culling(nb::module_& module) {
              "height"_a, "near_plane"_a, "far_plane"_a, "eps2d"_a, "antialiased"_a, "move_means"_a, "move_quats"_a,
              "move_scales"_a, "move_opacities"_a, "pixels"_a, "cell_pixels"_a, "cells"_a.noconvert(),
              "corners"_a.noconvert(), "threads"_a);
+  module.attr("CHUNK_ROWS") = nb::int_(kChunkRows);
+  module.def("count_in_boxes", count_in_boxes, "cells"_a.noconvert(), "boxes"_a, "counts"_a.noconvert(), "threads"_a);
+  module.def("write_in_boxes", write_in_boxes, "cells"_a.noconvert(), "boxes"_a, "offsets"_a.noconvert(),
+             "out"_a.noconvert(), "threads"_a);
   module.def("write_marked", write_marked, "bits"_a.noconvert(), "chunk_ends"_a.noconvert(), "ids"_a.noconvert(),
              "threads"_a);
 }
