@@ -96,6 +96,8 @@ class Config(DensificationRules):
     # Optimization
     batch_size: int = 1
     """Views per step; learning rates scale by its square root (Grendel, arXiv 2406.18533)."""
+    view_window: int = 1
+    """Arrange so many views at a time, drawn at random, so that neighbours see the same; 1 leaves them as drawn."""
     position_lr: float = 1.6e-4
     """Learning rate of means, times the scene scale; decays to 1 % at max_steps."""
     scaling_lr: float = 5e-3

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step [--num_gaussians 4000000 18000000] [--trainers gpu_only optimized] [--quick]
     python -m benchmarks.train_step --num_gaussians 18000000 --device_memory_cap 24GB
+    python -m benchmarks.train_step --num_gaussians 18000000 --trainers streamed --view_window 1 16 64
 
 Each trainer runs its own `train` in its own process, from the same scene, without densification; only its
 `TrainingRun` is replaced by one that has random pictures ready on the device. Floor of the memory traffic: the bytes
@@ -12,13 +13,15 @@ where everything is on the device, and runs beside it where Gaussians are offloa
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import count as count_from
+from itertools import islice, pairwise, product
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +30,7 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, count, gigabytes, number, percent, spread
 from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
+from datasets.view_order import ViewWindows
 from errors import InputError
 from trainers import TRAINERS
 from training.command_line import parse
@@ -77,6 +81,8 @@ class Options(BenchmarkOptions):
     """Which trainers."""
     picture_scale: float = 1.0
     """Factor on the sides of the pictures and on the focal length."""
+    view_window: tuple[int, ...] = (1,)
+    """Arrange so many of the 64 views at a time so that neighbours see the same."""
     device_memory_cap: str = ""
     """Device memory that torch may take, such as 24GB (10^9 bytes); a trainer that needs more is reported as such."""
 
@@ -91,6 +97,7 @@ class Job:
     picture_scale: float
     steps: int
     memory_cap: int = 0  # bytes; 0: none
+    view_window: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,8 @@ class AerialRun:
         self._parameters, cameras = aerial_scene(
             job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale
         )
-        self._views = random_views(cameras, self.num_warmup + job.steps + 1, self.device)
+        drawn = drawn_cameras(cameras, self._parameters["means"], job.view_window)
+        self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
         self._staging_before = 0
 
     def check_memory(self, footprint: Footprint, largest_part: float = 1.0) -> None:
@@ -176,12 +184,22 @@ class AerialRun:
         pass
 
 
-def random_views(cameras: AerialCameras, num_views: int, device: torch.device) -> list[View]:
+def drawn_cameras(cameras: AerialCameras, means: Tensor, view_window: int) -> Iterator[int]:
+    """Indices of cameras as training draws its views: one permutation after another, arranged within windows."""
+    viewmats, Ks = cameras.viewmats.numpy(), cameras.Ks.numpy()
+    sizes = [(cameras.width, cameras.height)] * len(Ks)
+    windows = ViewWindows.of_cameras(means.numpy(), viewmats, Ks, sizes, view_window)
+    for epoch in count_from():
+        drawn = np.random.default_rng([1, epoch]).permutation(len(cameras.Ks))
+        yield from windows.arrange(drawn).tolist()
+
+
+def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.device) -> list[View]:
     """Cameras with random photos; all views share 2 of them, as many as training has on the device at a time."""
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(2)]
     views = []
-    for index in torch.randint(len(cameras.viewmats), (num_views,), generator=generator).tolist():
+    for index in indices:
         viewmats, Ks = cameras.viewmats[index : index + 1], cameras.Ks[index : index + 1]
         view = View(
             images=images[len(views) % 2],
@@ -285,8 +303,9 @@ def check(options: Options) -> int:
         raise InputError(f"--trainers {unknown[0]} is unknown: choose from {', '.join(TRAINERS)}.")
     if options.picture_scale <= 0:
         raise InputError(f"--picture_scale is {options.picture_scale}, but must be above 0.")
-    if options.steps < 1 or min(options.num_gaussians, default=0) < 1:
-        raise InputError("--steps and --num_gaussians must be at least 1.")
+    sizes = [min(values, default=0) for values in (options.num_gaussians, options.view_window)]
+    if min(options.steps, *sizes) < 1:
+        raise InputError("--steps, --num_gaussians and --view_window must be at least 1.")
     if options.device_memory_cap and not torch.cuda.is_available():
         raise InputError("--device_memory_cap bounds a GPU's memory, but torch finds none: leave it out.")
     return bytes_of(options.device_memory_cap) if options.device_memory_cap else 0
@@ -296,6 +315,7 @@ COLUMNS = {
     "trainer": str,
     "Gaussians": count,
     "visible": percent,
+    "view window": count,
     "ms per step: median (10 %, 90 %)": spread,
     "floor of memory traffic, ms": number,
     "peak device GB": gigabytes,
@@ -311,7 +331,7 @@ COLUMNS = {
 def row_of(job: Job, visible: float, found: Measurement, bandwidth: Traffic) -> list[object]:
     """The cells of `COLUMNS`."""
     floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
-    row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, found.milliseconds, floor]
+    row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, job.view_window, found.milliseconds, floor]
     if found.memory is None:
         return [*row, *[None] * 6, found.problem]
     memory = [found.memory[kind] for kind in ("device_allocated", "device_reserved", "host")]
@@ -335,9 +355,9 @@ def main(options: Options) -> None:
     table = report.table(title, COLUMNS)
     for num_gaussians in options.num_gaussians:
         visible = in_fresh_process(mean_visible, num_gaussians, FOCAL)
-        for trainer in options.trainers:
+        for trainer, window in product(options.trainers, options.view_window):
             steps = max(options.steps // 10, 3) if trainer in FEW_STEPS else options.steps
-            job = Job(trainer, num_gaussians, FOCAL, options.picture_scale, steps, cap)
+            job = Job(trainer, num_gaussians, FOCAL, options.picture_scale, steps, cap, window)
             table.add(*row_of(job, visible, measure(job), bandwidth))
     report.write()
 

@@ -6,7 +6,7 @@ gigabytes of pinned memory must not be forked.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
@@ -17,6 +17,7 @@ import torch
 
 from datasets.images import decode_image
 from datasets.scene import Scene
+from datasets.view_order import ViewWindows
 from errors import InputError
 
 
@@ -90,6 +91,7 @@ def training_loader(
     *,
     batch_size: int = 1,
     seed: int = 0,
+    view_window: int = 1,
     start_step: int = 0,
     num_workers: int | None = None,
     pin_memory: bool = False,
@@ -101,6 +103,8 @@ def training_loader(
         train_ids: [n] indices of the images to train on.
         batch_size: views in a batch.
         seed: decides the order: one permutation of `train_ids` after another.
+        view_window: so many consecutive images of a permutation are arranged so that neighbours see the same points;
+            1 leaves them as drawn.
         start_step: batches to pass over, so that a resumed run goes on where it stopped.
         num_workers: threads; one per processor, at most 16, where None.
         pin_memory: give pinned tensors, for asynchronous copies to a CUDA device.
@@ -119,7 +123,8 @@ def training_loader(
                 f"{len(sizes)} sizes (such as {sizes[0][0]}x{sizes[0][1]} and {sizes[-1][0]}x{sizes[-1][1]}): "
                 "use batch_size=1."
             )
-    order = _training_order(train_ids, batch_size, seed, start_step)
+    arrange = ViewWindows.of_scene(scene, view_window).arrange if view_window > 1 else None
+    order = _training_order(train_ids, batch_size, seed, start_step, arrange)
     return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
 
 
@@ -131,8 +136,17 @@ def evaluation_loader(
     return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
 
 
-def _training_order(train_ids: np.ndarray, batch_size: int, seed: int, start_step: int) -> Iterator[np.ndarray]:
-    """Consecutive runs of `batch_size` out of one permutation after another; a batch may lie across two."""
+def _training_order(
+    train_ids: np.ndarray,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    arrange: Callable[[np.ndarray], np.ndarray] | None,
+) -> Iterator[np.ndarray]:
+    """Consecutive runs of `batch_size` out of one permutation after another; a batch may lie across two.
+
+    Where `arrange` is given, each permutation [n] is drawn at random and then changed by it.
+    """
     epoch, shuffled = -1, train_ids
     for position in count(start_step * batch_size, batch_size):
         batch = np.empty(batch_size, np.int64)
@@ -141,6 +155,7 @@ def _training_order(train_ids: np.ndarray, batch_size: int, seed: int, start_ste
             if wanted_epoch != epoch:  # seeded by epoch, so that any step can be the first
                 epoch = wanted_epoch
                 shuffled = np.random.default_rng([seed, epoch]).permutation(train_ids)
+                shuffled = shuffled if arrange is None else arrange(shuffled)
             batch[slot] = shuffled[index]
         yield batch
 

@@ -208,6 +208,20 @@ def test_statistics_count_what_travels(monkeypatch, city_block, tmp_path):
     assert retained > 0
 
 
+def test_arranged_views_give_the_model_of_gpu_only_with_less_traffic(monkeypatch, city_block, tmp_path):
+    options = (*NO_DENSIFICATION, "--max_steps", 40)
+    arranged = (*options, "--view_window", 14)  # of 14 training views
+    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *arranged)
+    traffic = {}
+    for name, place in (("drawn", options), ("arranged", arranged)):
+        actual = train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path / name, *place)
+        traffic[name] = json.loads((tmp_path / name / "stats/train_step40.json").read_text())["per_step"]
+    assert max(differences(actual, expected).values()) < 1e-4
+    rows = [per_step["rows_fetched"] + per_step["rows_retained"] for per_step in traffic.values()]
+    assert rows[0] == pytest.approx(rows[1], rel=0.05)  # the views are the same
+    assert traffic["arranged"]["link_bytes"] < 0.8 * traffic["drawn"]["link_bytes"]
+
+
 def test_bounds_of_blocks_are_made_once_per_refinement(monkeypatch, city_block, tmp_path):
     made, refined = [], []
     rebuild, refine = BlockBounds.rebuild, Densification.refine

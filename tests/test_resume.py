@@ -77,7 +77,10 @@ def assert_same_state(actual: Checkpoint, expected: Checkpoint) -> None:
             assert torch.equal(actual.state[name], value), name
 
 
-@pytest.mark.parametrize(("script", "place"), TRAINERS)
+ARRANGED = pytest.param(simple_trainer_hybrid_streamed, ("--view_window", 5), id="streamed, views arranged")
+
+
+@pytest.mark.parametrize(("script", "place"), [*TRAINERS, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFYING, *place)
     assert train(monkeypatch, script, city_block, tmp_path / "whole", *options) == 0

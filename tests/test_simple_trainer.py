@@ -190,6 +190,7 @@ def truncate_image(data_dir: Path) -> None:
         (None, ["--test_every", 1], ["test_every", "train"]),
         (None, ["--init_ply"], ["points.ply"]),
         (None, ["--max_steps", 0], ["--max_steps"]),
+        (None, ["--view_window", 0], ["--view_window"]),
         (None, ["--ssim_lambda", 2], ["--ssim_lambda"]),
         (None, ["--sh_degree", 4], ["--sh_degree"]),
         (None, ["--ckpt", "nowhere.pt"], ["nowhere.pt", "--ckpt"]),

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from datasets.scene import Scene
+from datasets.view_order import sample_of, sees
 from errors import InputError
 from offload.store import GROUP_NAMES, host_bytes, num_columns
 from training.memory import available_bytes, format_bytes
@@ -121,17 +122,12 @@ def share_in_largest_view(scene: Scene, batch_size: int) -> float:
         scene: The dataset.
         batch_size: Views per step.
     """
-    points = scene.points[:: len(scene.points) // SAMPLE + 1].astype(np.float64)  # [S, 3]
-    points = np.c_[points, np.ones(len(points))]  # [S, 4]
+    points = sample_of(scene.points, SAMPLE)
     largest = 0.0
     for index in scene.train_ids:
         camera = scene.cameras[scene.camera_indices[index]]
-        in_camera = points @ np.linalg.inv(scene.camtoworlds[index]).T[:, :3]  # [S, 3]
-        depth = in_camera[:, 2:]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            pixels = (in_camera @ camera.K.T)[:, :2] / depth  # [S, 2]
-        inside = (depth > 0) & (pixels >= 0) & (pixels <= (camera.width, camera.height))  # [S, 2]
-        largest = max(largest, inside.all(axis=1).mean())
+        inside = sees(points, np.linalg.inv(scene.camtoworlds[index]), camera.K, camera.width, camera.height)
+        largest = max(largest, inside.mean())
     return min(1.0, batch_size * largest)
 
 

@@ -203,6 +203,7 @@ class TrainingRun:
                 self.scene.train_ids,
                 batch_size=self.cfg.batch_size,
                 seed=self.cfg.seed,
+                view_window=self.cfg.view_window,
                 start_step=first,
                 num_workers=self.cfg.num_workers or None,
                 pin_memory=self.device.type == "cuda",
@@ -520,7 +521,7 @@ def check_options(cfg: Config) -> None:
     Raises:
         InputError: Naming the option.
     """
-    positive = ("max_steps", "batch_size", "data_factor", "log_every", "init_scale", "steps_scaler")
+    positive = ("max_steps", "batch_size", "view_window", "data_factor", "log_every", "init_scale", "steps_scaler")
     for name in positive:
         if getattr(cfg, name) <= 0:
             raise InputError(f"--{name} is {getattr(cfg, name)}, but must be above 0.")
