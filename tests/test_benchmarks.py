@@ -23,6 +23,7 @@ from benchmarks import (
     machine,
     rasterizer_cpu,
     scaling,
+    split,
     timing,
     train_step,
     transfer,
@@ -48,7 +49,7 @@ def written(out: Path) -> dict:
 
 @pytest.fixture
 def _in_this_process(monkeypatch):
-    for module in (train_step, scaling):
+    for module in (train_step, scaling, split):
         monkeypatch.setattr(module, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(train_step, "copy_bandwidth", lambda device: 1e10)
 
@@ -63,6 +64,19 @@ def test_train_step_runs_every_trainer_as_the_scripts_do(tmp_path):
     times = [row["ms per step: median (10 %, 90 %)"] for row in table["rows"]]
     assert all(time["low"] <= time["median"] <= time["high"] and time["count"] == 3 for time in times)
     assert all("render" in row["stages, mean ms"] for row in table["rows"])
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_split_trains_whole_in_tiles_and_in_a_budget(tmp_path, monkeypatch):
+    options = split.Options(
+        num_gaussians=3000, steps=16, budget_steps=16, budget="6MB", picture_scale=0.2, out=tmp_path / "table"
+    )
+    monkeypatch.setattr(split, "variants", lambda options, every=split.variants: every(options)[1:])
+    split.main(options)
+    (table,) = written(tmp_path / "table")["tables"]
+    assert [row["tiles of a wide view"] > 1 for row in table["rows"]] == [False, True, True, True]
+    assert table["rows"][-1]["budget"] == "kept in every step of 16"
+    assert not any(row["remark"] for row in table["rows"])
 
 
 def test_trainers_of_the_benchmark_have_the_same_loss():
