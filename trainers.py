@@ -30,5 +30,6 @@ TRAINERS: dict[str, Trainer] = {
     "baseline": Trainer("simple_trainer_hybrid_baseline"),
     "optimized": Trainer("simple_trainer_hybrid_optimized"),
     "optimized_geometry_on_host": Trainer("simple_trainer_hybrid_optimized", ("--geometry", "host")),
+    "split": Trainer("simple_trainer_hybrid_optimized_split"),
     "streamed": Trainer("simple_trainer_hybrid_streamed"),
 }

@@ -32,10 +32,11 @@ from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwid
 from configs import Config
 from datasets.view_order import ViewWindows
 from errors import InputError
+from offload.device_memory import bound_memory
 from trainers import TRAINERS
 from training.command_line import parse
 from training.densification import TrainingStopped
-from training.memory import limit_fragmentation, peak_bytes
+from training.memory import limit_fragmentation, parse_bytes, peak_bytes
 from training.memory_estimate import Footprint
 from training.run import Model, select_device
 from training.stages import StageTimes
@@ -67,6 +68,7 @@ TRAFFIC: dict[str, Callable[[float, float], Traffic]] = {
     "baseline": lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
     "optimized": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
     "optimized_geometry_on_host": lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+    "split": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
     "streamed": lambda n, v: Traffic(device=28 * 11 * n + 28 * 48 * v, host=2 * 576 * v, link=576 * v),
 }
 
@@ -84,7 +86,7 @@ class Options(BenchmarkOptions):
     view_window: tuple[int, ...] = (1,)
     """Arrange so many of the 64 views at a time so that neighbours see the same."""
     device_memory_cap: str = ""
-    """Device memory that torch may take, such as 24GB (10^9 bytes); a trainer that needs more is reported as such."""
+    """Device memory that torch may take, such as 24GB; a trainer that needs more is reported as such."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ class AerialRun:
         self.job = job
         self.device = select_device(cfg.device)
         if job.memory_cap:
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(job.memory_cap / total, 1.0))
+            bound_memory(job.memory_cap, self.device)
         self.scene_scale = SCENE_SCALE
         self.times = StageTimes(self.device)
         self.upcoming: View | None = None
@@ -278,20 +279,6 @@ def floor_milliseconds(trainer: str, num_gaussians: int, visible: float, bandwid
     return 1e3 * max(traffic[place] / speed[place] for place in traffic)
 
 
-def bytes_of(text: str) -> int:
-    """The number of bytes that "24GB" or "800MB" says.
-
-    Raises:
-        InputError: The text is something else.
-    """
-    units = {"GB": 10**9, "MB": 10**6}
-    value, unit = text[:-2].strip(), text[-2:].upper()
-    try:
-        return int(float(value) * units[unit])
-    except (KeyError, ValueError):
-        raise InputError(f"--device_memory_cap is {text!r}, but must be a size such as 24GB or 800MB.") from None
-
-
 def check(options: Options) -> int:
     """Refuse options that cannot work; returns the memory cap in bytes, 0 for none.
 
@@ -308,7 +295,7 @@ def check(options: Options) -> int:
         raise InputError("--steps, --num_gaussians and --view_window must be at least 1.")
     if options.device_memory_cap and not torch.cuda.is_available():
         raise InputError("--device_memory_cap bounds a GPU's memory, but torch finds none: leave it out.")
-    return bytes_of(options.device_memory_cap) if options.device_memory_cap else 0
+    return parse_bytes(options.device_memory_cap, "--device_memory_cap") if options.device_memory_cap else 0
 
 
 COLUMNS = {

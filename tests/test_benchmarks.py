@@ -117,6 +117,13 @@ def test_scaling_varies_one_number_at_a_time(tmp_path):
     assert by_n[1]["focal length, px"] > 1.5 * by_n[0]["focal length, px"]
 
 
+def test_every_trainer_has_a_floor():
+    assert set(train_step.TRAFFIC) == set(trainers.TRAINERS)
+    bandwidth = train_step.Traffic(device=0.0, link=0.0, host=1e9)
+    floors = {name: train_step.floor_milliseconds(name, 1000, 100, bandwidth) for name in trainers.TRAINERS}
+    assert floors["optimized"] < floors["gpu_only"] < floors["baseline"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -131,13 +138,6 @@ def test_options_that_cannot_work_are_refused(options, monkeypatch):
     monkeypatch.setattr(train_step.torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--"):
         train_step.check(options)
-
-
-def test_sizes_in_bytes():
-    assert [train_step.bytes_of(text) for text in ("24GB", "1.5 gb", "800MB")] == [24 * 10**9, 15 * 10**8, 8 * 10**8]
-    for text in ("", "GB", "24", "24TB"):
-        with pytest.raises(InputError):
-            train_step.bytes_of(text)
 
 
 def test_visible_counts_are_those_of_the_scene():

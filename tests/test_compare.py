@@ -1,5 +1,6 @@
 """compare.py: all trainers in fresh processes, and reports that say what the run folders say, whatever happened."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -20,7 +20,7 @@ import simple_trainer
 import simple_trainer_hybrid_optimized
 from comparing import launch as launching
 from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
-from comparing.runs import LAUNCH, TRAIN_FIGURES, VAL_FIGURES, is_complete, is_finished, read_run
+from comparing.runs import LAUNCH, TRAIN_FIGURES, VAL_FIGURES, is_complete, is_finished, read_run, write_launch
 from datasets.synthetic import write_city_block
 from errors import InputError
 from trainers import TRAINERS
@@ -110,12 +110,13 @@ def test_a_failure_and_ctrl_c_leave_a_correct_partial_report(monkeypatch, city_b
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     evaluated = tmp_path / "optimized/stats/val_step5.json"
     deadline = time.monotonic() + 120
     while not evaluated.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group of processes
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
 
@@ -241,7 +242,7 @@ def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
     cfg = simple_trainer.CONFIGS["default"].__class__(max_steps=steps, result_dir=str(folder), **options)
     (folder / "stats").mkdir(parents=True)
     (folder / "renders").mkdir()
-    (folder / "cfg.yml").write_text(yaml.safe_dump(asdict(cfg)))
+    (folder / "cfg.yml").write_text(yaml.safe_dump(dataclasses.asdict(cfg)))
     for step in (10, steps):
         train = {"num_GS": 5, "elapsed_seconds": 2.0 * step, "peak_host_bytes": 10**9, "stages_ms": {"render": 1.5}}
         images = [{"name": f"{name}.png", "psnr": 20.0} for name in "ab"]
@@ -266,6 +267,14 @@ def test_what_finished_means(tmp_path):
     later = time.time() + 100
     os.utime(done.folder / "cfg.yml", (later, later))
     assert not is_complete(done.folder)
+
+    # Copied folders have other times, but a launch that compare.py has seen finish stays finished; and a run that it
+    # has seen interrupted may have been continued by hand.
+    launched = launching.Launch("python", "finished", "", 0, "", {})
+    write_launch(done.folder, launched)
+    assert is_complete(done.folder)
+    write_launch(other.folder, dataclasses.replace(launched, status="interrupted"))
+    assert is_complete(other.folder)
 
     for name in ("train_step30.json", "val_step30.json"):
         damaged = write_run(tmp_path / name)
@@ -295,6 +304,7 @@ def test_a_damaged_folder_gives_what_is_left(tmp_path):
     (folder / "renders/val_step30_0000.png").unlink()
     (folder / "tb").mkdir()
     (folder / "tb/events.out.tfevents.1").write_bytes(b"not a log")
+    (folder / "stats/val_step40.json").write_text('{"psnr": 99.0}')  # of an earlier, longer run
     run = read_run("run", folder)
     assert (run.status, run.steps) == ("unfinished", 30)
     assert run.figures["psnr"] == 50.0
