@@ -299,7 +299,6 @@ class RowPipeline:
         self._settle()
         present, host_ids, gradients = self._present, self._rows.host_ids, self._gradients()
         self._begin_step()
-        self._applied = True
         part = present.part
         downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
 
@@ -310,6 +309,7 @@ class RowPipeline:
             for name, download in downloads.items():
                 present.sums[name][slots] += download.ready()[shared]
 
+        self._applied = True
         self._owed.append(settle)
         present.index += 1
 
@@ -319,12 +319,12 @@ class RowPipeline:
         self._settle()
         present, gradients = self._present, self._gradients()
         self._begin_step()
-        self._applied = True
         remain = torch.ones(len(present.view.host_ids), dtype=torch.bool)  # [V] not committed at once
         # All that takes device memory comes before anything is changed, so that it can be done again.
         divided = None if present.slots is None else present.divide(present.part)
         added = None if divided is None else self._shared_gradients(present, divided[1], gradients)
         urgent = None if ahead is None else self._urgent_gradients(ahead, present, gradients)
+        self._applied = True
         if added is not None:
             self._add_shared(present, *added)
         if urgent is not None:

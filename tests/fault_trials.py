@@ -35,7 +35,7 @@ TRAINERS = {
     "simple_trainer_hybrid_streamed": (),
 }
 MOMENTS = ("step", "refinement", "writing", "publishing")
-STEPS_PER_KILL = 8
+STEPS_PER_KILL = 5
 SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -65,7 +65,7 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
     with tempfile.TemporaryDirectory() as scratch:
         data_dir, killed = Path(scratch) / "data", Path(scratch) / "killed"
         write_city_block(data_dir, num_views=12, width=48, height=32, num_points=num_gaussians)
-        max_steps = STEPS_PER_KILL * kills + 20
+        max_steps = STEPS_PER_KILL * kills + 20  # a run that is killed repeats some
         options = (
             *("--data_dir", data_dir, "--device", "cpu", "--max_steps", max_steps, "--eval_steps", max_steps),
             *("--save_every", 3, "--refine_start_iter", 1, "--refine_every", 4, "--refine_stop_iter", max_steps - 5),
@@ -74,11 +74,12 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
         )
         ending = ("--result_dir", str(Path(scratch) / "whole"), "--resume")
         whole = subprocess.Popen((*child(trainer), *map(str, options), *ending), **SILENT)
+        published = 0  # steps of the newest checkpoint that has been reported as written
         while report.kills < kills:
             with Run(trainer, (*options, "--result_dir", killed, "--resume")) as run:
                 moment = rng.choice(("any", *MOMENTS))
                 # Let some steps pass, so that the run gets on.
-                if not run.wait_for("step", rng.randint(1, 2 * STEPS_PER_KILL)):
+                if not run.wait_for("step", rng.randint(1, STEPS_PER_KILL - 1)):
                     raise SystemExit(f"{trainer} ended by itself:\n{run.output}")
                 if moment == "any" or not run.wait_for(moment, 1):
                     time.sleep(rng.uniform(0, 1.0))
@@ -88,8 +89,12 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
             report.kills += 1
             report.moments[run.doing] += 1
             found = newest(killed)
-            report.lost += found < run.published
+            published = max(published, run.published)
+            report.lost += found < published
             report.steps_repeated += max(run.steps_done - found, 0)
+            print(
+                f"killed {trainer} at {run.doing} after {run.steps_done} steps: resumes after {found}", file=sys.stderr
+            )
         subprocess.run((*child(trainer), *map(str, options), "--result_dir", str(killed), "--resume"), **SILENT)
         whole.wait()
         checkpoints = [

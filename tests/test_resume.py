@@ -13,6 +13,7 @@ import torch
 import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
+import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from offload.state import current_rows
@@ -27,6 +28,7 @@ TRAINERS = [
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "device"), id="optimized"),
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "host"), id="optimized, geometry on host"),
     pytest.param(simple_trainer_hybrid_streamed, (), id="streamed"),
+    pytest.param(simple_trainer_hybrid_optimized_split, ("--split_threshold", 0.3), id="split"),
 ]
 STEPS = 60
 DENSIFYING = (
