@@ -28,7 +28,7 @@ TRAINERS = [
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "device"), id="optimized"),
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "host"), id="optimized, geometry on host"),
     pytest.param(simple_trainer_hybrid_streamed, (), id="streamed"),
-    pytest.param(simple_trainer_hybrid_optimized_split, ("--split_threshold", 0.3), id="split"),
+    pytest.param(simple_trainer_hybrid_optimized_split, ("--split_threshold", 0.5), id="split"),
 ]
 STEPS = 60
 DENSIFYING = (
@@ -41,7 +41,7 @@ DENSIFYING = (
 @pytest.fixture(scope="module")
 def city_block(tmp_path_factory) -> Path:
     data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    write_city_block(data_dir, num_views=16, width=130, height=40, num_points=600)
     return data_dir
 
 
@@ -84,7 +84,7 @@ ARRANGED = pytest.param(simple_trainer_hybrid_streamed, ("--view_window", 5), id
 
 @pytest.mark.parametrize(("script", "place"), [*TRAINERS, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
-    options = (*DENSIFYING, *place)
+    options = (*DENSIFYING, "--keep", 0, *place)
     assert train(monkeypatch, script, city_block, tmp_path / "whole", *options) == 0
     stops = [*sorted(random.Random(script.__name__ + str(place)).sample(range(1, STEPS), 4)), 30, 31, 50]
     interrupt_after(monkeypatch, *stops)
@@ -93,6 +93,8 @@ def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, scri
     assert train(monkeypatch, script, city_block, tmp_path / "parts", *options, "--resume") == 0
     assert len(saved(tmp_path / "whole").gaussians["means"]) > 700
     assert_same_state(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+    if script is simple_trainer_hybrid_optimized_split:
+        assert any("upcoming/tiles" in saved(tmp_path / "parts", stop).state for stop in stops)
 
 
 def test_saving_changes_nothing(monkeypatch, city_block, tmp_path):
