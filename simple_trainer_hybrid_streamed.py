@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from torch import Tensor
 
 from configs import Config, scene_config
+from offload.calibration import print_last_verdict
 from offload.streamed_gaussians import StreamedGaussians
 from rendering.losses import photometric_loss
 from training import schedules
@@ -57,6 +58,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.evaluate_checkpoint(render, gaussians)
             return
 
+        print_last_verdict(run.device)  # of offload.calibrate, where it has been run
         for step, view in run.steps(gaussians, densification, render):
             # The rows of this view are on the device already, but for the first one and after densification.
             rows = gaussians.fetch(cameras_of(view, cfg))
