@@ -86,6 +86,8 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
         options = [token for option, tokens in groups if option in known_to[name] for token in tokens]
         arguments = [scene, *options, *trainer.arguments, "--result_dir", str(folder)]
         _, cfg = parse(trainer.load().CONFIGS, arguments, trainer.path.name)
+        if cfg.ckpt:
+            raise InputError("--ckpt evaluates a checkpoint, and compare.py trains: leave it out.")
         plans.append(Plan(name, folder, (os.path.relpath(trainer.path), *arguments), cfg))
     return plans
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -104,7 +105,16 @@ def as_json(comparison: Comparison) -> str:
         "complete": all(run.status == FINISHED for run in comparison.runs),
         "runs": runs,
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    """The same with null for what JSON has no number for, such as the loss of a run that has diverged."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cells(run: Run, first: Run) -> list[str]:

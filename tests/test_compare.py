@@ -222,6 +222,7 @@ def test_options_go_to_the_trainers_that_have_them(tmp_path):
         (("nowhere",), "Scene 'nowhere' is unknown"),
         (("demo", "--trainers", "fastest"), "--trainers names fastest"),
         (("demo", "--trainers", "gpu_only", "--geometry", "host"), "--geometry is no option"),
+        (("demo", "--ckpt", "a.pt"), "--ckpt evaluates"),
         (("demo", "--max_stepss", "5"), "--max_stepss is no option"),
         (("demo", "--runs", "."), "--runs trains nothing"),
         (("--runs", "."), "has no readable cfg.yml"),
@@ -378,3 +379,13 @@ def test_force_begins_finished_runs_anew(monkeypatch, tmp_path):
     assert run_compare(monkeypatch, *options, "--force") == 0
     assert run_compare(monkeypatch, *options, "--seed", 5, "--force") == 1
     assert started == [("gpu_only", True), ("baseline", True)] * 2
+
+
+def test_a_run_that_has_diverged_is_valid_json(monkeypatch, tmp_path):
+    folder = write_run(tmp_path / "run").folder
+    statistics = folder / "stats/val_step30.json"
+    statistics.write_text(statistics.read_text().replace("50.0", "NaN"))
+    assert run_compare(monkeypatch, "--runs", folder, "--result_dir", tmp_path / "report") == 0
+    text = (tmp_path / "report/comparison.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["runs"][0]["figures"]["psnr"] is None
+    assert "nan dB" in (tmp_path / "report/comparison.md").read_text()
