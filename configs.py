@@ -173,13 +173,13 @@ DATASETS: dict[str, dict[str, object]] = {
         "data_dir": "data/urban_scene_3d/residence-pixsfm",
         "data_factor": 4.0,
         "test_every": -1,
-        "test_after": 2560,  # 2561 training pictures, then the 21 published test pictures
+        "test_after": 2561,
     },
     "sciart": {
         "data_dir": "data/urban_scene_3d/sci-art-pixsfm",
         "data_factor": 4.0,
         "test_every": -1,
-        "test_after": 2997,  # 2998 training pictures, then 21
+        "test_after": 2998,
     },
     "default": {},
 }

@@ -33,7 +33,7 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
     """The lines of a short report on a dataset that can be trained on as it is.
 
     Raises InputError where pictures are missing, without a picture's header or of another shape than their camera,
-    where there are no initial points, or where the split of the trainers is not the published one.
+    where there are no initial points, or where the trainers would hold out other pictures than the published ones.
     """
     cfg = scene_config(dataset)
     if not data_dir.is_dir():
@@ -61,7 +61,7 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
 
 
 def _check_split(data_dir: Path, names: list[str], test_ids: np.ndarray, cfg: Config) -> str:
-    """How the split came about. InputError where it is not the published one."""
+    """How the split came about. InputError where it holds out other pictures than the published ones."""
     rule = f"test_after={cfg.test_after}" if cfg.test_after >= 0 else f"test_every={cfg.test_every}"
     test_list = data_dir / TEST_LIST
     if not test_list.is_file():
@@ -71,7 +71,13 @@ def _check_split(data_dir: Path, names: list[str], test_ids: np.ndarray, cfg: Co
     if selected == published:
         return f"by {rule}, as published"
     num_train = len(names) - len(published)
-    if published == set(names[num_train:]):
+    at_the_end = published == set(names[num_train:])
+    if at_the_end and selected and selected < published:
+        return (
+            f"by {rule}; of the {len(published)} published test pictures {len(published - selected)} would be trained "
+            f"on, --test_after {num_train - 1} holds them all out"
+        )
+    if at_the_end:
         remedy = f"train with --test_every -1 --test_after {num_train - 1}"
     else:
         remedy = "compare the download and its COLMAP models with what was published: some pictures are missing"

@@ -101,5 +101,5 @@ def test_scene_facts():
         True,
     )
     assert scene_config("sztu", position_lr=1.6e-5).data_factor == 3.4175
-    assert scene_config("residence").test_after == 2560
+    assert scene_config("residence").test_after == 2561
     assert scene_config("rubble").test_every == 83
