@@ -1,4 +1,7 @@
-"""Every offloading trainer gives the GPU-only trainer's model; training never notices evaluation."""
+"""Offloading trainers from the command line: evaluation, statistics, errors, and views that show nothing.
+
+That their models are those of GPU-only training: tests/test_same_model.py.
+"""
 
 import json
 import math
@@ -6,7 +9,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,11 +17,10 @@ import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
-from offload.adam import DeferredAdam
-from offload.catch_up import CatchUpTables
 from offload.culling import BlockBounds
 from offload.pipeline import RowPipeline, largest_drift, largest_step, shared_positions
-from training import command_line, gaussians
+from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, train
+from training import command_line
 from training.checkpoints import load_checkpoint
 from training.densification import Densification
 
@@ -40,95 +41,7 @@ def city_block(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _anisotropic_start(monkeypatch):
-    """Initial Gaussians whose axes differ, as those of any trained model do.
-
-    Turning a ball changes nothing, so its quaternion's gradient is rounding noise, which Adam scales to full steps:
-    from equal axes two runs that differ by one rounding anywhere have other quaternions after a few steps.
-    """
-    original = gaussians.initial_gaussians
-
-    def initial_gaussians(points: np.ndarray, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
-        parameters = original(points, *arguments, **options)
-        parameters["scales"] += 0.3 * torch.randn(len(points), 3, generator=torch.Generator().manual_seed(0))
-        return parameters
-
-    monkeypatch.setattr("training.run.initial_gaussians", initial_gaussians)
-
-
-def train(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> dict[str, torch.Tensor]:
-    """The Gaussians after training with a script."""
-    common = ("--data_dir", data_dir, "--result_dir", result_dir, "--device", "cpu")
-    monkeypatch.setattr(sys, "argv", ["script", "default", *map(str, (*common, *options))])
-    command_line.main(script.CONFIGS, script.train, "test")
-    (checkpoint,) = (result_dir / "ckpts").iterdir()
-    return load_checkpoint(checkpoint).gaussians
-
-
-NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--sh_degree_interval", 10)
-DENSIFICATION = (
-    *("--refine_start_iter", 10, "--refine_every", 10, "--reset_every", 45, "--refine_stop_iter", 80),
-    *("--sh_degree_interval", 15, "--grow_grad2d", 1e-4),
-)
-
-
-def differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative norm of the difference of each tensor, without the 2 % of rows that differ most.
-
-    Rounding decides now and then whether a pixel passes the threshold of alpha (1/255), which disturbs the few
-    Gaussians there; a wrong update disturbs them all.
-    """
-    found = {}
-    for name, value in expected.items():
-        rows = (actual[name] - value).reshape(len(value), -1).norm(dim=1)
-        found[name] = (rows.sort().values[: len(rows) * 98 // 100].norm() / value.norm()).item()
-    return found
-
-
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED])
-@pytest.mark.parametrize("options", [(), ("--batch_size", 2, "--antialiased", "--random_background")], ids=str)
-def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, script, place, options):
-    options = (*NO_DENSIFICATION, "--max_steps", 40, *options)
-    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
-    actual = train(monkeypatch, script, city_block, tmp_path / "offloaded", *options, *place)
-    found = differences(actual, expected)
-    assert max(found.values()) < 1e-4, found
-
-
-def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path):
-    options = (*NO_DENSIFICATION, "--max_steps", 40)
-    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
-    begin_step = DeferredAdam.begin_step
-
-    def begin_step_with_shifted_table(self, learning_rates) -> None:
-        begin_step(self, learning_rates)
-        self._before[:-1] = self._before[1:].copy()
-
-    monkeypatch.setattr(DeferredAdam, "begin_step", begin_step_with_shifted_table)
-    actual = train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path / "hybrid", *options)
-    assert max(differences(actual, expected).values()) > 1e-3
-
-
-def test_a_streamed_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path):
-    options = (*NO_DENSIFICATION, "--max_steps", 40)
-    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
-    begin_step = CatchUpTables.begin_step
-
-    def begin_step_with_shifted_table(self, learning_rates) -> None:
-        begin_step(self, learning_rates)
-        self.sums = self.sums.roll(-1, dims=1)
-
-    monkeypatch.setattr(CatchUpTables, "begin_step", begin_step_with_shifted_table)
-    actual = train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path / "streamed", *options)
-    assert max(differences(actual, expected).values()) > 1e-3
-
-
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED])
-def test_densification_comes_to_the_same_size(monkeypatch, city_block, tmp_path, script, place):
-    options = (*DENSIFICATION, "--max_steps", 120)
-    expected = train(monkeypatch, simple_trainer, city_block, tmp_path / "gpu_only", *options)
-    actual = train(monkeypatch, script, city_block, tmp_path / "offloaded", *options, *place)
-    assert len(expected["means"]) > 700
-    assert len(actual["means"]) == pytest.approx(len(expected["means"]), rel=0.005)
+    monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 
 @pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED])

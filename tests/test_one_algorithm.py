@@ -2,7 +2,7 @@
 
 Training itself multiplies roundings: Adam scales the smallest gradient to a full step, and a pixel that passes the
 threshold of alpha (1/255) by a rounding changes the gradients of what is behind it. So runs of whole trainers are
-compared with a tolerance (tests/test_offloading_trainers.py). Here gradients do not depend on parameters. They come
+compared with a tolerance (tests/test_same_model.py). Here gradients do not depend on parameters. They come
 from a table of random numbers, for the rows that a fixed part of each picture shows, so that what is left is what the
 trainers do differently: culling, forwarding, deferring, committing, and moving rows at a refinement.
 """

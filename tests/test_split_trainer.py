@@ -14,13 +14,7 @@ import simple_trainer_hybrid_optimized_split
 from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.hybrid_gaussians import HybridGaussians
-from tests.test_offloading_trainers import (  # noqa: F401
-    DENSIFICATION,
-    NO_DENSIFICATION,
-    _anisotropic_start,
-    differences,
-    train,
-)
+from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
 from training import command_line
 from training.memory import parse_bytes
 
@@ -33,6 +27,11 @@ def city_block(tmp_path_factory) -> Path:
     data_dir = tmp_path_factory.mktemp("data") / "city_block"
     write_city_block(data_dir, num_views=16, width=144, height=130, num_points=500)
     return data_dir
+
+
+@pytest.fixture(autouse=True)
+def _anisotropic_start(monkeypatch):
+    monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 
 @pytest.fixture(autouse=True)
