@@ -56,7 +56,7 @@ def gpu_only(request, views_and_points):
         gradients["sh0"], gradients["shN"] = gradients.pop("colors").split([1, 15], dim=1)
         for name, parameter in gaussians.parameters.items():
             parameter.grad = torch.zeros_like(parameter).index_copy(0, ids, gradients[name])
-        gaussians.step(means_lr(step))
+        gaussians.step(means_lr(step), ids)
         drawn.append(ids)
         if request.param:
             refine(gaussians, step)
