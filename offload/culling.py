@@ -262,24 +262,45 @@ def covered_cells_on_device(
     found = []
     for view in _views(cameras, margin):
         cells = torch.empty(4, len(ids), dtype=torch.int16, device=ids.device)
-        corners = torch.zeros(4, (ends[0] + 1) * (ends[1] + 1), dtype=torch.int64, device=ids.device)
-        for part in _chunks(len(ids), _CELLS_CHUNK):
-            rows = ids[part]
-            drawn, intervals = view.rectangles(means[rows], scales[rows], quats[rows], opacities[rows])
-            for (low, high), size in zip(intervals, view.size, strict=True):
-                drawn &= (high > 0) & (low < size)
-            borders = []
-            for (low, high), end in zip(intervals, ends, strict=True):
-                first_cell = (low / cell).floor().clamp(0, end).long()
-                end_cell = (high / cell).ceil().clamp(0, end).long()
-                borders.append((torch.where(drawn, first_cell, end), torch.where(drawn, end_cell, 0)))
-            (x, y) = borders
-            cells[:, part] = torch.stack([*x, *y]).short()
-            for corner, (column, row) in enumerate((column, row) for column in x for row in y):
-                where = (column * (ends[1] + 1) + row)[drawn]
-                corners[corner] += torch.bincount(where, minlength=corners.shape[1])
-        found.append(CoveredCells(cells, corners.cpu().numpy().reshape(2, 2, ends[0] + 1, ends[1] + 1)))
+        corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=ids.device)
+        if ids.is_cuda:
+            from offload.culling_triton import cover_cells  # Triton comes with CUDA builds of torch only
+
+            cover_cells(means, scales, quats, opacities, ids, view, cell, cells, corners)
+        else:
+            _cover_cells(means, scales, quats, opacities, ids, view, cell, cells, corners)
+        found.append(CoveredCells(cells, corners.cpu().numpy().astype(np.int64).reshape(2, 2, *corners.shape[1:])))
     return found
+
+
+def _cover_cells(
+    means: Tensor,
+    scales: Tensor,
+    quats: Tensor,
+    opacities: Tensor,
+    ids: Tensor,
+    view: _View,
+    cell: int,
+    cells: Tensor,
+    corners: Tensor,
+) -> None:
+    """`culling_triton.cover_cells` with torch operations."""
+    ends = (corners.shape[1] - 1, corners.shape[2] - 1)
+    for part in _chunks(len(ids), _CELLS_CHUNK):
+        rows = ids[part]
+        drawn, intervals = view.rectangles(means[rows], scales[rows], quats[rows], opacities[rows])
+        for (low, high), size in zip(intervals, view.size, strict=True):
+            drawn &= (high > 0) & (low < size)
+        borders = []
+        for (low, high), end in zip(intervals, ends, strict=True):
+            first_cell = (low / cell).floor().clamp(0, end).long()
+            end_cell = (high / cell).ceil().clamp(0, end).long()
+            borders.append((torch.where(drawn, first_cell, end), torch.where(drawn, end_cell, 0)))
+        x, y = borders
+        cells[:, part] = torch.stack([*x, *y]).short()
+        for corner, (column, row) in zip(corners, ((column, row) for column in x for row in y), strict=True):
+            where = (column * corners.shape[2] + row)[drawn]
+            corner += torch.bincount(where, minlength=corner.numel()).view_as(corner)
 
 
 def _grid(cameras: Cameras, cell: int) -> tuple[int, int]:

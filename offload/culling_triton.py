@@ -1,6 +1,7 @@
-"""The test of single Gaussians of `offload/culling.py` as a CUDA kernel in Triton: one pass over the geometry.
+"""The test of single Gaussians of `offload/culling.py` as CUDA kernels in Triton: one pass over the geometry.
 
-Reads 44 bytes and writes 1 for each of N Gaussians and camera: 0.2 ms for 18 million at 4 TB/s. The formulas and what
+Reads 44 bytes and writes 1 for each of N Gaussians and camera: 0.2 ms for 18 million at 4 TB/s. To find the cells
+that rows may draw in writes 8 instead. The formulas and what
 each bound is for stand in `culling._View`, whose constants the kernel takes.
 """
 
@@ -25,17 +26,60 @@ def mark_visible(means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor
     if len(means) == 0:
         return
     means, scales, quats, opacities = (t.contiguous() for t in (means, scales, quats, opacities))
+    numbers, constants = _of_view(view)
+    grid = (triton.cdiv(len(means), BLOCK),)
+    _mark_visible[grid](means, scales, quats, opacities, drawn, len(means), *numbers, **constants, BLOCK=BLOCK)
+
+
+def cover_cells(
+    means: Tensor,
+    scales: Tensor,
+    quats: Tensor,
+    opacities: Tensor,
+    ids: Tensor,
+    view,
+    cell: int,
+    cells: Tensor,
+    corners: Tensor,
+) -> None:
+    """Find the cells that rows may draw in.
+
+    Args:
+        means, scales, quats, opacities, view: As for `mark_visible`.
+        ids: [V] int64, the rows to look at.
+        cell: Width and height of a cell in pixels.
+        cells: [4, V] int16, to be written: of `culling.CoveredCells`.
+        corners: [4, columns + 1, rows + 1] int32, to be added to: the same.
+    """
+    if len(ids) == 0:
+        return
+    means, scales, quats, opacities = (t.contiguous() for t in (means, scales, quats, opacities))
+    numbers, constants = _of_view(view)
+    ends = (float(corners.shape[1] - 1), float(corners.shape[2] - 1))
+    _cover_cells[(triton.cdiv(len(ids), BLOCK),)](
+        means, scales, quats, opacities, ids, cells, corners, len(ids), corners.shape[2], corners[0].numel(),
+        float(cell), *ends, *numbers, **constants, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def _of_view(view) -> tuple[list[float], dict[str, object]]:
+    """What the kernels take of a `culling._View`, in their order."""
     margin, cameras = view.margin, view.cameras
     (*_, reach_x, error_reach_x), _, (*_, reach_y, error_reach_y), *_ = view.planes
-    _mark_visible[(triton.cdiv(len(means), BLOCK),)](
-        means, scales, quats, opacities, drawn, len(means),
+    numbers = [
         *view.rotation[0], *view.rotation[1], *view.rotation[2], *view.translation, max(map(abs, view.translation)),
         *view.focal, *view.centre, *view.size, *view.slopes[0], *view.slopes[1], cameras.near_plane, cameras.far_plane,
         reach_x, reach_y, error_reach_x, error_reach_y, view.blur_reach,
         view.move, view.turn, view.growth, margin.opacities, margin.pixels, cameras.eps2d,
-        POSITION_ERROR=POSITION_ERROR, COVARIANCE_ERROR=COVARIANCE_ERROR, RELATIVE=RELATIVE,
-        OPAQUE_EXTENT=OPAQUE_EXTENT, ANTIALIASED=cameras.antialiased, BLOCK=BLOCK,
-    )  # fmt: skip
+    ]  # fmt: skip
+    constants = {
+        "POSITION_ERROR": POSITION_ERROR,
+        "COVARIANCE_ERROR": COVARIANCE_ERROR,
+        "RELATIVE": RELATIVE,
+        "OPAQUE_EXTENT": OPAQUE_EXTENT,
+        "ANTIALIASED": cameras.antialiased,
+    }
+    return numbers, constants
 
 
 @triton.jit
@@ -61,11 +105,11 @@ def _image_extent(
 
 
 @triton.jit
-def _meets(
+def _interval(
     slope, focal, centre, size, variance, rounding, change, extent, growth, relative_move, margin_pixels, eps2d,
     RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Whether the rectangle around the centre reaches the picture along one axis."""
+    """Where the rectangle around the centre begins and ends along one axis, in pixels."""
     sigma = growth * (tl.sqrt(variance + rounding) + change)
     radius = extent * tl.sqrt(sigma * sigma + eps2d)
     offset = focal * slope
@@ -76,21 +120,20 @@ def _meets(
         + focal * relative_move * (1 + tl.abs(slope))
         + 1e-6 * (tl.abs(centre) + size)
     )
-    return (offset + centre + half > 0) & (offset + centre - half < size)
+    return offset + centre - half, offset + centre + half
 
 
-@triton.jit(do_not_specialize=["num_gaussians"])  # or each new kind of number would compile it again
-def _mark_visible(
-    means, scales, quats, opacities, drawn_flags, num_gaussians,
+@triton.jit
+def _rectangles(
+    means, scales, quats, opacities, i, valid,
     w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
     focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
     reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
     move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
     POSITION_ERROR: tl.constexpr, COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr,
-    OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
+    OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = i < num_gaussians
+    """Which rows i may be drawn, and the borders of their rectangles in pixels: left, right, top, bottom."""
     mx = tl.load(means + 3 * i, mask=valid, other=0.0)
     my = tl.load(means + 3 * i + 1, mask=valid, other=0.0)
     mz = tl.load(means + 3 * i + 2, mask=valid, other=0.0)
@@ -162,12 +205,72 @@ def _mark_visible(
     drawn &= opacity255 >= 1
     extent = tl.sqrt(2 * (tl.log(tl.maximum(opacity255, 1.0)) + RELATIVE))
     extent = tl.minimum(extent, OPAQUE_EXTENT) * (1 + RELATIVE)
-    drawn &= _meets(
+    left, right = _interval(
         slope_x, focal_x, centre_x, width, xx, rounding_x, change_x, extent, growth, relative_move, margin_pixels,
         eps2d, RELATIVE,
     )  # fmt: skip
-    drawn &= _meets(
+    top, bottom = _interval(
         slope_y, focal_y, centre_y, height, yy, rounding_y, change_y, extent, growth, relative_move, margin_pixels,
         eps2d, RELATIVE,
     )  # fmt: skip
+    drawn &= (right > 0) & (left < width) & (bottom > 0) & (top < height)
+    return drawn, left, right, top, bottom
+
+
+@triton.jit(do_not_specialize=["num_gaussians"])  # or each new kind of number would compile it again
+def _mark_visible(
+    means, scales, quats, opacities, drawn_flags, num_gaussians,
+    w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
+    focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
+    reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
+    move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
+    POSITION_ERROR: tl.constexpr, COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr,
+    OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    drawn, _left, _right, _top, _bottom = _rectangles(
+        means, scales, quats, opacities, i, i < num_gaussians,
+        w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
+        focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
+        reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
+        move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
+        POSITION_ERROR, COVARIANCE_ERROR, RELATIVE, OPAQUE_EXTENT, ANTIALIASED,
+    )  # fmt: skip
     tl.store(drawn_flags + i, drawn.to(tl.uint8), mask=drawn)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows", "plane"])
+def _cover_cells(
+    means, scales, quats, opacities, ids, cells, corners, num_rows, rows, plane, cell, columns, lines,
+    w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
+    focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
+    reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
+    move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
+    POSITION_ERROR: tl.constexpr, COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr,
+    OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`cells` [4, num_rows] and `corners` [4, columns + 1, lines + 1] of `culling.CoveredCells`; a plane of the latter
+    has so many numbers, a row of it `rows`."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = j < num_rows
+    drawn, left, right, top, bottom = _rectangles(
+        means, scales, quats, opacities, tl.load(ids + j, mask=valid, other=0), valid,
+        w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
+        focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
+        reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
+        move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
+        POSITION_ERROR, COVARIANCE_ERROR, RELATIVE, OPAQUE_EXTENT, ANTIALIASED,
+    )  # fmt: skip
+    # Cut while they are floats, which may be beyond any integer.
+    x0 = tl.where(drawn, tl.floor(tl.maximum(left / cell, 0.0)), columns).to(tl.int32)
+    x1 = tl.where(drawn, tl.ceil(tl.minimum(right / cell, columns)), 0.0).to(tl.int32)
+    y0 = tl.where(drawn, tl.floor(tl.maximum(top / cell, 0.0)), lines).to(tl.int32)
+    y1 = tl.where(drawn, tl.ceil(tl.minimum(bottom / cell, lines)), 0.0).to(tl.int32)
+    tl.store(cells + j, x0.to(tl.int16), mask=valid)
+    tl.store(cells + num_rows + j, x1.to(tl.int16), mask=valid)
+    tl.store(cells + 2 * num_rows + j, y0.to(tl.int16), mask=valid)
+    tl.store(cells + 3 * num_rows + j, y1.to(tl.int16), mask=valid)
+    tl.atomic_add(corners + x0 * rows + y0, 1, mask=drawn)
+    tl.atomic_add(corners + plane + x0 * rows + y1, 1, mask=drawn)
+    tl.atomic_add(corners + 2 * plane + x1 * rows + y0, 1, mask=drawn)
+    tl.atomic_add(corners + 3 * plane + x1 * rows + y1, 1, mask=drawn)

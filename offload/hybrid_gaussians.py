@@ -337,16 +337,19 @@ class HybridGaussians:
     def _train_part(self, upcoming: Cameras | None, train_part: Callable[[ViewPart], PartResult]) -> PartResult:
         rows, part = self._fetch_part(), self._rows.part
         positions = None if part.rows is None else part.rows.to(self._rendering_device)
-        self._pipeline.prefetch(upcoming)
         if not self._measures:
+            self._pipeline.prefetch(upcoming)
             return train_part(ViewPart(part.tile, rows, positions))
-        if not self._limit.is_calibrated:
-            self._pipeline.uploaded_bytes()  # waits, so that what grows from here is this part's rendering alone
         before = torch.cuda.memory_allocated(self._rendering_device)
+        self._pipeline.prefetch(upcoming)
+        if not self._limit.is_calibrated:
+            self._pipeline.uploaded_bytes()  # waits for them, so that the first parts tell how much they add
         begin_stretch(self._rendering_device)
         result = train_part(ViewPart(part.tile, rows, positions))
-        peak = stretch_peak(self._rendering_device)
-        self._limit.observe(len(self._rows.host_ids), result.num_intersections, result.num_pixels, peak - before, peak)
+        peak, arrived = stretch_peak(self._rendering_device), self._pipeline.arrived_bytes()
+        if arrived is not None:
+            grown = peak - before - arrived
+            self._limit.observe(len(self._rows.host_ids), result.num_intersections, result.num_pixels, grown, peak)
         return result
 
     def _refine_part(self) -> None:

@@ -151,7 +151,8 @@ class MemoryBudget:
 
         Args:
             rows, intersections, pixels: Of the part.
-            grown: Bytes by which memory grew from before the part to its peak; with the next part's rows in place.
+            grown: Bytes by which memory grew from before the part, whose rows were there, to its peak, but for the next
+                part's rows.
             peak: Bytes in use at the peak.
         """
         x = np.array([rows, intersections, pixels], np.float64)

@@ -242,6 +242,10 @@ class RowPipeline:
         ahead = self._prepared()
         return 0 if ahead is None else sum(upload.rows.nbytes for upload in ahead.uploads.values())
 
+    def arrived_bytes(self) -> int | None:
+        """Device memory of rows that were prefetched; None while they are on their way."""
+        return None if self._ahead is not None and not self._ahead.done() else self.uploaded_bytes()
+
     def begin(self, cameras: Cameras) -> ViewIds:
         """Begin a step on the view of these cameras."""
         ahead = self._prepared()

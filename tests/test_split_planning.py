@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from offload import culling
 from offload.culling import CoveredCells, Margin, covered_cells, covered_cells_on_device
 from offload.split import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxes
 from rendering.rasterize import rasterize
@@ -146,7 +148,28 @@ def with_torch(rows, ids, cameras, margin) -> list[CoveredCells]:
     return covered_cells_on_device(*(rows[:, columns] for columns in COLUMNS.values()), ids, cameras, margin, CELL)
 
 
-BOTH = pytest.mark.parametrize("find", [native, with_torch])
+def with_triton(rows, ids, cameras, margin) -> list[CoveredCells]:
+    """As `covered_cells_on_device` does it on CUDA."""
+    from offload import culling_triton
+
+    if INTERPRETED:
+        culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
+    device = "cpu" if INTERPRETED else "cuda"
+    ends = (-(-cameras.width // CELL), -(-cameras.height // CELL))
+    found = []
+    for view in culling._views(cameras, margin):
+        cells = torch.full((4, len(ids)), -1, dtype=torch.int16, device=device)
+        corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=device)
+        geometry = (rows[:, columns].to(device) for columns in COLUMNS.values())
+        culling_triton.cover_cells(*geometry, ids.to(device), view, CELL, cells, corners)
+        corners = corners.cpu().numpy().astype(np.int64).reshape(2, 2, *corners.shape[1:])
+        found.append(CoveredCells(cells.cpu(), corners))
+    return found
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, for tests
+TRITON = pytest.param(with_triton, marks=[] if INTERPRETED else pytest.mark.cuda)
+BOTH = pytest.mark.parametrize("find", [native, with_torch, TRITON])
 
 
 @BOTH
@@ -202,14 +225,13 @@ def test_rows_that_move_within_the_margin_stay_in_their_cells(find):
     assert (wide.cells[1::2] >= after.cells[1::2])[:, draws].all()
 
 
-def test_both_ways_agree():
+@pytest.mark.parametrize("find", [with_torch, TRITON])
+def test_all_ways_agree(find):
     rows = random_geometry(20_000, seed=8, median_scale=0.05, spread=1.5)
     rows[7, COLUMNS["scales"]] = 90
     cameras = large(random_cameras(9, count=2))
     ids = torch.arange(3, len(rows))
-    for here, there in zip(
-        native(rows, ids, cameras, NO_MARGIN), with_torch(rows, ids, cameras, NO_MARGIN), strict=True
-    ):
+    for here, there in zip(native(rows, ids, cameras, NO_MARGIN), find(rows, ids, cameras, NO_MARGIN), strict=True):
         draws = (here.cells[1] > 0) & (there.cells[1] > 0)
         assert ((here.cells[1] > 0) != (there.cells[1] > 0)).sum() < 5  # by rounding
         assert (here.cells != there.cells)[:, draws].sum() < 20
