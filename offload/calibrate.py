@@ -35,6 +35,7 @@ from offload.catch_up import CatchUpTables
 from offload.host_memory import HostArray
 from offload.lanes import Lane
 from offload.row_kernels import RowState
+from offload.streamed_pipeline import kernels_of
 
 COLUMNS = 48
 MOST_ROWS = 4_000_000  # 2.3 GB with moments, beyond any cache
@@ -75,14 +76,19 @@ class Rows:
         return len(self.views[0])
 
 
+def finish(device: torch.device) -> None:
+    """Wait for everything that a device has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def median_seconds(work: Callable[[int], None], device: torch.device) -> float:
     """Of work that is told the number of its turn, until the device is done."""
     seconds = []
     for turn in range(2 + REPEATS):
         begin = time.perf_counter()
         work(turn)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish(device)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[2:])
 
@@ -108,10 +114,11 @@ def host_speed(rows: Rows) -> float:
 
 def copy_speeds(device: torch.device) -> tuple[float, float]:
     """Bytes per second of pinned copies: to the device, and both ways at once."""
-    hosts = [torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    pin = device.type == "cuda"
+    hosts = [torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
     devices = [torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
     lanes = [Lane.new(device) for _ in range(2)]
-    torch.cuda.synchronize(device)
+    finish(device)
 
     def upload(turn: int) -> None:
         with lanes[0]:
@@ -127,15 +134,14 @@ def copy_speeds(device: torch.device) -> tuple[float, float]:
 
 def row_speed(rows: Rows, device: torch.device) -> float:
     """Bytes per second of fetching one view's rows while another's are written back, both together."""
-    from offload import row_kernels_triton as kernels  # Triton comes with CUDA builds of torch only
-
+    kernels = kernels_of(device)
     tables = CatchUpTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
     for _ in range(STEPS_BEFORE):
         tables.begin_step([1e-3])
     views, stamps = [ids.to(device) for ids in rows.views], rows.stamps.to(device)
     fetched, updated = (RowState(*torch.zeros(3, rows.num_visible, COLUMNS, device=device)) for _ in range(2))
     fetching, writing = Lane.new(device), Lane.new(device)
-    torch.cuda.synchronize(device)
+    finish(device)
 
     def work(turn: int) -> None:
         with fetching:

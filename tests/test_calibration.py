@@ -12,7 +12,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from errors import InputError
-from offload import calibrate, calibration
+from offload import calibrate, calibration, row_kernels
 from offload.adam import DeferredAdam
 from offload.calibration import DECISIVE, Speeds, predict, print_last_verdict, save_verdict, verdict
 from training import command_line
@@ -132,6 +132,26 @@ def test_host_speed_is_of_forwarding_and_committing(monkeypatch):
     monkeypatch.setattr(DeferredAdam, "forward", taking(4 * 192 / 2e9))
     monkeypatch.setattr(DeferredAdam, "commit", taking(7 * 192 / 2e9))
     assert calibrate.host_speed(rows) == pytest.approx(2e9)
+
+
+def test_the_link_is_measured_by_copies_and_by_the_kernels_of_the_trainer(monkeypatch):
+    """On the CPU, where the same calls are made and there is no link: only that bytes are counted as they move."""
+    cpu, now, moved = torch.device("cpu"), [0.0], []
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibrate, "finish", lambda device: now.__setitem__(0, now[0] + 1e-3))  # a turn takes 1 ms
+    monkeypatch.setattr(calibrate, "COPY_BYTES", 1000)
+    assert calibrate.copy_speeds(cpu) == (pytest.approx(1e6), pytest.approx(2e6))
+
+    rows = calibrate.Rows(40_000, pin=False)
+    for name in ("fetch_rows", "write_rows"):
+        kernel = getattr(row_kernels, name)
+        monkeypatch.setattr(
+            row_kernels, name, lambda *args, name=name, kernel=kernel: (moved.append(name), kernel(*args))
+        )
+    speed = calibrate.row_speed(rows, cpu)
+    assert speed == pytest.approx(2 * 576 * rows.num_visible / 1e-3)
+    assert moved == ["fetch_rows", "write_rows"] * (2 + calibrate.REPEATS)
+    assert rows.state.parameters[rows.views[1]].eq(0).all()  # written
 
 
 def test_views_are_those_of_a_scene():
