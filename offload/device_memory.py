@@ -13,7 +13,7 @@ def bound_memory(num_bytes: int, device: torch.device) -> None:
     global _bound
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0))  # refuses a device without index
         _bound = num_bytes
 
 
