@@ -1,0 +1,137 @@
+"""The least and the most there can be, in every trainer: Gaussians, those in view, those left, threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from configs import Config
+from datasets.loader import evaluation_loader
+from datasets.scene import load_scene
+from datasets.synthetic import write_city_block
+from offload.culling import BlockBounds, visible_ids
+from offload.store import HostStore
+from tests.training_scripts import anisotropic_start, train
+from trainers import TRAINERS
+from training.checkpoints import load_checkpoint
+from training.gaussians import PARAMETER_NAMES
+from training.views import View, cameras_of
+
+OFFLOADING = [name for name in TRAINERS if name != "gpu_only"]
+NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--max_steps", 30, "--sh_degree_interval", 10)
+EVERYWHERE, ONCE, NOWHERE = range(3)  # rows of `seen_by_all_one_and_none`
+
+
+@pytest.fixture(scope="module")
+def city_block(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    return data_dir
+
+
+def train_from(monkeypatch, start: dict[str, Tensor], trainer: str, data_dir: Path, result_dir: Path, *options: object):
+    """The Gaussians after training a trainer from these."""
+    monkeypatch.setattr("training.run.initial_gaussians", lambda *arguments, **options: start)
+    way = TRAINERS[trainer]
+    return train(monkeypatch, way.load(), data_dir, result_dir, *options, *way.arguments)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in PARAMETER_NAMES:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def first_gaussians(data_dir: Path, num_gaussians: int) -> dict[str, Tensor]:
+    scene = load_scene(data_dir)
+    options = {"sh_degree": 3, "init_opacity": 0.3, "init_scale": 1.0, "seed": 0}
+    return anisotropic_start(scene.points[:num_gaussians], scene.points_rgb[:num_gaussians], **options)
+
+
+def visible_per_view(data_dir: Path, gaussians: dict[str, Tensor]) -> list[list[int]]:
+    """The rows that each training view shows."""
+    scene, cfg = load_scene(data_dir), Config()
+    geometry = HostStore(gaussians, max_gaussians=1000).groups["geometry"].parameters.tensor
+    with evaluation_loader(scene, scene.train_ids, num_workers=1) as loader:
+        views = [View.from_batch(batch, torch.device("cpu")) for batch in loader]
+    return [visible_ids(geometry, BlockBounds(geometry), cameras_of(view, cfg)).tolist() for view in views]
+
+
+@pytest.mark.parametrize("trainer", OFFLOADING)
+def test_one_gaussian(monkeypatch, city_block, tmp_path, trainer):
+    start = first_gaussians(city_block, 2)
+    start = {name: value[:1] for name, value in start.items()}
+    expected = train_from(monkeypatch, start, "gpu_only", city_block, tmp_path / "gpu_only", *NO_DENSIFICATION)
+    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path / "offloaded", *NO_DENSIFICATION)
+    assert any(visible_per_view(city_block, start))
+    assert not torch.equal(expected["means"], start["means"])
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("trainer", OFFLOADING)
+def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path, trainer):
+    start = first_gaussians(city_block, 3)
+    scene = load_scene(city_block)
+    camera = scene.camtoworlds[scene.train_ids[0]]
+    start["means"][EVERYWHERE] = torch.from_numpy(scene.points.mean(axis=0))
+    start["means"][ONCE] = torch.from_numpy(camera[:3, 3] + 0.02 * camera[:3, 2])  # just before one camera
+    start["means"][NOWHERE] = torch.from_numpy(camera[:3, 3] - 50 * camera[:3, 2])  # far behind all
+    start["scales"] += np.log(0.004) - start["scales"].mean(dim=1, keepdim=True)
+    shown = visible_per_view(city_block, start)
+    counts = [sum(row in rows for rows in shown) for row in (EVERYWHERE, ONCE, NOWHERE)]
+    assert counts == [len(shown), 1, 0]
+    expected = train_from(monkeypatch, start, "gpu_only", city_block, tmp_path / "gpu_only", *NO_DENSIFICATION)
+    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path / "offloaded", *NO_DENSIFICATION)
+    assert_same(actual, expected)
+    for name in PARAMETER_NAMES:
+        assert torch.equal(actual[name][NOWHERE], start[name][NOWHERE])
+    for row in (EVERYWHERE, ONCE):
+        assert not torch.equal(actual["means"][row], start["means"][row])
+
+
+@pytest.mark.parametrize("trainer", OFFLOADING)
+def test_every_view_shows_all_rows(monkeypatch, city_block, tmp_path, trainer):
+    """With more threads than rows, and than blocks of rows, as well."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    start = first_gaussians(city_block, 20)
+    center = start["means"].mean(dim=0)
+    start["means"] = center + 0.05 * (start["means"] - center)
+    start["scales"] -= 1.0
+    assert visible_per_view(city_block, start) == [list(range(20))] * len(load_scene(city_block).train_ids)
+    expected = train_from(monkeypatch, start, "gpu_only", city_block, tmp_path / "gpu_only", *NO_DENSIFICATION)
+    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path / "offloaded", *NO_DENSIFICATION)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_no_view_shows_a_row(monkeypatch, city_block, tmp_path, trainer):
+    start = first_gaussians(city_block, 50)
+    actual = train_from(
+        monkeypatch, start, trainer, city_block, tmp_path, "--max_steps", 5, "--near_plane", 1e6, "--random_background"
+    )
+    assert all(torch.equal(actual[name], start[name]) for name in PARAMETER_NAMES)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_refinement_that_would_leave_none_stops_with_all_saved(monkeypatch, city_block, tmp_path, capsys, trainer):
+    options = ("--max_steps", 40, "--refine_start_iter", 5, "--refine_every", 10, "--prune_opa", 0.49)
+    with pytest.raises(SystemExit, match="1"):
+        train_from(monkeypatch, first_gaussians(city_block, 50), trainer, city_block, tmp_path, *options)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("Stopped: ")
+    assert "would remove all" in message
+    assert "--prune_opa" in message
+    assert load_checkpoint(tmp_path / "ckpts/ckpt_11.pt").steps == 11
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_one_gaussian_survives_a_refinement(monkeypatch, city_block, tmp_path, trainer):
+    start = first_gaussians(city_block, 40)
+    start["opacities"][1:] = -8.0  # transparent
+    options = ("--max_steps", 40, "--refine_start_iter", 5, "--refine_every", 10, "--grow_grad2d", 1e3)
+    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path, *options)
+    assert len(actual["means"]) == 1
+    assert actual["means"].isfinite().all()
