@@ -51,6 +51,8 @@ def main() -> None:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first trainer has been started
+        sys.exit(130)
 
 
 def compare_runs(options: Options, passed_on: Sequence[str]) -> int:

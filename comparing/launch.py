@@ -24,6 +24,7 @@ from comparing.runs import (
     differing_options,
     is_complete,
     is_finished,
+    last_step,
     read_options,
     write_launch,
 )
@@ -66,7 +67,7 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
         passed_on: Options for the trainers. One that only some trainers have is given to those.
 
     Raises:
-        InputError: A trainer, the scene or an option is unknown, or a folder holds a finished run with other options.
+        InputError: A trainer, the scene or an option is unknown.
     """
     unknown = [name for name in names if name not in TRAINERS]
     if unknown or not names:
@@ -163,7 +164,8 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     """Run a trainer to its end; everything it prints but its progress goes to log.txt in its result folder.
 
     Args:
-        wanted: What to run. An unfinished run with the same options is continued from its last checkpoint.
+        wanted: What to run. An unfinished run with the same options is continued from its last checkpoint, which is
+            only evaluated if it is that of the last step.
         interruption: Told of the process.
         show: Called with each line of progress.
         anew: Whether to begin anew in any case.
@@ -174,7 +176,8 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
         for name in ("stats", "tb", "renders", "ckpts", "ply"):
             shutil.rmtree(wanted.folder / name, ignore_errors=True)
     else:
-        arguments.append("--resume")
+        last = wanted.folder / "ckpts" / f"ckpt_{last_step(options)}.pt"
+        arguments += ["--ckpt", str(last)] if last.is_file() else ["--resume"]
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
     wanted.folder.mkdir(parents=True, exist_ok=True)
     said = ""
@@ -226,7 +229,7 @@ def _outcome(exit_code: int, said: str, *, whole: bool) -> tuple[str, str]:
     if exit_code in (130, -signal.SIGINT, -signal.SIGTERM) or (exit_code == 0 and said.startswith("Interrupted")):
         return INTERRUPTED, said
     if exit_code == 0:
-        return FAILED, f"It ended without the statistics of its last step. {said}".strip()
+        return FAILED, f"It ended without the statistics of its last step; --force begins it anew. {said}".strip()
     return OUT_OF_MEMORY if _MEMORY.search(said) else FAILED, said
 
 

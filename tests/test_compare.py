@@ -135,7 +135,7 @@ def test_a_failure_and_ctrl_c_leave_a_correct_partial_report(monkeypatch, city_b
     assert waiting["status"] == "not run"
     assert not (tmp_path / "baseline").exists()
 
-    # The same command continues it.
+    # The same command continues it, and evaluates it where only that is missing.
     steps_done = int(re.search(r"after (\d+) steps", interrupted["message"])[1])
     assert run_compare(monkeypatch, *options, "--trainers", "optimized") == 0
     (continued,) = report_of(tmp_path)["runs"]
@@ -145,6 +145,10 @@ def test_a_failure_and_ctrl_c_leave_a_correct_partial_report(monkeypatch, city_b
     seconds = continued["curves"]["loss"]["seconds"]
     assert seconds == sorted(seconds)
     assert seconds[-1] == pytest.approx(continued["figures"]["elapsed_seconds"], abs=1.0)
+    (tmp_path / "optimized/stats/val_step300.json").unlink()
+    assert run_compare(monkeypatch, *options, "--trainers", "optimized") == 0
+    (evaluated_again,) = report_of(tmp_path)["runs"]
+    assert evaluated_again["figures"] == continued["figures"]
 
 
 # ------------------------------------------------------------------------------------------------- single parts
@@ -357,6 +361,9 @@ def test_what_is_left_in_a_folder_before_a_trainer_starts(tmp_path):
         return (folder / "log.txt").read_text().strip(), (folder / "stats/train_step10.json").is_file()
 
     assert start(same.folder) == ("--resume", True)
+    (same.folder / "ckpts").mkdir()
+    (same.folder / "ckpts/ckpt_30.pt").touch()
+    assert start(same.folder) == (f"--ckpt {same.folder}/ckpts/ckpt_30.pt", True)
     assert start(other.folder) == ("", False)
     assert start(same.folder, anew=True) == ("", False)
 
