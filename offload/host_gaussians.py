@@ -91,7 +91,7 @@ class HostGaussians(HostStore):
                 gradients.index_copy_(0, self._ids, self._transfers[name].download(rows.grad).ready())
             adam = self._adams[name]
             adam.begin_step(self._rates[name](adam.step_count + 1))
-            moments = (group.exp_avg.tensor, group.exp_avg_sq.tensor)
+            moments = (group.exp_avg, group.exp_avg_sq)
             adam.dense(group.parameters.tensor, *moments, gradients)
             gradients.index_fill_(0, self._ids, 0.0)
         self.steps_done += 1

@@ -69,7 +69,7 @@ class RowGroup:
     def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Parameters and moments [N, columns] and stamps [N], as the optimizer takes them."""
         group = self.store.groups[self.name]
-        return group.parameters.tensor, group.exp_avg.tensor, group.exp_avg_sq.tensor, self.store.last_step
+        return group.parameters.tensor, group.exp_avg, group.exp_avg_sq, self.store.last_step
 
 
 @dataclass

@@ -1,7 +1,10 @@
 """What a device does with rows that live in pinned host memory, in plain torch.
 
-`offload/row_kernels_triton.py` has the same four functions as CUDA kernels. The mathematics of skipped steps is
-explained in `offload/adam.py`.
+`offload/row_kernels_triton.py` has the same functions as CUDA kernels, but for `settle_rows`, which no step needs. The
+mathematics of skipped steps is explained in `offload/adam.py`.
+
+A row that has skipped steps has its parameters caught up when it is fetched. Its moments stay as they were after its
+last update until the next one, which decays them: so they are rounded once per update, and reading rounds nothing.
 """
 
 from __future__ import annotations
@@ -11,65 +14,88 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload.catch_up import CatchUpTables, StepSizes
+from offload.bfloat16_moments import pack, random_bits, unpack
+from offload.catch_up import CatchUpTables
 
 
 @dataclass(frozen=True)
 class RowState:
-    """Rows and their Adam moments, float32 [rows, columns] each, contiguous; columns are a multiple of 4."""
+    """Rows and their Adam moments, 32-bit words [rows, columns] each, contiguous; columns are a multiple of 4."""
 
-    parameters: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    parameters: Tensor  # float32
+    moments: tuple[Tensor, ...]  # the first and the second, float32; or int32 pairs (`offload/bfloat16_moments.py`)
 
     def __getitem__(self, rows: slice) -> RowState:
-        return RowState(self.parameters[rows], self.exp_avg[rows], self.exp_avg_sq[rows])
+        return RowState(self.parameters[rows], tuple(moment[rows] for moment in self.moments))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.parameters, self.exp_avg, self.exp_avg_sq
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.parameters, *self.moments
+
+    def new_empty(self, rows: int, device: torch.device) -> RowState:
+        """Space for rows like these."""
+        parameters, *moments = (tensor.new_empty(rows, tensor.shape[1], device=device) for tensor in self.tensors())
+        return RowState(parameters, tuple(moments))
 
 
 def fetch_rows(
-    host: RowState, stamps: Tensor, ids: Tensor, wanted: Tensor | None, out: RowState, tables: CatchUpTables
+    source: RowState,
+    places: Tensor,
+    ids: Tensor,
+    stamps: Tensor,
+    wanted: Tensor | None,
+    out: RowState,
+    tables: CatchUpTables,
 ) -> None:
-    """Copy rows from the host to the device and apply the steps that they have skipped.
+    """Copy rows and apply to their parameters the steps that they have skipped.
 
     Args:
-        host: N rows, pinned.
-        stamps: [N] int32 on the device, the step of each row's last update.
-        ids: [V] int64 on the device, which rows.
+        source: Rows in pinned memory or on the device.
+        places: [V] int64 on the device, which of them.
+        ids: [V] int64 on the device, which Gaussians they are.
+        stamps: [N] int32 on the device, the step of each Gaussian's last update.
         wanted: [V] bool; rows of `out` where it is False are left alone. None: all are wanted.
-        out: V rows on the device: the values after step `tables.step`.
+        out: V rows on the device: the values after step `tables.step`, the moments after the last update.
         tables: Of the skipped steps.
     """
-    places = _places(wanted, len(ids), ids.device)
-    ids = ids[places]
-    w, m, v = (tensor[ids] for tensor in host.tensors())
-    old = stamps[ids].long()  # [M]
-    skipped = tables.sums[:, old].float().T @ tables.multipliers  # [M, columns]
-    decays = tables.decays[:, tables.step - old]  # [2, M] float64
-    out.parameters[places] = w - skipped * (m / (v.sqrt() + tables.eps))
-    out.exp_avg[places] = m * decays[0].float()[:, None]
-    out.exp_avg_sq[places] = (v * decays[1][:, None]).float()
+    chosen = _chosen(wanted, ids)
+    places = places[chosen]
+    moments = [moment[places] for moment in source.moments]
+    out.parameters[chosen] = _caught_up(source.parameters[places], moments, stamps[ids[chosen]], tables)
+    for moment, fetched in zip(out.moments, moments, strict=True):
+        moment[chosen] = fetched
 
 
-def read_rows(host: RowState, stamps: Tensor, ids: Tensor, out: Tensor, tables: CatchUpTables) -> None:
-    """As `fetch_rows`, of all ids, without the moments: `out` [V, columns] receives the parameters."""
-    fetch_rows(host, stamps, ids, None, RowState(out, torch.empty_like(out), torch.empty_like(out)), tables)
+def read_rows(host: RowState, ids: Tensor, stamps: Tensor, out: Tensor, tables: CatchUpTables) -> None:
+    """As `fetch_rows`, of rows `ids` [V], without the moments: `out` [V, columns] receives the parameters."""
+    moments = [moment[ids] for moment in host.moments]
+    out.copy_(_caught_up(host.parameters[ids], moments, stamps[ids], tables))
 
 
-def step_rows(rows: RowState, gradients: Tensor, step: StepSizes) -> None:
-    """One Adam step in place.
+def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, tables: CatchUpTables) -> None:
+    """Adam's step `tables.step` in place, and the decay of the moments in the steps skipped before.
 
     Args:
-        rows: V rows on the device, as they are after the step before.
+        rows: V rows on the device, as `fetch_rows` gives them.
+        ids: [V] int64 on the device, which Gaussians they are.
+        stamps: [N] int32 on the device, the step of each Gaussian's last update; becomes the step.
         gradients: [V, columns].
-        step: Its sizes.
+        tables: After `begin_step`.
     """
+    step = tables.step_sizes()
+    m, v = _decayed(rows.moments, tables, tables.step - 1 - stamps[ids])
     # Written as a change, so that 1 - b, not b, is rounded to float32: v would remember that for 1000 steps.
-    rows.exp_avg.add_(gradients - rows.exp_avg, alpha=1 - step.betas[0])
-    rows.exp_avg_sq.add_(gradients.square() - rows.exp_avg_sq, alpha=1 - step.betas[1])
-    rows.parameters.sub_(step.sizes * (rows.exp_avg / (rows.exp_avg_sq.sqrt() + step.eps)))
+    m += (1 - step.betas[0]) * (gradients - m)
+    v += (1 - step.betas[1]) * (gradients * gradients - v)
+    rows.parameters.sub_(step.sizes * (m / (v.sqrt() + step.eps)))
+    _store_moments(rows, m, v, ids, tables.step)
+    stamps[ids] = tables.step
+
+
+def settle_rows(rows: RowState, ids: Tensor, stamps: Tensor, tables: CatchUpTables) -> None:
+    """Bring the moments of fetched rows to the step of their parameters, without a gradient; as `step_rows`."""
+    m, v = _decayed(rows.moments, tables, tables.step - stamps[ids])
+    _store_moments(rows, m, v, ids, tables.step)
+    stamps[ids] = tables.step
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
@@ -85,23 +111,49 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
         destination[places] = tensor[sources[places]]
 
 
-def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState, stamps: Tensor, step: int) -> None:
-    """Copy rows from the device to the host, and stamp them.
+def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState) -> None:
+    """Copy rows from the device to the host.
 
     Args:
-        rows: V rows on the device, as they are after `step`.
+        rows: V rows on the device.
         ids: [V] int64 on the device, the rows of the host that they are.
         wanted: [V] bool; where it is False nothing is written. None: all are wanted.
         host: N rows, pinned.
-        stamps: [N] int32 on the device.
-        step: The stamp.
     """
-    places = _places(wanted, len(ids), ids.device)
-    ids = ids[places]
+    chosen = _chosen(wanted, ids)
+    ids = ids[chosen]
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
-        destination[ids] = tensor[places]
-    stamps[ids] = step
+        destination[ids] = tensor[chosen]
 
 
-def _places(wanted: Tensor | None, count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device) if wanted is None else wanted.nonzero().squeeze(1)
+def _chosen(wanted: Tensor | None, ids: Tensor) -> Tensor | slice:
+    return slice(None) if wanted is None else wanted.nonzero().squeeze(1)
+
+
+def _moments(stored: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both moments in float32."""
+    return (stored[0], stored[1]) if len(stored) == 2 else unpack(stored[0])
+
+
+def _caught_up(w: Tensor, moments: list[Tensor], stamps: Tensor, tables: CatchUpTables) -> Tensor:
+    """Parameters [M, columns] after `tables.step`, from those after the steps `stamps` [M]."""
+    m, v = _moments(moments)
+    skipped = tables.sums[:, stamps.long()].float().T @ tables.multipliers  # [M, columns]
+    return w - skipped * (m / (v.sqrt() + tables.eps))
+
+
+def _decayed(stored: tuple[Tensor, ...], tables: CatchUpTables, skipped: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of both moments [V, columns] float32 after so many steps [V] without gradient."""
+    m, v = _moments(stored)
+    decay1, decay2 = tables.decays[:, skipped.long(), None]  # [V, 1] float64 each
+    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
+    near = decay2.float()
+    return m * decay1.float(), v * near + v * (decay2 - near).float()
+
+
+def _store_moments(rows: RowState, m: Tensor, v: Tensor, ids: Tensor, step: int) -> None:
+    if len(rows.moments) == 2:
+        rows.moments[0].copy_(m)
+        rows.moments[1].copy_(v)
+    else:
+        rows.moments[0].copy_(pack(m, v, random_bits(ids, m.shape[1], step)))

@@ -5,7 +5,7 @@ every thread moves whole vectors, and a warp's 32 of them touch whole lines of 6
 (rows of 196 bytes took 8 times as long as rows of 192). What a row needs beside its values (id, stamp, table entries)
 is loaded once per vector; the caches of the device serve that.
 
-Kernels that cross PCIe run on BLOCKS thread blocks, which loop over the tiles. That is enough to fill the link, and
+Kernels that cross PCIe run on a few thread blocks, which loop over the tiles. That is enough to fill the link, and
 leaves room for a kernel in the other direction and for rendering; kernels with a full grid would take turns.
 """
 
@@ -16,69 +16,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.catch_up import CatchUpTables, StepSizes
-from offload.row_kernels import RowState
+from offload.bfloat16_moments import MIX_1, MIX_2, seed_of
+from offload.catch_up import CatchUpTables
+from offload.row_kernels import RowState, settle_rows
 
-BLOCKS = 64  # of a kernel that crosses PCIe
-TILE = 1024  # 16-byte vectors
+__all__ = ["fetch_rows", "move_rows", "read_rows", "settle_rows", "step_rows", "write_rows"]  # settle_rows is torch
+
+FETCH_BLOCKS = 64  # of a kernel that reads over PCIe
+WRITE_BLOCKS = 64  # of one that writes
+LINK_TILE = 1024  # 16-byte vectors, of both
+LINK_WARPS = 8
+TILE = 512  # of kernels that stay on the device
 WARPS = 8
+
+_MIX_1, _MIX_2 = tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 
 
 def fetch_rows(
-    host: RowState, stamps: Tensor, ids: Tensor, wanted: Tensor | None, out: RowState, tables: CatchUpTables
+    source: RowState,
+    places: Tensor,
+    ids: Tensor,
+    stamps: Tensor,
+    wanted: Tensor | None,
+    out: RowState,
+    tables: CatchUpTables,
 ) -> None:
     """As `offload.row_kernels.fetch_rows`."""
-    _fetch(host, stamps, ids, wanted, out.tensors(), tables)
+    _fetch(source, places, ids, stamps, wanted, out.tensors(), tables)
 
 
-def read_rows(host: RowState, stamps: Tensor, ids: Tensor, out: Tensor, tables: CatchUpTables) -> None:
+def read_rows(host: RowState, ids: Tensor, stamps: Tensor, out: Tensor, tables: CatchUpTables) -> None:
     """As `offload.row_kernels.read_rows`."""
-    _fetch(host, stamps, ids, None, (out, None, None), tables)
+    _fetch(host, ids, ids, stamps, None, (out,), tables)
 
 
 def _fetch(
-    host: RowState,
-    stamps: Tensor,
+    source: RowState,
+    places: Tensor,
     ids: Tensor,
+    stamps: Tensor,
     wanted: Tensor | None,
-    out: tuple[Tensor, Tensor | None, Tensor | None],
+    out: tuple[Tensor, ...],
     tables: CatchUpTables,
 ) -> None:
     if len(ids) == 0:
         return
     schedules, columns = tables.multipliers.shape
+    num_vectors = len(ids) * columns // 4
     with torch.cuda.device_of(ids):
-        _fetch_kernel[(BLOCKS,)](
-            *host.tensors(),
-            stamps,
+        _fetch_kernel[(_grid(num_vectors, source, FETCH_BLOCKS),)](
+            *_padded(source.tensors()),
+            places,
             ids,
+            stamps,
             wanted,
-            *out,
+            *_padded(out),
             tables.sums,
-            tables.decays,
             tables.multipliers,
             tables.sums.shape[1],
-            tables.step,
             tables.eps,
-            len(ids) * columns // 4,
+            num_vectors,
             VECTORS=columns // 4,
             SCHEDULES=schedules,
-            TILE=TILE,
-            num_warps=WARPS,
+            TILE=LINK_TILE,
+            num_warps=LINK_WARPS,
         )
 
 
-def step_rows(rows: RowState, gradients: Tensor, step: StepSizes) -> None:
+def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, tables: CatchUpTables) -> None:
     """As `offload.row_kernels.step_rows`."""
     count, columns = gradients.shape
     if count == 0:
         return
-    num_vectors = count * columns // 4
+    step, num_vectors = tables.step_sizes(), count * columns // 4
     with torch.cuda.device_of(gradients):
         _step_kernel[(triton.cdiv(num_vectors, TILE),)](
-            *rows.tensors(),
+            *_padded(rows.tensors()),
+            ids,
+            stamps,
             gradients.contiguous(),
             step.sizes,
+            tables.decays,
+            tables.decays.shape[1],
+            tables.step,
+            seed_of(tables.step),
             1 - step.betas[0],
             1 - step.betas[1],
             step.eps,
@@ -87,6 +108,7 @@ def step_rows(rows: RowState, gradients: Tensor, step: StepSizes) -> None:
             TILE=TILE,
             num_warps=WARPS,
         )
+    stamps.index_fill_(0, ids, tables.step)  # when all vectors of a row have read it
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
@@ -97,46 +119,118 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
     num_vectors = count * columns // 4
     with torch.cuda.device_of(sources):
         _move_kernel[(triton.cdiv(num_vectors, TILE),)](
-            *rows.tensors(), sources, *out.tensors(), num_vectors, VECTORS=columns // 4, TILE=TILE, num_warps=WARPS
-        )
-
-
-def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState, stamps: Tensor, step: int) -> None:
-    """As `offload.row_kernels.write_rows`."""
-    columns = rows.parameters.shape[1]
-    if len(ids) == 0:
-        return
-    with torch.cuda.device_of(ids):
-        _write_kernel[(BLOCKS,)](
-            *rows.tensors(),
-            ids,
-            wanted,
-            *host.tensors(),
-            stamps,
-            step,
-            len(ids) * columns // 4,
+            *_padded(rows.tensors()),
+            sources,
+            *_padded(out.tensors()),
+            num_vectors,
             VECTORS=columns // 4,
             TILE=TILE,
             num_warps=WARPS,
         )
 
 
-@triton.jit(do_not_specialize=["capacity", "step", "num_vectors"])
+def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState) -> None:
+    """As `offload.row_kernels.write_rows`."""
+    columns = rows.parameters.shape[1]
+    if len(ids) == 0:
+        return
+    num_vectors = len(ids) * columns // 4
+    with torch.cuda.device_of(ids):
+        _write_kernel[(_grid(num_vectors, host, WRITE_BLOCKS),)](
+            *_padded(rows.tensors()),
+            ids,
+            wanted,
+            *_padded(host.tensors()),
+            num_vectors,
+            VECTORS=columns // 4,
+            TILE=LINK_TILE,
+            num_warps=LINK_WARPS,
+        )
+
+
+def _grid(num_vectors: int, other: RowState, blocks: int) -> int:
+    """Thread blocks that loop over the tiles, where the other side is the host."""
+    tiles = triton.cdiv(num_vectors, LINK_TILE)
+    return tiles if other.parameters.is_cuda else min(tiles, blocks)
+
+
+def _padded(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Parameters and two tensors of moments, None where there are fewer."""
+    return *tensors, *[None] * (3 - len(tensors))
+
+
+@triton.jit
+def _moments(first, second):
+    """Both moments in float32, as in `bfloat16_moments.unpack` where there is no second tensor."""
+    if second is None:
+        m = (first << 16).to(tl.float32, bitcast=True)
+        v = (first & -65536).to(tl.float32, bitcast=True)
+    else:
+        m = first
+        v = second
+    return m, v
+
+
+@triton.jit
+def _random_bits(counter, seed):
+    """`bfloat16_moments.random_bits`, uint32."""
+    x = counter.to(tl.uint32) ^ seed.to(tl.uint32)
+    x = (x ^ (x >> 16)) * tl.full([1], _MIX_1, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([1], _MIX_2, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _pack(m, v, random):
+    """`bfloat16_moments.pack`, int32."""
+    first = (m.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
+    second = (v.to(tl.uint32, bitcast=True) + (random >> 16)) & tl.full([1], 0xFFFF0000, tl.uint32)
+    return (first | second).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _is_wanted(wanted, row, inside):
+    """Which rows of the tile to move: those inside, and where `wanted` says so."""
+    if wanted is not None:
+        inside = inside & (tl.load(wanted + row, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _load(pointer, offsets, mask):
+    """None where there is no tensor."""
+    if pointer is None:  # noqa: SIM108 (as Triton takes it)
+        words = None
+    else:
+        words = tl.load(pointer + offsets, mask=mask, other=0)
+    return words
+
+
+@triton.jit
+def _copy(parameters, first, second, there, out_parameters, out_first, out_second, here, mask):
+    """Rows, moments and all; read before anything is written."""
+    w, m, v = _load(parameters, there, mask), _load(first, there, mask), _load(second, there, mask)
+    tl.store(out_parameters + here, w, mask=mask)
+    tl.store(out_first + here, m, mask=mask)
+    if second is not None:
+        tl.store(out_second + here, v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["capacity", "num_vectors"])
 def _fetch_kernel(
-    parameters,  # [N, columns] on the host, as the next two
-    exp_avg,
-    exp_avg_sq,
-    stamps,  # [N]
+    parameters,  # [rows, columns] on the host or on the device, as the next two
+    first_moment,  # or both as pairs
+    second_moment,  # or None
+    places,  # [V]
     ids,  # [V]
+    stamps,  # [N]
     wanted,  # [V] or None
     out_parameters,  # [V, columns]
-    out_exp_avg,  # [V, columns] or None, as the next
-    out_exp_avg_sq,
+    out_first,  # [V, columns] or None
+    out_second,  # [V, columns] or None
     sums,  # [SCHEDULES, capacity] float64
-    decays,  # [2, capacity] float64
     multipliers,  # [SCHEDULES, columns]
     capacity,
-    step,
     eps,
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
@@ -148,70 +242,87 @@ def _fetch_kernel(
         vector = first + tl.arange(0, TILE)
         row, part = vector // VECTORS, vector % VECTORS
         fetched = _is_wanted(wanted, row, vector < num_vectors)
-        row_id = tl.load(ids + row, mask=fetched, other=0)
-        here = vector[:, None] * 4 + lane
-        there = (row_id * VECTORS + part)[:, None] * 4 + lane
-        m = tl.load(exp_avg + there, mask=fetched[:, None], other=0.0)
-        v = tl.load(exp_avg_sq + there, mask=fetched[:, None], other=0.0)
-        w = tl.load(parameters + there, mask=fetched[:, None], other=0.0)
+        place = tl.load(places + row, mask=fetched, other=0)
+        here = vector[:, None].to(tl.int64) * 4 + lane
+        there = (place * VECTORS + part)[:, None] * 4 + lane
+        moments1 = _load(first_moment, there, fetched[:, None])
+        moments2 = _load(second_moment, there, fetched[:, None])
+        w = _load(parameters, there, fetched[:, None])
 
-        stamp = tl.load(stamps + row_id, mask=fetched, other=0)
+        stamp = tl.load(stamps + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
         skipped = tl.zeros([TILE, 4], tl.float32)
         for schedule in tl.static_range(SCHEDULES):
             total = tl.load(sums + schedule * capacity + stamp, mask=fetched, other=0.0).to(tl.float32)
             rates = tl.load(multipliers + schedule * VECTORS * 4 + part[:, None] * 4 + lane)
             skipped += total[:, None] * rates
+        m, v = _moments(moments1, moments2)
         tl.store(out_parameters + here, w - skipped * (m / (tl.sqrt(v) + eps)), mask=fetched[:, None])
-        if out_exp_avg is not None:
-            decay1 = tl.load(decays + (step - stamp), mask=fetched, other=0.0).to(tl.float32)
-            decay2 = tl.load(decays + capacity + (step - stamp), mask=fetched, other=0.0)
-            # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
-            near = decay2.to(tl.float32)
-            rest = (decay2 - near.to(tl.float64)).to(tl.float32)
-            tl.store(out_exp_avg + here, m * decay1[:, None], mask=fetched[:, None])
-            tl.store(out_exp_avg_sq + here, v * near[:, None] + v * rest[:, None], mask=fetched[:, None])
+        if out_first is not None:
+            tl.store(out_first + here, moments1, mask=fetched[:, None])
+        if out_second is not None:
+            tl.store(out_second + here, moments2, mask=fetched[:, None])
 
 
-@triton.jit(do_not_specialize=["num_vectors"])
+@triton.jit(do_not_specialize=["capacity", "step", "seed", "num_vectors"])
 def _step_kernel(
-    parameters,  # [V, columns], as the next three
-    exp_avg,
-    exp_avg_sq,
-    gradients,
+    parameters,  # [V, columns], as the next two
+    first_moment,  # or both as pairs
+    second_moment,  # or None
+    ids,  # [V]
+    stamps,  # [N]
+    gradients,  # [V, columns]
     sizes,  # [columns]
+    decays,  # [2, capacity] float64
+    capacity,
+    step,
+    seed,
     gradient_weight,  # 1 - b1
     square_weight,  # 1 - b2
     eps,
-    num_vectors,
+    num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     vector = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = (vector < num_vectors)[:, None]
+    row, part = vector // VECTORS, vector % VECTORS
+    inside = vector < num_vectors
     lane = tl.arange(0, 4)[None, :]
-    here = vector[:, None] * 4 + lane
-    g = tl.load(gradients + here, mask=inside, other=0.0)
-    m = tl.load(exp_avg + here, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + here, mask=inside, other=0.0)
-    w = tl.load(parameters + here, mask=inside, other=0.0)
-    size = tl.load(sizes + (vector % VECTORS)[:, None] * 4 + lane)
+    here = vector[:, None].to(tl.int64) * 4 + lane
+    column = part[:, None] * 4 + lane
+    g = tl.load(gradients + here, mask=inside[:, None], other=0.0)
+    w = tl.load(parameters + here, mask=inside[:, None], other=0.0)
+    m, v = _moments(_load(first_moment, here, inside[:, None]), _load(second_moment, here, inside[:, None]))
+    size = tl.load(sizes + column)
+
+    row_id = tl.load(ids + row, mask=inside, other=0)
+    skipped = step - 1 - tl.load(stamps + row_id, mask=inside, other=0)
+    decay1 = tl.load(decays + skipped, mask=inside, other=0.0).to(tl.float32)
+    decay2 = tl.load(decays + capacity + skipped, mask=inside, other=0.0)
+    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
+    near = decay2.to(tl.float32)
+    rest = (decay2 - near.to(tl.float64)).to(tl.float32)
+    m = m * decay1[:, None]
+    v = v * near[:, None] + v * rest[:, None]
     m += gradient_weight * (g - m)
     v += square_weight * (g * g - v)
-    w -= size * (m / (tl.sqrt(v) + eps))
-    tl.store(exp_avg + here, m, mask=inside)
-    tl.store(exp_avg_sq + here, v, mask=inside)
-    tl.store(parameters + here, w, mask=inside)
+    tl.store(parameters + here, w - size * (m / (tl.sqrt(v) + eps)), mask=inside[:, None])
+    if second_moment is None:
+        random = _random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
+        tl.store(first_moment + here, _pack(m, v, random), mask=inside[:, None])
+    else:
+        tl.store(first_moment + here, m, mask=inside[:, None])
+        tl.store(second_moment + here, v, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
 def _move_kernel(
     parameters,  # [V, columns], as the next two
-    exp_avg,
-    exp_avg_sq,
+    first_moment,
+    second_moment,  # or None
     sources,  # [W]
     out_parameters,  # [W, columns], as the next two
-    out_exp_avg,
-    out_exp_avg_sq,
+    out_first,
+    out_second,  # or None
     num_vectors,  # W * VECTORS
     VECTORS: tl.constexpr,
     TILE: tl.constexpr,
@@ -219,26 +330,22 @@ def _move_kernel(
     vector = tl.program_id(0) * TILE + tl.arange(0, TILE)
     lane = tl.arange(0, 4)[None, :]
     source = tl.load(sources + vector // VECTORS, mask=vector < num_vectors, other=-1)
-    moved = (source >= 0)[:, None]
-    here = vector[:, None] * 4 + lane
+    here = vector[:, None].to(tl.int64) * 4 + lane
     there = (source * VECTORS + vector % VECTORS)[:, None] * 4 + lane
-    tl.store(out_parameters + here, tl.load(parameters + there, mask=moved), mask=moved)
-    tl.store(out_exp_avg + here, tl.load(exp_avg + there, mask=moved), mask=moved)
-    tl.store(out_exp_avg_sq + here, tl.load(exp_avg_sq + there, mask=moved), mask=moved)
+    moved = (source >= 0)[:, None]
+    _copy(parameters, first_moment, second_moment, there, out_parameters, out_first, out_second, here, moved)
 
 
-@triton.jit(do_not_specialize=["step", "num_vectors"])
+@triton.jit(do_not_specialize=["num_vectors"])
 def _write_kernel(
     parameters,  # [V, columns], as the next two
-    exp_avg,
-    exp_avg_sq,
+    first_moment,
+    second_moment,  # or None
     ids,  # [V]
     wanted,  # [V] or None
     out_parameters,  # [N, columns] on the host, as the next two
-    out_exp_avg,
-    out_exp_avg_sq,
-    stamps,  # [N]
-    step,
+    out_first,
+    out_second,  # or None
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
     TILE: tl.constexpr,
@@ -249,20 +356,9 @@ def _write_kernel(
         row, part = vector // VECTORS, vector % VECTORS
         written = _is_wanted(wanted, row, vector < num_vectors)
         row_id = tl.load(ids + row, mask=written, other=0)
-        here = vector[:, None] * 4 + lane
+        here = vector[:, None].to(tl.int64) * 4 + lane
         there = (row_id * VECTORS + part)[:, None] * 4 + lane
-        w = tl.load(parameters + here, mask=written[:, None])
-        m = tl.load(exp_avg + here, mask=written[:, None])
-        v = tl.load(exp_avg_sq + here, mask=written[:, None])
-        tl.store(out_parameters + there, w, mask=written[:, None])
-        tl.store(out_exp_avg + there, m, mask=written[:, None])
-        tl.store(out_exp_avg_sq + there, v, mask=written[:, None])
-        tl.store(stamps + row_id, step, mask=written & (part == 0))
-
-
-@triton.jit
-def _is_wanted(wanted, row, inside):
-    """Which rows of the tile to move: those inside, and where `wanted` says so."""
-    if wanted is not None:
-        inside = inside & (tl.load(wanted + row, mask=inside, other=0) != 0)
-    return inside
+        _copy(
+            parameters, first_moment, second_moment, here, out_parameters, out_first, out_second, there,
+            written[:, None],
+        )  # fmt: skip

@@ -2,7 +2,7 @@
 
     step_count                      []         int64, steps of Adam so far
     parameters/NAME                 [N, ...]   float32, of means, scales, quats, opacities, sh0 and shN
-    exp_avg/NAME, exp_avg_sq/NAME   [N, ...]   Adam's moments
+    exp_avg/NAME, exp_avg_sq/NAME   [N, ...]   Adam's moments, float32; or bfloat16, where a trainer keeps them so
 
 A trainer that defers steps adds, for each group of parameters ("geometry", "appearance") that it defers,
 
@@ -114,7 +114,7 @@ def current_rows(state: State, name: str) -> Iterator[tuple[slice, dict[str, Ten
         rows = slice(first, first + BLOCK_ROWS)
         block = {array: state[f"{array}/{name}"][rows] for array in ARRAYS}
         if adam is not None:
-            block = {array: value.clone() for array, value in block.items()}
+            block = {array: torch.empty(value.shape).copy_(value) for array, value in block.items()}  # float32
             flat = [value.view(len(value), -1) for value in block.values()]
             last_step = state[f"last_step/{group}"][rows].clone()
             adam.commit(*flat, last_step, (last_step < adam.step_count).nonzero().squeeze(1), None)

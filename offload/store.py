@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from offload.host_memory import HostArray
 from offload.threads import num_threads
 
 GROUP_NAMES = ("geometry", "appearance")
+Moments = Literal["float32", "bfloat16"]
 STAMP_BYTES = 4
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
 COPY_ROWS = 1 << 20  # rows converted at once when the store is filled
@@ -51,25 +52,42 @@ def num_columns(group: str, sh_degree: int) -> int:
     return -(-values // multiple) * multiple
 
 
-def host_bytes(num_gaussians: int, sh_degree: int, groups: Sequence[str] = GROUP_NAMES) -> int:
+def host_bytes(
+    num_gaussians: int, sh_degree: int, groups: Sequence[str] = GROUP_NAMES, moments: Moments = "float32"
+) -> int:
     """Bytes that a store of this many Gaussians takes in host memory; while it changes, up to PEAK times as much."""
-    values = 3 * sum(num_columns(group, sh_degree) for group in groups)  # parameters and two moments
-    return num_gaussians * (values * 4 + STAMP_BYTES)
+    value_bytes = 4 + (8 if moments == "float32" else 4)  # of a parameter and two moments
+    columns = sum(num_columns(group, sh_degree) for group in groups)
+    return num_gaussians * (columns * value_bytes + STAMP_BYTES)
 
 
 @dataclass
 class Group:
-    """Parameters that lie side by side in one row, and their Adam moments: three arrays [N, columns] float32."""
+    """Parameters that lie side by side in one row, and their Adam moments, in arrays [N, columns] of 32-bit words."""
 
     columns: dict[str, slice]
     shapes: dict[str, tuple[int, ...]]  # of one Gaussian's values
-    parameters: HostArray
-    exp_avg: HostArray
-    exp_avg_sq: HostArray
+    parameters: HostArray  # float32
+    moments: tuple[HostArray, ...]  # the first and the second, float32; or int32 pairs (`offload/bfloat16_moments.py`)
 
     @property
-    def arrays(self) -> tuple[HostArray, HostArray, HostArray]:
-        return self.parameters, self.exp_avg, self.exp_avg_sq
+    def arrays(self) -> tuple[HostArray, ...]:
+        return self.parameters, *self.moments
+
+    @property
+    def exp_avg(self) -> Tensor:
+        """The first moments [N, columns]: a view of the rows."""
+        return self._moment(0)
+
+    @property
+    def exp_avg_sq(self) -> Tensor:
+        """The second moments [N, columns]: a view of the rows."""
+        return self._moment(1)
+
+    def _moment(self, index: int) -> Tensor:
+        if len(self.moments) == 2:
+            return self.moments[index].tensor
+        return self.moments[0].tensor.view(torch.bfloat16)[:, index::2]  # bfloat16
 
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
         """Views of rows [M, columns] as rendering takes them: sh0 and shN are one `colors` [M, K, 3]."""
@@ -87,7 +105,8 @@ class HostStore:
     """All or one group of the Gaussians' parameters, with moments and the steps of their last updates.
 
     Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576, geometry
-    12 x 3 x 4 = 144, `last_step` 4; 724 in all. Up to 1/64 more is taken when the store grows.
+    12 x 3 x 4 = 144, `last_step` 4; 724 in all. Up to 1/64 more is taken when the store grows. With moments in bfloat16
+    it is two thirds of that.
 
     The operations are those of `training.gaussians.DeviceGaussians`, with the same results row for row. They work on
     stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
@@ -101,6 +120,7 @@ class HostStore:
         parameters: Mapping[str, Tensor],
         *,
         groups: Sequence[str] = GROUP_NAMES,
+        moments: Moments = "float32",
         max_gaussians: int = 0,
         pin: bool = False,
     ) -> None:
@@ -109,6 +129,7 @@ class HostStore:
             parameters: means [N, 3], scales [N, 3], quats [N, 4], opacities [N], sh0 [N, 1, 3] and shN [N, K - 1, 3]
                 on any device. They are read in blocks: no second copy of them is made on the way.
             groups: Which of "geometry" and "appearance" to hold.
+            moments: The precision of their Adam moments.
             max_gaussians: Bound of growth; 0 allows what the machine's memory could hold.
             pin: Whether the memory is pinned where there is a GPU.
 
@@ -118,9 +139,9 @@ class HostStore:
         self.step = 0
         self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
         num_gaussians = len(parameters["means"])
-        most = max_gaussians or _physical_bytes() // host_bytes(1, self.sh_degree, groups)
-        max_rows = max(num_gaussians, most)
-        self.groups = {group: _empty_group(group, self.sh_degree, max_rows, pin) for group in groups}
+        self._row_bytes = host_bytes(1, self.sh_degree, groups, moments)
+        max_rows = max(num_gaussians, max_gaussians or _physical_bytes() // self._row_bytes)
+        self.groups = {group: _empty_group(group, self.sh_degree, moments, max_rows, pin) for group in groups}
         self._stamps = HostArray(1, max_rows=max_rows, dtype=torch.int32, pin=pin)
         self._resize(num_gaussians)
         for name, stored in self.snapshot().items():
@@ -151,8 +172,12 @@ class HostStore:
         return {
             f"{array}/{name}": view
             for group in self.groups.values()
-            for array, rows in zip(("parameters", "exp_avg", "exp_avg_sq"), group.arrays, strict=True)
-            for name, view in group.named(rows.tensor).items()
+            for array, rows in (
+                ("parameters", group.parameters.tensor),
+                ("exp_avg", group.exp_avg),
+                ("exp_avg_sq", group.exp_avg_sq),
+            )
+            for name, view in group.named(rows).items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -214,13 +239,12 @@ class HostStore:
         geometry = self.groups["geometry"]
         geometry.named(geometry.parameters.tensor)["opacities"].clamp_(max=max_logit)
         for moment in (geometry.exp_avg, geometry.exp_avg_sq):
-            geometry.named(moment.tensor)["opacities"].zero_()
+            geometry.named(moment)["opacities"].zero_()
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Memory in bytes that appending this many Gaussians takes at its peak, re-ordering included."""
-        per_gaussian = host_bytes(1, self.sh_degree, tuple(self.groups))
-        peak = int(PEAK * (self.num_gaussians + num_new) * per_gaussian)
-        return {self.device: peak - self.num_gaussians * per_gaussian}
+        peak = int(PEAK * (self.num_gaussians + num_new) * self._row_bytes)
+        return {self.device: peak - self.num_gaussians * self._row_bytes}
 
     @property
     def _arrays(self) -> list[HostArray]:
@@ -239,7 +263,7 @@ class HostStore:
 
     def _forget(self, ids: Tensor) -> None:
         for group in self.groups.values():
-            for moment in (group.exp_avg, group.exp_avg_sq):
+            for moment in group.moments:
                 moment.tensor.index_fill_(0, ids, 0)
         self.last_step.index_fill_(0, ids, self.step)
 
@@ -254,9 +278,17 @@ class HostStore:
         return ids
 
 
-def _empty_group(group: str, sh_degree: int, max_rows: int, pin: bool) -> Group:
-    arrays = (HostArray(num_columns(group, sh_degree), max_rows=max_rows, pin=pin) for _ in range(3))
-    return Group(group_columns(group, sh_degree), group_shapes(group, sh_degree), *arrays)
+def _empty_group(group: str, sh_degree: int, moments: Moments, max_rows: int, pin: bool) -> Group:
+    def array(dtype: torch.dtype) -> HostArray:
+        return HostArray(num_columns(group, sh_degree), max_rows=max_rows, dtype=dtype, pin=pin)
+
+    dtypes = (torch.float32, torch.float32) if moments == "float32" else (torch.int32,)
+    return Group(
+        group_columns(group, sh_degree),
+        group_shapes(group, sh_degree),
+        array(torch.float32),
+        tuple(array(dtype) for dtype in dtypes),
+    )
 
 
 def _words(array: HostArray) -> np.ndarray:

@@ -14,7 +14,7 @@ from offload.finite import FiniteGradients
 from offload.pipeline import largest_step
 from offload.schedules import schedules_of
 from offload.state import State, copy_current, load_deferred
-from offload.store import HostStore, total_growth
+from offload.store import HostStore, Moments, total_growth
 from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
@@ -36,6 +36,7 @@ class StreamedGaussians:
         betas: tuple[float, float],
         eps: float,
         device: torch.device,
+        moments: Moments = "float32",
         max_gaussians: int = 0,
     ) -> None:
         """
@@ -47,6 +48,7 @@ class StreamedGaussians:
             betas: Adam's decay rates.
             eps: Adam's epsilon.
             device: Where views are rendered and rows are updated.
+            moments: The precision in which Adam's moments of the appearance are kept, and travel.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
         self.steps_done = 0
@@ -59,8 +61,9 @@ class StreamedGaussians:
         self._geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
         moves = {name: _ROUNDING * largest_step(betas) * learning_rates[name] for name in GEOMETRY}
         self._margin = Margin(**moves)
+        pin = device.type == "cuda"
         self._store = HostStore(
-            parameters, groups=("appearance",), max_gaussians=max_gaussians, pin=device.type == "cuda"
+            parameters, groups=("appearance",), moments=moments, max_gaussians=max_gaussians, pin=pin
         )
         multipliers, rates = schedules_of(self._appearance, learning_rates, means_lr)
         self._tables = CatchUpTables(multipliers, betas, eps, device)

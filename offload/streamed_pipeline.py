@@ -8,9 +8,9 @@ Three lanes of work run at the same time. While view j is rendered,
 After the backward pass of view j the device updates its rows where they lie. Those that view j + 1 needs too are moved
 to it on the device, moments and all, and make neither trip; the others are left to the write lane.
 
-So the host has the current state of a row unless a view on the device has it. The fetch lane reads the rows of view
-j + 1 that neither view j - 1 nor j has at once, those of view j - 1 when that has been written, and those of view j
-not at all. So view j - 1 has been written before view j + 2, which comes into its place, is fetched.
+So three views are on the device at once, in three slots. Of the rows of view j + 1 those of view j are given to it by
+the update, those of view j - 1 are copied from there, and the others come from the host, which has them: view j + 1
+takes the slot of view j - 2, and waits until that has been written.
 
 Views are culled ahead, with a margin for what geometry may change until they are rendered (`offload/pipeline.py`).
 """
@@ -32,7 +32,7 @@ from offload.row_kernels import RowState
 from offload.store import HostStore
 
 SPARE = 8  # space for a view is taken with 1/8 more than it needs, so that larger views seldom need more
-CHUNK_ROWS = 1 << 18  # visited at once when nothing is rendered: 150 MB of appearance
+CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
 
 @dataclass
@@ -47,7 +47,8 @@ class StreamedGroup:
 
     def host(self) -> RowState:
         """All rows, in pinned memory."""
-        return RowState(*(array.tensor for array in self.store.groups[self.name].arrays))
+        parameters, *moments = (array.tensor for array in self.store.groups[self.name].arrays)
+        return RowState(parameters, tuple(moments))
 
 
 @dataclass
@@ -67,7 +68,6 @@ class StreamedView:
     slot: _Slot
     values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
     fetched: torch.cuda.Event | None = None
-    step: int = 0  # after which its rows have the values they have, once updated
 
     def state(self, group: str) -> RowState:
         return self.slot.states[group][: len(self.ids)]
@@ -100,6 +100,7 @@ class StreamedPipeline:
         self._kernels = kernels_of(device)
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
+        self._capacity = 0  # of every slot that is used from now on
         self._previous: StreamedView | None = None  # updated last
         self._present: StreamedView | None = None
         self._upcoming: _Upcoming | None = None
@@ -108,7 +109,7 @@ class StreamedPipeline:
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
         self._applied = False  # whether gradients of the present view may have reached its rows
         self._rows_found, self._rows_updated = 0, 0
-        self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows_retained, self._rows_copied = torch.zeros(2, dtype=torch.int64, device=device)
         self.staging_allocations = 0
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -141,20 +142,26 @@ class StreamedPipeline:
             lane.wait(self._ready)
             ids = self._cull(cameras)
             sources, leaving = _positions(ids, present), _positions(present, ids) < 0
-            absent = sources < 0  # [V]
-            late = torch.zeros_like(absent) if previous is None else absent & (_positions(ids, previous.ids) >= 0)
-            self._rows_retained += (~absent).sum()
+            on_host = sources < 0  # [V]
+            self._rows_retained += (~on_host).sum()
+            if previous is not None:
+                places = _positions(ids, previous.ids)  # [V]
+                nearby = on_host & (places >= 0)
+                on_host &= ~nearby
+                self._rows_copied += nearby.sum()
             culled = lane.record()
         view = self._new_view(ids)
         with self._fetch_lane as lane:
-            lane.wait(culled)
+            lane.wait(culled, view.slot.written)
             self._begin_step()  # here, where rows catch up
-            self._read_from_host(view, absent & ~late)
+            self._read_from_host(view, on_host)
             if previous is not None:
-                lane.wait(previous.slot.written)
-                self._read_from_host(view, late)
+                for name, group in self._groups.items():
+                    rows, stamps = view.state(name), self._stamps(group)
+                    self._kernels.fetch_rows(previous.state(name), places, ids, stamps, nearby, rows, group.tables)
+                lane.uses(previous.ids, places, nearby)
             view.fetched = lane.record()
-            lane.uses(ids, absent, late)
+            lane.uses(ids, on_host)
         self._upcoming = _Upcoming(view, sources, leaving)
 
     def update(self) -> None:
@@ -169,10 +176,12 @@ class StreamedPipeline:
             gradients = view.values[name].grad
             if gradients is None:  # nothing was drawn
                 gradients = torch.zeros_like(view.values[name])
-            self._kernels.step_rows(view.state(name), gradients, group.tables.step_sizes())
-        view.values, view.step = {}, self.step_count
+            self._kernels.step_rows(view.state(name), view.ids, self._stamps(group), gradients, group.tables)
+            compute.uses(group.tables.decays)
+        view.values = {}
         self._rows_updated += len(view.ids)
         if upcoming is not None:
+            compute.wait(upcoming.view.slot.written)  # the view that was there before
             for name in self._groups:
                 self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
             compute.uses(upcoming.sources)
@@ -228,12 +237,13 @@ class StreamedPipeline:
     def rows_moved(self) -> dict[str, int]:
         """How many rows of views have been fetched, retained and written so far; waits for the culling.
 
-        A retained row stays on the device from one view to the next: it is neither written nor fetched in between.
+        A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
+        row of the view before the last one is written, but need not be fetched.
         """
         self._cull_lane.finish()
         retained = int(self._rows_retained)
         return {
-            "rows_fetched": self._rows_found - retained,
+            "rows_fetched": self._rows_found - retained - int(self._rows_copied),
             "rows_retained": retained,
             "rows_written": self._rows_updated - retained,
         }
@@ -242,7 +252,7 @@ class StreamedPipeline:
     def link_bytes(self) -> int:
         """Bytes that views have moved between host and device so far, both ways; waits for the culling."""
         rows = self.rows_moved
-        row_bytes = sum(3 * 4 * group.tables.columns for group in self._groups.values())
+        row_bytes = sum(4 * group.tables.columns * len(group.host().tensors()) for group in self._groups.values())
         return row_bytes * (rows["rows_fetched"] + rows["rows_written"])
 
     # ------------------------------------------------------------------------------------ reading and changing rows
@@ -252,7 +262,7 @@ class StreamedPipeline:
         self.finish()
         group = self._groups[name]
         out = torch.empty(len(ids), group.tables.columns, device=self._device)
-        self._kernels.read_rows(group.host(), self._stamps(group), ids, out, group.tables)
+        self._kernels.read_rows(group.host(), ids, self._stamps(group), out, group.tables)
         self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
         return out
 
@@ -277,12 +287,13 @@ class StreamedPipeline:
         self.finish()
         self._upcoming = None  # what was fetched ahead may not hold any more
         for group in self._groups.values():
-            stamps = self._stamps(group)
+            host, stamps = group.host(), self._stamps(group)
             for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
                 chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
-                rows = RowState(*(torch.empty(len(chunk), group.tables.columns, device=self._device) for _ in range(3)))
-                self._kernels.fetch_rows(group.host(), stamps, chunk, None, rows, group.tables)
-                self._kernels.write_rows(rows, chunk, None, group.host(), stamps, group.tables.step)
+                rows = host.new_empty(len(chunk), self._device)
+                self._kernels.fetch_rows(host, chunk, chunk, stamps, None, rows, group.tables)
+                self._kernels.settle_rows(rows, chunk, stamps, group.tables)
+                self._kernels.write_rows(rows, chunk, None, host)
             Lane.current(self._device).finish()
             group.store.last_step.copy_(stamps.cpu())
             group.stamps = None
@@ -297,14 +308,15 @@ class StreamedPipeline:
         """The slot whose view came first, with space for this many rows."""
         slot = self._slots.pop(0)
         self._slots.append(slot)
-        if count > slot.capacity:
+        if count > self._capacity:
+            self._capacity = count + count // SPARE
+        if slot.capacity < self._capacity:  # even if there is space for this view: a larger one will come here too
             if slot.written is not None:
                 slot.written.synchronize()
             slot.states.clear()  # frees memory before more is taken
-            slot.capacity = count + count // SPARE
+            slot.capacity = self._capacity
             for name, group in self._groups.items():
-                space = (torch.empty(slot.capacity, group.tables.columns, device=self._device) for _ in range(3))
-                slot.states[name] = RowState(*space)
+                slot.states[name] = group.host().new_empty(slot.capacity, self._device)
             # What this memory was used for before may not be done.
             self._fetch_lane.wait(Lane.current(self._device).record())
             self.staging_allocations += 1
@@ -317,8 +329,8 @@ class StreamedPipeline:
 
     def _read_from_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         for name, group in self._groups.items():
-            stamps = self._stamps(group)
-            self._kernels.fetch_rows(group.host(), stamps, view.ids, wanted, view.state(name), group.tables)
+            host, stamps = group.host(), self._stamps(group)
+            self._kernels.fetch_rows(host, view.ids, view.ids, stamps, wanted, view.state(name), group.tables)
 
     def _write_to_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         """Write rows as they will be when what the current lane has been given is done."""
@@ -326,8 +338,7 @@ class StreamedPipeline:
         with self._write_lane as lane:
             lane.wait(updated)
             for name, group in self._groups.items():
-                host, stamps = group.host(), self._stamps(group)
-                self._kernels.write_rows(view.state(name), view.ids, wanted, host, stamps, view.step)
+                self._kernels.write_rows(view.state(name), view.ids, wanted, group.host())
             lane.uses(view.ids, *(() if wanted is None else (wanted,)))
             view.slot.written = lane.record()
 

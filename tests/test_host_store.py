@@ -80,8 +80,8 @@ def named_arrays(store: HostStore) -> list[dict[str, Tensor]]:
     """Parameters and both moments by name."""
     arrays = [{}, {}, {}]
     for group in store.groups.values():
-        for named, array in zip(arrays, group.arrays, strict=True):
-            named.update(group.named(array.tensor))
+        for named, rows in zip(arrays, (group.parameters.tensor, group.exp_avg, group.exp_avg_sq), strict=True):
+            named.update(group.named(rows))
     return arrays
 
 
@@ -219,13 +219,13 @@ def test_reorder_and_back(n, kind, threads, monkeypatch):
     parameters = random_parameters(n)
     store = HostStore(parameters, max_gaussians=n)
     store.last_step.copy_(torch.arange(n))
-    store.groups["geometry"].exp_avg.tensor.copy_(store.groups["geometry"].parameters.tensor)
+    store.groups["geometry"].exp_avg.copy_(store.groups["geometry"].parameters.tensor)
     store.reorder(order)
     for name, value in store.snapshot().items():
         assert torch.equal(value, parameters[name][order])
     assert torch.equal(store.last_step.long(), order)
     geometry = store.groups["geometry"]
-    assert torch.equal(geometry.exp_avg.tensor, geometry.parameters.tensor)
+    assert torch.equal(geometry.exp_avg, geometry.parameters.tensor)
     store.reorder(order.argsort())
     for name, value in store.snapshot().items():
         assert torch.equal(value, parameters[name])

@@ -18,6 +18,7 @@ from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
 from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
+from offload.streamed_gaussians import StreamedGaussians
 from rendering.losses import photometric_loss
 from training import command_line, memory_estimate, schedules
 from training.checkpoints import Checkpoint, save_checkpoint
@@ -33,6 +34,8 @@ FOOTPRINTS = {
     "baseline": memory_estimate.baseline(3),
     "geometry on device": memory_estimate.optimized(3, "device"),
     "geometry on host": memory_estimate.optimized(3, "host"),
+    "streamed": memory_estimate.streamed(3, "float32"),
+    "streamed, bfloat16": memory_estimate.streamed(3, "bfloat16"),
 }
 WIDTH, HEIGHT = 288, 216
 NUM_VIEWS = 6
@@ -55,6 +58,11 @@ def train_some_steps(trainer: str, parameters: dict[str, torch.Tensor], cameras,
         gaussians = DeviceGaussians(parameters, rates, **adam)
     elif trainer == "baseline":
         gaussians = HostGaussians(parameters, rates, lambda step: 1e-4, max_gaussians=num_gaussians, **adam)
+    elif trainer.startswith("streamed"):
+        moments = "bfloat16" if trainer.endswith("bfloat16") else "float32"
+        gaussians = StreamedGaussians(
+            parameters, rates, lambda step: 1e-4, moments=moments, max_gaussians=num_gaussians, **adam
+        )
     else:
         place = trainer.split()[-1]
         gaussians = HybridGaussians(
@@ -72,7 +80,7 @@ def train_some_steps(trainer: str, parameters: dict[str, torch.Tensor], cameras,
         view = views[step]
         on_device = trainer == "gpu_only"
         activated = gaussians.activated() if on_device else activate(gaussians.fetch(cameras_of(view, cfg)))
-        if trainer.startswith("geometry"):
+        if trainer.startswith(("geometry", "streamed")):
             gaussians.prefetch(cameras_of(views[step + 1], cfg))
         colors, _, info = render_view(activated, view, cfg, sh_degree=3)
         largest_view = max(largest_view, len(info["gaussian_ids"]))
@@ -95,7 +103,8 @@ def resident_bytes(key: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("trainer", FOOTPRINTS)
-def test_estimate_is_what_training_and_saving_take(tmp_path, trainer):
+def test_estimate_is_what_training_and_saving_take(monkeypatch, tmp_path, trainer):
+    monkeypatch.setattr("offload.streamed_pipeline.CHUNK_ROWS", 1 << 12)  # small beside so few Gaussians
     num_gaussians = 300_000
     parameters, cameras = aerial_scene(num_gaussians, seed=0)
     gc.collect()

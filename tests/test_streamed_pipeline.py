@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offload import row_kernels, streamed_pipeline
 from offload.catch_up import CatchUpTables
-from offload.store import HostStore
+from offload.store import HostStore, Moments
 from offload.streamed_pipeline import StreamedGroup, StreamedPipeline
 
 BETAS, RATE = (0.9, 0.999), 1e-2
@@ -101,10 +101,13 @@ class Clock:
         return Kernels()
 
 
-def make_pipeline(n: int, views: list[Tensor], device: torch.device) -> tuple[StreamedPipeline, StreamedGroup]:
+def make_pipeline(
+    n: int, views: list[Tensor], device: torch.device, moments: Moments = "float32"
+) -> tuple[StreamedPipeline, StreamedGroup]:
     """A pipeline whose cameras are numbers of views."""
     parameters = {"means": torch.zeros(n, 3), "sh0": torch.randn(n, 1, 3), "shN": torch.randn(n, 15, 3)}
-    store = HostStore(parameters, groups=("appearance",), max_gaussians=n, pin=device.type == "cuda")
+    pin = device.type == "cuda"
+    store = HostStore(parameters, groups=("appearance",), moments=moments, max_gaussians=n, pin=pin)
     group = StreamedGroup(store, "appearance", CatchUpTables(APPEARANCE, BETAS, EPS, device), lambda step: [RATE])
     return StreamedPipeline({"appearance": group}, lambda index: views[index].to(device), device), group
 
@@ -161,11 +164,13 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     for actual, expected in (*reads, *zip(group.host().tensors(), oracle.state(), strict=True)):
         assert largest_row_error(actual, expected) < 1e-5
     assert (group.store.last_step == len(views)).all()
+    assert pipeline.staging_allocations <= 3 * 4  # of three slots, although views come in all sizes
 
 
-def test_rows_counted_as_travelling(monkeypatch):
-    views = [torch.tensor(ids) for ids in ([0, 1, 2], [1, 2, 5], [2], [0, 2])]
-    pipeline, _ = make_pipeline(8, views, CPU)
+@pytest.mark.parametrize(("moments", "row_bytes"), [("float32", 576), ("bfloat16", 384)])
+def test_rows_counted_as_travelling(moments, row_bytes):
+    views = [torch.tensor(ids) for ids in ([0, 1, 2], [1, 2, 5], [2], [0, 2, 5])]
+    pipeline, _ = make_pipeline(8, views, CPU, moments)
     for index in range(len(views)):
         view = pipeline.fetch(index)
         if index + 1 < len(views):
@@ -174,9 +179,9 @@ def test_rows_counted_as_travelling(monkeypatch):
         pipeline.update()
         if index == 0:  # 2 of 3 rows are retained, and the other one of the next view has been fetched
             assert pipeline.rows_moved == {"rows_fetched": 4, "rows_retained": 2, "rows_written": 1}
-    # 9 rows are rendered, of which 2, 1 and 1 stay from one view to the next.
-    assert pipeline.rows_moved == {"rows_fetched": 5, "rows_retained": 4, "rows_written": 5}
-    assert pipeline.link_bytes == 2 * 576 * 5
+    # 10 rows are rendered, of which 2, 1 and 1 stay from one view to the next, and 1 comes from the view before that.
+    assert pipeline.rows_moved == {"rows_fetched": 5, "rows_retained": 4, "rows_written": 6}
+    assert pipeline.link_bytes == row_bytes * (5 + 6)
 
 
 @pytest.mark.cuda
@@ -197,12 +202,13 @@ def test_lanes_on_a_gpu_are_dense_adam():
         pipeline.update()
         expected.grad = torch.zeros_like(expected)
         expected.grad[view.ids] = gradients
-        expected.grad[:, 3:] *= 1  # the same learning rate for all columns below
         adam.step()
     pipeline.hand_over(None)
     state = adam.state[expected]
-    for actual, moment in zip(group.host().tensors()[1:], (state["exp_avg"], state["exp_avg_sq"]), strict=True):
-        torch.testing.assert_close(actual.to(device), moment, rtol=1e-4, atol=1e-9)
+    for actual, moment in zip(group.host().moments, (state["exp_avg"], state["exp_avg_sq"]), strict=True):
+        # The terms of a first moment may cancel: its rounding error is that of the largest of them.
+        rounding = 4 * torch.finfo(torch.float32).eps * moment.abs().max().item()
+        torch.testing.assert_close(actual.to(device), moment, rtol=1e-4, atol=rounding)
     sh0 = slice(0, 3)  # the columns that have the learning rate of the schedule
     torch.testing.assert_close(
         group.host().parameters[:, sh0].to(device), expected.detach()[:, sh0], rtol=1e-4, atol=1e-4

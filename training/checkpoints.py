@@ -38,7 +38,7 @@ PROLOGUE = struct.Struct("<16sIQQI")  # magic, version, place of the header, its
 PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
 ALIGNMENT = 64
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int32": torch.int32, "int64": torch.int64}
-DTYPES |= {"uint8": torch.uint8, "bool": torch.bool}
+DTYPES |= {"uint8": torch.uint8, "bool": torch.bool, "bfloat16": torch.bfloat16}
 MAX_STEPS = 4_000_000  # tables grow with the steps
 THREADS = min(os.cpu_count() or 1, 16)
 MEMORY_SHARE = 40  # blocks under way take at most this part of what is written
@@ -142,7 +142,7 @@ def _copy_state(file: int, checkpoint: Checkpoint) -> dict[str, object]:
             content = buffer[: rows.nbytes]
             copy = content.view(rows.dtype).view(rows.shape)
             # numpy copies on this thread alone, where torch would start more.
-            np.copyto(copy.numpy(), rows.numpy()) if rows.device.type == "cpu" else copy.copy_(rows)
+            np.copyto(_as_numpy(copy), _as_numpy(rows)) if rows.device.type == "cpu" else copy.copy_(rows)
             _write_all(file, memoryview(content.numpy()), place)
         finally:
             buffers.put(buffer)
@@ -173,6 +173,11 @@ def _copy_state(file: int, checkpoint: Checkpoint) -> dict[str, object]:
         "options": dict(checkpoint.options),
         "tensors": entries,
     }
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """A view, with integers for bfloat16, which numpy does not know."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _seal(file: int, header: dict[str, object]) -> None:
@@ -318,7 +323,8 @@ def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None
     for name, shape in rest.items():
         for array in arrays:
             tensor = state[f"{array}/{name}"]
-            if tensor.shape != (num_gaussians, *shape) or tensor.dtype != torch.float32:
+            dtypes = (torch.float32,) if array == "parameters" else (torch.float32, torch.bfloat16)
+            if tensor.shape != (num_gaussians, *shape) or tensor.dtype not in dtypes:
                 raise ValueError(name)
     if num_gaussians == 0 or num_rest not in (0, 3, 8, 15) or transform.shape != (4, 4):
         raise ValueError("no Gaussians")

@@ -25,13 +25,14 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import InputError
-from offload.store import GROUP_NAMES, host_bytes, num_columns
+from offload.store import GROUP_NAMES, STAMP_BYTES, Moments, host_bytes, num_columns
 from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 250  # of a Gaussian in view
 PIXEL_BYTES = 100
 MOVING_ROWS = 5  # tensors of a view's rows on the device at once
 STAGING_ROWS = 2.5  # pinned rows on the host for each row in view: two downloads, with a quarter to spare
+SLOTS = 3 * 9 / 8  # rows of the streamed trainer on the device for each row in view, with an eighth to spare
 SAMPLE = 10_000  # points whose visibility stands for all
 
 
@@ -103,6 +104,20 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
         device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
+    )
+
+
+def streamed(sh_degree: int, moments: Moments) -> Footprint:
+    """Of simple_trainer_hybrid_streamed.py: rows of three views on the device with their moments, and gradients."""
+    groups = ("appearance",)
+    row, store = _row_bytes(groups, sh_degree), host_bytes(1, sh_degree, groups, moments)
+    return Footprint(
+        host=store + row + parameter_bytes(sh_degree),  # as of the optimized trainer
+        host_in_view=0,
+        device=3 * 44 + STAMP_BYTES,
+        device_in_view=int(SLOTS * (store - STAMP_BYTES)) + row + 3 * 44 + RENDERING_BYTES,
+        host_remedy="lower --sh_degree or free memory" if moments == "bfloat16" else "give --moments bfloat16",
+        device_remedy="use simple_trainer_hybrid_optimized.py --geometry host, which needs less of it",
     )
 
 
