@@ -1,10 +1,12 @@
-"""Rows between pinned host memory and the device: GB/s of the streamed trainer's kernels, by number of thread blocks.
+"""Rows between pinned host memory and the device: GB/s of the streamed trainer's kernels, by their shape.
 
-    python -m benchmarks.streamed_rows [--num_gaussians 18000000] [--blocks 16 32 64 128 256] [--quick]
+    python -m benchmarks.streamed_rows [--num_gaussians 18000000] [--moments bfloat16] [--fetch_blocks 16 64] [--quick]
 
 The rows are those that a view of the aerial scene needs, in Morton order. Fetching reads parameters and moments, 576
-bytes a row, and applies skipped steps; writing back writes as many. Beside them: large copies by the copy engines, and
-copies of runs of rows, one call each. GB/s are 10^9 bytes per second over the link, both ways together.
+bytes a row (384 with moments in bfloat16), and applies skipped steps; writing back writes as many. Beside them: large
+copies by the copy engines, and copies of runs of rows, one call each. GB/s are 10^9 bytes per second over the link,
+both ways together. Kernels that work on device memory share the device's crossbar with those that cross the link, so
+the last column is the time that dense Adam on the geometry takes beside them.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ import torch
 from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, one_by_one
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, count, number, spread
-from benchmarks.timing import Case, time_in_turns
+from benchmarks.timing import Case, Clock, Spread, time_in_turns
 from errors import InputError
 from offload.catch_up import CatchUpTables
-from offload.culling import visible_ids_on_device
+from offload.culling import Margin
+from offload.device_geometry import GEOMETRY, DeviceGeometry
 from offload.host_memory import HostArray
 from offload.lanes import Lane
 from offload.row_kernels import RowState
+from offload.store import Moments
 
 COLUMNS = 48
-ROW_BYTES = 3 * 4 * COLUMNS
 STEPS_BEFORE = 1000
 COPY_BYTES = 1 << 28
 
@@ -35,30 +38,35 @@ COPY_BYTES = 1 << 28
 @dataclass
 class Options(BenchmarkOptions):
     num_gaussians: int = 18_000_000
-    """Rows in host memory, 576 bytes each."""
-    blocks: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Thread blocks of a kernel."""
-    tiles: tuple[int, ...] = (512, 1024, 2048)
+    """Rows in host memory."""
+    moments: Moments = "float32"
+    """Precision of the Adam moments in them."""
+    fetch_blocks: tuple[int, ...] = (16, 64, 256)
+    """Thread blocks of the kernel that reads over the link."""
+    write_blocks: tuple[int, ...] = (8, 16, 64)
+    """Thread blocks of the kernel that writes."""
+    tiles: tuple[int, ...] = (256, 1024)
     """16-byte vectors that a block moves at a time."""
-    warps: tuple[int, ...] = (4, 8)
+    warps: tuple[int, ...] = (8,)
     """Of a block."""
     repeats: int = 9
     """Timed turns."""
 
 
-def view_of_aerial_scene(num_gaussians: int, device: torch.device) -> torch.Tensor:
-    """The ids [V] that one camera needs, on the device."""
+def device_geometry(num_gaussians: int, device: torch.device) -> DeviceGeometry:
+    """The geometry of an aerial scene with its moments, on the device."""
     parameters = aerial_geometry(num_gaussians, torch.Generator().manual_seed(0))
-    geometry = {name: value.to(device) for name, value in parameters.items()}
-    return visible_ids_on_device(**geometry, cameras=one_by_one(aerial_cameras(seed=0))[0])
+    return DeviceGeometry(parameters, betas=(0.9, 0.999), eps=1e-15, device=device)
 
 
-def host_rows(num_rows: int) -> tuple[RowState, list[HostArray]]:
+def host_rows(num_rows: int, moments: Moments) -> tuple[RowState, list[HostArray]]:
     """Rows in pinned memory that is touched by all cores and registered in parts, as the store does it."""
-    arrays = [HostArray(COLUMNS, max_rows=num_rows, pin=True) for _ in range(3)]
+    dtypes = [torch.float32] * 3 if moments == "float32" else [torch.float32, torch.int32]
+    arrays = [HostArray(COLUMNS, max_rows=num_rows, dtype=dtype, pin=True) for dtype in dtypes]
     for array in arrays:
         array.resize(num_rows)
-    return RowState(*(array.tensor for array in arrays)), arrays
+    parameters, *rest = (array.tensor for array in arrays)
+    return RowState(parameters, tuple(rest)), arrays
 
 
 def together(*works: Callable[[], None]) -> Callable[[], None]:
@@ -76,6 +84,23 @@ def together(*works: Callable[[], None]) -> Callable[[], None]:
             current.wait(lane.record())
 
     return work
+
+
+def time_beside(work: Callable[[], None], others: Callable[[], None], repeats: int) -> Spread:
+    """Milliseconds of work that begins together with others that take longer."""
+    device = torch.device("cuda")
+    lane, current, clock, samples = Lane.new(device), Lane.current(device), Clock(device), []
+    for _ in range(2 + repeats):
+        clock.give_head_start()
+        with lane:
+            lane.wait(current.record())
+            begin = clock.mark()
+            work()
+            end = clock.mark()
+        others()
+        torch.cuda.synchronize()
+        samples.append(clock.milliseconds(begin, end))
+    return Spread.of(samples[2:])
 
 
 def copy_in_runs(source: torch.Tensor, destination: torch.Tensor, rows: int) -> Callable[[], None]:
@@ -96,31 +121,39 @@ def main(options: Options) -> None:
 
     device = torch.device("cuda")
     if options.quick:
-        options.num_gaussians, options.repeats, options.tiles, options.warps = 1_000_000, 3, (1024,), (8,)
-    ids = view_of_aerial_scene(options.num_gaussians, device)
-    torch.cuda.empty_cache()
+        options.num_gaussians, options.repeats = 1_000_000, 3
+        options.fetch_blocks, options.write_blocks, options.tiles = (64,), (64,), (256,)
+    host, _arrays = host_rows(options.num_gaussians, options.moments)
+    row_bytes = 4 * COLUMNS * len(host.tensors())
+    geometry = device_geometry(options.num_gaussians, device)
+    ids = geometry.visible_ids(one_by_one(aerial_cameras(seed=0))[0], Margin())
     num_rows = len(ids)
     num_runs = int((ids.diff() != 1).sum()) + 1
     report = Report("streamed_rows", "Rows between pinned host memory and the device", options)
     report.say(
-        f"{num_rows:,} of {options.num_gaussians:,} rows are visible, in {num_runs:,} runs; {ROW_BYTES} bytes a row "
+        f"{num_rows:,} of {options.num_gaussians:,} rows are visible, in {num_runs:,} runs; {row_bytes} bytes a row "
         "each way."
     )
 
-    host, _arrays = host_rows(options.num_gaussians)
     stamps = torch.randint(0, STEPS_BEFORE, (options.num_gaussians,), dtype=torch.int32, device=device)
-    fetched, updated = (RowState(*torch.zeros(3, num_rows, COLUMNS, device=device)) for _ in range(2))
+    fetched, updated = (host.new_empty(num_rows, device) for _ in range(2))
+    for tensor in (*fetched.tensors(), *updated.tensors()):
+        tensor.zero_()
     tables = CatchUpTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
     for _ in range(STEPS_BEFORE):
         tables.begin_step([1e-3])
     places = torch.arange(num_rows, device=device)
-    gradients, sizes = torch.zeros(num_rows, COLUMNS, device=device), tables.step_sizes()
+    gradients = torch.zeros(num_rows, COLUMNS, device=device)
+    geometry_gradients, rates = geometry.gather(ids), dict.fromkeys(GEOMETRY, 0.0)
 
     def fetch() -> None:
-        kernels.fetch_rows(host, stamps, ids, None, fetched, tables)
+        kernels.fetch_rows(host, ids, ids, stamps, None, fetched, tables)
 
     def write() -> None:
-        kernels.write_rows(updated, ids, None, host, stamps, STEPS_BEFORE)
+        kernels.write_rows(updated, ids, None, host)
+
+    def update_geometry() -> None:
+        geometry.step(ids, geometry_gradients, rates)
 
     up, down = (torch.empty(2, COPY_BYTES // 8, dtype=torch.float32, pin_memory=True) for _ in range(2))
     up_device, down_device = torch.zeros_like(up, device=device), torch.zeros_like(down, device=device)
@@ -139,7 +172,8 @@ def main(options: Options) -> None:
         "copy to the device": (upload, up.nbytes),
         "copy to the host": (download, up.nbytes),
         "both copies at once": (together(upload, download), 2 * up.nbytes),
-        "Adam on the rows of a view": (lambda: kernels.step_rows(fetched, gradients, sizes), 0),
+        "Adam on the rows of a view": (lambda: kernels.step_rows(fetched, ids, stamps, gradients, tables), 0),
+        "dense Adam on the geometry": (update_geometry, 0),
         "move all rows of a view": (lambda: kernels.move_rows(fetched, places, updated), 0),
     }
     for rows in (64, 512, 4096):
@@ -154,19 +188,22 @@ def main(options: Options) -> None:
         table.add(name, times[name], moved, moved / times[name].median / 1e6)
 
     columns = {
-        "blocks": count, "vectors": count, "warps": count,
+        "vectors": count, "warps": count, "fetch blocks": count, "write blocks": count,
         "fetch, ms": spread, "GB/s, fetch": number, "write back, ms": spread, "GB/s, write back": number,
         "both at once, ms": spread, "GB/s": number,
+        "Adam on the geometry beside both, ms": spread,
     }  # fmt: skip
     table = report.table("Kernels that read and write pinned rows:", columns)
-    moved = num_rows * ROW_BYTES
-    for kernels.TILE, kernels.WARPS, kernels.BLOCKS in product(options.tiles, options.warps, options.blocks):
+    moved = num_rows * row_bytes
+    shapes = product(options.tiles, options.warps, options.fetch_blocks, options.write_blocks)
+    for kernels.LINK_TILE, kernels.LINK_WARPS, kernels.FETCH_BLOCKS, kernels.WRITE_BLOCKS in shapes:
         cases = {"fetch": Case(fetch), "write": Case(write), "both": Case(together(fetch, write))}
         times = time_in_turns(cases, options.repeats, warmup=2, device=device)
         cells = []
         for name, directions in (("fetch", 1), ("write", 1), ("both", 2)):
             cells += [times[name], directions * moved / times[name].median / 1e6]
-        table.add(kernels.BLOCKS, kernels.TILE, kernels.WARPS, *cells)
+        beside = time_beside(update_geometry, together(fetch, write), options.repeats)
+        table.add(kernels.LINK_TILE, kernels.LINK_WARPS, kernels.FETCH_BLOCKS, kernels.WRITE_BLOCKS, *cells, beside)
     report.write()
 
 

@@ -218,8 +218,8 @@ def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.devic
     return views
 
 
-def run_trainer(job: Job) -> Measurement:
-    """Run one trainer's `train` in this process."""
+def train(job: Job, run_type: type[AerialRun] = AerialRun) -> AerialRun:
+    """Run one trainer's `train` in this process; returns what it has run in."""
     limit_fragmentation()
     trainer = TRAINERS[job.trainer]
     script = trainer.load()
@@ -228,17 +228,22 @@ def run_trainer(job: Job) -> Measurement:
     runs: list[AerialRun] = []
 
     def start(cfg: Config, scene_name: str) -> AerialRun:
-        runs.append(AerialRun(cfg, job))
+        runs.append(run_type(cfg, job))
         return runs[0]
 
+    with mock.patch.object(script, "TrainingRun", start):
+        script.train(cfg, "default")
+    return runs[0]
+
+
+def run_trainer(job: Job) -> Measurement:
+    """Measure one trainer in this process."""
     try:
-        with mock.patch.object(script, "TrainingRun", start):
-            script.train(cfg, "default")
+        return train(job).measurement()
     except torch.OutOfMemoryError:
         return Measurement(problem="out of device memory")
     except (InputError, TrainingStopped) as error:
         return Measurement(problem=str(error))
-    return runs[0].measurement()
 
 
 def in_fresh_process(function: Callable, *arguments: object):

@@ -64,7 +64,8 @@ class Rows:
         for array, value in zip(self._arrays, (0.1, 1e-3, 1e-5), strict=True):
             array.resize(num_rows)
             array.tensor.fill_(value)
-        self.state = RowState(*(array.tensor for array in self._arrays))
+        parameters, *moments = (array.tensor for array in self._arrays)
+        self.state = RowState(parameters, tuple(moments))
         self.stamps = torch.full((num_rows,), STEPS_BEFORE - 12, dtype=torch.int32)
         distance = round(RUN / MEASURED_VISIBLE)
         starts = torch.arange(0, num_rows - distance, distance)[:, None]
@@ -139,15 +140,16 @@ def row_speed(rows: Rows, device: torch.device) -> float:
     for _ in range(STEPS_BEFORE):
         tables.begin_step([1e-3])
     views, stamps = [ids.to(device) for ids in rows.views], rows.stamps.to(device)
-    fetched, updated = (RowState(*torch.zeros(3, rows.num_visible, COLUMNS, device=device)) for _ in range(2))
+    fetched, updated = (rows.state.new_empty(rows.num_visible, device) for _ in range(2))
     fetching, writing = Lane.new(device), Lane.new(device)
     finish(device)
 
     def work(turn: int) -> None:
         with fetching:
-            kernels.fetch_rows(rows.state, stamps, views[turn % VIEWS], None, fetched, tables)
+            ids = views[turn % VIEWS]
+            kernels.fetch_rows(rows.state, ids, ids, stamps, None, fetched, tables)
         with writing:
-            kernels.write_rows(updated, views[(turn + 1) % VIEWS], None, rows.state, stamps, STEPS_BEFORE)
+            kernels.write_rows(updated, views[(turn + 1) % VIEWS], None, rows.state)
 
     return STREAMED_LINK_BYTES * rows.num_visible / median_seconds(work, device)
 
