@@ -34,7 +34,7 @@ from trainers import TRAINERS
 from training.gaussians import activate
 from training.views import View, cameras_of, render_view
 
-OFFLOADING = [name for name in TRAINERS if name != "gpu_only"]
+OFFLOADING = [name for name in TRAINERS if name not in ("gpu_only", "streamed_bfloat16")]  # that keep all in float32
 DEFERRING = [name for name in OFFLOADING if name != "baseline"]
 
 AS_MANY_ROWS = ("--refine_start_iter", 10**6, "--max_steps", 200, "--sh_degree_interval", 50)
