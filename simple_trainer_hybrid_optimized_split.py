@@ -125,7 +125,8 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
             # next part, or of the next view's first one. A part that runs out of memory is rendered in finer tiles.
             rows_will_change = densification.refines_at(step) or densification.resets_at(step)
             upcoming = None if run.upcoming is None or rows_will_change else cameras_of(run.upcoming, cfg)
-            sh_degree, screen = schedules.sh_degree(cfg, step), ScreenGradients(view)
+            sh_degree = schedules.sh_degree(cfg, step)
+            screen = ScreenGradients(view, needed=step < cfg.refine_stop_iter)
             loss = gaussians.train_view(
                 cameras_of(view, cfg),
                 upcoming,

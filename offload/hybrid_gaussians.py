@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -15,12 +15,12 @@ from offload.device_geometry import GEOMETRY, DeviceGeometry
 from offload.device_memory import begin_stretch, stretch_peak
 from offload.finite import FiniteGradients
 from offload.part_limits import MemoryBudget, RowLimit
+from offload.part_planner import PartPlanner
 from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds, largest_drift, largest_step
 from offload.schedules import schedules_of
-from offload.split import CELL, HALO, Box, Coverage, Tile, box_of, plan_boxes
+from offload.split import CELL, HALO, Tile
 from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore, total_growth
-from offload.transfer import to_host
 from offload.upcoming import upcoming_state, upcoming_view
 
 _ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
@@ -48,7 +48,8 @@ class HybridGaussians:
     """The optimized trainer's Gaussians; stands in for `training.gaussians.DeviceGaussians`.
 
     A training step is `fetch`, rendering and the backward pass, then `update`; `prefetch` after `fetch` lets the next
-    view's rows travel behind the rendering. Densification and evaluation come after `update`.
+    view's rows travel behind the rendering. Where views may be split, `train_view` does all of that but for `update`.
+    Densification and evaluation come after `update`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class HybridGaussians:
         self._rendering_device = device
         self._limit = limit
         self._halo = halo
+        self._planner = PartPlanner(limit, self._covered_cells)
         self._measures = isinstance(limit, MemoryBudget) and device.type == "cuda"
         self._rows: PartRows | None = None
         self._cameras: Cameras | None = None
@@ -188,7 +190,8 @@ class HybridGaussians:
     def view_parts(self, cameras: Cameras) -> Iterator[ViewPart]:
         """Copies of the rows of a view, in parts where it exceeds the limit; training is not disturbed."""
         self._pipeline.finish()
-        view = self._find(cameras)
+        # What can be trained can be rendered, which takes less: no view is refused here.
+        view = self._planner.plan(cameras, self._cull(cameras), self.num_gaussians, must_fit=False)
         for part in view.parts:
             ids, host_ids = view.of_part(part)
             rows = self._read(ids, host_ids)
@@ -359,14 +362,15 @@ class HybridGaussians:
             OutOfMemoryError: It cannot be split.
         """
         self._geometry_rows, self._rows = {}, None
+        self._pipeline.abandon_part()
+        if self._rendering_device.type == "cuda":
+            torch.cuda.empty_cache()
         if isinstance(self._limit, MemoryBudget):
             self._limit.exceeded()
-        finer = self._finer_parts(self._pipeline.part)
+        finer = self._planner.refine(self._cameras, self._view, self._pipeline.part)
         if len(finer) < 2:
             raise torch.cuda.OutOfMemoryError("The smallest tile does not fit into device memory.")
         self._pipeline.replace_part(finer)
-        if self._rendering_device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Of the whole view, once its last part has been propagated back."""
@@ -393,39 +397,7 @@ class HybridGaussians:
     # ----------------------------------------------------------------------------------------- what a view needs
 
     def _find(self, cameras: Cameras) -> ViewIds:
-        ids = self._cull(cameras)
-        num_pixels = len(cameras.Ks) * cameras.width * cameras.height
-        whole = ViewIds(ids, to_host(ids), [Part()])
-        if self._limit is None or self._limit.allows(len(ids), num_pixels, self.num_gaussians):
-            return whole
-        cells = self._covered_cells(cameras, ids)
-        coverages = [Coverage(covered.corners, cameras.width, cameras.height) for covered in cells]
-        plans = self._limit.plan(coverages, len(ids), self.num_gaussians)
-        if max(map(len, plans)) == len(cameras.Ks) == 1:
-            return whole
-        parts, shared = _parts(plans, coverages, cells)
-        return ViewIds(ids, whole.host_ids, parts, shared)
-
-    def _finer_parts(self, part: Part) -> list[Part]:
-        """The present part, whose cost is halved by splitting it, or all its cameras' pictures one by one."""
-        cameras, (ids, _) = self._cameras, self._view.of_part(part)
-        cells = self._covered_cells(cameras, ids)
-        coverages = [Coverage(covered.corners, cameras.width, cameras.height) for covered in cells]
-        boxes = [coverage.everything for coverage in coverages]
-        chosen = range(len(boxes))
-        if part.tile is not None:
-            chosen, boxes = [part.tile.camera], {part.tile.camera: box_of(part.tile)}
-        limit = self._limit or RowLimit(1.0)
-        plans = [[] for _ in coverages]
-        for camera in chosen:
-            coverage, box = coverages[camera], boxes[camera]
-            price = limit.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
-            plans[camera] = plan_boxes(coverage, limit.cost, price / 2, box)
-        finer, _ = _parts(plans, coverages, cells)
-        if part.rows is not None:
-            for piece in finer:
-                piece.rows, piece.host_rows = part.rows[piece.rows], part.host_rows[piece.host_rows]
-        return finer
+        return self._planner.plan(cameras, self._cull(cameras), self.num_gaussians)
 
     def _covered_cells(self, cameras: Cameras, ids: Tensor) -> list[CoveredCells]:
         margin = replace(self._margin, pixels=self._halo)
@@ -472,19 +444,6 @@ class HybridGaussians:
     def _margin_of(self, learning_rates: float) -> Margin:
         """What geometry can change by this many times its learning rates."""
         return Margin(**{name: _ROUNDING * learning_rates * self._learning_rates[name] for name in GEOMETRY})
-
-
-def _parts(
-    plans: Sequence[Sequence[Box]], coverages: Sequence[Coverage], cells: Sequence[CoveredCells]
-) -> tuple[list[Part], Tensor | None]:
-    """A part for each box of each camera, with the rows that may draw there; and the rows that several parts have,
-    where that is easily told."""
-    parts, shared = [], None
-    for camera, (boxes, coverage, covered) in enumerate(zip(plans, coverages, cells, strict=True)):
-        chosen, shared = covered.rows_in(boxes)
-        for box, rows in zip(boxes, chosen, strict=True):
-            parts.append(Part(coverage.tile(camera, box), rows, to_host(rows)))
-    return parts, to_host(shared) if len(cells) == 1 else None
 
 
 Result = TypeVar("Result")

@@ -45,8 +45,10 @@ class RowLimit:
         """Whether a view may be rendered in one part, wherever its rows are."""
         return num_visible <= self.threshold * num_gaussians
 
-    def plan(self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int) -> list[list[Box]]:
-        """The parts of each camera's picture."""
+    def plan(
+        self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, *, must_fit: bool = True
+    ) -> list[list[Box]]:
+        """The parts of each camera's picture; above the limit, where they cannot be cut, whatever `must_fit` says."""
         return [plan_boxes(coverage, self.cost, self.threshold * num_gaussians) for coverage in coverages]
 
     def cost(self, rows: np.ndarray, intersections: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -128,18 +130,20 @@ class MemoryBudget:
         cost = self.cost(num_visible, 16 * num_visible, num_pixels)
         return cost + self._row_bytes.values * num_visible <= self._room(num_visible)
 
-    def plan(self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int) -> list[list[Box]]:
+    def plan(
+        self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, *, must_fit: bool = True
+    ) -> list[list[Box]]:
         """The parts of each camera's picture.
 
         Raises:
-            InputError: No parts fit; naming the smallest budget for which there are any.
+            InputError: No parts fit although they must; naming the smallest budget for which there are any.
         """
         limit = self._limit(coverages, num_visible)
         plans = [plan_boxes(coverage, self.cost, limit) for coverage in coverages]
         dearest = max(
             self._cost_of(coverage, box) for coverage, boxes in zip(coverages, plans, strict=True) for box in boxes
         )
-        if dearest > limit:
+        if must_fit and dearest > limit:
             raise InputError(
                 f"--device_memory_budget is too small for a view of {num_visible} Gaussians, however it is split: "
                 f"give it at least {_mebibytes(self._smallest(coverages, num_visible))}."

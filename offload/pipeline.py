@@ -104,9 +104,7 @@ class PartRows:
     part: Part
     ids: Tensor  # [T] int64 where geometry is, sorted
     host_ids: Tensor  # [T] the same on the host
-    values: dict[
-        str, Tensor
-    ]  # group -> [T, columns], leaves that receive gradients; empty once they have been taken in
+    values: dict[str, Tensor]  # group -> [T, columns], leaves; empty once their gradients have been taken in
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -287,14 +285,14 @@ class RowPipeline:
             following = None if self._find_in_worker else self._find_following(cameras, present)
             self._ahead = self._worker.submit(self._prepare, cameras, present, following)
 
-    def replace_part(self, finer: Sequence[Part]) -> None:
-        """Render these parts instead of the present one, whose gradients are forgotten; together they have its rows.
-
-        What was prefetched is dropped.
-        """
+    def abandon_part(self) -> None:
+        """Forget the present part's rows and gradients, and what was prefetched; `fetch` brings the rows again."""
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             self._prepared()
         self._ahead = self._rows = None
+
+    def replace_part(self, finer: Sequence[Part]) -> None:
+        """Render these parts instead of the present one, which was abandoned; together they have its rows."""
         self._present.replace_part(finer)
 
     def next_part(self) -> None:

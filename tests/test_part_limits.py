@@ -86,6 +86,7 @@ def test_a_budget_that_no_tiles_can_keep_names_one_that_they_can(coverage):
     smallest = int(str(refused.value).partition("at least ")[2].split()[0])
     (boxes,) = calibrated(smallest * 2**20).plan([coverage], 100_000, 1000)
     assert boxes == plan_boxes(coverage, limit.cost, 0) or len(boxes) > 4
+    assert len(limit.plan([coverage], 100_000, 1000, must_fit=False)[0]) > 4  # pictures that nobody trains on
     with pytest.raises(InputError):
         calibrated(int(0.9 * smallest) * 2**20).plan([coverage], 100_000, 1000)
 

@@ -81,6 +81,7 @@ def train(pipeline: RowPipeline, *, split_at: int = -1) -> tuple[dict[str, Tenso
                 middle, rows, share = len(part.host_ids) // 2, rows_of(part.part), shares[1].clone()
                 halves = [slice(middle + 9), slice(middle - 9, None)]
                 share[middle - 9 : middle + 9] /= 2
+                pipeline.abandon_part()
                 pipeline.replace_part([Part(None, rows[half], rows[half]) for half in halves])
                 shares[1:2] = [share[half] for half in halves]
                 continue

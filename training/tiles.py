@@ -122,12 +122,14 @@ class ScreenGradients:
     A Gaussian that several tiles of a picture see has its gradients added up before their norm is taken.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, *, needed: bool = True) -> None:
         """
         Args:
             view: What is rendered.
+            needed: Whether densification will look; else nothing is kept.
         """
         self._view = view
+        self._needed = needed
         self._whole: Mapping[str, object] | None = None  # info of the one part that is all of the view
         self._sums: Tensor | None = None  # [C, V, 2] of gradients of means2d
         self._absolute: Tensor | None = None  # [C, V, 2] of absolute ones
@@ -142,6 +144,8 @@ class ScreenGradients:
             num_visible: V, rows of the view.
             info: Of its rendering; `means2d` has its gradient.
         """
+        if not self._needed:
+            return
         if part.tile is None:
             self._whole = info
             return
@@ -165,6 +169,8 @@ class ScreenGradients:
         Args:
             ids: [V] which Gaussians the rows of the view are.
         """
+        if not self._needed:
+            return {}
         if self._whole is not None:
             return {**self._whole, "gaussian_ids": ids[self._whole["gaussian_ids"]]}
         cameras, rows = self._radii.nonzero(as_tuple=True)
