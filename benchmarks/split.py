@@ -27,7 +27,8 @@ from benchmarks.train_step import OPTIONS, AerialRun, Job, Measurement, in_fresh
 from configs import Config
 from errors import InputError
 from offload.culling import BlockBounds, Cameras, visible_ids
-from offload.hybrid_gaussians import HybridGaussians
+from offload.part_planner import PartPlanner
+from offload.pipeline import ViewIds
 from training.command_line import parse
 from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
@@ -126,21 +127,21 @@ def run_variant(variant: Variant, num_gaussians: int, picture_scale: float) -> F
     options = (*OPTIONS, "--max_gaussians", str(num_gaussians), "--geometry", variant.geometry, *variant.arguments)
     _, cfg = parse(variant.script.CONFIGS, ["default", *options], "")
     runs: list[SplitRun] = []
-    find = HybridGaussians._find
+    plan = PartPlanner.plan
 
     def start(cfg: Config, scene_name: str) -> SplitRun:
         runs.append(SplitRun(cfg, job, variant))
         return runs[0]
 
-    def counting(gaussians: HybridGaussians, cameras: Cameras):
-        view = find(gaussians, cameras)
+    def counting(*arguments: object, **options: object) -> ViewIds:
+        view = plan(*arguments, **options)
         runs[0].parts.append(len(view.parts))
         return view
 
     try:
         with (
             mock.patch.object(variant.script, "TrainingRun", start),
-            mock.patch.object(HybridGaussians, "_find", counting),
+            mock.patch.object(PartPlanner, "plan", counting),
         ):
             variant.script.train(cfg, "default")
     except torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 from datasets.synthetic import write_city_block
 from errors import InputError
-from offload.hybrid_gaussians import HybridGaussians
+from offload.part_planner import PartPlanner
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
 from training import command_line
 from training.memory import parse_bytes
@@ -38,14 +38,14 @@ def _anisotropic_start(monkeypatch):
 def parts(monkeypatch) -> list[int]:
     """How many parts each view has had."""
     counts = []
-    find = HybridGaussians._find
+    plan = PartPlanner.plan
 
-    def counting(self, *arguments):
-        view = find(self, *arguments)
+    def counting(self, *arguments, **options):
+        view = plan(self, *arguments, **options)
         counts.append(len(view.parts))
         return view
 
-    monkeypatch.setattr(HybridGaussians, "_find", counting)
+    monkeypatch.setattr(PartPlanner, "plan", counting)
     return counts
 
 
