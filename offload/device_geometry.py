@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offload.culling import Cameras, CoveredCells, Margin, covered_cells_on_device, visible_ids_on_device
+from offload.rows import kept_rows
 
 GEOMETRY = ("means", "scales", "quats", "opacities")
 
@@ -129,7 +130,13 @@ class DeviceGeometry:
         """Keep only these rows [M], in this order."""
         for tensors in (self.parameters, self.exp_avg, self.exp_avg_sq):
             for name in GEOMETRY:
-                tensors[name] = tensors[name][ids]
+                tensors[name] = kept_rows(tensors[name], ids)
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where some tensors have them only, since appending has failed."""
+        for tensors in (self.parameters, self.exp_avg, self.exp_avg_sq):
+            for name in GEOMETRY:
+                tensors[name] = tensors[name][:num_gaussians]
 
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""

@@ -288,6 +288,12 @@ class HybridGaussians:
             place.append_copies(ids)
         self._bounds = None
 
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where some places have them only, since appending has failed."""
+        for place in self._places():
+            place.truncate(num_gaussians)
+        self._bounds = None
+
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero."""
         self._catch_up(ids)
@@ -419,7 +425,7 @@ class HybridGaussians:
 
     def _catch_up(self, ids: Tensor | None) -> None:
         host_ids = torch.arange(self.num_gaussians) if ids is None else ids.cpu()
-        self._pipeline.catch_up(host_ids.sort().values)
+        self._pipeline.catch_up(host_ids.unique())
 
     def _geometry_committed(self, host_ids: Tensor) -> None:
         if self._bounds is not None:

@@ -193,6 +193,10 @@ class HostStore:
             _native.append_rows(_words(group.parameters), ids.numpy(), num_before, num_threads())
         self.last_step[num_before:] = self.step
 
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows."""
+        self._resize(num_gaussians)
+
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero, named or not.
 

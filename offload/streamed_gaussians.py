@@ -193,9 +193,14 @@ class StreamedGaussians:
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""
-        self._pipeline.hand_over(ids)
+        self._pipeline.hand_over(ids.unique())
         self._geometry.append_copies(ids)
         self._store.append_copies(ids)
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where some places have them only, since appending has failed."""
+        self._geometry.truncate(num_gaussians)
+        self._store.truncate(num_gaussians)
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero."""

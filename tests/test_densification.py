@@ -229,6 +229,30 @@ def test_growth_past_memory_is_skipped(monkeypatch):
     assert row_numbers(gaussians) == kept
 
 
+@pytest.mark.parametrize("call", range(1, 19))
+def test_growth_that_runs_out_of_memory_half_way_is_undone(monkeypatch, call):
+    """Whichever tensor does not fit: the rows are those of a refinement that adds none, moments included."""
+    expected, gaussians = random_gaussians(300), random_gaussians(300)
+    expected.keep((torch.sigmoid(expected.read("opacities")) >= 0.005).nonzero().squeeze(1))
+    subject = Densification(DensificationRules(), SCENE_SCALE, seed=0)
+    subject.statistics = random_statistics(300)
+    cat, calls = torch.cat, [0]
+
+    def runs_out(tensors: list[torch.Tensor], *arguments: object, **options: object) -> torch.Tensor:
+        appends = len(tensors) == 2 and len(tensors[0]) == 300
+        calls[0] += appends
+        if appends and calls[0] == call:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return cat(tensors, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", runs_out)
+        subject.refine(600, gaussians)
+    assert calls[0] >= call
+    actual, wanted = gaussians.state(), expected.state()
+    assert all(torch.equal(actual[name], value) for name, value in wanted.items())
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("step", [600, 3100])
 @pytest.mark.parametrize("refine_scale2d_stop_iter", [0, 5000])

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import DensificationRules
+from errors import InputError
 from training.memory import available_bytes, format_bytes
 
 
@@ -39,6 +40,8 @@ class GaussianStore(Protocol):
     def read(self, name: str) -> Tensor: ...
 
     def append_copies(self, ids: Tensor) -> None: ...
+
+    def truncate(self, num_gaussians: int) -> None: ...
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None: ...
 
@@ -156,15 +159,18 @@ class Densification:
         largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
         duplicate, split = select_growth(rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale)
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
-        lack = lacking_memory(store, len(duplicate_ids) + len(split_ids))
+        num_new = len(duplicate_ids) + len(split_ids)
+        lack = lacking_memory(store, num_new)
         if lack is not None:
+            self._tell_of_memory(lack)
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
-            if not self._told_of_memory:
-                tqdm.write(f"Warning: {lack} From now on nothing grows that does not fit.")
-            self._told_of_memory = True
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0]))
-        grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator)
+        try:
+            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator)
+        except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
+            self._tell_of_memory(f"Growing to {store.num_gaussians + num_new} Gaussians failed ({error}).")
+            duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
         radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])
@@ -179,6 +185,12 @@ class Densification:
         if len(kept_ids) < len(remove):
             store.keep(kept_ids)
         self.statistics = Statistics.zeros(store.num_gaussians, store.device)
+
+    def _tell_of_memory(self, sentence: str) -> None:
+        """Once: the next refinements will find no more memory."""
+        if not self._told_of_memory:
+            tqdm.write(f"Warning: {sentence} Gaussians that do not fit are not added.")
+        self._told_of_memory = True
 
 
 def select_growth(
@@ -263,11 +275,13 @@ def grow(
         split_ids: [S] rows to split: one half takes the row's place, the other is appended.
         revised_opacity: Whether the halves' opacity follows arXiv 2404.06109.
         generator: On the CPU, of the halves' positions.
+
+    Raises:
+        OutOfMemoryError, InputError: There is no memory for them; nothing has changed.
     """
     num_before = store.num_gaussians
-    if len(duplicate_ids):
-        store.append_copies(duplicate_ids)
-    if not len(split_ids):
+    new_ids = torch.cat([duplicate_ids, split_ids])
+    if not len(new_ids):
         return
     scales, quats = store.read("scales")[split_ids], store.read("quats")[split_ids]  # [S, 3], [S, 4]
     noise = torch.randn(2, len(split_ids), 3, generator=generator).to(scales.device)
@@ -277,11 +291,15 @@ def grow(
     if revised_opacity:
         opacities = torch.sigmoid(store.read("opacities")[split_ids])
         values["opacities"] = torch.logit(1 - torch.sqrt(1 - opacities))
-    store.append_copies(split_ids)
-    first_new = num_before + len(duplicate_ids)
-    appended_ids = torch.arange(first_new, first_new + len(split_ids), device=split_ids.device)
+    try:
+        store.append_copies(new_ids)
+        first_new = num_before + len(duplicate_ids)
+        appended_ids = torch.arange(first_new, first_new + len(split_ids), device=split_ids.device)
+        store.overwrite(appended_ids, {**values, "means": means[1]})
+    except Exception:
+        store.truncate(num_before)
+        raise
     store.overwrite(split_ids, {**values, "means": means[0]})
-    store.overwrite(appended_ids, {**values, "means": means[1]})
 
 
 def rotation_matrices(quats: Tensor) -> Tensor:
@@ -305,7 +323,7 @@ def lacking_memory(store: GaussianStore, num_new: int) -> str | None:
             memory = "host memory" if device.type == "cpu" else "GPU memory"
             return (
                 f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
-                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free, so it is skipped: "
-                "set --max_gaussians or raise --grow_grad2d."
+                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: set --max_gaussians or "
+                "raise --grow_grad2d."
             )
     return None

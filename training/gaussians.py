@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from offload.finite import FiniteGradients
+from offload.rows import kept_rows
 from offload.state import ARRAYS, State, copy_current
 
 SH_C0 = 0.28209479177387814  # Y_0^0, the constant spherical harmonic
@@ -196,6 +197,10 @@ class DeviceGaussians:
             lambda moment: torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])]),
         )
 
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where some tensors have them only, since appending has failed."""
+        self._replace_rows(lambda value: value[:num_gaussians], lambda moment: moment[:num_gaussians])
+
     @torch.no_grad()
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero, named or not."""
@@ -207,7 +212,7 @@ class DeviceGaussians:
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
-        self._replace_rows(lambda value: value[ids], lambda moment: moment[ids])
+        self._replace_rows(lambda value: kept_rows(value, ids), lambda moment: kept_rows(moment, ids))
 
     @torch.no_grad()
     def clamp_opacities(self, max_logit: float) -> None:
@@ -231,17 +236,18 @@ class DeviceGaussians:
 
     @torch.no_grad()
     def _replace_rows(self, of_parameter: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]) -> None:
+        """One tensor after the other, so that only one of them stands twice; an error leaves none without rows."""
         for group in self.optimizer.param_groups:
             old = self.parameters[group["name"]]
-            state = self.optimizer.state.pop(old, {})
             new = of_parameter(old.detach()).requires_grad_()
+            state = self.optimizer.state.pop(old, {})
+            if state:
+                self.optimizer.state[new] = state
             self.parameters[group["name"]] = new
             group["params"] = [new]
             del old
             for key in state.keys() - {"step"}:
                 state[key] = of_moment(state[key])
-            if state:
-                self.optimizer.state[new] = state
 
 
 def activate(parameters: Mapping[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
