@@ -2,8 +2,11 @@
 
 import os
 import shlex
+import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -241,6 +244,53 @@ def test_a_disk_that_stays_full_is_said_at_the_end(monkeypatch, city_block, tmp_
     assert "Resuming after 10 steps" in capsys.readouterr().out
 
 
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount file systems")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # checkpoints may still be mapped
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pictures that are closed once more
+def test_a_disk_that_is_really_full(monkeypatch, city_block, small_disk, capsys):
+    """600 Gaussians fit, but not those that they become."""
+    options = (*DENSIFYING, "--save_every", 5)
+    assert train(monkeypatch, simple_trainer, city_block, small_disk, *options) == 1
+    output = capsys.readouterr()
+    assert "No space left on device" in output.out
+    assert output.err.splitlines()[-1].startswith("Stopped: The Gaussians after 60 steps could not be saved")
+    kept = sorted(load_checkpoint(path).steps for path in (small_disk / "ckpts").iterdir())
+    assert kept
+    assert train(monkeypatch, simple_trainer, city_block, small_disk, "--max_steps", kept[-1] + 1, "--resume") in (0, 1)
+    assert f"Resuming after {kept[-1]} steps" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_really_made_read_only(monkeypatch, city_block, small_disk, capsys):
+    after_step, ckpts = TrainingRun.after_step, str(small_disk / "ckpts")
+
+    def remount(self, step: int, *arguments: object) -> None:
+        if step + 1 == 13:
+            self._results.checkpoints.wait()
+            subprocess.run(["mount", "--bind", ckpts, ckpts], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", ckpts], check=True)
+        after_step(self, step, *arguments)
+
+    options = ("--max_steps", 30, "--refine_start_iter", 100, "--save_every", 5, "--keep", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "after_step", remount)
+        assert train(patch, simple_trainer, city_block, small_disk, *options) == 1
+    assert "Read-only file system" in capsys.readouterr().out
+    subprocess.run(["umount", "--lazy", ckpts], check=True)
+    assert sorted(load_checkpoint(path).steps for path in (small_disk / "ckpts").iterdir()) == [5, 10]
+    assert train(monkeypatch, simple_trainer, city_block, small_disk, *options, "--resume") == 0
+    assert "Resuming after 10 steps" in capsys.readouterr().out
+
+
 def test_results_that_cannot_be_written_cost_no_training(monkeypatch, city_block, tmp_path, capsys):
     def fail(*arguments: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -305,6 +355,35 @@ def spoil_pictures(monkeypatch, numbers: set[int], value: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ memory and workers
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("script", "place"), TRAINERS[:-1])
+def test_device_memory_that_really_runs_out(monkeypatch, city_block, tmp_path, capsys, script, place):
+    from_batch, loaded = View.from_batch, [0]
+
+    def full(batch, device) -> View:
+        loaded[0] += 1
+        if loaded[0] == 20:
+            torch.cuda.empty_cache()
+            taken = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(taken)
+            torch.empty(torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + 1, device=device)
+        return from_batch(batch, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "from_batch", full)
+        try:
+            assert train_on_gpu(patch, script, city_block, tmp_path, *DENSIFYING, *place) == 1
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Device memory ran out" in last_error(capsys)
+    assert train_on_gpu(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place, "--resume") == 0
+    assert saved(tmp_path).steps == 60
+
+
+def train_on_gpu(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:
+    return train(monkeypatch, script, data_dir, result_dir, *options, "--device", "cuda")
 
 
 @pytest.mark.parametrize(("script", "place"), TRAINERS[:-1])  # the last one splits the view instead

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_offloading_trainers import _anisotropic_start, differences  # noqa: F401, the fixture is for all tests here
 
 import simple_trainer
 import simple_trainer_hybrid_baseline
@@ -135,3 +136,17 @@ def test_a_deferred_checkpoint_holds_current_values(monkeypatch, city_block, tmp
     assert not torch.equal(checkpoint.state["parameters/sh0"], exported["sh0"])
     for name, value in checkpoint.gaussians.items():
         assert torch.allclose(value, exported[name], rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("script", "place"), TRAINERS)
+def test_an_interrupted_run_on_the_gpu_is_the_same_up_to_rounding(monkeypatch, city_block, tmp_path, script, place):
+    """As far as two undisturbed runs are the same: the rasterizer adds in any order."""
+    options = ("--max_steps", 40, "--refine_start_iter", 10**6, "--sh_degree_interval", 10, "--device", "cuda", *place)
+    assert train(monkeypatch, script, city_block, tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13, 27)
+        for _ in range(3):
+            assert train(patch, script, city_block, tmp_path / "parts", *options, "--resume") == 0
+    found = differences(saved(tmp_path / "parts", 40).gaussians, saved(tmp_path / "whole", 40).gaussians)
+    assert max(found.values()) < 1e-4, found

@@ -151,7 +151,12 @@ def test_a_picture_that_vanishes_during_training_costs_nothing(monkeypatch, city
     assert "images/" in message
     (saved,) = (tmp_path / "results/ckpts").iterdir()
     assert str(saved) in message
-    assert load_checkpoint(saved).steps >= 10
+    steps = load_checkpoint(saved).steps
+    assert steps >= 10
+    monkeypatch.undo()
+    shutil.copytree(city_block / "images", data_dir / "images", dirs_exist_ok=True)
+    assert train(monkeypatch, data_dir, tmp_path / "results", "--max_steps", steps + 5, "--resume") == 0
+    assert load_checkpoint(tmp_path / f"results/ckpts/ckpt_{steps + 5}.pt").steps == steps + 5
 
 
 def test_views_that_see_nothing_train(monkeypatch, city_block, tmp_path):

@@ -41,6 +41,11 @@ class ResultFolder:
         self.checkpoints = CheckpointFolder(self.path / "ckpts", keep=cfg.keep)
         self.tensorboard = SummaryWriter(str(self.path / "tb"))
 
+    def purge_log(self, first_step: int) -> None:
+        """Let TensorBoard forget what was logged from this step on, by a run that is resumed before it."""
+        self.tensorboard.close()
+        self.tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=first_step)
+
     def close(self) -> None:
         self.checkpoints.close()
         with contextlib.suppress(OSError):  # the log is not worth an error at the very end

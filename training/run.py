@@ -113,7 +113,6 @@ class TrainingRun:
         """
         self.cfg = cfg.with_scaled_steps()
         check_options(self.cfg)
-        self._schedule = SaveSchedule(cfg.save_every)
         self.device = select_device(cfg.device)
         self._checkpoint_to_evaluate = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
         torch.manual_seed(cfg.seed)
@@ -194,6 +193,7 @@ class TrainingRun:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self._load_resumed()
+        self._schedule = SaveSchedule(self.cfg.save_every)
         if first >= self.cfg.max_steps:
             tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
             return
@@ -410,6 +410,7 @@ class TrainingRun:
                 "resuming needs: remove it."
             ) from error
         self._saved_steps = checkpoint.steps
+        self._results.purge_log(checkpoint.steps + 1)
         print(f"Resuming after {checkpoint.steps} steps with {self._model.num_gaussians} Gaussians.")
         return checkpoint.steps
 
@@ -532,6 +533,7 @@ def check_options(cfg: Config) -> None:
         raise InputError(f"--sh_degree is {cfg.sh_degree}, but must be 0, 1, 2 or 3.")
     if not 0 <= cfg.ssim_lambda <= 1:
         raise InputError(f"--ssim_lambda is {cfg.ssim_lambda}, but must be between 0 and 1.")
+    SaveSchedule(cfg.save_every)
     if cfg.keep < 0:
         raise InputError(f"--keep is {cfg.keep}, but must be 0 (keep all) or above.")
     if cfg.ckpt and cfg.resume:
