@@ -20,6 +20,7 @@ from comparing.runs import Curve, Run
 COLORS = ("#2f81f7", "#e8710a", "#1f9d55", "#c2478f", "#8a63d2", "#0e9aa7", "#b5891b", "#d64545", "#6b7f94")
 _INK = "#012345"  # stands for the page's text colour until the SVG is written
 _SIZE = (4.2, 2.7)  # inches
+LEAST_SPAN = 0.05  # of a vertical axis, relative to its values: a difference of rounding should not fill the chart
 
 
 def color(index: int) -> str:
@@ -57,6 +58,11 @@ def line_chart(runs: Sequence[Run], curve: str, label: str, *, over: str) -> str
         drawn += 1
     if not drawn:
         return None
+    low, high = axes.get_ylim()
+    missing = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_xlabel("training steps" if over == "steps" else "seconds since the start")
     return _svg(figure, f"{label} over {over}")
 

@@ -18,9 +18,20 @@ import yaml
 import compare
 import simple_trainer
 import simple_trainer_hybrid_optimized
+from comparing import charts
 from comparing import launch as launching
 from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
-from comparing.runs import LAUNCH, TRAIN_FIGURES, VAL_FIGURES, is_complete, is_finished, read_run, write_launch
+from comparing.runs import (
+    LAUNCH,
+    TRAIN_FIGURES,
+    VAL_FIGURES,
+    Curve,
+    Run,
+    is_complete,
+    is_finished,
+    read_run,
+    write_launch,
+)
 from datasets.synthetic import write_city_block
 from errors import InputError
 from trainers import TRAINERS
@@ -396,3 +407,16 @@ def test_a_run_that_has_diverged_is_valid_json(monkeypatch, tmp_path):
     text = (tmp_path / "report/comparison.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["runs"][0]["figures"]["psnr"] is None
     assert "nan dB" in (tmp_path / "report/comparison.md").read_text()
+
+
+def test_a_difference_of_rounding_does_not_fill_a_chart(tmp_path):
+    runs = [
+        Run(name, tmp_path, curves={"loss": Curve([100, 200], [1.0, 2.0], [value, value])})
+        for name, value in (("a", 0.1436300), ("b", 0.1436301))
+    ]
+    drawn = charts.line_chart(runs, "loss", "training loss", over="steps")
+    ticks = [float(text) for text in re.findall(r"<text[^>]*>(-?[0-9.]+)</text>", drawn.replace("\u2212", "-"))]
+    values = [tick for tick in ticks if tick < 1]
+    assert max(values) - min(values) > 0.004
+    assert "currentColor" in drawn
+    assert charts.line_chart(runs, "psnr", "PSNR", over="steps") is None
