@@ -226,13 +226,13 @@ def covered_cells(geometry: Tensor, ids: Tensor, cameras: Cameras, margin: Margi
 
     Args:
         geometry: [N, 12] as for `visible_ids`.
-        ids: [V] int64, the rows to look at.
+        ids: sorted int64 [V], the rows to look at.
         cameras: the pictures.
         margin: how much the rows may still move; its pixels reach beyond the rows on every side.
         cell: width and height of a cell in pixels.
     """
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(geometry):
-        raise ValueError(f"ids reach from {ids.min()} to {ids.max()}, but there are {len(geometry)} rows")
+    if len(ids) and not 0 <= ids[0] <= ids[-1] < len(geometry):
+        raise ValueError(f"ids reach from {ids[0]} to {ids[-1]}, but there are {len(geometry)} rows")
     found = []
     for viewmat, K in zip(cameras.viewmats.split(1), cameras.Ks.split(1), strict=True):
         cells = torch.empty(4, len(ids), dtype=torch.int16)

@@ -131,7 +131,7 @@ class _Present:
     def __init__(self, view: ViewIds, columns: Mapping[str, int]) -> None:
         self.view = view
         self.index = 0  # of the part that is being rendered
-        self.slots: Tensor | None = None  # [V] int64: row of `sums`, -1 where one part alone has it; None: one part
+        self.slots: Tensor | None = None  # [V] int32: row of `sums`, -1 where one part alone has it; None: one part
         self.sums = {name: torch.zeros(0, count) for name, count in columns.items()}  # [S, columns]
         if len(view.parts) > 1:
             self._share(self._shared_rows() if view.shared is None else view.shared)
@@ -165,12 +165,12 @@ class _Present:
     def _share(self, shared: Tensor) -> None:
         """Give a row of `sums` to each of these rows of the view that has none."""
         if self.slots is None:
-            self.slots = torch.full((len(self.view.host_ids),), -1)
+            self.slots = torch.full((len(self.view.host_ids),), -1, dtype=torch.int32)
         new = shared[self.slots[shared] < 0]
         for name, sums in self.sums.items():
             first, columns = sums.shape
             self.sums[name] = torch.cat([sums, torch.zeros(len(new), columns)])
-        self.slots[new] = torch.arange(first, first + len(new))
+        self.slots[new] = torch.arange(first, first + len(new), dtype=torch.int32)
 
     def _shared_rows(self) -> Tensor:
         """Rows [S] of the view that several of its coming parts have."""
@@ -236,12 +236,18 @@ class RowPipeline:
         return self._present.is_last
 
     def uploaded_bytes(self) -> int:
-        """Device memory of rows that were prefetched; waits for them."""
+        """Device memory of what was prefetched, rows and numbers of rows; waits for it."""
         ahead = self._prepared()
-        return 0 if ahead is None else sum(upload.rows.nbytes for upload in ahead.uploads.values())
+        if ahead is None:
+            return 0
+        tensors = [upload.rows for upload in ahead.uploads.values()]
+        if ahead.following is not None:
+            view = ahead.following.view
+            tensors += [view.ids, *(part.rows for part in view.parts if part.rows is not None)]
+        return sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
 
     def arrived_bytes(self) -> int | None:
-        """Device memory of rows that were prefetched; None while they are on their way."""
+        """The same, without waiting; None while it is on its way."""
         return None if self._ahead is not None and not self._ahead.done() else self.uploaded_bytes()
 
     def begin(self, cameras: Cameras) -> ViewIds:
@@ -306,7 +312,7 @@ class RowPipeline:
 
         def settle() -> None:
             alone, shared = present.divide(part)
-            slots = present.slots[part.host_rows[shared]]
+            slots = present.slots[part.host_rows[shared]].long()
             self._commit(host_ids[alone], alone, downloads)
             for name, download in downloads.items():
                 present.sums[name][slots] += download.ready()[shared]
@@ -341,7 +347,7 @@ class RowPipeline:
             rows, gradient_rows = present.part.host_rows[alone], alone
             summed = (remain & (present.slots >= 0)).nonzero().squeeze(1)
             sums = {name: Downloaded(rows, None) for name, rows in present.sums.items()}
-            self._owed.append(partial(self._commit, present.view.host_ids[summed], present.slots[summed], sums))
+            self._owed.append(partial(self._commit, present.view.host_ids[summed], present.slots[summed].long(), sums))
         self._owed.append(partial(self._commit, present.view.host_ids[rows], gradient_rows, downloads))
         self._present = None
         self._step_begun = False
@@ -461,7 +467,7 @@ class RowPipeline:
         """Of the rows of the last part that other parts have too; and in which rows of `sums` they belong."""
         on_device = shared.to(self._device)
         downloads = {name: self._transfers[name].download(rows[on_device]) for name, rows in gradients.items()}
-        return present.slots[present.part.host_rows[shared]], downloads
+        return present.slots[present.part.host_rows[shared]].long(), downloads
 
     def _add_shared(self, present: _Present, slots: Tensor, downloads: Mapping[str, Downloaded]) -> None:
         for name, download in downloads.items():
@@ -476,7 +482,7 @@ class RowPipeline:
         if present.slots is None:
             places, part_rows = None, rows
         else:
-            slots = present.slots[rows]
+            slots = present.slots[rows].long()
             alone = slots < 0
             part_rows = torch.searchsorted(present.part.host_rows, rows[alone])
             places = torch.where(alone, alone.cumsum(0) - 1, slots + len(part_rows))
