@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from configs import DensificationRules
+from offload.morton import morton_order
 from training import densification
 from training.densification import Densification, Statistics, TrainingStopped, grow, rotation_matrices
 from training.gaussians import PARAMETER_NAMES, DeviceGaussians
@@ -144,7 +145,9 @@ def test_rotation_matrices_agree_with_scipy():
 def test_max_gaussians_lets_the_largest_gradients_grow():
     unbounded = DensificationRules(prune_opa=0.0)
     bounded = DensificationRules(prune_opa=0.0, max_gaussians=320)
-    wanted = row_numbers(refined(unbounded, 600))[300:]
+    wanted = row_numbers(refined(unbounded, 600))
+    for row in range(300):
+        wanted.remove(row)
     grown = refined(bounded, 600)
     assert len(wanted) > 20
     assert grown.num_gaussians == 320
@@ -153,6 +156,50 @@ def test_max_gaussians_lets_the_largest_gradients_grow():
     strongest = sorted(wanted, key=lambda row: -gradients[row].item())[:20]
     assert sorted(row_numbers(grown)[300:]) == sorted(strongest)
     assert refined(DensificationRules(prune_opa=0.0, max_gaussians=100), 600).num_gaussians == 300
+
+
+@pytest.mark.parametrize(
+    ("max_gaussians", "step", "sorts"),
+    [
+        pytest.param(0, 600, True, id="many appended"),
+        pytest.param(320, 600, False, id="few appended"),
+        pytest.param(320, 14_900, True, id="few appended by the last refinement"),
+    ],
+)
+def test_rows_are_sorted_when_it_is_worth_it(max_gaussians, step, sorts):
+    rules = DensificationRules(prune_opa=0.0, prune_scale3d=1e9, max_gaussians=max_gaussians)
+    before = random_gaussians(300)
+    gaussians = random_gaussians(300)
+    order = morton_order(gaussians.read("means"))
+    gaussians.keep(order)
+    subject = Densification(rules, SCENE_SCALE, seed=3)
+    statistics = random_statistics(300)
+    subject.statistics = Statistics(*(values[order] for values in vars(statistics).values()))
+    subject.refine(step, gaussians)
+    num_appended = gaussians.num_gaussians - 300
+    assert num_appended == 20 if max_gaussians else num_appended > 100
+    in_order = torch.equal(morton_order(gaussians.read("means")), torch.arange(gaussians.num_gaussians))
+    assert in_order == sorts
+    assert subject.state()["num_appended"] == (0 if sorts else num_appended)
+    # Rows have taken all that belongs to them along.
+    numbers = row_numbers(gaussians)
+    once = [place for place, row in enumerate(numbers) if numbers.count(row) == 1]
+    rows = [numbers[place] for place in once]
+    for name in PARAMETER_NAMES:
+        assert torch.equal(gaussians.read(name)[once], before.read(name)[rows])
+        assert torch.equal(moments(gaussians, name)[once], moments(before, name)[rows])
+
+
+def test_the_number_of_appended_rows_is_part_of_the_state():
+    subject = Densification(DensificationRules(prune_opa=0.0, max_gaussians=320), SCENE_SCALE, seed=3)
+    subject.statistics = random_statistics(300)
+    subject.refine(600, random_gaussians(300))
+    resumed = Densification(subject.rules, SCENE_SCALE, seed=3)
+    resumed.load_state(subject.state(), CPU)
+    assert resumed.state()["num_appended"] == 20
+    before_any = Densification(subject.rules, SCENE_SCALE, seed=3)
+    before_any.load_state({}, CPU)
+    assert before_any.statistics is None
 
 
 def packed_info(num_gaussians: int, gradient: float) -> dict:

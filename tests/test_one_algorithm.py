@@ -31,6 +31,7 @@ from training.views import View, cameras_of
 CPU = torch.device("cpu")
 NUM_STEPS = 200
 REFINED = (40, 80, 120, 160)  # after these steps, counted from 0
+SORTED = (80,)  # and in another order after these
 RESET = 100
 OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed")
 
@@ -150,13 +151,14 @@ def random_gradients(step: int, num_rows: int) -> dict[str, Tensor]:
 
 
 def refine(gaussians: GaussianStore, step: int) -> None:
-    """At some steps duplicate, split and remove rows, or reset opacities; which rows, the step decides."""
+    """At some steps duplicate, split, remove and re-order rows, or reset opacities; which rows, the step decides."""
     if step in REFINED:
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randperm(gaussians.num_gaussians, generator=generator)[:200]
         grow(gaussians, chosen[:120].sort().values, chosen[120:].sort().values, False, generator)
-        kept = torch.rand(gaussians.num_gaussians, generator=generator) < 0.95
-        gaussians.keep(kept.nonzero().squeeze(1))
+        num_kept = int(0.95 * gaussians.num_gaussians)
+        kept = torch.randperm(gaussians.num_gaussians, generator=generator)[:num_kept]
+        gaussians.keep(kept if step in SORTED else kept.sort().values)
     if step == RESET:
         gaussians.clamp_opacities(-3.0)
 
