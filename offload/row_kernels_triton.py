@@ -22,9 +22,11 @@ from offload.row_kernels import RowState, settle_rows
 
 __all__ = ["fetch_rows", "move_rows", "read_rows", "settle_rows", "step_rows", "write_rows"]  # settle_rows is torch
 
+# By benchmarks/streamed_steps.py on an H200. More blocks that write fill the link no better, but what they have under
+# way stands before the memory traffic of everything else on the device.
 FETCH_BLOCKS = 64  # of a kernel that reads over PCIe
-WRITE_BLOCKS = 64  # of one that writes
-LINK_TILE = 1024  # 16-byte vectors, of both
+WRITE_BLOCKS = 8  # of one that writes
+LINK_TILE = 256  # 16-byte vectors, of both
 LINK_WARPS = 8
 TILE = 512  # of kernels that stay on the device
 WARPS = 8
@@ -160,14 +162,14 @@ def _padded(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 
 @triton.jit
-def _moments(first, second):
+def _unpack(words1, words2, second):
     """Both moments in float32, as in `bfloat16_moments.unpack` where there is no second tensor."""
     if second is None:
-        m = (first << 16).to(tl.float32, bitcast=True)
-        v = (first & -65536).to(tl.float32, bitcast=True)
+        m = (words1 << 16).to(tl.float32, bitcast=True)
+        v = (words1 & -65536).to(tl.float32, bitcast=True)
     else:
-        m = first
-        v = second
+        m = words1
+        v = words2
     return m, v
 
 
@@ -197,23 +199,24 @@ def _is_wanted(wanted, row, inside):
 
 
 @triton.jit
-def _load(pointer, offsets, mask):
-    """None where there is no tensor."""
-    if pointer is None:  # noqa: SIM108 (as Triton takes it)
-        words = None
-    else:
-        words = tl.load(pointer + offsets, mask=mask, other=0)
-    return words
+def _load_moments(first, second, offsets, mask):
+    """The words of both moments; the same twice where pairs lie in one tensor."""
+    words1 = tl.load(first + offsets, mask=mask, other=0)
+    words2 = words1
+    if second is not None:
+        words2 = tl.load(second + offsets, mask=mask, other=0)
+    return words1, words2
 
 
 @triton.jit
 def _copy(parameters, first, second, there, out_parameters, out_first, out_second, here, mask):
     """Rows, moments and all; read before anything is written."""
-    w, m, v = _load(parameters, there, mask), _load(first, there, mask), _load(second, there, mask)
+    w = tl.load(parameters + there, mask=mask, other=0)
+    words1, words2 = _load_moments(first, second, there, mask)
     tl.store(out_parameters + here, w, mask=mask)
-    tl.store(out_first + here, m, mask=mask)
+    tl.store(out_first + here, words1, mask=mask)
     if second is not None:
-        tl.store(out_second + here, v, mask=mask)
+        tl.store(out_second + here, words2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_vectors"])
@@ -245,9 +248,8 @@ def _fetch_kernel(
         place = tl.load(places + row, mask=fetched, other=0)
         here = vector[:, None].to(tl.int64) * 4 + lane
         there = (place * VECTORS + part)[:, None] * 4 + lane
-        moments1 = _load(first_moment, there, fetched[:, None])
-        moments2 = _load(second_moment, there, fetched[:, None])
-        w = _load(parameters, there, fetched[:, None])
+        words1, words2 = _load_moments(first_moment, second_moment, there, fetched[:, None])
+        w = tl.load(parameters + there, mask=fetched[:, None], other=0)
 
         stamp = tl.load(stamps + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
         skipped = tl.zeros([TILE, 4], tl.float32)
@@ -255,12 +257,12 @@ def _fetch_kernel(
             total = tl.load(sums + schedule * capacity + stamp, mask=fetched, other=0.0).to(tl.float32)
             rates = tl.load(multipliers + schedule * VECTORS * 4 + part[:, None] * 4 + lane)
             skipped += total[:, None] * rates
-        m, v = _moments(moments1, moments2)
+        m, v = _unpack(words1, words2, second_moment)
         tl.store(out_parameters + here, w - skipped * (m / (tl.sqrt(v) + eps)), mask=fetched[:, None])
         if out_first is not None:
-            tl.store(out_first + here, moments1, mask=fetched[:, None])
+            tl.store(out_first + here, words1, mask=fetched[:, None])
         if out_second is not None:
-            tl.store(out_second + here, moments2, mask=fetched[:, None])
+            tl.store(out_second + here, words2, mask=fetched[:, None])
 
 
 @triton.jit(do_not_specialize=["capacity", "step", "seed", "num_vectors"])
@@ -291,7 +293,8 @@ def _step_kernel(
     column = part[:, None] * 4 + lane
     g = tl.load(gradients + here, mask=inside[:, None], other=0.0)
     w = tl.load(parameters + here, mask=inside[:, None], other=0.0)
-    m, v = _moments(_load(first_moment, here, inside[:, None]), _load(second_moment, here, inside[:, None]))
+    words1, words2 = _load_moments(first_moment, second_moment, here, inside[:, None])
+    m, v = _unpack(words1, words2, second_moment)
     size = tl.load(sizes + column)
 
     row_id = tl.load(ids + row, mask=inside, other=0)
