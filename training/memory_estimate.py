@@ -69,7 +69,7 @@ def gpu_only(sh_degree: int) -> Footprint:
     """Of simple_trainer.py: parameters, gradients and moments, and the activated scales and opacities with theirs."""
     parameters = parameter_bytes(sh_degree)
     return Footprint(
-        host=parameters,  # as read, and whenever a checkpoint is written
+        host=parameters,  # as read
         host_in_view=0,
         device=4 * parameters + 32,
         device_in_view=RENDERING_BYTES,
@@ -98,7 +98,7 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
     on_device = geometry == "device"
     store = sum(host_bytes(1, sh_degree, (group,)) for group in groups)
     return Footprint(
-        host=store + row + parameter_bytes(sh_degree),  # for a checkpoint current values are copied, then their columns
+        host=store + row + parameter_bytes(sh_degree),  # for a PLY file current values are copied
         host_in_view=int(STAGING_ROWS * row),
         device=3 * 44 if on_device else 0,
         device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
