@@ -19,7 +19,7 @@ from offload.calibration import DECISIVE, Speeds, predict, print_last_verdict, s
 from training import command_line
 
 # NVIDIA H200, 2026-11-21. Speeds: benchmarks/results/streamed_rows_h200.md (64 blocks of 8 warps, 1024 vectors, as the
-# trainer has it), and for the host the large copies of benchmarks.train_step on that day, 86 GB/s.
+# trainer had it), and for the host the large copies of benchmarks.train_step on that day, 86 GB/s.
 H200 = Speeds(host=86e9, copies=55.5e9, copies_both_ways=101e9, rows_both_ways=64.8e9)
 # benchmarks.train_step on the same day: Gaussians, visible share, and ms per step of both trainers.
 MEASURED = [(4_000_000, 0.0759, 9.28, 8.55), (18_000_000, 0.0750, 30.4, 30.7)]
