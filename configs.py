@@ -90,6 +90,8 @@ class Config(DensificationRules):
     """Factor on every schedule given in steps."""
     log_every: int = 100
     """Steps between entries in TensorBoard."""
+    profile: int = 0
+    """Trace so many steps, after the first ones, with torch.profiler, into profile/trace.json; 0: none."""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """Network of the LPIPS metric."""
 

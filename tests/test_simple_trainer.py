@@ -92,6 +92,15 @@ def test_training_writes_everything_and_improves(monkeypatch, city_block, tmp_pa
     assert not list((again / "ckpts").iterdir())
 
 
+def test_a_trace_of_some_steps_is_written(monkeypatch, city_block, tmp_path):
+    assert train(monkeypatch, city_block, tmp_path, "--max_steps", 30, "--profile", 3) == 0
+    events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert len({name for name in names if name.startswith("ProfilerStep#")}) == 3
+    assert sum(name == "_SphericalHarmonics" for name in names) == 3
+    assert any("Backward" in name for name in names)
+
+
 def test_two_runs_with_one_seed_are_bit_equal(monkeypatch, city_block, tmp_path):
     models = []
     for name, seed, workers in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
@@ -195,6 +204,7 @@ def truncate_image(data_dir: Path) -> None:
         (None, ["--test_every", 1], ["test_every", "train"]),
         (None, ["--init_ply"], ["points.ply"]),
         (None, ["--max_steps", 0], ["--max_steps"]),
+        (None, ["--max_steps", 10, "--profile", 5], ["--profile", "--max_steps"]),
         (None, ["--view_window", 0], ["--view_window"]),
         (None, ["--ssim_lambda", 2], ["--ssim_lambda"]),
         (None, ["--sh_degree", 4], ["--sh_degree"]),

@@ -35,12 +35,15 @@ from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.memory import allocated_bytes, format_bytes, limit_fragmentation, peak_bytes
 from training.memory_estimate import Footprint, check_memory, needs, share_in_largest_view
 from training.per_step import PerStep
+from training.profiling import SKIPPED_STEPS, WARM_UP_STEPS, profiled_steps
 from training.results import ResultFolder
 from training.stages import StageTimes
 from training.views import View
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
-OPTIONS_OF_THE_PLACE = ("data_dir", "result_dir", "device", "resume", "save_every", "keep", "num_workers", "log_every")
+OPTIONS_OF_THE_PLACE = (
+    *("data_dir", "result_dir", "device", "resume", "save_every", "keep", "num_workers", "log_every", "profile"),
+)
 
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
@@ -213,6 +216,9 @@ class TrainingRun:
             tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
         )
         self.upcoming = View.from_batch(next(loader), self.device)
+        step_done = self._resources.enter_context(
+            profiled_steps(self.cfg.profile, self._results.path / "profile", self.device)
+        )
         for step in range(first, self.cfg.max_steps):
             self._step = step
             self.times.start()
@@ -220,6 +226,7 @@ class TrainingRun:
             self.upcoming = View.from_batch(next(loader), self.device) if step + 1 < self.cfg.max_steps else None
             self.times.mark("load")
             yield step, view
+            step_done()
             if self._interrupted:
                 tqdm.write(f"Interrupted after {model.steps_done} steps; saved {self._save_at_the_end()}")
                 tqdm.write(f"Continue with:\n{resume_command()}")
@@ -526,6 +533,11 @@ def check_options(cfg: Config) -> None:
     for name in positive:
         if getattr(cfg, name) <= 0:
             raise InputError(f"--{name} is {getattr(cfg, name)}, but must be above 0.")
+    if cfg.profile and not 0 < cfg.profile <= cfg.max_steps - SKIPPED_STEPS - WARM_UP_STEPS:
+        raise InputError(
+            f"--profile is {cfg.profile}, but must be above 0 and leave {SKIPPED_STEPS + WARM_UP_STEPS} of the "
+            f"{cfg.max_steps} steps of --max_steps to warm up."
+        )
     for name in ("init_opacity", "prune_opa"):
         if not 0 < getattr(cfg, name) < 0.5:
             raise InputError(f"--{name} is {getattr(cfg, name)}, but must be between 0 and 0.5.")
