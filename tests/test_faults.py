@@ -239,6 +239,7 @@ def test_a_disk_that_stays_full_is_said_at_the_end(monkeypatch, city_block, tmp_
         assert train(patch, simple_trainer, city_block, tmp_path, *options) == 1
     message = last_error(capsys)
     assert message.startswith("Stopped: The Gaussians after 30 steps could not be saved")
+    assert "No space left on device" in message
     assert message.endswith("--resume")
     assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
     assert "Resuming after 10 steps" in capsys.readouterr().out

@@ -67,7 +67,7 @@ class CheckpointFolder:
         self._periodic: list[Path] = []  # oldest first, those that may be dropped
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-publisher")
         self._publishing: Future[None] | None = None
-        self._failure: OSError | None = None  # of the last file, not told yet
+        self._failure: Exception | None = None  # of the last file, not told yet
         self._sequence = max((checkpoint.sequence for _, checkpoint in self._readable()), default=0)
 
     def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
@@ -110,12 +110,12 @@ class CheckpointFolder:
         self.longest_stall = max(self.longest_stall, time.perf_counter() - begin)
         return path
 
-    def wait(self) -> OSError | None:
+    def wait(self) -> Exception | None:
         """Wait until the last checkpoint is on disk; returns why it cannot be, told once."""
         wait([self._publishing] if self._publishing else [])
         return self.failure()
 
-    def failure(self) -> OSError | None:
+    def failure(self) -> Exception | None:
         """Why the last checkpoint did not reach the disk, as far as that is known already; told once."""
         failure, self._failure = self._failure, None
         return failure
@@ -132,7 +132,7 @@ class CheckpointFolder:
     def _publish(self, partial: PartialCheckpoint, periodic: bool) -> None:
         try:
             partial.publish()
-        except OSError as error:
+        except Exception as error:  # whatever it is: the checkpoint is not there
             self._failure = error
             return
         self._periodic = [path for path in self._periodic if path != partial.path]

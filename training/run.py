@@ -143,6 +143,7 @@ class TrainingRun:
         self._first_step = 0
         self._traffic_per_step = PerStep()
         self._saved_steps = 0
+        self._save_failure: Exception | None = None
         self._skipped_steps = 0
         self._interrupted = False
         self._begin = time.perf_counter()
@@ -439,10 +440,10 @@ class TrainingRun:
         except OSError as error:
             self._checkpoint_failed(error)
 
-    def _checkpoint_failed(self, error: OSError) -> None:
-        self._saved_steps = -1
+    def _checkpoint_failed(self, error: Exception) -> None:
+        self._saved_steps, self._save_failure = -1, error
         tqdm.write(
-            f"Warning: a checkpoint could not be written to {self._results.checkpoints.path} ({error.strerror}). "
+            f"Warning: a checkpoint could not be written to {self._results.checkpoints.path} ({error}). "
             "Those before it are untouched, and training goes on."
         )
 
@@ -461,8 +462,9 @@ class TrainingRun:
             self._checkpoint_failed(failure)
         if self._saved_steps != steps_done:
             raise NotSaved(
-                f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path}: make room there or "
-                f"make it writable, and continue from the checkpoint before with: {resume_command()}"
+                f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path} "
+                f"({self._save_failure}): make room there or make it writable, and continue from the checkpoint "
+                f"before with: {resume_command()}"
             )
         return path
 
