@@ -1,0 +1,69 @@
+"""Once every view has been seen, a training step allocates nothing that stays, and stages no more memory."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.synthetic import write_city_block
+from tests.training_scripts import train
+from trainers import TRAINERS
+
+CONSTANT_NUMBER = ("--refine_start_iter", 10**6, "--sh_degree_interval", 1, "--log_every", 10)
+
+
+@pytest.fixture(scope="module")
+def city_block(tmp_path_factory) -> Path:
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=48, height=36, num_points=3000)
+    return data_dir
+
+
+@pytest.fixture
+def log(monkeypatch) -> dict[str, dict[int, float]]:
+    """What is logged of memory by name and step, with the resident bytes of the process."""
+    logged = {"resident_bytes": {}}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        if name.startswith("memory/"):
+            logged.setdefault(name.removeprefix("memory/"), {})[step] = value
+        elif name == "train/loss" and sys.platform == "linux":
+            gc.collect()
+            logged["resident_bytes"][step] = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
+    return logged
+
+
+def mean(values: dict[int, float], first: int, last: int) -> float:
+    chosen = [value for step, value in values.items() if first < step <= last]
+    return sum(chosen) / len(chosen)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_host_memory_does_not_creep(monkeypatch, city_block, tmp_path, log, trainer):
+    """A view's rows are 600 KB: kept from one step in ten they would add 6 MB in the last 100 steps."""
+    way = TRAINERS[trainer]
+    train(monkeypatch, way.load(), city_block, tmp_path, *CONSTANT_NUMBER, "--max_steps", 300, *way.arguments)
+    resident = log["resident_bytes"]
+    assert mean(resident, 200, 300) - mean(resident, 100, 200) < 5e6
+    staged = log.get("staging_allocations", {300: 0})
+    assert len(set(list(staged.values())[-20:])) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_device_memory_does_not_creep_over_5000_steps(monkeypatch, city_block, tmp_path, log, trainer):
+    way, options = TRAINERS[trainer], ("--device", "cuda", *CONSTANT_NUMBER, "--max_steps", 5000)
+    train(monkeypatch, way.load(), city_block, tmp_path, *options, *way.arguments)
+    allocated = {step: gib * 2**30 for step, gib in log["device_allocated_now_GiB"].items()}
+    # As many views are on the device at any time, so the mean over many steps is constant.
+    early, late = mean(allocated, 1000, 3000), mean(allocated, 3000, 5000)
+    assert late == pytest.approx(early, rel=0.01)
+    staged = list(log.get("staging_allocations", {5000: 0}).values())
+    assert len(set(staged[-400:])) == 1  # all but the first 1000 steps
