@@ -47,11 +47,11 @@ def mean(values: dict[int, float], first: int, last: int) -> float:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_host_memory_does_not_creep(monkeypatch, city_block, tmp_path, log, trainer):
-    """A view's rows are 600 KB: kept from one step in ten they would add 6 MB in the last 100 steps."""
+    """A view's rows are 600 KB: kept from one step in ten they add 5 MB to the mean of the last 100 steps."""
     way = TRAINERS[trainer]
     train(monkeypatch, way.load(), city_block, tmp_path, *CONSTANT_NUMBER, "--max_steps", 300, *way.arguments)
     resident = log["resident_bytes"]
-    assert mean(resident, 200, 300) - mean(resident, 100, 200) < 5e6
+    assert mean(resident, 200, 300) - mean(resident, 100, 200) < 2e6  # below 0.7e6 where nothing is kept
     staged = log.get("staging_allocations", {300: 0})
     assert len(set(list(staged.values())[-20:])) == 1
 
