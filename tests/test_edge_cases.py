@@ -21,7 +21,7 @@ from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
 from training.views import View, cameras_of
 
-OFFLOADING = [name for name in TRAINERS if name != "gpu_only"]
+OFFLOADING = [name for name in TRAINERS if name not in ("gpu_only", "streamed_bfloat16")]  # that keep all in float32
 NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--max_steps", 30, "--sh_degree_interval", 10)
 EVERYWHERE, ONCE, NOWHERE = range(3)  # rows of `seen_by_all_one_and_none`
 
