@@ -2,9 +2,9 @@
 
 Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainers that send rows there:
 
-    appearance row  192 x 5   values, gradient, rows of the next view, and of the rows that both views need the
-                              gradients on their way to the host and the values on their way back
-    geometry row     48 x 5   the same, where geometry is on the host;
+    appearance row  192 x 3.25  values, gradient, rows of the next view, and of the rows that both views need the
+                              gradients on their way to the host
+    geometry row     48 x 3.25  the same, where geometry is on the host;
                      44 x 3   else: values, gradient, a gathered copy
     rendering           250   position, conic, colour, opacity, depth and radii on the screen with their gradients
                               (about 120), activated scales and opacities (32), and the keys of the tiles that it
@@ -30,7 +30,7 @@ from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 250  # of a Gaussian in view
 PIXEL_BYTES = 100
-MOVING_ROWS = 5  # tensors of a view's rows on the device at once
+MOVING_ROWS = 3.25  # tensors of a view's rows on the device at once
 STAGING_ROWS = 2.5  # pinned rows on the host for each row in view: two downloads, with a quarter to spare
 SLOTS = 3 * 9 / 8  # rows of the streamed trainer on the device for each row in view, with an eighth to spare
 SAMPLE = 10_000  # points whose visibility stands for all
@@ -101,7 +101,7 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
         host=store + row + parameter_bytes(sh_degree),  # for a PLY file current values are copied
         host_in_view=int(STAGING_ROWS * row),
         device=3 * 44 if on_device else 0,
-        device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
+        device_in_view=int(MOVING_ROWS * row) + (3 * 44 if on_device else 0) + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
