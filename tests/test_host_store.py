@@ -413,7 +413,7 @@ def test_more_rows_than_reserved_name_the_option():
 
 def test_a_failure_half_way_leaves_all_arrays_as_they_were(monkeypatch):
     store = HostStore(random_parameters(8), max_gaussians=10)
-    monkeypatch.setattr(store.groups["appearance"].exp_avg_sq, "max_rows", 8)
+    monkeypatch.setattr(store.groups["appearance"].arrays[-1], "max_rows", 8)
     with pytest.raises(InputError):
         store.append_copies(torch.arange(1))
     lengths = {len(array.tensor) for group in store.groups.values() for array in group.arrays}
