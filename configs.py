@@ -86,6 +86,8 @@ class Config(DensificationRules):
     """Save a checkpoint and statistics after these numbers of steps, and after the last."""
     ply_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
     """Export a PLY file after these numbers of steps, and after the last."""
+    video: bool = False
+    """After the last step, or of an evaluated checkpoint, render a flight past the training cameras to videos/."""
     steps_scaler: float = 1.0
     """Factor on every schedule given in steps."""
     log_every: int = 100

@@ -21,7 +21,7 @@ from training.ply import save_ply
 
 
 class ResultFolder:
-    """ckpts/ stats/ renders/ ply/ tb/ cfg.yml of one run. N in file names counts the training steps done."""
+    """ckpts/ stats/ renders/ videos/ ply/ tb/ cfg.yml of one run. N in file names counts the training steps done."""
 
     def __init__(self, cfg: Config) -> None:
         """

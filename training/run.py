@@ -38,11 +38,23 @@ from training.per_step import PerStep
 from training.profiling import SKIPPED_STEPS, WARM_UP_STEPS, profiled_steps
 from training.results import ResultFolder
 from training.stages import StageTimes
+from training.video import record_flight
 from training.views import View
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
-    *("data_dir", "result_dir", "device", "resume", "save_every", "keep", "num_workers", "log_every", "profile"),
+    *(
+        "data_dir",
+        "result_dir",
+        "device",
+        "resume",
+        "save_every",
+        "keep",
+        "num_workers",
+        "log_every",
+        "profile",
+        "video",
+    ),
 )
 
 
@@ -278,6 +290,8 @@ class TrainingRun:
         if steps_done in cfg.eval_steps or last:
             with self._going_on_without("The evaluation"):
                 self.evaluate(self._render, steps_done, self._model.num_gaussians)
+        if cfg.video and last:
+            self._record_flight(self._render, steps_done)
         failure = self._results.checkpoints.failure()
         if failure is not None:
             self._checkpoint_failed(failure)
@@ -328,6 +342,12 @@ class TrainingRun:
     def evaluate_checkpoint(self, render: Callable[[View], Tensor], model: Model) -> None:
         """Evaluate the model made from the checkpoint that the options name."""
         self.evaluate(render, self._checkpoint_to_evaluate.steps, model.num_gaussians)
+        if self.cfg.video:
+            self._record_flight(render, self._checkpoint_to_evaluate.steps)
+
+    def _record_flight(self, render: Callable[[View], Tensor], steps: int) -> None:
+        with self._going_on_without("The video"):
+            record_flight(self.scene, render, self.device, self._results.path / "videos" / f"flight_{steps}.mp4")
 
     def __enter__(self) -> TrainingRun:
         return self

@@ -1,0 +1,60 @@
+"""A video of a flight past the training cameras."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v2 as imageio
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets.scene import Scene
+from datasets.trajectories import flight
+from training.views import View
+
+NUM_FRAMES = 240
+FRAMES_PER_SECOND = 30
+
+
+@torch.no_grad()
+def record_flight(
+    scene: Scene, render: Callable[[View], Tensor], device: torch.device, path: Path, *, num_frames: int = NUM_FRAMES
+) -> None:
+    """Render a flight, frame by frame as held-out views are, and write it as an H.264 video.
+
+    Args:
+        scene: Gives the poses, and the intrinsics of its first training camera.
+        render: Makes the picture [1, H, W, 3] of a view.
+        device: Where views are rendered.
+        path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them.
+        num_frames: Of the video.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name("partial_" + path.name)
+    camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
+    K = torch.from_numpy(camera.K).float()[None]
+    poses = torch.from_numpy(flight(scene.camtoworlds[scene.train_ids], num_frames))
+    try:
+        with imageio.get_writer(partial, fps=FRAMES_PER_SECOND, macro_block_size=1) as writer:
+            for pose in tqdm(poses, desc="video", unit="frame", leave=False):
+                viewmats = torch.linalg.inv(pose).float()[None]
+                view = View(
+                    images=torch.zeros(1, camera.height, camera.width, 3, device=device),  # there is no photo
+                    masks=None,
+                    viewmats=viewmats.to(device),
+                    Ks=K.to(device),
+                    host_viewmats=viewmats,
+                    host_Ks=K,
+                    width=camera.width,
+                    height=camera.height,
+                )
+                frame = (render(view)[0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
+                writer.append_data(frame[: camera.height // 2 * 2, : camera.width // 2 * 2])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
