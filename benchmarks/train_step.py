@@ -38,6 +38,7 @@ from training.command_line import parse
 from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
 from training.memory_estimate import Footprint
+from training.per_step import PerStep
 from training.run import Model, select_device
 from training.stages import StageTimes
 from training.views import View
@@ -110,6 +111,7 @@ class Measurement:
 
     milliseconds: Spread | None = None
     stages: dict[str, float] | None = None  # mean milliseconds
+    offload: dict[str, float] | None = None  # mean milliseconds beside the stages; of trainers that offload
     memory: dict[str, int] | None = None  # of `training.memory.peak_bytes`
     staging_allocations: int = 0  # in the measured steps
     link_bytes_per_step: float | None = None  # both ways; of trainers that count them
@@ -137,6 +139,7 @@ class AerialRun:
             job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale
         )
         drawn = drawn_cameras(cameras, self._parameters["means"], job.view_window)
+        self._offload_per_step = PerStep()
         self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
         self._staging_before = 0
 
@@ -154,6 +157,7 @@ class AerialRun:
         for step in range(self.num_warmup + self.job.steps):
             if step == self.num_warmup:
                 self.times.mean_milliseconds()  # forgets the first steps
+                self._mean_offload()
                 self._staging_before = getattr(model, "staging_allocations", 0)
                 self._link_bytes_before = getattr(model, "link_bytes", 0)
             self.times.start()
@@ -174,11 +178,18 @@ class AerialRun:
         return Measurement(
             milliseconds=Spread.of([self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]),
             stages=self.times.mean_milliseconds(),
+            offload=self._mean_offload(),
             memory=peak_bytes(self.device),
             staging_allocations=getattr(self.model, "staging_allocations", 0) - self._staging_before,
             link_bytes_per_step=None if link_bytes is None else (link_bytes - self._link_bytes_before) / self.job.steps,
             loss=self._loss.item(),
         )
+
+    def _mean_offload(self) -> dict[str, float] | None:
+        """Since it was last called."""
+        if not hasattr(self.model, "offload_milliseconds"):
+            return None
+        return self._offload_per_step.means("", self.model.steps_done, self.model.offload_milliseconds())
 
     def __enter__(self) -> AerialRun:
         return self
@@ -305,6 +316,10 @@ def check(options: Options) -> int:
     return parse_bytes(options.device_memory_cap, "--device_memory_cap") if options.device_memory_cap else 0
 
 
+def milliseconds_by_name(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in times.items())
+
+
 COLUMNS = {
     "trainer": str,
     "Gaussians": count,
@@ -317,7 +332,8 @@ COLUMNS = {
     "peak host GB": gigabytes,
     "staging allocations": count,
     "GB over the link per step": gigabytes,
-    "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
+    "stages, mean ms": milliseconds_by_name,
+    "beside the stages, mean ms": milliseconds_by_name,
     "remark": str,
 }
 
@@ -327,11 +343,11 @@ def row_of(job: Job, visible: float, found: Measurement, bandwidth: Traffic) -> 
     floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
     row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, job.view_window, found.milliseconds, floor]
     if found.memory is None:
-        return [*row, *[None] * 6, found.problem]
+        return [*row, *[None] * 7, found.problem]
     memory = [found.memory[kind] for kind in ("device_allocated", "device_reserved", "host")]
     over = job.memory_cap and found.memory["device_reserved"] > job.memory_cap
     moved = (found.staging_allocations, found.link_bytes_per_step)
-    return [*row, *memory, *moved, found.stages, "took more than the cap" if over else None]
+    return [*row, *memory, *moved, found.stages, found.offload, "took more than the cap" if over else None]
 
 
 def main(options: Options) -> None:

@@ -11,6 +11,7 @@ from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, visible_ids
 from offload.finite import FiniteGradients
 from offload.host_memory import HostArray
+from offload.offload_times import OffloadTimes
 from offload.schedules import schedules_of
 from offload.state import State, copy_current
 from offload.store import HostStore
@@ -48,12 +49,13 @@ class HostGaussians(HostStore):
         super().__init__(parameters, max_gaussians=max_gaussians, pin=pin)
         self.steps_done = 0
         self._rendering_device = device
+        self._times = OffloadTimes()
         self._adams, self._rates, self._transfers, self._gradients = {}, {}, {}, {}
         for name, group in self.groups.items():
             multipliers, self._rates[name] = schedules_of(group, learning_rates, means_lr)
             columns = multipliers.shape[1]
             self._adams[name] = DeferredAdam(multipliers, betas, eps)
-            self._transfers[name] = RowTransfer(columns, device)
+            self._transfers[name] = RowTransfer(columns, device, self._times)
             # Gradients of all rows, zero but between the backward pass and Adam.
             self._gradients[name] = HostArray(columns, max_rows=group.parameters.max_rows)
         self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view
@@ -79,6 +81,10 @@ class HostGaussians(HostStore):
     def staging_allocations(self) -> int:
         """How often staging memory has been allocated so far."""
         return sum(transfer.staging_allocations for transfer in self._transfers.values())
+
+    def offload_milliseconds(self) -> dict[str, float]:
+        """How long copies between host and device have taken so far, by direction."""
+        return self._times.milliseconds()
 
     def update(self) -> None:
         """Dense Adam over all rows, with the gradients of those that `fetch` gave."""

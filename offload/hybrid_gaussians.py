@@ -213,6 +213,10 @@ class HybridGaussians:
         """How often staging memory has been allocated so far."""
         return self._pipeline.staging_allocations
 
+    def offload_milliseconds(self) -> dict[str, float]:
+        """How long worker, copies and waiting for them have taken so far, by name; see `RowPipeline`."""
+        return self._pipeline.offload_milliseconds()
+
     def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
         """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         self._pipeline.finish()

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from offload.adam import DeferredAdam
 from offload.culling import Cameras
+from offload.offload_times import OffloadTimes
 from offload.split import Tile
 from offload.store import HostStore
 from offload.transfer import Downloaded, RowTransfer, Uploaded, to_host
@@ -210,7 +211,8 @@ class RowPipeline:
         self._find = find
         self._device = device
         self._find_in_worker = find_in_worker
-        self._transfers = {name: RowTransfer(group.adam.columns, device) for name, group in groups.items()}
+        self._times = OffloadTimes()
+        self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._present: _Present | None = None
         self._rows: PartRows | None = None
@@ -224,6 +226,12 @@ class RowPipeline:
     def staging_allocations(self) -> int:
         """How often staging memory has been allocated; constant once the largest view has been seen."""
         return sum(transfer.staging_allocations for transfer in self._transfers.values())
+
+    def offload_milliseconds(self) -> dict[str, float]:
+        """Time so far that the worker has culled, forwarded and committed (the main thread where nothing was
+        prefetched), the main thread has updated rows that two views share and has waited for the worker, both have
+        waited for gradients to arrive, and copies have taken."""
+        return self._times.milliseconds()
 
     @property
     def part(self) -> Part:
@@ -315,7 +323,9 @@ class RowPipeline:
             slots = present.slots[part.host_rows[shared]].long()
             self._commit(host_ids[alone], alone, downloads)
             for name, download in downloads.items():
-                present.sums[name][slots] += download.ready()[shared]
+                arrived = self._arrived(download)
+                with self._times.on_host("worker_commit"):
+                    present.sums[name][slots] += arrived[shared]
 
         self._applied = True
         self._owed.append(settle)
@@ -420,7 +430,9 @@ class RowPipeline:
         """Upload what can be known of the next view's first part before the present view's gradients."""
         self._settle()
         self._begin_step()
-        following = following or self._find_following(cameras, present)
+        if following is None:
+            with self._times.on_host("worker_cull"):
+                following = self._find_following(cameras, present)
         _, host_ids = following.view.of_part(following.view.parts[0])
         known = _positions_without(following.shared_here, len(host_ids))
         return _Ahead({name: self._upload_known(name, host_ids, known) for name in self._groups}, following)
@@ -437,7 +449,8 @@ class RowPipeline:
         def fill(out: Tensor, begin: int, end: int) -> None:
             first, last = torch.searchsorted(known, torch.tensor([begin, end])).tolist()
             positions = known[first:last]
-            group.adam.forward(*group.state(), host_ids[positions], out, out_rows=positions - begin)
+            with self._times.on_host("worker_forward"):
+                group.adam.forward(*group.state(), host_ids[positions], out, out_rows=positions - begin)
 
         return self._transfers[name].upload(len(host_ids), fill)
 
@@ -448,7 +461,8 @@ class RowPipeline:
             forward = group.adam.forward_previous if self._step_begun else group.adam.forward
 
             def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, forward: Callable = forward) -> None:
-                forward(*group.state(), host_ids[begin:end], out)
+                with self._times.on_host("worker_forward"):
+                    forward(*group.state(), host_ids[begin:end], out)
 
             uploads[name] = self._transfers[name].upload(len(host_ids), fill)
         return uploads
@@ -471,7 +485,7 @@ class RowPipeline:
 
     def _add_shared(self, present: _Present, slots: Tensor, downloads: Mapping[str, Downloaded]) -> None:
         for name, download in downloads.items():
-            present.sums[name][slots] += download.ready()
+            present.sums[name][slots] += self._arrived(download)
 
     def _urgent_gradients(
         self, ahead: _Ahead, present: _Present, gradients: Mapping[str, Tensor]
@@ -495,16 +509,17 @@ class RowPipeline:
         """Update the rows that both views have, and complete what was forwarded of the next one."""
         host_ids = present.view.host_ids[ahead.following.shared_before]
         for name, group in self._groups.items():
-            arrived = downloads[name].ready()
+            arrived = self._arrived(downloads[name])
             if present.slots is not None:
                 arrived = torch.cat([arrived, present.sums[name]])
 
             def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, arrived: Tensor = arrived) -> None:
                 block = (*group.state(), host_ids[begin:end])
-                if places is None:
-                    group.adam.commit_and_forward(*block, arrived[begin:end], out)
-                else:
-                    group.adam.commit_and_forward(*block, arrived, out, gradient_rows=places[begin:end])
+                with self._times.on_host("update_shared_rows"):
+                    if places is None:
+                        group.adam.commit_and_forward(*block, arrived[begin:end], out)
+                    else:
+                        group.adam.commit_and_forward(*block, arrived, out, gradient_rows=places[begin:end])
 
             self._transfers[name].complete(ahead.uploads[name], ahead.following.shared_here, fill)
             group.committed(host_ids)
@@ -514,7 +529,8 @@ class RowPipeline:
         if self._ahead is None:
             return None
         try:
-            return self._ahead.result()
+            with self._times.on_host("wait_for_worker"):
+                return self._ahead.result()
         except BaseException:
             self._ahead = None
             raise
@@ -536,8 +552,14 @@ class RowPipeline:
 
     def _commit(self, host_ids: Tensor, gradient_rows: Tensor, gradients: Mapping[str, Downloaded]) -> None:
         for name, group in self._groups.items():
-            group.adam.commit(*group.state(), host_ids, gradients[name].ready(), gradient_rows=gradient_rows)
-            group.committed(host_ids)
+            arrived = self._arrived(gradients[name])
+            with self._times.on_host("worker_commit"):
+                group.adam.commit(*group.state(), host_ids, arrived, gradient_rows=gradient_rows)
+                group.committed(host_ids)
+
+    def _arrived(self, gradients: Downloaded) -> Tensor:
+        with self._times.on_host("wait_for_gradients"):
+            return gradients.ready()
 
 
 def _positions_without(positions: Tensor, count: int) -> Tensor:

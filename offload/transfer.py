@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.offload_times import OffloadTimes
+
 BLOCK_BYTES = 32 << 20  # of an upload that is filled while the previous one travels
 
 
@@ -56,8 +58,9 @@ def to_host(tensor: Tensor) -> Tensor:
 class RowTransfer:
     """Uploads and downloads of rows of one width; staging is allocated once and grows with the largest view."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, times: OffloadTimes) -> None:
         self._columns = columns
+        self._times = times  # told how long the copies take
         self._device = device
         self._cuda = device.type == "cuda"
         self.staging_allocations = 0  # shows that the steady state allocates nothing
@@ -83,7 +86,8 @@ class RowTransfer:
         with torch.cuda.stream(self._up):
             rows = torch.empty(num_rows, self._columns, device=self._device)
             for begin, end, block in self._filled_blocks(num_rows, fill):
-                rows[begin:end].copy_(block, non_blocking=True)
+                with self._times.on_stream("host_to_device"):
+                    rows[begin:end].copy_(block, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._up)
         return Uploaded(rows, done)
@@ -105,7 +109,8 @@ class RowTransfer:
             on_device = positions.to(self._device)
             arrived = torch.empty(min(self._block_rows, len(positions)), self._columns, device=self._device)
             for begin, end, block in self._filled_blocks(len(positions), fill):
-                arrived[: end - begin].copy_(block, non_blocking=True)
+                with self._times.on_stream("host_to_device"):
+                    arrived[: end - begin].copy_(block, non_blocking=True)
                 uploaded.rows.index_copy_(0, on_device[begin:end], arrived[: end - begin])
             uploaded.done.record(self._up)
 
@@ -133,7 +138,8 @@ class RowTransfer:
         self._down.wait_stream(torch.cuda.current_stream())
         rows.record_stream(self._down)
         with torch.cuda.stream(self._down):
-            staging.copy_(rows, non_blocking=True)
+            with self._times.on_stream("device_to_host"):
+                staging.copy_(rows, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._down)
         return Downloaded(staging, done)

@@ -64,6 +64,9 @@ def test_train_step_runs_every_trainer_as_the_scripts_do(tmp_path):
     times = [row["ms per step: median (10 %, 90 %)"] for row in table["rows"]]
     assert all(time["low"] <= time["median"] <= time["high"] and time["count"] == 3 for time in times)
     assert all("render" in row["stages, mean ms"] for row in table["rows"])
+    beside = {row["trainer"]: row["beside the stages, mean ms"] for row in table["rows"]}
+    assert all(beside[name]["worker_commit"] > 0 for name in ("optimized", "optimized_geometry_on_host", "split"))
+    assert beside["gpu_only"] is None
 
 
 @pytest.mark.usefixtures("_in_this_process")

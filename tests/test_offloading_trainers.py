@@ -112,6 +112,11 @@ def test_statistics_name_the_stages(monkeypatch, city_block, tmp_path, script, p
     stages = {"load", "fetch", "render", "backward", "update", "densify"} | ({"cull"} if place else set())
     assert set(statistics["stages_ms"]) == stages
     assert sum(statistics["stages_ms"].values()) < 1000 * statistics["elapsed_seconds"] / 12
+    # On the CPU nothing is copied, which is all that the baseline times beside its stages.
+    worker = {"worker_forward", "worker_commit"} | ({"worker_cull"} if "host" in place else set())
+    waiting = {"wait_for_worker", "wait_for_gradients", "update_shared_rows"}
+    assert set(statistics["offload_ms"]) == (worker | waiting if place else set())
+    assert all(0 < mean < 1000 * statistics["elapsed_seconds"] / 12 for mean in statistics["offload_ms"].values())
     assert statistics["staging_allocations"] == 0  # on the CPU rows are written where they are used
 
 

@@ -154,6 +154,7 @@ class TrainingRun:
         self._step = 0
         self._first_step = 0
         self._traffic_per_step = PerStep()
+        self._offload_per_step = PerStep()
         self._saved_steps = 0
         self._save_failure: Exception | None = None
         self._skipped_steps = 0
@@ -514,6 +515,7 @@ class TrainingRun:
                 **self._staging_allocations(),
                 "longest_save_seconds": self._results.checkpoints.longest_stall,
                 "stages_ms": self.times.mean_milliseconds("statistics"),
+                **self._offload_times("statistics"),
                 **self._traffic("statistics"),
             },
         )
@@ -530,6 +532,8 @@ class TrainingRun:
             writer.add_scalar(f"memory/{name}", count, steps_done)
         for stage, milliseconds in self.times.mean_milliseconds("log").items():
             writer.add_scalar(f"stages_ms/{stage}", milliseconds, steps_done)
+        for name, milliseconds in self._offload_times("log").get("offload_ms", {}).items():
+            writer.add_scalar(f"offload_ms/{name}", milliseconds, steps_done)
         for name, mean in self._traffic("log").get("per_step", {}).items():
             writer.add_scalar(f"per_step/{name}", mean, steps_done)
 
@@ -537,6 +541,16 @@ class TrainingRun:
         """How often staging memory has been allocated, of trainers that have any; constant in the steady state."""
         count = getattr(self._model, "staging_allocations", None)
         return {} if count is None else {"staging_allocations": count}
+
+    def _offload_times(self, reader: str) -> dict[str, dict[str, float]]:
+        """Mean milliseconds of what a step does beside its stages since this reader asked last, of offloading trainers.
+
+        It overlaps with the stages and with itself, so these times do not add up to a step.
+        """
+        if not hasattr(self._model, "offload_milliseconds"):
+            return {}
+        steps, totals = self._model.steps_done - self._first_step, self._model.offload_milliseconds()
+        return {"offload_ms": self._offload_per_step.means(reader, steps, totals)}
 
     def _traffic(self, reader: str) -> dict[str, dict[str, float]]:
         """Mean rows and bytes that a step has moved since this reader asked last, of trainers that count them."""
