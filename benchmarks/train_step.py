@@ -215,17 +215,7 @@ def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.devic
     views = []
     for index in indices:
         viewmats, Ks = cameras.viewmats[index : index + 1], cameras.Ks[index : index + 1]
-        view = View(
-            images=images[len(views) % 2],
-            masks=None,
-            viewmats=viewmats.to(device),
-            Ks=Ks.to(device),
-            host_viewmats=viewmats,
-            host_Ks=Ks,
-            width=cameras.width,
-            height=cameras.height,
-        )
-        views.append(view)
+        views.append(View.of(images[len(views) % 2], viewmats, Ks))
     return views
 
 

@@ -1,8 +1,8 @@
 """The test of single Gaussians of `offload/culling.py` as CUDA kernels in Triton: one pass over the geometry.
 
 Reads 44 bytes and writes 1 for each of N Gaussians and camera: 0.2 ms for 18 million at 4 TB/s. To find the cells
-that rows may draw in writes 8 instead. The formulas and what
-each bound is for stand in `culling._View`, whose constants the kernel takes.
+that rows may draw in writes 8 instead. The formulas and what each bound is for stand in `culling._View`, whose
+constants the kernels take.
 """
 
 from __future__ import annotations

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from offload.adam import DeferredAdam
-from offload.culling import BlockBounds, Cameras, CoveredCells, Margin, covered_cells, visible_ids
-from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.culling import BlockBounds, Cameras, CoveredCells, covered_cells, visible_ids
+from offload.device_geometry import DeviceGeometry
 from offload.device_memory import begin_stretch, stretch_peak
 from offload.finite import FiniteGradients
+from offload.margins import largest_drift, largest_step, margin_of
 from offload.part_limits import MemoryBudget, RowLimit
 from offload.part_planner import PartPlanner
-from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds, largest_drift, largest_step
+from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds
 from offload.schedules import schedules_of
 from offload.split import CELL, HALO, Tile
 from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore, total_growth
 from offload.upcoming import upcoming_state, upcoming_view
-
-_ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
 
 
 @dataclass
@@ -109,10 +108,10 @@ class HybridGaussians:
             self._stores[name] = store
         if geometry == "device":
             self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
-            self._margin = self._margin_of(largest_step(betas))
+            self._margin = margin_of(largest_step(betas), learning_rates)
         else:
             # Rows on the host may lag behind by all the steps they have skipped.
-            self._margin = self._margin_of(largest_step(betas) + largest_drift(betas))
+            self._margin = margin_of(largest_step(betas) + largest_drift(betas), learning_rates)
             groups["geometry"].committed = self._geometry_committed
         self._pipeline = RowPipeline(groups, self._find, device, find_in_worker=geometry == "host")
 
@@ -450,10 +449,6 @@ class HybridGaussians:
 
     def _named(self, group: str, rows: Tensor) -> dict[str, Tensor]:
         return self._stores[group].groups[group].named(rows)
-
-    def _margin_of(self, learning_rates: float) -> Margin:
-        """What geometry can change by this many times its learning rates."""
-        return Margin(**{name: _ROUNDING * learning_rates * self._learning_rates[name] for name in GEOMETRY})
 
 
 Result = TypeVar("Result")

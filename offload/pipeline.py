@@ -23,7 +23,6 @@ its last part together with the rows that several parts have.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,23 +37,6 @@ from offload.offload_times import OffloadTimes
 from offload.split import Tile
 from offload.store import HostStore
 from offload.transfer import Downloaded, RowTransfer, Uploaded, to_host
-
-
-def largest_step(betas: tuple[float, float]) -> float:
-    """Largest change of a parameter by one Adam step, in units of the learning rate.
-
-    By Cauchy-Schwarz on the sums of gradients in both moments:
-    |m| / sqrt(v) <= (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2).
-    """
-    b1, b2 = betas
-    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2))
-
-
-def largest_drift(betas: tuple[float, float]) -> float:
-    """Largest change of a parameter by all steps without gradient that follow one, in units of the learning rate."""
-    b1, b2 = betas
-    ratio = b1 / math.sqrt(b2)
-    return largest_step(betas) * ratio / (1 - ratio)
 
 
 @dataclass

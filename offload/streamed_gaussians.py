@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from offload.catch_up import CatchUpTables
-from offload.culling import Cameras, Margin
-from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.culling import Cameras
+from offload.device_geometry import DeviceGeometry
 from offload.finite import FiniteGradients
-from offload.pipeline import largest_step
+from offload.margins import largest_step, margin_of
 from offload.schedules import schedules_of
 from offload.state import State, copy_current, load_deferred
 from offload.store import HostStore, Moments, total_growth
 from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
-
-_ROUNDING = 1.01  # on margins, for what float32 arithmetic adds to the exact bounds
 
 
 class StreamedGaussians:
@@ -59,8 +57,7 @@ class StreamedGaussians:
         self._geometry_rows: dict[str, Tensor] = {}
         self._finite = FiniteGradients(device)
         self._geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
-        moves = {name: _ROUNDING * largest_step(betas) * learning_rates[name] for name in GEOMETRY}
-        self._margin = Margin(**moves)
+        self._margin = margin_of(largest_step(betas), learning_rates)
         pin = device.type == "cuda"
         self._store = HostStore(
             parameters, groups=("appearance",), moments=moments, max_gaussians=max_gaussians, pin=pin

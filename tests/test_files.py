@@ -12,6 +12,7 @@ from plyfile import PlyData
 
 from errors import InputError
 from offload.state import ARRAYS
+from tests.resident_memory import resident_bytes
 from training import ply
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
@@ -114,11 +115,6 @@ def test_writing_a_checkpoint_takes_little_memory(tmp_path):
     before = resident_bytes("VmRSS")
     save_checkpoint(tmp_path / "a.pt", Checkpoint(1, TRANSFORM, state))
     assert resident_bytes("VmHWM") - before < 0.05 * sum(value.nbytes for value in state.values())
-
-
-def resident_bytes(key: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 def damaged_checkpoints(content: bytes) -> dict[str, bytes]:

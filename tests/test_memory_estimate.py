@@ -20,6 +20,7 @@ from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
 from offload.streamed_gaussians import StreamedGaussians
 from rendering.losses import photometric_loss
+from tests.resident_memory import resident_bytes
 from training import command_line, memory_estimate, schedules
 from training.checkpoints import Checkpoint, save_checkpoint
 from training.gaussians import DeviceGaussians, activate
@@ -74,7 +75,7 @@ def train_some_steps(trainer: str, parameters: dict[str, torch.Tensor], cameras,
     for index in range(NUM_VIEWS + 1):
         viewmats, Ks = cameras.viewmats[index : index + 1], scale * cameras.Ks[index : index + 1]
         images = torch.rand(1, HEIGHT, WIDTH, 3, device=device)
-        views.append(View(images, None, viewmats.to(device), Ks.to(device), viewmats, Ks, WIDTH, HEIGHT))
+        views.append(View.of(images, viewmats, Ks))
     largest_view = 0
     for step in range(NUM_VIEWS):
         view = views[step]
@@ -93,12 +94,6 @@ def train_some_steps(trainer: str, parameters: dict[str, torch.Tensor], cameras,
             gaussians.update(step)
         del activated, colors, info
     return gaussians, largest_view / num_gaussians
-
-
-def resident_bytes(key: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -18,7 +18,8 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from offload.culling import BlockBounds
-from offload.pipeline import RowPipeline, largest_drift, largest_step, shared_positions
+from offload.margins import largest_drift, largest_step
+from offload.pipeline import RowPipeline, shared_positions
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
 from training import command_line
 from training.checkpoints import load_checkpoint

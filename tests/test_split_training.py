@@ -56,16 +56,7 @@ def random_view(seed: int, *, cameras: int = 1, masked: bool = False, device: st
     shape = (cameras, HEIGHT, WIDTH)
     images = torch.rand(*shape, 3, generator=generator)
     masks = (torch.rand(*shape, generator=generator) < 0.8) if masked else None
-    return View(
-        images=images.to(device),
-        masks=None if masks is None else masks.to(device),
-        viewmats=viewmats.to(device),
-        Ks=Ks.to(device),
-        host_viewmats=viewmats,
-        host_Ks=Ks,
-        width=WIDTH,
-        height=HEIGHT,
-    )
+    return View.of(images.to(device), viewmats, Ks, None if masks is None else masks.to(device))
 
 
 def random_backgrounds(view: View) -> Tensor:

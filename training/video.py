@@ -38,21 +38,12 @@ def record_flight(
     partial = path.with_name("partial_" + path.name)
     camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
     K = torch.from_numpy(camera.K).float()[None]
+    no_photo = torch.zeros(1, camera.height, camera.width, 3, device=device)
     poses = torch.from_numpy(flight(scene.camtoworlds[scene.train_ids], num_frames))
     try:
         with imageio.get_writer(partial, fps=FRAMES_PER_SECOND, macro_block_size=1) as writer:
             for pose in tqdm(poses, desc="video", unit="frame", leave=False):
-                viewmats = torch.linalg.inv(pose).float()[None]
-                view = View(
-                    images=torch.zeros(1, camera.height, camera.width, 3, device=device),  # there is no photo
-                    masks=None,
-                    viewmats=viewmats.to(device),
-                    Ks=K.to(device),
-                    host_viewmats=viewmats,
-                    host_Ks=K,
-                    width=camera.width,
-                    height=camera.height,
-                )
+                view = View.of(no_photo, torch.linalg.inv(pose).float()[None], K)
                 frame = (render(view)[0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
                 writer.append_data(frame[: camera.height // 2 * 2, : camera.width // 2 * 2])
         partial.replace(path)

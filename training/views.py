@@ -34,13 +34,18 @@ class View:
         images = batch.images.to(device, non_blocking=True)
         masks = None if batch.masks is None else batch.masks.to(device, non_blocking=True)
         viewmats = torch.linalg.inv(batch.camtoworlds.double()).float()
+        return View.of(images.float().div_(255.0), viewmats, batch.Ks, masks)
+
+    @staticmethod
+    def of(images: Tensor, viewmats: Tensor, Ks: Tensor, masks: Tensor | None = None) -> View:
+        """Pictures, and masks, that are on the device already, with their cameras, which are on the host."""
         return View(
-            images=images.float().div_(255.0),
+            images=images,
             masks=masks,
-            viewmats=viewmats.to(device, non_blocking=True),
-            Ks=batch.Ks.to(device, non_blocking=True),
+            viewmats=viewmats.to(images.device, non_blocking=True),
+            Ks=Ks.to(images.device, non_blocking=True),
             host_viewmats=viewmats,
-            host_Ks=batch.Ks,
+            host_Ks=Ks,
             width=images.shape[2],
             height=images.shape[1],
         )
