@@ -40,7 +40,7 @@ _gso_fingerprint() { # of all that decides what an installation holds
     {
         echo "$root $(command -v python)"
         cat "$root/install.sh" "$root/pyproject.toml" "$root/CMakeLists.txt"
-        cat "$root"/*/csrc/*
+        cat "$root"/*/csrc/* "$root"/native/*
         ls /dev/nvidiactl 2>/dev/null
     } | cksum
 }

@@ -8,32 +8,15 @@
 #include <stdexcept>
 
 #include "adam_kernels.h"
+#include "instruction_set.h"
 
 namespace nb = nanobind;
 
 namespace offload {
 
-namespace baseline {
-AdamKernel kernel_for(const AdamRows&);
-}
-#ifdef X86_KERNELS
-namespace avx2 {
-AdamKernel kernel_for(const AdamRows&);
-}
-namespace avx512 {
-AdamKernel kernel_for(const AdamRows&);
-}
-#endif
+IN_EACH_BUILD(AdamKernel kernel_for(const AdamRows&);)
 
 namespace {
-
-AdamKernel best_kernel(const AdamRows& rows) {
-#ifdef X86_KERNELS
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) return avx512::kernel_for(rows);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernel_for(rows);
-#endif
-  return baseline::kernel_for(rows);
-}
 
 template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -137,7 +120,7 @@ void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> ex
             "every row needs a row of gradients");
     require(!out || (rows.out_rows ? within(rows.out_rows, count, out_count, threads) : out_count == count),
             "every row needs a row of out");
-    const AdamKernel kernel = best_kernel(rows);
+    const AdamKernel kernel = OF_BEST_BUILD(kernel_for)(rows);
     refused = sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
       return kernel(adam_step, rows, begin, end);
     });

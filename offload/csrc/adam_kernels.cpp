@@ -1,5 +1,5 @@
 // The inner loops of Adam. Plain C++ in blocks of fixed length, which the compiler turns into vector instructions of
-// the set that this build is for (ADAM_ISA).
+// the set that this build is for (KERNEL_ISA).
 #include "adam_kernels.h"
 
 #include <cmath>
@@ -8,7 +8,7 @@
 #endif
 
 namespace offload {
-namespace ADAM_ISA {
+namespace KERNEL_ISA {
 
 // Rows to look ahead: enough to hide the latency of main memory; 8 to 64 were equally fast.
 constexpr int64_t kPrefetchRows = 16;
@@ -152,5 +152,5 @@ AdamKernel kernel_for(const AdamRows& rows) {
   return rows.out ? update_rows<true, true, true, true> : update_rows<true, true, true, false>;
 }
 
-}  // namespace ADAM_ISA
+}  // namespace KERNEL_ISA
 }  // namespace offload

@@ -9,32 +9,15 @@
 #include <vector>
 
 #include "culling_kernels.h"
+#include "instruction_set.h"
 
 namespace nb = nanobind;
 
 namespace offload {
 
-#define DECLARE_KERNELS(isa)            \
-  namespace isa {                       \
-  extern const CullingKernels kernels;  \
-  }
+IN_EACH_BUILD(extern const CullingKernels culling_kernels;)
 
-DECLARE_KERNELS(culling_baseline)
-#ifdef X86_KERNELS
-DECLARE_KERNELS(culling_avx2)
-DECLARE_KERNELS(culling_avx512)
-#endif
-
-const CullingKernels& culling_kernels() {
-#ifdef X86_KERNELS
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  return avx512 ? culling_avx512::kernels : avx2 ? culling_avx2::kernels : culling_baseline::kernels;
-#else
-  return culling_baseline::kernels;
-#endif
-}
+const CullingKernels& best_culling_kernels() { return OF_BEST_BUILD(culling_kernels); }
 
 namespace {
 
@@ -217,7 +200,7 @@ int64_t mark_visible(Geometry geometry, Bounds bounds, Matrices4 viewmats, Matri
   const BlockBounds* block_bounds = reinterpret_cast<const BlockBounds*>(bounds.data());
   uint64_t* words = reinterpret_cast<uint64_t*>(bits.data());
   int64_t* ends = chunk_ends.data();
-  const CullingKernels& kernels = culling_kernels();
+  const CullingKernels& kernels = best_culling_kernels();
   (void)threads;
   nb::gil_scoped_release release;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -275,7 +258,7 @@ void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3
   const int64_t* id = ids.data();
   const float* rows = geometry.data();
   int16_t* to = cells.data();
-  const CullingKernels& kernels = culling_kernels();
+  const CullingKernels& kernels = best_culling_kernels();
   // A NaN is in all cells, for the rasterizer to judge.
   const auto first_cell = [&](float low) { return low >= cell_pixels ? static_cast<int>(low / cell_pixels) : 0; };
   const auto end_cell = [&](float high, int end) {

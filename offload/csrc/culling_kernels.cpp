@@ -1,5 +1,5 @@
-// The test of single Gaussians, compiled once per instruction set (CULLING_ISA), on several Gaussians at once, one per
-// lane. GCC and Clang turn arithmetic and comparisons of their vector types into single instructions, on x86 and ARM.
+// The test of single Gaussians, compiled once per instruction set (KERNEL_ISA), on several Gaussians at once, one per
+// lane.
 //
 // A Gaussian is drawn where gsplat's projection keeps it: depth between the planes, opacity (with the compensation of
 // Mip-Splatting when antialiased) at least 1/255, and a rectangle around its centre that meets the picture, of radii
@@ -12,8 +12,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace offload {
-namespace CULLING_ISA {
+namespace KERNEL_ISA {
 namespace {
 
 // What the rasterizer's and our float operations may be off.
@@ -23,30 +25,14 @@ constexpr float kRelative = 1e-5f;         // of everything else
 
 constexpr float kLogitThreshold = -5.5373343f - kRelative;  // logit of 1/255
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-constexpr int kLanes = kVectorBytes / 4;
+using Floats = Lanes<float>;
+using Ints = LaneTypes<float>::Ints;  // comparisons give -1 where true, 0 where false
+constexpr int kWidth = kLanes<float>;
 
-typedef float Floats __attribute__((vector_size(kVectorBytes)));
-typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));  // comparisons give -1 where true, 0 where false
-
-inline Floats broadcast(float v) { return Floats{} + v; }
-inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
-inline Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
-inline Floats magnitude(Floats a) { return largest(a, -a); }
-inline Floats clamp(Floats v, float low, float high) { return smallest(largest(v, broadcast(low)), broadcast(high)); }
-inline Floats at_least(Floats v, float low) { return largest(v, broadcast(low)); }
-
-inline Floats root(Floats v) {
-  Floats r;
-  for (int i = 0; i < kLanes; ++i) r[i] = std::sqrt(v[i]);
-  return r;
-}
+inline Floats magnitude(Floats a) { return maximum(a, -a); }
+inline Floats clamp(Floats v, float low, float high) { return minimum(maximum(v, broadcast(low)), broadcast(high)); }
+inline Floats at_least(Floats v, float low) { return maximum(v, broadcast(low)); }
+inline Floats root(Floats v) { return square_root<float>(v); }
 
 // e^x, relative error 1e-6, for x cut to -87 .. 88.
 inline Floats exponential(Floats x_in) {
@@ -79,15 +65,15 @@ inline Floats logarithm(Floats x) {
 
 inline bool any(Ints condition) {
   int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= condition[i];
+  for (int i = 0; i < kWidth; ++i) found |= condition[i];
   return found;
 }
 
 // Neighbouring columns of consecutive rows, one row per lane; `from` points at the first row's first of them.
 template <int columns>
-inline void load(const float* from, int count, Floats (&to)[columns]) {
-  float transposed[columns][kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
+inline void load_rows(const float* from, int count, Floats (&to)[columns]) {
+  float transposed[columns][kWidth];
+  for (int lane = 0; lane < kWidth; ++lane) {
     const float* row = from + kGeometryColumns * (lane < count ? lane : 0);  // idle lanes repeat the first row
     for (int c = 0; c < columns; ++c) transposed[c][lane] = row[c];
   }
@@ -116,7 +102,7 @@ struct Decision {
 
 inline Decision decide(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3], Floats logit) {
   const Position p = camera_position(v, mean);
-  const Floats scale = exponential(largest(log_scales[0], largest(log_scales[1], log_scales[2])));
+  const Floats scale = exponential(maximum(log_scales[0], maximum(log_scales[1], log_scales[2])));
   const Floats z = at_least(p.z, v.near_plane);
   const Floats x = v.fx * p.x, y = v.fy * p.y;
   // Pixels times depth from the four borders of the picture, positive inside.
@@ -138,7 +124,7 @@ struct JacobianRow {
 
 inline JacobianRow jacobian_row(Floats raw_slope, float low, float high, Floats relative_move) {
   const Floats slope = clamp(raw_slope, low, high);
-  const Floats slope_change = smallest(relative_move * (1.0f + magnitude(raw_slope)), broadcast(high - low));
+  const Floats slope_change = minimum(relative_move * (1.0f + magnitude(raw_slope)), broadcast(high - low));
   return {slope, root(1.0f + slope * slope),
           relative_move * (1.0f + magnitude(slope)) + (1.0f + relative_move) * slope_change};
 }
@@ -162,7 +148,7 @@ inline Extent image_extent(const float* W, int axis, const JacobianRow& j, Float
     e.variance += e.row[k] * e.row[k];
     norm2 += scales[k] * scales[k];
   }
-  const Floats largest_scale = largest(scales[0], largest(scales[1], scales[2]));
+  const Floats largest_scale = maximum(scales[0], maximum(scales[1], scales[2]));
   e.error = kCovarianceError * focal * focal * j.length * j.length * norm2;
   e.change = largest_scale * focal * (j.change + (j.length + j.change) * turn);
   return e;
@@ -195,7 +181,7 @@ inline Interval interval(const View& v, float focal, float centre, float size, F
   const Floats sigma = v.growth * (root(e.variance + e.error) + e.change);
   const Floats radius = extent * root(sigma * sigma + v.eps2d);
   // ceil(r) as floor(r) + 1, which vectorizes everywhere.
-  const Ints floor = __builtin_convertvector(smallest(radius + 1e-4f, broadcast(1e9f)), Ints);
+  const Ints floor = __builtin_convertvector(minimum(radius + 1e-4f, broadcast(1e9f)), Ints);
   const Floats offset = focal * slope;
   const Floats half = __builtin_convertvector(floor + 1, Floats) + v.extra_pixels + kRelative * (radius + magnitude(offset)) +
                       focal * relative_move * (1.0f + magnitude(slope)) + 1e-6f * (std::fabs(centre) + size);
@@ -224,7 +210,7 @@ inline Rectangle rectangle(const View& v, const Floats (&mean)[3], const Floats 
                           {2.0f * (i * j + w * k), 1.0f - 2.0f * (i * i + k * k), 2.0f * (j * k - w * i)},
                           {2.0f * (i * k - w * j), 2.0f * (j * k + w * i), 1.0f - 2.0f * (i * i + j * j)}};
   // Rotations whose unit quaternions differ by an angle phi differ by 2 sin phi.
-  const Floats turn = smallest(2.0f * v.turn / at_least(root(norm2), 1e-18f), broadcast(2.0f));
+  const Floats turn = minimum(2.0f * v.turn / at_least(root(norm2), 1e-18f), broadcast(2.0f));
   const Floats scales[3] = {exponential(log_scales[0]), exponential(log_scales[1]), exponential(log_scales[2])};
 
   const JacobianRow jx = jacobian_row(slope_x, v.slope_low[0], v.slope_high[0], relative_move);
@@ -235,7 +221,7 @@ inline Rectangle rectangle(const View& v, const Floats (&mean)[3], const Floats 
   Floats opacity255 = 255.0f * (1.0f + kRelative) / (1.0f + exponential(-logit - v.logit_gain));
   if (v.antialiased) opacity255 *= largest_compensation(v, ex, ey);
   const Floats extent2 = 2.0f * (logarithm(clamp(opacity255, 1.0f, 1e6f)) + kRelative);
-  const Floats extent = smallest(root(extent2), broadcast(kOpaqueExtent)) * (1.0f + kRelative);
+  const Floats extent = minimum(root(extent2), broadcast(kOpaqueExtent)) * (1.0f + kRelative);
   return {interval(v, v.fx, v.cx, v.width, slope_x, ex, extent, relative_move),
           interval(v, v.fy, v.cy, v.height, slope_y, ey, extent, relative_move), opacity255 < 1.0f};
 }
@@ -249,20 +235,20 @@ inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&
 
 uint64_t visible_rows(const View& view, const float* rows, int count) {
   uint64_t bits = 0;
-  for (int first = 0; first < count; first += kLanes) {
+  for (int first = 0; first < count; first += kWidth) {
     const float* from = rows + kGeometryColumns * first;
     Floats mean[3], log_scales[3], logit[1];
-    load(from + kMeans, count - first, mean);
-    load(from + kScales, count - first, log_scales);
-    load(from + kOpacities, count - first, logit);
+    load_rows(from + kMeans, count - first, mean);
+    load_rows(from + kScales, count - first, log_scales);
+    load_rows(from + kOpacities, count - first, logit);
     const Decision decision = decide(view, mean, log_scales, logit[0]);
     Ints drawn = decision.drawn;
     if (any(~(decision.hidden | decision.drawn))) {
       Floats quat[4];
-      load(from + kQuats, count - first, quat);
+      load_rows(from + kQuats, count - first, quat);
       drawn |= ~decision.hidden & may_be_drawn(view, mean, log_scales, quat, logit[0]);
     }
-    for (int lane = 0; lane < kLanes && first + lane < count; ++lane) {
+    for (int lane = 0; lane < kWidth && first + lane < count; ++lane) {
       bits |= static_cast<uint64_t>(drawn[lane] & 1) << (first + lane);
     }
   }
@@ -270,16 +256,16 @@ uint64_t visible_rows(const View& view, const float* rows, int count) {
 }
 
 void picture_rectangles(const View& view, const float* rows, int count, float (*rectangles)[4]) {
-  for (int first = 0; first < count; first += kLanes) {
+  for (int first = 0; first < count; first += kWidth) {
     const float* from = rows + kGeometryColumns * first;
     Floats mean[3], log_scales[3], quat[4], logit[1];
-    load(from + kMeans, count - first, mean);
-    load(from + kScales, count - first, log_scales);
-    load(from + kQuats, count - first, quat);
-    load(from + kOpacities, count - first, logit);
+    load_rows(from + kMeans, count - first, mean);
+    load_rows(from + kScales, count - first, log_scales);
+    load_rows(from + kQuats, count - first, quat);
+    load_rows(from + kOpacities, count - first, logit);
     const Rectangle r = rectangle(view, mean, log_scales, quat, logit[0]);
     const Ints hidden = r.hidden | decide(view, mean, log_scales, logit[0]).hidden;
-    for (int lane = 0; lane < kLanes && first + lane < count; ++lane) {
+    for (int lane = 0; lane < kWidth && first + lane < count; ++lane) {
       float* to = rectangles[first + lane];
       to[0] = r.x.low[lane], to[1] = r.x.high[lane], to[2] = r.y.low[lane], to[3] = r.y.high[lane];
       if (hidden[lane]) to[1] = -INFINITY;
@@ -289,8 +275,8 @@ void picture_rectangles(const View& view, const float* rows, int count, float (*
 
 }  // namespace
 
-extern const CullingKernels kernels;
-const CullingKernels kernels{visible_rows, picture_rectangles};
+extern const CullingKernels culling_kernels;
+const CullingKernels culling_kernels{visible_rows, picture_rectangles};
 
-}  // namespace CULLING_ISA
+}  // namespace KERNEL_ISA
 }  // namespace offload
