@@ -69,7 +69,8 @@ class BlockBounds:
     """
 
     def __init__(self, geometry: Tensor) -> None:
-        """Args: geometry: [N, 12] float32 on the CPU: means, log scales, quats, logit opacities, unused."""
+        """Args: geometry: [N, 12] float32 on the CPU, or these columns of wider rows: means, log scales, quats, logit
+        opacities, unused."""
         self.rebuild(geometry)
 
     def rebuild(self, geometry: Tensor) -> None:
@@ -103,7 +104,8 @@ def visible_ids(
     """The rows that any of the cameras may draw, on the CPU, in parallel.
 
     Args:
-        geometry: [N, 12] float32 on the CPU: means 3, log scales 3, quats 4, logit opacities 1, unused 1.
+        geometry: [N, 12] float32 on the CPU, or these columns of wider rows: means 3, log scales 3, quats 4, logit
+            opacities 1, unused 1.
         bounds: of the same rows.
         cameras: the pictures to be drawn.
         margin: how much the rows may still move.

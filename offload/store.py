@@ -45,19 +45,26 @@ def group_columns(group: str, sh_degree: int) -> dict[str, slice]:
     return columns
 
 
-def num_columns(group: str, sh_degree: int) -> int:
-    """Columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes."""
+def num_columns(group: str, sh_degree: int, whole_lines: bool = False) -> int:
+    """Columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes.
+
+    With `whole_lines` geometry fills a line as well, of which it uses the first 48 bytes.
+    """
     values = sum(math.prod(shape) for shape in group_shapes(group, sh_degree).values())
-    multiple = 4 if group == "geometry" else 16
+    multiple = 4 if group == "geometry" and not whole_lines else 16
     return -(-values // multiple) * multiple
 
 
 def host_bytes(
-    num_gaussians: int, sh_degree: int, groups: Sequence[str] = GROUP_NAMES, moments: Moments = "float32"
+    num_gaussians: int,
+    sh_degree: int,
+    groups: Sequence[str] = GROUP_NAMES,
+    moments: Moments = "float32",
+    whole_lines: bool = False,
 ) -> int:
     """Bytes that a store of this many Gaussians takes in host memory; while it changes, up to PEAK times as much."""
     value_bytes = 4 + (8 if moments == "float32" else 4)  # of a parameter and two moments
-    columns = sum(num_columns(group, sh_degree) for group in groups)
+    columns = sum(num_columns(group, sh_degree, whole_lines) for group in groups)
     return num_gaussians * (columns * value_bytes + STAMP_BYTES)
 
 
@@ -106,7 +113,7 @@ class HostStore:
 
     Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576, geometry
     12 x 3 x 4 = 144, `last_step` 4; 724 in all. Up to 1/64 more is taken when the store grows. With moments in bfloat16
-    it is two thirds of that.
+    it is two thirds of that; with `whole_lines` geometry is 16 x 3 x 4 = 192.
 
     The operations are those of `training.gaussians.DeviceGaussians`, with the same results row for row. They work on
     stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
@@ -123,6 +130,7 @@ class HostStore:
         moments: Moments = "float32",
         max_gaussians: int = 0,
         pin: bool = False,
+        whole_lines: bool = False,
     ) -> None:
         """
         Args:
@@ -132,6 +140,7 @@ class HostStore:
             moments: The precision of their Adam moments.
             max_gaussians: Bound of growth; 0 allows what the machine's memory could hold.
             pin: Whether the memory is pinned where there is a GPU.
+            whole_lines: Whether rows of geometry fill whole cache lines, for a device that writes them.
 
         Raises:
             InputError: Memory that cannot be had.
@@ -139,9 +148,14 @@ class HostStore:
         self.step = 0
         self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
         num_gaussians = len(parameters["means"])
-        self._row_bytes = host_bytes(1, self.sh_degree, groups, moments)
+        self._row_bytes = host_bytes(1, self.sh_degree, groups, moments, whole_lines)
         max_rows = max(num_gaussians, max_gaussians or _physical_bytes() // self._row_bytes)
-        self.groups = {group: _empty_group(group, self.sh_degree, moments, max_rows, pin) for group in groups}
+        self.groups = {
+            group: _empty_group(
+                group, self.sh_degree, num_columns(group, self.sh_degree, whole_lines), moments, max_rows, pin
+            )
+            for group in groups
+        }
         self._stamps = HostArray(1, max_rows=max_rows, dtype=torch.int32, pin=pin)
         self._resize(num_gaussians)
         for name, stored in self.snapshot().items():
@@ -282,9 +296,9 @@ class HostStore:
         return ids
 
 
-def _empty_group(group: str, sh_degree: int, moments: Moments, max_rows: int, pin: bool) -> Group:
+def _empty_group(group: str, sh_degree: int, columns: int, moments: Moments, max_rows: int, pin: bool) -> Group:
     def array(dtype: torch.dtype) -> HostArray:
-        return HostArray(num_columns(group, sh_degree), max_rows=max_rows, dtype=dtype, pin=pin)
+        return HostArray(columns, max_rows=max_rows, dtype=dtype, pin=pin)
 
     dtypes = (torch.float32, torch.float32) if moments == "float32" else (torch.int32,)
     return Group(

@@ -312,6 +312,24 @@ def test_bounds_follow_rows_that_move():
     assert torch.equal(visible_ids(rows[:700], bounds, cameras), native(rows[:700], cameras))
 
 
+def test_rows_may_be_columns_of_wider_ones():
+    rows, cameras = random_geometry(30_000, seed=37), random_cameras(38)
+    wide = torch.full((len(rows), 16), float("nan"))
+    wide[:, :12] = rows
+    bounds, wide_bounds = BlockBounds(rows), BlockBounds(wide[:, :12])
+    ids = torch.arange(0, len(rows), 100)
+    for geometry, its_bounds in ((rows, bounds), (wide[:, :12], wide_bounds)):
+        geometry[ids, :3] += 0.5
+        its_bounds.update(geometry, ids)
+    assert torch.equal(wide_bounds.bounds, bounds.bounds)
+    expected = visible_ids(rows, bounds, cameras)
+    assert torch.equal(visible_ids(wide[:, :12], wide_bounds, cameras), expected)
+    cells = [culling.covered_cells(geometry, expected, cameras, Margin(), 16) for geometry in (rows, wide[:, :12])]
+    assert all(torch.equal(one.cells, other.cells) for one, other in zip(*cells, strict=True))
+    with pytest.raises(ValueError, match="side by side"):
+        BlockBounds(rows.T.contiguous().T)
+
+
 @BOTH
 @MODES
 @pytest.mark.parametrize(

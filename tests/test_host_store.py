@@ -123,7 +123,7 @@ def test_operations_equal_those_on_a_plain_model(groups, sh_degree, threads, mon
     torch.manual_seed(0)
     names = tuple(name for group in groups for name in NAMES[group])
     model = PlainModel(500, sh_degree, names)
-    store = store_of(model, groups, sh_degree, max_gaussians=5000)
+    store = store_of(model, groups, sh_degree, max_gaussians=5000, whole_lines=threads == "3")
     assert_same(store, model)
     for step in range(10, 14):
         store.step = step
@@ -344,16 +344,18 @@ def test_refinement_equals_that_of_device_gaussians(step):
 
 @pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
 @pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",)])
-def test_host_bytes_are_the_bytes_of_all_arrays(sh_degree, groups):
-    store = HostStore(random_parameters(7, sh_degree), groups=groups)
+@pytest.mark.parametrize("options", [{}, {"moments": "bfloat16", "whole_lines": True}], ids=["plain", "options"])
+def test_host_bytes_are_the_bytes_of_all_arrays(sh_degree, groups, options):
+    store = HostStore(random_parameters(7, sh_degree), groups=groups, **options)
     held = [store.last_step, *(array.tensor for group in store.groups.values() for array in group.arrays)]
-    assert host_bytes(7, sh_degree, groups) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert host_bytes(7, sh_degree, groups, **options) == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def test_bytes_of_one_gaussian_are_the_documented_ones():
     assert host_bytes(1, 3) == 724
     assert host_bytes(1, 3, ("appearance",)) == 576 + 4
     assert host_bytes(1, 3, ("geometry",)) == 144 + 4
+    assert host_bytes(1, 3, ("geometry",), whole_lines=True) == 192 + 4
     assert "724" in HostStore.__doc__
 
 

@@ -21,7 +21,8 @@ const CullingKernels& best_culling_kernels() { return OF_BEST_BUILD(culling_kern
 
 namespace {
 
-using Geometry = nb::ndarray<const float, nb::shape<-1, kGeometryColumns>, nb::c_contig, nb::device::cpu>;
+// Rows of a wider array or of their own; the values of a row lie side by side.
+using Geometry = nb::ndarray<const float, nb::shape<-1, kGeometryColumns>, nb::device::cpu>;
 using Bounds = nb::ndarray<float, nb::shape<-1, 8>, nb::c_contig, nb::device::cpu>;
 using Matrices4 = nb::ndarray<const float, nb::shape<-1, 4, 4>, nb::c_contig, nb::device::cpu>;
 using Matrices3 = nb::ndarray<const float, nb::shape<-1, 3, 3>, nb::c_contig, nb::device::cpu>;
@@ -34,6 +35,12 @@ using Boxes = nb::ndarray<const int32_t, nb::shape<-1, 4>, nb::c_contig, nb::dev
 using Counts = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Corners = nb::ndarray<int64_t, nb::shape<4, -1, -1>, nb::c_contig, nb::device::cpu>;
 
+// Floats from one row to the next.
+int64_t row_stride(const Geometry& geometry) {
+  if (geometry.shape(0) > 0 && geometry.stride(1) != 1) throw nb::value_error("the values of a row of geometry must lie side by side");
+  return geometry.stride(0);
+}
+
 constexpr int64_t kChunkBlocks = 32;  // blocks that a thread takes at once
 constexpr int64_t kChunkTiles = kChunkBlocks * kBlockTiles;
 
@@ -43,13 +50,13 @@ struct BlockBounds {
   float unused;
 };
 
-BlockBounds bounds_of(const float* rows, int64_t count) {
+BlockBounds bounds_of(const float* rows, int64_t stride, int64_t count) {
   float low[6], high[6], finite[6] = {};
   std::copy_n(rows, 6, low);
   std::copy_n(rows, 6, high);
   for (int64_t i = 0; i < count; ++i) {
     for (int c = 0; c < 6; ++c) {  // means and log scales
-      const float value = rows[kGeometryColumns * i + c];
+      const float value = rows[stride * i + c];
       low[c] = std::min(low[c], value);
       high[c] = std::max(high[c], value);
       finite[c] += 0.0f * value;
@@ -154,24 +161,26 @@ bool misses(const Frustum& f, const BlockBounds& b) {
   return false;
 }
 
-void update_bounds(const float* rows, int64_t n, int64_t block, BlockBounds* bounds) {
+void update_bounds(const float* rows, int64_t stride, int64_t n, int64_t block, BlockBounds* bounds) {
   const int64_t first = block * kBlockRows;
-  bounds[block] = bounds_of(rows + kGeometryColumns * first, std::min<int64_t>(kBlockRows, n - first));
+  bounds[block] = bounds_of(rows + stride * first, stride, std::min<int64_t>(kBlockRows, n - first));
 }
 
 void compute_bounds(Geometry geometry, Bounds bounds, int threads) {
   const int64_t n = geometry.shape(0), blocks = bounds.shape(0);
   const float* rows = geometry.data();
+  const int64_t stride = row_stride(geometry);
   BlockBounds* to = reinterpret_cast<BlockBounds*>(bounds.data());
   (void)threads;  // unused without OpenMP
   nb::gil_scoped_release release;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block) update_bounds(rows, n, block, to);
+  for (int64_t block = 0; block < blocks; ++block) update_bounds(rows, stride, n, block, to);
 }
 
 void compute_bounds_of(Geometry geometry, ConstIds ids, Bounds bounds, int threads) {
   const int64_t n = geometry.shape(0), count = ids.shape(0);
   const float* rows = geometry.data();
+  const int64_t stride = row_stride(geometry);
   const int64_t* id = ids.data();
   BlockBounds* to = reinterpret_cast<BlockBounds*>(bounds.data());
   (void)threads;
@@ -179,7 +188,7 @@ void compute_bounds_of(Geometry geometry, ConstIds ids, Bounds bounds, int threa
 #pragma omp parallel for schedule(dynamic, 4096) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     const int64_t block = id[i] / kBlockRows;
-    if (i == 0 || id[i - 1] / kBlockRows != block) update_bounds(rows, n, block, to);  // the block's first id
+    if (i == 0 || id[i - 1] / kBlockRows != block) update_bounds(rows, stride, n, block, to);  // the block's first id
   }
 }
 
@@ -197,6 +206,7 @@ int64_t mark_visible(Geometry geometry, Bounds bounds, Matrices4 viewmats, Matri
     frusta.push_back(make_frustum(viewmats.data() + 16 * c, Ks.data() + 9 * c, limits, margin));
   }
   const float* rows = geometry.data();
+  const int64_t stride = row_stride(geometry);
   const BlockBounds* block_bounds = reinterpret_cast<const BlockBounds*>(bounds.data());
   uint64_t* words = reinterpret_cast<uint64_t*>(bits.data());
   int64_t* ends = chunk_ends.data();
@@ -214,7 +224,7 @@ int64_t mark_visible(Geometry geometry, Bounds bounds, Matrices4 viewmats, Matri
         for (int tile = 0; tile < kBlockTiles; ++tile) {
           const int64_t first = block * kBlockRows + tile * kTileRows;
           const int count = static_cast<int>(std::min<int64_t>(kTileRows, n - first));
-          if (count > 0) word[tile] |= kernels.visible_rows(frustum.view, rows + kGeometryColumns * first, count);
+          if (count > 0) word[tile] |= kernels.visible_rows(frustum.view, rows + stride * first, stride, count);
         }
       }
       for (int tile = 0; tile < kBlockTiles; ++tile) visible += __builtin_popcountll(word[tile]);
@@ -257,6 +267,7 @@ void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3
   const int columns = static_cast<int>(ends_x) - 1, lines = static_cast<int>(ends_y) - 1;
   const int64_t* id = ids.data();
   const float* rows = geometry.data();
+  const int64_t stride = row_stride(geometry);
   int16_t* to = cells.data();
   const CullingKernels& kernels = best_culling_kernels();
   // A NaN is in all cells, for the rasterizer to judge.
@@ -276,7 +287,7 @@ void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3
       const int size = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
       float gathered[kTileRows * kGeometryColumns], rectangles[kTileRows][4];
       for (int i = 0; i < size; ++i) {
-        std::copy_n(rows + kGeometryColumns * id[first + i], kGeometryColumns, gathered + kGeometryColumns * i);
+        std::copy_n(rows + stride * id[first + i], kGeometryColumns, gathered + kGeometryColumns * i);
       }
       kernels.picture_rectangles(frustum.view, gathered, size, rectangles);
       for (int i = 0; i < size; ++i) {

@@ -71,10 +71,10 @@ inline bool any(Ints condition) {
 
 // Neighbouring columns of consecutive rows, one row per lane; `from` points at the first row's first of them.
 template <int columns>
-inline void load_rows(const float* from, int count, Floats (&to)[columns]) {
+inline void load_rows(const float* from, int64_t stride, int count, Floats (&to)[columns]) {
   float transposed[columns][kWidth];
   for (int lane = 0; lane < kWidth; ++lane) {
-    const float* row = from + kGeometryColumns * (lane < count ? lane : 0);  // idle lanes repeat the first row
+    const float* row = from + stride * (lane < count ? lane : 0);  // idle lanes repeat the first row
     for (int c = 0; c < columns; ++c) transposed[c][lane] = row[c];
   }
   std::memcpy(to, transposed, sizeof transposed);
@@ -233,19 +233,19 @@ inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&
   return ~(r.hidden | (r.x.high <= 0.0f) | (r.x.low >= v.width) | (r.y.high <= 0.0f) | (r.y.low >= v.height));
 }
 
-uint64_t visible_rows(const View& view, const float* rows, int count) {
+uint64_t visible_rows(const View& view, const float* rows, int64_t stride, int count) {
   uint64_t bits = 0;
   for (int first = 0; first < count; first += kWidth) {
-    const float* from = rows + kGeometryColumns * first;
+    const float* from = rows + stride * first;
     Floats mean[3], log_scales[3], logit[1];
-    load_rows(from + kMeans, count - first, mean);
-    load_rows(from + kScales, count - first, log_scales);
-    load_rows(from + kOpacities, count - first, logit);
+    load_rows(from + kMeans, stride, count - first, mean);
+    load_rows(from + kScales, stride, count - first, log_scales);
+    load_rows(from + kOpacities, stride, count - first, logit);
     const Decision decision = decide(view, mean, log_scales, logit[0]);
     Ints drawn = decision.drawn;
     if (any(~(decision.hidden | decision.drawn))) {
       Floats quat[4];
-      load_rows(from + kQuats, count - first, quat);
+      load_rows(from + kQuats, stride, count - first, quat);
       drawn |= ~decision.hidden & may_be_drawn(view, mean, log_scales, quat, logit[0]);
     }
     for (int lane = 0; lane < kWidth && first + lane < count; ++lane) {
@@ -259,10 +259,10 @@ void picture_rectangles(const View& view, const float* rows, int count, float (*
   for (int first = 0; first < count; first += kWidth) {
     const float* from = rows + kGeometryColumns * first;
     Floats mean[3], log_scales[3], quat[4], logit[1];
-    load_rows(from + kMeans, count - first, mean);
-    load_rows(from + kScales, count - first, log_scales);
-    load_rows(from + kQuats, count - first, quat);
-    load_rows(from + kOpacities, count - first, logit);
+    load_rows(from + kMeans, kGeometryColumns, count - first, mean);
+    load_rows(from + kScales, kGeometryColumns, count - first, log_scales);
+    load_rows(from + kQuats, kGeometryColumns, count - first, quat);
+    load_rows(from + kOpacities, kGeometryColumns, count - first, logit);
     const Rectangle r = rectangle(view, mean, log_scales, quat, logit[0]);
     const Ints hidden = r.hidden | decide(view, mean, log_scales, logit[0]).hidden;
     for (int lane = 0; lane < kWidth && first + lane < count; ++lane) {

@@ -34,8 +34,8 @@ struct View {
 };
 
 struct CullingKernels {
-  // Bit i of the result: row i of `rows` [count <= 64, 12] may be drawn.
-  uint64_t (*visible_rows)(const View& view, const float* rows, int count);
+  // Bit i of the result: row i of `rows` [count <= 64, 12], which lie `stride` floats apart, may be drawn.
+  uint64_t (*visible_rows)(const View& view, const float* rows, int64_t stride, int count);
   // Where each row may be drawn: low and high x, low and high y in pixels; high x is -infinity where it is not drawn.
   void (*picture_rectangles)(const View& view, const float* rows, int count, float (*rectangles)[4]);
 };
