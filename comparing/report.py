@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from benchmarks.machine import sentence
 from benchmarks.report import number
 from comparing import charts
 from comparing.pictures import AMPLIFIED, compared_views
-from comparing.runs import FINISHED, Run
+from comparing.runs import FINISHED, VAL_FIGURES, Run
 
 NAME = "comparison"
+NO_BREAK = "\u00a0"  # a space where no line ends
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,29 @@ def ratio(run: Run, first: Run, key: str) -> float | None:
     return None if value is None or not reference else value / reference
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Of the mean of a figure over the test views, to that of the first run."""
+
+    mean: float
+    standard_error: float | None  # as the views differ among each other; None where their figures are not known
+
+
+def difference(run: Run, first: Run, key: str) -> Difference | None:
+    """None where one of the runs has no such figure."""
+    value, reference = run.figures.get(key), first.figures.get(key)
+    if value is None or reference is None:
+        return None
+    of_views = [
+        figures[key] - first.views[name][key]
+        for name, figures in run.views.items()
+        if key in figures and key in first.views.get(name, {})
+    ]
+    is_whole = 2 <= len(of_views) == len(run.views) == len(first.views)
+    error = float(np.std(of_views, ddof=1)) / math.sqrt(len(of_views)) if is_whole else None
+    return Difference(value - reference, error)
+
+
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write all three files; each replaces the one before only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +121,8 @@ def as_json(comparison: Comparison) -> str:
         content = {**asdict(run), "folder": str(run.folder)}
         content["pictures"] = {name: str(path) for name, path in run.pictures.items()}
         content["ratios"] = {figure.key: ratio(run, comparison.first, figure.key) for figure in FIGURES}
+        differences = {key: difference(run, comparison.first, key) for key in VAL_FIGURES}
+        content["differences"] = {key: each and asdict(each) for key, each in differences.items()}
         runs.append(content)
     content = {
         "title": comparison.title,
@@ -126,12 +153,22 @@ def cells(run: Run, first: Run) -> list[str]:
             texts.append("-")
             continue
         text = figure.show(value)
-        reference = first.figures.get(figure.key)
-        if run is not first and reference:
-            difference = round(value - reference, figure.digits or 0) + 0.0  # and not -0
-            text += f" ({value / reference:.2f}x)" if figure.digits is None else f" ({difference:+.{figure.digits}f})"
+        if run is not first:
+            text += _compared(run, first, figure)
         texts.append(text)
     return texts
+
+
+def _compared(run: Run, first: Run, figure: Figure) -> str:
+    if figure.digits is None:
+        times = ratio(run, first, figure.key)
+        return "" if times is None else f" ({times:.2f}x)"
+    found = difference(run, first, figure.key)
+    if found is None:
+        return ""
+    mean = round(found.mean, figure.digits) + 0.0  # and not -0
+    error = "" if found.standard_error is None else f"{NO_BREAK}±{NO_BREAK}{found.standard_error:.{figure.digits}f}"
+    return f" ({mean:+.{figure.digits}f}{error})"
 
 
 def status_of(run: Run) -> str:
@@ -162,9 +199,11 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 EXPLANATION = (
-    "In brackets: the difference to the first run for PSNR, SSIM and LPIPS, the ratio to it for all else. Wall time "
-    "runs from the start of training to its statistics, evaluations included. Time per step is the mean of the steps "
-    "since the statistics before, without evaluation and saving. Memory is the peak of the process."
+    "In brackets: the difference to the first run for PSNR, SSIM and LPIPS, the ratio to it for all else. After ± "
+    "stands the standard error of that difference, from how it varies over the test views: twice as much may be "
+    "chance, and two runs of one trainer on a GPU differ too. Wall time runs from the start of training to its "
+    "statistics, evaluations included. Time per step is the mean of the steps since the statistics before, without "
+    "evaluation and saving. Memory is the peak of the process."
 )
 
 

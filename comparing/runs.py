@@ -75,6 +75,7 @@ class Run:
     stages_ms: dict[str, float] = field(default_factory=dict)
     staging_allocations: int | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
+    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by test view: psnr, ssim, lpips
     pictures: dict[str, Path] = field(default_factory=dict)  # by test view: photo and rendering side by side
 
 
@@ -174,6 +175,10 @@ def read_run(name: str, folder: Path) -> Run:
         stages_ms=stages,
         staging_allocations=train.get("staging_allocations"),
         curves={key: curves[tag] for key, tag in CURVES.items() if tag in curves},
+        views={
+            image["name"]: {key: image[key] for key in VAL_FIGURES if image.get(key) is not None}
+            for image in val.get("images", [])
+        },
         pictures={
             image["name"]: path
             for index, image in enumerate(val.get("images", []))

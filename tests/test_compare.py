@@ -261,7 +261,7 @@ def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
     (folder / "cfg.yml").write_text(yaml.safe_dump(dataclasses.asdict(cfg)))
     for step in (10, steps):
         train = {"num_GS": 5, "elapsed_seconds": 2.0 * step, "peak_host_bytes": 10**9, "stages_ms": {"render": 1.5}}
-        images = [{"name": f"{name}.png", "psnr": 20.0} for name in "ab"]
+        images = [{"name": f"{name}.png", "psnr": 20.0 + factor * step} for name, factor in (("a", 0.9), ("b", 1.1))]
         val = {"num_GS": 5, "psnr": 20.0 + step, "ssim": 0.5, "lpips": None, "images": images}
         for kind, content in (("train", train), ("val", val)):
             (folder / f"stats/{kind}_step{step}.json").write_text(json.dumps(content))
@@ -340,7 +340,10 @@ def test_runs_that_differ_in_everything_are_reported(monkeypatch, tmp_path):
     assert runs[1]["ratios"]["lpips"] is None
     page = (tmp_path / "report/comparison.html").read_text()
     assert "<td>seed</td><td>42</td><td>3</td>" in page
-    assert "-10.00" in page  # decibels
+    # One view is 9 dB worse and the other 11: 10 in the mean, give or take (2 / sqrt(2)) / sqrt(2).
+    assert "(-10.00\u00a0±\u00a01.00)" in page
+    assert runs[1]["differences"]["psnr"] == pytest.approx({"mean": -10.0, "standard_error": 1.0})
+    assert runs[1]["differences"]["lpips"] is None
 
 
 def test_names_of_folders_cannot_break_the_page(monkeypatch, tmp_path):
