@@ -20,10 +20,14 @@ from offload.catch_up import CatchUpTables
 
 @dataclass(frozen=True)
 class RowState:
-    """Rows and their Adam moments, 32-bit words [rows, columns] each, contiguous; columns are a multiple of 4."""
+    """Rows and their Adam moments, 32-bit words [rows, columns] each, contiguous; columns are a multiple of 4.
+
+    Rows on the host may have more columns than those on the device; the others are zero.
+    """
 
     parameters: Tensor  # float32
-    moments: tuple[Tensor, ...]  # the first and the second, float32; or int32 pairs (`offload/bfloat16_moments.py`)
+    moments: tuple[Tensor, ...]  # the first and the second, float32; or int32 pairs (`offload/bfloat16_moments.py`);
+    # or none, where they are left on the host
 
     def __getitem__(self, rows: slice) -> RowState:
         return RowState(self.parameters[rows], tuple(moment[rows] for moment in self.moments))
@@ -40,7 +44,7 @@ class RowState:
 def fetch_rows(
     source: RowState,
     places: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     stamps: Tensor,
     wanted: Tensor | None,
     out: RowState,
@@ -51,24 +55,20 @@ def fetch_rows(
     Args:
         source: Rows in pinned memory or on the device.
         places: [V] int64 on the device, which of them.
-        ids: [V] int64 on the device, which Gaussians they are.
-        stamps: [N] int32 on the device, the step of each Gaussian's last update.
+        ids: [V] int64 on the device, which Gaussians they are; None: `stamps` are those of these rows.
+        stamps: [N] int32 on the device, the step of each Gaussian's last update; [V] without `ids`.
         wanted: [V] bool; rows of `out` where it is False are left alone. None: all are wanted.
-        out: V rows on the device: the values after step `tables.step`, the moments after the last update.
+        out: V rows on the device: the values after step `tables.step`, and the moments, where it has any, after the
+            last update.
         tables: Of the skipped steps.
     """
-    chosen = _chosen(wanted, ids)
+    chosen = _chosen(wanted)
     places = places[chosen]
-    moments = [moment[places] for moment in source.moments]
-    out.parameters[chosen] = _caught_up(source.parameters[places], moments, stamps[ids[chosen]], tables)
-    for moment, fetched in zip(out.moments, moments, strict=True):
+    moments = [moment[places, : tables.columns] for moment in source.moments]
+    stamps = stamps[chosen] if ids is None else stamps[ids[chosen]]
+    out.parameters[chosen] = _caught_up(source.parameters[places, : tables.columns], moments, stamps, tables)
+    for moment, fetched in zip(out.moments, moments, strict=False):
         moment[chosen] = fetched
-
-
-def read_rows(host: RowState, ids: Tensor, stamps: Tensor, out: Tensor, tables: CatchUpTables) -> None:
-    """As `fetch_rows`, of rows `ids` [V], without the moments: `out` [V, columns] receives the parameters."""
-    moments = [moment[ids] for moment in host.moments]
-    out.copy_(_caught_up(host.parameters[ids], moments, stamps[ids], tables))
 
 
 def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, tables: CatchUpTables) -> None:
@@ -81,14 +81,31 @@ def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, ta
         gradients: [V, columns].
         tables: After `begin_step`.
     """
-    step = tables.step_sizes()
-    m, v = _decayed(rows.moments, tables, tables.step - 1 - stamps[ids])
-    # Written as a change, so that 1 - b, not b, is rounded to float32: v would remember that for 1000 steps.
-    m += (1 - step.betas[0]) * (gradients - m)
-    v += (1 - step.betas[1]) * (gradients * gradients - v)
-    rows.parameters.sub_(step.sizes * (m / (v.sqrt() + step.eps)))
+    m, v = _stepped(rows, stamps[ids], gradients, tables)
     _store_moments(rows, m, v, ids, tables.step)
     stamps[ids] = tables.step
+
+
+def step_host_rows(
+    parameters: Tensor, ids: Tensor, stamps: Tensor, gradients: Tensor | None, host: RowState, tables: CatchUpTables
+) -> None:
+    """`step_rows` of rows whose moments are on the host: they are read there, and all of a row is written there.
+
+    Args:
+        parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values.
+        ids: [V] int64 on the device, the rows of the host that they are.
+        stamps: [V] int32 on the device, the step of each row's last update; stays.
+        gradients: [V, columns]. None: there are none, and moments are brought to the step of the parameters.
+        host: N rows, pinned; the values in it are as old as the moments.
+        tables: As for `step_rows`, or `settle_rows` without gradients.
+    """
+    rows = RowState(parameters, tuple(moment[ids, : tables.columns] for moment in host.moments))
+    if gradients is None:
+        m, v = _decayed(rows.moments, tables, tables.step - stamps)
+    else:
+        m, v = _stepped(rows, stamps, gradients, tables)
+    _store_moments(rows, m, v, ids, tables.step)
+    write_rows(rows, ids, None, host)
 
 
 def settle_rows(rows: RowState, ids: Tensor, stamps: Tensor, tables: CatchUpTables) -> None:
@@ -120,13 +137,13 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
         wanted: [V] bool; where it is False nothing is written. None: all are wanted.
         host: N rows, pinned.
     """
-    chosen = _chosen(wanted, ids)
+    chosen = _chosen(wanted)
     ids = ids[chosen]
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
-        destination[ids] = tensor[chosen]
+        destination[ids, : tensor.shape[1]] = tensor[chosen]
 
 
-def _chosen(wanted: Tensor | None, ids: Tensor) -> Tensor | slice:
+def _chosen(wanted: Tensor | None) -> Tensor | slice:
     return slice(None) if wanted is None else wanted.nonzero().squeeze(1)
 
 
@@ -140,6 +157,17 @@ def _caught_up(w: Tensor, moments: list[Tensor], stamps: Tensor, tables: CatchUp
     m, v = _moments(moments)
     skipped = tables.sums[:, stamps.long()].float().T @ tables.multipliers  # [M, columns]
     return w - skipped * (m / (v.sqrt() + tables.eps))
+
+
+def _stepped(rows: RowState, stamps: Tensor, gradients: Tensor, tables: CatchUpTables) -> tuple[Tensor, Tensor]:
+    """Adam's step `tables.step` on parameters in place; both moments [V, columns] float32 after it."""
+    step = tables.step_sizes()
+    m, v = _decayed(rows.moments, tables, tables.step - 1 - stamps)
+    # Written as a change, so that 1 - b, not b, is rounded to float32: v would remember that for 1000 steps.
+    m += (1 - step.betas[0]) * (gradients - m)
+    v += (1 - step.betas[1]) * (gradients * gradients - v)
+    rows.parameters.sub_(step.sizes * (m / (v.sqrt() + step.eps)))
+    return m, v
 
 
 def _decayed(stored: tuple[Tensor, ...], tables: CatchUpTables, skipped: Tensor) -> tuple[Tensor, Tensor]:

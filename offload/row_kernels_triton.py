@@ -20,12 +20,14 @@ from offload.bfloat16_moments import MIX_1, MIX_2, seed_of
 from offload.catch_up import CatchUpTables
 from offload.row_kernels import RowState, settle_rows
 
-__all__ = ["fetch_rows", "move_rows", "read_rows", "settle_rows", "step_rows", "write_rows"]  # settle_rows is torch
+# settle_rows is torch
+__all__ = ["fetch_rows", "move_rows", "settle_rows", "step_host_rows", "step_rows", "write_rows"]
 
 # By benchmarks/streamed_steps.py on an H200. More blocks that write fill the link no better, but what they have under
 # way stands before the memory traffic of everything else on the device.
 FETCH_BLOCKS = 64  # of a kernel that reads over PCIe
 WRITE_BLOCKS = 8  # of one that writes
+STEP_BLOCKS = 32  # of one that reads and writes, while nothing is rendered; not measured yet
 LINK_TILE = 256  # 16-byte vectors, of both
 LINK_WARPS = 8
 TILE = 512  # of kernels that stay on the device
@@ -37,48 +39,32 @@ _MIX_1, _MIX_2 = tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 def fetch_rows(
     source: RowState,
     places: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     stamps: Tensor,
     wanted: Tensor | None,
     out: RowState,
     tables: CatchUpTables,
 ) -> None:
     """As `offload.row_kernels.fetch_rows`."""
-    _fetch(source, places, ids, stamps, wanted, out.tensors(), tables)
-
-
-def read_rows(host: RowState, ids: Tensor, stamps: Tensor, out: Tensor, tables: CatchUpTables) -> None:
-    """As `offload.row_kernels.read_rows`."""
-    _fetch(host, ids, ids, stamps, None, (out,), tables)
-
-
-def _fetch(
-    source: RowState,
-    places: Tensor,
-    ids: Tensor,
-    stamps: Tensor,
-    wanted: Tensor | None,
-    out: tuple[Tensor, ...],
-    tables: CatchUpTables,
-) -> None:
-    if len(ids) == 0:
+    if len(places) == 0:
         return
     schedules, columns = tables.multipliers.shape
-    num_vectors = len(ids) * columns // 4
-    with torch.cuda.device_of(ids):
+    num_vectors = len(places) * columns // 4
+    with torch.cuda.device_of(places):
         _fetch_kernel[(_grid(num_vectors, source, FETCH_BLOCKS),)](
             *_padded(source.tensors()),
             places,
             ids,
             stamps,
             wanted,
-            *_padded(out),
+            *_padded(out.tensors()),
             tables.sums,
             tables.multipliers,
             tables.sums.shape[1],
             tables.eps,
             num_vectors,
             VECTORS=columns // 4,
+            SOURCE_VECTORS=source.parameters.shape[1] // 4,
             SCHEDULES=schedules,
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
@@ -111,6 +97,38 @@ def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, ta
             num_warps=WARPS,
         )
     stamps.index_fill_(0, ids, tables.step)  # when all vectors of a row have read it
+
+
+def step_host_rows(
+    parameters: Tensor, ids: Tensor, stamps: Tensor, gradients: Tensor | None, host: RowState, tables: CatchUpTables
+) -> None:
+    """As `offload.row_kernels.step_host_rows`."""
+    count, columns = parameters.shape
+    if count == 0:
+        return
+    host_columns = host.parameters.shape[1]
+    step, num_vectors = tables.step_sizes(), count * host_columns // 4
+    with torch.cuda.device_of(parameters):
+        _step_host_kernel[(_grid(num_vectors, host, STEP_BLOCKS),)](
+            parameters,
+            ids,
+            stamps,
+            None if gradients is None else gradients.contiguous(),
+            *_padded(host.tensors()),
+            step.sizes,
+            tables.decays,
+            tables.decays.shape[1],
+            tables.step if gradients is not None else tables.step + 1,  # of which the kernel decays all but the last
+            seed_of(tables.step),
+            1 - step.betas[0],
+            1 - step.betas[1],
+            step.eps,
+            num_vectors,
+            VECTORS=columns // 4,
+            HOST_VECTORS=host_columns // 4,
+            TILE=LINK_TILE,
+            num_warps=LINK_WARPS,
+        )
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
@@ -209,24 +227,39 @@ def _load_moments(first, second, offsets, mask):
 
 
 @triton.jit
+def _decayed(m, v, decays, capacity, skipped, mask):
+    """Both moments after so many steps without gradient."""
+    decay1 = tl.load(decays + skipped, mask=mask, other=0.0).to(tl.float32)
+    decay2 = tl.load(decays + capacity + skipped, mask=mask, other=0.0)
+    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
+    near = decay2.to(tl.float32)
+    rest = (decay2 - near.to(tl.float64)).to(tl.float32)
+    m = m * decay1[:, None]
+    v = v * near[:, None] + v * rest[:, None]
+    return m, v
+
+
+@triton.jit
 def _copy(parameters, first, second, there, out_parameters, out_first, out_second, here, mask):
-    """Rows, moments and all; read before anything is written."""
+    """Rows, moments and all where there are any; read before anything is written."""
     w = tl.load(parameters + there, mask=mask, other=0)
-    words1, words2 = _load_moments(first, second, there, mask)
+    if first is not None:
+        words1, words2 = _load_moments(first, second, there, mask)
     tl.store(out_parameters + here, w, mask=mask)
-    tl.store(out_first + here, words1, mask=mask)
+    if first is not None:
+        tl.store(out_first + here, words1, mask=mask)
     if second is not None:
         tl.store(out_second + here, words2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_vectors"])
 def _fetch_kernel(
-    parameters,  # [rows, columns] on the host or on the device, as the next two
+    parameters,  # [rows, SOURCE_VECTORS * 4] on the host or on the device, as the next two
     first_moment,  # or both as pairs
     second_moment,  # or None
     places,  # [V]
-    ids,  # [V]
-    stamps,  # [N]
+    ids,  # [V], or None
+    stamps,  # [N]; without ids [V]
     wanted,  # [V] or None
     out_parameters,  # [V, columns]
     out_first,  # [V, columns] or None
@@ -237,6 +270,7 @@ def _fetch_kernel(
     eps,
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
+    SOURCE_VECTORS: tl.constexpr,
     SCHEDULES: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -247,11 +281,14 @@ def _fetch_kernel(
         fetched = _is_wanted(wanted, row, vector < num_vectors)
         place = tl.load(places + row, mask=fetched, other=0)
         here = vector[:, None].to(tl.int64) * 4 + lane
-        there = (place * VECTORS + part)[:, None] * 4 + lane
+        there = (place * SOURCE_VECTORS + part)[:, None] * 4 + lane
         words1, words2 = _load_moments(first_moment, second_moment, there, fetched[:, None])
         w = tl.load(parameters + there, mask=fetched[:, None], other=0)
 
-        stamp = tl.load(stamps + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
+        if ids is None:
+            stamp = tl.load(stamps + row, mask=fetched, other=0)
+        else:
+            stamp = tl.load(stamps + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
         skipped = tl.zeros([TILE, 4], tl.float32)
         for schedule in tl.static_range(SCHEDULES):
             total = tl.load(sums + schedule * capacity + stamp, mask=fetched, other=0.0).to(tl.float32)
@@ -299,13 +336,7 @@ def _step_kernel(
 
     row_id = tl.load(ids + row, mask=inside, other=0)
     skipped = step - 1 - tl.load(stamps + row_id, mask=inside, other=0)
-    decay1 = tl.load(decays + skipped, mask=inside, other=0.0).to(tl.float32)
-    decay2 = tl.load(decays + capacity + skipped, mask=inside, other=0.0)
-    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
-    near = decay2.to(tl.float32)
-    rest = (decay2 - near.to(tl.float64)).to(tl.float32)
-    m = m * decay1[:, None]
-    v = v * near[:, None] + v * rest[:, None]
+    m, v = _decayed(m, v, decays, capacity, skipped, inside)
     m += gradient_weight * (g - m)
     v += square_weight * (g * g - v)
     tl.store(parameters + here, w - size * (m / (tl.sqrt(v) + eps)), mask=inside[:, None])
@@ -317,14 +348,67 @@ def _step_kernel(
         tl.store(second_moment + here, v, mask=inside[:, None])
 
 
+@triton.jit(do_not_specialize=["capacity", "step", "seed", "num_vectors"])
+def _step_host_kernel(
+    parameters,  # [V, VECTORS * 4]
+    ids,  # [V]
+    stamps,  # [V]
+    gradients,  # [V, VECTORS * 4] or None
+    host_parameters,  # [N, HOST_VECTORS * 4] on the host, as the next two
+    host_first,  # or both as pairs
+    host_second,  # or None
+    sizes,  # [VECTORS * 4]
+    decays,  # [2, capacity] float64
+    capacity,
+    step,
+    seed,
+    gradient_weight,  # 1 - b1
+    square_weight,  # 1 - b2
+    eps,
+    num_vectors,  # V * HOST_VECTORS
+    VECTORS: tl.constexpr,
+    HOST_VECTORS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    lane = tl.arange(0, 4)[None, :]
+    for first in range(tl.program_id(0) * TILE, num_vectors, tl.num_programs(0) * TILE):
+        vector = first + tl.arange(0, TILE)
+        row, part = vector // HOST_VECTORS, vector % HOST_VECTORS
+        inside = vector < num_vectors
+        used = (inside & (part < VECTORS))[:, None]  # the others of a row fill its last line, and stay zero
+        row_id = tl.load(ids + row, mask=inside, other=0)
+        here = (row.to(tl.int64) * VECTORS + part)[:, None] * 4 + lane
+        there = (row_id * HOST_VECTORS + part)[:, None] * 4 + lane
+        column = part[:, None] * 4 + lane
+        words1, words2 = _load_moments(host_first, host_second, there, inside[:, None])
+        w = tl.load(parameters + here, mask=used, other=0.0)
+        m, v = _unpack(words1, words2, host_second)
+        skipped = step - 1 - tl.load(stamps + row, mask=inside, other=0)
+        m, v = _decayed(m, v, decays, capacity, skipped, inside)
+        if gradients is not None:
+            g = tl.load(gradients + here, mask=used, other=0.0)
+            size = tl.load(sizes + column, mask=used, other=0.0)
+            m += gradient_weight * (g - m)
+            v += square_weight * (g * g - v)
+            w -= size * (m / (tl.sqrt(v) + eps))
+            tl.store(parameters + here, w, mask=used)
+        tl.store(host_parameters + there, w, mask=inside[:, None])
+        if host_second is None:
+            random = _random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
+            tl.store(host_first + there, _pack(m, v, random), mask=inside[:, None])
+        else:
+            tl.store(host_first + there, m, mask=inside[:, None])
+            tl.store(host_second + there, v, mask=inside[:, None])
+
+
 @triton.jit(do_not_specialize=["num_vectors"])
 def _move_kernel(
     parameters,  # [V, columns], as the next two
-    first_moment,
+    first_moment,  # or None
     second_moment,  # or None
     sources,  # [W]
     out_parameters,  # [W, columns], as the next two
-    out_first,
+    out_first,  # or None
     out_second,  # or None
     num_vectors,  # W * VECTORS
     VECTORS: tl.constexpr,

@@ -262,7 +262,7 @@ class StreamedPipeline:
         self.finish()
         group = self._groups[name]
         out = torch.empty(len(ids), group.tables.columns, device=self._device)
-        self._kernels.read_rows(group.host(), ids, self._stamps(group), out, group.tables)
+        self._kernels.fetch_rows(group.host(), ids, ids, self._stamps(group), None, RowState(out, ()), group.tables)
         self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
         return out
 

@@ -88,6 +88,19 @@ class HostRows:
         return RowState(rows.parameters.cpu(), tuple(moment.cpu() for moment in float32_moments(rows)))
 
 
+def wide_copy(state: RowState) -> RowState:
+    """Rows that fill whole lines of 64 bytes, in pinned memory where these are."""
+    copies = []
+    for tensor in state.tensors():
+        rows, columns = tensor.shape
+        array = HostArray(-(-columns // 16) * 16, max_rows=rows, dtype=tensor.dtype, pin=not tensor.is_cuda)
+        array.resize(rows)
+        copy = array.tensor.clone().to(tensor.device) if tensor.is_cuda else array.tensor
+        copy[:, :columns] = tensor
+        copies.append(copy)
+    return RowState(copies[0], tuple(copies[1:]))
+
+
 def random_host_rows(
     kind: str, device: str, multipliers: Tensor = APPEARANCE, n: int = 300, moments: str = "float32"
 ) -> HostRows:
@@ -149,7 +162,7 @@ def test_triton_equals_torch(kind, device, multipliers, count, moments):
         wanted = (torch.rand(count) < 0.6).to(place)
         fetched = host.fetched(ids, wanted)
         values = torch.zeros(count, columns, device=place)
-        kernels.read_rows(host.state, ids, host.stamps, values, tables)
+        kernels.fetch_rows(host.state, ids, ids, host.stamps, None, RowState(values, ()), tables)
         rows = host.fetched(ids)
         places = torch.randint(count, (count // 2,)).sort().values.to(place)
         again = state_of(count // 2, columns, place, moments)  # from rows on the device
@@ -187,6 +200,49 @@ def test_a_retained_row_is_a_row_that_went_to_the_host_and_back(kind, device, mo
     host.kernels.write_rows(rows, ids, None, host.state)
     for actual, expected in zip(host.fetched(ids).tensors(), rows.tensors(), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("moments", MOMENT_TYPES)
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+@pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
+@pytest.mark.parametrize("gradient", [True, False], ids=["step", "no gradient"])
+def test_a_step_on_the_host_is_that_of_rows_that_come_and_go(kind, device, multipliers, moments, gradient):
+    """Bit for bit on the CPU: parameters alone come, by stamps of their own, and rows on the host fill whole lines."""
+    torch.manual_seed(0)
+    host = random_host_rows(kind, device, multipliers, moments=moments)
+    kernels, tables, columns = host.kernels, host.tables, multipliers.shape[1]
+    wide = wide_copy(host.state)
+    ids = torch.arange(0, 300, 7, device=device)
+    stamps = host.stamps[ids]
+    rows = host.fetched(ids)
+    parameters = torch.zeros(len(ids), columns, device=device)
+    wanted = (torch.arange(len(ids)) % 3 > 0).to(device)
+    kernels.fetch_rows(wide, ids, None, stamps, wanted, RowState(parameters, ()), tables)
+    assert torch.equal(parameters, rows.parameters * wanted[:, None])
+    kernels.move_rows(
+        RowState(rows.parameters, ()),
+        torch.where(wanted, -1, torch.arange(len(ids), device=device)),
+        RowState(parameters, ()),
+    )
+    assert torch.equal(parameters, rows.parameters)
+    if gradient:
+        tables.begin_step([1e-2] * len(multipliers))
+        gradients = torch.randn(len(ids), columns).to(device)
+        kernels.step_rows(rows, ids, host.stamps, gradients, tables)
+    else:
+        gradients = None
+        kernels.settle_rows(rows, ids, host.stamps, tables)
+    kernels.write_rows(rows, ids, None, host.state)
+    kernels.step_host_rows(parameters, ids, stamps, gradients, wide, tables)
+    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 2e-6, "atol": 1e-7}
+    torch.testing.assert_close(parameters, rows.parameters, **tolerance)
+    for actual, expected in zip(wide.tensors(), host.state.tensors(), strict=True):
+        assert not actual[:, columns:].any()
+        actual, expected = actual[:, :columns].cpu(), expected.cpu()
+        if device == "cuda" and expected.dtype == torch.int32:
+            assert (actual == expected).float().mean() > 0.99
+        else:
+            torch.testing.assert_close(actual, expected, **tolerance)
 
 
 def test_rounding_is_right_on_average():
