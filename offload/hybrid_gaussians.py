@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from offload.adam import DeferredAdam
-from offload.culling import BlockBounds, Cameras, CoveredCells, covered_cells, visible_ids
-from offload.device_geometry import DeviceGeometry
+from offload.culling import Cameras, CoveredCells, covered_cells
 from offload.device_memory import begin_stretch, stretch_peak
-from offload.finite import FiniteGradients
-from offload.margins import largest_drift, largest_step, margin_of
+from offload.offloaded_gaussians import OffloadedGaussians
 from offload.part_limits import MemoryBudget, RowLimit
 from offload.part_planner import PartPlanner
 from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds
 from offload.schedules import schedules_of
 from offload.split import CELL, HALO, Tile
-from offload.state import State, copy_current, load_deferred
-from offload.store import HostStore, total_growth
+from offload.state import State
 from offload.upcoming import upcoming_state, upcoming_view
 
 
@@ -43,7 +40,7 @@ class PartResult:
     num_pixels: int  # with halo
 
 
-class HybridGaussians:
+class HybridGaussians(OffloadedGaussians):
     """The optimized trainer's Gaussians; stands in for `training.gaussians.DeviceGaussians`.
 
     A training step is `fetch`, rendering and the backward pass, then `update`; `prefetch` after `fetch` lets the next
@@ -79,10 +76,17 @@ class HybridGaussians:
             limit: Of the parts that `train_view` and `view_parts` split views into; None: they are never split.
             halo: Pixels around a tile that are rendered with it.
         """
-        self.steps_done = 0
+        super().__init__(
+            parameters,
+            learning_rates,
+            betas=betas,
+            eps=eps,
+            device=device,
+            geometry=geometry,
+            max_gaussians=max_gaussians,
+        )
         self._learning_rates = dict(learning_rates)
         self._means_lr = means_lr
-        self._rendering_device = device
         self._limit = limit
         self._halo = halo
         self._planner = PartPlanner(limit, self._covered_cells)
@@ -93,26 +97,13 @@ class HybridGaussians:
         self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view, on the device
         self._geometry_rows: dict[str, Tensor] = {}
         self._geometry_sums: dict[str, Tensor] = {}
-        self._device_geometry: DeviceGeometry | None = None
-        self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
-        self._stores: dict[str, HostStore] = {}
-        self._adams: dict[str, DeferredAdam] = {}
-        self._finite = FiniteGradients(device)
-        names = ("appearance",) if geometry == "device" else ("geometry", "appearance")
         groups = {}
-        for name in names:
-            store = HostStore(parameters, groups=(name,), max_gaussians=max_gaussians, pin=device.type == "cuda")
+        for name, store in self._stores.items():
             multipliers, rates = schedules_of(store.groups[name], learning_rates, means_lr)
-            self._adams[name] = DeferredAdam(multipliers, betas, eps)
-            groups[name] = RowGroup(store, name, self._adams[name], rates)
-            self._stores[name] = store
-        if geometry == "device":
-            self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
-            self._margin = margin_of(largest_step(betas), learning_rates)
-        else:
-            # Rows on the host may lag behind by all the steps they have skipped.
-            self._margin = margin_of(largest_step(betas) + largest_drift(betas), learning_rates)
-            groups["geometry"].committed = self._geometry_committed
+            self._deferrals[name] = DeferredAdam(multipliers, betas, eps)
+            groups[name] = RowGroup(store, name, self._deferrals[name], rates)
+        if geometry == "host":
+            groups["geometry"].committed = self._host_geometry_changed
         self._pipeline = RowPipeline(groups, self._find, device, find_in_worker=geometry == "host")
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -198,20 +189,6 @@ class HybridGaussians:
 
     # ------------------------------------------------------------------------------------ reading, at any time
 
-    @property
-    def num_gaussians(self) -> int:
-        return self._stores["appearance"].num_gaussians
-
-    @property
-    def device(self) -> torch.device:
-        """Where geometry is."""
-        return torch.device("cpu") if self._device_geometry is None else self._rendering_device
-
-    @property
-    def staging_allocations(self) -> int:
-        """How often staging memory has been allocated so far."""
-        return self._pipeline.staging_allocations
-
     def offload_milliseconds(self) -> dict[str, float]:
         """How long worker, copies and waiting for them have taken so far, by name; see `RowPipeline`."""
         return self._pipeline.offload_milliseconds()
@@ -222,47 +199,19 @@ class HybridGaussians:
         ids = self._cull(cameras)
         return {name: value.to(self._rendering_device) for name, value in self._read(ids, ids.cpu()).items()}
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """The current values of the six parameter tensors; a copy of what is on the host."""
-        if self._device_geometry is not None:
-            geometry = self._device_geometry.parameters
-        else:
-            geometry = self._named("geometry", self._pipeline.read("geometry", None))
-        return {**geometry, **self._named("appearance", self._pipeline.read("appearance", None))}
-
     # ------------------------------------------------------------------------------------------- to be continued
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, as `offload.state` describes it: views of the stores.
-
-        With the next view, as far as it has been found ahead.
-        """
-        self._pipeline.finish()
-        state = {"step_count": torch.tensor(self.steps_done), **upcoming_state(self._pipeline.upcoming)}
-        for place in self._places():
-            state.update(place.arrays_by_name())
-        for name, store in self._stores.items():
-            state[f"last_step/{name}"] = store.last_step
-            state.update({f"deferral/{name}/{key}": table for key, table in self._adams[name].tables().items()})
-        return state
+        """As of all offloaded Gaussians, with the next view as far as it has been found ahead."""
+        return {**super().state(), **upcoming_state(self._pipeline.upcoming)}
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
-        self.steps_done = int(state["step_count"])
-        for name, store in self._stores.items():
-            load_deferred(store, name, self._adams[name], state)
-        if self._device_geometry is not None:
-            copy_current(self._device_geometry.arrays_by_name(), state)
-            self._device_geometry.step_count = self.steps_done
-        self._bounds = None
+        super().load_state(state)
         upcoming = upcoming_view(state, self.device)
         if upcoming is not None and self._limit is None:
             upcoming.parts = [Part()]
         self._pipeline.continue_with(upcoming)
-
-    def skipped_steps(self) -> tuple[int, int]:
-        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
-        return self._finite.skipped_steps()
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
@@ -271,57 +220,9 @@ class HybridGaussians:
             RuntimeError: It has been applied in part.
         """
         self._pipeline.undo_step()
-        if any(adam.step_count != self.steps_done for adam in self._adams.values()):
+        if any(adam.step_count != self.steps_done for adam in self._deferrals.values()):
             raise RuntimeError("the step had been applied in part")
         self._rows, self._geometry_rows, self._geometry_sums = None, {}, {}
-
-    # ---------------------------------------------- what densification asks (training.densification.GaussianStore)
-
-    def read(self, name: str) -> Tensor:
-        """The current values of one geometry parameter; not copied."""
-        if self._device_geometry is not None:
-            return self._device_geometry.parameters[name]
-        self._catch_up(None)
-        return self._stores["geometry"].read(name)
-
-    def append_copies(self, ids: Tensor) -> None:
-        """Append a copy of each of these rows [M], without moments."""
-        self._catch_up(ids)
-        for place in self._places():
-            place.append_copies(ids)
-        self._bounds = None
-
-    def truncate(self, num_gaussians: int) -> None:
-        """Keep only the first rows, also where some places have them only, since appending has failed."""
-        for place in self._places():
-            place.truncate(num_gaussians)
-        self._bounds = None
-
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero."""
-        self._catch_up(ids)
-        for place in self._places():
-            place.overwrite(ids, values)
-        self._bounds = None
-
-    def keep(self, ids: Tensor) -> None:
-        """Keep only these rows [M], in this order."""
-        self._pipeline.finish()
-        for place in self._places():
-            place.keep(ids)
-        self._bounds = None
-
-    def clamp_opacities(self, max_logit: float) -> None:
-        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
-        if self._device_geometry is not None:
-            self._device_geometry.clamp_opacities(max_logit)
-        else:
-            self._catch_up(None)
-            self._stores["geometry"].clamp_opacities(max_logit)
-
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Memory in bytes, of host and device, that appending this many Gaussians takes at its peak."""
-        return total_growth(self._places(), num_new)
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -422,33 +323,11 @@ class HybridGaussians:
             geometry = self._to_render("geometry", self._pipeline.read("geometry", host_ids))
         return {**geometry, **self._to_render("appearance", self._pipeline.read("appearance", host_ids))}
 
-    def _places(self) -> list[DeviceGeometry | HostStore]:
-        device = [] if self._device_geometry is None else [self._device_geometry]
-        return [*device, *self._stores.values()]
+    def _hand_over(self, group: str, ids: Tensor | None) -> None:
+        self._pipeline.catch_up(group, torch.arange(self.num_gaussians) if ids is None else ids.cpu())
 
-    def _catch_up(self, ids: Tensor | None) -> None:
-        host_ids = torch.arange(self.num_gaussians) if ids is None else ids.cpu()
-        self._pipeline.catch_up(host_ids.unique())
-
-    def _geometry_committed(self, host_ids: Tensor) -> None:
-        if self._bounds is not None:
-            self._bounds.update(self._host_geometry(), host_ids)
-
-    def _host_geometry(self) -> Tensor:
-        return self._stores["geometry"].groups["geometry"].parameters.tensor
-
-    def _cull(self, cameras: Cameras) -> Tensor:
-        if self._device_geometry is not None:
-            return self._device_geometry.visible_ids(cameras, self._margin)
-        if self._bounds is None:  # once after a refinement, whose operations are several
-            self._bounds = BlockBounds(self._host_geometry())
-        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin)
-
-    def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:
-        return self._stores[group].groups[group].to_render(rows)
-
-    def _named(self, group: str, rows: Tensor) -> dict[str, Tensor]:
-        return self._stores[group].groups[group].named(rows)
+    def _read_all(self, group: str) -> Tensor:
+        return self._pipeline.read(group, None)
 
 
 Result = TypeVar("Result")

@@ -393,13 +393,13 @@ class RowPipeline:
         group.adam.forward(*group.state(), host_ids, out)
         return out
 
-    def catch_up(self, host_ids: Tensor) -> None:
-        """Commit the skipped steps of rows, so that the store itself holds their current values."""
+    def catch_up(self, name: str, host_ids: Tensor) -> None:
+        """Commit the skipped steps of rows of a group, so that its store holds their current values."""
         self.finish()
-        for group in self._groups.values():
-            stale = host_ids[group.store.last_step[host_ids] < group.adam.step_count]
-            group.adam.commit(*group.state(), stale, None)
-            group.committed(stale)
+        group = self._groups[name]
+        stale = host_ids[group.store.last_step[host_ids] < group.adam.step_count]
+        group.adam.commit(*group.state(), stale, None)
+        group.committed(stale)
 
     def _find_following(self, cameras: Cameras, present: _Present) -> _Following:
         view, waiting = self._find(cameras), present.waiting()

@@ -277,26 +277,27 @@ class StreamedPipeline:
         """Step of each row's last update, [N] int32."""
         return self._stamps(self._groups[name])
 
-    def hand_over(self, ids: Tensor | None) -> None:
-        """Let the stores be read and changed by others, until the next view is fetched.
+    def hand_over(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store be read and changed by others, until the next view is fetched.
 
         Args:
-            ids: int64 [M] anywhere, rows of which the stores are to hold the current values; None: all rows.
+            name: Of the group.
+            ids: int64 [M] anywhere, rows of which the store is to hold the current values; None: all rows.
                 Others keep the steps they have skipped.
         """
         self.finish()
         self._upcoming = None  # what was fetched ahead may not hold any more
-        for group in self._groups.values():
-            host, stamps = group.host(), self._stamps(group)
-            for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
-                chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
-                rows = host.new_empty(len(chunk), self._device)
-                self._kernels.fetch_rows(host, chunk, chunk, stamps, None, rows, group.tables)
-                self._kernels.settle_rows(rows, chunk, stamps, group.tables)
-                self._kernels.write_rows(rows, chunk, None, host)
-            Lane.current(self._device).finish()
-            group.store.last_step.copy_(stamps.cpu())
-            group.stamps = None
+        group = self._groups[name]
+        host, stamps = group.host(), self._stamps(group)
+        for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
+            chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
+            rows = host.new_empty(len(chunk), self._device)
+            self._kernels.fetch_rows(host, chunk, chunk, stamps, None, rows, group.tables)
+            self._kernels.settle_rows(rows, chunk, stamps, group.tables)
+            self._kernels.write_rows(rows, chunk, None, host)
+        Lane.current(self._device).finish()
+        group.store.last_step.copy_(stamps.cpu())
+        group.stamps = None
 
     # --------------------------------------------------------------------------------------------------- inside
 
