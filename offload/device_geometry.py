@@ -50,6 +50,10 @@ class DeviceGeometry:
         """In which cells of each camera's picture these rows [V] may draw, moved by at most the margin."""
         return covered_cells_on_device(**self.parameters, ids=ids, cameras=cameras, margin=margin, cell=cell)
 
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Views of rows that follow each other."""
+        return {name: value[first:last] for name, value in self.parameters.items()}
+
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copies of the rows [V]."""
         return {name: value[ids] for name, value in self.parameters.items()}

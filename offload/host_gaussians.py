@@ -103,6 +103,10 @@ class HostGaussians(HostStore):
         self.steps_done += 1
         self.step = self.steps_done
 
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Views of these rows of the six parameter tensors."""
+        return {name: stored[first:last] for name, stored in self.snapshot().items()}
+
     def state(self) -> dict[str, Tensor]:
         """Everything that training goes on from, as `offload.state` describes it: views of the store."""
         return {"step_count": torch.tensor(self.steps_done), **self.arrays_by_name()}

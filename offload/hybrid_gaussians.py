@@ -326,9 +326,6 @@ class HybridGaussians(OffloadedGaussians):
     def _hand_over(self, group: str, ids: Tensor | None) -> None:
         self._pipeline.catch_up(group, torch.arange(self.num_gaussians) if ids is None else ids.cpu())
 
-    def _read_all(self, group: str) -> Tensor:
-        return self._pipeline.read(group, None)
-
 
 Result = TypeVar("Result")
 

@@ -22,8 +22,8 @@ class OffloadedGaussians:
     """What the Gaussians of the optimized and of the streamed trainer share: reading, densification, state.
 
     A subclass moves rows of `_stores` to the device and back. It sets `_deferrals`, which say how far rows of each
-    group lag behind, and `_pipeline`, whose `finish` waits until the stores hold all that has been updated, and has
-    the methods that raise NotImplementedError here.
+    group lag behind, and `_pipeline`, whose `finish` waits until the stores hold all that has been updated and whose
+    `read` gives copies of current rows; and it has the methods that raise NotImplementedError here.
     """
 
     def __init__(
@@ -90,13 +90,12 @@ class OffloadedGaussians:
         """How often space for the rows of a view has been allocated so far."""
         return self._pipeline.staging_allocations
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """The current values of the six parameter tensors; a copy of what is on the host."""
-        if self._device_geometry is not None:
-            geometry = self._device_geometry.parameters
-        else:
-            geometry = self._named("geometry", self._read_all("geometry"))
-        return {**geometry, **self._named("appearance", self._read_all("appearance"))}
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """The current values of these rows of the six parameter tensors; copies of what is on the host."""
+        values = {} if self._device_geometry is None else self._device_geometry.rows(first, last)
+        for name in self._stores:
+            values.update(self._named(name, self._pipeline.read(name, torch.arange(first, last))))
+        return values
 
     # ------------------------------------------------------------------------------------------- to be continued
 
@@ -182,10 +181,6 @@ class OffloadedGaussians:
             group: Whose store.
             ids: int64 [M] anywhere, sorted: the rows of which it is to hold the current values; None: all rows.
         """
-        raise NotImplementedError
-
-    def _read_all(self, group: str) -> Tensor:
-        """Copies of the current values of all rows [N, columns] of a group on the host."""
         raise NotImplementedError
 
     def _stamps(self, group: str) -> Tensor:

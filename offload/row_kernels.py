@@ -17,6 +17,8 @@ from torch import Tensor
 from offload.bfloat16_moments import pack, random_bits, unpack
 from offload.catch_up import CatchUpTables
 
+STEP_ROWS = 1 << 12  # updated at once; what that takes, moments in float32 and their changes, stays small
+
 
 @dataclass(frozen=True)
 class RowState:
@@ -81,8 +83,11 @@ def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, ta
         gradients: [V, columns].
         tables: After `begin_step`.
     """
-    m, v = _stepped(rows, stamps[ids], gradients, tables)
-    _store_moments(rows, m, v, ids, tables.step)
+    for first in range(0, len(ids), STEP_ROWS):
+        chunk = slice(first, first + STEP_ROWS)
+        block, block_ids = rows[chunk], ids[chunk]
+        m, v = _stepped(block, stamps[block_ids], gradients[chunk], tables)
+        _store_moments(block, m, v, block_ids, tables.step)
     stamps[ids] = tables.step
 
 

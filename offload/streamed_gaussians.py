@@ -155,8 +155,5 @@ class StreamedGaussians(OffloadedGaussians):
     def _hand_over(self, group: str, ids: Tensor | None) -> None:
         self._pipeline.hand_over(group, ids)
 
-    def _read_all(self, group: str) -> Tensor:
-        return self._pipeline.read_all(group)
-
     def _stamps(self, group: str) -> Tensor:
         return self._pipeline.stamps(group)

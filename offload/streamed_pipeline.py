@@ -260,17 +260,10 @@ class StreamedPipeline:
     def read(self, name: str, ids: Tensor) -> Tensor:
         """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
-        group = self._groups[name]
+        group, ids = self._groups[name], ids.to(self._device)
         out = torch.empty(len(ids), group.tables.columns, device=self._device)
         self._kernels.fetch_rows(group.host(), ids, ids, self._stamps(group), None, RowState(out, ()), group.tables)
         self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
-        return out
-
-    def read_all(self, name: str) -> Tensor:
-        """Copies of the current values of all rows [N, columns] on the host; the store is left as it is."""
-        out = torch.empty_like(self._groups[name].host().parameters)
-        for first, last in _chunks(len(out)):
-            out[first:last] = self.read(name, torch.arange(first, last, device=self._device)).cpu()
         return out
 
     def stamps(self, name: str) -> Tensor:

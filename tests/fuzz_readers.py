@@ -38,6 +38,7 @@ from datasets.scene import load_scene
 from errors import InputError
 from offload.culling import Cameras
 from offload.hybrid_gaussians import HybridGaussians
+from tests.aerial_training import rows_of
 from tests.made_up_downloads import matrix_city, mega_nerf
 from tests.mutations import mutate, mutate_checkpoint, mutate_npz
 from tests.small_scene import camera, ramp_picture, write_scene
@@ -155,7 +156,7 @@ def read_checkpoint(data_dir: Path, damaged: str) -> None:
             place.load_state(checkpoint.state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:  # which `TrainingRun` makes a sentence
             raise InputError("does not hold what resuming needs") from error
-    places[0].snapshot()
+    places[0].rows(0, len(gaussians["means"]))
 
 
 def checkpoint_files(folder: Path) -> Files:
@@ -249,7 +250,7 @@ def gaussian_files(scratch: Path) -> Files:
     points = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     colors = np.full((10, 3), 128, np.uint8)
     gaussians = initial_gaussians(points, colors, sh_degree=3, init_opacity=0.1, init_scale=1.0, seed=0)
-    save_ply(scratch / "gaussians.ply", gaussians, np.eye(4))
+    save_ply(scratch / "gaussians.ply", rows_of(gaussians), 10, np.eye(4))
     return {"gaussians.ply": (scratch / "gaussians.ply").read_bytes()}
 
 

@@ -12,6 +12,7 @@ from plyfile import PlyData
 
 from errors import InputError
 from offload.state import ARRAYS
+from tests.aerial_training import rows_of
 from tests.resident_memory import resident_bytes
 from training import ply
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -47,16 +48,16 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("sh_degree", [0, 1, 3])
 def test_ply_round_trip(tmp_path, monkeypatch, sh_degree):
-    monkeypatch.setattr(ply, "ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr(ply, "MOST_ROWS", 7)
     gaussians = some_gaussians(sh_degree=sh_degree)
-    save_ply(tmp_path / "a.ply", gaussians, TRANSFORM)
+    save_ply(tmp_path / "a.ply", rows_of(gaussians), 50, TRANSFORM)
     assert_same(load_ply(tmp_path / "a.ply"), gaussians)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.ply"]
 
 
 def test_ply_has_the_layout_of_the_3dgs_viewers(tmp_path):
     gaussians = some_gaussians()
-    save_ply(tmp_path / "a.ply", gaussians, TRANSFORM)
+    save_ply(tmp_path / "a.ply", rows_of(gaussians), 50, TRANSFORM)
     file = PlyData.read(tmp_path / "a.ply")
     vertex = file["vertex"]
     names = [property.name for property in vertex.properties]
@@ -152,7 +153,7 @@ def test_other_dictionaries_and_newer_checkpoints_are_refused(tmp_path):
 
 def test_damaged_ply_files_are_refused(tmp_path):
     path = tmp_path / "a.ply"
-    save_ply(path, some_gaussians(), TRANSFORM)
+    save_ply(path, rows_of(some_gaussians()), 50, TRANSFORM)
     content = path.read_bytes()
     for damaged in (b"", content[:100], content[:-5], b"ply\n" + struct.pack("8f", *range(8))):
         path.write_bytes(damaged)

@@ -292,7 +292,7 @@ def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, HostStore]:
     for parameter in device_store.parameters.values():
         parameter.grad = torch.randn_like(parameter)
     device_store.step(means_lr=1e-3, ids=torch.arange(num_gaussians))
-    host_store = HostStore(device_store.snapshot())
+    host_store = HostStore(device_store.parameters)
     host_store.step = 1
     host_store.last_step.fill_(1)
     _, exp_avg, exp_avg_sq = named_arrays(host_store)

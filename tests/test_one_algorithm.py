@@ -62,7 +62,7 @@ def gpu_only(request, views_and_points):
         if request.param:
             refine(gaussians, step)
     assert 0.2 < sum(map(len, drawn)) / NUM_STEPS / gaussians.num_gaussians < 0.4
-    return request.param, drawn, gaussians.snapshot()
+    return request.param, drawn, gaussians.rows(0, gaussians.num_gaussians)
 
 
 @pytest.mark.parametrize("trainer", OFFLOADING)
@@ -128,7 +128,7 @@ def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor],
         gaussians.update() if trainer == "baseline" else gaussians.update(step)
         if refines:
             refine(gaussians, step)
-    return gaussians.snapshot()
+    return gaussians.rows(0, gaussians.num_gaussians)
 
 
 def surely_drawn(gaussians: DeviceGaussians, cameras: Cameras) -> Tensor:

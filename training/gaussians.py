@@ -182,9 +182,9 @@ class DeviceGaussians:
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """The current parameters, detached; not copied."""
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """The current values of these rows of the six parameter tensors, detached; not copied."""
+        return {name: parameter.detach()[first:last] for name, parameter in self.parameters.items()}
 
     def read(self, name: str) -> Tensor:
         """The current values of one geometry parameter, detached; not copied."""

@@ -12,10 +12,15 @@ Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainer
 
 Bytes per pixel: three pictures of 12 bytes (this view's, the next view's, the rendering), SSIM's derivatives (36),
 gradients (16), alphas and last ids (8): about 100.
+
+Nothing takes memory for all Gaussians beside the trainer's own: checkpoints and PLY files are written block by block.
+But those that training starts with stand twice until they are stored, 236 bytes as read; and a host store that grows
+or is re-ordered takes up to a tenth more.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +30,7 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import InputError
-from offload.store import GROUP_NAMES, STAMP_BYTES, Moments, host_bytes, num_columns
+from offload.store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
 from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 250  # of a Gaussian in view
@@ -40,7 +45,9 @@ SAMPLE = 10_000  # points whose visibility stands for all
 class Footprint:
     """Bytes that one Gaussian takes while a trainer runs."""
 
-    host: int
+    host_at_start: int  # while the Gaussians that training starts with are stored
+    device_at_start: int
+    host: int  # later
     host_in_view: int  # more, if the largest view shows it
     device: int
     device_in_view: int
@@ -53,15 +60,23 @@ class Need:
     """What training takes of one memory, and what there is."""
 
     memory: str  # its name
-    bytes_per_gaussian: float
-    other_bytes: float
+    starting_bytes_per_gaussian: float  # while the Gaussians that training starts with are stored
+    bytes_per_gaussian: float  # later
+    other_bytes: float  # later
     free_bytes: int
     remedy: str  # what to change where that is too little
 
     def bytes(self, num_gaussians: int) -> float:
+        """To train so many that training has grown."""
         return num_gaussians * self.bytes_per_gaussian + self.other_bytes
 
+    def bytes_from_start(self, num_gaussians: int) -> float:
+        """To start with so many and train them."""
+        return max(num_gaussians * self.starting_bytes_per_gaussian, self.bytes(num_gaussians))
+
     def most_gaussians(self) -> int:
+        if self.bytes_per_gaussian == 0:
+            return sys.maxsize
         return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
 
 
@@ -69,7 +84,9 @@ def gpu_only(sh_degree: int) -> Footprint:
     """Of simple_trainer.py: parameters, gradients and moments, and the activated scales and opacities with theirs."""
     parameters = parameter_bytes(sh_degree)
     return Footprint(
-        host=parameters,  # as read
+        host_at_start=parameters,  # as read
+        device_at_start=parameters,
+        host=0,
         host_in_view=0,
         device=4 * parameters + 32,
         device_in_view=RENDERING_BYTES,
@@ -80,9 +97,11 @@ def gpu_only(sh_degree: int) -> Footprint:
 
 def baseline(sh_degree: int) -> Footprint:
     """Of simple_trainer_hybrid_baseline.py: gradients of all rows lie on the host too."""
-    row = _row_bytes(GROUP_NAMES, sh_degree)
+    row, store = _row_bytes(GROUP_NAMES, sh_degree), host_bytes(1, sh_degree)
     return Footprint(
-        host=host_bytes(1, sh_degree) + row + parameter_bytes(sh_degree),
+        host_at_start=store + parameter_bytes(sh_degree),
+        device_at_start=0,
+        host=int(PEAK * store) + row,
         host_in_view=int(STAGING_ROWS * row),
         device=0,
         device_in_view=2 * row + RENDERING_BYTES,
@@ -97,11 +116,14 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
     row = _row_bytes(groups, sh_degree)
     on_device = geometry == "device"
     store = sum(host_bytes(1, sh_degree, (group,)) for group in groups)
+    geometry = 3 * 44 if on_device else 0
     return Footprint(
-        host=store + row + parameter_bytes(sh_degree),  # for a PLY file current values are copied
+        host_at_start=store + parameter_bytes(sh_degree),
+        device_at_start=geometry,
+        host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * row),
-        device=3 * 44 if on_device else 0,
-        device_in_view=int(MOVING_ROWS * row) + (3 * 44 if on_device else 0) + RENDERING_BYTES,
+        device=geometry,
+        device_in_view=int(MOVING_ROWS * row) + geometry + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
@@ -112,7 +134,9 @@ def streamed(sh_degree: int, moments: Moments) -> Footprint:
     groups = ("appearance",)
     row, store = _row_bytes(groups, sh_degree), host_bytes(1, sh_degree, groups, moments)
     return Footprint(
-        host=store + row + parameter_bytes(sh_degree),  # as of the optimized trainer
+        host_at_start=store + parameter_bytes(sh_degree),
+        device_at_start=3 * 44,
+        host=int(PEAK * store),
         host_in_view=0,
         device=3 * 44 + STAMP_BYTES,
         device_in_view=int(SLOTS * (store - STAMP_BYTES)) + row + 3 * 44 + RENDERING_BYTES,
@@ -160,10 +184,12 @@ def needs(footprint: Footprint, share_in_view: float, num_pixels: int, device: t
     pictures = num_pixels * PIXEL_BYTES
     free = available_bytes(torch.device("cpu"))
     if device.type == "cpu":
-        return [Need("memory", of_host + of_device, pictures, free, footprint.host_remedy)]
+        at_start = footprint.host_at_start + footprint.device_at_start
+        return [Need("memory", at_start, of_host + of_device, pictures, free, footprint.host_remedy)]
+    device_free = available_bytes(device)
     return [
-        Need("host memory", of_host, 0, free, footprint.host_remedy),
-        Need("GPU memory", of_device, pictures, available_bytes(device), footprint.device_remedy),
+        Need("host memory", footprint.host_at_start, of_host, 0, free, footprint.host_remedy),
+        Need("GPU memory", footprint.device_at_start, of_device, pictures, device_free, footprint.device_remedy),
     ]
 
 
@@ -182,9 +208,10 @@ def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int) 
         InputError: The Gaussians at hand do not fit, or those that --max_gaussians allows; with the option to change.
     """
     for need in all_needs:
-        if need.bytes(num_gaussians) > need.free_bytes:
+        needed = need.bytes_from_start(num_gaussians)
+        if needed > need.free_bytes:
             raise InputError(
-                f"Training {num_gaussians} Gaussians takes about {format_bytes(need.bytes(num_gaussians))} of "
+                f"Training {num_gaussians} Gaussians takes about {format_bytes(needed)} of "
                 f"{need.memory}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
             )
     most = min(need.most_gaussians() for need in all_needs)
@@ -194,16 +221,18 @@ def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int) 
             f"--max_gaussians {max_gaussians} would take about {format_bytes(need.bytes(max_gaussians))} of "
             f"{need.memory}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
         )
-    lines = [f"Memory for {num_gaussians:,} Gaussians: {_listed(all_needs, num_gaussians)}."]
+    listed = _listed(all_needs, [need.bytes_from_start(num_gaussians) for need in all_needs])
+    lines = [f"Memory for {num_gaussians:,} Gaussians: {listed}."]
     if max_gaussians > num_gaussians:
-        lines.append(f"Memory for {max_gaussians:,}, as --max_gaussians allows: {_listed(all_needs, max_gaussians)}.")
+        listed = _listed(all_needs, [need.bytes(max_gaussians) for need in all_needs])
+        lines.append(f"Memory for {max_gaussians:,}, as --max_gaussians allows: {listed}.")
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
     return "\n".join(lines)
 
 
-def _listed(all_needs: list[Need], num_gaussians: int) -> str:
+def _listed(all_needs: list[Need], needed: list[float]) -> str:
     return ", ".join(
-        f"{format_bytes(need.bytes(num_gaussians))} of {need.memory} ({format_bytes(need.free_bytes)} free)"
-        for need in all_needs
+        f"{format_bytes(num_bytes)} of {need.memory} ({format_bytes(need.free_bytes)} free)"
+        for need, num_bytes in zip(all_needs, needed, strict=True)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,22 @@ from torch import Tensor
 from datasets.ply import check_counts
 from errors import InputError, reason
 
-ROWS_PER_BLOCK = 1 << 15  # written at a time, so that a large model is never copied whole
+MODEL_SHARE = 128  # what is read and written at a time is at most this part of the model, which is never copied whole
+FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 14
 
 
-def save_ply(path: Path, gaussians: Mapping[str, Tensor], transform: np.ndarray) -> None:
+def save_ply(
+    path: Path, rows: Callable[[int, int], Mapping[str, Tensor]], num_gaussians: int, transform: np.ndarray
+) -> None:
     """Write Gaussians in the model's (normalized) coordinates.
 
     Args:
         path: File to write; it appears under its name only when it is complete.
-        gaussians: The six stored parameter tensors, N rows each.
+        rows: Gives the rows from one number up to another of the six stored parameter tensors, on any device.
+        num_gaussians: How many there are.
         transform: [4, 4] similarity from the dataset's coordinates to the model's; kept as a comment.
     """
-    num_rest = 3 * gaussians["shN"].shape[1]
+    num_rest = 3 * rows(0, 0)["shN"].shape[1]
     names = [
         *("x", "y", "z", "nx", "ny", "nz"),
         *(f"f_dc_{i}" for i in range(3)),
@@ -34,7 +38,6 @@ def save_ply(path: Path, gaussians: Mapping[str, Tensor], transform: np.ndarray)
         *(f"scale_{i}" for i in range(3)),
         *(f"rot_{i}" for i in range(4)),
     ]
-    num_gaussians = len(gaussians["means"])
     header = [
         "ply",
         "format binary_little_endian 1.0",
@@ -47,15 +50,17 @@ def save_ply(path: Path, gaussians: Mapping[str, Tensor], transform: np.ndarray)
     try:
         with open(partial, "wb") as file:
             file.write(("\n".join(header) + "\n").encode("ascii"))
-            for start in range(0, num_gaussians, ROWS_PER_BLOCK):
-                block = {name: value[start : start + ROWS_PER_BLOCK].cpu() for name, value in gaussians.items()}
-                file.write(_rows(block).numpy().astype("<f4", copy=False).tobytes())
+            block_rows = min(max(num_gaussians // MODEL_SHARE, FEWEST_ROWS), MOST_ROWS)
+            for first in range(0, num_gaussians, block_rows):
+                block = rows(first, min(first + block_rows, num_gaussians))
+                file.write(_columns(block).numpy().astype("<f4", copy=False))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _rows(block: Mapping[str, Tensor]) -> Tensor:
+def _columns(block: Mapping[str, Tensor]) -> Tensor:
+    block = {name: value.cpu() for name, value in block.items()}
     means = block["means"]
     return torch.cat(
         [

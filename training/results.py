@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,9 +51,15 @@ class ResultFolder:
         with contextlib.suppress(OSError):  # the log is not worth an error at the very end
             self.tensorboard.close()
 
-    def save_ply(self, steps: int, gaussians: Mapping[str, Tensor], transform: np.ndarray) -> None:
-        """Write ply/point_cloud_{steps}.ply."""
-        save_ply(self.path / "ply" / f"point_cloud_{steps}.ply", gaussians, transform)
+    def save_ply(
+        self,
+        steps: int,
+        rows: Callable[[int, int], Mapping[str, Tensor]],
+        num_gaussians: int,
+        transform: np.ndarray,
+    ) -> None:
+        """Write ply/point_cloud_{steps}.ply; as `training.ply.save_ply`."""
+        save_ply(self.path / "ply" / f"point_cloud_{steps}.ply", rows, num_gaussians, transform)
 
     def save_statistics(self, kind: str, steps: int, statistics: Mapping[str, object]) -> None:
         """Write stats/{kind}_step{steps}.json."""

@@ -73,8 +73,8 @@ class Model(Protocol):
     @property
     def num_gaussians(self) -> int: ...
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """The current values of the six parameter tensors."""
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """The current values of these rows of the six parameter tensors."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training goes on from, as `offload.state` describes it."""
@@ -287,7 +287,7 @@ class TrainingRun:
             self._save_checkpoint(periodic=True)
         if steps_done in cfg.ply_steps or last:
             with self._going_on_without("The PLY file"):
-                self._results.save_ply(steps_done, self._model.snapshot(), self.scene.transform)
+                self._results.save_ply(steps_done, self._model.rows, self._model.num_gaussians, self.scene.transform)
         if steps_done in cfg.eval_steps or last:
             with self._going_on_without("The evaluation"):
                 self.evaluate(self._render, steps_done, self._model.num_gaussians)

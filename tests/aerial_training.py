@@ -1,0 +1,73 @@
+"""What each trainer trains, on the aerial scene, and steps with random gradients, which need no rendering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks.aerial_scene import AerialCameras
+from configs import Config
+from offload.culling import Cameras
+from offload.host_gaussians import HostGaussians
+from offload.hybrid_gaussians import HybridGaussians
+from offload.streamed_gaussians import StreamedGaussians
+from training import schedules
+from training.gaussians import DeviceGaussians
+
+CONFIG = Config(sh_degree_interval=1)
+KINDS = ("gpu_only", "baseline", "geometry on device", "geometry on host", "streamed", "streamed, bfloat16")
+Gaussians = DeviceGaussians | HostGaussians | HybridGaussians | StreamedGaussians
+
+
+def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device) -> Gaussians:
+    """What a trainer trains; the parameters are given up."""
+    rates = schedules.learning_rates(CONFIG, 3.2)
+    adam = {"betas": (0.9, 0.999), "eps": 1e-15, "device": device}
+    bound = {"max_gaussians": 2 * len(parameters["means"])}
+    if kind == "gpu_only":
+        gaussians = DeviceGaussians(parameters, rates, **adam)
+    elif kind == "baseline":
+        gaussians = HostGaussians(parameters, rates, _means_lr, **bound, **adam)
+    elif kind.startswith("streamed"):
+        moments = "bfloat16" if kind.endswith("bfloat16") else "float32"
+        gaussians = StreamedGaussians(parameters, rates, _means_lr, moments=moments, **bound, **adam)
+    else:
+        place = kind.split()[-1]
+        gaussians = HybridGaussians(parameters, rates, _means_lr, geometry=place, **bound, **adam)
+    parameters.clear()
+    return gaussians
+
+
+def views_of(cameras: AerialCameras) -> list[Cameras]:
+    """One view of each camera."""
+    size = cameras.width, cameras.height
+    return [Cameras(cameras.viewmats[i : i + 1], cameras.Ks[i : i + 1], *size) for i in range(len(cameras.Ks))]
+
+
+def train_on_random_gradients(gaussians: Gaussians, views: list[Cameras], steps: Iterable[int]) -> None:
+    """Steps whose gradients their numbers decide; step i is on view i, and the next one is prefetched."""
+    for step in steps:
+        torch.manual_seed(step)
+        if isinstance(gaussians, DeviceGaussians):
+            ids = torch.arange(0, gaussians.num_gaussians, 3)
+            for parameter in gaussians.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad[ids] = torch.randn_like(parameter[ids])
+            gaussians.step(_means_lr(step), ids)
+            continue
+        rows = gaussians.fetch(views[step % len(views)])
+        if not isinstance(gaussians, HostGaussians):
+            gaussians.prefetch(views[(step + 1) % len(views)])
+        sum((value * torch.randn_like(value)).sum() for value in rows.values()).backward()
+        gaussians.update() if isinstance(gaussians, HostGaussians) else gaussians.update(step)
+
+
+def rows_of(values: dict[str, Tensor]) -> Callable[[int, int], dict[str, Tensor]]:
+    """Gives some rows of tensors as `Model.rows` does."""
+    return lambda first, last: {name: value[first:last] for name, value in values.items()}
+
+
+def _means_lr(step: int) -> float:
+    return 1e-4
