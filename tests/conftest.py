@@ -6,6 +6,12 @@ import pytest
 import torch
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite, but where it shares a GPU; none for the tests that were named."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return 2 if is_whole and not torch.cuda.is_available() else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `cuda` are skipped where there is no GPU."""
     if torch.cuda.is_available():
