@@ -2,8 +2,20 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer scripts do, before torch loads
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from datasets.synthetic import write_city_block
+
+
+@pytest.fixture(scope="session")
+def city_block(tmp_path_factory) -> Path:
+    """A small city block for all tests that only read it: 16 views of 64x48 pixels, 600 points."""
+    data_dir = tmp_path_factory.mktemp("data") / "city_block"
+    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
+    return data_dir
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

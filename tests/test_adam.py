@@ -50,30 +50,32 @@ def stepped_rows(n: int, columns: int, multipliers: Tensor, steps: int = 6) -> t
 
 
 class DenseOracle:
-    """`torch.optim.Adam` in float64, one parameter for each column, since learning rates differ by column."""
+    """`torch.optim.Adam` in float64, one parameter for all columns that share their learning rate at every step."""
 
-    def __init__(self, parameters: Tensor, betas: tuple[float, float]) -> None:
-        self.columns = [column.clone().requires_grad_() for column in parameters.double().unbind(1)]
-        groups = [{"params": [column], "lr": 0.0} for column in self.columns]
-        self.adam = torch.optim.Adam(groups, betas=betas, eps=EPS, foreach=True)
+    def __init__(self, parameters: Tensor, betas: tuple[float, float], multipliers: Tensor = APPEARANCE) -> None:
+        kinds, kind_of_column = multipliers.unique(dim=1, return_inverse=True)
+        self.columns = [torch.nonzero(kind_of_column == kind)[:, 0] for kind in range(kinds.shape[1])]
+        self.parameters = [parameters[:, columns].double().requires_grad_() for columns in self.columns]
+        groups = [{"params": [parameter], "lr": 0.0} for parameter in self.parameters]
+        self.adam = torch.optim.Adam(groups, betas=betas, eps=EPS)
 
     def step(self, gradients: Tensor, learning_rates: Tensor) -> None:
         """gradients [N, columns], learning_rates [columns]."""
-        for i, group in enumerate(self.adam.param_groups):
-            group["lr"] = learning_rates[i].item()
-            self.columns[i].grad = gradients[:, i].double()
+        for parameter, columns, group in zip(self.parameters, self.columns, self.adam.param_groups, strict=True):
+            group["lr"] = learning_rates[columns[0]].item()
+            parameter.grad = gradients[:, columns].double()
         self.adam.step()
 
     def reset(self, ids: Tensor) -> None:
-        for name in ("exp_avg", "exp_avg_sq"):
-            for column in self.columns:
-                if column in self.adam.state:
-                    self.adam.state[column][name][ids] = 0
+        for moments in self.adam.state.values():
+            moments["exp_avg"][ids] = 0
+            moments["exp_avg_sq"][ids] = 0
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """parameters, exp_avg, exp_avg_sq, each [N, columns]."""
-        moments = [[self.adam.state[column][name] for column in self.columns] for name in ("exp_avg", "exp_avg_sq")]
-        return tuple(torch.stack([t.detach() for t in tensors], 1) for tensors in (self.columns, *moments))
+        moments = [[self.adam.state[p][name] for p in self.parameters] for name in ("exp_avg", "exp_avg_sq")]
+        order = torch.cat(self.columns).argsort()
+        return tuple(torch.cat([t.detach() for t in tensors], 1)[:, order] for tensors in (self.parameters, *moments))
 
 
 def largest_row_error(actual: Tensor, expected: Tensor) -> float:
@@ -130,7 +132,7 @@ def test_thousand_sparse_steps_equal_dense_adam(make, multipliers, batch):
     n, columns, steps = 200, multipliers.shape[1], 1000
     betas = (BETAS[0] ** batch, BETAS[1] ** batch)
     adam, rows = make(multipliers, betas), random_rows(n, columns)
-    oracle = DenseOracle(rows.parameters, betas)
+    oracle = DenseOracle(rows.parameters, betas, multipliers)
     train(adam, rows, oracle, steps, visible=10 ** -(3.2 * torch.rand(n)))  # gaps from 1 to 999 steps
     assert rows.last_step.min() < steps - 300
 
@@ -148,7 +150,7 @@ def test_thousand_sparse_steps_equal_dense_adam(make, multipliers, batch):
 def test_reference_in_float64_is_dense_adam_to_rounding():
     torch.manual_seed(0)
     adam, rows = ReferenceAdam(GEOMETRY, BETAS, EPS), random_rows(40, 12, torch.float64)
-    oracle = DenseOracle(rows.parameters, BETAS)
+    oracle = DenseOracle(rows.parameters, BETAS, GEOMETRY)
     train(adam, rows, oracle, steps=300, visible=torch.full((40,), 0.05))
     adam.commit(*rows.all(), None, None)
     # What remains is eps = 1e-15 beside sqrt(v), from 1e-9 on.
@@ -263,7 +265,7 @@ def test_dense_is_torch_adam(n, multipliers):
     torch.manual_seed(0)
     columns = multipliers.shape[1]
     adam, rows = DeferredAdam(multipliers, BETAS, EPS, threads=3), random_rows(n, columns)
-    oracle = DenseOracle(rows.parameters, BETAS)
+    oracle = DenseOracle(rows.parameters, BETAS, multipliers)
     for step in range(50):
         rates = torch.full((len(multipliers),), 1e-2 / (1 + step), dtype=torch.float64)
         gradients = torch.randn(n, columns) * (torch.rand(n, 1) < 0.3)
@@ -291,7 +293,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_a_parameter_without_gradient_stays_and_a_tiny_one_is_finite():
     adam, rows = DeferredAdam(torch.ones(1, 4), BETAS, EPS, threads=1), random_rows(1, 4)
     start, gradient = rows.parameters.clone(), torch.tensor([[0.0, 1e-30, 1e-10, 1.0]])
-    oracle = DenseOracle(rows.parameters, BETAS)
+    oracle = DenseOracle(rows.parameters, BETAS, torch.ones(1, 4))
     for step in range(60):
         adam.begin_step([1e-2])
         if step == 0:

@@ -32,18 +32,10 @@ from comparing.runs import (
     read_run,
     write_launch,
 )
-from datasets.synthetic import write_city_block
 from errors import InputError
 from trainers import TRAINERS
 
 ROOT = Path(compare.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def city_block(tmp_path_factory) -> Path:
-    data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
-    return data_dir
 
 
 def run_compare(monkeypatch, *arguments: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 from configs import Config
 from datasets.loader import evaluation_loader
 from datasets.scene import load_scene
-from datasets.synthetic import write_city_block
 from offload.culling import BlockBounds, visible_ids
 from offload.store import HostStore
 from tests.training_scripts import anisotropic_start, train
@@ -23,19 +23,13 @@ from training.views import View, cameras_of
 
 OFFLOADING = [name for name in TRAINERS if name not in ("gpu_only", "streamed_bfloat16")]  # that keep all in float32
 NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--max_steps", 30, "--sh_degree_interval", 10)
-EVERYWHERE, ONCE, NOWHERE = range(3)  # rows of `seen_by_all_one_and_none`
-
-
-@pytest.fixture(scope="module")
-def city_block(tmp_path_factory) -> Path:
-    data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
-    return data_dir
+EVERYWHERE, ONCE, NOWHERE = range(3)  # rows of `in_all_views_in_one_and_in_none`
 
 
 def train_from(monkeypatch, start: dict[str, Tensor], trainer: str, data_dir: Path, result_dir: Path, *options: object):
     """The Gaussians after training a trainer from these."""
-    monkeypatch.setattr("training.run.initial_gaussians", lambda *arguments, **options: start)
+    copy = {name: value.clone() for name, value in start.items()}
+    monkeypatch.setattr("training.run.initial_gaussians", lambda *arguments, **options: copy)
     way = TRAINERS[trainer]
     return train(monkeypatch, way.load(), data_dir, result_dir, *options, *way.arguments)
 
@@ -60,19 +54,13 @@ def visible_per_view(data_dir: Path, gaussians: dict[str, Tensor]) -> list[list[
     return [visible_ids(geometry, BlockBounds(geometry), cameras_of(view, cfg)).tolist() for view in views]
 
 
-@pytest.mark.parametrize("trainer", OFFLOADING)
-def test_one_gaussian(monkeypatch, city_block, tmp_path, trainer):
-    start = first_gaussians(city_block, 2)
-    start = {name: value[:1] for name, value in start.items()}
-    expected = train_from(monkeypatch, start, "gpu_only", city_block, tmp_path / "gpu_only", *NO_DENSIFICATION)
-    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path / "offloaded", *NO_DENSIFICATION)
+def one_gaussian(city_block: Path) -> dict[str, Tensor]:
+    start = {name: value[:1] for name, value in first_gaussians(city_block, 2).items()}
     assert any(visible_per_view(city_block, start))
-    assert not torch.equal(expected["means"], start["means"])
-    assert_same(actual, expected)
+    return start
 
 
-@pytest.mark.parametrize("trainer", OFFLOADING)
-def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path, trainer):
+def in_all_views_in_one_and_in_none(city_block: Path) -> dict[str, Tensor]:
     start = first_gaussians(city_block, 3)
     scene = load_scene(city_block)
     camera = scene.camtoworlds[scene.train_ids[0]]
@@ -83,27 +71,66 @@ def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path,
     shown = visible_per_view(city_block, start)
     counts = [sum(row in rows for rows in shown) for row in (EVERYWHERE, ONCE, NOWHERE)]
     assert counts == [len(shown), 1, 0]
-    expected = train_from(monkeypatch, start, "gpu_only", city_block, tmp_path / "gpu_only", *NO_DENSIFICATION)
-    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path / "offloaded", *NO_DENSIFICATION)
-    assert_same(actual, expected)
+    return start
+
+
+def seen_by_every_view(city_block: Path) -> dict[str, Tensor]:
+    start = first_gaussians(city_block, 20)
+    center = start["means"].mean(dim=0)
+    start["means"] = center + 0.05 * (start["means"] - center)
+    start["scales"] -= 1.0
+    assert visible_per_view(city_block, start) == [list(range(20))] * len(load_scene(city_block).train_ids)
+    return start
+
+
+class Reference(NamedTuple):
+    """Gaussians to start from, and what GPU-only training makes of them."""
+
+    start: dict[str, Tensor]
+    trained: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def reference(request, city_block, tmp_path_factory) -> Reference:
+    """Of the function that makes the start, which is the parameter."""
+    start = request.param(city_block)
+    folder = tmp_path_factory.mktemp("gpu_only")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trained = train_from(monkeypatch, start, "gpu_only", city_block, folder, *NO_DENSIFICATION)
+    assert not torch.equal(trained["means"], start["means"])
+    return Reference(start, trained)
+
+
+def starting_from(make_start) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("reference", [make_start], ids=[make_start.__name__], indirect=True)
+
+
+@starting_from(one_gaussian)
+@pytest.mark.parametrize("trainer", OFFLOADING)
+def test_one_gaussian(monkeypatch, city_block, tmp_path, reference, trainer):
+    actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
+    assert_same(actual, reference.trained)
+
+
+@starting_from(in_all_views_in_one_and_in_none)
+@pytest.mark.parametrize("trainer", OFFLOADING)
+def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path, reference, trainer):
+    start = reference.start
+    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
+    assert_same(actual, reference.trained)
     for name in PARAMETER_NAMES:
         assert torch.equal(actual[name][NOWHERE], start[name][NOWHERE])
     for row in (EVERYWHERE, ONCE):
         assert not torch.equal(actual["means"][row], start["means"][row])
 
 
+@starting_from(seen_by_every_view)
 @pytest.mark.parametrize("trainer", OFFLOADING)
-def test_every_view_shows_all_rows(monkeypatch, city_block, tmp_path, trainer):
+def test_every_view_shows_all_rows(monkeypatch, city_block, tmp_path, reference, trainer):
     """With more threads than rows, and than blocks of rows, as well."""
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    start = first_gaussians(city_block, 20)
-    center = start["means"].mean(dim=0)
-    start["means"] = center + 0.05 * (start["means"] - center)
-    start["scales"] -= 1.0
-    assert visible_per_view(city_block, start) == [list(range(20))] * len(load_scene(city_block).train_ids)
-    expected = train_from(monkeypatch, start, "gpu_only", city_block, tmp_path / "gpu_only", *NO_DENSIFICATION)
-    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path / "offloaded", *NO_DENSIFICATION)
-    assert_same(actual, expected)
+    actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
+    assert_same(actual, reference.trained)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -24,7 +24,6 @@ from test_resume import (
 
 import simple_trainer
 import simple_trainer_hybrid_optimized
-from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.pipeline import RowPipeline
 from training import checkpoint_folder
@@ -32,13 +31,6 @@ from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.run import TrainingRun
 from training.views import View
-
-
-@pytest.fixture(scope="module")
-def city_block(tmp_path_factory) -> Path:
-    data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
-    return data_dir
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
-from datasets.synthetic import write_city_block
 from offload.culling import BlockBounds
 from offload.margins import largest_drift, largest_step
 from offload.pipeline import RowPipeline, shared_positions
@@ -32,13 +30,6 @@ OPTIMIZED = [
 ]
 STREAMED = pytest.param(simple_trainer_hybrid_streamed, (), id="streamed")
 ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
-
-
-@pytest.fixture(scope="module")
-def city_block(tmp_path_factory) -> Path:
-    data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
-    return data_dir
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +54,12 @@ def test_moments_in_bfloat16_stay_close(monkeypatch, city_block, tmp_path):
 
 @pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED, ROUNDED])
 def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_path, script, place):
-    options = (*DENSIFICATION, "--max_steps", 100, *place)
+    options = (*DENSIFICATION, "--max_steps", 60, *place)
     hybrid = (script, city_block)
     plain = train(monkeypatch, *hybrid, tmp_path / "plain", *options)
-    evaluations = [str(step) for step in range(7, 100, 13)]
+    evaluations = [str(step) for step in range(7, 60, 13)]
     evaluated = train(
-        monkeypatch, *hybrid, tmp_path / "evaluated", *options, "--eval_steps", *evaluations, "--ply_steps", 33, 71
+        monkeypatch, *hybrid, tmp_path / "evaluated", *options, "--eval_steps", *evaluations, "--ply_steps", 33, 51
     )
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
 

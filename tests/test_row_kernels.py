@@ -123,7 +123,7 @@ def test_sparse_steps_equal_dense_adam(kind, device, multipliers, batch):
     betas = (BETAS[0] ** batch, BETAS[1] ** batch)
     host = HostRows(n, multipliers, betas, kind, device)
     host.state.parameters.copy_(torch.randn(n, columns))
-    oracle = DenseOracle(host.state.parameters.cpu(), betas)
+    oracle = DenseOracle(host.state.parameters.cpu(), betas, multipliers)
     visible = 10 ** -(3.2 * torch.rand(n))  # gaps from 1 step to all of them
     for step in range(1, steps + 1):
         rates = 1e-2 * 0.01 ** (step / steps) * (0.5 + torch.rand(len(multipliers)).double())

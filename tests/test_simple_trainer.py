@@ -15,18 +15,9 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import simple_trainer
-from datasets.synthetic import write_city_block
 from training import command_line, densification
 from training.checkpoints import load_checkpoint
 from training.ply import load_ply
-
-
-@pytest.fixture(scope="session")
-def city_block(tmp_path_factory) -> Path:
-    """A small city block: 16 views of 64x48 pixels."""
-    data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
-    return data_dir
 
 
 def run_script(monkeypatch, *arguments: object) -> int:

@@ -168,8 +168,11 @@ def first_hits(city, origins, directions, length, step=0.02):
     """How far rays get until they are in a box or under the ground, [R], infinite if they never are."""
     found = np.full(len(origins), np.inf)
     for distance in np.arange(step, length, step):
-        at = (origins + distance * directions)[:, None]
-        solid = ((at > city.low) & (at < city.high)).all(-1).any(1) | (at[:, 0, 2] < 0)
+        at = origins + distance * directions
+        inside = np.ones((len(at), len(city.low)), bool)  # [R, B]
+        for axis in range(3):
+            inside &= (at[:, axis, None] > city.low[:, axis]) & (at[:, axis, None] < city.high[:, axis])
+        solid = inside.any(1) | (at[:, 2] < 0)
         found = np.where(solid & np.isinf(found), distance, found)
     return found
 
