@@ -111,6 +111,10 @@ class HostGaussians(HostStore):
         """Everything that training goes on from, as `offload.state` describes it: views of the store."""
         return {"step_count": torch.tensor(self.steps_done), **self.arrays_by_name()}
 
+    def guarded(self) -> dict[str, HostStore]:
+        """No tensors of `state`: every step changes all rows."""
+        return {}
+
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         copy_current(self.arrays_by_name(), state)

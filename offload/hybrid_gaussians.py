@@ -19,6 +19,7 @@ from offload.pipeline import Part, PartRows, RowGroup, RowPipeline, ViewIds
 from offload.schedules import schedules_of
 from offload.split import CELL, HALO, Tile
 from offload.state import State
+from offload.store import HostStore
 from offload.upcoming import upcoming_state, upcoming_view
 
 
@@ -204,6 +205,10 @@ class HybridGaussians(OffloadedGaussians):
     def state(self) -> dict[str, Tensor]:
         """As of all offloaded Gaussians, with the next view as far as it has been found ahead."""
         return {**super().state(), **upcoming_state(self._pipeline.upcoming)}
+
+    def guarded(self) -> dict[str, HostStore]:
+        """As of all offloaded Gaussians, with the stamps."""
+        return {**super().guarded(), **{f"last_step/{name}": store for name, store in self._stores.items()}}
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""

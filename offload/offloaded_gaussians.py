@@ -110,6 +110,10 @@ class OffloadedGaussians:
             state.update({f"deferral/{name}/{key}": table for key, table in deferral.tables().items()})
         return state
 
+    def guarded(self) -> dict[str, HostStore]:
+        """Which tensors of `state` change only after their store has been told; all others may change at any time."""
+        return {key: store for store in self._stores.values() for key in store.arrays_by_name()}
+
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         self.steps_done = int(state["step_count"])

@@ -398,6 +398,7 @@ class RowPipeline:
         self.finish()
         group = self._groups[name]
         stale = host_ids[group.store.last_step[host_ids] < group.adam.step_count]
+        group.store.will_change(stale)
         group.adam.commit(*group.state(), stale, None)
         group.committed(stale)
 
@@ -503,6 +504,7 @@ class RowPipeline:
                     else:
                         group.adam.commit_and_forward(*block, arrived, out, gradient_rows=places[begin:end])
 
+            group.store.will_change(host_ids)
             self._transfers[name].complete(ahead.uploads[name], ahead.following.shared_here, fill)
             group.committed(host_ids)
 
@@ -535,6 +537,7 @@ class RowPipeline:
     def _commit(self, host_ids: Tensor, gradient_rows: Tensor, gradients: Mapping[str, Downloaded]) -> None:
         for name, group in self._groups.items():
             arrived = self._arrived(gradients[name])
+            group.store.will_change(host_ids)
             with self._times.on_host("worker_commit"):
                 group.adam.commit(*group.state(), host_ids, arrived, gradient_rows=gradient_rows)
                 group.committed(host_ids)

@@ -155,6 +155,7 @@ def load_deferred(store: HostStore, group: str, adam: Deferral, state: State) ->
     were trained with.
     """
     steps, stored, tables = int(state["step_count"]), store.arrays_by_name(), deferral_tables(state, group)
+    store.will_change(None)
     if is_deferred(state, group) and adam.matches(tables):
         for key, rows in stored.items():
             copy_blocks(rows, state[key])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -146,6 +146,7 @@ class HostStore:
             InputError: Memory that cannot be had.
         """
         self.step = 0
+        self.before_change: Callable[[Tensor | None], None] | None = None  # called by `will_change`
         self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
         num_gaussians = len(parameters["means"])
         self._row_bytes = host_bytes(1, self.sh_degree, groups, moments, whole_lines)
@@ -175,6 +176,17 @@ class HostStore:
         """Step of each row's last update, [N] int32; 0 before the first one."""
         return self._stamps.tensor[:, 0]
 
+    def will_change(self, ids: Tensor | None) -> None:
+        """Tell whoever reads the rows in the background that some will change now.
+
+        The operations below tell it themselves; it is for those who change rows through views.
+
+        Args:
+            ids: int64 [M] on any device, the rows; None: all of them.
+        """
+        if self.before_change is not None:
+            self.before_change(None if ids is None else ids.cpu())
+
     def snapshot(self) -> dict[str, Tensor]:
         """The stored parameters by name: views of the rows."""
         return {
@@ -201,6 +213,7 @@ class HostStore:
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
         ids = self._checked(ids)
+        self.will_change(None)
         num_before = self.num_gaussians
         self._resize(num_before + len(ids))
         for group in self.groups.values():
@@ -209,6 +222,7 @@ class HostStore:
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows."""
+        self.will_change(None)
         self._resize(num_gaussians)
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -217,6 +231,7 @@ class HostStore:
         Names of parameters that the store does not hold are passed over.
         """
         ids = self._checked(ids)
+        self.will_change(ids)
         for name, stored in self.snapshot().items():
             if name in values:
                 stored[ids] = values[name].detach().to(stored)
@@ -225,6 +240,7 @@ class HostStore:
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
         source_ids, target_ids = self._checked(source_ids), self._checked(target_ids)
+        self.will_change(target_ids)
         for group in self.groups.values():
             _native.copy_rows(_words(group.parameters), source_ids.numpy(), target_ids.numpy(), num_threads())
         self._forget(target_ids)
@@ -237,6 +253,7 @@ class HostStore:
             ascending = ids.sort().values
             if not bool((ascending[1:] > ascending[:-1]).all()):
                 raise ValueError("a row can be kept only once")
+        self.will_change(None)
         for array in self._arrays:
             _native.compact_rows(_words(array), ascending.numpy(), num_threads())
             array.resize(len(ids))
@@ -248,12 +265,14 @@ class HostStore:
         order = self._checked(order)
         if len(order) != self.num_gaussians:
             raise ValueError(f"an order of {len(order)} rows for {self.num_gaussians}")
+        self.will_change(None)
         permutation = _native.Permutation(order.numpy(), num_threads())
         for array in self._arrays:
             permutation.apply(_words(array))
 
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        self.will_change(None)
         geometry = self.groups["geometry"]
         geometry.named(geometry.parameters.tensor)["opacities"].clamp_(max=max_logit)
         for moment in (geometry.exp_avg, geometry.exp_avg_sq):

@@ -12,7 +12,7 @@ from offload.culling import Cameras
 from offload.offloaded_gaussians import OffloadedGaussians
 from offload.schedules import schedules_of
 from offload.state import State
-from offload.store import Moments
+from offload.store import HostStore, Moments
 from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
 
 
@@ -132,6 +132,10 @@ class StreamedGaussians(OffloadedGaussians):
         if self._pipeline.upcoming_ids is not None:
             state["upcoming/ids"] = self._pipeline.upcoming_ids
         return state
+
+    def guarded(self) -> dict[str, HostStore]:
+        """As of all offloaded Gaussians, where the pipeline tells which rows it is about to write."""
+        return super().guarded() if isinstance(self._pipeline, StreamedPipeline) else {}
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""

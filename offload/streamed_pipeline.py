@@ -282,6 +282,7 @@ class StreamedPipeline:
         self._upcoming = None  # what was fetched ahead may not hold any more
         group = self._groups[name]
         host, stamps = group.host(), self._stamps(group)
+        group.store.will_change(ids)
         for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
             chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
             rows = host.new_empty(len(chunk), self._device)
@@ -328,6 +329,8 @@ class StreamedPipeline:
 
     def _write_to_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         """Write rows as they will be when what the current lane has been given is done."""
+        for group in self._groups.values():
+            group.store.will_change(view.ids)
         updated = Lane.current(self._device).record()
         with self._write_lane as lane:
             lane.wait(updated)

@@ -11,7 +11,8 @@ from benchmarks.aerial_scene import AerialCameras
 from configs import Config
 from offload.culling import Cameras
 from offload.host_gaussians import HostGaussians
-from offload.hybrid_gaussians import HybridGaussians
+from offload.hybrid_gaussians import HybridGaussians, PartResult, ViewPart
+from offload.part_limits import RowLimit
 from offload.streamed_gaussians import StreamedGaussians
 from training import schedules
 from training.gaussians import DeviceGaussians
@@ -34,8 +35,8 @@ def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device)
         moments = "bfloat16" if kind.endswith("bfloat16") else "float32"
         gaussians = StreamedGaussians(parameters, rates, _means_lr, moments=moments, **bound, **adam)
     else:
-        place = kind.split()[-1]
-        gaussians = HybridGaussians(parameters, rates, _means_lr, geometry=place, **bound, **adam)
+        place, limit = ("device", RowLimit(0.05)) if kind == "split" else (kind.split()[-1], None)
+        gaussians = HybridGaussians(parameters, rates, _means_lr, geometry=place, limit=limit, **bound, **adam)
     parameters.clear()
     return gaussians
 
@@ -57,16 +58,31 @@ def train_on_random_gradients(gaussians: Gaussians, views: list[Cameras], steps:
                 parameter.grad[ids] = torch.randn_like(parameter[ids])
             gaussians.step(_means_lr(step), ids)
             continue
-        rows = gaussians.fetch(views[step % len(views)])
-        if not isinstance(gaussians, HostGaussians):
-            gaussians.prefetch(views[(step + 1) % len(views)])
-        sum((value * torch.randn_like(value)).sum() for value in rows.values()).backward()
+        view, upcoming = views[step % len(views)], views[(step + 1) % len(views)]
+        if isinstance(gaussians, HybridGaussians):
+            gaussians.train_view(view, upcoming, _train_part)
+            gaussians.update(step)
+            continue
+        rows = gaussians.fetch(view)
+        if isinstance(gaussians, StreamedGaussians):
+            gaussians.prefetch(upcoming)
+        _random_loss(rows).backward()
         gaussians.update() if isinstance(gaussians, HostGaussians) else gaussians.update(step)
 
 
 def rows_of(values: dict[str, Tensor]) -> Callable[[int, int], dict[str, Tensor]]:
     """Gives some rows of tensors as `Model.rows` does."""
     return lambda first, last: {name: value[first:last] for name, value in values.items()}
+
+
+def _train_part(part: ViewPart) -> PartResult:
+    loss = _random_loss(part.rows)
+    loss.backward()
+    return PartResult(loss.detach(), num_intersections=1, num_pixels=1)
+
+
+def _random_loss(rows: dict[str, Tensor]) -> Tensor:
+    return sum((value * torch.randn_like(value)).sum() for value in rows.values())
 
 
 def _means_lr(step: int) -> float:

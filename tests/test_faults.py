@@ -220,10 +220,10 @@ def test_a_disk_that_fails_for_a_while_costs_no_training(monkeypatch, city_block
 def test_a_disk_that_stays_full_is_said_at_the_end(monkeypatch, city_block, tmp_path, capsys):
     save = checkpoint_folder.PartialCheckpoint
 
-    def full_after_10(path: Path, checkpoint: Checkpoint) -> object:
+    def full_after_10(path: Path, checkpoint: Checkpoint, *guarded: object) -> object:
         if checkpoint.steps > 10:
             raise OSError(28, "No space left on device")
-        return save(path, checkpoint)
+        return save(path, checkpoint, *guarded)
 
     options = ("--max_steps", 30, "--save_every", 10)
     with monkeypatch.context() as patch:

@@ -258,6 +258,38 @@ def test_rows_that_do_not_exist_are_refused(wrong):
     assert store.num_gaussians == 10
 
 
+CHANGES = {
+    "append_copies": lambda store: store.append_copies(torch.tensor([1, 3])),
+    "truncate": lambda store: store.truncate(5),
+    "overwrite": lambda store: store.overwrite(torch.tensor([2, 4]), {"means": torch.zeros(2, 3)}),
+    "relocate": lambda store: store.relocate(torch.tensor([2, 4]), torch.tensor([7, 5])),
+    "keep": lambda store: store.keep(torch.tensor([1, 3, 9])),
+    "reorder": lambda store: store.reorder(torch.arange(9, -1, -1)),
+    "clamp_opacities": lambda store: store.clamp_opacities(-1.0),
+}
+
+
+@pytest.mark.parametrize("operation", CHANGES)
+def test_a_store_tells_which_rows_will_change_before_they_do(operation):
+    store = HostStore(random_parameters(10), max_gaussians=20)
+    before = {name: value.clone() for name, value in store.arrays_by_name().items()}
+    told = []
+
+    def before_change(ids: torch.Tensor | None) -> None:
+        assert all(torch.equal(value, before[name]) for name, value in store.arrays_by_name().items())
+        told.append(ids)
+
+    store.before_change = before_change
+    CHANGES[operation](store)
+    after = store.arrays_by_name()
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    if store.num_gaussians == 10 and told[0] is not None:
+        untold = torch.ones(10, dtype=torch.bool).index_fill(0, told[0], False)
+        assert all(torch.equal(value[untold], before[name][untold]) for name, value in after.items())
+    else:
+        assert None in told
+
+
 def test_a_store_of_no_gaussians_takes_every_operation():
     store = HostStore(random_parameters(1), max_gaussians=10)
     nothing = torch.arange(0)

@@ -2,14 +2,19 @@
 
 import sys
 from pathlib import Path
+from threading import Semaphore, current_thread
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.aerial_scene import aerial_scene
+from offload.store import HostStore
 from tests.aerial_training import KINDS, gaussians_of, rows_of, train_on_random_gradients, views_of
 from tests.resident_memory import resident_bytes
+from training import checkpoints
+from training.checkpoint_folder import CheckpointFolder
+from training.checkpoints import Checkpoint, load_checkpoint, peek_checkpoint, save_checkpoint
 from training.ply import load_ply, save_ply
 
 CPU = torch.device("cpu")
@@ -43,4 +48,146 @@ def test_writing_a_ply_file_takes_little_memory(tmp_path, kind):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident_bytes("VmRSS")
     save_ply(tmp_path / "a.ply", gaussians.rows, num_gaussians, np.eye(4))
+    assert resident_bytes("VmHWM") - before < 0.05 * model_bytes
+
+
+# ------------------------------------------------------------------------------------------- checkpoints, meanwhile
+
+GUARDED = ("geometry on device", "geometry on host", "split", "streamed", "streamed, bfloat16")
+
+
+class SlowSaver:
+    """Lets the thread that copies a checkpoint behind training copy a block only when a test says so."""
+
+    def __init__(self, monkeypatch) -> None:
+        self._turns = Semaphore(0)
+        self.copied_before_change = 0  # blocks
+        submit = checkpoints._Guard._submit
+
+        def waiting_submit(guard, blocks):
+            behind = current_thread().name.startswith("checkpoint-publisher")
+            if behind:
+                self._turns.acquire()
+            before = sum(copy is not None for copy in guard._copies)
+            copies = submit(guard, blocks)
+            if not behind:
+                self.copied_before_change += sum(copy is not None for copy in guard._copies) - before
+            return copies
+
+        monkeypatch.setattr(checkpoints._Guard, "_submit", waiting_submit)
+        monkeypatch.setattr(checkpoints, "GUARDED_ROWS", 64)
+
+    def copy(self, blocks: int) -> None:
+        self._turns.release(blocks)
+
+
+def save_while_training(monkeypatch, folder: Path, kind: str, *, densify: bool = False) -> SlowSaver:
+    """Write ckpt_3.pt during eight steps, after at_once.pt of the same moment."""
+    parameters, cameras = aerial_scene(20_000, seed=0)
+    views = views_of(cameras)
+    gaussians = gaussians_of(kind, parameters, CPU)
+    train_on_random_gradients(gaussians, views, range(3))
+    saver, saving = SlowSaver(monkeypatch), CheckpointFolder(folder, keep=0)
+    save_checkpoint(folder / "at_once.pt", Checkpoint(3, np.eye(4), gaussians.state()))
+    path = saving.save(Checkpoint(3, np.eye(4), gaussians.state()), gaussians.guarded())
+    try:
+        for step in range(3, 11):
+            saver.copy(blocks=2)
+            train_on_random_gradients(gaussians, views, [step])
+        assert gaussians.steps_done == 11
+        assert not path.exists()  # all these steps have passed meanwhile
+        if densify:
+            gaussians.append_copies(torch.arange(0, 20_000, 10))
+            gaussians.keep(torch.randperm(22_000)[:21_000])
+            train_on_random_gradients(gaussians, views, range(11, 13))
+    finally:
+        saver.copy(blocks=10_000)
+    assert saving.wait() is None
+    saving.close()
+    return saver
+
+
+def is_of_one_moment(folder: Path) -> bool:
+    actual, expected = (peek_checkpoint(folder / name).state for name in ("ckpt_3.pt", "at_once.pt"))
+    assert actual.keys() == expected.keys()
+    return all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", GUARDED)
+def test_a_checkpoint_holds_one_moment_while_training_goes_on(monkeypatch, tmp_path, kind):
+    saver = save_while_training(monkeypatch, tmp_path, kind)
+    assert is_of_one_moment(tmp_path)
+    load_checkpoint(tmp_path / "ckpt_3.pt")  # checksums and stamps are right
+    groups = 2 if kind == "geometry on host" else 1
+    assert 0 < saver.copied_before_change < groups * (20_000 // 64)  # some, and some have been left to the saver
+
+
+@pytest.mark.parametrize("kind", GUARDED)
+def test_rows_that_change_without_a_word_are_noticed(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(HostStore, "will_change", lambda store, ids: None)
+    save_while_training(monkeypatch, tmp_path, kind)
+    assert not is_of_one_moment(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["geometry on host", "streamed"])
+def test_a_refinement_lets_a_checkpoint_be_copied_first(monkeypatch, tmp_path, kind):
+    saver = save_while_training(monkeypatch, tmp_path, kind, densify=True)
+    assert is_of_one_moment(tmp_path)
+    assert saver.copied_before_change > 20_000 // 64 // 2
+
+
+def test_a_disk_that_fails_behind_training_costs_that_checkpoint_alone(monkeypatch, tmp_path):
+    parameters, cameras = aerial_scene(20_000, seed=0)
+    views = views_of(cameras)
+    gaussians = gaussians_of("geometry on host", parameters, CPU)
+    stores = {*gaussians.guarded().values()}
+    saving = CheckpointFolder(tmp_path, keep=0)
+
+    def save(steps_done: int) -> None:
+        train_on_random_gradients(gaussians, views, [steps_done - 1])
+        saving.save(Checkpoint(steps_done, np.eye(4), gaussians.state()), gaussians.guarded())
+
+    save(1)
+    assert saving.wait() is None
+    with monkeypatch.context() as patch:
+        saver = SlowSaver(patch)
+        save(2)
+        patch.setattr("os.pwrite", fails)
+        train_on_random_gradients(gaussians, views, [2])  # rows change, although they cannot be copied
+        saver.copy(blocks=10_000)
+        assert isinstance(saving.wait(), OSError)
+    assert all(store.before_change is None for store in stores)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt_1.pt"]
+    assert saving.newest_valid(print).steps == 1
+    save(4)
+    assert saving.wait() is None
+    saving.close()
+    assert torch.equal(peek_checkpoint(tmp_path / "ckpt_4.pt").state["exp_avg/shN"], gaussians.state()["exp_avg/shN"])
+
+
+def fails(*arguments: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["geometry on host", "streamed"])
+def test_a_checkpoint_written_behind_training_takes_little_memory(tmp_path, kind):
+    """At most 5 % of the model, also for rows that are copied because they change."""
+    num_gaussians = 300_000
+    parameters, _ = aerial_scene(num_gaussians, seed=0)
+    gaussians = gaussians_of(kind, parameters, CPU)
+    saving = CheckpointFolder(tmp_path, keep=1)
+
+    def save(steps_done: int) -> None:
+        saving.save(Checkpoint(steps_done, np.eye(4), gaussians.state()), gaussians.guarded())
+        for store in {*gaussians.guarded().values()}:
+            store.will_change(torch.arange(num_gaussians // 2))
+        assert saving.wait() is None
+
+    save(0)  # threads have their stacks from now on
+    model_bytes = sum(value.nbytes for value in gaussians.state().values())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident_bytes("VmRSS")
+    save(0)
+    saving.close()
     assert resident_bytes("VmHWM") - before < 0.05 * model_bytes

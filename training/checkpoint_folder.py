@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 from errors import InputError
+from offload.store import HostStore
 from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -51,8 +52,8 @@ class SaveSchedule:
 class CheckpointFolder:
     """Writes checkpoints one after the other and keeps the newest of the periodic ones.
 
-    `save` returns when everything has been copied into the file; a thread waits for the disk and then gives the file
-    its name. So the newest file under its name is always complete.
+    A thread copies what `save` has left to it, waits for the disk and then gives the file its name. So the newest file
+    under its name is always complete.
     """
 
     def __init__(self, path: Path, *, keep: int) -> None:
@@ -62,11 +63,12 @@ class CheckpointFolder:
             keep: How many periodic checkpoints stay; 0 for all.
         """
         self.path = path
-        self.longest_stall = 0.0  # seconds that `save` has taken
+        self._longest_stall = 0.0  # seconds; but for the last checkpoint's copies
         self._keep = keep
         self._periodic: list[Path] = []  # oldest first, those that may be dropped
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-publisher")
-        self._publishing: Future[None] | None = None
+        self._partial: PartialCheckpoint | None = None  # the last one
+        self._publishing: Future[None] | None = None  # the same
         self._failure: Exception | None = None  # of the last file, not told yet
         self._sequence = max((checkpoint.sequence for _, checkpoint in self._readable()), default=0)
 
@@ -94,25 +96,35 @@ class CheckpointFolder:
             candidates.pop()
         return None
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Copy a checkpoint into a file; its name appears when it is on disk.
+    @property
+    def longest_stall(self) -> float:
+        """Seconds that training has waited at most: for `save`, or for rows to be copied before they changed."""
+        return max(self._longest_stall, 0.0 if self._partial is None else self._partial.longest_wait)
+
+    def save(self, checkpoint: Checkpoint, guarded: Mapping[str, HostStore] | None = None) -> Path:
+        """Begin to copy a checkpoint into a file; its name appears when it is on disk.
+
+        Args:
+            checkpoint: What to save. Its tensors may change afterwards.
+            guarded: As for `PartialCheckpoint`: tensors that are copied in the background, and their stores.
 
         Raises:
             OSError: It cannot be written.
         """
         begin = time.perf_counter()
-        wait([self._publishing] if self._publishing else [])
+        self._finish()
+        self._longest_stall = self.longest_stall
         self._sequence += 1
         path = self.path / f"ckpt_{checkpoint.steps}.pt"
-        partial = PartialCheckpoint(path, replace(checkpoint, sequence=self._sequence))
+        self._partial = PartialCheckpoint(path, replace(checkpoint, sequence=self._sequence), guarded)
         self._failure = None
-        self._publishing = self._publisher.submit(self._publish, partial, checkpoint.periodic)
-        self.longest_stall = max(self.longest_stall, time.perf_counter() - begin)
+        self._publishing = self._publisher.submit(self._publish, self._partial, checkpoint.periodic)
+        self._longest_stall = max(self._longest_stall, time.perf_counter() - begin)
         return path
 
     def wait(self) -> Exception | None:
         """Wait until the last checkpoint is on disk; returns why it cannot be, told once."""
-        wait([self._publishing] if self._publishing else [])
+        self._finish()
         return self.failure()
 
     def failure(self) -> Exception | None:
@@ -122,12 +134,19 @@ class CheckpointFolder:
 
     def close(self) -> None:
         """Let the thread end; what is being written is written to its end."""
+        self._finish()
         self._publisher.shutdown(wait=True)
 
     def remove_unfinished(self) -> None:
         """Remove what runs that were killed while they wrote have left."""
         for file in self.path.glob("ckpt_*.pt.partial"):
             file.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        """Wait for the last checkpoint."""
+        if self._publishing is not None:
+            self._partial.copy_all()
+            wait([self._publishing])
 
     def _publish(self, partial: PartialCheckpoint, periodic: bool) -> None:
         try:

@@ -17,12 +17,14 @@ import math
 import mmap
 import os
 import struct
+import time
 import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from errors import InputError
 from offload.state import ARRAYS, check_state, current_values
+from offload.store import HostStore
 from training.gaussians import PARAMETER_NAMES
 
 FORMAT_VERSION = 2
@@ -43,6 +46,7 @@ MAX_STEPS = 4_000_000  # tables grow with the steps
 THREADS = min(os.cpu_count() or 1, 16)
 MEMORY_SHARE = 40  # blocks under way take at most this part of what is written
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 8 << 20  # bytes
+GUARDED_ROWS = 2048  # copied at once at most, where one of them is to change; rows of a view come in runs
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,18 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 class PartialCheckpoint:
-    """A file that holds a checkpoint but does not bear its name yet, since it may not have reached the disk."""
+    """A file that receives a checkpoint but does not bear its name yet, since it is not complete and on disk."""
 
-    def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Copy everything into a file beside the final one; the state may change as soon as this returns.
+    def __init__(self, path: Path, checkpoint: Checkpoint, guarded: Mapping[str, HostStore] | None = None) -> None:
+        """Begin the file beside the final one.
+
+        Tensors of guarded stores are copied later, by `publish`, and each block of their rows at the latest before it
+        changes. All others may change as soon as this returns.
+
+        Args:
+            path: Of the final file.
+            checkpoint: What it will hold.
+            guarded: Names of tensors of the state that change only after `before_change` of these stores was called.
 
         Raises:
             OSError: The file cannot be written; none is left.
@@ -91,11 +103,23 @@ class PartialCheckpoint:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._copier = _Copier(self._file)
+        self._guards: list[_Guard] = []
         try:
-            self._header = _copy_state(self._file, checkpoint)
+            self._header = self._begin(checkpoint, guarded or {})
         except BaseException:
             self.discard()
             raise
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that a change of rows has waited at most until they were copied."""
+        return max((guard.longest_wait for guard in self._guards), default=0.0)
+
+    def copy_all(self) -> None:
+        """Copy what has not been copied, as fast as it can be; errors are left to `publish`."""
+        for guard in self._guards:
+            guard.before_change(None)
 
     def publish(self) -> None:
         """Complete the file, wait until it is on disk, then give it its name, in place of a file that had it.
@@ -104,6 +128,9 @@ class PartialCheckpoint:
             OSError: The disk does not take it; a file that had the name is as it was.
         """
         try:
+            for guard in self._guards:
+                guard.copy_rest()
+            self._release()
             _seal(self._file, self._header)
             os.fsync(self._file)
             os.replace(self._partial, self.path)
@@ -119,60 +146,156 @@ class PartialCheckpoint:
 
     def discard(self) -> None:
         """Remove the file."""
+        self._release()
         os.close(self._file)
         self._partial.unlink(missing_ok=True)
 
-
-def _copy_state(file: int, checkpoint: Checkpoint) -> dict[str, object]:
-    """Copy all tensors into the file, by several threads; returns the header, which misses the checksums."""
-    state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
-    _check_rows(state)
-    total = sum(tensor.nbytes for tensor in state.values())
-    free = os.fstatvfs(file)
-    if total > free.f_bavail * free.f_frsize:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    block_bytes = min(max(total // MEMORY_SHARE // THREADS, SMALLEST_BLOCK), LARGEST_BLOCK)
-    buffers: SimpleQueue[Tensor] = SimpleQueue()  # one for each thread, so that nothing is allocated block by block
-    for _ in range(THREADS):
-        buffers.put(torch.empty(block_bytes, dtype=torch.uint8))
-
-    def copy_block(rows: Tensor, place: int) -> None:
-        buffer = buffers.get()
-        try:
-            content = buffer[: rows.nbytes]
-            copy = content.view(rows.dtype).view(rows.shape)
-            # numpy copies on this thread alone, where torch would start more.
-            np.copyto(_as_numpy(copy), _as_numpy(rows)) if rows.device.type == "cpu" else copy.copy_(rows)
-            _write_all(file, memoryview(content.numpy()), place)
-        finally:
-            buffers.put(buffer)
-
-    entries, copies, end = {}, [], PROLOGUE_BYTES
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
+    def _begin(self, checkpoint: Checkpoint, guarded: Mapping[str, HostStore]) -> dict[str, object]:
+        """Give all tensors their places, copy those that are not guarded; returns the header, without checksums."""
+        state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
+        _check_rows(state)
+        total = sum(tensor.nbytes for tensor in state.values())
+        free = os.fstatvfs(self._file)
+        if total > free.f_bavail * free.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        block_bytes = min(max(total // MEMORY_SHARE // THREADS, SMALLEST_BLOCK), LARGEST_BLOCK)
+        self._copier.start(block_bytes)
+        entries, copies, end = {}, [], PROLOGUE_BYTES
+        of_stores: dict[HostStore, list[tuple[Tensor, int]]] = {}
         for name, tensor in state.items():
             place = -(-end // ALIGNMENT) * ALIGNMENT
             end = place + tensor.nbytes
             row_bytes = tensor.nbytes // max(len(tensor), 1)
             block_rows = max(block_bytes // max(row_bytes, 1), 1)
-            for first in range(0, len(tensor), block_rows):
-                rows = tensor[first : first + block_rows]
-                copies.append(threads.submit(copy_block, rows, place + first * row_bytes))
             entries[name] = {
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "shape": list(checkpoint.state[name].shape),
                 "place": place,
                 "block_rows": block_rows,
             }
+            if name in guarded:
+                of_stores.setdefault(guarded[name], []).append((tensor, place))
+                continue
+            for first in range(0, len(tensor), block_rows):
+                copies.append(self._copier.submit([(tensor[first : first + block_rows], place + first * row_bytes)]))
         for copy in copies:
             copy.result()
-    return {
-        "steps": checkpoint.steps,
-        "sequence": checkpoint.sequence,
-        "periodic": checkpoint.periodic,
-        "transform": np.asarray(checkpoint.transform, np.float64).tolist(),
-        "options": dict(checkpoint.options),
-        "tensors": entries,
-    }
+        for store, tensors in of_stores.items():
+            self._guards.append(_Guard(store, tensors, self._copier, block_bytes))
+        return {
+            "steps": checkpoint.steps,
+            "sequence": checkpoint.sequence,
+            "periodic": checkpoint.periodic,
+            "transform": np.asarray(checkpoint.transform, np.float64).tolist(),
+            "options": dict(checkpoint.options),
+            "tensors": entries,
+        }
+
+    def _release(self) -> None:
+        """Let rows change without being copied, and wait for copies that are under way."""
+        for guard in self._guards:
+            guard.end()
+        self._copier.close()
+
+
+class _Copier:
+    """Copies rows into a file, by several threads."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint")
+        self._buffers: SimpleQueue[Tensor] = SimpleQueue()  # one for each thread: nothing is allocated block by block
+
+    def start(self, block_bytes: int) -> None:
+        """Take the memory for blocks of this size."""
+        for _ in range(THREADS):
+            self._buffers.put(torch.empty(block_bytes, dtype=torch.uint8))
+
+    def submit(self, blocks: list[tuple[Tensor, int]]) -> Future[None]:
+        """Copy rows to their places in the file."""
+        return self._threads.submit(self._copy, blocks)
+
+    def close(self) -> None:
+        """Wait for all that was submitted."""
+        self._threads.shutdown(wait=True)
+
+    def _copy(self, blocks: list[tuple[Tensor, int]]) -> None:
+        buffer = self._buffers.get()
+        try:
+            for rows, place in blocks:
+                content = buffer[: rows.nbytes]
+                copy = content.view(rows.dtype).view(rows.shape)
+                # numpy copies on this thread alone, where torch would start more.
+                np.copyto(_as_numpy(copy), _as_numpy(rows)) if rows.device.type == "cpu" else copy.copy_(rows)
+                _write_all(self._file, memoryview(content.numpy()), place)
+        finally:
+            self._buffers.put(buffer)
+
+
+class _Guard:
+    """Has the rows of a store copied block by block: one after the other, but those that are to change first.
+
+    While this guards a store, a row changes only after its block has been copied. So the file receives all rows as they
+    were in the beginning, whatever happens to them meanwhile.
+    """
+
+    def __init__(self, store: HostStore, tensors: list[tuple[Tensor, int]], copier: _Copier, block_bytes: int) -> None:
+        """
+        Args:
+            store: From now on it tells which rows will change.
+            tensors: Of the store, N rows each, and their places in the file.
+            copier: Copies blocks of at most `block_bytes`.
+        """
+        self.longest_wait = 0.0  # seconds
+        self._store = store
+        self._tensors = tensors
+        self._copier = copier
+        largest_row = max(tensor.nbytes // max(len(tensor), 1) for tensor, _ in tensors)
+        self._block_rows = max(min(GUARDED_ROWS, block_bytes // largest_row), 1)
+        num_blocks = -(-len(tensors[0][0]) // self._block_rows)
+        self._copies: list[Future[None] | None] = [None] * num_blocks
+        self._lock = Lock()  # of the copies
+        store.before_change = self.before_change
+
+    def before_change(self, ids: Tensor | None) -> None:
+        """Return when these rows (int64 [M]; None: all), or what else there is in their blocks, have been copied."""
+        begin = time.perf_counter()
+        blocks = range(len(self._copies))
+        if ids is not None:
+            blocks = torch.bincount(ids // self._block_rows).nonzero().squeeze(1).tolist()
+        wait(self._submit(blocks))  # an error has been, or will be, raised by `copy_rest`
+        self.longest_wait = max(self.longest_wait, time.perf_counter() - begin)
+
+    def copy_rest(self) -> None:
+        """Copy block after block; only one of them is ever ahead of one that is to change.
+
+        Raises:
+            OSError: The file does not take it.
+        """
+        for block in range(len(self._copies)):
+            for copy in self._submit([block]):
+                copy.result()
+
+    def end(self) -> None:
+        """Let rows change without being copied."""
+        with self._lock:
+            self._tensors, self._copies = [], []
+        self._store.before_change = None
+
+    def _submit(self, blocks: Iterable[int]) -> list[Future[None]]:
+        """The copies of these blocks, begun now if they have not been."""
+        with self._lock:
+            blocks = [block for block in blocks if block < len(self._copies)]  # rows that were added since have none
+            for block in blocks:
+                if self._copies[block] is None:
+                    self._copies[block] = self._copier.submit(self._rows_of(block))
+            return [self._copies[block] for block in blocks]
+
+    def _rows_of(self, block: int) -> list[tuple[Tensor, int]]:
+        """The rows of a block, of each tensor, and their places in the file."""
+        first = block * self._block_rows
+        rows = slice(first, first + self._block_rows)
+        return [(tensor[rows], place + first * (tensor.nbytes // len(tensor))) for tensor, place in self._tensors]
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

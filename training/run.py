@@ -25,6 +25,7 @@ from datasets.synthetic import ensure_city_block
 from errors import InputError
 from offload.morton import morton_order
 from offload.state import State, sh_degree_of
+from offload.store import HostStore
 from rendering.rasterize import check_gsplat
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
@@ -78,6 +79,9 @@ class Model(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training goes on from, as `offload.state` describes it."""
+
+    def guarded(self) -> dict[str, HostStore]:
+        """Which tensors of `state` change only after `before_change` of their store has been called."""
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are."""
@@ -456,7 +460,7 @@ class TrainingRun:
             periodic=periodic,
         )
         try:
-            self._results.checkpoints.save(checkpoint)
+            self._results.checkpoints.save(checkpoint, self._model.guarded())
             self._saved_steps = steps_done
         except OSError as error:
             self._checkpoint_failed(error)
