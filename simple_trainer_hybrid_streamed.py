@@ -1,11 +1,13 @@
-"""Host offloading for fast links: appearance lives in host memory, and the device itself updates it.
+"""Host offloading for fast links: appearance, or everything, lives in host memory, and the device itself updates it.
 
-    python simple_trainer_hybrid_streamed.py SCENE --data_dir D --result_dir R [--moments bfloat16] [--any_option ...]
+    python simple_trainer_hybrid_streamed.py SCENE --data_dir D --result_dir R [--geometry host] [--moments bfloat16]
 
 The rows that a view needs are read by the device from pinned host memory, moments and all, while the view before is
 rendered; steps that they have skipped are caught up on the way. After the backward pass the device applies Adam, hands
-rows that the next view needs too on to it, and writes the others back while that is rendered. The CPU moves no row.
-The model is that of simple_trainer.py up to float rounding.
+rows that the next view needs too on to it, and writes the others back while that is rendered. With --geometry host
+moments stay on the host, where the device updates them after the backward pass, and a view's parameters alone are on
+the device: its memory then depends on the largest views, and not on the number of Gaussians. The CPU moves no row. The
+model is that of simple_trainer.py up to float rounding.
 
 The training loop is `train`; the hyperparameters of each scene stand at the end of this file, to be edited.
 """
@@ -37,6 +39,9 @@ from training.views import View, cameras_of, render_view
 class StreamedConfig(Config):
     """Train a 3D Gaussian Splatting model of a COLMAP scene, in host memory, updated by the GPU."""
 
+    geometry: Literal["device", "host"] = "device"
+    """Where means, scales, quaternions and opacities are; on the host they cost no device memory, nor do moments."""
+
     moments: Literal["float32", "bfloat16"] = "float32"
     """Precision of Adam's moments of the appearance; bfloat16, rounded at random, is a third less to move."""
 
@@ -50,7 +55,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
     """
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
-        run.check_memory(memory_estimate.streamed(cfg.sh_degree, cfg.moments))
+        run.check_memory(memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments))
         gaussians = StreamedGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),
@@ -58,6 +63,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             betas=schedules.adam_betas(cfg.batch_size),
             eps=1e-15,
             device=run.device,
+            geometry=cfg.geometry,
             moments=cfg.moments,
             max_gaussians=cfg.max_gaussians,
         )
@@ -77,7 +83,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             rows = gaussians.fetch(cameras_of(view, cfg))
             run.times.mark("fetch")
 
-            # Behind the rendering the last view's rows go to the host, and the next view's rows come from there.
+            # Behind the rendering the next view's rows come from the host, and those of the last one go there.
             rows_will_change = densification.refines_at(step) or densification.resets_at(step)
             if run.upcoming is not None and not rows_will_change:
                 gaussians.prefetch(cameras_of(run.upcoming, cfg))
@@ -94,7 +100,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             loss.backward()
             run.times.mark("backward")
 
-            # Adam on the device; rows that the next view needs too stay there, the others are written back.
+            # Adam by the device; rows that the next view needs too stay there, the others are written to the host.
             ids = gaussians.ids
             gaussians.update(step)
             run.times.mark("update")

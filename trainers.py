@@ -32,5 +32,6 @@ TRAINERS: dict[str, Trainer] = {
     "optimized_geometry_on_host": Trainer("simple_trainer_hybrid_optimized", ("--geometry", "host")),
     "split": Trainer("simple_trainer_hybrid_optimized_split"),
     "streamed": Trainer("simple_trainer_hybrid_streamed"),
+    "streamed_geometry_on_host": Trainer("simple_trainer_hybrid_streamed", ("--geometry", "host")),
     "streamed_bfloat16": Trainer("simple_trainer_hybrid_streamed", ("--moments", "bfloat16")),
 }

@@ -35,7 +35,7 @@ from offload.catch_up import CatchUpTables
 from offload.host_memory import HostArray
 from offload.lanes import Lane
 from offload.row_kernels import RowState
-from offload.streamed_pipeline import kernels_of
+from offload.streamed_groups import kernels_of
 
 COLUMNS = 48
 MOST_ROWS = 4_000_000  # 2.3 GB with moments, beyond any cache

@@ -22,6 +22,13 @@ def memory_bound() -> int | None:
     return _bound
 
 
+def most_bytes(device: torch.device) -> int:
+    """What torch may have allocated on a GPU at once: all that others leave, or the bound."""
+    free, _ = torch.cuda.mem_get_info(device)
+    most = free + torch.cuda.memory_reserved(device)
+    return most if _bound is None else min(most, _bound)
+
+
 def begin_stretch(device: torch.device) -> None:
     """Begin a stretch of work whose peak `stretch_peak` gives."""
     for kind, num_bytes in peak_memory(device).items():

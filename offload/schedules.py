@@ -20,7 +20,7 @@ def schedules_of(
         learning_rates: Of each parameter; all but that of the means are constant.
         means_lr: The means' learning rate at a step from 0.
     """
-    constant = torch.zeros(group.parameters.tensor.shape[1])  # [columns]
+    constant = torch.zeros(group.num_columns)  # [columns]
     for parameter, columns in group.columns.items():
         constant[columns] = learning_rates[parameter]
     if "means" not in group.columns:

@@ -74,6 +74,7 @@ class Group:
 
     columns: dict[str, slice]
     shapes: dict[str, tuple[int, ...]]  # of one Gaussian's values
+    num_columns: int  # that optimizers work on; the arrays may have more, which are zero
     parameters: HostArray  # float32
     moments: tuple[HostArray, ...]  # the first and the second, float32; or int32 pairs (`offload/bfloat16_moments.py`)
 
@@ -323,6 +324,7 @@ def _empty_group(group: str, sh_degree: int, columns: int, moments: Moments, max
     return Group(
         group_columns(group, sh_degree),
         group_shapes(group, sh_degree),
+        num_columns(group, sh_degree),
         array(torch.float32),
         tuple(array(dtype) for dtype in dtypes),
     )

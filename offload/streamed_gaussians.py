@@ -1,19 +1,22 @@
-"""Gaussians whose appearance, parameters and moments alike, lives on the host and is updated by the device."""
+"""Gaussians that live on the host, their appearance or all of them, and are updated by the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from offload.catch_up import CatchUpTables
 from offload.culling import Cameras
+from offload.in_place_pipeline import InPlacePipeline, InPlaceView
 from offload.offloaded_gaussians import OffloadedGaussians
 from offload.schedules import schedules_of
 from offload.state import State
 from offload.store import HostStore, Moments
-from offload.streamed_pipeline import StreamedGroup, StreamedPipeline, StreamedView
+from offload.streamed_groups import StreamedGroup
+from offload.streamed_pipeline import StreamedPipeline, StreamedView
 
 
 class StreamedGaussians(OffloadedGaussians):
@@ -32,6 +35,7 @@ class StreamedGaussians(OffloadedGaussians):
         betas: tuple[float, float],
         eps: float,
         device: torch.device,
+        geometry: Literal["device", "host"] = "device",
         moments: Moments = "float32",
         max_gaussians: int = 0,
     ) -> None:
@@ -44,7 +48,10 @@ class StreamedGaussians(OffloadedGaussians):
             betas: Adam's decay rates.
             eps: Adam's epsilon.
             device: Where views are rendered and rows are updated.
-            moments: The precision in which Adam's moments of the appearance are kept, and travel.
+            geometry: Where means, scales, quats and opacities are. On the host they go the way of the appearance, and
+                device memory depends on the largest views alone (`offload/in_place_pipeline.py`).
+            moments: The precision in which Adam's moments of the appearance are kept, and travel. Those of geometry
+                are always float32, so that the option means the same wherever geometry is.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
         super().__init__(
@@ -53,30 +60,38 @@ class StreamedGaussians(OffloadedGaussians):
             betas=betas,
             eps=eps,
             device=device,
-            geometry="device",
+            geometry=geometry,
             max_gaussians=max_gaussians,
             moments=moments,
+            whole_lines=geometry == "host",
         )
         self._learning_rates = dict(learning_rates)
         self._means_lr = means_lr
-        self._view: StreamedView | None = None
+        self._view: StreamedView | InPlaceView | None = None
         self._geometry_rows: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
             multipliers, rates = schedules_of(store.groups[name], learning_rates, means_lr)
             self._deferrals[name] = CatchUpTables(multipliers, betas, eps, device)
             groups[name] = StreamedGroup(store, name, self._deferrals[name], rates)
-        self._pipeline = StreamedPipeline(groups, self._cull, device)
+        self._pipeline: StreamedPipeline | InPlacePipeline
+        if geometry == "device":
+            self._pipeline = StreamedPipeline(groups, self._cull, device)
+        else:
+            groups["geometry"].changed = self._host_geometry_changed
+            self._pipeline = InPlacePipeline(groups, self._cull, device)
 
     # ------------------------------------------------------------------------------------------- a training step
 
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
         """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; leaves or their views."""
         self._view = self._pipeline.fetch(cameras)
-        self._geometry_rows = {
-            name: rows.requires_grad_() for name, rows in self._device_geometry.gather(self._view.ids).items()
-        }
-        return {**self._geometry_rows, **self._to_render("appearance", self._view.values["appearance"])}
+        if self._device_geometry is None:
+            geometry = self._to_render("geometry", self._view.values["geometry"])
+        else:
+            gathered = self._device_geometry.gather(self._view.ids)
+            geometry = self._geometry_rows = {name: rows.requires_grad_() for name, rows in gathered.items()}
+        return {**geometry, **self._to_render("appearance", self._view.values["appearance"])}
 
     @property
     def ids(self) -> Tensor:
@@ -96,13 +111,8 @@ class StreamedGaussians(OffloadedGaussians):
         leaves = [*self._view.values.values(), *self._geometry_rows.values()]
         self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
         self._pipeline.update()
-        gradients = {
-            name: torch.zeros_like(rows) if rows.grad is None else rows.grad
-            for name, rows in self._geometry_rows.items()
-        }
-        self._device_geometry.step(self.ids, gradients, {**self._learning_rates, "means": self._means_lr(step)})
-        self._pipeline.geometry_has_moved()
-        self._geometry_rows = {}
+        if self._device_geometry is not None:
+            self._step_device_geometry(step)
         self.steps_done += 1
 
     # ------------------------------------------------------------------------------------ reading, at any time
@@ -121,8 +131,11 @@ class StreamedGaussians(OffloadedGaussians):
         """Copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
         self._pipeline.finish()
         ids = self._cull(cameras)
-        rows = self._pipeline.read("appearance", ids)
-        return {**self._device_geometry.gather(ids), **self._to_render("appearance", rows)}
+        if self._device_geometry is None:
+            geometry = self._to_render("geometry", self._pipeline.read("geometry", ids))
+        else:
+            geometry = self._device_geometry.gather(ids)
+        return {**geometry, **self._to_render("appearance", self._pipeline.read("appearance", ids))}
 
     # ------------------------------------------------------------------------------------------- to be continued
 
@@ -134,14 +147,17 @@ class StreamedGaussians(OffloadedGaussians):
         return state
 
     def guarded(self) -> dict[str, HostStore]:
-        """As of all offloaded Gaussians, where the pipeline tells which rows it is about to write."""
-        return super().guarded() if isinstance(self._pipeline, StreamedPipeline) else {}
+        """As of all offloaded Gaussians; with the stamps, where those on the host are the newest."""
+        guarded = super().guarded()
+        if self._device_geometry is None:
+            guarded.update({f"last_step/{name}": store for name, store in self._stores.items()})
+        return guarded
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         super().load_state(state)
         upcoming = state.get("upcoming/ids")
-        self._pipeline.continue_with(None if upcoming is None else upcoming.to(self._rendering_device, copy=True))
+        self._pipeline.continue_with(None if upcoming is None else upcoming.to(self.device, copy=True))
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
@@ -155,6 +171,16 @@ class StreamedGaussians(OffloadedGaussians):
         self._geometry_rows = {}
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _step_device_geometry(self, step: int) -> None:
+        gradients = {
+            name: torch.zeros_like(rows) if rows.grad is None else rows.grad
+            for name, rows in self._geometry_rows.items()
+        }
+        rates = {**self._learning_rates, "means": self._means_lr(step)}
+        self._device_geometry.step(self.ids, gradients, rates)
+        self._pipeline.geometry_has_moved()
+        self._geometry_rows = {}
 
     def _hand_over(self, group: str, ids: Tensor | None) -> None:
         self._pipeline.hand_over(group, ids)

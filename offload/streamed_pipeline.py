@@ -17,38 +17,18 @@ Views are culled ahead, with a margin for what geometry may change until they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from offload import row_kernels
-from offload.catch_up import CatchUpTables
 from offload.culling import Cameras
 from offload.lanes import Lane
 from offload.row_kernels import RowState
-from offload.store import HostStore
+from offload.streamed_groups import StreamedGroup, chunks_of, kernels_of, positions_among
 
 SPARE = 8  # space for a view is taken with 1/8 more than it needs, so that larger views seldom need more
-CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
-
-
-@dataclass
-class StreamedGroup:
-    """A store of rows that travel together, and what updates them."""
-
-    store: HostStore  # holds this group only
-    name: str  # of the group in the store
-    tables: CatchUpTables
-    learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
-    stamps: Tensor | None = None  # [N] int32 on the device, newer than those of the store; None: the store's count
-
-    def host(self) -> RowState:
-        """All rows, in pinned memory."""
-        parameters, *moments = (array.tensor for array in self.store.groups[self.name].arrays)
-        return RowState(parameters, tuple(moments))
 
 
 @dataclass
@@ -101,6 +81,7 @@ class StreamedPipeline:
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
         self._capacity = 0  # of every slot that is used from now on
+        self._newer_stamps: dict[str, Tensor] = {}  # group -> [N] int32 on the device; without: the store's count
         self._previous: StreamedView | None = None  # updated last
         self._present: StreamedView | None = None
         self._upcoming: _Upcoming | None = None
@@ -141,11 +122,11 @@ class StreamedPipeline:
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
-            sources, leaving = _positions(ids, present), _positions(present, ids) < 0
+            sources, leaving = positions_among(present, ids), positions_among(ids, present) < 0
             on_host = sources < 0  # [V]
             self._rows_retained += (~on_host).sum()
             if previous is not None:
-                places = _positions(ids, previous.ids)  # [V]
+                places = positions_among(previous.ids, ids)  # [V]
                 nearby = on_host & (places >= 0)
                 on_host &= ~nearby
                 self._rows_copied += nearby.sum()
@@ -224,9 +205,7 @@ class StreamedPipeline:
         self._fetch_lane.finish()
         self._found_ids, self._present, self._upcoming = self._present.ids, None, None
         for group in self._groups.values():
-            if group.tables.step > steps_done:
-                group.tables.undo_step()
-                group.store.step = group.tables.step
+            group.undo_step(steps_done)
 
     @property
     def step_count(self) -> int:
@@ -283,7 +262,7 @@ class StreamedPipeline:
         group = self._groups[name]
         host, stamps = group.host(), self._stamps(group)
         group.store.will_change(ids)
-        for first, last in _chunks(group.store.num_gaussians if ids is None else len(ids)):
+        for first, last in chunks_of(group.store.num_gaussians if ids is None else len(ids)):
             chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
             rows = host.new_empty(len(chunk), self._device)
             self._kernels.fetch_rows(host, chunk, chunk, stamps, None, rows, group.tables)
@@ -291,7 +270,7 @@ class StreamedPipeline:
             self._kernels.write_rows(rows, chunk, None, host)
         Lane.current(self._device).finish()
         group.store.last_step.copy_(stamps.cpu())
-        group.stamps = None
+        del self._newer_stamps[name]
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -319,8 +298,7 @@ class StreamedPipeline:
 
     def _begin_step(self) -> None:
         for group in self._groups.values():
-            group.tables.begin_step(group.learning_rates(group.tables.step + 1))
-            group.store.step = group.tables.step
+            group.begin_step()
 
     def _read_from_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         for name, group in self._groups.items():
@@ -340,27 +318,7 @@ class StreamedPipeline:
             view.slot.written = lane.record()
 
     def _stamps(self, group: StreamedGroup) -> Tensor:
-        if group.stamps is None:
-            group.stamps = group.store.last_step.clone().to(self._device)  # pinned memory is not copied across parts
-        return group.stamps
-
-
-def kernels_of(device: torch.device) -> ModuleType:
-    """The functions of `offload/row_kernels.py` for a device."""
-    if device.type == "cuda":
-        from offload import row_kernels_triton  # Triton comes with CUDA builds of torch only
-
-        return row_kernels_triton
-    return row_kernels
-
-
-def _positions(ids: Tensor, others: Tensor) -> Tensor:
-    """Where ids stand among others, int64 [V]; -1 where they do not. Both are sorted and unique."""
-    if len(others) == 0:
-        return torch.full_like(ids, -1)
-    positions = torch.searchsorted(others, ids).clamp_(max=len(others) - 1)
-    return torch.where(others[positions] == ids, positions, -1)
-
-
-def _chunks(rows: int) -> list[tuple[int, int]]:
-    return [(first, min(first + CHUNK_ROWS, rows)) for first in range(0, rows, CHUNK_ROWS)]
+        if group.name not in self._newer_stamps:
+            # Through a copy, since pinned memory is not copied across parts.
+            self._newer_stamps[group.name] = group.store.last_step.clone().to(self._device)
+        return self._newer_stamps[group.name]

@@ -18,7 +18,10 @@ from training import schedules
 from training.gaussians import DeviceGaussians
 
 CONFIG = Config(sh_degree_interval=1)
-KINDS = ("gpu_only", "baseline", "geometry on device", "geometry on host", "streamed", "streamed, bfloat16")
+KINDS = (
+    *("gpu_only", "baseline", "geometry on device", "geometry on host"),
+    *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
+)
 Gaussians = DeviceGaussians | HostGaussians | HybridGaussians | StreamedGaussians
 
 
@@ -33,7 +36,8 @@ def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device)
         gaussians = HostGaussians(parameters, rates, _means_lr, **bound, **adam)
     elif kind.startswith("streamed"):
         moments = "bfloat16" if kind.endswith("bfloat16") else "float32"
-        gaussians = StreamedGaussians(parameters, rates, _means_lr, moments=moments, **bound, **adam)
+        place = "host" if kind.endswith("host") else "device"
+        gaussians = StreamedGaussians(parameters, rates, _means_lr, geometry=place, moments=moments, **bound, **adam)
     else:
         place, limit = ("device", RowLimit(0.05)) if kind == "split" else (kind.split()[-1], None)
         gaussians = HybridGaussians(parameters, rates, _means_lr, geometry=place, limit=limit, **bound, **adam)

@@ -28,8 +28,9 @@ FOOTPRINTS = {
     "baseline": memory_estimate.baseline(3),
     "geometry on device": memory_estimate.optimized(3, "device"),
     "geometry on host": memory_estimate.optimized(3, "host"),
-    "streamed": memory_estimate.streamed(3, "float32"),
-    "streamed, bfloat16": memory_estimate.streamed(3, "bfloat16"),
+    "streamed": memory_estimate.streamed(3, "device", "float32"),
+    "streamed, bfloat16": memory_estimate.streamed(3, "device", "bfloat16"),
+    "streamed, geometry on host": memory_estimate.streamed(3, "host", "float32"),
 }
 
 

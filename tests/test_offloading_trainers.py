@@ -28,7 +28,10 @@ OPTIMIZED = [
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", place), id=f"geometry on {place}")
     for place in ("device", "host")
 ]
-STREAMED = pytest.param(simple_trainer_hybrid_streamed, (), id="streamed")
+STREAMED = [
+    pytest.param(simple_trainer_hybrid_streamed, ("--geometry", place), id=f"streamed, geometry on {place}")
+    for place in ("device", "host")
+]
 ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
 
 
@@ -52,7 +55,7 @@ def test_moments_in_bfloat16_stay_close(monkeypatch, city_block, tmp_path):
         assert 0 < (rounded[name] - exact[name]).norm() < 0.05 * way, name
 
 
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, STREAMED, ROUNDED])
+@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, *STREAMED, ROUNDED])
 def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFICATION, "--max_steps", 60, *place)
     hybrid = (script, city_block)
@@ -186,6 +189,7 @@ def test_a_checkpoint_is_evaluated_as_by_gpu_only(monkeypatch, city_block, tmp_p
         (simple_trainer_hybrid_optimized, ("--geometry", "device")),
         (simple_trainer_hybrid_optimized, ("--geometry", "host")),
         (simple_trainer_hybrid_streamed, ()),
+        (simple_trainer_hybrid_streamed, ("--geometry", "host")),
     ):
         capsys.readouterr()
         arguments = ("--data_dir", city_block, "--result_dir", tmp_path / "evaluated", "--device", "cpu")

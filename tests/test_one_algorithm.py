@@ -33,7 +33,7 @@ NUM_STEPS = 200
 REFINED = (40, 80, 120, 160)  # after these steps, counted from 0
 SORTED = (80,)  # and in another order after these
 RESET = 100
-OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed")
+OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed", "streamed from host")
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,9 @@ def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor],
     """The Gaussians of an offloading trainer after all steps, of which `drawn` says which rows have gradients."""
     if trainer == "baseline":
         gaussians = HostGaussians(*start(scene), means_lr, **ADAM)
-    elif trainer == "streamed":
-        gaussians = StreamedGaussians(*start(scene), means_lr, **ADAM)
+    elif trainer.startswith("streamed"):
+        place = "host" if trainer.endswith("host") else "device"
+        gaussians = StreamedGaussians(*start(scene), means_lr, geometry=place, **ADAM)
     else:
         gaussians = HybridGaussians(*start(scene), means_lr, geometry=trainer.removeprefix("geometry on "), **ADAM)
     for step, cameras in enumerate(views):

@@ -29,9 +29,15 @@ TRAINERS = [
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "device"), id="optimized"),
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "host"), id="optimized, geometry on host"),
     pytest.param(simple_trainer_hybrid_streamed, (), id="streamed"),
+    pytest.param(simple_trainer_hybrid_streamed, ("--geometry", "host"), id="streamed, geometry on host"),
     pytest.param(simple_trainer_hybrid_optimized_split, ("--split_threshold", 0.5), id="split"),
 ]
-ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
+ROUNDED = [
+    pytest.param(
+        simple_trainer_hybrid_streamed, ("--moments", "bfloat16", "--geometry", place), id=f"bfloat16, {place}"
+    )
+    for place in ("device", "host")
+]
 STEPS = 60
 DENSIFYING = (
     *("--max_steps", STEPS, "--refine_start_iter", 10, "--refine_every", 10, "--reset_every", 25),
@@ -84,7 +90,7 @@ def assert_same_state(actual: Checkpoint, expected: Checkpoint) -> None:
 ARRANGED = pytest.param(simple_trainer_hybrid_streamed, ("--view_window", 5), id="streamed, views arranged")
 
 
-@pytest.mark.parametrize(("script", "place"), [*TRAINERS, ROUNDED, ARRANGED])
+@pytest.mark.parametrize(("script", "place"), [*TRAINERS, *ROUNDED, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFYING, "--keep", 0, *place)
     assert train(monkeypatch, script, city_block, tmp_path / "whole", *options) == 0

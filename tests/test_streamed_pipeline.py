@@ -15,7 +15,8 @@ from torch import Tensor
 from offload import row_kernels, streamed_pipeline
 from offload.catch_up import CatchUpTables
 from offload.store import HostStore, Moments
-from offload.streamed_pipeline import StreamedGroup, StreamedPipeline
+from offload.streamed_groups import StreamedGroup
+from offload.streamed_pipeline import StreamedPipeline
 
 BETAS, RATE = (0.9, 0.999), 1e-2
 CPU = torch.device("cpu")

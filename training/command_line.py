@@ -50,13 +50,25 @@ def smaller_command() -> str:
     """The command that continues this run in the trainer that needs the next less device memory."""
     script, *arguments = sys.argv
     folder, name = os.path.split(script)
-    if name in ("simple_trainer.py", "simple_trainer_hybrid_streamed.py"):
+    with_geometry = ("simple_trainer_hybrid_optimized.py", "simple_trainer_hybrid_streamed.py")
+    if name == "simple_trainer.py":
         name = "simple_trainer_hybrid_optimized.py"
-    elif name == "simple_trainer_hybrid_optimized.py" and not re.search(r"--geometry[ =]host", " ".join(arguments)):
+    elif name in with_geometry and not re.search(r"--geometry[ =]host", " ".join(arguments)):
         arguments = [*arguments, "--geometry", "host"]  # the last one given counts
     else:
         name = "simple_trainer_hybrid_optimized_split.py"
+        arguments = _without("--moments", arguments)  # which it does not have
     return _command([os.path.join(folder, name), *arguments])
+
+
+def _without(option: str, arguments: list[str]) -> list[str]:
+    """These arguments but for an option and its value."""
+    is_value = [False, *(argument == option for argument in arguments)]
+    return [
+        argument
+        for argument, skipped in zip(arguments, is_value, strict=False)
+        if not skipped and argument.split("=")[0] != option
+    ]
 
 
 def _command(script_and_arguments: list[str]) -> str:

@@ -38,6 +38,7 @@ PIXEL_BYTES = 100
 MOVING_ROWS = 3.25  # tensors of a view's rows on the device at once
 STAGING_ROWS = 2.5  # pinned rows on the host for each row in view: two downloads, with a quarter to spare
 SLOTS = 3 * 9 / 8  # rows of the streamed trainer on the device for each row in view, with an eighth to spare
+NUMBERS_BYTES = 40  # ids, stamps and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
 
@@ -129,19 +130,26 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
     )
 
 
-def streamed(sh_degree: int, moments: Moments) -> Footprint:
-    """Of simple_trainer_hybrid_streamed.py: rows of three views on the device with their moments, and gradients."""
-    groups = ("appearance",)
-    row, store = _row_bytes(groups, sh_degree), host_bytes(1, sh_degree, groups, moments)
+def streamed(sh_degree: int, geometry: Literal["device", "host"], moments: Moments) -> Footprint:
+    """Of simple_trainer_hybrid_streamed.py.
+
+    With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
+    parameters of two views, gradients, and numbers of rows.
+    """
+    on_device = geometry == "device"
+    groups = ("appearance",) if on_device else GROUP_NAMES
+    row, appearance = _row_bytes(groups, sh_degree), host_bytes(1, sh_degree, ("appearance",), moments)
+    store = appearance if on_device else appearance + host_bytes(1, sh_degree, ("geometry",), whole_lines=True)
+    slots = int(SLOTS * (store - STAMP_BYTES)) + 3 * 44 if on_device else 2 * row + NUMBERS_BYTES
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
-        device_at_start=3 * 44,
+        device_at_start=3 * 44 if on_device else 0,
         host=int(PEAK * store),
         host_in_view=0,
-        device=3 * 44 + STAMP_BYTES,
-        device_in_view=int(SLOTS * (store - STAMP_BYTES)) + row + 3 * 44 + RENDERING_BYTES,
+        device=3 * 44 + STAMP_BYTES if on_device else 0,
+        device_in_view=slots + row + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if moments == "bfloat16" else "give --moments bfloat16",
-        device_remedy="use simple_trainer_hybrid_optimized.py --geometry host, which needs less of it",
+        device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
 
 
