@@ -1,6 +1,7 @@
 """Milliseconds of the streamed trainer's steps, by the shape of the kernels that cross the link.
 
     python -m benchmarks.streamed_steps [--trainer streamed_bfloat16] [--fetch_blocks 16 64] [--write_blocks 8 64]
+    python -m benchmarks.streamed_steps --trainer streamed_geometry_on_host --write_blocks 8 --step_blocks 16 32 64 128
 
 All shapes take turns in one training run, so that each is a matter of a second.
 """
@@ -8,7 +9,7 @@ All shapes take turns in one training run, so that each is a matter of a second.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise, product
 
 import torch
@@ -36,6 +37,8 @@ class Options(BenchmarkOptions):
     """Thread blocks of the kernel that reads over the link."""
     write_blocks: tuple[int, ...] = (8, 16, 64, 256)
     """Thread blocks of the kernel that writes."""
+    step_blocks: tuple[int, ...] = (32,)
+    """Thread blocks of the kernel that does both, where geometry is on the host."""
     tiles: tuple[int, ...] = (256, 1024)
     """16-byte vectors that a block moves at a time."""
     warps: tuple[int, ...] = (8,)
@@ -52,12 +55,14 @@ class Shape:
     warps: int
     fetch_blocks: int
     write_blocks: int
+    step_blocks: int
 
     def use(self) -> None:
         from offload import row_kernels_triton as kernels  # Triton comes with CUDA builds of torch only
 
         kernels.LINK_TILE, kernels.LINK_WARPS = self.tile, self.warps
         kernels.FETCH_BLOCKS, kernels.WRITE_BLOCKS = self.fetch_blocks, self.write_blocks
+        kernels.STEP_BLOCKS = self.step_blocks
 
 
 class RunOfShapes(AerialRun):
@@ -100,12 +105,13 @@ def main(options: Options) -> None:
             (64,),
             (64,),
         )
-    shapes = product(options.tiles, options.warps, options.fetch_blocks, options.write_blocks)
+    blocks = (options.fetch_blocks, options.write_blocks, options.step_blocks)
+    shapes = product(options.tiles, options.warps, *blocks)
     RunOfShapes.shapes = tuple(Shape(*shape) for shape in shapes)
     report = Report("streamed_steps", "Steps of the streamed trainer", options, variant=options.trainer)
     columns = {
         "vectors": count, "warps": count, "fetch blocks": count, "write blocks": count,
-        "ms per step": spread, "GB over the link per step": lambda x: number(x / 1e9),
+        "step blocks": count, "ms per step": spread, "GB over the link per step": lambda x: number(x / 1e9),
         "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
     }  # fmt: skip
     table = report.table(
@@ -114,7 +120,7 @@ def main(options: Options) -> None:
     steps = (SKIPPED + options.steps) * len(RunOfShapes.shapes)
     ran = train(Job(options.trainer, options.num_gaussians, FOCAL, 1.0, steps), RunOfShapes)
     for shape, (milliseconds, stages, moved) in zip(ran.shapes, ran.found, strict=True):
-        table.add(shape.tile, shape.warps, shape.fetch_blocks, shape.write_blocks, milliseconds, moved, stages)
+        table.add(*astuple(shape), milliseconds, moved, stages)
     report.write()
 
 

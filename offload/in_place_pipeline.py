@@ -144,6 +144,8 @@ class InPlacePipeline:
                 self._kernels.move_rows(RowState(rows, ()), upcoming.sources, destination)
         if upcoming is not None and upcoming.view is not None:
             compute.uses(upcoming.sources)
+        for values in view.values.values():
+            values.grad = None  # whoever still holds the values has no use for it
         view.values, view.rows = {}, {}
         self._rows_updated += len(view.ids)
         view.step, view.updated = self.step_count, compute.record()
@@ -357,6 +359,7 @@ class _Arena:
         self._wanted = 0  # rows of the largest pair of views so far
         self._largest = 0  # rows of the largest view that has been rendered
         self._others = 0  # bytes that all else on the device has taken at most
+        self._most = 0  # bytes that there were for all, when space was last looked for
 
     def rows(self, count: int, at_end: bool) -> dict[str, Tensor]:
         """Space for a view: group -> [count, columns]."""
@@ -376,6 +379,8 @@ class _Arena:
         Returns:
             Whether memory has been allocated.
         """
+        if self._device.type == "cuda":
+            self._most = most_bytes(self._device)
         wanted, most = max(self._wanted, count), self._most_rows(count)
         capacity = max(min(wanted + wanted // SPARE, most), count)
         too_small = self._capacity < count or self._capacity + self._capacity // SPARE < min(wanted, capacity)
@@ -394,4 +399,4 @@ class _Arena:
         taken = self._capacity * self._row_bytes
         self._others = max(self._others, peak_memory(self._device)["allocated"] - taken)
         growth = CAUTION * max(1.0, count / max(self._largest, 1))
-        return int((most_bytes(self._device) - growth * self._others) / self._row_bytes)
+        return int((self._most - growth * self._others) / self._row_bytes)

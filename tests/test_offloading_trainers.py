@@ -16,6 +16,7 @@ import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from offload.culling import BlockBounds
+from offload.in_place_pipeline import InPlacePipeline
 from offload.margins import largest_drift, largest_step
 from offload.pipeline import RowPipeline, shared_positions
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
@@ -83,6 +84,21 @@ def test_what_has_been_trained_is_saved_when_the_worker_fails(monkeypatch, city_
     assert message.startswith("Stopped: ")
     assert "ckpt_8.pt" in message
     assert load_checkpoint(tmp_path / "ckpts/ckpt_8.pt").steps == 8
+
+
+def test_what_has_been_trained_is_saved_when_the_streamed_worker_fails(monkeypatch, city_block, tmp_path, capsys):
+    prepare, options = InPlacePipeline._prepare, ("--max_steps", 20, "--geometry", "host")
+
+    def fail_at_step_8(self, *arguments: object) -> object:
+        if self.step_count == 8:
+            raise ValueError("a defect")
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(InPlacePipeline, "_prepare", fail_at_step_8)
+    with pytest.raises(SystemExit, match="1"):
+        train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path, *options)
+    assert "ckpt_7.pt" in capsys.readouterr().err.splitlines()[-1]
+    assert load_checkpoint(tmp_path / "ckpts/ckpt_7.pt").steps == 7
 
 
 def test_a_failure_to_save_after_an_error_is_a_sentence_too(monkeypatch, city_block, tmp_path, capsys):
