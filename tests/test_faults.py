@@ -29,6 +29,7 @@ from offload.pipeline import RowPipeline
 from training import checkpoint_folder
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
+from training.command_line import smaller_command
 from training.run import TrainingRun
 from training.views import View
 
@@ -393,6 +394,20 @@ def test_a_step_that_device_memory_cannot_hold_is_undone(
     assert command[1] != f"{script.__name__}.py" or ("--geometry" in command and "host" in command)
     assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place, "--resume") == 0
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, place))
+
+
+def test_trainers_that_need_less_are_named_one_after_the_other(monkeypatch):
+    command, seen = ["simple_trainer.py", "demo", "--max_steps", "9"], []
+    for script in ("simple_trainer.py", "simple_trainer_hybrid_streamed.py"):
+        command = [script, "demo", "--max_steps", "9", *(("--moments", "bfloat16") if "streamed" in script else ())]
+        while "split" not in command[0]:
+            monkeypatch.setattr("sys.argv", command)
+            command = [word for word in shlex.split(smaller_command())[1:] if word != "--resume"]
+            seen.append(" ".join(command).removeprefix("simple_trainer_hybrid_").replace(".py demo --max_steps 9", ""))
+    assert seen == [
+        *("optimized", "optimized --geometry host", "optimized_split --geometry host"),
+        *("streamed --moments bfloat16 --geometry host", "optimized_split --geometry host"),
+    ]
 
 
 def fail_at_call(monkeypatch, script, name: str, number: int) -> None:
