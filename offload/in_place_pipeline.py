@@ -34,11 +34,12 @@ from torch import Tensor
 from offload.culling import Cameras
 from offload.device_memory import most_bytes, peak_memory
 from offload.lanes import Lane
+from offload.offload_times import OffloadTimes
 from offload.row_kernels import RowState
 from offload.streamed_groups import StreamedGroup, chunks_of, kernels_of, positions_among
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
-CAUTION = 1.05  # of what all else on the device takes while a larger view than before is rendered
+CAUTION = 1.1  # of what all else on the device takes while a larger view than before is rendered
 
 
 @dataclass
@@ -91,6 +92,7 @@ class InPlacePipeline:
         self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
         self._ready: torch.cuda.Event | None = None  # when rows of the next view may be fetched
         self._applied = False  # whether gradients of the present view may have reached its rows
+        self._times = OffloadTimes()
         self._rows_found, self._rows_updated = 0, 0
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
@@ -185,6 +187,11 @@ class InPlacePipeline:
         for group in self._groups.values():
             group.undo_step(steps_done)
 
+    def offload_milliseconds(self) -> dict[str, float]:
+        """Time so far that the worker has waited for updates, taken notice of them, culled and sent ids and kernels
+        (the main thread where nothing was prefetched), and that the main thread has waited for the worker."""
+        return self._times.milliseconds()
+
     @property
     def step_count(self) -> int:
         """The step that has begun last."""
@@ -261,10 +268,11 @@ class InPlacePipeline:
     def _prepare(self, cameras: Cameras, present: InPlaceView) -> _Upcoming:
         """What the worker does behind the rendering of the present view: find the next one and fetch its rows."""
         self._settle()
-        host_ids = self._cull(cameras)
+        with self._times.on_host("worker_cull"):
+            host_ids = self._cull(cameras)
         if not self._arena.has_space_for(len(present.host_ids), len(host_ids)):
             return _Upcoming(host_ids)
-        with self._fetch_lane as lane:
+        with self._fetch_lane as lane, self._times.on_host("worker_send"):
             view = self._new_view(host_ids, at_end=not present.at_end)
             sources = positions_among(present.ids, view.ids)
             on_host = sources < 0
@@ -281,7 +289,8 @@ class InPlacePipeline:
         if self._ahead is None:
             return None
         try:
-            return self._ahead.result()
+            with self._times.on_host("wait_for_worker"):
+                return self._ahead.result()
         except BaseException:
             self._ahead = None
             raise
@@ -304,10 +313,12 @@ class InPlacePipeline:
         if view is None:
             return
         if view.updated is not None:
-            view.updated.synchronize()
-        for group in self._groups.values():
-            group.store.last_step.index_fill_(0, view.host_ids, view.step)
-            group.changed(view.host_ids)
+            with self._times.on_host("wait_for_update"):
+                view.updated.synchronize()
+        with self._times.on_host("worker_settle"):
+            for group in self._groups.values():
+                group.store.last_step.index_fill_(0, view.host_ids, view.step)
+                group.changed(view.host_ids)
         self._unsettled = None
 
     def _begin_step(self) -> None:

@@ -117,6 +117,10 @@ class StreamedGaussians(OffloadedGaussians):
 
     # ------------------------------------------------------------------------------------ reading, at any time
 
+    def offload_milliseconds(self) -> dict[str, float]:
+        """How long the worker and waiting for it have taken so far, by name; nothing where there is no worker."""
+        return self._pipeline.offload_milliseconds() if isinstance(self._pipeline, InPlacePipeline) else {}
+
     @property
     def link_bytes(self) -> int:
         """Bytes of rows that have travelled between host and device so far, both ways."""

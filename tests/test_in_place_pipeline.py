@@ -177,6 +177,19 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
     assert 0 < retained[0] < retained[1]
 
 
+def test_a_view_larger_than_any_before_leaves_memory_for_its_rendering(monkeypatch):
+    """Of 10,000 bytes all but the arena took 4,000 while 100 rows were rendered; a tenth is added for caution."""
+    arena = in_place_pipeline._Arena({"appearance": 5}, CPU)
+    arena._capacity, arena._largest, arena._most = 100, 100, 10_000
+    monkeypatch.setattr(in_place_pipeline, "peak_memory", lambda device: {"allocated": 6000})
+    arena._device = torch.device("cuda")
+    assert arena._most_rows(100) == (10_000 - 4400) // 20
+    assert arena._most_rows(200) == (10_000 - 8800) // 20
+    arena._capacity = 250
+    assert arena.has_space_for(100, 110)
+    assert not arena.has_space_for(100, 150)  # rendering it would take 6,600 bytes, and the arena takes 5,000
+
+
 @pytest.mark.parametrize(("moments", "read", "written"), [("float32", 768, 768), ("bfloat16", 512, 512)])
 def test_rows_counted_as_travelling(monkeypatch, moments, read, written):
     """The store of the test has bfloat16 moments of geometry too, so that a row has 512 bytes in place of 576."""
