@@ -384,12 +384,11 @@ class RowPipeline:
         self._step_begun = False
         self._ahead = self._rows = self._present = None
 
-    def read(self, name: str, host_ids: Tensor | None) -> Tensor:
-        """Copies of the current values of rows [V, columns] (None: all) on the host; the store is left as it is."""
+    def read(self, name: str, host_ids: Tensor) -> Tensor:
+        """Copies of the current values of rows [V, columns] on the host; the store is left as it is."""
         self.finish()
         group = self._groups[name]
-        num_rows = group.store.num_gaussians if host_ids is None else len(host_ids)
-        out = torch.empty(num_rows, group.adam.columns)
+        out = torch.empty(len(host_ids), group.adam.columns)
         group.adam.forward(*group.state(), host_ids, out)
         return out
 

@@ -94,7 +94,7 @@ def train(pipeline: RowPipeline, *, split_at: int = -1) -> tuple[dict[str, Tenso
                 pipeline.next_part()
         pipeline.update()
         seen.append(sums)
-    return {name: pipeline.read(name, None) for name in ("geometry", "appearance")}, seen
+    return {name: pipeline.read(name, torch.arange(N)) for name in ("geometry", "appearance")}, seen
 
 
 @pytest.fixture(scope="module")
