@@ -35,6 +35,10 @@ def spread(value: Spread) -> str:
     return f"{number(value.median)} ({number(value.low)}, {number(value.high)})"
 
 
+def milliseconds_by_name(times: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in times.items())
+
+
 def percent(value: float) -> str:
     return f"{number(100 * value)} %"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.aerial_scene import HEIGHT, WIDTH, focals_for
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, Table, count, gigabytes, number, spread
+from benchmarks.report import Report, Table, count, gigabytes, milliseconds_by_name, number, spread
 from benchmarks.train_step import Job, in_fresh_process, measure
 from errors import InputError
 from trainers import TRAINERS
@@ -46,7 +46,7 @@ COLUMNS = {
     "peak device GB": gigabytes,
     "peak host GB": gigabytes,
     "bytes per Gaussian: device, host": lambda pair: f"{pair[0]:.0f}, {pair[1]:.0f}",
-    "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
+    "stages, mean ms": milliseconds_by_name,
     "remark": str,
 }
 

@@ -21,7 +21,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 from benchmarks.aerial_scene import FOCAL, AerialCameras, aerial_cameras, aerial_geometry, geometry_rows
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, count, gigabytes, number, percent, spread
+from benchmarks.report import Report, count, gigabytes, milliseconds_by_name, number, percent, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import OPTIONS, AerialRun, Job, Measurement, in_fresh_process
 from configs import Config
@@ -162,7 +162,7 @@ COLUMNS = {
     "reserved": gigabytes,
     "tiles of a wide view": count,
     "budget": str,
-    "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
+    "stages, mean ms": milliseconds_by_name,
     "remark": str,
 }
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.aerial_scene import FOCAL
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, count, number, spread
+from benchmarks.report import Report, count, milliseconds_by_name, number, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import AerialRun, Job, train
 from configs import Config
@@ -112,7 +112,7 @@ def main(options: Options) -> None:
     columns = {
         "vectors": count, "warps": count, "fetch blocks": count, "write blocks": count,
         "step blocks": count, "ms per step": spread, "GB over the link per step": lambda x: number(x / 1e9),
-        "stages, mean ms": lambda stages: ", ".join(f"{name} {number(value)}" for name, value in stages.items()),
+        "stages, mean ms": milliseconds_by_name,
     }  # fmt: skip
     table = report.table(
         f"{options.num_gaussians:,} Gaussians of the aerial scene, trainer {options.trainer}:", columns

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, count, gigabytes, number, percent, spread
+from benchmarks.report import Report, count, gigabytes, milliseconds_by_name, number, percent, spread
 from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
 from datasets.view_order import ViewWindows
@@ -306,10 +306,6 @@ def check(options: Options) -> int:
     if options.device_memory_cap and not torch.cuda.is_available():
         raise InputError("--device_memory_cap bounds a GPU's memory, but torch finds none: leave it out.")
     return parse_bytes(options.device_memory_cap, "--device_memory_cap") if options.device_memory_cap else 0
-
-
-def milliseconds_by_name(times: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number(value)}" for name, value in times.items())
 
 
 COLUMNS = {

@@ -17,11 +17,6 @@ def bound_memory(num_bytes: int, device: torch.device) -> None:
         _bound = num_bytes
 
 
-def memory_bound() -> int | None:
-    """The bytes given to `bound_memory`; None: all there are."""
-    return _bound
-
-
 def most_bytes(device: torch.device) -> int:
     """What torch may have allocated on a GPU at once: all that others leave, or the bound."""
     free, _ = torch.cuda.mem_get_info(device)

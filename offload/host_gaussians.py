@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload.adam import DeferredAdam
 from offload.culling import BlockBounds, Cameras, visible_ids
-from offload.finite import FiniteGradients
+from offload.gradients import FiniteGradients
 from offload.host_memory import HostArray
 from offload.offload_times import OffloadTimes
 from offload.schedules import schedules_of

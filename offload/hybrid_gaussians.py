@@ -12,6 +12,7 @@ from torch import Tensor
 from offload.adam import DeferredAdam
 from offload.culling import Cameras, CoveredCells, covered_cells
 from offload.device_memory import begin_stretch, stretch_peak
+from offload.gradients import gradient_of
 from offload.offloaded_gaussians import OffloadedGaussians
 from offload.part_limits import MemoryBudget, RowLimit
 from offload.part_planner import PartPlanner
@@ -80,14 +81,13 @@ class HybridGaussians(OffloadedGaussians):
         super().__init__(
             parameters,
             learning_rates,
+            means_lr,
             betas=betas,
             eps=eps,
             device=device,
             geometry=geometry,
             max_gaussians=max_gaussians,
         )
-        self._learning_rates = dict(learning_rates)
-        self._means_lr = means_lr
         self._limit = limit
         self._halo = halo
         self._planner = PartPlanner(limit, self._covered_cells)
@@ -137,8 +137,7 @@ class HybridGaussians(OffloadedGaussians):
         else:
             _once_more(self._pipeline.update)
         if self._device_geometry is not None:
-            rates = {**self._learning_rates, "means": self._means_lr(step)}
-            self._device_geometry.step(self._ids, gradients, rates)
+            self._step_device_geometry(step, self._ids, gradients)
         self._geometry_rows, self._geometry_sums, self._view = {}, {}, None
         self.steps_done += 1
 
@@ -292,9 +291,7 @@ class HybridGaussians(OffloadedGaussians):
         if self._geometry_sums:
             self._sum_geometry_gradients()
             return self._geometry_sums
-        return {
-            name: torch.zeros_like(row) if row.grad is None else row.grad for name, row in self._geometry_rows.items()
-        }
+        return {name: gradient_of(row) for name, row in self._geometry_rows.items()}
 
     def _sum_geometry_gradients(self) -> None:
         """Add the present part's to those of the view."""

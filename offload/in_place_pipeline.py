@@ -33,6 +33,7 @@ from torch import Tensor
 
 from offload.culling import Cameras
 from offload.device_memory import most_bytes, peak_memory
+from offload.gradients import gradient_of
 from offload.lanes import Lane
 from offload.offload_times import OffloadTimes
 from offload.row_kernels import RowState
@@ -134,9 +135,7 @@ class InPlacePipeline:
                 self._begin_step()
         self._applied = True
         for name, group in self._groups.items():
-            gradients = view.values[name].grad
-            if gradients is None:  # nothing was drawn
-                gradients = torch.zeros_like(view.values[name])
+            gradients = gradient_of(view.values[name])
             rows, stamps = view.rows[name], view.stamps[name]
             group.store.will_change(view.host_ids)
             self._kernels.step_host_rows(rows, view.ids, stamps, gradients, group.host(), group.tables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from offload.culling import BlockBounds, Cameras, visible_ids
 from offload.device_geometry import DeviceGeometry
-from offload.finite import FiniteGradients
+from offload.gradients import FiniteGradients
 from offload.margins import largest_drift, largest_step, margin_of
 from offload.state import Deferral, State, copy_current, load_deferred
 from offload.store import HostStore, Moments, total_growth
-
-GEOMETRY_COLUMNS = 12  # that culling reads; rows of a store may have more
 
 
 class OffloadedGaussians:
@@ -30,6 +28,7 @@ class OffloadedGaussians:
         self,
         parameters: Mapping[str, Tensor],
         learning_rates: Mapping[str, float],
+        means_lr: Callable[[int], float],
         *,
         betas: tuple[float, float],
         eps: float,
@@ -42,7 +41,8 @@ class OffloadedGaussians:
         """
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`.
-            learning_rates: Of each of them, at their largest.
+            learning_rates: Of each of them at step 0; that of the means never grows.
+            means_lr: The means' learning rate at a step from 0.
             betas: Adam's decay rates.
             eps: Adam's epsilon.
             device: Where views are rendered.
@@ -52,6 +52,8 @@ class OffloadedGaussians:
             whole_lines: As for `HostStore`.
         """
         self.steps_done = 0
+        self._learning_rates = dict(learning_rates)
+        self._means_lr = means_lr
         self._rendering_device = device
         self._finite = FiniteGradients(device)
         self._device_geometry: DeviceGeometry | None = None
@@ -198,13 +200,19 @@ class OffloadedGaussians:
         for group in self._stores:
             self._hand_over(group, ids)
 
+    def _step_device_geometry(self, step: int, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Adam's step from 0 on geometry that is on the device, with gradients of these rows."""
+        rates = {**self._learning_rates, "means": self._means_lr(step)}
+        self._device_geometry.step(ids, gradients, rates)
+
     def _places(self) -> list[DeviceGeometry | HostStore]:
         device = [] if self._device_geometry is None else [self._device_geometry]
         return [*device, *self._stores.values()]
 
     def _host_geometry(self) -> Tensor:
         """Rows [N, 12] as culling on the host takes them."""
-        return self._stores["geometry"].groups["geometry"].parameters.tensor[:, :GEOMETRY_COLUMNS]
+        group = self._stores["geometry"].groups["geometry"]
+        return group.parameters.tensor[:, : group.num_columns]
 
     def _host_geometry_changed(self, host_ids: Tensor) -> None:
         """Take notice that these rows (sorted) of the store have other values."""

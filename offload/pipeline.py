@@ -33,6 +33,7 @@ from torch import Tensor
 
 from offload.adam import DeferredAdam
 from offload.culling import Cameras
+from offload.gradients import gradient_of
 from offload.offload_times import OffloadTimes
 from offload.split import Tile
 from offload.store import HostStore
@@ -453,7 +454,7 @@ class RowPipeline:
         """Of the present part's rows: group -> [T, columns]. Their values are given up."""
         rows = self._rows
         for name, values in rows.values.items():
-            rows.gradients[name] = torch.zeros_like(values) if values.grad is None else values.grad
+            rows.gradients[name] = gradient_of(values)
         rows.values = {}
         return rows.gradients
 

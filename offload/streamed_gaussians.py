@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload.catch_up import CatchUpTables
 from offload.culling import Cameras
+from offload.gradients import gradient_of
 from offload.in_place_pipeline import InPlacePipeline, InPlaceView
 from offload.offloaded_gaussians import OffloadedGaussians
 from offload.schedules import schedules_of
@@ -57,6 +58,7 @@ class StreamedGaussians(OffloadedGaussians):
         super().__init__(
             parameters,
             learning_rates,
+            means_lr,
             betas=betas,
             eps=eps,
             device=device,
@@ -65,8 +67,6 @@ class StreamedGaussians(OffloadedGaussians):
             moments=moments,
             whole_lines=geometry == "host",
         )
-        self._learning_rates = dict(learning_rates)
-        self._means_lr = means_lr
         self._view: StreamedView | InPlaceView | None = None
         self._geometry_rows: dict[str, Tensor] = {}
         groups = {}
@@ -112,7 +112,10 @@ class StreamedGaussians(OffloadedGaussians):
         self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
         self._pipeline.update()
         if self._device_geometry is not None:
-            self._step_device_geometry(step)
+            gradients = {name: gradient_of(rows) for name, rows in self._geometry_rows.items()}
+            self._step_device_geometry(step, self.ids, gradients)
+            self._pipeline.geometry_has_moved()
+            self._geometry_rows = {}
         self.steps_done += 1
 
     # ------------------------------------------------------------------------------------ reading, at any time
@@ -175,16 +178,6 @@ class StreamedGaussians(OffloadedGaussians):
         self._geometry_rows = {}
 
     # --------------------------------------------------------------------------------------------------- inside
-
-    def _step_device_geometry(self, step: int) -> None:
-        gradients = {
-            name: torch.zeros_like(rows) if rows.grad is None else rows.grad
-            for name, rows in self._geometry_rows.items()
-        }
-        rates = {**self._learning_rates, "means": self._means_lr(step)}
-        self._device_geometry.step(self.ids, gradients, rates)
-        self._pipeline.geometry_has_moved()
-        self._geometry_rows = {}
 
     def _hand_over(self, group: str, ids: Tensor | None) -> None:
         self._pipeline.hand_over(group, ids)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from offload.culling import Cameras
+from offload.gradients import gradient_of
 from offload.lanes import Lane
 from offload.row_kernels import RowState
 from offload.streamed_groups import StreamedGroup, chunks_of, kernels_of, positions_among
@@ -154,9 +155,7 @@ class StreamedPipeline:
                 self._begin_step()
         self._applied = True
         for name, group in self._groups.items():
-            gradients = view.values[name].grad
-            if gradients is None:  # nothing was drawn
-                gradients = torch.zeros_like(view.values[name])
+            gradients = gradient_of(view.values[name])
             self._kernels.step_rows(view.state(name), view.ids, self._stamps(group), gradients, group.tables)
             compute.uses(group.tables.decays)
         view.values = {}

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from offload.finite import FiniteGradients
+from offload.gradients import FiniteGradients
 from offload.rows import kept_rows
 from offload.state import ARRAYS, State, copy_current
 from offload.store import HostStore

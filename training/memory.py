@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from errors import InputError
-from offload.device_memory import memory_bound, peak_memory
+from offload.device_memory import most_bytes, peak_memory
 
 
 def limit_fragmentation() -> None:
@@ -27,10 +27,7 @@ def limit_fragmentation() -> None:
 def available_bytes(device: torch.device) -> int:
     """Memory in bytes that this process can still take on a device; on the CPU, of the machine."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        in_use, bound = torch.cuda.memory_allocated(device), memory_bound()
-        free += torch.cuda.memory_reserved(device) - in_use
-        return free if bound is None else max(min(free, bound - in_use), 0)
+        return max(most_bytes(device) - torch.cuda.memory_allocated(device), 0)
     return int(min(_machine_bytes(), _container_bytes()))
 
 

@@ -44,21 +44,9 @@ from training.views import View
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
-    *(
-        "data_dir",
-        "result_dir",
-        "device",
-        "resume",
-        "save_every",
-        "keep",
-        "num_workers",
-        "log_every",
-        "profile",
-        "video",
-    ),
+    *("data_dir", "result_dir", "device", "resume", "save_every", "keep"),
+    *("num_workers", "log_every", "profile", "video"),
 )
-
-
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
 

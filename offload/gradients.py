@@ -1,4 +1,4 @@
-"""Keeps gradients that are not finite away from parameters and moments, without waiting for the device."""
+"""Gradients as optimizers take them: there are some of every leaf, and none that are not finite."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Its gradient after the backward pass; zero where nothing was drawn."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
 class FiniteGradients:
-    """Skips steps of which any gradient is NaN or infinite: they count as steps whose gradient is zero."""
+    """Skips steps of which any gradient is NaN or infinite: they count as steps whose gradient is zero.
+
+    Nobody waits for the device to know.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
