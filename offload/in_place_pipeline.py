@@ -65,6 +65,7 @@ class _Upcoming:
     host_ids: Tensor  # [V] int64
     view: InPlaceView | None = None  # whose rows are on their way but for those of the present view; None: no space
     sources: Tensor | None = None  # [V] int64 on the device, where its rows are in the present view; -1: not there
+    found: torch.cuda.Event | None = None  # that `sources` are there
 
 
 class InPlacePipeline:
@@ -134,6 +135,8 @@ class InPlacePipeline:
                 lane.wait(self._ready)  # rows have caught up elsewhere
                 self._begin_step()
         self._applied = True
+        if upcoming is not None:
+            compute.wait(upcoming.found)
         for name, group in self._groups.items():
             gradients = gradient_of(view.values[name])
             rows, stamps = view.rows[name], view.stamps[name]
@@ -274,6 +277,7 @@ class InPlacePipeline:
         with self._fetch_lane as lane, self._times.on_host("worker_send"):
             view = self._new_view(host_ids, at_end=not present.at_end)
             sources = positions_among(present.ids, view.ids)
+            found = lane.record()
             on_host = sources < 0
             for stamps in view.stamps.values():
                 stamps.masked_fill_(~on_host, self.step_count)  # the step of the present view, which is to come
@@ -281,7 +285,7 @@ class InPlacePipeline:
             self._read_from_host(view, on_host)
             lane.uses(present.ids)
             view.fetched = lane.record()
-        return _Upcoming(host_ids, view, sources)
+        return _Upcoming(host_ids, view, sources, found)
 
     def _prepared(self) -> _Upcoming | None:
         """What the worker has prepared, once it has; raises its error once, and then the rows can be read and saved."""

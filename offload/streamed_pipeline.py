@@ -61,6 +61,7 @@ class _Upcoming:
     view: StreamedView
     sources: Tensor  # [V] int64, where its rows are in the present view; -1 where they are not
     leaving: Tensor  # [V of the present view] bool, which rows of that it does not need
+    found: torch.cuda.Event | None  # that these two are there
 
 
 class StreamedPipeline:
@@ -144,7 +145,7 @@ class StreamedPipeline:
                 lane.uses(previous.ids, places, nearby)
             view.fetched = lane.record()
             lane.uses(ids, on_host)
-        self._upcoming = _Upcoming(view, sources, leaving)
+        self._upcoming = _Upcoming(view, sources, leaving, culled)
 
     def update(self) -> None:
         """Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
@@ -161,7 +162,7 @@ class StreamedPipeline:
         view.values = {}
         self._rows_updated += len(view.ids)
         if upcoming is not None:
-            compute.wait(upcoming.view.slot.written)  # the view that was there before
+            compute.wait(upcoming.found, upcoming.view.slot.written)  # the latter: of the view that was there before
             for name in self._groups:
                 self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
             compute.uses(upcoming.sources)

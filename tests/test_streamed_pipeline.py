@@ -12,7 +12,7 @@ import torch
 from test_adam import APPEARANCE, EPS, DenseOracle, largest_row_error
 from torch import Tensor
 
-from offload import row_kernels, streamed_pipeline
+from offload import row_kernels, streamed_groups, streamed_pipeline
 from offload.catch_up import CatchUpTables
 from offload.store import HostStore, Moments
 from offload.streamed_groups import StreamedGroup
@@ -77,6 +77,7 @@ class Clock:
         self.favourites, self.random = favourites, random.Random(seed)
         self.lanes: list[SimulatedLane] = []
         self.current = [SimulatedLane(self)]  # the lane of rendering
+        self.found: list[tuple[Tensor, Event]] = []  # positions of rows, and that their lane has come to them
 
     def run_until(self, happened: Callable[[], bool]) -> None:
         while not happened():
@@ -88,6 +89,13 @@ class Clock:
             task()
             lane.done += 1
 
+    def positions_among(self, others: Tensor, ids: Tensor) -> Tensor:
+        """Known at once here, but no kernel may use them before their lane has come to them."""
+        positions, lane = streamed_groups.positions_among(others, ids), self.current[-1]
+        lane.give(lambda: None)
+        self.found.append((positions, lane.record()))
+        return positions
+
     def kernels(self) -> object:
         """The row kernels, done when their lane comes to them; what the host tells them is fixed when it does."""
 
@@ -95,7 +103,13 @@ class Clock:
             def __getattr__(_, name: str) -> Callable[..., None]:
                 def give(*arguments: object) -> None:
                     frozen = [copy.copy(x) if isinstance(x, CatchUpTables) else x for x in arguments]
-                    self.current[-1].give(lambda: getattr(row_kernels, name)(*frozen))
+                    found = [event for positions, event in self.found if any(x is positions for x in arguments)]
+
+                    def task() -> None:
+                        assert all(event.happened() for event in found)
+                        getattr(row_kernels, name)(*frozen)
+
+                    self.current[-1].give(task)
 
                 return give
 
@@ -141,6 +155,7 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     n, views = 60, random_views(60, 40)
     clock = Clock(favourites, seed)
     monkeypatch.setattr(streamed_pipeline, "kernels_of", lambda device: clock.kernels())
+    monkeypatch.setattr(streamed_pipeline, "positions_among", clock.positions_among)
     monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
     monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)
     monkeypatch.setattr(streamed_pipeline, "Lane", SimulatedLane)
