@@ -312,7 +312,7 @@ class HybridGaussians(OffloadedGaussians):
         return self._planner.plan(cameras, self._cull(cameras), self.num_gaussians)
 
     def _covered_cells(self, cameras: Cameras, ids: Tensor) -> list[CoveredCells]:
-        margin = replace(self._margin, pixels=self._halo)
+        margin = replace(self._margin(), pixels=self._halo)
         if self._device_geometry is not None:
             return self._device_geometry.covered_cells(ids, cameras, margin, CELL)
         return covered_cells(self._host_geometry(), ids, cameras, margin, CELL)

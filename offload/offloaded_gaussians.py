@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offload.culling import BlockBounds, Cameras, visible_ids
+from offload.culling import BlockBounds, Cameras, Margin, visible_ids
 from offload.device_geometry import DeviceGeometry
 from offload.gradients import FiniteGradients
-from offload.margins import largest_drift, largest_step, margin_of
+from offload.margins import largest_correction, largest_drift, largest_step, margin_of
 from offload.state import Deferral, State, copy_current, load_deferred
 from offload.store import HostStore, Moments, total_growth
 
@@ -54,6 +54,7 @@ class OffloadedGaussians:
         self.steps_done = 0
         self._learning_rates = dict(learning_rates)
         self._means_lr = means_lr
+        self._betas = betas
         self._rendering_device = device
         self._finite = FiniteGradients(device)
         self._device_geometry: DeviceGeometry | None = None
@@ -62,10 +63,6 @@ class OffloadedGaussians:
         self._deferrals: dict[str, Deferral] = {}
         if geometry == "device":
             self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
-            self._margin = margin_of(largest_step(betas), learning_rates)
-        else:
-            # Rows on the host may lag behind by all the steps they have skipped.
-            self._margin = margin_of(largest_step(betas) + largest_drift(betas), learning_rates)
         for name in ("appearance",) if geometry == "device" else ("geometry", "appearance"):
             self._stores[name] = HostStore(
                 parameters,
@@ -219,13 +216,20 @@ class OffloadedGaussians:
         if self._bounds is not None:
             self._bounds.update(self._host_geometry(), host_ids)
 
+    def _margin(self) -> Margin:
+        """How far geometry may be from what culling reads when the step after the present one renders it."""
+        change = largest_step(self._betas)
+        if self._device_geometry is None:  # rows on the host lag behind by the steps that they have skipped
+            change += largest_drift(self._betas)
+        return margin_of(change * largest_correction(self._betas, self.steps_done + 1), self._learning_rates)
+
     def _cull(self, cameras: Cameras) -> Tensor:
         """Sorted ids [V], where geometry is, of what cameras may draw after one more step."""
         if self._device_geometry is not None:
-            return self._device_geometry.visible_ids(cameras, self._margin)
+            return self._device_geometry.visible_ids(cameras, self._margin())
         if self._bounds is None:  # once after a refinement, whose operations are several
             self._bounds = BlockBounds(self._host_geometry())
-        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin)
+        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin())
 
     def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:
         return self._stores[group].groups[group].to_render(rows)

@@ -66,5 +66,5 @@ def test_views_culled_ahead_miss_nothing(kind, place):
 @pytest.mark.parametrize(("kind", "place"), TRAINERS)
 def test_without_a_margin_rows_are_missed(kind, place):
     gaussians = start(kind, place)
-    gaussians._margin = Margin()
+    gaussians._margin = Margin
     assert missed_rows(gaussians) > 0

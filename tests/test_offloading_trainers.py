@@ -17,7 +17,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from offload.culling import BlockBounds
 from offload.in_place_pipeline import InPlacePipeline
-from offload.margins import largest_drift, largest_step
+from offload.margins import largest_correction, largest_drift, largest_step
 from offload.pipeline import RowPipeline, shared_positions
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
 from training import command_line
@@ -244,6 +244,29 @@ def test_bounds_of_adam_steps():
     assert 0.9 * largest_step(betas) < worst_step <= largest_step(betas)
     assert 0.8 * largest_drift(betas) < worst_drift <= largest_drift(betas)
     assert math.isclose(largest_step(betas), 7.27, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9**4, 0.999**4), (0.0, 0.999), (0.99, 0.999)], ids=str)
+def test_bounds_of_early_adam_steps(betas):
+    """The same for steps that bias correction still damps, and for what follows when they end at any of them."""
+    factors = [math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) for t in range(1, 2001)]
+    for step in (1, 2, 10, 100, 2000):
+        assert math.isclose(largest_correction(betas, step), max(factors[:step]))
+    parameter = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([parameter], lr=1.0, betas=betas, eps=1e-15)
+    reached = 0.0
+    for step in range(1, 201):
+        parameter.grad = torch.tensor((betas[1] / max(betas[0], 0.1)) ** step, dtype=torch.float64)
+        before = parameter.item()
+        optimizer.step()
+        reached = max(reached, abs(parameter.item() - before) / largest_step(betas) / largest_correction(betas, step))
+    # The first step's factor, 3.2 at b1 = 0.99, is a bound of all, of which later steps reach 0.15; else all of it.
+    assert (0.15 if betas[0] == 0.99 else 0.99) < reached < 1 + 1e-9
+    before = parameter.item()
+    for _ in range(300):
+        parameter.grad.zero_()
+        optimizer.step()
+    assert abs(parameter.item() - before) <= largest_drift(betas) * largest_correction(betas, 500)
 
 
 def test_shared_positions():
