@@ -100,7 +100,12 @@ class Group:
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
         """Views of rows [M, columns] as rendering takes them: sh0 and shN are one `colors` [M, K, 3]."""
         if "sh0" not in self.shapes:
-            return self.named(rows)
+            # Not `named`: the backward pass of each slice would make a gradient of whole rows.
+            widths = [columns.stop - columns.start for columns in self.columns.values()]
+            parts = rows.split_with_sizes([*widths, rows.shape[1] - sum(widths)], dim=1)
+            return {
+                name: part.view(len(rows), *self.shapes[name]) for name, part in zip(self.shapes, parts, strict=False)
+            }
         num_values = self.columns["shN"].stop
         return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
 

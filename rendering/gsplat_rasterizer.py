@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rendering.region import Region
-from rendering.spherical_harmonics_triton import spherical_harmonics
+from rendering.spherical_harmonics_triton import Harmonics
 
 TILE_SIZE = 16  # pixels
 
@@ -47,6 +47,8 @@ def rasterize_gsplat(
     num_cameras = len(viewmats)
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
+    evaluates_harmonics = sh_degree is not None and render_mode not in ("D", "ED")
+    harmonics = Harmonics(sh_degree, colors) if evaluates_harmonics else None  # here, as its gradient is to come last
     _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = fully_fused_projection(
         means, None, quats, scales, viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
         far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=opacities,
@@ -60,12 +62,12 @@ def rasterize_gsplat(
     if render_mode in ("D", "ED"):
         colors = depths[:, None]
     else:
-        if sh_degree is None:
+        if harmonics is None:
             colors = colors.index_select(0, gaussian_ids)  # [nnz, D]
         else:
             # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
             camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
-            colors = spherical_harmonics(sh_degree, means, camera_positions, colors, camera_ids, gaussian_ids)
+            colors = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
         if render_mode != "RGB":
             colors = torch.cat([colors, depths[:, None]], dim=-1)
     if backgrounds is not None and render_mode != "RGB":

@@ -6,9 +6,15 @@ coefficients of 16 bands by 3 channels, so that neighbouring threads read and wr
 Memory traffic per pair at degree 3: forward reads 192 bytes of coefficients, backward reads them again and writes as
 many; 0.6 KB, or 0.2 ms for 1.4 million pairs at 4 TB/s. The basis is that of gsplat and 3DGS: real spherical
 harmonics in Cartesian form (Sloan, Efficient Spherical Harmonic Evaluation, JCGT 2013).
+
+The gradient of the coefficients is the largest tensor of the backward pass, and nothing else there needs it. So it is
+made by a node of its own, which comes after those of all that was computed between `Harmonics(...)` and `colors(...)`:
+autograd takes the youngest node that is ready. By then most of what they had saved is free.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,54 +24,90 @@ from torch import Tensor
 ROWS = 16
 
 
-def spherical_harmonics(
-    sh_degree: int,
-    means: Tensor,
-    camera_positions: Tensor,
-    coeffs: Tensor | tuple[Tensor, Tensor],
-    camera_ids: Tensor,
-    gaussian_ids: Tensor,
-) -> Tensor:
-    """Colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
+class Harmonics:
+    """Coefficients of spherical harmonics; to be made before the projection, whose backward pass then comes first."""
 
-    Args:
-        sh_degree: 0 to 3; coefficients of higher bands are not used.
-        means: Gaussian centres [N, 3]. camera_positions: [C, 3], not differentiated.
-        coeffs: [N, K, 3] with K >= (sh_degree + 1)^2; or band 0 [N, 1, 3] and the others [N, K - 1, 3].
-        camera_ids, gaussian_ids: [nnz] int64.
-    """
-    sh0, shN = coeffs if isinstance(coeffs, tuple) else (coeffs, None)
-    return _SphericalHarmonics.apply(sh_degree, means, camera_positions, sh0, shN, camera_ids, gaussian_ids)
+    def __init__(self, sh_degree: int, coeffs: Tensor | tuple[Tensor, Tensor]) -> None:
+        """
+        Args:
+            sh_degree: 0 to 3; coefficients of higher bands are not used.
+            coeffs: [N, K, 3] with K >= (sh_degree + 1)^2; or band 0 [N, 1, 3] and the others [N, K - 1, 3].
+        """
+        sh0, shN = coeffs if isinstance(coeffs, tuple) else (coeffs, None)
+        self._tensors = sh0.detach().contiguous(), None if shN is None else shN.detach().contiguous()
+        self._bands = (sh_degree + 1) ** 2
+        self._owed = _Owed()
+        self._token = _Coefficients.apply(self._owed, self._bands, sh0, shN)
+
+    def colors(self, means: Tensor, camera_positions: Tensor, camera_ids: Tensor, gaussian_ids: Tensor) -> Tensor:
+        """Colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
+
+        Args:
+            means: Gaussian centres [N, 3]. camera_positions: [C, 3], not differentiated.
+            camera_ids, gaussian_ids: [nnz] int64.
+        """
+        views = (camera_positions.contiguous(), camera_ids, gaussian_ids)
+        return _Colors.apply(self._token, self._owed, self._bands, means, *self._tensors, *views)
 
 
-class _SphericalHarmonics(torch.autograd.Function):
+@dataclass
+class _Owed:
+    """What `_Colors` leaves for `_Coefficients` in the backward pass."""
+
+    v_colors: Tensor | None = None  # [nnz, 3], zero where colours were cut
+    views: tuple[Tensor, ...] = ()  # means, camera_positions, camera_ids, gaussian_ids
+
+
+class _Coefficients(torch.autograd.Function):
+    """Gives a token without values, of which `_Colors` asks no gradient but that it has left what this one needs."""
+
     @staticmethod
-    def forward(ctx, sh_degree, means, camera_positions, sh0, shN, camera_ids, gaussian_ids):
-        means, sh0 = means.contiguous(), sh0.contiguous()
-        shN = None if shN is None else shN.contiguous()
+    def forward(ctx, owed, bands, sh0, shN):
+        ctx.owed, ctx.bands = owed, bands
+        ctx.shapes = sh0.shape, None if shN is None else shN.shape
+        return sh0.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _):
+        owed, (shape0, shapeN) = ctx.owed, ctx.shapes
+        v_colors, (means, camera_positions, camera_ids, gaussian_ids) = owed.v_colors, owed.views
+        owed.v_colors, owed.views = None, ()
+        v_sh0, v_shN = means.new_zeros(shape0), None if shapeN is None else means.new_zeros(shapeN)
+        if len(gaussian_ids):
+            _backward_coeffs[_grid(gaussian_ids)](
+                means, camera_positions, camera_ids, gaussian_ids, v_colors, *_rows(v_sh0, v_shN),
+                len(gaussian_ids), BANDS=ctx.bands, ONE_CAMERA=len(camera_positions) == 1, ROWS=ROWS,
+            )  # fmt: skip
+        return None, None, v_sh0, v_shN
+
+
+class _Colors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, owed, bands, means, sh0, shN, camera_positions, camera_ids, gaussian_ids):
+        means = means.contiguous()
         colors = means.new_empty(len(gaussian_ids), 3)
         if len(gaussian_ids):
             _forward[_grid(gaussian_ids)](
-                means, camera_positions.contiguous(), *_rows(sh0, shN), camera_ids, gaussian_ids, colors,
-                len(gaussian_ids), BANDS=(sh_degree + 1) ** 2, ROWS=ROWS,
+                means, camera_positions, *_rows(sh0, shN), camera_ids, gaussian_ids, colors,
+                len(gaussian_ids), BANDS=bands, ROWS=ROWS,
             )  # fmt: skip
         ctx.save_for_backward(means, camera_positions, sh0, shN, camera_ids, gaussian_ids, colors)
-        ctx.sh_degree = sh_degree
+        ctx.owed, ctx.bands = owed, bands
         return colors
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, v_colors):
         means, camera_positions, sh0, shN, camera_ids, gaussian_ids, colors = ctx.saved_tensors
-        v_means, v_sh0 = torch.zeros_like(means), torch.zeros_like(sh0)
-        v_shN = None if shN is None else torch.zeros_like(shN)
-        if len(gaussian_ids):
-            _backward[_grid(gaussian_ids)](
-                means, camera_positions.contiguous(), *_rows(sh0, shN), camera_ids, gaussian_ids, colors,
-                v_colors.contiguous(), v_means, *_rows(v_sh0, v_shN)[::2],
-                len(gaussian_ids), BANDS=(ctx.sh_degree + 1) ** 2, ONE_CAMERA=len(camera_positions) == 1, ROWS=ROWS,
+        v_colors, v_means = torch.where(colors > 0, v_colors, 0), torch.zeros_like(means)
+        if len(gaussian_ids) and ctx.bands > 1:
+            _backward_means[_grid(gaussian_ids)](
+                means, camera_positions, *_rows(sh0, shN), camera_ids, gaussian_ids, v_colors, v_means,
+                len(gaussian_ids), BANDS=ctx.bands, ONE_CAMERA=len(camera_positions) == 1, ROWS=ROWS,
             )  # fmt: skip
-        return None, v_means, None, v_sh0, v_shN, None, None
+        ctx.owed.v_colors, ctx.owed.views = v_colors, (means, camera_positions, camera_ids, gaussian_ids)
+        return means.new_empty(0), None, None, v_means, None, None, None, None, None
 
 
 def _grid(gaussian_ids: Tensor) -> tuple[int]:
@@ -176,10 +218,30 @@ def _forward(
         tl.store(colors + row * 3 + c, tl.maximum(color, 0.0), mask=row < num_pairs)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])  # or each new kind of number would compile it again
-def _backward(
-    means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors,
-    v_colors, v_means, v_sh0, v_shN, num_pairs,
+@triton.jit(do_not_specialize=["num_pairs"])
+def _backward_coeffs(
+    means, camera_positions, camera_ids, gaussian_ids, v_colors, v_sh0, stride0, v_shN, strideN, num_pairs,
+    BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    valid = row < num_pairs
+    gaussian, x, y, z, _ = _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid)
+    column = tl.arange(0, 64)[None, :]
+    band, channel = column // 3, column % 3
+    used = valid & (band < BANDS)
+    v_coeffs = tl.load(v_colors + row * 3 + channel, mask=used, other=0.0) * _basis(x, y, z, band)  # [ROWS, 64]
+    first, others = used & (column < 3), used & (column >= 3)
+    if ONE_CAMERA:  # every Gaussian is in one pair at most
+        tl.store(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
+        tl.store(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
+    else:
+        tl.atomic_add(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
+        tl.atomic_add(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _backward_means(
+    means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, v_colors, v_means, num_pairs,
     BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -189,34 +251,19 @@ def _backward(
     band, channel = column // 3, column % 3
     used = valid & (band < BANDS)
     coeffs = _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, used)
-    # Colours that were cut at zero have no gradient.
-    color = tl.load(colors + row * 3 + channel, mask=used, other=0.0)
-    v_color = tl.load(v_colors + row * 3 + channel, mask=used, other=0.0)
-    v_color = tl.where(color > 0.0, v_color, 0.0)  # [ROWS, 64]
-
-    v_coeffs = v_color * _basis(x, y, z, band)
-    first, others = used & (column < 3), used & (column >= 3)
-    if ONE_CAMERA:  # every Gaussian is in one pair at most
-        tl.store(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
-        tl.store(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
+    v_term = tl.load(v_colors + row * 3 + channel, mask=used, other=0.0) * coeffs  # [ROWS, 64]
+    dx, dy, dz = _basis_gradient(x, y, z, band)
+    v_x = tl.sum(v_term * dx, axis=1)[:, None]
+    v_y = tl.sum(v_term * dy, axis=1)[:, None]
+    v_z = tl.sum(v_term * dz, axis=1)[:, None]
+    # Through d / |d|: what points along d is lost.
+    along = v_x * x + v_y * y + v_z * z
+    v_x, v_y, v_z = (v_x - along * x) * inverse, (v_y - along * y) * inverse, (v_z - along * z) * inverse
+    if ONE_CAMERA:
+        tl.store(v_means + gaussian * 3, v_x, mask=valid)
+        tl.store(v_means + gaussian * 3 + 1, v_y, mask=valid)
+        tl.store(v_means + gaussian * 3 + 2, v_z, mask=valid)
     else:
-        tl.atomic_add(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
-        tl.atomic_add(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
-
-    if BANDS > 1:
-        dx, dy, dz = _basis_gradient(x, y, z, band)
-        v_term = v_color * coeffs
-        v_x = tl.sum(v_term * dx, axis=1)[:, None]
-        v_y = tl.sum(v_term * dy, axis=1)[:, None]
-        v_z = tl.sum(v_term * dz, axis=1)[:, None]
-        # Through d / |d|: what points along d is lost.
-        along = v_x * x + v_y * y + v_z * z
-        v_x, v_y, v_z = (v_x - along * x) * inverse, (v_y - along * y) * inverse, (v_z - along * z) * inverse
-        if ONE_CAMERA:
-            tl.store(v_means + gaussian * 3, v_x, mask=valid)
-            tl.store(v_means + gaussian * 3 + 1, v_y, mask=valid)
-            tl.store(v_means + gaussian * 3 + 2, v_z, mask=valid)
-        else:
-            tl.atomic_add(v_means + gaussian * 3, v_x, mask=valid)
-            tl.atomic_add(v_means + gaussian * 3 + 1, v_y, mask=valid)
-            tl.atomic_add(v_means + gaussian * 3 + 2, v_z, mask=valid)
+        tl.atomic_add(v_means + gaussian * 3, v_x, mask=valid)
+        tl.atomic_add(v_means + gaussian * 3 + 1, v_y, mask=valid)
+        tl.atomic_add(v_means + gaussian * 3 + 2, v_z, mask=valid)

@@ -20,7 +20,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 @pytest.mark.parametrize("sh_degree", range(4))
 @pytest.mark.parametrize("tensors", [1, 2])
 def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tensors):
-    from rendering.spherical_harmonics_triton import spherical_harmonics
+    from rendering.spherical_harmonics_triton import Harmonics
 
     scene = random_scene(1001, seed=5, n_cameras=num_cameras)
     projection = project(
@@ -35,23 +35,36 @@ def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tens
     ours = [t.detach().to(DEVICE).requires_grad_() for t in (means, coeffs[:, :1], coeffs[:, 1:])]
     if tensors == 1:
         ours = [ours[0], coeffs.detach().to(DEVICE).requires_grad_()]
-    colors = spherical_harmonics(
-        sh_degree, ours[0], torch.inverse(scene.viewmats)[:, :3, 3].to(DEVICE),
-        ours[1] if tensors == 1 else tuple(ours[1:]),
-        projection.camera_ids.to(DEVICE), projection.gaussian_ids.to(DEVICE),
-    )  # fmt: skip
+    harmonics = Harmonics(sh_degree, ours[1] if tensors == 1 else tuple(ours[1:]))
+    positions = torch.inverse(scene.viewmats)[:, :3, 3].to(DEVICE)
+    colors = harmonics.colors(ours[0], positions, projection.camera_ids.to(DEVICE), projection.gaussian_ids.to(DEVICE))
     (colors * weights_like(expected).to(DEVICE)).sum().backward()
     assert relative_error(colors.cpu(), expected) < 1e-6
     assert relative_error(ours[0].grad.cpu(), means.grad) < 1e-5
     assert relative_error(torch.cat([t.grad.cpu() for t in ours[1:]], 1), coeffs.grad) < 1e-6
 
 
+def test_the_gradient_of_coefficients_comes_last():
+    """After those of all that was computed since they were handed over, whose memory is free by then."""
+    from rendering.spherical_harmonics_triton import Harmonics
+
+    centres, coeffs = (torch.rand(4, *shape, device=DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
+    ids, order = torch.arange(4, device=DEVICE), []
+    coeffs.register_hook(lambda gradient: order.append("coefficients"))
+    harmonics = Harmonics(3, coeffs)
+    means = 2 * centres
+    means.grad_fn.register_hook(lambda *gradients: order.append("projection"))
+    harmonics.colors(means, torch.zeros(1, 3, device=DEVICE), torch.zeros_like(ids), ids).sum().backward()
+    assert order == ["projection", "coefficients"]
+    assert coeffs.grad.any()
+
+
 def test_no_pairs():
-    from rendering.spherical_harmonics_triton import spherical_harmonics
+    from rendering.spherical_harmonics_triton import Harmonics
 
     means, coeffs = (torch.zeros(4, *shape, device=DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    colors = spherical_harmonics(3, means, torch.zeros(1, 3, device=DEVICE), coeffs, none, none)
+    colors = Harmonics(3, coeffs).colors(means, torch.zeros(1, 3, device=DEVICE), none, none)
     assert colors.shape == (0, 3)
     colors.sum().backward()
     assert coeffs.grad.abs().max() == 0
