@@ -22,23 +22,35 @@ class FiniteGradients:
     def __init__(self, device: torch.device) -> None:
         self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
 
-    def keep(self, gradients: Sequence[Tensor]) -> None:
+    def keep(self, gradients: Sequence[Tensor], ids: Tensor | None = None) -> None:
         """Set all of a step's gradients to zero, in place, unless all their values are finite.
 
-        A sum is finite only where all that it sums is; that of finite gradients does not overflow.
-
         Args:
-            gradients: Of the leaves; those that have none, since nothing was drawn, are left out.
+            gradients: Of the leaves, contiguous; those that have none, since nothing was drawn, are left out.
+            ids: int64 [V], the rows that may have values other than zero; None: all rows. They may repeat.
         """
         if not gradients:
             return
-        finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
-        for gradient in gradients:
-            gradient.masked_fill_(~finite, 0.0)
-        self._skipped += ~finite
-        self._skipped[1] *= ~finite
+        if gradients[0].is_cuda:
+            from offload import gradients_triton  # Triton comes with CUDA builds of torch only
+
+            spoiled = gradients_triton.clear_unless_finite(gradients, ids)
+        else:
+            spoiled = _clear_unless_finite(gradients, ids)
+        self._skipped += spoiled
+        self._skipped[1] *= spoiled
 
     def skipped_steps(self) -> tuple[int, int]:
         """How many steps have been skipped so far, and how many of those were the last in a row; waits."""
         total, in_a_row = self._skipped.tolist()
         return total, in_a_row
+
+
+def _clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> int:
+    """1 where they had to be cleared, else 0."""
+    rows = gradients if ids is None else [gradient[ids] for gradient in gradients]
+    if all(values.isfinite().all() for values in rows):
+        return 0
+    for gradient in gradients:
+        gradient.zero_() if ids is None else gradient.index_fill_(0, ids, 0.0)
+    return 1

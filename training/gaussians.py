@@ -138,10 +138,7 @@ class DeviceGaussians:
             ids: [V] int64, rows whose gradients are not zero; rows may repeat.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        rows = [gradient[ids] for gradient in gradients]
-        self._finite.keep(rows)
-        for gradient, values in zip(gradients, rows, strict=True):
-            gradient[ids] = values
+        self._finite.keep(gradients, ids)
         for group in self.optimizer.param_groups:
             if group["name"] == "means":
                 group["lr"] = means_lr

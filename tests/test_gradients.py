@@ -1,0 +1,59 @@
+"""Steps with a gradient that is not finite: on the CPU, and the Triton kernels on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from offload.gradients import FiniteGradients, _clear_unless_finite
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+PLACES = [pytest.param("torch", "cpu", id="torch"), pytest.param("triton", "cuda", marks=pytest.mark.cuda, id="cuda")]
+if INTERPRETED:
+    PLACES.append(pytest.param("triton", "cpu", id="triton, interpreted"))
+
+
+def clear_unless_finite(kind: str):
+    if kind == "torch":
+        return _clear_unless_finite
+    from offload import gradients_triton
+
+    return gradients_triton.clear_unless_finite
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+@pytest.mark.parametrize("some_rows", [False, True])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf"), 3e38])
+def test_all_are_cleared_unless_all_are_finite(kind, device, some_rows, value):
+    torch.manual_seed(0)
+    gradients = [torch.randn(300, *shape, device=device) for shape in ((3,), (), (15, 3))]
+    ids = torch.cat([torch.arange(0, 300, 2), torch.tensor([4])]).to(device) if some_rows else None  # one comes twice
+    gradients[2][298, 14, 2] = value
+    before = [gradient.clone() for gradient in gradients]
+    spoiled = clear_unless_finite(kind)(gradients, ids)
+    is_finite = abs(value) < float("inf")
+    assert int(spoiled) == int(not is_finite)
+    for gradient, expected in zip(gradients, before, strict=True):
+        if not is_finite:
+            expected[slice(None) if ids is None else ids] = 0
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_nothing_in_view(kind, device):
+    gradients, none = [torch.ones(4, 3, device=device)], torch.zeros(0, dtype=torch.int64, device=device)
+    assert int(clear_unless_finite(kind)(gradients, none)) == 0
+    assert int(clear_unless_finite(kind)([gradients[0][:0]], None)) == 0
+    assert gradients[0].min() == 1
+
+
+def test_skipped_steps_are_counted():
+    finite = FiniteGradients(torch.device("cpu"))
+    for value in (1.0, float("nan"), float("inf"), 1.0, float("nan")):
+        finite.keep([torch.tensor([1.0, 2.0]), torch.tensor([value])])
+    assert finite.skipped_steps() == (3, 1)
+    finite.keep([])
+    assert finite.skipped_steps() == (3, 1)
