@@ -179,7 +179,8 @@ def as_markdown(comparison: Comparison) -> str:
     heads = ["run", "status", "steps", *(figure.title for figure in FIGURES)]
     lines = [f"# {comparison.title}", "", comparison.date, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in comparison.runs:
-        row = [run.name, status_of(run), f"{run.steps:,}", *cells(run, comparison.first)]
+        steps = f"{run.steps:,}" if run.steps else "-"
+        row = [run.name, status_of(run), steps, *cells(run, comparison.first)]
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", EXPLANATION]
     for run in comparison.runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,8 @@ class FiniteGradients:
 def _clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> int:
     """1 where they had to be cleared, else 0."""
     rows = gradients if ids is None else [gradient[ids] for gradient in gradients]
-    if all(values.isfinite().all() for values in rows):
+    # NaN goes through minimum and maximum, which unlike `isfinite` take no memory.
+    if all(math.isfinite(end) for values in rows if values.numel() for end in map(float, values.aminmax())):
         return 0
     for gradient in gradients:
         gradient.zero_() if ids is None else gradient.index_fill_(0, ids, 0.0)

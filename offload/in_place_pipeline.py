@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +37,7 @@ from offload.lanes import Lane
 from offload.offload_times import OffloadTimes
 from offload.row_kernels import RowState
 from offload.streamed_groups import StreamedGroup, chunks_of, kernels_of, positions_among
+from offload.work_ahead import WorkAhead
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
 CAUTION = 1.1  # of what all else on the device takes while a larger view than before is rendered
@@ -87,15 +87,14 @@ class InPlacePipeline:
         self._device = device
         self._kernels = kernels_of(device)
         self._fetch_lane = Lane.new(device)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._arena = _Arena({name: group.tables.columns for name, group in groups.items()}, device)
         self._present: InPlaceView | None = None
-        self._ahead: Future[_Upcoming] | None = None
         self._unsettled: InPlaceView | None = None  # updated last, of which stamps and `changed` do not know yet
         self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
         self._ready: torch.cuda.Event | None = None  # when rows of the next view may be fetched
         self._applied = False  # whether gradients of the present view may have reached its rows
         self._times = OffloadTimes()
+        self._ahead: WorkAhead[_Upcoming] = WorkAhead(self._times)
         self._rows_found, self._rows_updated = 0, 0
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
@@ -104,8 +103,8 @@ class InPlacePipeline:
 
     def fetch(self, cameras: Cameras) -> InPlaceView:
         """The rows of a view, with the values they have after the last step."""
-        compute, upcoming = Lane.current(self._device), self._prepared()
-        self._ahead = None
+        compute, upcoming = Lane.current(self._device), self._ahead.result()
+        self._ahead.forget()
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
@@ -125,11 +124,11 @@ class InPlacePipeline:
         with self._fetch_lane as lane:
             lane.wait(self._ready)
             self._begin_step()  # here, where rows catch up
-        self._ahead = self._worker.submit(self._prepare, cameras, self._present)
+        self._ahead.begin(self._prepare, cameras, self._present)
 
     def update(self) -> None:
         """Adam's step on the gradients of the view that `fetch` gave, on the host; waits for the worker."""
-        upcoming, view, compute = self._prepared(), self._present, Lane.current(self._device)
+        upcoming, view, compute = self._ahead.result(), self._present, Lane.current(self._device)
         self._settle()
         if upcoming is None:
             with self._fetch_lane as lane:
@@ -159,19 +158,20 @@ class InPlacePipeline:
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
-        self._prepared()
+        self._ahead.result()
         self._settle()
         self._fetch_lane.finish()
 
     @property
     def upcoming_ids(self) -> Tensor | None:
         """The next view's rows [V] on the host, where they have been found ahead; between steps."""
-        upcoming = self._prepared()
+        upcoming = self._ahead.result()
         return self._found_ids if upcoming is None else upcoming.host_ids
 
     def continue_with(self, upcoming_ids: Tensor | None) -> None:
         """Take these rows for the next view; they were found ahead before training was interrupted."""
-        self._found_ids, self._ahead = upcoming_ids, None
+        self._found_ids = upcoming_ids
+        self._ahead.forget()
 
     def undo_step(self, steps_done: int) -> None:
         """Forget the step after so many; the next one begins with the same view.
@@ -180,13 +180,14 @@ class InPlacePipeline:
             RuntimeError: Gradients have reached some rows already.
         """
         with contextlib.suppress(Exception):
-            self._prepared()
+            self._ahead.result()
         if self._present is None:
             return
         if self._applied:
             raise RuntimeError("the step had been applied in part")
         self._fetch_lane.finish()
-        self._found_ids, self._present, self._ahead = self._present.host_ids, None, None
+        self._ahead.forget()
+        self._found_ids, self._present = self._present.host_ids, None
         for group in self._groups.values():
             group.undo_step(steps_done)
 
@@ -206,7 +207,7 @@ class InPlacePipeline:
 
         A retained row stays on the device from one view to the next and is not fetched in between. All are written.
         """
-        self._prepared()
+        self._ahead.result()
         self._fetch_lane.finish()
         retained = int(self._rows_retained)
         return {
@@ -248,7 +249,7 @@ class InPlacePipeline:
                 Others keep the steps they have skipped.
         """
         self.finish()
-        self._ahead = None  # what was fetched ahead may not hold any more
+        self._ahead.forget()  # what was fetched ahead may not hold any more
         group = self._groups[name]
         last_step = group.store.last_step
         if ids is None:
@@ -287,17 +288,6 @@ class InPlacePipeline:
             lane.uses(present.ids)
             view.fetched = lane.record()
         return _Upcoming(host_ids, view, sources, found)
-
-    def _prepared(self) -> _Upcoming | None:
-        """What the worker has prepared, once it has; raises its error once, and then the rows can be read and saved."""
-        if self._ahead is None:
-            return None
-        try:
-            with self._times.on_host("wait_for_worker"):
-                return self._ahead.result()
-        except BaseException:
-            self._ahead = None
-            raise
 
     def _fetch_late(self, cameras: Cameras, host_ids: Tensor | None) -> InPlaceView:
         """Fetch a view that has not been fetched ahead; there is no other on the device."""

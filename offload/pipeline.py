@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -38,6 +37,7 @@ from offload.offload_times import OffloadTimes
 from offload.split import Tile
 from offload.store import HostStore
 from offload.transfer import Downloaded, RowTransfer, Uploaded, to_host
+from offload.work_ahead import WorkAhead
 
 
 @dataclass
@@ -196,11 +196,10 @@ class RowPipeline:
         self._find_in_worker = find_in_worker
         self._times = OffloadTimes()
         self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._present: _Present | None = None
         self._rows: PartRows | None = None
         self._step_begun = False
-        self._ahead: Future[_Ahead] | None = None
+        self._ahead: WorkAhead[_Ahead] = WorkAhead(self._times)
         self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
         self._applied = False  # whether gradients of the present view may have reached the rows
         self._found: ViewIds | None = None  # of the next view, found before training was interrupted
@@ -228,7 +227,7 @@ class RowPipeline:
 
     def uploaded_bytes(self) -> int:
         """Device memory of what was prefetched, rows and numbers of rows; waits for it."""
-        ahead = self._prepared()
+        ahead = self._ahead.result()
         if ahead is None:
             return 0
         tensors = [upload.rows for upload in ahead.uploads.values()]
@@ -239,11 +238,11 @@ class RowPipeline:
 
     def arrived_bytes(self) -> int | None:
         """The same, without waiting; None while it is on its way."""
-        return None if self._ahead is not None and not self._ahead.done() else self.uploaded_bytes()
+        return None if self._ahead.is_under_way else self.uploaded_bytes()
 
     def begin(self, cameras: Cameras) -> ViewIds:
         """Begin a step on the view of these cameras."""
-        ahead = self._prepared()
+        ahead = self._ahead.result()
         if ahead is None:
             self.finish()
             view, self._found = self._found or self._find(cameras), None
@@ -255,13 +254,13 @@ class RowPipeline:
 
     def fetch(self) -> PartRows:
         """The rows of the present part, with the values they have after the last step."""
-        ahead = self._prepared()
+        ahead = self._ahead.result()
         ids, host_ids = self._present.view.of_part(self._present.part)
         if ahead is None:
             self._settle()
             uploads = self._upload_unchanged(host_ids)
         else:
-            self._ahead = None
+            self._ahead.forget()
             uploads = ahead.uploads
         values = {name: upload.ready().requires_grad_() for name, upload in uploads.items()}
         self._rows = PartRows(self._present.part, ids, host_ids, values)
@@ -276,17 +275,18 @@ class RowPipeline:
         present = self._present
         if not present.is_last:
             _, host_ids = present.view.of_part(present.view.parts[present.index + 1])
-            self._ahead = self._worker.submit(self._prepare_part, host_ids)
+            self._ahead.begin(self._prepare_part, host_ids)
         elif cameras is not None:
             # The worker gives no work to the device's current stream, where it would wait for the rendering.
             following = None if self._find_in_worker else self._find_following(cameras, present)
-            self._ahead = self._worker.submit(self._prepare, cameras, present, following)
+            self._ahead.begin(self._prepare, cameras, present, following)
 
     def abandon_part(self) -> None:
         """Forget the present part's rows and gradients, and what was prefetched; `fetch` brings the rows again."""
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            self._prepared()
-        self._ahead = self._rows = None
+            self._ahead.result()
+        self._ahead.forget()
+        self._rows = None
 
     def replace_part(self, finer: Sequence[Part]) -> None:
         """Render these parts instead of the present one, which was abandoned; together they have its rows."""
@@ -294,7 +294,7 @@ class RowPipeline:
 
     def next_part(self) -> None:
         """Take in the gradients of the present part and go on to the next one of the view."""
-        self._prepared()
+        self._ahead.result()
         self._settle()
         present, host_ids, gradients = self._present, self._rows.host_ids, self._gradients()
         self._begin_step()
@@ -316,7 +316,7 @@ class RowPipeline:
 
     def update(self) -> None:
         """Take in the gradients of the view's last part and end the step; they are committed in the background."""
-        ahead = self._prepared()
+        ahead = self._ahead.result()
         self._settle()
         present, gradients = self._present, self._gradients()
         self._begin_step()
@@ -347,13 +347,13 @@ class RowPipeline:
 
     def finish(self) -> None:
         """Commit all gradients; afterwards the host holds everything. Values forwarded ahead stay good."""
-        self._prepared()
+        self._ahead.result()
         self._settle()
 
     @property
     def upcoming(self) -> ViewIds | None:
         """The next view, where it has been found ahead; between steps."""
-        ahead = self._prepared()
+        ahead = self._ahead.result()
         return self._found if ahead is None else ahead.following.view
 
     def continue_with(self, upcoming: ViewIds | None) -> None:
@@ -371,7 +371,7 @@ class RowPipeline:
             RuntimeError: Gradients have reached some rows already.
         """
         with contextlib.suppress(Exception):
-            self._prepared()
+            self._ahead.result()
         if self._present is None:
             return
         if self._applied:
@@ -383,7 +383,8 @@ class RowPipeline:
                 group.store.step = group.adam.step_count
         self._found = self._present.view
         self._step_begun = False
-        self._ahead = self._rows = self._present = None
+        self._ahead.forget()
+        self._rows = self._present = None
 
     def read(self, name: str, host_ids: Tensor) -> Tensor:
         """Copies of the current values of rows [V, columns] on the host; the store is left as it is."""
@@ -507,17 +508,6 @@ class RowPipeline:
             group.store.will_change(host_ids)
             self._transfers[name].complete(ahead.uploads[name], ahead.following.shared_here, fill)
             group.committed(host_ids)
-
-    def _prepared(self) -> _Ahead | None:
-        """What the worker has prepared, once it has; raises its error once, and then the rows can be read and saved."""
-        if self._ahead is None:
-            return None
-        try:
-            with self._times.on_host("wait_for_worker"):
-                return self._ahead.result()
-        except BaseException:
-            self._ahead = None
-            raise
 
     def _begin_step(self) -> None:
         """Begin the step of the present view, if that has not been done."""

@@ -12,7 +12,6 @@ they must be bit-equal. Prints a row for each trainer.
 from __future__ import annotations
 
 import argparse
-import importlib
 import random
 import subprocess
 import sys
@@ -25,15 +24,10 @@ from pathlib import Path
 import torch
 
 from datasets.synthetic import write_city_block
+from trainers import TRAINERS
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import load_checkpoint
 
-TRAINERS = {
-    "simple_trainer": (),
-    "simple_trainer_hybrid_baseline": (),
-    "simple_trainer_hybrid_optimized": ("--geometry", "host"),
-    "simple_trainer_hybrid_streamed": (),
-}
 MOMENTS = ("step", "refinement", "writing", "publishing")
 STEPS_PER_KILL = 5
 SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -56,7 +50,7 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
     """Kill and resume one trainer so many times.
 
     Args:
-        trainer: A key of `TRAINERS`.
+        trainer: A key of `trainers.TRAINERS`.
         kills: How often.
         num_gaussians: That training starts with.
         seed: Of the moments.
@@ -70,7 +64,7 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
             *("--data_dir", data_dir, "--device", "cpu", "--max_steps", max_steps, "--eval_steps", max_steps),
             *("--save_every", 3, "--refine_start_iter", 1, "--refine_every", 4, "--refine_stop_iter", max_steps - 5),
             *("--reset_every", 50, "--grow_grad2d", 1e-4, "--max_gaussians", num_gaussians + num_gaussians // 10),
-            *("--num_workers", 1, *TRAINERS[trainer]),
+            *("--num_workers", 1, *TRAINERS[trainer].arguments),
         )
         ending = ("--result_dir", str(Path(scratch) / "whole"), "--resume")
         whole = subprocess.Popen((*child(trainer), *map(str, options), *ending), **SILENT)
@@ -194,8 +188,8 @@ def be_child(trainer: str, arguments: list[str]) -> None:
     announce(Densification, "refine", "refinement", "training")
     announce(TrainingRun, "after_step", "step")
     assert checkpoint_folder.PartialCheckpoint is PartialCheckpoint
-    script = importlib.import_module(trainer)
-    sys.argv = [f"{trainer}.py", *arguments]
+    script = TRAINERS[trainer].load()
+    sys.argv = [TRAINERS[trainer].path.name, *arguments]
     command_line.main(script.CONFIGS, script.train, "")
 
 

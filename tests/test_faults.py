@@ -468,7 +468,7 @@ def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, 
 
 def test_killed_runs_lose_nothing_that_was_saved():
     """A short run of what `python -m tests.fault_trials` does at length."""
-    report = fault_trials.kill_trials("simple_trainer_hybrid_optimized", kills=2, num_gaussians=1000, seed=1)
+    report = fault_trials.kill_trials("optimized_geometry_on_host", kills=2, num_gaussians=1000, seed=1)
     assert report.kills == 2
     assert report.lost == 0
     assert report.bit_equal

@@ -11,7 +11,7 @@ from test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from test_streamed_pipeline import BETAS, CPU, RATE, Clock, SimulatedLane, random_views
 from torch import Tensor
 
-from offload import in_place_pipeline, row_kernels
+from offload import in_place_pipeline, row_kernels, work_ahead
 from offload.catch_up import CatchUpTables
 from offload.in_place_pipeline import InPlacePipeline
 from offload.store import HostStore, Moments
@@ -126,7 +126,7 @@ def simulated(monkeypatch) -> Callable[[tuple[int, ...], int], None]:
         clock = Clock(favourites, seed)
         monkeypatch.setattr(in_place_pipeline, "kernels_of", lambda device: clock.kernels())
         monkeypatch.setattr(in_place_pipeline, "positions_among", clock.positions_among)
-        monkeypatch.setattr(in_place_pipeline, "ThreadPoolExecutor", SimulatedWorker)
+        monkeypatch.setattr(work_ahead, "ThreadPoolExecutor", SimulatedWorker)
         monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
         monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)
         monkeypatch.setattr(in_place_pipeline, "Lane", SimulatedLane)

@@ -92,6 +92,14 @@ def test_a_trace_of_some_steps_is_written(monkeypatch, city_block, tmp_path):
     assert any("Backward" in name for name in names)
 
 
+@pytest.mark.cuda
+def test_a_trace_on_a_gpu_holds_its_kernels(monkeypatch, city_block, tmp_path):
+    assert train(monkeypatch, city_block, tmp_path, "--max_steps", 30, "--profile", 3, "--device", "cuda") == 0
+    events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+    kernels = [event["name"] for event in events if event.get("cat") == "kernel"]
+    assert sum("rasterize_to_pixels" in name and "bwd" in name for name in kernels) == 3
+
+
 def test_two_runs_with_one_seed_are_bit_equal(monkeypatch, city_block, tmp_path):
     models = []
     for name, seed, workers in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
