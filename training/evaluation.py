@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 
 from training.views import View
@@ -25,6 +23,8 @@ def load_lpips(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Ten
         net: "alex", or "vgg" with the input range of the 3DGS evaluation.
         device: Where it will run.
     """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # here, since it takes a second
+
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds; a machine without network must not wait for ever
     try:
@@ -61,6 +61,8 @@ def evaluate(
         Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the
         values of each. Pixels outside a view's mask count for nothing in PSNR and are black for the others.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     images, written = [], []
     with ThreadPoolExecutor(max_workers=4) as writers:
         for index, (name, view) in enumerate(tqdm(views, desc="evaluate", unit="view", leave=False)):
