@@ -134,9 +134,9 @@ class InPlacePipeline:
             with self._fetch_lane as lane:
                 lane.wait(self._ready)  # rows have caught up elsewhere
                 self._begin_step()
-        self._applied = True
-        if upcoming is not None:
+        else:
             compute.wait(upcoming.found)
+        self._applied = True
         for name, group in self._groups.items():
             gradients = gradient_of(view.values[name])
             rows, stamps = view.rows[name], view.stamps[name]

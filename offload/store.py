@@ -100,18 +100,16 @@ class Group:
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
         """Views of rows [M, columns] as rendering takes them: sh0 and shN are one `colors` [M, K, 3]."""
         if "sh0" not in self.shapes:
-            # Not `named`: the backward pass of each slice would make a gradient of whole rows.
-            widths = [columns.stop - columns.start for columns in self.columns.values()]
-            parts = rows.split_with_sizes([*widths, rows.shape[1] - sum(widths)], dim=1)
-            return {
-                name: part.view(len(rows), *self.shapes[name]) for name, part in zip(self.shapes, parts, strict=False)
-            }
+            return self.named(rows)
         num_values = self.columns["shN"].stop
         return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
 
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """Views of rows [M, columns] of any of the three arrays, or of gradients laid out like them, by name."""
-        return {name: rows[:, self.columns[name]].view(len(rows), *shape) for name, shape in self.shapes.items()}
+        # In one operation: the backward pass of each slice would make a gradient of whole rows.
+        widths = [columns.stop - columns.start for columns in self.columns.values()]
+        parts = rows.split_with_sizes([*widths, rows.shape[1] - sum(widths)], dim=1)
+        return {name: part.view(len(rows), *self.shapes[name]) for name, part in zip(self.columns, parts, strict=False)}
 
 
 class HostStore:

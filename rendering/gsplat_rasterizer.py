@@ -47,8 +47,9 @@ def rasterize_gsplat(
     num_cameras = len(viewmats)
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
-    evaluates_harmonics = sh_degree is not None and render_mode not in ("D", "ED")
-    harmonics = Harmonics(sh_degree, colors) if evaluates_harmonics else None  # here, as its gradient is to come last
+    depth_only = render_mode in ("D", "ED")
+    # Here, since its gradient is to come last.
+    harmonics = None if depth_only or sh_degree is None else Harmonics(sh_degree, colors)
     _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = fully_fused_projection(
         means, None, quats, scales, viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
         far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=opacities,
@@ -59,7 +60,7 @@ def rasterize_gsplat(
     if compensations is not None:
         opacities = opacities * compensations
 
-    if render_mode in ("D", "ED"):
+    if depth_only:
         colors = depths[:, None]
     else:
         if harmonics is None:

@@ -124,15 +124,18 @@ def _rows(sh0: Tensor, shN: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
 
 
 @triton.jit
-def _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid):
-    """Which Gaussians [ROWS, 1] int64, the unit vectors towards them, and one over their distance."""
+def _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS: tl.constexpr):
+    """A program's pairs, all [ROWS, 1]: their numbers and which there are, the Gaussians (int64), the unit vectors
+    towards them, and one over their distance."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    valid = row < num_pairs
     gaussian = tl.load(gaussian_ids + row, mask=valid, other=0)
     camera = tl.load(camera_ids + row, mask=valid, other=0)
     x = tl.load(means + gaussian * 3) - tl.load(camera_positions + camera * 3)
     y = tl.load(means + gaussian * 3 + 1) - tl.load(camera_positions + camera * 3 + 1)
     z = tl.load(means + gaussian * 3 + 2) - tl.load(camera_positions + camera * 3 + 2)
     inverse = 1.0 / tl.sqrt(tl.maximum(x * x + y * y + z * z, 1e-24))
-    return gaussian, x * inverse, y * inverse, z * inverse, inverse
+    return row, valid, gaussian, x * inverse, y * inverse, z * inverse, inverse
 
 
 @triton.jit
@@ -200,14 +203,21 @@ def _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, used):
     return tl.where(column < 3, first, others)
 
 
+@triton.jit
+def _add(gradient, values, mask, ONE_CAMERA: tl.constexpr):
+    """Add to gradients that begin as zeros."""
+    if ONE_CAMERA:  # every Gaussian is in one pair at most
+        tl.store(gradient, values, mask=mask)
+    else:
+        tl.atomic_add(gradient, values, mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_pairs"])  # or each new kind of number would compile it again
 def _forward(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors, num_pairs,
     BANDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    valid = row < num_pairs
-    gaussian, x, y, z, _ = _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid)
+    row, valid, gaussian, x, y, z, _ = _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS)
     column = tl.arange(0, 64)[None, :]
     band, channel = column // 3, column % 3
     coeffs = _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, valid & (band < BANDS))
@@ -223,20 +233,14 @@ def _backward_coeffs(
     means, camera_positions, camera_ids, gaussian_ids, v_colors, v_sh0, stride0, v_shN, strideN, num_pairs,
     BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    valid = row < num_pairs
-    gaussian, x, y, z, _ = _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid)
+    row, valid, gaussian, x, y, z, _ = _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS)
     column = tl.arange(0, 64)[None, :]
     band, channel = column // 3, column % 3
     used = valid & (band < BANDS)
     v_coeffs = tl.load(v_colors + row * 3 + channel, mask=used, other=0.0) * _basis(x, y, z, band)  # [ROWS, 64]
     first, others = used & (column < 3), used & (column >= 3)
-    if ONE_CAMERA:  # every Gaussian is in one pair at most
-        tl.store(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
-        tl.store(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
-    else:
-        tl.atomic_add(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=first)
-        tl.atomic_add(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=others)
+    _add(v_sh0 + gaussian * stride0 + column, v_coeffs, first, ONE_CAMERA)
+    _add(v_shN + gaussian * strideN + column - 3, v_coeffs, others, ONE_CAMERA)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -244,9 +248,7 @@ def _backward_means(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, v_colors, v_means, num_pairs,
     BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    valid = row < num_pairs
-    gaussian, x, y, z, inverse = _direction(means, camera_positions, camera_ids, gaussian_ids, row, valid)
+    row, valid, gaussian, x, y, z, inverse = _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS)
     column = tl.arange(0, 64)[None, :]
     band, channel = column // 3, column % 3
     used = valid & (band < BANDS)
@@ -259,11 +261,6 @@ def _backward_means(
     # Through d / |d|: what points along d is lost.
     along = v_x * x + v_y * y + v_z * z
     v_x, v_y, v_z = (v_x - along * x) * inverse, (v_y - along * y) * inverse, (v_z - along * z) * inverse
-    if ONE_CAMERA:
-        tl.store(v_means + gaussian * 3, v_x, mask=valid)
-        tl.store(v_means + gaussian * 3 + 1, v_y, mask=valid)
-        tl.store(v_means + gaussian * 3 + 2, v_z, mask=valid)
-    else:
-        tl.atomic_add(v_means + gaussian * 3, v_x, mask=valid)
-        tl.atomic_add(v_means + gaussian * 3 + 1, v_y, mask=valid)
-        tl.atomic_add(v_means + gaussian * 3 + 2, v_z, mask=valid)
+    _add(v_means + gaussian * 3, v_x, valid, ONE_CAMERA)
+    _add(v_means + gaussian * 3 + 1, v_y, valid, ONE_CAMERA)
+    _add(v_means + gaussian * 3 + 2, v_z, valid, ONE_CAMERA)

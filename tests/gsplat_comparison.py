@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.gradients import gradient_of
 from rendering.rasterize import rasterize
 from tests.gaussian_scenes import PARAMETERS, GaussianScene, relative_error, render, weights_like
 
@@ -63,10 +64,7 @@ def run(
     def cpu(value: Tensor) -> Tensor:
         return value.detach().cpu()
 
-    gradients = {}
-    for name in PARAMETERS:
-        parameter = getattr(scene, name)
-        gradients[name] = cpu(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    gradients = {name: cpu(gradient_of(getattr(scene, name))) for name in PARAMETERS}
     return Run(
         colors=cpu(colors),
         alphas=cpu(alphas),

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from test_row_kernels import ON_GPU, WITHOUT_GPU
 
 from offload.gradients import FiniteGradients, _clear_unless_finite
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-PLACES = [pytest.param("torch", "cpu", id="torch"), pytest.param("triton", "cuda", marks=pytest.mark.cuda, id="cuda")]
-if INTERPRETED:
-    PLACES.append(pytest.param("triton", "cpu", id="triton, interpreted"))
+PLACES = [*WITHOUT_GPU, *ON_GPU[1:]]  # on a GPU with Triton only
 
 
 def clear_unless_finite(kind: str):
