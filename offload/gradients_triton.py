@@ -24,9 +24,9 @@ def clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> Tens
         ids: int64 [V], the rows to look at and to clear; None: all rows.
 
     Returns:
-        int32 [1]: 1 where they were cleared, else 0.
+        int32 scalar: 1 where they were cleared, else 0.
     """
-    spoiled = torch.zeros(1, dtype=torch.int32, device=gradients[0].device)
+    spoiled = torch.zeros((), dtype=torch.int32, device=gradients[0].device)
     flat = [gradient.view(-1) for gradient in gradients]  # which refuses what is not contiguous
     widths = [gradient[:1].numel() for gradient in gradients]
     with torch.cuda.device_of(spoiled):

@@ -45,10 +45,12 @@ def test_nothing_in_view(kind, device):
     assert gradients[0].min() == 1
 
 
-def test_skipped_steps_are_counted():
-    finite = FiniteGradients(torch.device("cpu"))
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_skipped_steps_are_counted(monkeypatch, kind, device):
+    monkeypatch.setattr("offload.gradients._clear_unless_finite", clear_unless_finite(kind))
+    finite = FiniteGradients(torch.device(device))
     for value in (1.0, float("nan"), float("inf"), 1.0, float("nan")):
-        finite.keep([torch.tensor([1.0, 2.0]), torch.tensor([value])])
+        finite.keep([torch.tensor([1.0, 2.0], device=device), torch.tensor([value], device=device)])
     assert finite.skipped_steps() == (3, 1)
     finite.keep([])
     assert finite.skipped_steps() == (3, 1)
