@@ -52,7 +52,7 @@ def train(cfg: Config, scene_name: str) -> None:
         for step, view in run.steps(gaussians, densification, render):
             # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
             sh_degree = schedules.sh_degree(cfg, step)
-            colors, _, info = render_view(
+            colors, alphas, info = render_view(
                 gaussians.activated(), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
             )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
@@ -71,7 +71,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
-            del colors, info, loss  # the next view needs their memory
+            del colors, alphas, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------

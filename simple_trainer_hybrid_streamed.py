@@ -90,7 +90,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             run.times.mark("cull")
 
             sh_degree = schedules.sh_degree(cfg, step)
-            colors, _, info = render_view(
+            colors, alphas, info = render_view(
                 activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
             )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
@@ -109,7 +109,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
-            del rows, colors, info, loss  # the next view needs their memory
+            del rows, colors, alphas, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------

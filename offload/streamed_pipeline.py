@@ -29,7 +29,7 @@ from offload.lanes import Lane
 from offload.row_kernels import RowState
 from offload.streamed_groups import StreamedGroup, chunks_of, kernels_of, positions_among
 
-SPARE = 8  # space for a view is taken with 1/8 more than it needs, so that larger views seldom need more
+SPARE = 16  # space for a view is taken with 1/16 more than it needs, so that larger views seldom need more
 
 
 @dataclass

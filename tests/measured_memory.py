@@ -44,7 +44,7 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
         activated = gaussians.activated() if on_device else activate(gaussians.fetch(cameras_of(view, CONFIG)))
         if trainer.startswith(("geometry", "streamed")):
             gaussians.prefetch(cameras_of(views[step + 1], CONFIG))
-        colors, _, info = render_view(activated, view, CONFIG, sh_degree=3)
+        colors, alphas, info = render_view(activated, view, CONFIG, sh_degree=3)
         largest_view = max(largest_view, len(info["gaussian_ids"]))
         photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
         if trainer == "gpu_only":
@@ -53,7 +53,7 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
             gaussians.update()
         else:
             gaussians.update(step)
-        del activated, colors, info
+        del activated, colors, alphas, info
     return largest_view / gaussians.num_gaussians
 
 

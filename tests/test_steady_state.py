@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.synthetic import write_city_block
 from tests.training_scripts import train
 from trainers import TRAINERS
+from training import tiles
 
 LIBC = ctypes.CDLL(None)
 CONSTANT_NUMBER = ("--refine_start_iter", 10**6, "--sh_degree_interval", 1, "--log_every", 10)
@@ -72,6 +75,29 @@ def test_host_memory_does_not_creep(monkeypatch, city_block, tmp_path, log, trai
     assert mean(allocated, 200, 300) - mean(allocated, 100, 200) < 0.3e6  # 0.08e6 where nothing is kept
     staged = log.get("staging_allocations", {300: 0})
     assert len(set(list(staged.values())[-20:])) == 1
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_step_is_forgotten_when_the_next_view_is_rendered(monkeypatch, city_block, tmp_path, trainer):
+    """Any tensor of its graph would keep the leaves: the rows of the view, their gradients, and where they lie."""
+    way = TRAINERS[trainer]
+    script = way.load()
+    module = script if hasattr(script, "render_view") else tiles
+    render_view, rendered, steps = module.render_view, {}, []
+
+    def watched_render_view(*arguments, **options):
+        if not torch.is_grad_enabled():  # an evaluation, in the midst of a step
+            return render_view(*arguments, **options)
+        assert [name for name, tensor in rendered.items() if tensor() is not None] == []
+        colors, alphas, info = render_view(*arguments, **options)
+        tensors = {"colors": colors, "alphas": alphas, "means2d": info["means2d"]}
+        rendered.update({name: weakref.ref(tensor) for name, tensor in tensors.items()})
+        steps.append(len(rendered))
+        return colors, alphas, info
+
+    monkeypatch.setattr(module, "render_view", watched_render_view)
+    train(monkeypatch, script, city_block, tmp_path, *CONSTANT_NUMBER, "--max_steps", 3, *way.arguments)
+    assert len(steps) >= 3
 
 
 @pytest.mark.cuda

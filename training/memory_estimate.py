@@ -37,7 +37,7 @@ RENDERING_BYTES = 250  # of a Gaussian in view
 PIXEL_BYTES = 100
 MOVING_ROWS = 3.25  # tensors of a view's rows on the device at once
 STAGING_ROWS = 2.5  # pinned rows on the host for each row in view: two downloads, with a quarter to spare
-SLOTS = 3 * 9 / 8  # rows of the streamed trainer on the device for each row in view, with an eighth to spare
+SLOTS = 3 * 17 / 16  # rows of the streamed trainer on the device for each row in view, with a sixteenth to spare
 NUMBERS_BYTES = 40  # ids, stamps and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
