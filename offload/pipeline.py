@@ -2,11 +2,13 @@
 
 While the device renders view j, a worker thread on the host
 
-1. commits the gradients of view j - 1 (rows that view j needs as well are committed already, see 3),
+1. commits the gradients of view j - 1 (rows that view j needs as well are committed already, see 3), which it begins
+   as soon as step j - 1 is over,
 2. culls view j + 1 ahead, with a margin for what view j will change, and forwards its rows: rows that are not in
    view j have no gradient at this step, so their next value is a pure catch-up.
 
-When view j has been rendered,
+When view j has been rendered, its gradients travel to the host, beside what the worker is still doing. When that is
+done,
 
 3. rows in both views are updated, committed and forwarded in one pass. Only these wait for each other.
 
@@ -27,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,11 +105,14 @@ class _Ahead:
 
 @dataclass
 class _Following:
-    """The view after the present one, and what its first part shares with the present view."""
+    """The view after the present one, and what its first part shares with the present view; on the host."""
 
     view: ViewIds
-    shared_here: Tensor  # [S] rows of its first part that wait for gradients of the present view; on the host
+    shared_here: Tensor  # [S] rows of its first part that wait for gradients of the present view
     shared_before: Tensor  # [S] which rows of the present view they are
+    only_here: Tensor  # [T - S] the other rows of its first part
+    only_here_ids: Tensor  # [T - S] which Gaussians these are
+    only_before: Tensor  # [V - S] the other rows of the present view
 
 
 class _Present:
@@ -312,15 +318,16 @@ class RowPipeline:
 
         self._applied = True
         self._owed.append(settle)
+        self._rows = None
         present.index += 1
 
     def update(self) -> None:
-        """Take in the gradients of the view's last part and end the step; they are committed in the background."""
+        """Take in the gradients of the view's last part and end the step; the worker commits them at once."""
+        present, gradients = self._present, self._gradients()
+        downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
         ahead = self._ahead.result()
         self._settle()
-        present, gradients = self._present, self._gradients()
         self._begin_step()
-        remain = torch.ones(len(present.view.host_ids), dtype=torch.bool)  # [V] not committed at once
         # All that takes device memory comes before anything is changed, so that it can be done again.
         divided = None if present.slots is None else present.divide(present.part)
         added = None if divided is None else self._shared_gradients(present, divided[1], gradients)
@@ -328,22 +335,26 @@ class RowPipeline:
         self._applied = True
         if added is not None:
             self._add_shared(present, *added)
-        if urgent is not None:
-            self._update_urgent(ahead, present, *urgent)
-            remain[ahead.following.shared_before] = False
-        downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
-        if present.slots is None:
-            rows = gradient_rows = remain.nonzero().squeeze(1)
+        if urgent is None:
+            remaining = torch.arange(len(present.view.host_ids))
         else:
+            self._update_urgent(ahead, present, *urgent)
+            remaining = ahead.following.only_before
+        if present.slots is None:
+            rows = gradient_rows = remaining
+        else:
+            remains = torch.zeros(len(present.view.host_ids), dtype=torch.bool)  # [V]
+            remains[remaining] = True
             alone = divided[0]
-            alone = alone[remain[present.part.host_rows[alone]]]
+            alone = alone[remains[present.part.host_rows[alone]]]
             rows, gradient_rows = present.part.host_rows[alone], alone
-            summed = (remain & (present.slots >= 0)).nonzero().squeeze(1)
+            summed = (remains & (present.slots >= 0)).nonzero().squeeze(1)
             sums = {name: Downloaded(rows, None) for name, rows in present.sums.items()}
             self._owed.append(partial(self._commit, present.view.host_ids[summed], present.slots[summed].long(), sums))
         self._owed.append(partial(self._commit, present.view.host_ids[rows], gradient_rows, downloads))
-        self._present = None
+        self._present = self._rows = None
         self._step_begun = False
+        self._ahead.begin_before(self._commit_owed)
 
     def finish(self) -> None:
         """Commit all gradients; afterwards the host holds everything. Values forwarded ahead stay good."""
@@ -405,10 +416,13 @@ class RowPipeline:
 
     def _find_following(self, cameras: Cameras, present: _Present) -> _Following:
         view, waiting = self._find(cameras), present.waiting()
-        ids, _ = view.of_part(view.parts[0])
+        ids, host_ids = view.of_part(view.parts[0])
         waiting_ids = present.view.ids if waiting is None else present.view.ids[waiting.to(ids.device)]
         shared_here, shared_before = map(to_host, shared_positions(ids, waiting_ids))
-        return _Following(view, shared_here, shared_before if waiting is None else waiting[shared_before])
+        shared_before = shared_before if waiting is None else waiting[shared_before]
+        only_here = _positions_without(shared_here, len(host_ids))
+        only_before = _positions_without(shared_before, len(present.view.host_ids))
+        return _Following(view, shared_here, shared_before, only_here, host_ids[only_here], only_before)
 
     def _prepare(self, cameras: Cameras, present: _Present, following: _Following | None) -> _Ahead:
         """Upload what can be known of the next view's first part before the present view's gradients."""
@@ -417,9 +431,7 @@ class RowPipeline:
         if following is None:
             with self._times.on_host("worker_cull"):
                 following = self._find_following(cameras, present)
-        _, host_ids = following.view.of_part(following.view.parts[0])
-        known = _positions_without(following.shared_here, len(host_ids))
-        return _Ahead({name: self._upload_known(name, host_ids, known) for name in self._groups}, following)
+        return _Ahead({name: self._upload_known(name, following) for name in self._groups}, following)
 
     def _prepare_part(self, host_ids: Tensor) -> _Ahead:
         """Upload the next part of the present view, as it was before the step."""
@@ -427,16 +439,15 @@ class RowPipeline:
         self._begin_step()
         return _Ahead(self._upload_unchanged(host_ids))
 
-    def _upload_known(self, name: str, host_ids: Tensor, known: Tensor) -> Uploaded:
-        group = self._groups[name]
+    def _upload_known(self, name: str, following: _Following) -> Uploaded:
+        group, known, ids = self._groups[name], following.only_here, following.only_here_ids
 
         def fill(out: Tensor, begin: int, end: int) -> None:
             first, last = torch.searchsorted(known, torch.tensor([begin, end])).tolist()
-            positions = known[first:last]
             with self._times.on_host("worker_forward"):
-                group.adam.forward(*group.state(), host_ids[positions], out, out_rows=positions - begin)
+                group.adam.forward(*group.state(), ids[first:last], out, out_rows=known[first:last] - begin)
 
-        return self._transfers[name].upload(len(host_ids), fill)
+        return self._transfers[name].upload(len(known) + len(following.shared_here), fill)
 
     def _upload_unchanged(self, host_ids: Tensor) -> dict[str, Uploaded]:
         """Rows as they were before the step, whether or not it has begun."""
@@ -464,7 +475,9 @@ class RowPipeline:
     ) -> tuple[Tensor, dict[str, Downloaded]]:
         """Of the rows of the last part that other parts have too; and in which rows of `sums` they belong."""
         on_device = shared.to(self._device)
-        downloads = {name: self._transfers[name].download(rows[on_device]) for name, rows in gradients.items()}
+        downloads = {
+            name: self._transfers[name].download(rows[on_device], urgent=True) for name, rows in gradients.items()
+        }
         return present.slots[present.part.host_rows[shared]].long(), downloads
 
     def _add_shared(self, present: _Present, slots: Tensor, downloads: Mapping[str, Downloaded]) -> None:
@@ -485,7 +498,10 @@ class RowPipeline:
             part_rows = torch.searchsorted(present.part.host_rows, rows[alone])
             places = torch.where(alone, alone.cumsum(0) - 1, slots + len(part_rows))
         part_rows = part_rows.to(self._device)
-        return places, {name: self._transfers[name].download(rows[part_rows]) for name, rows in gradients.items()}
+        downloads = {
+            name: self._transfers[name].download(rows[part_rows], urgent=True) for name, rows in gradients.items()
+        }
+        return places, downloads
 
     def _update_urgent(
         self, ahead: _Ahead, present: _Present, places: Tensor | None, downloads: Mapping[str, Downloaded]
@@ -519,7 +535,11 @@ class RowPipeline:
         self._step_begun = True
 
     def _settle(self) -> None:
-        """Commit the gradients that are owed to the host."""
+        """Have all gradients committed that are owed to the host."""
+        self._ahead.finish_before()
+        self._commit_owed()
+
+    def _commit_owed(self) -> None:
         owed, self._owed = self._owed, []
         for work in owed:
             work()
@@ -539,9 +559,9 @@ class RowPipeline:
 
 def _positions_without(positions: Tensor, count: int) -> Tensor:
     """All int64 below `count` that are not among the positions, ascending."""
-    others = torch.ones(count, dtype=torch.bool)
-    others[positions] = False
-    return others.nonzero().squeeze(1)
+    others = np.ones(count, dtype=bool)
+    others[positions.numpy()] = False
+    return torch.from_numpy(np.flatnonzero(others))  # torch's nonzero takes three times as long
 
 
 def shared_positions(ids: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

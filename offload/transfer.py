@@ -36,7 +36,7 @@ class Uploaded:
 class Downloaded:
     """Rows on their way to the host."""
 
-    rows: Tensor  # [V, columns] on the host; overwritten by the download after the next
+    rows: Tensor  # [V, columns] on the host; overwritten by the download after the next of its kind
     done: torch.cuda.Event | None
 
     def ready(self) -> Tensor:
@@ -55,6 +55,14 @@ def to_host(tensor: Tensor) -> Tensor:
     return copy
 
 
+@dataclass
+class _DownLane:
+    """A stream of downloads, which take turns in two staging buffers."""
+
+    stream: torch.cuda.Stream
+    staging: list[Tensor]  # the one that was used last comes first
+
+
 class RowTransfer:
     """Uploads and downloads of rows of one width; staging is allocated once and grows with the largest view."""
 
@@ -65,11 +73,13 @@ class RowTransfer:
         self._cuda = device.type == "cuda"
         self.staging_allocations = 0  # shows that the steady state allocates nothing
         if self._cuda:
-            self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._up = torch.cuda.Stream(device)
             self._block_rows = BLOCK_BYTES // (4 * columns)
             self._blocks = [(self._pinned(self._block_rows), torch.cuda.Event()) for _ in range(3)]
             self._next_block = 0
-            self._download_staging = [self._pinned(0), self._pinned(0)]
+            self._down, self._urgent_down = (
+                _DownLane(torch.cuda.Stream(device), [self._pinned(0), self._pinned(0)]) for _ in range(2)
+            )
 
     def upload(self, num_rows: int, fill: Callable[[Tensor, int, int], None]) -> Uploaded:
         """Send rows that the host writes block by block.
@@ -127,21 +137,27 @@ class RowTransfer:
             yield begin, end, block[: end - begin]
             sent.record(self._up)
 
-    def download(self, rows: Tensor) -> Downloaded:
-        """Fetch rows [V, columns] that the current stream computes."""
+    def download(self, rows: Tensor, *, urgent: bool = False) -> Downloaded:
+        """Fetch rows that the current stream computes.
+
+        Args:
+            rows: [V, columns].
+            urgent: Beside the other downloads, not behind them.
+        """
         if not self._cuda:
             return Downloaded(rows, None)
-        self._download_staging.reverse()
-        if len(self._download_staging[0]) < len(rows):
-            self._download_staging[0] = self._pinned(len(rows) * 5 // 4)
-        staging = self._download_staging[0][: len(rows)]
-        self._down.wait_stream(torch.cuda.current_stream())
-        rows.record_stream(self._down)
-        with torch.cuda.stream(self._down):
+        lane = self._urgent_down if urgent else self._down
+        lane.staging.reverse()
+        if len(lane.staging[0]) < len(rows):
+            lane.staging[0] = self._pinned(len(rows) * 5 // 4)
+        staging = lane.staging[0][: len(rows)]
+        lane.stream.wait_stream(torch.cuda.current_stream())
+        rows.record_stream(lane.stream)
+        with torch.cuda.stream(lane.stream):
             with self._times.on_stream("device_to_host"):
                 staging.copy_(rows, non_blocking=True)
             done = torch.cuda.Event()
-            done.record(self._down)
+            done.record(lane.stream)
         return Downloaded(staging, done)
 
     def _pinned(self, num_rows: int) -> Tensor:

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class WorkAhead(Generic[Result]):
-    """One thread, and the one piece of work that it has been given last."""
+    """One thread, which does one thing after another, and the work that it has been given last."""
 
     def __init__(self, times: OffloadTimes) -> None:
         """
@@ -22,6 +22,20 @@ class WorkAhead(Generic[Result]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._times = times
         self._work: Future[Result] | None = None
+        self._before: Future[None] | None = None
+
+    def begin_before(self, work: Callable[[], None]) -> None:
+        """Give the idle thread something to do already before `begin` does."""
+        self._before = self._thread.submit(work)
+
+    def finish_before(self) -> None:
+        """Wait until that is done, on whichever thread. Raises its error once."""
+        before, self._before = self._before, None
+        if before is not None:
+            with self._times.on_host("wait_for_worker"):
+                error = before.exception()
+            if error is not None:
+                raise error
 
     def begin(self, work: Callable[..., Result], *arguments: object) -> None:
         """Give the thread something to do."""

@@ -15,6 +15,7 @@ from offload.offload_times import OffloadTimes
 from offload.transfer import Downloaded, RowTransfer
 
 WAITING = "wait_for_worker"
+OF_WORKER = ("worker_cull", "worker_forward", "worker_commit", "wait_for_gradients")
 
 
 class StoppedClock:
@@ -64,7 +65,8 @@ def test_what_is_slow_shows_under_its_name_alone(clock, owner, method, name, num
     assert calls >= STEPS
     assert found.pop(name) == 1000 * calls
     assert 0 <= found.pop(WAITING, 0) <= 1000 * calls  # as far as the main thread came to wait
-    assert found == dict.fromkeys(found, 0.0)
+    others = {other for other in found if name != WAITING or other not in OF_WORKER}  # works while that waits
+    assert all(found[other] == 0.0 for other in others)
 
 
 def test_culling_by_the_worker_shows(clock):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -145,6 +147,22 @@ def test_an_upload_that_ran_out_of_memory_is_repeated(whole, monkeypatch):
         monkeypatch.setattr(pipeline, name, repeated(getattr(pipeline, name)))
     check(train(pipeline), whole)
     assert len(failures) > 10
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_slow_commits_are_waited_for(monkeypatch, num_parts):
+    """Whether the next view has been prefetched or not, and at the end."""
+    expected = train(make_pipeline(num_parts))
+    commit = DeferredAdam.commit
+
+    def commit_slowly(self, *arguments: object, **options: object) -> None:
+        time.sleep(0.01)
+        commit(self, *arguments, **options)
+
+    monkeypatch.setattr(DeferredAdam, "commit", commit_slowly)
+    rows, seen = train(make_pipeline(num_parts))
+    assert all(torch.equal(rows[name], expected[0][name]) for name in rows)
+    assert all(map(torch.equal, seen, expected[1]))
 
 
 def test_a_sum_that_is_off_is_noticed(whole, monkeypatch):
