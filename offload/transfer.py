@@ -61,6 +61,7 @@ class _DownLane:
 
     stream: torch.cuda.Stream
     staging: list[Tensor]  # the one that was used last comes first
+    spare: float  # staging is allocated for so many times the rows that need it
 
 
 class RowTransfer:
@@ -77,8 +78,9 @@ class RowTransfer:
             self._block_rows = BLOCK_BYTES // (4 * columns)
             self._blocks = [(self._pinned(self._block_rows), torch.cuda.Event()) for _ in range(3)]
             self._next_block = 0
+            # How many rows are urgent changes far more from view to view than how many there are.
             self._down, self._urgent_down = (
-                _DownLane(torch.cuda.Stream(device), [self._pinned(0), self._pinned(0)]) for _ in range(2)
+                _DownLane(torch.cuda.Stream(device), [self._pinned(0), self._pinned(0)], spare) for spare in (1.25, 2.0)
             )
 
     def upload(self, num_rows: int, fill: Callable[[Tensor, int, int], None]) -> Uploaded:
@@ -149,7 +151,7 @@ class RowTransfer:
         lane = self._urgent_down if urgent else self._down
         lane.staging.reverse()
         if len(lane.staging[0]) < len(rows):
-            lane.staging[0] = self._pinned(len(rows) * 5 // 4)
+            lane.staging[0] = self._pinned(int(lane.spare * len(rows)))
         staging = lane.staging[0][: len(rows)]
         lane.stream.wait_stream(torch.cuda.current_stream())
         rows.record_stream(lane.stream)

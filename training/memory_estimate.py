@@ -2,13 +2,11 @@
 
 Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainers that send rows there:
 
-    appearance row  192 x 3.25  values, gradient, rows of the next view, and of the rows that both views need the
-                              gradients on their way to the host
-    geometry row     48 x 3.25  the same, where geometry is on the host;
+    appearance row  192 x 3   values, gradient, rows of the next view
+    geometry row     48 x 3   the same, where geometry is on the host;
                      44 x 3   else: values, gradient, a gathered copy
-    rendering           250   position, conic, colour, opacity, depth and radii on the screen with their gradients
-                              (about 120), activated scales and opacities (32), and the keys of the tiles that it
-                              meets, sorted out of place (24 for each of about 4)
+    rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
+                              radii on the screen, activated scales and opacities, gradients of those
 
 Bytes per pixel: three pictures of 12 bytes (this view's, the next view's, the rendering), SSIM's derivatives (36),
 gradients (16), alphas and last ids (8): about 100.
@@ -33,9 +31,9 @@ from errors import InputError
 from offload.store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
 from training.memory import available_bytes, format_bytes
 
-RENDERING_BYTES = 250  # of a Gaussian in view
+RENDERING_BYTES = 200  # of a Gaussian in view
 PIXEL_BYTES = 100
-MOVING_ROWS = 3.25  # tensors of a view's rows on the device at once
+MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 STAGING_ROWS = 3  # pinned rows on the host for each row in view: two downloads, with a quarter to spare, and as many
 # of the rows that the next view needs too, here taken for a fifth
 SLOTS = 3 * 17 / 16  # rows of the streamed trainer on the device for each row in view, with a sixteenth to spare
@@ -125,7 +123,7 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * row),
         device=geometry,
-        device_in_view=int(MOVING_ROWS * row) + geometry + RENDERING_BYTES,
+        device_in_view=MOVING_ROWS * row + geometry + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
