@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer scripts do, before torch loads
@@ -6,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton loads: its kernels then run on the CPU
+
 
 from datasets.synthetic import write_city_block
 

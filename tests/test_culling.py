@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from offload import culling
 from offload.culling import BlockBounds, Cameras, Margin, visible_ids, visible_ids_on_device
 from offload.morton import morton_order
 from rendering.rasterize import rasterize
+from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 COLUMNS = {"means": slice(0, 3), "scales": slice(3, 6), "quats": slice(6, 10), "opacities": 10}
 MAX_EXCESS = 0.02
@@ -152,17 +152,14 @@ def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) ->
 
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
-    rows = rows if INTERPRETED else rows.cuda()
+    rows = rows.to(TRITON_DEVICE)
     flags = torch.zeros(len(rows), dtype=torch.uint8, device=rows.device)
     for view in culling._views(cameras, margin):
         culling_triton.mark_visible(*(rows[:, columns] for columns in COLUMNS.values()), view, flags)
     return flags.nonzero().squeeze(1).cpu()
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, for tests
-BOTH = pytest.mark.parametrize(
-    "cull", [native, with_torch, pytest.param(with_triton, marks=[] if INTERPRETED else pytest.mark.cuda)]
-)
+BOTH = pytest.mark.parametrize("cull", [native, with_torch, pytest.param(with_triton, marks=NEEDS)])
 MODES = pytest.mark.parametrize("antialiased", [False, True], ids=["classic", "antialiased"])
 
 

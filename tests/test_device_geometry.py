@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 
 from offload.device_geometry import GEOMETRY, DeviceGeometry
+from tests.triton_places import NEEDS, TRITON_DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, for tests
-ON_CUDA = [] if INTERPRETED else pytest.mark.cuda
 BETAS, EPS = (0.9, 0.999), 1e-15
 RATES = {"means": 1e-3, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2}
 SHAPES = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": ()}
@@ -23,11 +21,11 @@ def step_by_kernel(self: DeviceGeometry, ids, gradients, rates) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [DeviceGeometry.step, pytest.param(step_by_kernel, marks=ON_CUDA)], ids=["torch", "triton"]
+    "step", [DeviceGeometry.step, pytest.param(step_by_kernel, marks=NEEDS)], ids=["torch", "triton"]
 )
 def test_equals_dense_adam_in_float64(step):
     n, generator = 1500, torch.Generator().manual_seed(0)
-    device = torch.device("cuda" if step is step_by_kernel and not INTERPRETED else "cpu")
+    device = torch.device(TRITON_DEVICE if step is step_by_kernel else "cpu")
     start = {name: torch.randn(n, *SHAPES[name], generator=generator) for name in GEOMETRY}
     geometry = DeviceGeometry(start, betas=BETAS, eps=EPS, device=device)
     exact = {name: value.double().requires_grad_() for name, value in start.items()}

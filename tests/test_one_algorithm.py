@@ -9,20 +9,28 @@ trainers do differently: culling, forwarding, deferring, committing, and moving 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
+from test_device_geometry import step_by_kernel
 from torch import Tensor
 
 from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import write_city_block
+from offload import culling, device_geometry, gradients, in_place_pipeline, streamed_pipeline
 from offload.adam import DeferredAdam
 from offload.catch_up import CatchUpTables
 from offload.culling import Cameras
+from offload.device_geometry import DeviceGeometry
 from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
 from offload.streamed_gaussians import StreamedGaussians
+from tests.triton_places import INTERPRETED
 from training import schedules
 from training.densification import GaussianStore, grow
 from training.gaussians import DeviceGaussians, initial_gaussians
@@ -30,9 +38,12 @@ from training.views import View, cameras_of
 
 CPU = torch.device("cpu")
 NUM_STEPS = 200
+INTERPRETED_STEPS = 12
 REFINED = (40, 80, 120, 160)  # after these steps, counted from 0
 SORTED = (80,)  # and in another order after these
 RESET = 100
+LOCK = threading.Lock()
+ROW_KERNELS = ("fetch_rows", "step_rows", "step_host_rows", "settle_rows", "move_rows", "write_rows")
 OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed", "streamed from host")
 
 
@@ -70,6 +81,36 @@ def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trai
     refines, drawn, expected = gpu_only
     actual = train(trainer, *views_and_points, drawn, refines)
     differences = relative_differences(actual, expected)
+    assert max(differences.values()) < 1e-6, differences
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; other tests run the kernels on a GPU")
+@pytest.mark.parametrize("trainer", ["geometry on device", "streamed", "streamed from host"])
+def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
+    """All of `offload` as it runs on a GPU, but for streams and memory."""
+    from offload import culling_triton, gradients_triton, row_kernels_triton
+
+    refines, drawn, _ = gpu_only
+    if refines:
+        pytest.skip("refinements have no kernels, and come after more steps than these")
+    (views, scene), few = views_and_points, INTERPRETED_STEPS
+    expected = train(trainer, views[:few], scene, drawn, refines)
+
+    def visible_ids(means, scales, quats, opacities, cameras, margin) -> Tensor:
+        flags = torch.zeros(len(means), dtype=torch.uint8)
+        for view in culling._views(cameras, margin):
+            culling_triton.mark_visible(means, scales, quats, opacities, view, flags)
+        return flags.nonzero().squeeze(1)
+
+    for module, size in ((culling_triton, "BLOCK"), (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")):
+        monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one
+    monkeypatch.setattr(device_geometry, "visible_ids_on_device", visible_ids)
+    monkeypatch.setattr(DeviceGeometry, "step", step_by_kernel)
+    monkeypatch.setattr(gradients, "_clear_unless_finite", one_at_a_time(gradients_triton.clear_unless_finite))
+    kernels = SimpleNamespace(**{name: one_at_a_time(getattr(row_kernels_triton, name)) for name in ROW_KERNELS})
+    for pipeline in (in_place_pipeline, streamed_pipeline):
+        monkeypatch.setattr(pipeline, "kernels_of", lambda device: kernels)
+    differences = relative_differences(train(trainer, views[:few], scene, drawn, refines), expected)
     assert max(differences.values()) < 1e-6, differences
 
 
@@ -120,7 +161,7 @@ def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor],
     for step, cameras in enumerate(views):
         rows = gaussians.fetch(cameras)
         rows_will_change = refines and step in (*REFINED, RESET)
-        if trainer != "baseline" and step + 1 < NUM_STEPS and not rows_will_change:
+        if trainer != "baseline" and step + 1 < len(views) and not rows_will_change:
             gaussians.prefetch(views[step + 1])
         positions = torch.searchsorted(gaussians.ids, drawn[step])
         assert torch.equal(gaussians.ids[positions], drawn[step])  # culling has left out none of them
@@ -130,6 +171,16 @@ def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor],
         if refines:
             refine(gaussians, step)
     return gaussians.rows(0, gaussians.num_gaussians)
+
+
+def one_at_a_time(kernel: Callable) -> Callable:
+    """The interpreter serves one thread at a time."""
+
+    def call(*arguments: object) -> object:
+        with LOCK:
+            return kernel(*arguments)
+
+    return call
 
 
 def surely_drawn(gaussians: DeviceGaussians, cameras: Cameras) -> Tensor:

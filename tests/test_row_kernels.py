@@ -1,8 +1,5 @@
 """Rows that a device updates in host memory, in torch and in Triton, against dense `torch.optim.Adam` in float64."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
@@ -13,12 +10,12 @@ from offload.bfloat16_moments import pack, random_bits, unpack
 from offload.catch_up import CatchUpTables
 from offload.host_memory import HostArray
 from offload.row_kernels import RowState
+from tests.triton_places import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BETAS = (0.9, 0.999)
 
 WITHOUT_GPU = [pytest.param("torch", "cpu", id="torch")]
-if INTERPRETED and importlib.util.find_spec("triton"):
+if INTERPRETED:
     WITHOUT_GPU.append(pytest.param("triton", "cpu", id="triton, interpreted"))
 ON_GPU = [pytest.param(kind, "cuda", id=f"{kind} on cuda", marks=pytest.mark.cuda) for kind in ("torch", "triton")]
 

@@ -1,8 +1,6 @@
-"""The harmonics' Triton kernels against the native ones, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The harmonics' Triton kernels against the native ones, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -10,10 +8,9 @@ import torch
 from rendering.projection import project
 from rendering.spherical_harmonics import spherical_harmonics as native
 from tests.gaussian_scenes import random_scene, relative_error, weights_like
+from tests.triton_places import NEEDS, TRITON_DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [] if INTERPRETED else [pytest.mark.cuda]
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = NEEDS
 
 
 @pytest.mark.parametrize("num_cameras", [1, 2])
@@ -32,13 +29,15 @@ def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tens
     assert 0.02 < (expected == 0).double().mean() < 0.95
     (expected * weights_like(expected)).sum().backward()
 
-    ours = [t.detach().to(DEVICE).requires_grad_() for t in (means, coeffs[:, :1], coeffs[:, 1:])]
+    ours = [t.detach().to(TRITON_DEVICE).requires_grad_() for t in (means, coeffs[:, :1], coeffs[:, 1:])]
     if tensors == 1:
-        ours = [ours[0], coeffs.detach().to(DEVICE).requires_grad_()]
+        ours = [ours[0], coeffs.detach().to(TRITON_DEVICE).requires_grad_()]
     harmonics = Harmonics(sh_degree, ours[1] if tensors == 1 else tuple(ours[1:]))
-    positions = torch.inverse(scene.viewmats)[:, :3, 3].to(DEVICE)
-    colors = harmonics.colors(ours[0], positions, projection.camera_ids.to(DEVICE), projection.gaussian_ids.to(DEVICE))
-    (colors * weights_like(expected).to(DEVICE)).sum().backward()
+    positions = torch.inverse(scene.viewmats)[:, :3, 3].to(TRITON_DEVICE)
+    colors = harmonics.colors(
+        ours[0], positions, projection.camera_ids.to(TRITON_DEVICE), projection.gaussian_ids.to(TRITON_DEVICE)
+    )
+    (colors * weights_like(expected).to(TRITON_DEVICE)).sum().backward()
     assert relative_error(colors.cpu(), expected) < 1e-6
     assert relative_error(ours[0].grad.cpu(), means.grad) < 1e-5
     assert relative_error(torch.cat([t.grad.cpu() for t in ours[1:]], 1), coeffs.grad) < 1e-6
@@ -48,13 +47,13 @@ def test_the_gradient_of_coefficients_comes_last():
     """After those of all that was computed since they were handed over, whose memory is free by then."""
     from rendering.spherical_harmonics_triton import Harmonics
 
-    centres, coeffs = (torch.rand(4, *shape, device=DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
-    ids, order = torch.arange(4, device=DEVICE), []
+    centres, coeffs = (torch.rand(4, *shape, device=TRITON_DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
+    ids, order = torch.arange(4, device=TRITON_DEVICE), []
     coeffs.register_hook(lambda gradient: order.append("coefficients"))
     harmonics = Harmonics(3, coeffs)
     means = 2 * centres
     means.grad_fn.register_hook(lambda *gradients: order.append("projection"))
-    harmonics.colors(means, torch.zeros(1, 3, device=DEVICE), torch.zeros_like(ids), ids).sum().backward()
+    harmonics.colors(means, torch.zeros(1, 3, device=TRITON_DEVICE), torch.zeros_like(ids), ids).sum().backward()
     assert order == ["projection", "coefficients"]
     assert coeffs.grad.any()
 
@@ -62,9 +61,9 @@ def test_the_gradient_of_coefficients_comes_last():
 def test_no_pairs():
     from rendering.spherical_harmonics_triton import Harmonics
 
-    means, coeffs = (torch.zeros(4, *shape, device=DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
-    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    colors = Harmonics(3, coeffs).colors(means, torch.zeros(1, 3, device=DEVICE), none, none)
+    means, coeffs = (torch.zeros(4, *shape, device=TRITON_DEVICE, requires_grad=True) for shape in ((3,), (16, 3)))
+    none = torch.zeros(0, dtype=torch.int64, device=TRITON_DEVICE)
+    colors = Harmonics(3, coeffs).colors(means, torch.zeros(1, 3, device=TRITON_DEVICE), none, none)
     assert colors.shape == (0, 3)
     colors.sum().backward()
     assert coeffs.grad.abs().max() == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from offload.split import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxe
 from rendering.rasterize import rasterize
 from rendering.region import Region
 from tests.test_culling import COLUMNS, activated, random_cameras, random_geometry
+from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 WIDTH, HEIGHT = 403, 299  # no multiples of anything
 NO_MARGIN = Margin(pixels=HALO)
@@ -154,21 +154,19 @@ def with_triton(rows, ids, cameras, margin) -> list[CoveredCells]:
 
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
-    device = "cpu" if INTERPRETED else "cuda"
     ends = (-(-cameras.width // CELL), -(-cameras.height // CELL))
     found = []
     for view in culling._views(cameras, margin):
-        cells = torch.full((4, len(ids)), -1, dtype=torch.int16, device=device)
-        corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=device)
-        geometry = (rows[:, columns].to(device) for columns in COLUMNS.values())
-        culling_triton.cover_cells(*geometry, ids.to(device), view, CELL, cells, corners)
+        cells = torch.full((4, len(ids)), -1, dtype=torch.int16, device=TRITON_DEVICE)
+        corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=TRITON_DEVICE)
+        geometry = (rows[:, columns].to(TRITON_DEVICE) for columns in COLUMNS.values())
+        culling_triton.cover_cells(*geometry, ids.to(TRITON_DEVICE), view, CELL, cells, corners)
         corners = corners.cpu().numpy().astype(np.int64).reshape(2, 2, *corners.shape[1:])
         found.append(CoveredCells(cells.cpu(), corners))
     return found
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, for tests
-TRITON = pytest.param(with_triton, marks=[] if INTERPRETED else pytest.mark.cuda)
+TRITON = pytest.param(with_triton, marks=NEEDS)
 BOTH = pytest.mark.parametrize("find", [native, with_torch, TRITON])
 
 

@@ -1,0 +1,11 @@
+"""Where kernels in Triton are tested: on a GPU, or without one in Triton's interpreter, where Triton is installed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by conftest.py
+TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
+NEEDS = [] if INTERPRETED else [pytest.mark.cuda]  # marks of a test of Triton's kernels
