@@ -27,6 +27,8 @@ from datasets.synthetic import write_city_block
 from offload.adam import DeferredAdam
 from offload.catch_up import CatchUpTables
 from offload.culling import BlockBounds, visible_ids
+from offload.hybrid_gaussians import ViewPart
+from offload.split import Tile
 from offload.store import HostStore
 from rendering.losses import photometric_loss
 from tests.training_scripts import anisotropic_start, start_one_ulp_off, train
@@ -90,9 +92,27 @@ def relative_differences(actual: dict[str, Tensor], expected: dict[str, Tensor])
     return {name: ((actual[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
 
 
+def watch_fine_tiles(monkeypatch) -> list[Tile | None]:
+    """Let small pictures be cut too; receives what is rendered at once, None where that is a whole view."""
+    script, tiles = TRAINERS["split"].load(), []
+    render_part = script.render_part
+
+    def watched_render_part(part: ViewPart, *arguments, **options):
+        tiles.append(part.tile)
+        return render_part(part, *arguments, **options)
+
+    monkeypatch.setattr(script, "render_part", watched_render_part)
+    monkeypatch.setattr("offload.split.SMALLEST", 16)
+    return tiles
+
+
 @pytest.mark.parametrize("trainer", OFFLOADING)
 def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, trainer):
-    actual = train_by_name(monkeypatch, trainer, city_block, tmp_path, *reference.options)
+    options, tiles = reference.options, []
+    if trainer == "split":
+        options, tiles = (*options, "--split_threshold", 0.15), watch_fine_tiles(monkeypatch)
+    actual = train_by_name(monkeypatch, trainer, city_block, tmp_path, *options)
+    assert trainer != "split" or sum(tile is not None for tile in tiles) > 0.5 * len(tiles)
     differences = relative_differences(actual, reference.gaussians)
     assert all(differences[name] < bound for name, bound in reference.bounds.items()), (differences, reference.bounds)
 
