@@ -255,7 +255,7 @@ def test_commands_of_the_documentation_exist():
     commands = set()
     for document in (root / "README.md", root / "benchmarks/README.md"):
         commands |= set(re.findall(r"python -m benchmarks\.([a-z]\w*)([^`#\n]*)", document.read_text()))
-    assert {name for name, _ in commands} >= {"train_step", "scaling", "transfer"}
+    assert {name for name, _ in commands} >= {"train_step", "scaling", "split"}
     for name, arguments in commands:
         assert name in listed
         known = {field.name for field in dataclasses.fields(importlib.import_module(f"benchmarks.{name}").Options)}
