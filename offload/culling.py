@@ -158,12 +158,9 @@ def visible_ids_on_device(
     """
     views = _views(cameras, margin)
     if means.is_cuda:
-        from offload.culling_triton import mark_visible  # Triton comes with CUDA builds of torch only
+        from offload import culling_triton  # Triton comes with CUDA builds of torch only
 
-        flags = torch.zeros(len(means), dtype=torch.uint8, device=means.device)
-        for view in views:
-            mark_visible(means, scales, quats, opacities, view, flags)
-        return flags.nonzero().squeeze(1)
+        return culling_triton.visible_ids(means, scales, quats, opacities, views)
     # A cheap test of all rows leaves few for the whole test.
     near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     for part in _chunks(len(means), _REACH_CHUNK):

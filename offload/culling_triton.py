@@ -7,6 +7,9 @@ constants the kernels take.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,19 +19,21 @@ from offload.culling import COVARIANCE_ERROR, OPAQUE_EXTENT, POSITION_ERROR, REL
 BLOCK = 256
 
 
-def mark_visible(means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, view, drawn: Tensor) -> None:
-    """Set drawn [N] uint8 to 1 where a Gaussian may be drawn in a view; the others are left as they are.
+def visible_ids(means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, views: Sequence) -> Tensor:
+    """Sorted int64 [V] of the rows that may be drawn in any of the views; waits for the device.
 
     Args:
         means: [N, 3]. scales: log scales [N, 3]. quats: [N, 4]. opacities: logit opacities [N]. All float32.
-        view: A `culling._View`.
+        views: Of `culling._View`.
     """
-    if len(means) == 0:
-        return
+    drawn = torch.zeros(len(means), dtype=torch.uint8, device=means.device)
     means, scales, quats, opacities = (t.contiguous() for t in (means, scales, quats, opacities))
-    numbers, constants = _of_view(view)
-    grid = (triton.cdiv(len(means), BLOCK),)
-    _mark_visible[grid](means, scales, quats, opacities, drawn, len(means), *numbers, **constants, BLOCK=BLOCK)
+    if len(means):
+        for view in views:
+            numbers, constants = _of_view(view)
+            grid = (triton.cdiv(len(means), BLOCK),)
+            _mark_visible[grid](means, scales, quats, opacities, drawn, len(means), *numbers, **constants, BLOCK=BLOCK)
+    return drawn.nonzero().squeeze(1)
 
 
 def cover_cells(
@@ -45,7 +50,7 @@ def cover_cells(
     """Find the cells that rows may draw in.
 
     Args:
-        means, scales, quats, opacities, view: As for `mark_visible`.
+        means, scales, quats, opacities: As for `visible_ids`. view: A `culling._View`.
         ids: [V] int64, the rows to look at.
         cell: Width and height of a cell in pixels.
         cells: [4, V] int16, to be written: of `culling.CoveredCells`.

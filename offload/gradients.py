@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +23,14 @@ class FiniteGradients:
     def __init__(self, device: torch.device) -> None:
         self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
 
-    def keep(self, gradients: Sequence[Tensor], ids: Tensor | None = None) -> None:
+    def keep(self, leaves: Iterable[Tensor], ids: Tensor | None = None) -> None:
         """Set all of a step's gradients to zero, in place, unless all their values are finite.
 
         Args:
-            gradients: Of the leaves, contiguous; those that have none, since nothing was drawn, are left out.
+            leaves: Their gradients are contiguous; those that have none, since nothing was drawn, are left out.
             ids: int64 [V], the rows that may have values other than zero; None: all rows. They may repeat.
         """
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if not gradients:
             return
         if gradients[0].is_cuda:

@@ -88,7 +88,7 @@ class HostGaussians(HostStore):
 
     def update(self) -> None:
         """Dense Adam over all rows, with the gradients of those that `fetch` gave."""
-        self._finite.keep([rows.grad for rows in self._rows.values() if rows.grad is not None])
+        self._finite.keep(self._rows.values())
         for name, group in self.groups.items():
             rows = self._rows[name]
             self._gradients[name].resize(self.num_gaussians)

@@ -248,8 +248,7 @@ class HybridGaussians(OffloadedGaussians):
         return {**self._geometry_rows, **rows}
 
     def _keep_finite(self) -> None:
-        leaves = [*self._rows.values.values(), *self._geometry_rows.values()]
-        self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
+        self._finite.keep([*self._rows.values.values(), *self._geometry_rows.values()])
 
     def _train_part(self, upcoming: Cameras | None, train_part: Callable[[ViewPart], PartResult]) -> PartResult:
         rows, part = self._fetch_part(), self._rows.part

@@ -474,11 +474,8 @@ class RowPipeline:
         self, present: _Present, shared: Tensor, gradients: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Downloaded]]:
         """Of the rows of the last part that other parts have too; and in which rows of `sums` they belong."""
-        on_device = shared.to(self._device)
-        downloads = {
-            name: self._transfers[name].download(rows[on_device], urgent=True) for name, rows in gradients.items()
-        }
-        return present.slots[present.part.host_rows[shared]].long(), downloads
+        slots = present.slots[present.part.host_rows[shared]].long()
+        return slots, self._download_urgently(shared, gradients)
 
     def _add_shared(self, present: _Present, slots: Tensor, downloads: Mapping[str, Downloaded]) -> None:
         for name, download in downloads.items():
@@ -497,11 +494,14 @@ class RowPipeline:
             alone = slots < 0
             part_rows = torch.searchsorted(present.part.host_rows, rows[alone])
             places = torch.where(alone, alone.cumsum(0) - 1, slots + len(part_rows))
-        part_rows = part_rows.to(self._device)
-        downloads = {
-            name: self._transfers[name].download(rows[part_rows], urgent=True) for name, rows in gradients.items()
+        return places, self._download_urgently(part_rows, gradients)
+
+    def _download_urgently(self, rows: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Downloaded]:
+        """Of these rows of the part alone, whose numbers are on the host."""
+        rows = rows.to(self._device)
+        return {
+            name: self._transfers[name].download(gradient[rows], urgent=True) for name, gradient in gradients.items()
         }
-        return places, downloads
 
     def _update_urgent(
         self, ahead: _Ahead, present: _Present, places: Tensor | None, downloads: Mapping[str, Downloaded]

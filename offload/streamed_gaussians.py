@@ -108,8 +108,7 @@ class StreamedGaussians(OffloadedGaussians):
         Args:
             step: From 0.
         """
-        leaves = [*self._view.values.values(), *self._geometry_rows.values()]
-        self._finite.keep([leaf.grad for leaf in leaves if leaf.grad is not None])
+        self._finite.keep([*self._view.values.values(), *self._geometry_rows.values()])
         self._pipeline.update()
         if self._device_geometry is not None:
             gradients = {name: gradient_of(rows) for name, rows in self._geometry_rows.items()}

@@ -153,10 +153,8 @@ def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) ->
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
     rows = rows.to(TRITON_DEVICE)
-    flags = torch.zeros(len(rows), dtype=torch.uint8, device=rows.device)
-    for view in culling._views(cameras, margin):
-        culling_triton.mark_visible(*(rows[:, columns] for columns in COLUMNS.values()), view, flags)
-    return flags.nonzero().squeeze(1).cpu()
+    geometry = (rows[:, columns] for columns in COLUMNS.values())
+    return culling_triton.visible_ids(*geometry, culling._views(cameras, margin)).cpu()
 
 
 BOTH = pytest.mark.parametrize("cull", [native, with_torch, pytest.param(with_triton, marks=NEEDS)])

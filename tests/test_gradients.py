@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_row_kernels import ON_GPU, WITHOUT_GPU
 
 from offload.gradients import FiniteGradients, _clear_unless_finite
+from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 PLACES = [*WITHOUT_GPU, *ON_GPU[1:]]  # on a GPU with Triton only
 
@@ -50,7 +50,10 @@ def test_skipped_steps_are_counted(monkeypatch, kind, device):
     monkeypatch.setattr("offload.gradients._clear_unless_finite", clear_unless_finite(kind))
     finite = FiniteGradients(torch.device(device))
     for value in (1.0, float("nan"), float("inf"), 1.0, float("nan")):
-        finite.keep([torch.tensor([1.0, 2.0], device=device), torch.tensor([value], device=device)])
+        leaves = torch.zeros(2, device=device), torch.zeros(1, device=device)
+        for leaf, gradient in zip(leaves, ([1.0, 2.0], [value]), strict=True):
+            leaf.grad = torch.tensor(gradient, device=device)
+        finite.keep(leaves)
     assert finite.skipped_steps() == (3, 1)
     finite.keep([])
     assert finite.skipped_steps() == (3, 1)

@@ -25,7 +25,7 @@ from datasets.synthetic import write_city_block
 from offload import culling, device_geometry, gradients, in_place_pipeline, streamed_pipeline
 from offload.adam import DeferredAdam
 from offload.catch_up import CatchUpTables
-from offload.culling import Cameras
+from offload.culling import Cameras, Margin
 from offload.device_geometry import DeviceGeometry
 from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
@@ -96,11 +96,8 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     (views, scene), few = views_and_points, INTERPRETED_STEPS
     expected = train(trainer, views[:few], scene, drawn, refines)
 
-    def visible_ids(means, scales, quats, opacities, cameras, margin) -> Tensor:
-        flags = torch.zeros(len(means), dtype=torch.uint8)
-        for view in culling._views(cameras, margin):
-            culling_triton.mark_visible(means, scales, quats, opacities, view, flags)
-        return flags.nonzero().squeeze(1)
+    def visible_ids(cameras: Cameras, margin: Margin, **geometry: Tensor) -> Tensor:
+        return culling_triton.visible_ids(**geometry, views=culling._views(cameras, margin))
 
     for module, size in ((culling_triton, "BLOCK"), (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")):
         monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one

@@ -10,14 +10,9 @@ from offload.bfloat16_moments import pack, random_bits, unpack
 from offload.catch_up import CatchUpTables
 from offload.host_memory import HostArray
 from offload.row_kernels import RowState
-from tests.triton_places import INTERPRETED
+from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS = (0.9, 0.999)
-
-WITHOUT_GPU = [pytest.param("torch", "cpu", id="torch")]
-if INTERPRETED:
-    WITHOUT_GPU.append(pytest.param("triton", "cpu", id="triton, interpreted"))
-ON_GPU = [pytest.param(kind, "cuda", id=f"{kind} on cuda", marks=pytest.mark.cuda) for kind in ("torch", "triton")]
 
 
 def kernels_of(kind: str):

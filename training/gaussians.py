@@ -137,8 +137,7 @@ class DeviceGaussians:
             means_lr: Learning rate of the means.
             ids: [V] int64, rows whose gradients are not zero; rows may repeat.
         """
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        self._finite.keep(gradients, ids)
+        self._finite.keep(self.parameters.values(), ids)
         for group in self.optimizer.param_groups:
             if group["name"] == "means":
                 group["lr"] = means_lr

@@ -29,14 +29,16 @@ from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import InputError
 from offload.store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
+from offload.streamed_pipeline import SPARE
 from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 200  # of a Gaussian in view
 PIXEL_BYTES = 100
 MOVING_ROWS = 3  # tensors of a view's rows on the device at once
-STAGING_ROWS = 3  # pinned rows on the host for each row in view: two downloads, with a quarter to spare, and as many
-# of the rows that the next view needs too, here taken for a fifth
-SLOTS = 3 * 17 / 16  # rows of the streamed trainer on the device for each row in view, with a sixteenth to spare
+# Pinned rows on the host for each row in view: two downloads, with a quarter to spare, and as many of the rows that the
+# next view needs too, here taken for a fifth.
+STAGING_ROWS = 3
+SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 NUMBERS_BYTES = 40  # ids, stamps and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
