@@ -94,7 +94,7 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
 
             # Rows that the next view needs too are updated and forwarded at once; the others wait for the next step.
             ids = gaussians.ids
-            gaussians.update(step)
+            gaussians.update()
             run.times.mark("update")
 
             densification.after_step(step, {**info, "gaussian_ids": ids[info["gaussian_ids"]]}, gaussians)

@@ -135,7 +135,7 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
 
             # Every Gaussian has one gradient, whatever the number of tiles, and is updated once.
             ids = gaussians.ids
-            gaussians.update(step)
+            gaussians.update()
             run.times.mark("update")
 
             densification.after_step(step, screen.info(ids), gaussians)

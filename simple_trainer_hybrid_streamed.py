@@ -102,7 +102,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
 
             # Adam by the device; rows that the next view needs too stay there, the others are written to the host.
             ids = gaussians.ids
-            gaussians.update(step)
+            gaussians.update()
             run.times.mark("update")
 
             densification.after_step(step, {**info, "gaussian_ids": ids[info["gaussian_ids"]]}, gaussians)

@@ -1,7 +1,7 @@
-"""What rows need to know to apply all steps that they have skipped: small tables on the device.
+"""What rows need to know to apply all steps that they have skipped, and Adam on them in plain torch.
 
-The mathematics is that of `offload/adam.py`. A table is brought to the next step by a few operations on the device,
-so nothing is copied and nobody waits.
+The mathematics is that of `offload/adam.py`. What depends on the step lies in small tables on the device. A table is
+brought to the next step by a few operations there, so nothing is copied and nobody waits.
 """
 
 from __future__ import annotations
@@ -152,3 +152,41 @@ class CatchUpTables:
         decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
         decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers
         self.decays = decays.to(device)
+
+
+def caught_up(
+    w: Tensor, m: Tensor, v: Tensor, stamps: Tensor, tables: CatchUpTables, columns: slice = slice(None)
+) -> Tensor:
+    """Parameters after step `tables.step`.
+
+    Args:
+        w, m, v: [M, columns] parameters and both moments after each row's last update.
+        stamps: [M] integers, the step of that.
+        tables: Of the skipped steps.
+        columns: Which of the tables' columns these are.
+    """
+    skipped = tables.sums[:, stamps.long()].float().T @ tables.multipliers[:, columns]  # [M, columns]
+    return w - skipped * (m / (v.sqrt() + tables.eps))
+
+
+def decayed(m: Tensor, v: Tensor, skipped: Tensor, tables: CatchUpTables) -> tuple[Tensor, Tensor]:
+    """Copies of both moments [M, columns] after so many steps [M] without gradient."""
+    decay1, decay2 = tables.decays[:, skipped.long(), None]  # [M, 1] float64 each
+    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
+    near = decay2.float()
+    return m * decay1.float(), v * near + v * (decay2 - near).float()
+
+
+def adam_step(w: Tensor, m: Tensor, v: Tensor, gradients: Tensor, sizes: Tensor, step: StepSizes) -> None:
+    """One step of Adam in place.
+
+    Args:
+        w, m, v: [M, columns] parameters and both moments after the step before.
+        gradients: [M, columns].
+        sizes: [columns] of `step.sizes`.
+        step: What else the step needs.
+    """
+    # Written as a change, so that 1 - b, not b, is rounded to float32: v would remember that for 1000 steps.
+    m += (1 - step.betas[0]) * (gradients - m)
+    v += (1 - step.betas[1]) * (gradients * gradients - v)
+    w -= sizes * (m / (v.sqrt() + step.eps))

@@ -100,7 +100,8 @@ class HybridGaussians(OffloadedGaussians):
         self._geometry_sums: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
-            multipliers, rates = schedules_of(store.groups[name], learning_rates, means_lr)
+            columns, num_columns = store.groups[name].columns, store.groups[name].num_columns
+            multipliers, rates = schedules_of(columns, num_columns, learning_rates, means_lr)
             self._deferrals[name] = DeferredAdam(multipliers, betas, eps)
             groups[name] = RowGroup(store, name, self._deferrals[name], rates)
         if geometry == "host":
@@ -123,12 +124,8 @@ class HybridGaussians(OffloadedGaussians):
         """Prepare the view after this one; not where densification will change rows before it."""
         self._pipeline.prefetch(cameras)
 
-    def update(self, step: int) -> None:
-        """Adam's step on the gradients of the rows that `fetch` gave.
-
-        Args:
-            step: From 0.
-        """
+    def update(self) -> None:
+        """Adam's step on the gradients of the rows that `fetch` gave."""
         self._keep_finite()
         gradients = self._geometry_gradients()
         self._rows = None  # frees their values
@@ -137,7 +134,7 @@ class HybridGaussians(OffloadedGaussians):
         else:
             _once_more(self._pipeline.update)
         if self._device_geometry is not None:
-            self._step_device_geometry(step, self._ids, gradients)
+            self._device_geometry.step(self._ids, gradients)
         self._geometry_rows, self._geometry_sums, self._view = {}, {}, None
         self.steps_done += 1
 
@@ -224,7 +221,7 @@ class HybridGaussians(OffloadedGaussians):
             RuntimeError: It has been applied in part.
         """
         self._pipeline.undo_step()
-        if any(adam.step_count != self.steps_done for adam in self._deferrals.values()):
+        if any(self._deferrals[name].step_count != self.steps_done for name in self._stores):
             raise RuntimeError("the step had been applied in part")
         self._rows, self._geometry_rows, self._geometry_sums = None, {}, {}
 
@@ -311,7 +308,7 @@ class HybridGaussians(OffloadedGaussians):
         return self._planner.plan(cameras, self._cull(cameras), self.num_gaussians)
 
     def _covered_cells(self, cameras: Cameras, ids: Tensor) -> list[CoveredCells]:
-        margin = replace(self._margin(), pixels=self._halo)
+        margin = replace(self._margin(lagging=self._device_geometry is None), pixels=self._halo)
         if self._device_geometry is not None:
             return self._device_geometry.covered_cells(ids, cameras, margin, CELL)
         return covered_cells(self._host_geometry(), ids, cameras, margin, CELL)

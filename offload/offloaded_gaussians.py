@@ -12,7 +12,7 @@ from offload.culling import BlockBounds, Cameras, Margin, visible_ids
 from offload.device_geometry import DeviceGeometry
 from offload.gradients import FiniteGradients
 from offload.margins import largest_correction, largest_drift, largest_step, margin_of
-from offload.state import Deferral, State, copy_current, load_deferred
+from offload.state import Deferral, State, load_deferred
 from offload.store import HostStore, Moments, total_growth
 
 
@@ -53,7 +53,6 @@ class OffloadedGaussians:
         """
         self.steps_done = 0
         self._learning_rates = dict(learning_rates)
-        self._means_lr = means_lr
         self._betas = betas
         self._rendering_device = device
         self._finite = FiniteGradients(device)
@@ -62,7 +61,10 @@ class OffloadedGaussians:
         self._stores: dict[str, HostStore] = {}  # one for each group, with stamps of its own
         self._deferrals: dict[str, Deferral] = {}
         if geometry == "device":
-            self._device_geometry = DeviceGeometry(parameters, betas=betas, eps=eps, device=device)
+            self._device_geometry = DeviceGeometry(
+                parameters, learning_rates, means_lr, betas=betas, eps=eps, device=device
+            )
+            self._deferrals["geometry"] = self._device_geometry.tables
         for name in ("appearance",) if geometry == "device" else ("geometry", "appearance"):
             self._stores[name] = HostStore(
                 parameters,
@@ -90,8 +92,10 @@ class OffloadedGaussians:
         return self._pipeline.staging_allocations
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """The current values of these rows of the six parameter tensors; copies of what is on the host."""
-        values = {} if self._device_geometry is None else self._device_geometry.rows(first, last)
+        """Copies of the current values of these rows of the six parameter tensors."""
+        values = {}
+        if self._device_geometry is not None:
+            values = self._device_geometry.gather(torch.arange(first, last, device=self.device))
         for name in self._stores:
             values.update(self._named(name, self._pipeline.read(name, torch.arange(first, last))))
         return values
@@ -105,7 +109,8 @@ class OffloadedGaussians:
         for place in self._places():
             state.update(place.arrays_by_name())
         for name, deferral in self._deferrals.items():
-            state[f"last_step/{name}"] = self._stamps(name)
+            in_store = name in self._stores
+            state[f"last_step/{name}"] = self._stamps(name) if in_store else self._device_geometry.last_step
             state.update({f"deferral/{name}/{key}": table for key, table in deferral.tables().items()})
         return state
 
@@ -117,10 +122,11 @@ class OffloadedGaussians:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         self.steps_done = int(state["step_count"])
         for name, store in self._stores.items():
+            store.will_change(None)
             load_deferred(store, name, self._deferrals[name], state)
+            store.step = self.steps_done
         if self._device_geometry is not None:
-            copy_current(self._device_geometry.arrays_by_name(), state)
-            self._device_geometry.step_count = self.steps_done
+            load_deferred(self._device_geometry, "geometry", self._deferrals["geometry"], state)
         self._bounds = None
 
     def skipped_steps(self) -> tuple[int, int]:
@@ -132,7 +138,7 @@ class OffloadedGaussians:
     def read(self, name: str) -> Tensor:
         """The current values of one geometry parameter; not copied."""
         if self._device_geometry is not None:
-            return self._device_geometry.parameters[name]
+            return self._device_geometry.settle(None)[name]
         self._hand_over("geometry", None)
         return self._stores["geometry"].read(name)
 
@@ -166,6 +172,7 @@ class OffloadedGaussians:
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
         if self._device_geometry is not None:
+            self._device_geometry.settle(None)
             self._device_geometry.clamp_opacities(max_logit)
         else:
             self._hand_over("geometry", None)
@@ -187,7 +194,7 @@ class OffloadedGaussians:
         raise NotImplementedError
 
     def _stamps(self, group: str) -> Tensor:
-        """Step of each row's last update, [N] int32."""
+        """Step of the last update of each row of a store, [N] int32."""
         return self._stores[group].last_step
 
     # --------------------------------------------------------------------------------------------------- inside
@@ -196,11 +203,8 @@ class OffloadedGaussians:
         ids = ids.unique()
         for group in self._stores:
             self._hand_over(group, ids)
-
-    def _step_device_geometry(self, step: int, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Adam's step from 0 on geometry that is on the device, with gradients of these rows."""
-        rates = {**self._learning_rates, "means": self._means_lr(step)}
-        self._device_geometry.step(ids, gradients, rates)
+        if self._device_geometry is not None:
+            self._device_geometry.settle(ids)
 
     def _places(self) -> list[DeviceGeometry | HostStore]:
         device = [] if self._device_geometry is None else [self._device_geometry]
@@ -216,20 +220,22 @@ class OffloadedGaussians:
         if self._bounds is not None:
             self._bounds.update(self._host_geometry(), host_ids)
 
-    def _margin(self) -> Margin:
-        """How far geometry may be from what culling reads when the step after the present one renders it."""
-        change = largest_step(self._betas)
-        if self._device_geometry is None:  # rows on the host lag behind by the steps that they have skipped
-            change += largest_drift(self._betas)
+    def _margin(self, lagging: bool) -> Margin:
+        """How far geometry may be from what culling reads when the step after the present one renders it.
+
+        Args:
+            lagging: Whether rows lack the steps that they have skipped.
+        """
+        change = largest_step(self._betas) + (largest_drift(self._betas) if lagging else 0.0)
         return margin_of(change * largest_correction(self._betas, self.steps_done + 1), self._learning_rates)
 
     def _cull(self, cameras: Cameras) -> Tensor:
         """Sorted ids [V], where geometry is, of what cameras may draw after one more step."""
         if self._device_geometry is not None:
-            return self._device_geometry.visible_ids(cameras, self._margin())
+            return self._device_geometry.visible_ids(cameras, self._margin(lagging=False), self._margin(lagging=True))
         if self._bounds is None:  # once after a refinement, whose operations are several
             self._bounds = BlockBounds(self._host_geometry())
-        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin())
+        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin(lagging=True))
 
     def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:
         return self._stores[group].groups[group].to_render(rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offload.bfloat16_moments import pack, random_bits, unpack
-from offload.catch_up import CatchUpTables
+from offload.catch_up import CatchUpTables, adam_step, caught_up, decayed
 
 STEP_ROWS = 1 << 12  # updated at once; what that takes, moments in float32 and their changes, stays small
 
@@ -68,7 +68,8 @@ def fetch_rows(
     places = places[chosen]
     moments = [moment[places, : tables.columns] for moment in source.moments]
     stamps = stamps[chosen] if ids is None else stamps[ids[chosen]]
-    out.parameters[chosen] = _caught_up(source.parameters[places, : tables.columns], moments, stamps, tables)
+    w = source.parameters[places, : tables.columns]
+    out.parameters[chosen] = caught_up(w, *_moments(moments), stamps, tables)
     for moment, fetched in zip(out.moments, moments, strict=False):
         moment[chosen] = fetched
 
@@ -106,7 +107,7 @@ def step_host_rows(
     """
     rows = RowState(parameters, tuple(moment[ids, : tables.columns] for moment in host.moments))
     if gradients is None:
-        m, v = _decayed(rows.moments, tables, tables.step - stamps)
+        m, v = decayed(*_moments(rows.moments), tables.step - stamps, tables)
     else:
         m, v = _stepped(rows, stamps, gradients, tables)
     _store_moments(rows, m, v, ids, tables.step)
@@ -115,7 +116,7 @@ def step_host_rows(
 
 def settle_rows(rows: RowState, ids: Tensor, stamps: Tensor, tables: CatchUpTables) -> None:
     """Bring the moments of fetched rows to the step of their parameters, without a gradient; as `step_rows`."""
-    m, v = _decayed(rows.moments, tables, tables.step - stamps[ids])
+    m, v = decayed(*_moments(rows.moments), tables.step - stamps[ids], tables)
     _store_moments(rows, m, v, ids, tables.step)
     stamps[ids] = tables.step
 
@@ -157,31 +158,12 @@ def _moments(stored: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, Tensor]
     return (stored[0], stored[1]) if len(stored) == 2 else unpack(stored[0])
 
 
-def _caught_up(w: Tensor, moments: list[Tensor], stamps: Tensor, tables: CatchUpTables) -> Tensor:
-    """Parameters [M, columns] after `tables.step`, from those after the steps `stamps` [M]."""
-    m, v = _moments(moments)
-    skipped = tables.sums[:, stamps.long()].float().T @ tables.multipliers  # [M, columns]
-    return w - skipped * (m / (v.sqrt() + tables.eps))
-
-
 def _stepped(rows: RowState, stamps: Tensor, gradients: Tensor, tables: CatchUpTables) -> tuple[Tensor, Tensor]:
     """Adam's step `tables.step` on parameters in place; both moments [V, columns] float32 after it."""
     step = tables.step_sizes()
-    m, v = _decayed(rows.moments, tables, tables.step - 1 - stamps)
-    # Written as a change, so that 1 - b, not b, is rounded to float32: v would remember that for 1000 steps.
-    m += (1 - step.betas[0]) * (gradients - m)
-    v += (1 - step.betas[1]) * (gradients * gradients - v)
-    rows.parameters.sub_(step.sizes * (m / (v.sqrt() + step.eps)))
+    m, v = decayed(*_moments(rows.moments), tables.step - 1 - stamps, tables)
+    adam_step(rows.parameters, m, v, gradients, step.sizes, step)
     return m, v
-
-
-def _decayed(stored: tuple[Tensor, ...], tables: CatchUpTables, skipped: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of both moments [V, columns] float32 after so many steps [V] without gradient."""
-    m, v = _moments(stored)
-    decay1, decay2 = tables.decays[:, skipped.long(), None]  # [V, 1] float64 each
-    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
-    near = decay2.float()
-    return m * decay1.float(), v * near + v * (decay2 - near).float()
 
 
 def _store_moments(rows: RowState, m: Tensor, v: Tensor, ids: Tensor, step: int) -> None:

@@ -227,7 +227,7 @@ def _load_moments(first, second, offsets, mask):
 
 
 @triton.jit
-def _decayed(m, v, decays, capacity, skipped, mask):
+def decayed(m, v, decays, capacity, skipped, mask):
     """Both moments after so many steps without gradient."""
     decay1 = tl.load(decays + skipped, mask=mask, other=0.0).to(tl.float32)
     decay2 = tl.load(decays + capacity + skipped, mask=mask, other=0.0)
@@ -336,7 +336,7 @@ def _step_kernel(
 
     row_id = tl.load(ids + row, mask=inside, other=0)
     skipped = step - 1 - tl.load(stamps + row_id, mask=inside, other=0)
-    m, v = _decayed(m, v, decays, capacity, skipped, inside)
+    m, v = decayed(m, v, decays, capacity, skipped, inside)
     m += gradient_weight * (g - m)
     v += square_weight * (g * g - v)
     tl.store(parameters + here, w - size * (m / (tl.sqrt(v) + eps)), mask=inside[:, None])
@@ -384,7 +384,7 @@ def _step_host_kernel(
         w = tl.load(parameters + here, mask=used, other=0.0)
         m, v = _unpack(words1, words2, host_second)
         skipped = step - 1 - tl.load(stamps + row, mask=inside, other=0)
-        m, v = _decayed(m, v, decays, capacity, skipped, inside)
+        m, v = decayed(m, v, decays, capacity, skipped, inside)
         if gradients is not None:
             g = tl.load(gradients + here, mask=used, other=0.0)
             size = tl.load(sizes + column, mask=used, other=0.0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from offload.adam import DeferredAdam
-from offload.store import GROUP_NAMES, HostStore, group_columns, num_columns
+from offload.store import GROUP_NAMES, group_columns, num_columns
 
 State = Mapping[str, Tensor]
 
@@ -32,6 +32,15 @@ class Deferral(Protocol):
     def matches(self, tables: Mapping[str, Tensor]) -> bool: ...
 
     def continue_from(self, tables: Mapping[str, Tensor]) -> None: ...
+
+
+class DeferredPlace(Protocol):
+    """Holds rows of one group and the step of each one's last update."""
+
+    @property
+    def last_step(self) -> Tensor: ...
+
+    def arrays_by_name(self) -> dict[str, Tensor]: ...
 
 
 ARRAYS = ("parameters", "exp_avg", "exp_avg_sq")
@@ -148,24 +157,22 @@ def copy_current(targets: Mapping[str, Tensor], state: State) -> None:
                 target[rows] = values.to(target.device)
 
 
-def load_deferred(store: HostStore, group: str, adam: Deferral, state: State) -> None:
-    """Fill a store that holds one group, whose steps are deferred.
+def load_deferred(place: DeferredPlace, group: str, adam: Deferral, state: State) -> None:
+    """Fill what holds one group, whose steps are deferred.
 
     Where the same optimizer goes on, rows may keep lagging behind; else they are caught up with the tables that they
     were trained with.
     """
-    steps, stored, tables = int(state["step_count"]), store.arrays_by_name(), deferral_tables(state, group)
-    store.will_change(None)
+    stored, tables = place.arrays_by_name(), deferral_tables(state, group)
     if is_deferred(state, group) and adam.matches(tables):
         for key, rows in stored.items():
             copy_blocks(rows, state[key])
-        store.last_step.copy_(state[f"last_step/{group}"])
+        place.last_step.copy_(state[f"last_step/{group}"])
         adam.continue_from(tables)
     else:
         copy_current(stored, state)
-        store.last_step.fill_(steps)
+        place.last_step.fill_(int(state["step_count"]))
         adam.continue_from({"step_count": state["step_count"]})
-    store.step = steps
 
 
 def _place_of(state: State, name: str) -> tuple[str, slice]:

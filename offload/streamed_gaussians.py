@@ -71,7 +71,8 @@ class StreamedGaussians(OffloadedGaussians):
         self._geometry_rows: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
-            multipliers, rates = schedules_of(store.groups[name], learning_rates, means_lr)
+            columns, num_columns = store.groups[name].columns, store.groups[name].num_columns
+            multipliers, rates = schedules_of(columns, num_columns, learning_rates, means_lr)
             self._deferrals[name] = CatchUpTables(multipliers, betas, eps, device)
             groups[name] = StreamedGroup(store, name, self._deferrals[name], rates)
         self._pipeline: StreamedPipeline | InPlacePipeline
@@ -102,17 +103,13 @@ class StreamedGaussians(OffloadedGaussians):
         """Prepare the view after this one; not where densification will change rows before it."""
         self._pipeline.prefetch(cameras)
 
-    def update(self, step: int) -> None:
-        """Adam's step on the gradients of the rows that `fetch` gave.
-
-        Args:
-            step: From 0.
-        """
+    def update(self) -> None:
+        """Adam's step on the gradients of the rows that `fetch` gave."""
         self._finite.keep([*self._view.values.values(), *self._geometry_rows.values()])
         self._pipeline.update()
         if self._device_geometry is not None:
             gradients = {name: gradient_of(rows) for name, rows in self._geometry_rows.items()}
-            self._step_device_geometry(step, self.ids, gradients)
+            self._device_geometry.step(self.ids, gradients)
             self._pipeline.geometry_has_moved()
             self._geometry_rows = {}
         self.steps_done += 1

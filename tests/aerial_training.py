@@ -65,13 +65,13 @@ def train_on_random_gradients(gaussians: Gaussians, views: list[Cameras], steps:
         view, upcoming = views[step % len(views)], views[(step + 1) % len(views)]
         if isinstance(gaussians, HybridGaussians):
             gaussians.train_view(view, upcoming, _train_part)
-            gaussians.update(step)
+            gaussians.update()
             continue
         rows = gaussians.fetch(view)
         if isinstance(gaussians, StreamedGaussians):
             gaussians.prefetch(upcoming)
         _random_loss(rows).backward()
-        gaussians.update() if isinstance(gaussians, HostGaussians) else gaussians.update(step)
+        gaussians.update()
 
 
 def rows_of(values: dict[str, Tensor]) -> Callable[[int, int], dict[str, Tensor]]:

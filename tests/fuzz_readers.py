@@ -176,10 +176,10 @@ def checkpoint_files(folder: Path) -> Files:
         max_gaussians=100,
     )
     viewmats, Ks = torch.eye(4)[None], torch.tensor([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])[None]
-    for step in range(3):
+    for _ in range(3):
         rows = gaussians.fetch(Cameras(viewmats, Ks, 60, 40))
         sum(value.square().sum() for value in rows.values()).backward()
-        gaussians.update(step)
+        gaussians.update()
     deferred = {"densification/count": torch.ones(20), "elapsed_seconds": torch.tensor(1.0), **gaussians.state()}
     deferred["upcoming/ids"] = torch.arange(5)
     dense = DeviceGaussians(parameters, rates, betas=(0.9, 0.999), eps=1e-15, device=torch.device("cpu"))

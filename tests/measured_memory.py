@@ -49,10 +49,8 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
         photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
         if trainer == "gpu_only":
             gaussians.step(1e-4, info["gaussian_ids"])
-        elif trainer == "baseline":
-            gaussians.update()
         else:
-            gaussians.update(step)
+            gaussians.update()
         del activated, colors, alphas, info
     return largest_view / gaussians.num_gaussians
 

@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from torch import Tensor
 
+from offload import geometry_kernels
 from offload.device_geometry import GEOMETRY, DeviceGeometry
-from tests.triton_places import NEEDS, TRITON_DEVICE
+from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15
 RATES = {"means": 1e-3, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2}
 SHAPES = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": ()}
+N = 1500
+COUNTS = (0, 300, 1, 1500, 40, 0, 700) * 6  # rows with a gradient, of each step
 
 
-def step_by_kernel(self: DeviceGeometry, ids, gradients, rates) -> None:
-    self.step_count += 1
-    self._step_on_cuda(ids, gradients, rates, math.sqrt(1 - BETAS[1] ** self.step_count))
+def means_lr(step: int) -> float:
+    return 1e-3 * 0.97**step
 
 
-@pytest.mark.parametrize(
-    "step", [DeviceGeometry.step, pytest.param(step_by_kernel, marks=NEEDS)], ids=["torch", "triton"]
-)
-def test_equals_dense_adam_in_float64(step):
-    n, generator = 1500, torch.Generator().manual_seed(0)
-    device = torch.device(TRITON_DEVICE if step is step_by_kernel else "cpu")
-    start = {name: torch.randn(n, *SHAPES[name], generator=generator) for name in GEOMETRY}
-    geometry = DeviceGeometry(start, betas=BETAS, eps=EPS, device=device)
-    exact = {name: value.double().requires_grad_() for name, value in start.items()}
-    adam = torch.optim.Adam([{"params": [exact[name]], "lr": RATES[name]} for name in GEOMETRY], betas=BETAS, eps=EPS)
-    for count in (0, 300, 1, 1500, 40, 0, 700) * 6:
-        ids = torch.randperm(n, generator=generator)[:count].sort().values
+class Exact:
+    """Dense Adam."""
+
+    def __init__(self, start: dict[str, Tensor]) -> None:
+        self.values = {name: value.double().requires_grad_() for name, value in start.items()}
+        groups = [{"params": [self.values[name]], "lr": RATES[name]} for name in GEOMETRY]
+        self.adam = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
+
+    def step(self, step: int, ids: Tensor, gradients: dict[str, Tensor]) -> None:
+        self.adam.param_groups[0]["lr"] = means_lr(step)
+        for name, value in self.values.items():
+            value.grad = torch.zeros_like(value)
+            value.grad[ids] = gradients[name].double()
+        self.adam.step()
+
+
+def trained(kind: str, device: str) -> tuple[DeviceGeometry, dict[str, Tensor], Exact]:
+    """Geometry after some steps, what it was before, and what it should be."""
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(N, *SHAPES[name], generator=generator) for name in GEOMETRY}
+    geometry = DeviceGeometry(start, RATES, means_lr, betas=BETAS, eps=EPS, device=torch.device(device))
+    geometry._kernels = geometry_kernels
+    if kind == "triton":
+        from offload import geometry_kernels_triton
+
+        geometry._kernels = geometry_kernels_triton
+    exact = Exact(start)
+    for step, count in enumerate(COUNTS):
+        ids = torch.randperm(N, generator=generator)[:count].sort().values
         gradients = {name: torch.randn(count, *SHAPES[name], generator=generator) for name in GEOMETRY}
-        step(geometry, ids.to(device), {name: g.to(device) for name, g in gradients.items()}, RATES)
-        for name in GEOMETRY:
-            exact[name].grad = torch.zeros_like(exact[name])
-            exact[name].grad[ids] = gradients[name].double()
-        adam.step()
+        geometry.step(ids.to(device), {name: gradient.to(device) for name, gradient in gradients.items()})
+        exact.step(step, ids, gradients)
+    return geometry, start, exact
+
+
+def check_parameters(values: dict[str, Tensor], start: dict[str, Tensor], exact: Exact) -> None:
     for name in GEOMETRY:
-        change, expected = geometry.parameters[name].cpu().double() - start[name], exact[name].detach() - start[name]
+        change, expected = values[name].cpu().double() - start[name], exact.values[name].detach() - start[name]
         # Parameters of size 1 that move by 1e-2 are known to 6e-8 / 1e-2 after each of 42 roundings.
         assert (change - expected).norm() < 1e-4 * expected.norm()
-        state = adam.state[exact[name]]
-        for moment, expected in ((geometry.exp_avg, state["exp_avg"]), (geometry.exp_avg_sq, state["exp_avg_sq"])):
-            assert (moment[name].cpu().double() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+def test_what_is_read_equals_dense_adam_in_float64(kind, device):
+    geometry, start, exact = trained(kind, device)
+    assert 0 < (geometry.last_step < len(COUNTS)).float().mean() < 0.9  # rows lag behind
+    before = {name: array.clone() for name, array in geometry.arrays_by_name().items()}
+    check_parameters(geometry.gather(torch.arange(N, device=geometry.device)), start, exact)
+    assert all(torch.equal(array, before[name]) for name, array in geometry.arrays_by_name().items())
+
+
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+def test_what_is_settled_equals_dense_adam_in_float64(kind, device):
+    geometry, start, exact = trained(kind, device)
+    some = torch.arange(0, N, 3)
+    geometry.settle(some)
+    assert (geometry.last_step[some.to(geometry.device)] == len(COUNTS)).all()
+    assert (geometry.last_step < len(COUNTS)).any()
+    check_parameters(geometry.settle(None), start, exact)
+    assert (geometry.last_step == len(COUNTS)).all()
+    arrays = geometry.arrays_by_name()
+    for name in GEOMETRY:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            expected = exact.adam.state[exact.values[name]][moment]
+            assert (arrays[f"{moment}/{name}"].cpu().double() - expected).norm() < 1e-5 * expected.norm()

@@ -45,7 +45,7 @@ def missed_rows(gaussians: OffloadedGaussians) -> int:
         gaussians.prefetch(upcoming)
         size = (BETAS[1] / BETAS[0]) ** step  # growing gradients give the longest steps
         sum(size * rows[name].sum() for name in ("means", "scales", "quats", "opacities")).backward()
-        gaussians.update(step)
+        gaussians.update()
         drawn = drawn_now(gaussians, upcoming)
         found = gaussians._pipeline.upcoming_ids if isinstance(gaussians, StreamedGaussians) else None
         found = gaussians._pipeline.upcoming.host_ids if found is None else found
@@ -66,5 +66,13 @@ def test_views_culled_ahead_miss_nothing(kind, place):
 @pytest.mark.parametrize(("kind", "place"), TRAINERS)
 def test_without_a_margin_rows_are_missed(kind, place):
     gaussians = start(kind, place)
-    gaussians._margin = Margin
+    gaussians._margin = lambda lagging: Margin()
+    assert missed_rows(gaussians) > 0
+
+
+@pytest.mark.parametrize(("kind", "place"), TRAINERS)
+def test_without_a_margin_for_skipped_steps_rows_are_missed(kind, place):
+    gaussians = start(kind, place)
+    margin_of = gaussians._margin
+    gaussians._margin = lambda lagging: margin_of(lagging=False)
     assert missed_rows(gaussians) > 0

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_device_geometry import step_by_kernel
 from torch import Tensor
 
 from configs import Config
@@ -26,7 +25,6 @@ from offload import culling, device_geometry, gradients, in_place_pipeline, stre
 from offload.adam import DeferredAdam
 from offload.catch_up import CatchUpTables
 from offload.culling import Cameras, Margin
-from offload.device_geometry import DeviceGeometry
 from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
 from offload.streamed_gaussians import StreamedGaussians
@@ -88,7 +86,7 @@ def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trai
 @pytest.mark.parametrize("trainer", ["geometry on device", "streamed", "streamed from host"])
 def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
     """All of `offload` as it runs on a GPU, but for streams and memory."""
-    from offload import culling_triton, gradients_triton, row_kernels_triton
+    from offload import culling_triton, geometry_kernels_triton, gradients_triton, row_kernels_triton
 
     refines, drawn, _ = gpu_only
     if refines:
@@ -99,10 +97,11 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     def visible_ids(cameras: Cameras, margin: Margin, **geometry: Tensor) -> Tensor:
         return culling_triton.visible_ids(**geometry, views=culling._views(cameras, margin))
 
-    for module, size in ((culling_triton, "BLOCK"), (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")):
+    blocks = [(culling_triton, "BLOCK"), (geometry_kernels_triton, "BLOCK")]
+    for module, size in [*blocks, (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")]:
         monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one
     monkeypatch.setattr(device_geometry, "visible_ids_on_device", visible_ids)
-    monkeypatch.setattr(DeviceGeometry, "step", step_by_kernel)
+    monkeypatch.setattr(device_geometry, "_kernels_of", lambda device: geometry_kernels_triton)
     monkeypatch.setattr(gradients, "_clear_unless_finite", one_at_a_time(gradients_triton.clear_unless_finite))
     kernels = SimpleNamespace(**{name: one_at_a_time(getattr(row_kernels_triton, name)) for name in ROW_KERNELS})
     for pipeline in (in_place_pipeline, streamed_pipeline):
@@ -164,7 +163,7 @@ def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor],
         assert torch.equal(gaussians.ids[positions], drawn[step])  # culling has left out none of them
         gradients = random_gradients(step, len(positions))
         sum((rows[name][positions] * gradient).sum() for name, gradient in gradients.items()).backward()
-        gaussians.update() if trainer == "baseline" else gaussians.update(step)
+        gaussians.update()
         if refines:
             refine(gaussians, step)
     return gaussians.rows(0, gaussians.num_gaussians)

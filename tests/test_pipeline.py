@@ -52,7 +52,8 @@ def make_pipeline(num_parts: int) -> RowPipeline:
     groups = {}
     for name in ("geometry", "appearance"):
         store = HostStore(parameters, groups=(name,))
-        multipliers, rates = schedules_of(store.groups[name], RATES, lambda step: 1e-2 * 0.99**step)
+        group = store.groups[name]
+        multipliers, rates = schedules_of(group.columns, group.num_columns, RATES, lambda step: 1e-2 * 0.99**step)
         groups[name] = RowGroup(store, name, DeferredAdam(multipliers), rates)
 
     def find(view: int) -> ViewIds:

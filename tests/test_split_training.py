@@ -132,7 +132,7 @@ def split_step(
     )
     loss = gaussians.train_view(cameras_of(view, cfg), None, wrap(work))
     ids = gaussians.ids
-    gaussians.update(0)
+    gaussians.update()
     densification = rules(cfg)
     densification.observe(screen.info(ids))
     # After the first step Adam's moments are (1 - b1) g and (1 - b2) g^2: each row was updated with one gradient.

@@ -1,0 +1,97 @@
+"""What a device does with rows of geometry that lie in its own memory, in plain torch.
+
+`offload/geometry_kernels_triton.py` has the same functions as CUDA kernels, but for `settle_rows`, which no step needs.
+The mathematics of skipped steps is explained in `offload/adam.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offload.catch_up import CatchUpTables, adam_step, caught_up, decayed
+from offload.store import group_columns
+
+COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
+SETTLED_ROWS = 1 << 20  # at once; what that takes, 300 bytes a row, stays small
+
+
+@dataclass
+class GeometryState:
+    """Geometry and its Adam moments as they were after each row's last update."""
+
+    parameters: dict[str, Tensor]  # means [N, 3], scales [N, 3] (log), quats [N, 4], opacities [N] (logit)
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    last_step: Tensor  # [N] int32, the step of that update
+
+    def flat_rows(self, name: str, ids: Tensor) -> list[Tensor]:
+        """Copies of a parameter and its moments [M, width]."""
+        return [flat(array[name][ids]) for array in (self.parameters, self.exp_avg, self.exp_avg_sq)]
+
+    def put_rows(self, name: str, ids: Tensor, *values: Tensor) -> None:
+        """The opposite of `flat_rows`."""
+        for array, rows in zip((self.parameters, self.exp_avg, self.exp_avg_sq), values, strict=True):
+            array[name][ids] = rows.view(len(ids), *array[name].shape[1:])
+
+
+def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
+    """Copies of the parameters of rows after step `tables.step`.
+
+    Args:
+        state: Of N rows.
+        ids: [V] int64, which of them.
+        tables: Of the skipped steps.
+    """
+    stamps = state.last_step[ids]
+    values = {}
+    for name, columns in COLUMNS.items():
+        w, m, v = state.flat_rows(name, ids)
+        shape = len(ids), *state.parameters[name].shape[1:]
+        values[name] = caught_up(w, m, v, stamps, tables, columns).view(shape)
+    return values
+
+
+def step_rows(
+    state: GeometryState,
+    ids: Tensor,
+    values: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    tables: CatchUpTables,
+) -> None:
+    """Adam's step `tables.step` in place, and the decay of the moments in the steps skipped before.
+
+    Args:
+        state: Of N rows.
+        ids: [V] int64, the rows that have a gradient, each once.
+        values: Their parameters after the step before, as `gather_rows` gives them.
+        gradients: Of these parameters.
+        tables: After `begin_step`.
+    """
+    skipped, step = tables.step - 1 - state.last_step[ids], tables.step_sizes()
+    for name, columns in COLUMNS.items():
+        _, *moments = state.flat_rows(name, ids)
+        w, (m, v) = flat(values[name]).clone(), decayed(*moments, skipped, tables)
+        adam_step(w, m, v, flat(gradients[name]), step.sizes[columns], step)
+        state.put_rows(name, ids, w, m, v)
+    state.last_step[ids] = tables.step
+
+
+def settle_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> None:
+    """Bring rows [M], each of them once, to step `tables.step`."""
+    for chunk in ids.split(SETTLED_ROWS):
+        stamps = state.last_step[chunk]
+        for name, columns in COLUMNS.items():
+            w, m, v = state.flat_rows(name, chunk)
+            state.put_rows(
+                name, chunk, caught_up(w, m, v, stamps, tables, columns), *decayed(m, v, tables.step - stamps, tables)
+            )
+        state.last_step[chunk] = tables.step
+
+
+def flat(values: Tensor) -> Tensor:
+    """[M, width] of [M, ...]."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
