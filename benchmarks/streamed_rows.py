@@ -6,7 +6,7 @@ The rows are those that a view of the aerial scene needs, in Morton order. Fetch
 bytes a row (384 with moments in bfloat16), and applies skipped steps; writing back writes as many. Beside them: large
 copies by the copy engines, and copies of runs of rows, one call each. GB/s are 10^9 bytes per second over the link,
 both ways together. Kernels that work on device memory share the device's crossbar with those that cross the link, so
-the last column is the time that dense Adam on the geometry takes beside them.
+the last column is the time that Adam on the geometry of the view takes beside them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Options(BenchmarkOptions):
 def device_geometry(num_gaussians: int, device: torch.device) -> DeviceGeometry:
     """The geometry of an aerial scene with its moments, on the device."""
     parameters = aerial_geometry(num_gaussians, torch.Generator().manual_seed(0))
-    return DeviceGeometry(parameters, betas=(0.9, 0.999), eps=1e-15, device=device)
+    rates = dict.fromkeys(GEOMETRY, 0.0)
+    return DeviceGeometry(parameters, rates, lambda step: 0.0, betas=(0.9, 0.999), eps=1e-15, device=device)
 
 
 def host_rows(num_rows: int, moments: Moments) -> tuple[RowState, list[HostArray]]:
@@ -126,7 +127,7 @@ def main(options: Options) -> None:
     host, _arrays = host_rows(options.num_gaussians, options.moments)
     row_bytes = 4 * COLUMNS * len(host.tensors())
     geometry = device_geometry(options.num_gaussians, device)
-    ids = geometry.visible_ids(one_by_one(aerial_cameras(seed=0))[0], Margin())
+    ids = geometry.visible_ids(one_by_one(aerial_cameras(seed=0))[0], Margin(), Margin())
     num_rows = len(ids)
     num_runs = int((ids.diff() != 1).sum()) + 1
     report = Report("streamed_rows", "Rows between pinned host memory and the device", options)
@@ -144,7 +145,7 @@ def main(options: Options) -> None:
         tables.begin_step([1e-3])
     places = torch.arange(num_rows, device=device)
     gradients = torch.zeros(num_rows, COLUMNS, device=device)
-    geometry_gradients, rates = geometry.gather(ids), dict.fromkeys(GEOMETRY, 0.0)
+    geometry_gradients = geometry.gather(ids)
 
     def fetch() -> None:
         kernels.fetch_rows(host, ids, ids, stamps, None, fetched, tables)
@@ -153,7 +154,7 @@ def main(options: Options) -> None:
         kernels.write_rows(updated, ids, None, host)
 
     def update_geometry() -> None:
-        geometry.step(ids, geometry_gradients, rates)
+        geometry.step(ids, geometry_gradients)
 
     up, down = (torch.empty(2, COPY_BYTES // 8, dtype=torch.float32, pin_memory=True) for _ in range(2))
     up_device, down_device = torch.zeros_like(up, device=device), torch.zeros_like(down, device=device)
@@ -173,7 +174,7 @@ def main(options: Options) -> None:
         "copy to the host": (download, up.nbytes),
         "both copies at once": (together(upload, download), 2 * up.nbytes),
         "Adam on the rows of a view": (lambda: kernels.step_rows(fetched, ids, stamps, gradients, tables), 0),
-        "dense Adam on the geometry": (update_geometry, 0),
+        "Adam on the geometry of a view": (update_geometry, 0),
         "move all rows of a view": (lambda: kernels.move_rows(fetched, places, updated), 0),
     }
     for rows in (64, 512, 4096):

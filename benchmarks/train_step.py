@@ -60,7 +60,8 @@ class Traffic:
 
 
 # Of trainers, from N Gaussians of which V are visible. Rows are 48 (appearance) and 12 (geometry) float32.
-# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes.
+# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Culling on the
+#   device reads 24 bytes of each Gaussian.
 # - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
 #   once more for Adam, and all 768 go: by far the most is read.
@@ -72,9 +73,9 @@ TRAFFIC: dict[str, Callable[[float, float], Traffic]] = {
     "optimized": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
     "optimized_geometry_on_host": lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
     "split": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
-    "streamed": lambda n, v: Traffic(device=28 * 11 * n + 28 * 48 * v, host=2 * 576 * v, link=576 * v),
+    "streamed": lambda n, v: Traffic(device=24 * n + 28 * 59 * v, host=2 * 576 * v, link=576 * v),
     "streamed_geometry_on_host": lambda n, v: Traffic(device=4 * 256 * v, host=(1280 + 768) * v, link=1280 * v),
-    "streamed_bfloat16": lambda n, v: Traffic(device=28 * 11 * n + 20 * 48 * v, host=2 * 384 * v, link=384 * v),
+    "streamed_bfloat16": lambda n, v: Traffic(device=24 * n + (28 * 11 + 20 * 48) * v, host=2 * 384 * v, link=384 * v),
 }
 
 

@@ -1,8 +1,8 @@
 """The test of single Gaussians of `offload/culling.py` as CUDA kernels in Triton: one pass over the geometry.
 
 Reads 24 bytes of each of N Gaussians and camera, and 20 more where one in its block may reach the picture: 0.1 ms for
-18 million at 4 TB/s. To find the cells that rows may draw in writes 8 bytes of each. The formulas and what each bound is for stand in `culling._View`, whose
-constants the kernels take.
+18 million at 4 TB/s. To find the cells that rows may draw in writes 8 bytes of each. The formulas and what each bound
+is for stand in `culling._View`, whose constants the kernels take.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import InputError
+from offload.device_geometry import BYTES as GEOMETRY_BYTES
 from offload.store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
 from offload.streamed_pipeline import SPARE
 from training.memory import available_bytes, format_bytes
@@ -118,14 +119,13 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
     row = _row_bytes(groups, sh_degree)
     on_device = geometry == "device"
     store = sum(host_bytes(1, sh_degree, (group,)) for group in groups)
-    geometry = 3 * 44 if on_device else 0
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
-        device_at_start=geometry,
+        device_at_start=GEOMETRY_BYTES if on_device else 0,
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * row),
-        device=geometry,
-        device_in_view=MOVING_ROWS * row + geometry + RENDERING_BYTES,
+        device=GEOMETRY_BYTES if on_device else 0,
+        device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
@@ -144,10 +144,10 @@ def streamed(sh_degree: int, geometry: Literal["device", "host"], moments: Momen
     slots = int(SLOTS * (store - STAMP_BYTES)) + 3 * 44 if on_device else 2 * row + NUMBERS_BYTES
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
-        device_at_start=3 * 44 if on_device else 0,
+        device_at_start=GEOMETRY_BYTES if on_device else 0,
         host=int(PEAK * store),
         host_in_view=0,
-        device=3 * 44 + STAMP_BYTES if on_device else 0,
+        device=GEOMETRY_BYTES + STAMP_BYTES if on_device else 0,
         device_in_view=slots + row + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if moments == "bfloat16" else "give --moments bfloat16",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
