@@ -165,7 +165,10 @@ def caught_up(
         tables: Of the skipped steps.
         columns: Which of the tables' columns these are.
     """
-    skipped = tables.sums[:, stamps.long()].float().T @ tables.multipliers[:, columns]  # [M, columns]
+    skipped = torch.zeros_like(w)
+    # Not a matrix product, for which cuBLAS would take 32 MB of a GPU and keep them.
+    for sums, multipliers in zip(tables.sums, tables.multipliers[:, columns], strict=True):
+        skipped += sums[stamps.long(), None].float() * multipliers
     return w - skipped * (m / (v.sqrt() + tables.eps))
 
 

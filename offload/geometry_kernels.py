@@ -16,7 +16,6 @@ from offload.catch_up import CatchUpTables, adam_step, caught_up, decayed
 from offload.store import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
-SETTLED_ROWS = 1 << 20  # at once; what that takes, 300 bytes a row, stays small
 
 
 @dataclass
@@ -82,14 +81,13 @@ def step_rows(
 
 def settle_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> None:
     """Bring rows [M], each of them once, to step `tables.step`."""
-    for chunk in ids.split(SETTLED_ROWS):
-        stamps = state.last_step[chunk]
-        for name, columns in COLUMNS.items():
-            w, m, v = state.flat_rows(name, chunk)
-            state.put_rows(
-                name, chunk, caught_up(w, m, v, stamps, tables, columns), *decayed(m, v, tables.step - stamps, tables)
-            )
-        state.last_step[chunk] = tables.step
+    stamps = state.last_step[ids]
+    for name, columns in COLUMNS.items():
+        w, m, v = state.flat_rows(name, ids)
+        state.put_rows(
+            name, ids, caught_up(w, m, v, stamps, tables, columns), *decayed(m, v, tables.step - stamps, tables)
+        )
+    state.last_step[ids] = tables.step
 
 
 def flat(values: Tensor) -> Tensor:

@@ -86,3 +86,14 @@ def test_what_is_settled_equals_dense_adam_in_float64(kind, device):
         for moment in ("exp_avg", "exp_avg_sq"):
             expected = exact.adam.state[exact.values[name]][moment]
             assert (arrays[f"{moment}/{name}"].cpu().double() - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_what_was_settled_before_a_state_was_loaded_is_settled_again():
+    geometry, start, exact = trained("torch", "cpu")
+    state = {name: array.clone() for name, array in geometry.arrays_by_name().items()}
+    state |= {"step_count": torch.tensor(len(COUNTS)), "last_step/geometry": geometry.last_step.clone()}
+    state |= {f"deferral/geometry/{name}": table for name, table in geometry.tables.tables().items()}
+    geometry.settle(None)
+    geometry.load_state(state)
+    assert torch.equal(geometry.last_step, state["last_step/geometry"])
+    check_parameters(geometry.settle(None), start, exact)
