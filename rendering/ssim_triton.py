@@ -105,7 +105,6 @@ def _forward_kernel(
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first_row = tl.program_id(1) * ROWS
     camera = tl.program_id(2).to(tl.int64)  # offsets between pictures may pass 2^31
-    in_picture = column < row_length
     in_map = column < row_length - 30  # a window begins here that ends inside the picture
     rendered += camera * height * row_length
     target += camera * height * row_length
@@ -118,11 +117,12 @@ def _forward_kernel(
     zero = tl.zeros([BLOCK, 2, 2], tl.float32)
     open1, open2, open3, open4, open5 = zero, zero, zero, zero, zero
     open6, open7, open8, open9, open10 = zero, zero, zero, zero, zero
-    for row in range(first_row, tl.minimum(first_row + ROWS + 10, height)):
+    for i in range(0, tl.minimum(ROWS + 10, height - first_row)):
+        row = first_row + i
         x_row = rendered + row * row_length + column
         y_row = target + row * row_length + column
 
-        is_own = in_picture & (row < first_row + ROWS)  # the rows below belong to the next program
+        is_own = column < tl.where(row < first_row + ROWS, row_length, 0)  # the rows below are the next program's
         x = tl.load(x_row, mask=is_own, other=0.0)
         y = tl.load(y_row, mask=is_own, other=0.0)
         l1_sum += tl.abs(x - y)
@@ -154,7 +154,7 @@ def _forward_kernel(
         a_by_d = a / d
         inverse_e = 1 / e
         ssim = a_by_d * b * inverse_e
-        is_complete = in_map & (row >= first_row + 10)
+        is_complete = column < tl.where(row >= first_row + 10, map_row_length, 0)
         ssim_sum += tl.where(is_complete, ssim, 0.0)
 
         if derivatives is not None:
@@ -187,7 +187,6 @@ def _backward_kernel(
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first_row = tl.program_id(1) * ROWS
     camera = tl.program_id(2).to(tl.int64)
-    in_picture = column < row_length
     picture = camera * height * row_length
     map_row_length = row_length - 30
     map_size = (height - 10) * map_row_length
@@ -198,14 +197,15 @@ def _backward_kernel(
     open1, open2, open3, open4, open5 = zero, zero, zero, zero, zero
     open6, open7, open8, open9, open10 = zero, zero, zero, zero, zero
     # A pixel gathers from the windows that begin up to 10 px above and to the left of it.
-    for row in range(first_row - 10, tl.minimum(first_row + ROWS, height)):
+    for i in range(0, tl.minimum(ROWS + 10, height - first_row + 10)):
+        row = first_row - 10 + i
         map_row = derivatives + camera * map_size + row * map_row_length + column
-        in_map_row = (row >= 0) & (row < height - 10)
+        map_columns = tl.where((row >= 0) & (row < height - 10), map_row_length, 0)
         mean = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
         cross = tl.zeros([BLOCK], tl.float32)
         for tap in tl.static_range(11):
-            in_map = in_map_row & (column >= 3 * tap) & (column - 3 * tap < map_row_length)
+            in_map = (column >= 3 * tap) & (column - 3 * tap < map_columns)
             mean += tl.load(map_row - 3 * tap, mask=in_map, other=0.0) * _weight(tap)
             square += tl.load(map_row - 3 * tap + map_stride, mask=in_map, other=0.0) * _weight(tap)
             cross += tl.load(map_row - 3 * tap + 2 * map_stride, mask=in_map, other=0.0) * _weight(tap)
@@ -219,7 +219,7 @@ def _backward_kernel(
         mean, square = tl.split(mean_square)
         cross, _ = tl.split(cross_cross)
 
-        is_own = in_picture & (row >= first_row)
+        is_own = column < tl.where(row >= first_row, row_length, 0)
         pixel = picture + row * row_length + column
         x = tl.load(rendered + pixel, mask=is_own, other=0.0)
         y = tl.load(target + pixel, mask=is_own, other=0.0)

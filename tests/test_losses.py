@@ -8,6 +8,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from errors import InputError
 from rendering import ssim as ssim_torch
 from rendering.losses import photometric_loss, photometric_sum, ssim
+from tests.triton_places import INTERPRETED
 
 
 def make_pictures(n_cameras: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,21 @@ def test_pictures_of_different_shapes_are_refused():
         photometric_loss(torch.rand(1, 20, 20, 3), torch.rand(1, 20, 21, 3))
     with pytest.raises(ValueError, match="one shape"):
         photometric_loss(torch.rand(1, 20, 20, 4), torch.rand(1, 20, 20, 4))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; the next test runs the kernels on a GPU")
+def test_interpreted_triton_kernels_equal_torch():
+    """Two programs in each direction, one of which is at the picture's end."""
+    from rendering import ssim_triton
+
+    rendered, target = make_pictures(1, 19, 45)
+    value, derivatives = ssim_triton.weighted_sum(rendered, target, 0.8, -0.2, True)
+    gradient = ssim_triton.weighted_sum_gradient(rendered, target, derivatives, 0.8, -0.2, torch.tensor(2.0))
+    rendered, target = rendered.double(), target.double()
+    expected, derivatives = ssim_torch.weighted_sum(rendered, target, 0.8, -0.2, True)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = ssim_torch.weighted_sum_gradient(rendered, target, derivatives, 0.8, -0.2, torch.tensor(2.0))
+    assert relative_error(gradient, expected) < 1e-4
 
 
 @pytest.mark.cuda
