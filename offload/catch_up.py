@@ -75,13 +75,10 @@ class CatchUpTables:
             learning_rates: [schedules], of step t.
         """
         self.step += 1
-        t, (b1, b2) = self.step, self.betas
-        if t >= self.sums.shape[1]:
+        if self.step >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        root_correction = math.sqrt(1 - b2**t)
-        self.eps = self._eps * root_correction
-        self._rates = [rate * root_correction / (1 - b1**t) for rate in learning_rates]
-        self._add_step(t, self._rates)
+        self.eps, self._rates = self._corrected(self.step, learning_rates)
+        self._add_step(self.step, self._rates)
 
     def undo_step(self) -> None:
         """Take `begin_step` back; it cannot be done twice in a row."""
@@ -133,10 +130,23 @@ class CatchUpTables:
 
     def step_sizes(self) -> StepSizes:
         """Of step t, computed on the current stream."""
-        sizes = self.multipliers[0] * self._rates[0]
-        for multipliers, rate in zip(self.multipliers[1:], self._rates[1:], strict=True):
+        return self._sizes(self.eps, self._rates)
+
+    def next_step_sizes(self, learning_rates: Sequence[float]) -> StepSizes:
+        """Of step t + 1, which has not begun yet; as `begin_step` and `step_sizes`."""
+        return self._sizes(*self._corrected(self.step + 1, learning_rates))
+
+    def _corrected(self, t: int, learning_rates: Sequence[float]) -> tuple[float, list[float]]:
+        """Epsilon and the schedules' learning rates, with the bias corrections of a step."""
+        b1, b2 = self.betas
+        root_correction = math.sqrt(1 - b2**t)
+        return self._eps * root_correction, [rate * root_correction / (1 - b1**t) for rate in learning_rates]
+
+    def _sizes(self, eps: float, rates: Sequence[float]) -> StepSizes:
+        sizes = self.multipliers[0] * rates[0]
+        for multipliers, rate in zip(self.multipliers[1:], rates[1:], strict=True):
             sizes.add_(multipliers, alpha=rate)
-        return StepSizes(sizes, self.eps, self.betas)
+        return StepSizes(sizes, eps, self.betas)
 
     def _add_step(self, t: int, rates: Sequence[float]) -> None:
         first = max(0, t - len(self._ratio_powers))

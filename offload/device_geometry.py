@@ -106,9 +106,9 @@ class DeviceGeometry:
             ids: [V] the rows that have a gradient, each once; that of all others is zero.
             gradients: Of the rows, as from `gather`.
         """
-        values = self.gather(ids)
-        self.tables.begin_step(self._rates(self.tables.step + 1))
-        self._kernels.step_rows(self._state, ids, values, gradients, self.tables)
+        rates = self._rates(self.tables.step + 1)
+        self._kernels.step_rows(self._state, ids, gradients, self.tables, self.tables.next_step_sizes(rates))
+        self.tables.begin_step(rates)
 
     def settle(self, ids: Tensor | None) -> dict[str, Tensor]:
         """Bring rows to the present step.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from offload.catch_up import CatchUpTables, adam_step, caught_up, decayed
+from offload.catch_up import CatchUpTables, StepSizes, adam_step, caught_up, decayed
 from offload.store import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
@@ -55,28 +55,25 @@ def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dic
 
 
 def step_rows(
-    state: GeometryState,
-    ids: Tensor,
-    values: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    tables: CatchUpTables,
+    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: CatchUpTables, step: StepSizes
 ) -> None:
-    """Adam's step `tables.step` in place, and the decay of the moments in the steps skipped before.
+    """All steps that rows have skipped, and then step `tables.step` + 1 of Adam, in place.
 
     Args:
         state: Of N rows.
         ids: [V] int64, the rows that have a gradient, each once.
-        values: Their parameters after the step before, as `gather_rows` gives them.
-        gradients: Of these parameters.
-        tables: After `begin_step`.
+        gradients: Of their parameters, as `gather_rows` gives those.
+        tables: Of the skipped steps; the new one has not begun yet.
+        step: Of the new one.
     """
-    skipped, step = tables.step - 1 - state.last_step[ids], tables.step_sizes()
+    stamps = state.last_step[ids]
     for name, columns in COLUMNS.items():
-        _, *moments = state.flat_rows(name, ids)
-        w, (m, v) = flat(values[name]).clone(), decayed(*moments, skipped, tables)
+        w, m, v = state.flat_rows(name, ids)
+        w = caught_up(w, m, v, stamps, tables, columns)
+        m, v = decayed(m, v, tables.step - stamps, tables)
         adam_step(w, m, v, flat(gradients[name]), step.sizes[columns], step)
         state.put_rows(name, ids, w, m, v)
-    state.last_step[ids] = tables.step
+    state.last_step[ids] = tables.step + 1
 
 
 def settle_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> None:

@@ -1,11 +1,11 @@
 """`offload/geometry_kernels.py` as CUDA kernels in Triton, which read and write only the rows that they are given.
 
-One launch for each parameter; a program visits BLOCK rows, whose step and table entries it looks up once.
+A program visits BLOCK rows, whose step and table entries it looks up once. One launch does all parameters: where few
+rows are in view, launching takes longer than the work.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,151 +13,206 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.catch_up import CatchUpTables
+from offload.catch_up import CatchUpTables, StepSizes
 from offload.geometry_kernels import COLUMNS, GeometryState
 from offload.row_kernels_triton import decayed
 
 BLOCK = 256  # rows
 
+_SCALES, _QUATS, _OPACITIES = (tl.constexpr(COLUMNS[name].start) for name in ("scales", "quats", "opacities"))
+
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
     """As `offload.geometry_kernels.gather_rows`."""
     values = {name: value.new_empty(len(ids), *value.shape[1:]) for name, value in state.parameters.items()}
-    if len(ids) == 0:
-        return values
-    schedules, columns = tables.multipliers.shape
-    with torch.cuda.device_of(ids):
-        for name, value in values.items():
+    if len(ids):
+        with torch.cuda.device_of(ids):
             _gather_kernel[(triton.cdiv(len(ids), BLOCK),)](
-                state.parameters[name],
-                state.exp_avg[name],
-                state.exp_avg_sq[name],
+                *_arrays(state),
+                *(values[name] for name in COLUMNS),
                 ids,
                 state.last_step,
-                tables.sums,
-                tables.multipliers[:, COLUMNS[name].start :],
-                value,
-                tables.sums.shape[1],
+                *_tables(tables),
                 tables.eps,
                 len(ids),
-                SCHEDULES=schedules,
-                NUM_COLUMNS=columns,
-                **_shape(value),
+                *tables.multipliers.shape,
+                BLOCK=BLOCK,
             )
     return values
 
 
 def step_rows(
-    state: GeometryState,
-    ids: Tensor,
-    values: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    tables: CatchUpTables,
+    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: CatchUpTables, step: StepSizes
 ) -> None:
     """As `offload.geometry_kernels.step_rows`."""
     if len(ids) == 0:
         return
-    step = tables.step_sizes()
     with torch.cuda.device_of(ids):
-        for name, value in values.items():
-            _step_kernel[(triton.cdiv(len(ids), BLOCK),)](
-                state.parameters[name],
-                state.exp_avg[name],
-                state.exp_avg_sq[name],
-                ids,
-                state.last_step,
-                value,
-                gradients[name].contiguous(),
-                step.sizes[COLUMNS[name].start :],
-                tables.decays,
-                tables.decays.shape[1],
-                tables.step,
-                1 - step.betas[0],
-                1 - step.betas[1],
-                step.eps,
-                len(ids),
-                **_shape(value),
-            )
-    state.last_step.index_fill_(0, ids, tables.step)  # when all parameters of a row have read it
+        _step_kernel[(triton.cdiv(len(ids), BLOCK),)](
+            *_arrays(state),
+            *(gradients[name].contiguous() for name in COLUMNS),
+            ids,
+            state.last_step,
+            *_tables(tables),
+            tables.eps,
+            tables.decays,
+            tables.step,
+            step.sizes,
+            1 - step.betas[0],
+            1 - step.betas[1],
+            step.eps,
+            len(ids),
+            *tables.multipliers.shape,
+            BLOCK=BLOCK,
+        )
+    state.last_step.index_fill_(0, ids, tables.step + 1)  # when all threads have read it
 
 
-def _shape(rows: Tensor) -> dict[str, int]:
-    width = math.prod(rows.shape[1:])
-    return {"WIDTH": width, "LANES": triton.next_power_of_2(width), "BLOCK": BLOCK}
+def _arrays(state: GeometryState) -> list[Tensor]:
+    """Each parameter and its moments."""
+    return [array[name] for name in COLUMNS for array in (state.parameters, state.exp_avg, state.exp_avg_sq)]
 
 
-@triton.jit(do_not_specialize=["capacity", "num_rows"])  # or each new kind of number would compile it again
-def _gather_kernel(
-    parameters,  # [N, WIDTH], as the next two
-    first_moment,
-    second_moment,
-    ids,  # [V]
-    stamps,  # [N]
-    sums,  # [SCHEDULES, capacity] float64
-    multipliers,  # [SCHEDULES, NUM_COLUMNS], from the parameter's first column on; it has one rate
-    out,  # [V, WIDTH]
-    capacity,
-    eps,
-    num_rows,  # V
-    SCHEDULES: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LANES: tl.constexpr,  # WIDTH and more, a power of 2
-    BLOCK: tl.constexpr,
-):
+def _tables(tables: CatchUpTables) -> tuple[Tensor, Tensor, int]:
+    return tables.sums, tables.multipliers, tables.sums.shape[1]
+
+
+@triton.jit
+def _rows(ids, num_rows, BLOCK: tl.constexpr):
+    """A program's rows [BLOCK] int64, which of them there are, and which Gaussians they are."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
-    row_id = tl.load(ids + row, mask=inside, other=0)
-    stamp = tl.load(stamps + row_id, mask=inside, other=0)
-    skipped = tl.zeros([BLOCK], tl.float32)
+    return row, inside, tl.load(ids + row, mask=inside, other=0)
+
+
+@triton.jit
+def _load_current(
+    parameters, first_moment, second_moment, row_id, stamp, inside, sums, multipliers, capacity, eps,
+    SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Values [BLOCK, LANES] of one parameter of Gaussians after the skipped steps, and moments as they were before
+    them; where those lie, and which there are. The parameter has one rate, that of the first of `multipliers`."""
+    skipped = 0.0
     for schedule in tl.static_range(SCHEDULES):
         total = tl.load(sums + schedule * capacity + stamp, mask=inside, other=0.0).to(tl.float32)
         skipped += total * tl.load(multipliers + schedule * NUM_COLUMNS)
     lane = tl.arange(0, LANES)[None, :]
     used = inside[:, None] & (lane < WIDTH)
-    there = row_id[:, None] * WIDTH + lane
-    w = tl.load(parameters + there, mask=used, other=0.0)
-    m = tl.load(first_moment + there, mask=used, other=0.0)
-    v = tl.load(second_moment + there, mask=used, other=0.0)
-    tl.store(out + row[:, None] * WIDTH + lane, w - skipped[:, None] * (m / (tl.sqrt(v) + eps)), mask=used)
+    at = row_id[:, None] * WIDTH + lane
+    w = tl.load(parameters + at, mask=used, other=0.0)
+    m = tl.load(first_moment + at, mask=used, other=0.0)
+    v = tl.load(second_moment + at, mask=used, other=0.0)
+    return w - skipped[:, None] * (m / (tl.sqrt(v) + eps)), m, v, at, lane, used
 
 
-@triton.jit(do_not_specialize=["capacity", "step", "num_rows"])
-def _step_kernel(
-    parameters,  # [N, WIDTH], as the next two
-    first_moment,
-    second_moment,
+@triton.jit
+def _gather(
+    parameters, first_moment, second_moment, out, row, row_id, stamp, inside, sums, multipliers, capacity, eps,
+    SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    w, _m, _v, _at, lane, used = _load_current(
+        parameters, first_moment, second_moment, row_id, stamp, inside, sums, multipliers, capacity, eps,
+        SCHEDULES, NUM_COLUMNS, WIDTH, LANES,
+    )  # fmt: skip
+    tl.store(out + row[:, None] * WIDTH + lane, w, mask=used)
+
+
+@triton.jit(do_not_specialize=["capacity", "num_rows"])  # or each new kind of number would compile it again
+def _gather_kernel(
+    means, means_m, means_v, scales, scales_m, scales_v, quats, quats_m, quats_v, opacities, opacities_m, opacities_v,
+    out_means, out_scales, out_quats, out_opacities,  # [V, ...]
     ids,  # [V]
     stamps,  # [N]
-    values,  # [V, WIDTH], after the step before
-    gradients,  # [V, WIDTH]
-    sizes,  # from the parameter's first column on; it has one
-    decays,  # [2, capacity] float64
+    sums,  # [SCHEDULES, capacity] float64
+    multipliers,  # [SCHEDULES, NUM_COLUMNS]
     capacity,
-    step,
-    gradient_weight,  # 1 - b1
-    square_weight,  # 1 - b2
     eps,
     num_rows,  # V
-    WIDTH: tl.constexpr,
-    LANES: tl.constexpr,  # WIDTH and more, a power of 2
+    SCHEDULES: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < num_rows
-    row_id = tl.load(ids + row, mask=inside, other=0)
-    skipped = step - 1 - tl.load(stamps + row_id, mask=inside, other=0)
-    lane = tl.arange(0, LANES)[None, :]
-    used = inside[:, None] & (lane < WIDTH)
-    here, there = row[:, None] * WIDTH + lane, row_id[:, None] * WIDTH + lane
-    m = tl.load(first_moment + there, mask=used, other=0.0)
-    v = tl.load(second_moment + there, mask=used, other=0.0)
+):  # fmt: skip
+    row, inside, row_id = _rows(ids, num_rows, BLOCK)
+    stamp = tl.load(stamps + row_id, mask=inside, other=0)
+    _gather(
+        means, means_m, means_v, out_means, row, row_id, stamp, inside,
+        sums, multipliers, capacity, eps, SCHEDULES, NUM_COLUMNS, 3, 4,
+    )  # fmt: skip
+    _gather(
+        scales, scales_m, scales_v, out_scales, row, row_id, stamp, inside,
+        sums, multipliers + _SCALES, capacity, eps, SCHEDULES, NUM_COLUMNS, 3, 4,
+    )  # fmt: skip
+    _gather(
+        quats, quats_m, quats_v, out_quats, row, row_id, stamp, inside,
+        sums, multipliers + _QUATS, capacity, eps, SCHEDULES, NUM_COLUMNS, 4, 4,
+    )  # fmt: skip
+    _gather(
+        opacities, opacities_m, opacities_v, out_opacities, row, row_id, stamp, inside,
+        sums, multipliers + _OPACITIES, capacity, eps, SCHEDULES, NUM_COLUMNS, 1, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _step(
+    parameters, first_moment, second_moment, gradients, row, row_id, stamp, inside,
+    sums, multipliers, capacity, eps, decays, skipped, sizes, gradient_weight, square_weight, new_eps,
+    SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    w, m, v, at, lane, used = _load_current(
+        parameters, first_moment, second_moment, row_id, stamp, inside, sums, multipliers, capacity, eps,
+        SCHEDULES, NUM_COLUMNS, WIDTH, LANES,
+    )  # fmt: skip
     m, v = decayed(m, v, decays, capacity, skipped, inside)
-    g = tl.load(gradients + here, mask=used, other=0.0)
-    w = tl.load(values + here, mask=used, other=0.0)
+    g = tl.load(gradients + row[:, None] * WIDTH + lane, mask=used, other=0.0)
     m += gradient_weight * (g - m)
     v += square_weight * (g * g - v)
-    w -= tl.load(sizes) * (m / (tl.sqrt(v) + eps))
-    tl.store(first_moment + there, m, mask=used)
-    tl.store(second_moment + there, v, mask=used)
-    tl.store(parameters + there, w, mask=used)
+    w -= tl.load(sizes) * (m / (tl.sqrt(v) + new_eps))
+    tl.store(first_moment + at, m, mask=used)
+    tl.store(second_moment + at, v, mask=used)
+    tl.store(parameters + at, w, mask=used)
+
+
+@triton.jit(do_not_specialize=["capacity", "before", "num_rows"])
+def _step_kernel(
+    means, means_m, means_v, scales, scales_m, scales_v, quats, quats_m, quats_v, opacities, opacities_m, opacities_v,
+    v_means, v_scales, v_quats, v_opacities,  # [V, ...], their gradients
+    ids,  # [V]
+    stamps,  # [N]
+    sums,  # [SCHEDULES, capacity] float64
+    multipliers,  # [SCHEDULES, NUM_COLUMNS]
+    capacity,
+    eps,
+    decays,  # [2, capacity] float64
+    before,  # the step before
+    sizes,  # [NUM_COLUMNS]
+    gradient_weight,  # 1 - b1
+    square_weight,  # 1 - b2
+    new_eps,
+    num_rows,  # V
+    SCHEDULES: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, inside, row_id = _rows(ids, num_rows, BLOCK)
+    stamp = tl.load(stamps + row_id, mask=inside, other=0)
+    skipped = before - stamp
+    _step(
+        means, means_m, means_v, v_means, row, row_id, stamp, inside,
+        sums, multipliers, capacity, eps, decays, skipped, sizes,
+        gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 3, 4,
+    )  # fmt: skip
+    _step(
+        scales, scales_m, scales_v, v_scales, row, row_id, stamp, inside,
+        sums, multipliers + _SCALES, capacity, eps, decays, skipped, sizes + _SCALES,
+        gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 3, 4,
+    )  # fmt: skip
+    _step(
+        quats, quats_m, quats_v, v_quats, row, row_id, stamp, inside,
+        sums, multipliers + _QUATS, capacity, eps, decays, skipped, sizes + _QUATS,
+        gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 4, 4,
+    )  # fmt: skip
+    _step(
+        opacities, opacities_m, opacities_v, v_opacities, row, row_id, stamp, inside,
+        sums, multipliers + _OPACITIES, capacity, eps, decays, skipped, sizes + _OPACITIES,
+        gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 1, 1,
+    )  # fmt: skip
