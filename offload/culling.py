@@ -156,7 +156,7 @@ def visible_ids_on_device(
     Returns:
         Sorted int64 [V] on the device of the tensors.
     """
-    views = _views(cameras, margin)
+    views = views_of(cameras, margin)
     if means.is_cuda:
         from offload import culling_triton  # Triton comes with CUDA builds of torch only
 
@@ -259,7 +259,7 @@ def covered_cells_on_device(
     """`covered_cells` with torch operations where the tensors are, as for `visible_ids_on_device`."""
     ends = _grid(cameras, cell)
     found = []
-    for view in _views(cameras, margin):
+    for view in views_of(cameras, margin):
         cells = torch.empty(4, len(ids), dtype=torch.int16, device=ids.device)
         corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=ids.device)
         if ids.is_cuda:
@@ -307,7 +307,8 @@ def _grid(cameras: Cameras, cell: int) -> tuple[int, int]:
     return -(-cameras.width // cell), -(-cameras.height // cell)
 
 
-def _views(cameras: Cameras, margin: Margin | None) -> list[_View]:
+def views_of(cameras: Cameras, margin: Margin | None) -> list[_View]:
+    """What the tests of single Gaussians take of each camera."""
     matrices = zip(cameras.viewmats.tolist(), cameras.Ks.tolist(), strict=True)
     return [_View(viewmat, K, cameras, margin or Margin()) for viewmat, K in matrices]
 

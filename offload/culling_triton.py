@@ -7,32 +7,55 @@ is for stand in `culling._View`, whose constants the kernels take.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.culling import COVARIANCE_ERROR, OPAQUE_EXTENT, POSITION_ERROR, RELATIVE
+from offload.catch_up import CatchUpTables
+from offload.catch_up_triton import caught_up, skipped_sizes
+from offload.culling import COVARIANCE_ERROR, OPAQUE_EXTENT, POSITION_ERROR, RELATIVE, Margin
+from offload.store import group_columns
 
 BLOCK = 256
+SCALES, QUATS, OPACITIES = (
+    tl.constexpr(group_columns("geometry", sh_degree=0)[name].start) for name in ("scales", "quats", "opacities")
+)  # first columns of these parameters in an optimizer's tables
 
 
-def visible_ids(means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, views: Sequence) -> Tensor:
+@dataclass(frozen=True)
+class Lag:
+    """What brings rows that lag behind to the present step."""
+
+    moments: Sequence[Tensor]  # both of the means, of the scales, of the quats and of the opacities
+    last_step: Tensor  # [N] int32, step of each row's last update
+    tables: CatchUpTables  # of the skipped steps
+    margin: Margin  # how much rows may move after their last update
+
+
+def visible_ids(
+    means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, views: Sequence, lag: Lag | None = None
+) -> Tensor:
     """Sorted int64 [V] of the rows that may be drawn in any of the views; waits for the device.
 
     Args:
         means: [N, 3]. scales: log scales [N, 3]. quats: [N, 4]. opacities: logit opacities [N]. All float32.
-        views: Of `culling._View`.
+        views: Of `culling.views_of`, with the margin that current rows need.
+        lag: Of rows that lag behind; None: they are current.
     """
     drawn = torch.zeros(len(means), dtype=torch.uint8, device=means.device)
     means, scales, quats, opacities = (t.contiguous() for t in (means, scales, quats, opacities))
     if len(means):
         for view in views:
             numbers, constants = _of_view(view)
-            grid = (triton.cdiv(len(means), BLOCK),)
-            _mark_visible[grid](means, scales, quats, opacities, drawn, len(means), *numbers, **constants, BLOCK=BLOCK)
+            _mark_visible[(triton.cdiv(len(means), BLOCK),)](
+                means, scales, quats, opacities, drawn, len(means), *_of_lag(lag, view), *numbers, **constants,
+                BLOCK=BLOCK,
+            )  # fmt: skip
     return drawn.nonzero().squeeze(1)
 
 
@@ -65,6 +88,19 @@ def cover_cells(
         means, scales, quats, opacities, ids, cells, corners, len(ids), corners.shape[2], corners[0].numel(),
         float(cell), *ends, *numbers, **constants, BLOCK=BLOCK,
     )  # fmt: skip
+
+
+def _of_lag(lag: Lag | None, view) -> list[object]:
+    """What `_mark_visible` takes of it: first how far rows reach that lag behind, in the view's half spaces."""
+    (*_, reach_x, _), _, (*_, reach_y, _), *_ = view.planes
+    if lag is None:
+        return [view.move, reach_x, reach_y, *[None] * 11, 0, 0.0, 0, 0]
+    growth = math.exp(lag.margin.scales) / view.growth
+    tables = lag.tables
+    return [
+        math.sqrt(3) * lag.margin.means, growth * reach_x, growth * reach_y, *lag.moments, lag.last_step,
+        tables.sums, tables.multipliers, tables.sums.shape[1], tables.eps, *tables.multipliers.shape,
+    ]  # fmt: skip
 
 
 def _of_view(view) -> tuple[list[float], dict[str, object]]:
@@ -129,25 +165,40 @@ def _interval(
 
 
 @triton.jit
+def _load3(tensor, i, mask):
+    """Rows i of a tensor [N, 3]."""
+    return (
+        tl.load(tensor + 3 * i, mask=mask, other=0.0),
+        tl.load(tensor + 3 * i + 1, mask=mask, other=0.0),
+        tl.load(tensor + 3 * i + 2, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def _load_quats(quats, i, mask):
+    return (
+        tl.load(quats + 4 * i, mask=mask, other=1.0),
+        tl.load(quats + 4 * i + 1, mask=mask, other=0.0),
+        tl.load(quats + 4 * i + 2, mask=mask, other=0.0),
+        tl.load(quats + 4 * i + 3, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
 def _reaches(
-    means, scales, i, valid,
+    mx, my, mz, log_s0, log_s1, log_s2, valid,
     w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
     focal_x, focal_y, centre_x, centre_y, width, height, near, far,
     reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR: tl.constexpr,
 ):  # fmt: skip
-    """Which rows i may reach the picture by `_View.half_spaces`, which close to the camera say more than rectangles;
+    """Which rows may reach the picture by `_View.half_spaces`, which close to the camera say more than rectangles;
     their position in camera space and its error, and their scales."""
-    mx = tl.load(means + 3 * i, mask=valid, other=0.0)
-    my = tl.load(means + 3 * i + 1, mask=valid, other=0.0)
-    mz = tl.load(means + 3 * i + 2, mask=valid, other=0.0)
     x = w00 * mx + w01 * my + w02 * mz + t0
     y = w10 * mx + w11 * my + w12 * mz + t1
     z = w20 * mx + w21 * my + w22 * mz + t2
     error = move + POSITION_ERROR * (tl.abs(mx) + tl.abs(my) + tl.abs(mz) + largest_t)
     drawn = valid & (z >= near - error) & (z <= far + error)
-    s0 = tl.exp(tl.load(scales + 3 * i, mask=drawn, other=0.0))
-    s1 = tl.exp(tl.load(scales + 3 * i + 1, mask=drawn, other=0.0))
-    s2 = tl.exp(tl.load(scales + 3 * i + 2, mask=drawn, other=0.0))
+    s0, s1, s2 = tl.exp(log_s0), tl.exp(log_s1), tl.exp(log_s2)
     largest_scale = tl.maximum(s0, tl.maximum(s1, s2))
     ball_x = reach_x * largest_scale + error_reach_x * error
     ball_y = reach_y * largest_scale + error_reach_y * error
@@ -162,13 +213,13 @@ def _reaches(
 
 @triton.jit
 def _rectangles(
-    quats, opacities, i, drawn, x, y, z, error, s0, s1, s2,
+    qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2,
     w00, w01, w02, w10, w11, w12, w20, w21, w22,
     focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near,
     turn_margin, growth, margin_opacities, margin_pixels, eps2d,
     COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr, OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr,
 ):  # fmt: skip
-    """Which of the rows i that `_reaches` has left may be drawn, and the borders of their rectangles in pixels: left,
+    """Which of the rows that `_reaches` has left may be drawn, and the borders of their rectangles in pixels: left,
     right, top, bottom."""
     largest_scale = tl.maximum(s0, tl.maximum(s1, s2))
     # Of the positions within the error only those behind the near plane can be drawn.
@@ -176,10 +227,6 @@ def _rectangles(
     relative_move = error / tl.maximum(z - error, near)
     slope_x, slope_y = x / z, y / z
 
-    qw = tl.load(quats + 4 * i, mask=drawn, other=1.0)
-    qx = tl.load(quats + 4 * i + 1, mask=drawn, other=0.0)
-    qy = tl.load(quats + 4 * i + 2, mask=drawn, other=0.0)
-    qz = tl.load(quats + 4 * i + 3, mask=drawn, other=0.0)
     # Scaled before squaring, so that no quaternion is too short for float32; one of length zero is the identity.
     largest = tl.maximum(tl.maximum(tl.abs(qw), tl.abs(qx)), tl.maximum(tl.abs(qy), tl.abs(qz)))
     scale = tl.where(largest > 0, largest, 1.0)
@@ -204,7 +251,6 @@ def _rectangles(
         r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2, COVARIANCE_ERROR,
     )  # fmt: skip
 
-    logit = tl.load(opacities + i, mask=drawn, other=0.0)
     opacity255 = 255 * (1 + RELATIVE) / (1 + tl.exp(-(logit + margin_opacities)))
     if ANTIALIASED:  # `_View.largest_compensation`
         length_x, length_y = tl.sqrt(xx), tl.sqrt(yy)
@@ -233,9 +279,20 @@ def _rectangles(
     return drawn, left, right, top, bottom
 
 
-@triton.jit(do_not_specialize=["num_gaussians"])  # or each new kind of number would compile it again
+@triton.jit
+def _current(w, first_moment, second_moment, at, mask, sizes, eps):
+    """A column after the skipped steps, of rows whose moments lie there."""
+    m = tl.load(first_moment + at, mask=mask, other=0.0)
+    v = tl.load(second_moment + at, mask=mask, other=0.0)
+    return caught_up(w, m, v, sizes, eps)
+
+
+@triton.jit(do_not_specialize=["num_gaussians", "capacity"])  # or each new kind of number would compile it again
 def _mark_visible(
     means, scales, quats, opacities, drawn_flags, num_gaussians,
+    lag_move, lag_reach_x, lag_reach_y,
+    means_m, means_v, scales_m, scales_v, quats_m, quats_v, opacities_m, opacities_v, stamps,  # None: rows are current
+    sums, multipliers, capacity, eps, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr,
     w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
     focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
     reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
@@ -244,15 +301,43 @@ def _mark_visible(
     OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < num_gaussians
+    mx, my, mz = _load3(means, i, inside)
+    log_s0, log_s1, log_s2 = _load3(scales, i, inside)
     near_by, x, y, z, error, s0, s1, s2 = _reaches(
-        means, scales, i, i < num_gaussians,
+        mx, my, mz, log_s0, log_s1, log_s2, inside,
         w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
         focal_x, focal_y, centre_x, centre_y, width, height, near, far,
-        reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR,
+        lag_reach_x, lag_reach_y, error_reach_x, error_reach_y, blur_reach, lag_move, POSITION_ERROR,
     )  # fmt: skip
     if tl.max(near_by.to(tl.int32), axis=0) > 0:  # of rows in Morton order most blocks are far away as a whole
+        qw, qx, qy, qz = _load_quats(quats, i, near_by)
+        logit = tl.load(opacities + i, mask=near_by, other=0.0)
+        if stamps is not None:
+            stamp = tl.load(stamps + i, mask=near_by, other=0)
+            sizes = skipped_sizes(sums, multipliers, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
+            mx = _current(mx, means_m, means_v, 3 * i, near_by, sizes, eps)
+            my = _current(my, means_m, means_v, 3 * i + 1, near_by, sizes, eps)
+            mz = _current(mz, means_m, means_v, 3 * i + 2, near_by, sizes, eps)
+            sizes = skipped_sizes(sums, multipliers + SCALES, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
+            log_s0 = _current(log_s0, scales_m, scales_v, 3 * i, near_by, sizes, eps)
+            log_s1 = _current(log_s1, scales_m, scales_v, 3 * i + 1, near_by, sizes, eps)
+            log_s2 = _current(log_s2, scales_m, scales_v, 3 * i + 2, near_by, sizes, eps)
+            sizes = skipped_sizes(sums, multipliers + QUATS, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
+            qw = _current(qw, quats_m, quats_v, 4 * i, near_by, sizes, eps)
+            qx = _current(qx, quats_m, quats_v, 4 * i + 1, near_by, sizes, eps)
+            qy = _current(qy, quats_m, quats_v, 4 * i + 2, near_by, sizes, eps)
+            qz = _current(qz, quats_m, quats_v, 4 * i + 3, near_by, sizes, eps)
+            sizes = skipped_sizes(sums, multipliers + OPACITIES, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
+            logit = _current(logit, opacities_m, opacities_v, i, near_by, sizes, eps)
+            near_by, x, y, z, error, s0, s1, s2 = _reaches(
+                mx, my, mz, log_s0, log_s1, log_s2, near_by,
+                w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
+                focal_x, focal_y, centre_x, centre_y, width, height, near, far,
+                reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR,
+            )  # fmt: skip
         drawn, _left, _right, _top, _bottom = _rectangles(
-            quats, opacities, i, near_by, x, y, z, error, s0, s1, s2,
+            qw, qx, qy, qz, logit, near_by, x, y, z, error, s0, s1, s2,
             w00, w01, w02, w10, w11, w12, w20, w21, w22,
             focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near,
             turn_margin, growth, margin_opacities, margin_pixels, eps2d,
@@ -276,14 +361,18 @@ def _cover_cells(
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = j < num_rows
     i = tl.load(ids + j, mask=valid, other=0)
+    mx, my, mz = _load3(means, i, valid)
+    log_s0, log_s1, log_s2 = _load3(scales, i, valid)
     drawn, x, y, z, error, s0, s1, s2 = _reaches(
-        means, scales, i, valid,
+        mx, my, mz, log_s0, log_s1, log_s2, valid,
         w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
         focal_x, focal_y, centre_x, centre_y, width, height, near, far,
         reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR,
     )  # fmt: skip
+    qw, qx, qy, qz = _load_quats(quats, i, drawn)
+    logit = tl.load(opacities + i, mask=drawn, other=0.0)
     drawn, left, right, top, bottom = _rectangles(
-        quats, opacities, i, drawn, x, y, z, error, s0, s1, s2,
+        qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2,
         w00, w01, w02, w10, w11, w12, w20, w21, w22,
         focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near,
         turn_margin, growth, margin_opacities, margin_pixels, eps2d,

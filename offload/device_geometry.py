@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offload import geometry_kernels
 from offload.catch_up import CatchUpTables
-from offload.culling import Cameras, CoveredCells, Margin, covered_cells_on_device, visible_ids_on_device
+from offload.culling import Cameras, CoveredCells, Margin, covered_cells_on_device
 from offload.geometry_kernels import COLUMNS, GeometryState
 from offload.rows import kept_rows
 from offload.schedules import schedules_of
@@ -87,8 +87,7 @@ class DeviceGeometry:
             margin: How much current rows may still move.
             lag_margin: How much rows may move that lag behind.
         """
-        candidates = visible_ids_on_device(**self._state.parameters, cameras=cameras, margin=lag_margin)
-        return candidates[visible_ids_on_device(**self.gather(candidates), cameras=cameras, margin=margin)]
+        return self._kernels.visible_ids(self._state, self.tables, cameras, margin, lag_margin)
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
         """In which cells of each camera's picture these rows [V] may draw, moved by at most the margin."""

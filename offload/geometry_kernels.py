@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from offload.catch_up import CatchUpTables, StepSizes, adam_step, caught_up, decayed
+from offload.culling import Cameras, Margin, visible_ids_on_device
 from offload.store import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
@@ -35,6 +36,23 @@ class GeometryState:
         """The opposite of `flat_rows`."""
         for array, rows in zip((self.parameters, self.exp_avg, self.exp_avg_sq), values, strict=True):
             array[name][ids] = rows.view(len(ids), *array[name].shape[1:])
+
+
+def visible_ids(
+    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
+) -> Tensor:
+    """Sorted int64 [V] of the rows that the cameras may draw; waits for the device.
+
+    Args:
+        state: Of N rows.
+        tables: Of the skipped steps.
+        cameras: The pictures to be drawn.
+        margin: How much rows may still move after step `tables.step`.
+        lag_margin: How much they may move after their last update.
+    """
+    candidates = visible_ids_on_device(**state.parameters, cameras=cameras, margin=lag_margin)
+    current = gather_rows(state, candidates, tables)
+    return candidates[visible_ids_on_device(**current, cameras=cameras, margin=margin)]
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:

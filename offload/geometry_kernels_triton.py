@@ -13,13 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offload import culling_triton
 from offload.catch_up import CatchUpTables, StepSizes
+from offload.catch_up_triton import caught_up, decayed, skipped_sizes
+from offload.culling import Cameras, Margin, views_of
+from offload.culling_triton import OPACITIES, QUATS, SCALES, Lag
 from offload.geometry_kernels import COLUMNS, GeometryState
-from offload.row_kernels_triton import decayed
 
 BLOCK = 256  # rows
 
-_SCALES, _QUATS, _OPACITIES = (tl.constexpr(COLUMNS[name].start) for name in ("scales", "quats", "opacities"))
+
+def visible_ids(
+    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
+) -> Tensor:
+    """As `offload.geometry_kernels.visible_ids`."""
+    moments = [array[name] for name in COLUMNS for array in (state.exp_avg, state.exp_avg_sq)]
+    lag = Lag(moments, state.last_step, tables, lag_margin)
+    return culling_triton.visible_ids(**state.parameters, views=views_of(cameras, margin), lag=lag)
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
@@ -92,17 +102,14 @@ def _load_current(
 ):  # fmt: skip
     """Values [BLOCK, LANES] of one parameter of Gaussians after the skipped steps, and moments as they were before
     them; where those lie, and which there are. The parameter has one rate, that of the first of `multipliers`."""
-    skipped = 0.0
-    for schedule in tl.static_range(SCHEDULES):
-        total = tl.load(sums + schedule * capacity + stamp, mask=inside, other=0.0).to(tl.float32)
-        skipped += total * tl.load(multipliers + schedule * NUM_COLUMNS)
+    sizes = skipped_sizes(sums, multipliers, capacity, stamp, inside, SCHEDULES, NUM_COLUMNS)
     lane = tl.arange(0, LANES)[None, :]
     used = inside[:, None] & (lane < WIDTH)
     at = row_id[:, None] * WIDTH + lane
     w = tl.load(parameters + at, mask=used, other=0.0)
     m = tl.load(first_moment + at, mask=used, other=0.0)
     v = tl.load(second_moment + at, mask=used, other=0.0)
-    return w - skipped[:, None] * (m / (tl.sqrt(v) + eps)), m, v, at, lane, used
+    return caught_up(w, m, v, sizes[:, None], eps), m, v, at, lane, used
 
 
 @triton.jit
@@ -140,15 +147,15 @@ def _gather_kernel(
     )  # fmt: skip
     _gather(
         scales, scales_m, scales_v, out_scales, row, row_id, stamp, inside,
-        sums, multipliers + _SCALES, capacity, eps, SCHEDULES, NUM_COLUMNS, 3, 4,
+        sums, multipliers + SCALES, capacity, eps, SCHEDULES, NUM_COLUMNS, 3, 4,
     )  # fmt: skip
     _gather(
         quats, quats_m, quats_v, out_quats, row, row_id, stamp, inside,
-        sums, multipliers + _QUATS, capacity, eps, SCHEDULES, NUM_COLUMNS, 4, 4,
+        sums, multipliers + QUATS, capacity, eps, SCHEDULES, NUM_COLUMNS, 4, 4,
     )  # fmt: skip
     _gather(
         opacities, opacities_m, opacities_v, out_opacities, row, row_id, stamp, inside,
-        sums, multipliers + _OPACITIES, capacity, eps, SCHEDULES, NUM_COLUMNS, 1, 1,
+        sums, multipliers + OPACITIES, capacity, eps, SCHEDULES, NUM_COLUMNS, 1, 1,
     )  # fmt: skip
 
 
@@ -203,16 +210,16 @@ def _step_kernel(
     )  # fmt: skip
     _step(
         scales, scales_m, scales_v, v_scales, row, row_id, stamp, inside,
-        sums, multipliers + _SCALES, capacity, eps, decays, skipped, sizes + _SCALES,
+        sums, multipliers + SCALES, capacity, eps, decays, skipped, sizes + SCALES,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 3, 4,
     )  # fmt: skip
     _step(
         quats, quats_m, quats_v, v_quats, row, row_id, stamp, inside,
-        sums, multipliers + _QUATS, capacity, eps, decays, skipped, sizes + _QUATS,
+        sums, multipliers + QUATS, capacity, eps, decays, skipped, sizes + QUATS,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 4, 4,
     )  # fmt: skip
     _step(
         opacities, opacities_m, opacities_v, v_opacities, row, row_id, stamp, inside,
-        sums, multipliers + _OPACITIES, capacity, eps, decays, skipped, sizes + _OPACITIES,
+        sums, multipliers + OPACITIES, capacity, eps, decays, skipped, sizes + OPACITIES,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 1, 1,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offload.bfloat16_moments import MIX_1, MIX_2, seed_of
 from offload.catch_up import CatchUpTables
+from offload.catch_up_triton import caught_up, decayed
 from offload.row_kernels import RowState, settle_rows
 
 # settle_rows is torch
@@ -227,19 +228,6 @@ def _load_moments(first, second, offsets, mask):
 
 
 @triton.jit
-def decayed(m, v, decays, capacity, skipped, mask):
-    """Both moments after so many steps without gradient."""
-    decay1 = tl.load(decays + skipped, mask=mask, other=0.0).to(tl.float32)
-    decay2 = tl.load(decays + capacity + skipped, mask=mask, other=0.0)
-    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
-    near = decay2.to(tl.float32)
-    rest = (decay2 - near.to(tl.float64)).to(tl.float32)
-    m = m * decay1[:, None]
-    v = v * near[:, None] + v * rest[:, None]
-    return m, v
-
-
-@triton.jit
 def _copy(parameters, first, second, there, out_parameters, out_first, out_second, here, mask):
     """Rows, moments and all where there are any; read before anything is written."""
     w = tl.load(parameters + there, mask=mask, other=0)
@@ -295,7 +283,7 @@ def _fetch_kernel(
             rates = tl.load(multipliers + schedule * VECTORS * 4 + part[:, None] * 4 + lane)
             skipped += total[:, None] * rates
         m, v = _unpack(words1, words2, second_moment)
-        tl.store(out_parameters + here, w - skipped * (m / (tl.sqrt(v) + eps)), mask=fetched[:, None])
+        tl.store(out_parameters + here, caught_up(w, m, v, skipped, eps), mask=fetched[:, None])
         if out_first is not None:
             tl.store(out_first + here, words1, mask=fetched[:, None])
         if out_second is not None:

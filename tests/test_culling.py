@@ -154,7 +154,7 @@ def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) ->
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
     rows = rows.to(TRITON_DEVICE)
     geometry = (rows[:, columns] for columns in COLUMNS.values())
-    return culling_triton.visible_ids(*geometry, culling._views(cameras, margin)).cpu()
+    return culling_triton.visible_ids(*geometry, culling.views_of(cameras, margin)).cpu()
 
 
 BOTH = pytest.mark.parametrize("cull", [native, with_torch, pytest.param(with_triton, marks=NEEDS)])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_culling import random_cameras
 from torch import Tensor
 
 from offload import geometry_kernels
+from offload.culling import Margin, visible_ids_on_device
 from offload.device_geometry import GEOMETRY, DeviceGeometry
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
@@ -37,11 +39,14 @@ class Exact:
         self.adam.step()
 
 
-def trained(kind: str, device: str) -> tuple[DeviceGeometry, dict[str, Tensor], Exact]:
-    """Geometry after some steps, what it was before, and what it should be."""
+def trained(kind: str, device: str, speed: float = 1.0) -> tuple[DeviceGeometry, dict[str, Tensor], Exact]:
+    """Geometry after some steps, what it was before, and what it should be where learning rates are not multiplied."""
     generator = torch.Generator().manual_seed(0)
     start = {name: torch.randn(N, *SHAPES[name], generator=generator) for name in GEOMETRY}
-    geometry = DeviceGeometry(start, RATES, means_lr, betas=BETAS, eps=EPS, device=torch.device(device))
+    start["scales"] -= 4.0  # so that a picture shows some of them
+    rates = {name: speed * rate for name, rate in RATES.items()}
+    adam = {"betas": BETAS, "eps": EPS, "device": torch.device(device)}
+    geometry = DeviceGeometry(start, rates, lambda step: speed * means_lr(step), **adam)
     geometry._kernels = geometry_kernels
     if kind == "triton":
         from offload import geometry_kernels_triton
@@ -86,6 +91,23 @@ def test_what_is_settled_equals_dense_adam_in_float64(kind, device):
         for moment in ("exp_avg", "exp_avg_sq"):
             expected = exact.adam.state[exact.values[name]][moment]
             assert (arrays[f"{moment}/{name}"].cpu().double() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+def test_culling_sees_through_the_lag(kind, device):
+    geometry, _, _ = trained(kind, device, speed=300.0)
+    cameras = random_cameras(seed=1, count=2, fov=40)
+    margin, twice, lag_margin = (Margin(*[change] * 4) for change in (1e-5, 2e-5, 30.0))
+    found = set(geometry.visible_ids(cameras, margin, lag_margin).tolist())
+    too_few = set(geometry.visible_ids(cameras, margin, margin).tolist())
+    lagging = {name: array.clone() for name, array in geometry.settle(torch.arange(0)).items()}
+    settled = geometry.settle(None)
+    stale = set(visible_ids_on_device(**lagging, cameras=cameras, margin=margin).tolist())
+    exact = set(visible_ids_on_device(**settled, cameras=cameras, margin=Margin()).tolist())
+    assert len(exact) > 100
+    assert exact <= found <= set(visible_ids_on_device(**settled, cameras=cameras, margin=twice).tolist())
+    assert not exact <= stale
+    assert not exact <= too_few
 
 
 def test_what_was_settled_before_a_state_was_loaded_is_settled_again():

@@ -21,10 +21,10 @@ from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import write_city_block
-from offload import culling, device_geometry, gradients, in_place_pipeline, streamed_pipeline
+from offload import device_geometry, gradients, in_place_pipeline, streamed_pipeline
 from offload.adam import DeferredAdam
 from offload.catch_up import CatchUpTables
-from offload.culling import Cameras, Margin
+from offload.culling import Cameras
 from offload.host_gaussians import HostGaussians
 from offload.hybrid_gaussians import HybridGaussians
 from offload.streamed_gaussians import StreamedGaussians
@@ -94,13 +94,9 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     (views, scene), few = views_and_points, INTERPRETED_STEPS
     expected = train(trainer, views[:few], scene, drawn, refines)
 
-    def visible_ids(cameras: Cameras, margin: Margin, **geometry: Tensor) -> Tensor:
-        return culling_triton.visible_ids(**geometry, views=culling._views(cameras, margin))
-
     blocks = [(culling_triton, "BLOCK"), (geometry_kernels_triton, "BLOCK")]
     for module, size in [*blocks, (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")]:
         monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one
-    monkeypatch.setattr(device_geometry, "visible_ids_on_device", visible_ids)
     monkeypatch.setattr(device_geometry, "_kernels_of", lambda device: geometry_kernels_triton)
     monkeypatch.setattr(gradients, "_clear_unless_finite", one_at_a_time(gradients_triton.clear_unless_finite))
     kernels = SimpleNamespace(**{name: one_at_a_time(getattr(row_kernels_triton, name)) for name in ROW_KERNELS})

@@ -156,7 +156,7 @@ def with_triton(rows, ids, cameras, margin) -> list[CoveredCells]:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
     ends = (-(-cameras.width // CELL), -(-cameras.height // CELL))
     found = []
-    for view in culling._views(cameras, margin):
+    for view in culling.views_of(cameras, margin):
         cells = torch.full((4, len(ids)), -1, dtype=torch.int16, device=TRITON_DEVICE)
         corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=TRITON_DEVICE)
         geometry = (rows[:, columns].to(TRITON_DEVICE) for columns in COLUMNS.values())
