@@ -40,7 +40,7 @@ class Options(BenchmarkOptions):
 
 def whole_test_of_every_row(tensors: list[Tensor], cameras: Cameras) -> Tensor:
     """Visible ids by the whole test of every Gaussian, a million at a time."""
-    (view,) = culling._views(cameras, None)
+    (view,) = culling.views_of(cameras, None)
     drawn = [
         view.may_be_drawn(*(t[part] for t in tensors))
         for part in culling._chunks(len(tensors[0]), culling._WHOLE_CHUNK)
