@@ -161,12 +161,7 @@ def visible_ids_on_device(
         from offload import culling_triton  # Triton comes with CUDA builds of torch only
 
         return culling_triton.visible_ids(means, scales, quats, opacities, views)
-    # A cheap test of all rows leaves few for the whole test.
-    near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
-    for part in _chunks(len(means), _REACH_CHUNK):
-        for view in views:
-            near[part] |= view.may_reach(means[part], scales[part], opacities[part])
-    ids = near.nonzero().squeeze(1)
+    ids = _reachable_ids(means, scales, opacities, views)  # few are left for the whole test
     drawn = torch.zeros(len(ids), dtype=torch.bool, device=means.device)
     for part in _chunks(len(ids), _WHOLE_CHUNK):
         rows = ids[part]
@@ -174,6 +169,20 @@ def visible_ids_on_device(
         for view in views:
             drawn[part] |= view.may_be_drawn(*gathered)
     return ids[drawn]
+
+
+@torch.no_grad()
+def reachable_ids(means: Tensor, scales: Tensor, opacities: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    """Rows that a cheap test with torch operations does not exclude from any picture; as `visible_ids_on_device`."""
+    return _reachable_ids(means, scales, opacities, views_of(cameras, margin))
+
+
+def _reachable_ids(means: Tensor, scales: Tensor, opacities: Tensor, views: Sequence[_View]) -> Tensor:
+    near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
+    for part in _chunks(len(means), _REACH_CHUNK):
+        for view in views:
+            near[part] |= view.may_reach(means[part], scales[part], opacities[part])
+    return near.nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a device does with rows of geometry that lie in its own memory, in plain torch.
+"""What a device does with rows of geometry that lie in its own memory, in plain torch; culling ends natively.
 
 `offload/geometry_kernels_triton.py` has the same functions as CUDA kernels, but for `settle_rows`, which no step needs.
 The mathematics of skipped steps is explained in `offload/adam.py`.
@@ -10,10 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from offload import culling
 from offload.catch_up import CatchUpTables, StepSizes, adam_step, caught_up, decayed
-from offload.culling import Cameras, Margin, visible_ids_on_device
+from offload.culling import BlockBounds, Cameras, Margin, reachable_ids
 from offload.store import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
@@ -50,9 +52,13 @@ def visible_ids(
         margin: How much rows may still move after step `tables.step`.
         lag_margin: How much they may move after their last update.
     """
-    candidates = visible_ids_on_device(**state.parameters, cameras=cameras, margin=lag_margin)
+    means, scales, _, opacities = (state.parameters[name] for name in COLUMNS)
+    candidates = reachable_ids(means, scales, opacities, cameras, lag_margin)
     current = gather_rows(state, candidates, tables)
-    return candidates[visible_ids_on_device(**current, cameras=cameras, margin=margin)]
+    columns = [*map(flat, current.values()), means.new_zeros(len(candidates), 1)]
+    rows = torch.cat(columns, dim=1).cpu()  # [M, 12]
+    drawn = culling.visible_ids(rows, BlockBounds(rows), cameras, margin)
+    return candidates[drawn.to(candidates.device)]
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
