@@ -7,9 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def skipped_sizes(
-    sums, multipliers, capacity, stamp, mask, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr
-):  # fmt: skip
+def skipped_sizes(sums, multipliers, capacity, stamp, mask, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr):
     """C_t(s) [BLOCK] of rows last updated at the steps `stamp` [BLOCK], for the column that `multipliers` begins with.
 
     sums [SCHEDULES, capacity] float64, multipliers [SCHEDULES, NUM_COLUMNS].

@@ -161,7 +161,7 @@ def visible_ids_on_device(
         from offload import culling_triton  # Triton comes with CUDA builds of torch only
 
         return culling_triton.visible_ids(means, scales, quats, opacities, views)
-    ids = _reachable_ids(means, scales, opacities, views)  # few are left for the whole test
+    ids = reachable_ids(means, scales, opacities, views)  # few are left for the whole test
     drawn = torch.zeros(len(ids), dtype=torch.bool, device=means.device)
     for part in _chunks(len(ids), _WHOLE_CHUNK):
         rows = ids[part]
@@ -172,12 +172,8 @@ def visible_ids_on_device(
 
 
 @torch.no_grad()
-def reachable_ids(means: Tensor, scales: Tensor, opacities: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
-    """Rows that a cheap test with torch operations does not exclude from any picture; as `visible_ids_on_device`."""
-    return _reachable_ids(means, scales, opacities, views_of(cameras, margin))
-
-
-def _reachable_ids(means: Tensor, scales: Tensor, opacities: Tensor, views: Sequence[_View]) -> Tensor:
+def reachable_ids(means: Tensor, scales: Tensor, opacities: Tensor, views: Sequence[_View]) -> Tensor:
+    """Sorted int64 [M] of the rows that a cheap test with torch operations does not exclude from all of `views_of`."""
     near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     for part in _chunks(len(means), _REACH_CHUNK):
         for view in views:

@@ -8,7 +8,7 @@ most 44 bytes of each row: 0.2 ms for 18 million at 4 TB/s, where dense Adam wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 
 import torch
@@ -20,12 +20,11 @@ from offload.culling import Cameras, CoveredCells, Margin, covered_cells_on_devi
 from offload.geometry_kernels import COLUMNS, GeometryState
 from offload.rows import kept_rows
 from offload.schedules import schedules_of
-from offload.state import State, load_deferred
-from offload.store import num_columns
+from offload.store import STAMP_BYTES
 
 GEOMETRY = tuple(COLUMNS)
 SETTLED_ROWS = 1 << 20  # at once, for which torch takes some 200 bytes a row
-BYTES = (3 * 11 + 1) * 4  # of a Gaussian: parameters, moments and the step of its last update
+BYTES = 3 * 11 * 4 + STAMP_BYTES  # of a Gaussian: parameters, moments and the step of its last update
 
 
 class DeviceGeometry:
@@ -61,9 +60,8 @@ class DeviceGeometry:
             {name: torch.zeros_like(value) for name, value in values.items()},
             torch.zeros(len(values["means"]), dtype=torch.int32, device=device),
         )
-        multipliers, self._rates = schedules_of(COLUMNS, num_columns("geometry", 0), learning_rates, means_lr)
+        multipliers, self._rates = schedules_of("geometry", 0, learning_rates, means_lr)
         self.tables = CatchUpTables(multipliers, betas, eps, device)
-        self._settled_step = 0  # to which all rows have been brought last
         self._kernels = _kernels_of(device)
 
     @property
@@ -118,27 +116,23 @@ class DeviceGeometry:
         Returns:
             The parameters [N, ...], not copied.
         """
-        if ids is None and self._settled_step == self.tables.step:
-            return self._state.parameters
-        count = self.num_gaussians if ids is None else len(ids)
-        for first in range(0, count, SETTLED_ROWS):
-            last = min(first + SETTLED_ROWS, count)
-            chunk = torch.arange(first, last) if ids is None else ids[first:last]
-            geometry_kernels.settle_rows(self._state, chunk.to(self.device), self.tables)
-        if ids is None:
-            self._settled_step = self.tables.step
+        chunks = self._lagging_rows() if ids is None else ids.to(self.device).split(SETTLED_ROWS)
+        for chunk in chunks:
+            if len(chunk):
+                geometry_kernels.settle_rows(self._state, chunk, self.tables)
         return self._state.parameters
+
+    def _lagging_rows(self) -> Iterator[Tensor]:
+        """int64 [M] at a time, of which settling takes little memory."""
+        for first in range(0, self.num_gaussians, SETTLED_ROWS):
+            lags = self.last_step[first : first + SETTLED_ROWS] < self.tables.step
+            yield lags.nonzero().squeeze(1) + first
 
     def arrays_by_name(self) -> dict[str, Tensor]:
         """Parameters and moments under the names of `offload.state`; not copied."""
         state = self._state
         arrays = {"parameters": state.parameters, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {f"{array}/{name}": value for array, values in arrays.items() for name, value in values.items()}
-
-    def load_state(self, state: State) -> None:
-        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
-        load_deferred(self, "geometry", self.tables, state)
-        self._settled_step = -1  # some lag behind, as far as is known
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Memory in bytes that appending this many Gaussians takes at its peak: one tensor stands twice."""

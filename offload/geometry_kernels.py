@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offload import culling
 from offload.catch_up import CatchUpTables, StepSizes, adam_step, caught_up, decayed
-from offload.culling import BlockBounds, Cameras, Margin, reachable_ids
+from offload.culling import BlockBounds, Cameras, Margin, reachable_ids, views_of
 from offload.store import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
@@ -53,7 +53,7 @@ def visible_ids(
         lag_margin: How much they may move after their last update.
     """
     means, scales, _, opacities = (state.parameters[name] for name in COLUMNS)
-    candidates = reachable_ids(means, scales, opacities, cameras, lag_margin)
+    candidates = reachable_ids(means, scales, opacities, views_of(cameras, lag_margin))
     current = gather_rows(state, candidates, tables)
     columns = [*map(flat, current.values()), means.new_zeros(len(candidates), 1)]
     rows = torch.cat(columns, dim=1).cpu()  # [M, 12]

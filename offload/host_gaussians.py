@@ -52,7 +52,7 @@ class HostGaussians(HostStore):
         self._times = OffloadTimes()
         self._adams, self._rates, self._transfers, self._gradients = {}, {}, {}, {}
         for name, group in self.groups.items():
-            multipliers, self._rates[name] = schedules_of(group.columns, group.num_columns, learning_rates, means_lr)
+            multipliers, self._rates[name] = schedules_of(name, self.sh_degree, learning_rates, means_lr)
             columns = multipliers.shape[1]
             self._adams[name] = DeferredAdam(multipliers, betas, eps)
             self._transfers[name] = RowTransfer(columns, device, self._times)

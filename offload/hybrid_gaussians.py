@@ -100,8 +100,7 @@ class HybridGaussians(OffloadedGaussians):
         self._geometry_sums: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
-            columns, num_columns = store.groups[name].columns, store.groups[name].num_columns
-            multipliers, rates = schedules_of(columns, num_columns, learning_rates, means_lr)
+            multipliers, rates = schedules_of(name, store.sh_degree, learning_rates, means_lr)
             self._deferrals[name] = DeferredAdam(multipliers, betas, eps)
             groups[name] = RowGroup(store, name, self._deferrals[name], rates)
         if geometry == "host":

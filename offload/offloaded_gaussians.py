@@ -126,7 +126,7 @@ class OffloadedGaussians:
             load_deferred(store, name, self._deferrals[name], state)
             store.step = self.steps_done
         if self._device_geometry is not None:
-            self._device_geometry.load_state(state)
+            load_deferred(self._device_geometry, "geometry", self._deferrals["geometry"], state)
         self._bounds = None
 
     def skipped_steps(self) -> tuple[int, int]:

@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from offload.store import group_columns, num_columns
+
 
 def schedules_of(
-    columns: Mapping[str, slice],
-    num_columns: int,
-    learning_rates: Mapping[str, float],
-    means_lr: Callable[[int], float],
+    group: str, sh_degree: int, learning_rates: Mapping[str, float], means_lr: Callable[[int], float]
 ) -> tuple[Tensor, Callable[[int], list[float]]]:
     """Multipliers [schedules, columns] of a group, and the schedules' learning rates at a step from 1.
 
     Args:
-        columns: Of each parameter of the group.
-        num_columns: Of the group.
+        group: "geometry" or "appearance".
+        sh_degree: Degree of the spherical harmonics.
         learning_rates: Of each parameter; all but that of the means are constant.
         means_lr: The means' learning rate at a step from 0.
     """
-    constant = torch.zeros(num_columns)  # [columns]
+    columns = group_columns(group, sh_degree)
+    constant = torch.zeros(num_columns(group, sh_degree))  # [columns]
     for parameter, places in columns.items():
         constant[places] = learning_rates[parameter]
     if "means" not in columns:

@@ -71,8 +71,7 @@ class StreamedGaussians(OffloadedGaussians):
         self._geometry_rows: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
-            columns, num_columns = store.groups[name].columns, store.groups[name].num_columns
-            multipliers, rates = schedules_of(columns, num_columns, learning_rates, means_lr)
+            multipliers, rates = schedules_of(name, store.sh_degree, learning_rates, means_lr)
             self._deferrals[name] = CatchUpTables(multipliers, betas, eps, device)
             groups[name] = StreamedGroup(store, name, self._deferrals[name], rates)
         self._pipeline: StreamedPipeline | InPlacePipeline

@@ -11,6 +11,9 @@ Memory traffic in float32, per pixel: forward reads 2 pictures and writes 3 maps
 writes one gradient, 11 x 12 bytes. At 4 TB/s that is 0.014 ms for 800x533 and 0.27 ms for 3840x2160. The maps,
 36 bytes per pixel (0.3 GB at 3840x2160), live from forward to backward.
 
+What holds for a row as a whole bounds its columns in the masks: a scalar condition and a block's would together make
+an integer in Triton's interpreter, where the kernels are tested without a GPU.
+
 Sums are deterministic: one float per program, then torch's own reduction; no atomics.
 """
 

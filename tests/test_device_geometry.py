@@ -10,6 +10,7 @@ from torch import Tensor
 from offload import geometry_kernels
 from offload.culling import Margin, visible_ids_on_device
 from offload.device_geometry import GEOMETRY, DeviceGeometry
+from offload.state import load_deferred
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15
@@ -116,6 +117,6 @@ def test_what_was_settled_before_a_state_was_loaded_is_settled_again():
     state |= {"step_count": torch.tensor(len(COUNTS)), "last_step/geometry": geometry.last_step.clone()}
     state |= {f"deferral/geometry/{name}": table for name, table in geometry.tables.tables().items()}
     geometry.settle(None)
-    geometry.load_state(state)
+    load_deferred(geometry, "geometry", geometry.tables, state)
     assert torch.equal(geometry.last_step, state["last_step/geometry"])
     check_parameters(geometry.settle(None), start, exact)

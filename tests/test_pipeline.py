@@ -52,8 +52,7 @@ def make_pipeline(num_parts: int) -> RowPipeline:
     groups = {}
     for name in ("geometry", "appearance"):
         store = HostStore(parameters, groups=(name,))
-        group = store.groups[name]
-        multipliers, rates = schedules_of(group.columns, group.num_columns, RATES, lambda step: 1e-2 * 0.99**step)
+        multipliers, rates = schedules_of(name, store.sh_degree, RATES, lambda step: 1e-2 * 0.99**step)
         groups[name] = RowGroup(store, name, DeferredAdam(multipliers), rates)
 
     def find(view: int) -> ViewIds:
