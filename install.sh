@@ -65,7 +65,7 @@ _gso_install() {
     fi
     local extras=""
     [ "$dev" = dev ] && extras="[dev]"
-    python -m pip install -e "$root$extras" ||
+    python -m pip install "$root$extras" ||
         { _gso_fail "the project could not be installed; see pip's message above."; return 1; }
 
     if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -14,11 +14,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from torch import Tensor
 
 from configs import Config, scene_config
+from offload.models.device import DeviceGaussians
 from rendering.losses import photometric_loss
 from training import memory_estimate, schedules
 from training.command_line import main
 from training.densification import Densification
-from training.gaussians import DeviceGaussians
+from training.gaussians import activate
 from training.run import TrainingRun
 from training.views import View, render_view
 
@@ -43,7 +44,7 @@ def train(cfg: Config, scene_name: str) -> None:
         densification = Densification(cfg, run.scene_scale, cfg.seed)
 
         def render(view: View) -> Tensor:
-            return render_view(gaussians.activated(), view, cfg, sh_degree=cfg.sh_degree)[0]
+            return render_view(activate(gaussians.parameters), view, cfg, sh_degree=cfg.sh_degree)[0]
 
         if cfg.ckpt:
             run.evaluate_checkpoint(render, gaussians)
@@ -53,7 +54,7 @@ def train(cfg: Config, scene_name: str) -> None:
             # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
             sh_degree = schedules.sh_degree(cfg, step)
             colors, alphas, info = render_view(
-                gaussians.activated(), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
+                activate(gaussians.parameters), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
             )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
             run.times.mark("render")

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from torch import Tensor
 
 from configs import Config, scene_config
-from offload.host_gaussians import HostGaussians
+from offload.models.baseline import BaselineGaussians
 from rendering.losses import photometric_loss
 from training import memory_estimate, schedules
 from training.command_line import main
@@ -37,7 +37,7 @@ def train(cfg: Config, scene_name: str) -> None:
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
         run.check_memory(memory_estimate.baseline(cfg.sh_degree))
-        gaussians = HostGaussians(
+        gaussians = BaselineGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),
             lambda step: schedules.means_lr(cfg, run.scene_scale, step),

@@ -20,10 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from torch import Tensor
 
 from configs import Config, scene_config
-from offload.calibration import print_last_verdict
-from offload.hybrid_gaussians import HybridGaussians
+from offload.models.forwarded import ForwardedGaussians
 from rendering.losses import photometric_loss
 from training import memory_estimate, schedules
+from training.calibration import print_last_verdict
 from training.command_line import main
 from training.densification import Densification
 from training.gaussians import activate
@@ -49,7 +49,7 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
     with TrainingRun(cfg, scene_name) as run:
         cfg = run.cfg
         run.check_memory(memory_estimate.optimized(cfg.sh_degree, cfg.geometry))
-        gaussians = HybridGaussians(
+        gaussians = ForwardedGaussians(
             run.initial_gaussians(),
             schedules.learning_rates(cfg, run.scene_scale),
             lambda step: schedules.means_lr(cfg, run.scene_scale, step),
@@ -69,7 +69,7 @@ def train(cfg: HybridConfig, scene_name: str) -> None:
             run.evaluate_checkpoint(render, gaussians)
             return
 
-        print_last_verdict(run.device)  # of offload.calibrate, where it has been run
+        print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run
         for step, view in run.steps(gaussians, densification, render):
             # The rows of this view are on the device already, but for the first one and after densification.
             rows = gaussians.fetch(cameras_of(view, cfg))

@@ -25,8 +25,8 @@ from torch import Tensor
 from configs import Config, scene_config
 from errors import InputError
 from offload.device_memory import bound_memory
-from offload.hybrid_gaussians import HybridGaussians, PartResult, ViewPart
-from offload.part_limits import MemoryBudget, RowBytes, RowLimit
+from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
+from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from training import memory_estimate, schedules
 from training.command_line import main
 from training.densification import Densification
@@ -84,7 +84,7 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
             memory_estimate.optimized(cfg.sh_degree, cfg.geometry),
             largest_part=limit.threshold if isinstance(limit, RowLimit) else 0.0,
         )
-        gaussians = HybridGaussians(
+        gaussians = ForwardedGaussians(
             parameters,
             schedules.learning_rates(cfg, run.scene_scale),
             lambda step: schedules.means_lr(cfg, run.scene_scale, step),

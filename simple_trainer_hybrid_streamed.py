@@ -24,10 +24,10 @@ from typing import Literal
 from torch import Tensor
 
 from configs import Config, scene_config
-from offload.calibration import print_last_verdict
-from offload.streamed_gaussians import StreamedGaussians
+from offload.models.streamed import StreamedGaussians
 from rendering.losses import photometric_loss
 from training import memory_estimate, schedules
+from training.calibration import print_last_verdict
 from training.command_line import main
 from training.densification import Densification
 from training.gaussians import activate
@@ -77,7 +77,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             run.evaluate_checkpoint(render, gaussians)
             return
 
-        print_last_verdict(run.device)  # of offload.calibrate, where it has been run
+        print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run
         for step, view in run.steps(gaussians, densification, render):
             # The rows of this view are on the device already, but for the first one and after densification.
             rows = gaussians.fetch(cameras_of(view, cfg))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload.culling import BlockBounds, Cameras, visible_ids
-from offload.morton import morton_order
+from offload.culling.cameras import Cameras
+from offload.culling.native import BlockBounds, visible_ids
+from offload.store.morton import morton_order
 
 GROUND = 10.0  # world units, both sides
 BLOCK = 0.25  # width of the blocks, whose heights vary up to MAX_HEIGHT

@@ -21,9 +21,10 @@ from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, geometry_ro
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, megabytes, number, spread
 from benchmarks.timing import Case, copy_bandwidth, time_in_turns
-from offload import _native, culling
-from offload.culling import BlockBounds, Cameras, visible_ids, visible_ids_on_device
-from offload.threads import num_threads
+from offload.backends import native, num_threads
+from offload.culling import native as culling
+from offload.culling.cameras import Cameras
+from offload.culling.native import BlockBounds, visible_ids, visible_ids_on_device
 
 ROW_BYTES, BOUNDS_BYTES, ID_BYTES = 48, 32, 8
 
@@ -82,9 +83,9 @@ def main(options: Options) -> None:
         differing = len(set(ids.tolist()) ^ set(in_stages.tolist()))
         if differing > 1e-5 * n:
             raise RuntimeError(f"native culling and torch differ in {differing} Gaussians")
-    blocks = [len(torch.unique_consecutive(ids // _native.BLOCK_ROWS)) for ids in visible]
-    touched = BOUNDS_BYTES * len(bounds.bounds) + ROW_BYTES * _native.BLOCK_ROWS * mean(blocks)
-    rows_of_blocks = ROW_BYTES * _native.BLOCK_ROWS * mean(blocks)
+    blocks = [len(torch.unique_consecutive(ids // native.BLOCK_ROWS)) for ids in visible]
+    touched = BOUNDS_BYTES * len(bounds.bounds) + ROW_BYTES * native.BLOCK_ROWS * mean(blocks)
+    rows_of_blocks = ROW_BYTES * native.BLOCK_ROWS * mean(blocks)
 
     fast = {
         "native, bounds of blocks": over(cameras, lambda c: visible_ids(geometry, bounds, c, out=out)),

@@ -24,7 +24,7 @@ from datasets.images import decode_image
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
-from offload.threads import num_threads
+from offload.backends import num_threads
 
 DECODE = "decode and undistort a picture, 1 thread"
 

@@ -21,9 +21,9 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, gigabytes, number, percent, spread
 from benchmarks.timing import CPU, Spread, copy_bandwidth
 from configs import DensificationRules
-from offload.morton import morton_order
-from offload.store import HostStore, host_bytes
-from offload.threads import num_threads
+from offload.backends import num_threads
+from offload.store.host_store import HostStore, host_bytes
+from offload.store.morton import morton_order
 from training.densification import Densification, Statistics
 
 SHARE = 0.05  # of the rows that one refinement duplicates, splits or removes

@@ -21,9 +21,9 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, megabytes, number, percent, spread
 from benchmarks.timing import Case, time_in_turns
 from benchmarks.visible_rows import KINDS, MEAN_RUN
-from offload.adam import DeferredAdam
-from offload.host_memory import HostArray
-from offload.threads import num_threads
+from offload.adam.host import DeferredAdam
+from offload.backends import num_threads
+from offload.store.memory import HostArray
 from training.memory import available_bytes
 
 COLUMNS = 48

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from offload.threads import num_threads
+from offload.backends import num_threads
 
 PACKAGES = ("torch", "gsplat", "triton", "numpy")
 

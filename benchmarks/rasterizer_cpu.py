@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, number, spread
 from benchmarks.timing import Clock, Spread
-from offload.threads import num_threads
+from offload.backends import num_threads
 from rendering.cpu_rasterizer import blend
 from rendering.projection import Projection, project
 from rendering.rasterize import rasterize

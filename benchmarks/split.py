@@ -26,9 +26,10 @@ from benchmarks.timing import Spread
 from benchmarks.train_step import OPTIONS, AerialRun, Job, Measurement, in_fresh_process
 from configs import Config
 from errors import InputError
-from offload.culling import BlockBounds, Cameras, visible_ids
-from offload.part_planner import PartPlanner
-from offload.pipeline import ViewIds
+from offload.culling.cameras import Cameras
+from offload.culling.native import BlockBounds, visible_ids
+from offload.pipelines.forwarded import ViewIds
+from offload.tiles.planner import PartPlanner
 from training.command_line import parse
 from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes

@@ -22,13 +22,13 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, count, number, spread
 from benchmarks.timing import Case, Clock, Spread, time_in_turns
 from errors import InputError
-from offload.catch_up import CatchUpTables
-from offload.culling import Margin
-from offload.device_geometry import GEOMETRY, DeviceGeometry
-from offload.host_memory import HostArray
-from offload.lanes import Lane
-from offload.row_kernels import RowState
-from offload.store import Moments
+from offload.adam.deferral import CatchUpTables
+from offload.adam.rows import RowState
+from offload.culling.cameras import Margin
+from offload.models.geometry_device import GEOMETRY, DeviceGeometry
+from offload.pipelines.lanes import Lane
+from offload.store.host_store import Moments
+from offload.store.memory import HostArray
 
 COLUMNS = 48
 STEPS_BEFORE = 1000
@@ -118,7 +118,7 @@ def copy_in_runs(source: torch.Tensor, destination: torch.Tensor, rows: int) -> 
 def main(options: Options) -> None:
     if not torch.cuda.is_available():
         raise InputError("This measures the link between host and GPU, and torch finds no CUDA GPU.")
-    from offload import row_kernels_triton as kernels
+    from offload.adam import rows_triton as kernels
 
     device = torch.device("cuda")
     if options.quick:

@@ -58,7 +58,7 @@ class Shape:
     step_blocks: int
 
     def use(self) -> None:
-        from offload import row_kernels_triton as kernels  # Triton comes with CUDA builds of torch only
+        from offload.adam import rows_triton as kernels  # Triton comes with CUDA builds of torch only
 
         kernels.LINK_TILE, kernels.LINK_WARPS = self.tile, self.warps
         kernels.FETCH_BLOCKS, kernels.WRITE_BLOCKS = self.fetch_blocks, self.write_blocks

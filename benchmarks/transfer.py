@@ -20,8 +20,8 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, megabytes, number, percent, spread
 from benchmarks.timing import Case, Spread, copy_bandwidth, time_in_turns
 from benchmarks.visible_rows import KINDS
-from offload.host_memory import HostArray
-from offload.threads import num_threads
+from offload.backends import num_threads
+from offload.store.memory import HostArray
 
 COLUMNS = 48
 ROW_BYTES, ID_BYTES = 4 * COLUMNS, 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from gaussian_offload_native import rendering as native
 from torch import Tensor
 
-from rendering import _native
 from rendering.native import array, zeros
 from rendering.projection import Projection, project
 from rendering.region import Region
@@ -22,7 +22,7 @@ class _Blend(torch.autograd.Function):
         render_colors = means2d.new_empty(*image_shape, colors.shape[1])
         render_alphas = means2d.new_empty(*image_shape, 1)
         inputs = (means2d, conics, colors, opacities)
-        _native.blend(
+        native.blend(
             intersections,
             *(array(t) for t in (*inputs, backgrounds, render_colors, render_alphas)),
             torch.get_num_threads(),
@@ -41,7 +41,7 @@ class _Blend(torch.autograd.Function):
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (means2d, conics, colors, opacities)
         ]
         v_means2d_abs = torch.empty_like(gradients[0]) if ctx.absgrad else None
-        _native.blend_backward(
+        native.blend_backward(
             ctx.intersections,
             *(array(t) for t in ctx.saved_tensors),
             *(array(t) for t in (v_render_colors, v_render_alphas, *gradients, v_means2d_abs)),
@@ -65,18 +65,18 @@ def blend(
 ) -> tuple[Tensor, Tensor, int]:
     """Blend projected Gaussians with colours [nnz, D] over backgrounds [C, D] into images [C, H, W, D] and alphas
     [C, H, W, 1]; D may be any number. The third result is how often Gaussians meet tiles."""
-    if absgrad and colors.shape[1] > _native.MAX_CHANNELS:
+    if absgrad and colors.shape[1] > native.MAX_CHANNELS:
         # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
-        raise ValueError(f"absgrad works for at most {_native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
+        raise ValueError(f"absgrad works for at most {native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
     p = projection
-    intersections = _native.intersect_tiles(
+    intersections = native.intersect_tiles(
         *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, p.opacities)),
         width, height, torch.get_num_threads(),
     )  # fmt: skip
     image_shape = (len(p.row_offsets) - 1, height, width)
     blended, render_alphas = [], None
-    for first in range(0, colors.shape[1], _native.MAX_CHANNELS):
-        channels = slice(first, first + _native.MAX_CHANNELS)
+    for first in range(0, colors.shape[1], native.MAX_CHANNELS):
+        channels = slice(first, first + native.MAX_CHANNELS)
         part, part_alphas = _Blend.apply(
             intersections, image_shape, absgrad, p.means2d, p.conics, colors[:, channels], p.opacities,
             None if backgrounds is None else backgrounds[:, channels],
@@ -156,7 +156,7 @@ def rasterize_cpu(
         "height": height,
         "n_cameras": len(viewmats),
         "n_intersections": num_intersections,
-        "tile_size": _native.TILE_SIZE,
+        "tile_size": native.TILE_SIZE,
     }
     return render_colors, render_alphas, info
 
@@ -179,8 +179,8 @@ def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, w
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
         if t.dtype != means.dtype or t.dtype not in (torch.float32, torch.float64) or t.is_cuda:
             raise TypeError(f"{name} must be float32 or float64 on the CPU, like means; it is {t.dtype} on {t.device}")
-    if sh_degree is not None and not 0 <= sh_degree <= _native.MAX_SH_DEGREE:
-        raise ValueError(f"sh_degree is {sh_degree}, expected 0 to {_native.MAX_SH_DEGREE}")
+    if sh_degree is not None and not 0 <= sh_degree <= native.MAX_SH_DEGREE:
+        raise ValueError(f"sh_degree is {sh_degree}, expected 0 to {native.MAX_SH_DEGREE}")
     if sh_degree is not None and colors.shape[1] < (sh_degree + 1) ** 2:
         raise ValueError(
             f"sh_degree {sh_degree} needs {(sh_degree + 1) ** 2} coefficients, colors has {colors.shape[1]}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from gaussian_offload_native import rendering as native
 from torch import Tensor
 
-from rendering import _native
 from rendering.native import array, tensor, zeros
 
 
@@ -32,7 +32,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, viewmats, Ks, image_size, limits, antialiased):
         inputs = (means, quats, scales, opacities, viewmats, Ks)
-        results = _native.project(
+        results = native.project(
             *(array(t) for t in inputs), *image_size, *limits, antialiased, torch.get_num_threads()
         )
         *rows, compensations = map(tensor, results)
@@ -58,7 +58,7 @@ class _Project(torch.autograd.Function):
             )
         ]
         v_inputs = [zeros(t.shape, like) for t in inputs[:4]]  # means, quats, scales, opacities
-        _native.project_backward(
+        native.project_backward(
             *(array(t) for t in inputs), *ctx.image_size, ctx.eps2d,
             *(array(t) for t in (*saved, *v_rows, *v_inputs)), torch.get_num_threads(),
         )  # fmt: skip

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from gaussian_offload_native import rendering as native
 from torch import Tensor
 
-from rendering import _native
 from rendering.native import array, zeros
 from rendering.projection import Projection
 
@@ -16,7 +16,7 @@ class _SphericalHarmonics(torch.autograd.Function):
         colors = means.new_empty(len(gaussian_ids), 3)
         clamped = torch.empty(len(gaussian_ids), 3, dtype=torch.bool)
         inputs = (means, camera_positions, coeffs, row_offsets, gaussian_ids)
-        _native.spherical_harmonics(sh_degree, *(array(t) for t in (*inputs, colors, clamped)), torch.get_num_threads())
+        native.spherical_harmonics(sh_degree, *(array(t) for t in (*inputs, colors, clamped)), torch.get_num_threads())
         ctx.save_for_backward(*inputs, clamped)
         ctx.sh_degree = sh_degree
         return colors
@@ -25,7 +25,7 @@ class _SphericalHarmonics(torch.autograd.Function):
     def backward(ctx, v_colors):
         means, _, coeffs, *_ = ctx.saved_tensors
         v_means, v_coeffs = zeros(means.shape, means), zeros(coeffs.shape, means)
-        _native.spherical_harmonics_backward(
+        native.spherical_harmonics_backward(
             ctx.sh_degree,
             *(array(t) for t in (*ctx.saved_tensors, v_colors, v_means, v_coeffs)),
             torch.get_num_threads(),

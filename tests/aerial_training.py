@@ -9,20 +9,20 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import AerialCameras
 from configs import Config
-from offload.culling import Cameras
-from offload.host_gaussians import HostGaussians
-from offload.hybrid_gaussians import HybridGaussians, PartResult, ViewPart
-from offload.part_limits import RowLimit
-from offload.streamed_gaussians import StreamedGaussians
+from offload.culling.cameras import Cameras
+from offload.models.baseline import BaselineGaussians
+from offload.models.device import DeviceGaussians
+from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
+from offload.models.streamed import StreamedGaussians
+from offload.tiles.budget import RowLimit
 from training import schedules
-from training.gaussians import DeviceGaussians
 
 CONFIG = Config(sh_degree_interval=1)
 KINDS = (
     *("gpu_only", "baseline", "geometry on device", "geometry on host"),
     *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
 )
-Gaussians = DeviceGaussians | HostGaussians | HybridGaussians | StreamedGaussians
+Gaussians = DeviceGaussians | BaselineGaussians | ForwardedGaussians | StreamedGaussians
 
 
 def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device) -> Gaussians:
@@ -33,14 +33,14 @@ def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device)
     if kind == "gpu_only":
         gaussians = DeviceGaussians(parameters, rates, **adam)
     elif kind == "baseline":
-        gaussians = HostGaussians(parameters, rates, _means_lr, **bound, **adam)
+        gaussians = BaselineGaussians(parameters, rates, _means_lr, **bound, **adam)
     elif kind.startswith("streamed"):
         moments = "bfloat16" if kind.endswith("bfloat16") else "float32"
         place = "host" if kind.endswith("host") else "device"
         gaussians = StreamedGaussians(parameters, rates, _means_lr, geometry=place, moments=moments, **bound, **adam)
     else:
         place, limit = ("device", RowLimit(0.05)) if kind == "split" else (kind.split()[-1], None)
-        gaussians = HybridGaussians(parameters, rates, _means_lr, geometry=place, limit=limit, **bound, **adam)
+        gaussians = ForwardedGaussians(parameters, rates, _means_lr, geometry=place, limit=limit, **bound, **adam)
     parameters.clear()
     return gaussians
 
@@ -63,7 +63,7 @@ def train_on_random_gradients(gaussians: Gaussians, views: list[Cameras], steps:
             gaussians.step(_means_lr(step), ids)
             continue
         view, upcoming = views[step % len(views)], views[(step + 1) % len(views)]
-        if isinstance(gaussians, HybridGaussians):
+        if isinstance(gaussians, ForwardedGaussians):
             gaussians.train_view(view, upcoming, _train_part)
             gaussians.update()
             continue

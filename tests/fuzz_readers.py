@@ -36,14 +36,15 @@ from datasets.mega_nerf import read_metadata
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
-from offload.culling import Cameras
-from offload.hybrid_gaussians import HybridGaussians
+from offload.culling.cameras import Cameras
+from offload.models.device import DeviceGaussians
+from offload.models.forwarded import ForwardedGaussians
 from tests.aerial_training import rows_of
 from tests.made_up_downloads import matrix_city, mega_nerf
 from tests.mutations import mutate, mutate_checkpoint, mutate_npz
 from tests.small_scene import camera, ramp_picture, write_scene
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from training.gaussians import PARAMETER_NAMES, DeviceGaussians, initial_gaussians
+from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.ply import load_ply, save_ply
 
 MEMORY = 5 << 29  # bytes beyond what the imports take
@@ -149,7 +150,7 @@ def read_checkpoint(data_dir: Path, damaged: str) -> None:
     parameters = {name: checkpoint.state[f"parameters/{name}"] for name in PARAMETER_NAMES}
     rates, device = dict.fromkeys(PARAMETER_NAMES, 1e-3), torch.device("cpu")
     adam = {"betas": (0.9, 0.999), "eps": 1e-15, "device": device}
-    places = [HybridGaussians(parameters, rates, lambda step: 1e-3, geometry="host", max_gaussians=100, **adam)]
+    places = [ForwardedGaussians(parameters, rates, lambda step: 1e-3, geometry="host", max_gaussians=100, **adam)]
     places.append(DeviceGaussians(parameters, rates, **adam))
     for place in places:
         try:
@@ -165,7 +166,7 @@ def checkpoint_files(folder: Path) -> Files:
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
     parameters = {name: torch.randn(20, *shape, generator=generator) for name, shape in shapes.items()}
     rates = dict.fromkeys(parameters, 1e-3)
-    gaussians = HybridGaussians(
+    gaussians = ForwardedGaussians(
         parameters,
         rates,
         lambda step: 1e-3,

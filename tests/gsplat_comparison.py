@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload.gradients import gradient_of
+from offload.adam.finite import gradient_of
 from rendering.rasterize import rasterize
 from tests.gaussian_scenes import PARAMETERS, GaussianScene, relative_error, render, weights_like
 

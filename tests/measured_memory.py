@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.aerial_scene import AerialCameras, aerial_scene
-from offload.morton import morton_order
+from offload.store.morton import morton_order
 from rendering.losses import photometric_loss
 from tests.aerial_training import CONFIG, KINDS, Gaussians, gaussians_of
 from tests.resident_memory import resident_bytes
@@ -41,7 +41,7 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
     for step in range(NUM_VIEWS):
         view = views[step]
         on_device = trainer == "gpu_only"
-        activated = gaussians.activated() if on_device else activate(gaussians.fetch(cameras_of(view, CONFIG)))
+        activated = activate(gaussians.parameters if on_device else gaussians.fetch(cameras_of(view, CONFIG)))
         if trainer.startswith(("geometry", "streamed")):
             gaussians.prefetch(cameras_of(views[step + 1], CONFIG))
         colors, alphas, info = render_view(activated, view, CONFIG, sh_degree=3)

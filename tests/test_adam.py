@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.adam import DeferredAdam
-from offload.adam_reference import ReferenceAdam
-from offload.threads import num_threads
+from offload.adam.host import DeferredAdam
+from offload.backends import num_threads
+from tests.oracles.adam import ReferenceAdam
 
 BETAS, EPS = (0.9, 0.999), 1e-15
 # Learning rates of the columns of a row relative to those of their schedule.

@@ -11,12 +11,13 @@ import torch
 import simple_trainer
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
+from benchmarks import calibrate
 from datasets.synthetic import write_city_block
 from errors import InputError
-from offload import calibrate, calibration, row_kernels
-from offload.adam import DeferredAdam
-from offload.calibration import DECISIVE, Speeds, predict, print_last_verdict, save_verdict, verdict
-from training import command_line
+from offload.adam import rows as row_kernels
+from offload.adam.host import DeferredAdam
+from training import calibration, command_line
+from training.calibration import DECISIVE, Speeds, predict, print_last_verdict, save_verdict, verdict
 
 # NVIDIA H200, 2026-11-21. Speeds: benchmarks/results/streamed_rows_h200.md (64 blocks of 8 warps, 1024 vectors, as the
 # trainer had it), and for the host the large copies of benchmarks.train_step on that day, 86 GB/s.

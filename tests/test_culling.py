@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload import culling
-from offload.culling import BlockBounds, Cameras, Margin, visible_ids, visible_ids_on_device
-from offload.morton import morton_order
+from offload.culling import native as culling
+from offload.culling.cameras import Cameras, Margin
+from offload.culling.native import BlockBounds, visible_ids, visible_ids_on_device
+from offload.store.morton import morton_order
 from rendering.rasterize import rasterize
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
@@ -148,7 +149,7 @@ def check(rows: Tensor, cameras: Cameras, cull) -> tuple[Tensor, Tensor]:
 
 def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tensor:
     """As `visible_ids_on_device` does it on CUDA."""
-    from offload import culling_triton
+    from offload.culling import kernels_triton as culling_triton
 
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one

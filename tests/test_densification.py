@@ -8,10 +8,11 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from configs import DensificationRules
-from offload.morton import morton_order
+from offload.models.device import DeviceGaussians
+from offload.store.morton import morton_order
 from training import densification
 from training.densification import Densification, Statistics, TrainingStopped, grow, rotation_matrices
-from training.gaussians import PARAMETER_NAMES, DeviceGaussians
+from training.gaussians import PARAMETER_NAMES
 
 SCENE_SCALE = 2.0
 CPU = torch.device("cpu")

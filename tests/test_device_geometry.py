@@ -7,10 +7,11 @@ import torch
 from test_culling import random_cameras
 from torch import Tensor
 
-from offload import geometry_kernels
-from offload.culling import Margin, visible_ids_on_device
-from offload.device_geometry import GEOMETRY, DeviceGeometry
-from offload.state import load_deferred
+from offload.adam import geometry as geometry_kernels
+from offload.adam.state import load_deferred
+from offload.culling.cameras import Margin
+from offload.culling.native import visible_ids_on_device
+from offload.models.geometry_device import GEOMETRY, DeviceGeometry
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15
@@ -50,7 +51,7 @@ def trained(kind: str, device: str, speed: float = 1.0) -> tuple[DeviceGeometry,
     geometry = DeviceGeometry(start, rates, lambda step: speed * means_lr(step), **adam)
     geometry._kernels = geometry_kernels
     if kind == "triton":
-        from offload import geometry_kernels_triton
+        from offload.adam import geometry_triton as geometry_kernels_triton
 
         geometry._kernels = geometry_kernels_triton
     exact = Exact(start)

@@ -13,8 +13,8 @@ from torch import Tensor
 from configs import Config
 from datasets.loader import evaluation_loader
 from datasets.scene import load_scene
-from offload.culling import BlockBounds, visible_ids
-from offload.store import HostStore
+from offload.culling.native import BlockBounds, visible_ids
+from offload.store.host_store import HostStore
 from tests.training_scripts import anisotropic_start, train
 from trainers import TRAINERS
 from training.checkpoints import load_checkpoint

@@ -25,7 +25,7 @@ from test_resume import (
 import simple_trainer
 import simple_trainer_hybrid_optimized
 from errors import InputError
-from offload.pipeline import RowPipeline
+from offload.pipelines.forwarded import ForwardedPipeline
 from training import checkpoint_folder
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
@@ -428,7 +428,7 @@ def fail_at_call(monkeypatch, script, name: str, number: int) -> None:
     ids=["before its step", "in its step"],
 )
 def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_runs, method, error):
-    script, original, calls = simple_trainer_hybrid_optimized, getattr(RowPipeline, method), [0]
+    script, original, calls = simple_trainer_hybrid_optimized, getattr(ForwardedPipeline, method), [0]
 
     def dies(self, *arguments: object) -> object:
         calls[0] += 1
@@ -437,7 +437,7 @@ def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_run
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowPipeline, method, dies)
+        patch.setattr(ForwardedPipeline, method, dies)
         assert train(patch, script, city_block, tmp_path / "parts", *DENSIFYING) == 1
     assert "The Gaussians are saved in" in last_error(capsys)
     assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, "--resume") == 0
@@ -447,7 +447,7 @@ def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_run
 def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, capsys):
     """The checkpoint before it stays the newest one, and the message says so."""
     script, options = simple_trainer_hybrid_optimized, (*DENSIFYING, "--save_every", 10)
-    update, calls = RowPipeline._update_urgent, [0]
+    update, calls = ForwardedPipeline._update_urgent, [0]
 
     def fails_after_its_work(self, *arguments: object) -> None:
         update(self, *arguments)
@@ -456,7 +456,7 @@ def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, 
             raise torch.cuda.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowPipeline, "_update_urgent", fails_after_its_work)
+        patch.setattr(ForwardedPipeline, "_update_urgent", fails_after_its_work)
         assert train(patch, script, city_block, tmp_path, *options) == 1
     assert "could not be saved (the step had been applied in part)" in last_error(capsys)
     assert train(monkeypatch, script, city_block, tmp_path, *options, "--resume") == 0

@@ -11,7 +11,7 @@ import torch
 from plyfile import PlyData
 
 from errors import InputError
-from offload.state import ARRAYS
+from offload.adam.state import ARRAYS
 from tests.aerial_training import rows_of
 from tests.resident_memory import resident_bytes
 from training import ply

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from configs import DensificationRules
 from errors import InputError
-from offload import _native, host_memory
-from offload.host_memory import HostArray
-from offload.morton import morton_order
-from offload.store import HostStore, host_bytes
+from offload.backends import native
+from offload.models.device import DeviceGaussians
+from offload.store import memory as host_memory
+from offload.store.host_store import HostStore, host_bytes
+from offload.store.memory import HostArray
+from offload.store.morton import morton_order
 from training.densification import Densification, Statistics, grow
-from training.gaussians import DeviceGaussians
 
 NAMES = {
     "geometry": ("means", "scales", "quats", "opacities"),
@@ -482,8 +483,8 @@ def test_removed_rows_give_memory_back_and_reserved_ones_take_none():
 
 PEAK_SCRIPT = """
     import torch
-    from offload.morton import morton_order
-    from offload.store import HostStore, host_bytes
+    from offload.store.morton import morton_order
+    from offload.store.host_store import HostStore, host_bytes
 
     def status(key):
         with open("/proc/self/status") as file:
@@ -686,5 +687,5 @@ def test_morton_order_reads_strided_rows():
 
 
 def test_native_functions_take_threads_without_rows():
-    _native.touch_pages(np.empty(0, np.uint8), 8)
-    _native.compact_rows(np.empty((0, 3), np.int32), np.empty(0, np.int64), 8)
+    native.touch_pages(np.empty(0, np.uint8), 8)
+    native.compact_rows(np.empty((0, 3), np.int32), np.empty(0, np.int64), 8)

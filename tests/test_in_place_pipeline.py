@@ -11,11 +11,13 @@ from test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from test_streamed_pipeline import BETAS, CPU, RATE, Clock, SimulatedLane, random_views
 from torch import Tensor
 
-from offload import in_place_pipeline, row_kernels, work_ahead
-from offload.catch_up import CatchUpTables
-from offload.in_place_pipeline import InPlacePipeline
-from offload.store import HostStore, Moments
-from offload.streamed_groups import StreamedGroup
+from offload.adam import rows as row_kernels
+from offload.adam.deferral import CatchUpTables
+from offload.pipelines import streamed_host as in_place_pipeline
+from offload.pipelines import worker as work_ahead
+from offload.pipelines.groups import StreamedGroup
+from offload.pipelines.streamed_host import StreamedHostPipeline
+from offload.store.host_store import HostStore, Moments
 
 MULTIPLIERS = {"geometry": GEOMETRY, "appearance": APPEARANCE}
 RATES = {"geometry": [RATE, 0.3 * RATE], "appearance": [RATE]}
@@ -48,7 +50,7 @@ class SimulatedWorker:
 
 def make_pipeline(
     n: int, cull: Callable[[int], Tensor], device: torch.device = CPU, moments: Moments = "float32"
-) -> tuple[InPlacePipeline, dict[str, StreamedGroup]]:
+) -> tuple[StreamedHostPipeline, dict[str, StreamedGroup]]:
     """A pipeline whose cameras are numbers of views."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
@@ -60,7 +62,7 @@ def make_pipeline(
         )
         tables = CatchUpTables(multipliers, BETAS, EPS, device)
         groups[name] = StreamedGroup(store, name, tables, lambda step, name=name: RATES[name])
-    return InPlacePipeline(groups, cull, device), groups
+    return StreamedHostPipeline(groups, cull, device), groups
 
 
 class Training:

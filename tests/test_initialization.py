@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from configs import Config, scene_config
+from offload.models.device import DeviceGaussians
 from training import schedules
-from training.gaussians import DeviceGaussians, activate, initial_gaussians, neighbour_distances
+from training.gaussians import activate, initial_gaussians, neighbour_distances
 
 
 def test_neighbour_distances_by_brute_force():

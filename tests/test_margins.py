@@ -9,14 +9,15 @@ import torch
 from test_culling import random_cameras, random_geometry
 from torch import Tensor
 
-from offload.culling import BlockBounds, Cameras, Margin, visible_ids
-from offload.hybrid_gaussians import HybridGaussians
-from offload.offloaded_gaussians import OffloadedGaussians
-from offload.streamed_gaussians import StreamedGaussians
+from offload.culling.cameras import Cameras, Margin
+from offload.culling.native import BlockBounds, visible_ids
+from offload.models.forwarded import ForwardedGaussians
+from offload.models.offloaded import OffloadedGaussians
+from offload.models.streamed import StreamedGaussians
 
 BETAS = (0.9, 0.999)
 RATES = {"means": 2e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 1e-3, "shN": 1e-3}
-TRAINERS = [(kind, place) for kind in (HybridGaussians, StreamedGaussians) for place in ("device", "host")]
+TRAINERS = [(kind, place) for kind in (ForwardedGaussians, StreamedGaussians) for place in ("device", "host")]
 
 
 def start(kind: type[OffloadedGaussians], place: str) -> OffloadedGaussians:
@@ -70,7 +71,7 @@ def test_without_a_margin_rows_are_missed(kind, place):
     assert missed_rows(gaussians) > 0
 
 
-@pytest.mark.parametrize("kind", [HybridGaussians, StreamedGaussians])
+@pytest.mark.parametrize("kind", [ForwardedGaussians, StreamedGaussians])
 def test_without_a_margin_for_skipped_steps_rows_are_missed(kind):
     """Of geometry on the device tests/test_device_geometry.py shows it."""
     gaussians = start(kind, "host")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_pipeline import STEPS, make_pipeline, train
 
-from offload.adam import DeferredAdam
-from offload.offload_times import OffloadTimes
-from offload.transfer import Downloaded, RowTransfer
+from offload.adam.host import DeferredAdam
+from offload.pipelines.times import OffloadTimes
+from offload.pipelines.transfer import Downloaded, RowTransfer
 
 WAITING = "wait_for_worker"
 OF_WORKER = ("worker_cull", "worker_forward", "worker_commit", "wait_for_gradients")

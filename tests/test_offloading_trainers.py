@@ -15,10 +15,10 @@ import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
-from offload.culling import BlockBounds
-from offload.in_place_pipeline import InPlacePipeline
-from offload.margins import largest_correction, largest_drift, largest_step
-from offload.pipeline import RowPipeline, shared_positions
+from offload.culling.margins import largest_correction, largest_drift, largest_step
+from offload.culling.native import BlockBounds
+from offload.pipelines.forwarded import ForwardedPipeline, shared_positions
+from offload.pipelines.streamed_host import StreamedHostPipeline
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
 from training import command_line
 from training.checkpoints import load_checkpoint
@@ -70,14 +70,14 @@ def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_p
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("out of memory"), ValueError("a defect")], ids=str)
 def test_what_has_been_trained_is_saved_when_the_worker_fails(monkeypatch, city_block, tmp_path, capsys, error):
-    prepare = RowPipeline._prepare
+    prepare = ForwardedPipeline._prepare
 
     def fail_at_step_8(self, *arguments: object) -> object:
         if self._groups["appearance"].adam.step_count == 8:
             raise error
         return prepare(self, *arguments)
 
-    monkeypatch.setattr(RowPipeline, "_prepare", fail_at_step_8)
+    monkeypatch.setattr(ForwardedPipeline, "_prepare", fail_at_step_8)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, "--max_steps", 20)
     message = capsys.readouterr().err.splitlines()[-1]
@@ -87,14 +87,14 @@ def test_what_has_been_trained_is_saved_when_the_worker_fails(monkeypatch, city_
 
 
 def test_what_has_been_trained_is_saved_when_the_streamed_worker_fails(monkeypatch, city_block, tmp_path, capsys):
-    prepare, options = InPlacePipeline._prepare, ("--max_steps", 20, "--geometry", "host")
+    prepare, options = StreamedHostPipeline._prepare, ("--max_steps", 20, "--geometry", "host")
 
     def fail_at_step_8(self, *arguments: object) -> object:
         if self.step_count == 8:
             raise ValueError("a defect")
         return prepare(self, *arguments)
 
-    monkeypatch.setattr(InPlacePipeline, "_prepare", fail_at_step_8)
+    monkeypatch.setattr(StreamedHostPipeline, "_prepare", fail_at_step_8)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path, *options)
     assert "ckpt_7.pt" in capsys.readouterr().err.splitlines()[-1]
@@ -108,7 +108,7 @@ def test_a_failure_to_save_after_an_error_is_a_sentence_too(monkeypatch, city_bl
     monkeypatch.setattr(
         simple_trainer_hybrid_optimized.Densification, "resets_at", lambda self, step: step > 5 and fail()
     )
-    monkeypatch.setattr(simple_trainer_hybrid_optimized.HybridGaussians, "state", fail)
+    monkeypatch.setattr(simple_trainer_hybrid_optimized.ForwardedGaussians, "state", fail)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, "--max_steps", 20)
     message = capsys.readouterr().err.splitlines()[-1]

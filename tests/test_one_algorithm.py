@@ -21,17 +21,21 @@ from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import write_city_block
-from offload import device_geometry, gradients, in_place_pipeline, streamed_pipeline
-from offload.adam import DeferredAdam
-from offload.catch_up import CatchUpTables
-from offload.culling import Cameras
-from offload.host_gaussians import HostGaussians
-from offload.hybrid_gaussians import HybridGaussians
-from offload.streamed_gaussians import StreamedGaussians
+from offload.adam import finite as gradients
+from offload.adam.deferral import CatchUpTables
+from offload.adam.host import DeferredAdam
+from offload.culling.cameras import Cameras
+from offload.models import geometry_device as device_geometry
+from offload.models.baseline import BaselineGaussians
+from offload.models.device import DeviceGaussians
+from offload.models.forwarded import ForwardedGaussians
+from offload.models.streamed import StreamedGaussians
+from offload.pipelines import streamed as streamed_pipeline
+from offload.pipelines import streamed_host as in_place_pipeline
 from tests.triton_places import INTERPRETED
 from training import schedules
 from training.densification import GaussianStore, grow
-from training.gaussians import DeviceGaussians, initial_gaussians
+from training.gaussians import initial_gaussians
 from training.views import View, cameras_of
 
 CPU = torch.device("cpu")
@@ -86,7 +90,10 @@ def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trai
 @pytest.mark.parametrize("trainer", ["geometry on device", "streamed", "streamed from host"])
 def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
     """All of `offload` as it runs on a GPU, but for streams and memory."""
-    from offload import culling_triton, geometry_kernels_triton, gradients_triton, row_kernels_triton
+    from offload.adam import finite_triton as gradients_triton
+    from offload.adam import geometry_triton as geometry_kernels_triton
+    from offload.adam import rows_triton as row_kernels_triton
+    from offload.culling import kernels_triton as culling_triton
 
     refines, drawn, _ = gpu_only
     if refines:
@@ -144,12 +151,12 @@ def start(scene: Scene) -> tuple[dict[str, Tensor], dict[str, float]]:
 def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor], refines: bool) -> dict[str, Tensor]:
     """The Gaussians of an offloading trainer after all steps, of which `drawn` says which rows have gradients."""
     if trainer == "baseline":
-        gaussians = HostGaussians(*start(scene), means_lr, **ADAM)
+        gaussians = BaselineGaussians(*start(scene), means_lr, **ADAM)
     elif trainer.startswith("streamed"):
         place = "host" if trainer.endswith("host") else "device"
         gaussians = StreamedGaussians(*start(scene), means_lr, geometry=place, **ADAM)
     else:
-        gaussians = HybridGaussians(*start(scene), means_lr, geometry=trainer.removeprefix("geometry on "), **ADAM)
+        gaussians = ForwardedGaussians(*start(scene), means_lr, geometry=trainer.removeprefix("geometry on "), **ADAM)
     for step, cameras in enumerate(views):
         rows = gaussians.fetch(cameras)
         rows_will_change = refines and step in (*REFINED, RESET)

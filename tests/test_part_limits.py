@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from offload.part_limits import CALIBRATION_PARTS, HEADROOM, MemoryBudget, RowBytes, RowLimit
-from offload.split import Coverage, plan_boxes
+from offload.tiles.boxes import Coverage, plan_boxes
+from offload.tiles.budget import CALIBRATION_PARTS, HEADROOM, MemoryBudget, RowBytes, RowLimit
 from tests.test_split_planning import HEIGHT, WIDTH, corners_of, rectangles_in_cells
 
 ROWS = RowBytes.of("device", 3)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.adam import DeferredAdam
-from offload.pipeline import Part, RowGroup, RowPipeline, ViewIds
-from offload.schedules import schedules_of
-from offload.store import HostStore
-from offload.transfer import RowTransfer
+from offload.adam.host import DeferredAdam
+from offload.adam.schedules import schedules_of
+from offload.pipelines.forwarded import ForwardedPipeline, Part, RowGroup, ViewIds
+from offload.pipelines.transfer import RowTransfer
+from offload.store.host_store import HostStore
 
 N, STEPS = 400, 25
 RATES = {"means": 1e-2, "scales": 2e-2, "quats": 1e-2, "opacities": 3e-2, "sh0": 1e-2, "shN": 1e-3}
@@ -44,7 +44,7 @@ def rows_of(part: Part) -> Tensor | slice:
     return slice(None) if part.rows is None else part.rows
 
 
-def make_pipeline(num_parts: int) -> RowPipeline:
+def make_pipeline(num_parts: int) -> ForwardedPipeline:
     """Views are named by a number in place of their cameras."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
@@ -59,10 +59,10 @@ def make_pipeline(num_parts: int) -> RowPipeline:
         ids = random_ids(view)
         return ViewIds(ids, ids, [Part()] if num_parts == 1 else random_parts(len(ids), num_parts, seed=view))
 
-    return RowPipeline(groups, find, torch.device("cpu"), find_in_worker=True)
+    return ForwardedPipeline(groups, find, torch.device("cpu"), find_in_worker=True)
 
 
-def train(pipeline: RowPipeline, *, split_at: int = -1) -> tuple[dict[str, Tensor], list[Tensor]]:
+def train(pipeline: ForwardedPipeline, *, split_at: int = -1) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The rows after all steps, and for each step the sum over the view of the values it was given.
 
     The gradient of a row is its value plus a number that depends on view and row. Parts share it equally.

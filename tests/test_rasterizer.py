@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from rendering.rasterize import rasterize
-from tests.dense_rasterizer import dense_rasterize
 from tests.gaussian_scenes import (
     PARAMETERS,
     GaussianScene,
@@ -17,6 +16,7 @@ from tests.gaussian_scenes import (
     render,
     weights_like,
 )
+from tests.oracles.dense_rasterizer import dense_rasterize
 
 SETTINGS = {
     "classic": {"sh_degree": 3},

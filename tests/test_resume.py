@@ -17,7 +17,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
-from offload.state import current_rows
+from offload.adam.state import current_rows
 from training import command_line
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.ply import load_ply

@@ -5,11 +5,11 @@ import torch
 from test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from torch import Tensor
 
-from offload import row_kernels
-from offload.bfloat16_moments import pack, random_bits, unpack
-from offload.catch_up import CatchUpTables
-from offload.host_memory import HostArray
-from offload.row_kernels import RowState
+from offload.adam import rows as row_kernels
+from offload.adam.bfloat16 import pack, random_bits, unpack
+from offload.adam.deferral import CatchUpTables
+from offload.adam.rows import RowState
+from offload.store.memory import HostArray
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS = (0.9, 0.999)
@@ -18,7 +18,7 @@ BETAS = (0.9, 0.999)
 def kernels_of(kind: str):
     if kind == "torch":
         return row_kernels
-    from offload import row_kernels_triton
+    from offload.adam import rows_triton as row_kernels_triton
 
     return row_kernels_triton
 
@@ -297,7 +297,7 @@ def test_bfloat16_moments_are_right_on_average(kind, device):
 @pytest.mark.cuda
 def test_rows_across_the_borders_of_pinned_parts(monkeypatch):
     """Kernels, unlike copies, may read and write across parts of memory that were registered one by one."""
-    monkeypatch.setattr("offload.host_memory.PART_BYTES", 1 << 20)
+    monkeypatch.setattr("offload.store.memory.PART_BYTES", 1 << 20)
     torch.manual_seed(0)
     n = 100_000
     host, expected = (HostRows(n, APPEARANCE, BETAS, kind, "cuda") for kind in ("triton", "torch"))

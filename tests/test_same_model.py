@@ -24,12 +24,12 @@ from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
-from offload.adam import DeferredAdam
-from offload.catch_up import CatchUpTables
-from offload.culling import BlockBounds, visible_ids
-from offload.hybrid_gaussians import ViewPart
-from offload.split import Tile
-from offload.store import HostStore
+from offload.adam.deferral import CatchUpTables
+from offload.adam.host import DeferredAdam
+from offload.culling.native import BlockBounds, visible_ids
+from offload.models.forwarded import ViewPart
+from offload.store.host_store import HostStore
+from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
 from tests.training_scripts import anisotropic_start, start_one_ulp_off, train
 from trainers import TRAINERS
@@ -102,7 +102,7 @@ def watch_fine_tiles(monkeypatch) -> list[Tile | None]:
         return render_part(part, *arguments, **options)
 
     monkeypatch.setattr(script, "render_part", watched_render_part)
-    monkeypatch.setattr("offload.split.SMALLEST", 16)
+    monkeypatch.setattr("offload.tiles.boxes.SMALLEST", 16)
     return tiles
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.aerial_scene import aerial_scene
-from offload.store import HostStore
+from offload.store.host_store import HostStore
 from tests.aerial_training import KINDS, gaussians_of, rows_of, train_on_random_gradients, views_of
 from tests.resident_memory import resident_bytes
 from training import checkpoints

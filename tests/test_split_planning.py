@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from offload import culling
-from offload.culling import CoveredCells, Margin, covered_cells, covered_cells_on_device
-from offload.split import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxes
+from offload.culling import native as culling
+from offload.culling.cameras import Margin
+from offload.culling.native import CoveredCells, covered_cells, covered_cells_on_device
+from offload.tiles.boxes import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxes
 from rendering.rasterize import rasterize
 from rendering.region import Region
 from tests.test_culling import COLUMNS, activated, random_cameras, random_geometry
@@ -150,7 +151,7 @@ def with_torch(rows, ids, cameras, margin) -> list[CoveredCells]:
 
 def with_triton(rows, ids, cameras, margin) -> list[CoveredCells]:
     """As `covered_cells_on_device` does it on CUDA."""
-    from offload import culling_triton
+    from offload.culling import kernels_triton as culling_triton
 
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one

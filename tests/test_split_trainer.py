@@ -13,7 +13,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 from datasets.synthetic import write_city_block
 from errors import InputError
-from offload.part_planner import PartPlanner
+from offload.tiles.planner import PartPlanner
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
 from training import command_line
 from training.memory import parse_bytes

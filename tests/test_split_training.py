@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from offload.hybrid_gaussians import HybridGaussians, PartResult, ViewPart
-from offload.part_limits import MemoryBudget, RowBytes, RowLimit
+from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
+from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from rendering.losses import photometric_loss
 from training import tiles
 from training.densification import Densification, Statistics
@@ -88,8 +88,8 @@ def whole_step(parameters: dict[str, Tensor], view: View, cfg: Config, backgroun
     return Step(loss, {name: leaf.grad.cpu() for name, leaf in leaves.items()}, densification.statistics)
 
 
-def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str, cfg: Config) -> HybridGaussians:
-    return HybridGaussians(
+def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str, cfg: Config) -> ForwardedGaussians:
+    return ForwardedGaussians(
         parameters,
         RATES,
         lambda step: RATES["means"],
@@ -103,7 +103,13 @@ def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str,
 
 
 def train_part(
-    part: ViewPart, gaussians: HybridGaussians, view: View, cfg: Config, backgrounds: Tensor | None, screen, seen: list
+    part: ViewPart,
+    gaussians: ForwardedGaussians,
+    view: View,
+    cfg: Config,
+    backgrounds: Tensor | None,
+    screen,
+    seen: list,
 ) -> PartResult:
     """As in simple_trainer_hybrid_optimized_split.py."""
     halo = halo_of(cfg)
@@ -222,13 +228,13 @@ def test_rows_missing_from_the_halo_are_noticed(monkeypatch):
     """Tiles get the rows that draw in them, but not those that draw in their halo only."""
     arguments = scene("plain")
     expected = whole_step(*arguments)
-    covered_cells = HybridGaussians._covered_cells
+    covered_cells = ForwardedGaussians._covered_cells
 
     def without_halo(self, *arguments):
         self._halo = 0
         return covered_cells(self, *arguments)
 
-    monkeypatch.setattr(HybridGaussians, "_covered_cells", without_halo)
+    monkeypatch.setattr(ForwardedGaussians, "_covered_cells", without_halo)
     step, _ = split_step(*arguments, RowLimit(0.3), "device")
     with pytest.raises(AssertionError):
         check(step, expected)

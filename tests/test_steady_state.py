@@ -107,7 +107,7 @@ def test_device_memory_does_not_creep_over_5000_steps(monkeypatch, city_block, t
     train(monkeypatch, way.load(), city_block, tmp_path, *options, *way.arguments)
     allocated = {step: gib * 2**30 for step, gib in log["device_allocated_now_GiB"].items()}
     # As many views are on the device at any time, so the mean over many steps is constant, but for the tables of
-    # skipped steps, which double at step 4,096 (offload/catch_up.py). 150 bytes kept from each step are noticed.
+    # skipped steps, which double at step 4,096 (offload/adam/deferral.py). 150 bytes kept from each step are noticed.
     early, late = mean(allocated, 1000, 3000), mean(allocated, 3000, 5000)
     assert late == pytest.approx(early, abs=0.3e6)  # 0.12e6 where nothing is kept
     staged = list(log.get("staging_allocations", {5000: 0}).values())

@@ -12,11 +12,13 @@ import torch
 from test_adam import APPEARANCE, EPS, DenseOracle, largest_row_error
 from torch import Tensor
 
-from offload import row_kernels, streamed_groups, streamed_pipeline
-from offload.catch_up import CatchUpTables
-from offload.store import HostStore, Moments
-from offload.streamed_groups import StreamedGroup
-from offload.streamed_pipeline import StreamedPipeline
+from offload.adam import rows as row_kernels
+from offload.adam.deferral import CatchUpTables
+from offload.pipelines import groups as streamed_groups
+from offload.pipelines import streamed as streamed_pipeline
+from offload.pipelines.groups import StreamedGroup
+from offload.pipelines.streamed import StreamedPipeline
+from offload.store.host_store import HostStore, Moments
 
 BETAS, RATE = (0.9, 0.999), 1e-2
 CPU = torch.device("cpu")

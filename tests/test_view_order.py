@@ -10,7 +10,7 @@ from benchmarks.aerial_scene import aerial_scene, geometry_rows, one_by_one
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.view_order import ViewWindows, path, sample_of, sees
-from offload.culling import BlockBounds, visible_ids
+from offload.culling.native import BlockBounds, visible_ids
 from training.views import View
 
 

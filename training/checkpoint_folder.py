@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import InputError
-from offload.store import HostStore
+from offload.store.host_store import HostStore
 from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from offload.state import ARRAYS, check_state, current_values
-from offload.store import HostStore
+from offload.adam.state import ARRAYS, check_state, current_values
+from offload.store.host_store import HostStore
 from training.gaussians import PARAMETER_NAMES
 
 FORMAT_VERSION = 2
@@ -55,7 +55,9 @@ class Checkpoint:
 
     steps: int  # training steps done
     transform: np.ndarray  # [4, 4] similarity from the dataset's coordinates to the model's
-    state: Mapping[str, Tensor]  # as `offload.state`, and more that a run needs to go on; read as views of the file
+    state: Mapping[
+        str, Tensor
+    ]  # as `offload.adam.state`, and more that a run needs to go on; read as views of the file
     options: Mapping[str, object] = field(default_factory=dict)  # of the run
     sequence: int = 0  # larger than that of all checkpoints that lay in the folder before
     periodic: bool = False  # whether later ones may take its place

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from configs import DensificationRules
 from errors import InputError
-from offload.morton import morton_order
+from offload.store.morton import morton_order
 from training.memory import available_bytes, format_bytes
 
 SORTED_AGAIN = 0.25  # share of rows that may be appended before all are sorted

@@ -28,9 +28,9 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import InputError
-from offload.device_geometry import BYTES as GEOMETRY_BYTES
-from offload.store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
-from offload.streamed_pipeline import SPARE
+from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
+from offload.pipelines.streamed import SPARE
+from offload.store.host_store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
 from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 200  # of a Gaussian in view

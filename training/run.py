@@ -23,9 +23,9 @@ from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError
-from offload.morton import morton_order
-from offload.state import State, sh_degree_of
-from offload.store import HostStore
+from offload.adam.state import State, sh_degree_of
+from offload.store.host_store import HostStore
+from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
@@ -66,7 +66,7 @@ class Model(Protocol):
         """The current values of these rows of the six parameter tensors."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, as `offload.state` describes it."""
+        """Everything that training goes on from, as `offload.adam.state` describes it."""
 
     def guarded(self) -> dict[str, HostStore]:
         """Which tensors of `state` change only after `before_change` of their store has been called."""

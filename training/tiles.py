@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from offload.hybrid_gaussians import ViewPart
-from offload.split import HALO, Tile
+from offload.models.forwarded import ViewPart
+from offload.tiles.boxes import HALO, Tile
 from rendering.losses import count_windows, photometric_loss, photometric_sum
 from rendering.region import Region
 from training.gaussians import activate

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs import Config
 from datasets.loader import Batch
-from offload.culling import Cameras
+from offload.culling.cameras import Cameras
 from rendering.rasterize import rasterize
 from rendering.region import Region
 

@@ -5,7 +5,7 @@
 
 namespace offload {
 
-// One optimizer step t, as the kernels need it. Sums over skipped steps are C of offload/adam.py.
+// One optimizer step t, as the kernels need it. Sums over skipped steps are C of offload/adam/host.py.
 struct AdamStep {
   int32_t newest_stamp;      // the largest last_step a row may have: t - 1 with gradients, t without
   int32_t step;              // t

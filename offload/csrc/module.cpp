@@ -7,7 +7,7 @@ void bind_adam(nb::module_& module);
 void bind_culling(nb::module_& module);
 void bind_store(nb::module_& module);
 
-NB_MODULE(_native, module) {
+NB_MODULE(offload, module) {
   module.doc() = "Kernels over the host store; arrays are raw contiguous buffers.";
   bind_adam(module);
   bind_culling(module);

@@ -304,7 +304,7 @@ void bind(nb::module_& m) {
 
 }  // namespace
 
-NB_MODULE(_native, m) {
+NB_MODULE(rendering, m) {
   nb::set_leak_warnings(false);  // a script may end while it still holds an image's graph
   m.doc() = "CPU rasterizer: projection, spherical harmonics, tile intersection and blending.";
   m.attr("MAX_CHANNELS") = kMaxChannels;

@@ -1,0 +1,38 @@
+"""What kernels in Triton take of `offload/adam/deferral.py`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def skipped_sizes(sums, multipliers, capacity, stamp, mask, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr):
+    """C_t(s) [BLOCK] of rows last updated at the steps `stamp` [BLOCK], for the column that `multipliers` begins with.
+
+    sums [SCHEDULES, capacity] float64, multipliers [SCHEDULES, NUM_COLUMNS].
+    """
+    sizes = 0.0
+    for schedule in tl.static_range(SCHEDULES):
+        total = tl.load(sums + schedule * capacity + stamp, mask=mask, other=0.0).to(tl.float32)
+        sizes += total * tl.load(multipliers + schedule * NUM_COLUMNS)
+    return sizes
+
+
+@triton.jit
+def caught_up(w, m, v, sizes, eps):
+    """Parameters after the skipped steps, from them and their moments before those."""
+    return w - sizes * (m / (tl.sqrt(v) + eps))
+
+
+@triton.jit
+def decayed(m, v, decays, capacity, skipped, mask):
+    """Both moments [BLOCK, columns] after so many steps [BLOCK] without gradient; decays [2, capacity] float64."""
+    decay1 = tl.load(decays + skipped, mask=mask, other=0.0).to(tl.float32)
+    decay2 = tl.load(decays + capacity + skipped, mask=mask, other=0.0)
+    # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
+    near = decay2.to(tl.float32)
+    rest = (decay2 - near.to(tl.float64)).to(tl.float32)
+    m = m * decay1[:, None]
+    v = v * near[:, None] + v * rest[:, None]
+    return m, v

@@ -1,0 +1,59 @@
+"""Gradients as optimizers take them: there are some of every leaf, and none that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Its gradient after the backward pass; zero where nothing was drawn."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+class FiniteGradients:
+    """Skips steps of which any gradient is NaN or infinite: they count as steps whose gradient is zero.
+
+    Nobody waits for the device to know.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
+
+    def keep(self, leaves: Iterable[Tensor], ids: Tensor | None = None) -> None:
+        """Set all of a step's gradients to zero, in place, unless all their values are finite.
+
+        Args:
+            leaves: Their gradients are contiguous; those that have none, since nothing was drawn, are left out.
+            ids: int64 [V], the rows that may have values other than zero; None: all rows. They may repeat.
+        """
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if not gradients:
+            return
+        if gradients[0].is_cuda:
+            from offload.adam import finite_triton as gradients_triton  # Triton comes with CUDA builds of torch only
+
+            spoiled = gradients_triton.clear_unless_finite(gradients, ids)
+        else:
+            spoiled = _clear_unless_finite(gradients, ids)
+        self._skipped += spoiled
+        self._skipped[1] *= spoiled
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps have been skipped so far, and how many of those were the last in a row; waits."""
+        total, in_a_row = self._skipped.tolist()
+        return total, in_a_row
+
+
+def _clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> int:
+    """1 where they had to be cleared, else 0."""
+    rows = gradients if ids is None else [gradient[ids] for gradient in gradients]
+    # NaN goes through minimum and maximum, which unlike `isfinite` take no memory.
+    if all(math.isfinite(end) for values in rows if values.numel() for end in map(float, values.aminmax())):
+        return 0
+    for gradient in gradients:
+        gradient.zero_() if ids is None else gradient.index_fill_(0, ids, 0.0)
+    return 1

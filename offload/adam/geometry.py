@@ -1,0 +1,117 @@
+"""What a device does with rows of geometry that lie in its own memory, in plain torch; culling ends natively.
+
+`offload/adam/geometry_triton.py` has the same functions as CUDA kernels, but for `settle_rows`, which no step needs.
+The mathematics of skipped steps is explained in `offload/adam/host.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload.adam.deferral import CatchUpTables, StepSizes, adam_step, caught_up, decayed
+from offload.culling import native as culling
+from offload.culling.cameras import Cameras, Margin
+from offload.culling.native import BlockBounds, reachable_ids, views_of
+from offload.store.host_store import group_columns
+
+COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
+
+
+@dataclass
+class GeometryState:
+    """Geometry and its Adam moments as they were after each row's last update."""
+
+    parameters: dict[str, Tensor]  # means [N, 3], scales [N, 3] (log), quats [N, 4], opacities [N] (logit)
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    last_step: Tensor  # [N] int32, the step of that update
+
+    def flat_rows(self, name: str, ids: Tensor) -> list[Tensor]:
+        """Copies of a parameter and its moments [M, width]."""
+        return [flat(array[name][ids]) for array in (self.parameters, self.exp_avg, self.exp_avg_sq)]
+
+    def put_rows(self, name: str, ids: Tensor, *values: Tensor) -> None:
+        """The opposite of `flat_rows`."""
+        for array, rows in zip((self.parameters, self.exp_avg, self.exp_avg_sq), values, strict=True):
+            array[name][ids] = rows.view(len(ids), *array[name].shape[1:])
+
+
+def visible_ids(
+    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
+) -> Tensor:
+    """Sorted int64 [V] of the rows that the cameras may draw; waits for the device.
+
+    Args:
+        state: Of N rows.
+        tables: Of the skipped steps.
+        cameras: The pictures to be drawn.
+        margin: How much rows may still move after step `tables.step`.
+        lag_margin: How much they may move after their last update.
+    """
+    means, scales, _, opacities = (state.parameters[name] for name in COLUMNS)
+    candidates = reachable_ids(means, scales, opacities, views_of(cameras, lag_margin))
+    current = gather_rows(state, candidates, tables)
+    columns = [*map(flat, current.values()), means.new_zeros(len(candidates), 1)]
+    rows = torch.cat(columns, dim=1).cpu()  # [M, 12]
+    drawn = culling.visible_ids(rows, BlockBounds(rows), cameras, margin)
+    return candidates[drawn.to(candidates.device)]
+
+
+def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
+    """Copies of the parameters of rows after step `tables.step`.
+
+    Args:
+        state: Of N rows.
+        ids: [V] int64, which of them.
+        tables: Of the skipped steps.
+    """
+    stamps = state.last_step[ids]
+    values = {}
+    for name, columns in COLUMNS.items():
+        w, m, v = state.flat_rows(name, ids)
+        shape = len(ids), *state.parameters[name].shape[1:]
+        values[name] = caught_up(w, m, v, stamps, tables, columns).view(shape)
+    return values
+
+
+def step_rows(
+    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: CatchUpTables, step: StepSizes
+) -> None:
+    """All steps that rows have skipped, and then step `tables.step` + 1 of Adam, in place.
+
+    Args:
+        state: Of N rows.
+        ids: [V] int64, the rows that have a gradient, each once.
+        gradients: Of their parameters, as `gather_rows` gives those.
+        tables: Of the skipped steps; the new one has not begun yet.
+        step: Of the new one.
+    """
+    stamps = state.last_step[ids]
+    for name, columns in COLUMNS.items():
+        w, m, v = state.flat_rows(name, ids)
+        w = caught_up(w, m, v, stamps, tables, columns)
+        m, v = decayed(m, v, tables.step - stamps, tables)
+        adam_step(w, m, v, flat(gradients[name]), step.sizes[columns], step)
+        state.put_rows(name, ids, w, m, v)
+    state.last_step[ids] = tables.step + 1
+
+
+def settle_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> None:
+    """Bring rows [M], each of them once, to step `tables.step`."""
+    stamps = state.last_step[ids]
+    for name, columns in COLUMNS.items():
+        w, m, v = state.flat_rows(name, ids)
+        state.put_rows(
+            name, ids, caught_up(w, m, v, stamps, tables, columns), *decayed(m, v, tables.step - stamps, tables)
+        )
+    state.last_step[ids] = tables.step
+
+
+def flat(values: Tensor) -> Tensor:
+    """[M, width] of [M, ...]."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))

@@ -1,0 +1,48 @@
+"""How far Adam can move geometry, which culling ahead of its steps must allow for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from offload.culling.cameras import Margin
+from offload.models.geometry_device import GEOMETRY
+
+_ROUNDING = 1.01  # what float32 arithmetic adds to the exact bounds
+
+
+def largest_step(betas: tuple[float, float]) -> float:
+    """Largest change of a parameter by one Adam step without bias correction, in units of the learning rate.
+
+    By Cauchy-Schwarz on the sums of gradients in both moments:
+    |m| / sqrt(v) <= (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2).
+    """
+    b1, b2 = betas
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2))
+
+
+def largest_drift(betas: tuple[float, float]) -> float:
+    """Largest change of a parameter by all steps without gradient that follow one, in the same units."""
+    b1, b2 = betas
+    ratio = b1 / math.sqrt(b2)
+    return largest_step(betas) * ratio / (1 - ratio)
+
+
+def largest_correction(betas: tuple[float, float], step: int) -> float:
+    """Largest factor sqrt(1 - b2^t) / (1 - b1^t) by which bias correction changes the steps t = 1 to `step`.
+
+    It falls first, from 0.32 at the usual betas, and then rises to 1: its logarithm's derivative by t is
+    d2 / (exp(d2 t) - 1) / 2 - d1 / (exp(d1 t) - 1), with di = -ln(bi), whose first term outgrows the second once.
+    """
+    b1, b2 = betas
+    return max(math.sqrt(1 - b2**t) / (1 - b1**t) for t in (1, max(step, 1)))
+
+
+def margin_of(change: float, learning_rates: Mapping[str, float]) -> Margin:
+    """What geometry moves at most.
+
+    Args:
+        change: Of any parameter, in units of its learning rate.
+        learning_rates: Of means, scales, quats and opacities, at their largest.
+    """
+    return Margin(**{name: _ROUNDING * change * learning_rates[name] for name in GEOMETRY})

@@ -1,0 +1,184 @@
+"""The Gaussians of GPU-only training: parameters and Adam moments of all of them on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from offload.adam.finite import FiniteGradients
+from offload.adam.state import ARRAYS, State, copy_current
+from offload.models.kept_rows import kept_rows
+from offload.store.host_store import HostStore
+
+BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
+
+
+class DeviceGaussians:
+    """All parameters as leaf tensors on one device, updated by one fused Adam.
+
+    The methods below `step` are what densification asks of any store of Gaussians: see
+    `training.densification.GaussianStore`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        learning_rates: Mapping[str, float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            parameters: The six tensors of `initial_gaussians`.
+            learning_rates: Adam's learning rate of each of them.
+            betas: Adam's decay rates of the first and second moment.
+            eps: Adam's epsilon.
+            device: Where everything lives.
+        """
+        self.parameters = {
+            name: value.detach().to(device, torch.float32, copy=True).requires_grad_()
+            for name, value in parameters.items()
+        }
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [parameter], "lr": learning_rates[name], "name": name}
+                for name, parameter in self.parameters.items()
+            ],
+            betas=betas,
+            eps=eps,
+            fused=True,
+        )
+        self.steps_done = 0
+        self._finite = FiniteGradients(device)
+
+    @property
+    def num_gaussians(self) -> int:
+        return len(self.parameters["means"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters["means"].device
+
+    def step(self, means_lr: float, ids: Tensor) -> None:
+        """One Adam step on the gradients at hand.
+
+        Args:
+            means_lr: Learning rate of the means.
+            ids: [V] int64, rows whose gradients are not zero; rows may repeat.
+        """
+        self._finite.keep(self.parameters.values(), ids)
+        for group in self.optimizer.param_groups:
+            if group["name"] == "means":
+                group["lr"] = means_lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, as `offload.adam.state` describes it; not copied."""
+        state = {"step_count": torch.tensor(self.steps_done)}
+        for name, parameter in self.parameters.items():
+            moments = self._moments(parameter) or dict.fromkeys(ARRAYS[1:], torch.zeros_like(parameter))
+            state.update({f"parameters/{name}": parameter.detach()})
+            state.update({f"{moment}/{name}": value.detach() for moment, value in moments.items()})
+        return state
+
+    def guarded(self) -> dict[str, HostStore]:
+        """No tensors of `state`: every step changes all rows."""
+        return {}
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+        self.steps_done = int(state["step_count"])
+        for parameter in self.parameters.values():
+            step = torch.tensor(float(self.steps_done), device=parameter.device)
+            moments = {moment: torch.empty_like(parameter) for moment in ARRAYS[1:]}
+            self.optimizer.state[parameter] = {"step": step, **moments}
+        copy_current({key: value for key, value in self.state().items() if key != "step_count"}, state)
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
+        return self._finite.skipped_steps()
+
+    def undo_step(self) -> None:
+        """Forget the gradients of the step that an error has ended.
+
+        Raises:
+            RuntimeError: They have been applied.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = (state["step"].item() for state in self.optimizer.state.values())
+        if any(count != self.steps_done for count in counts):
+            raise RuntimeError("the step had been applied in part")
+
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """The current values of these rows of the six parameter tensors, detached; not copied."""
+        return {name: parameter.detach()[first:last] for name, parameter in self.parameters.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The current values of one geometry parameter, detached; not copied."""
+        return self.parameters[name].detach()
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M]; the copies start without Adam moments."""
+        self._replace_rows(
+            lambda value: torch.cat([value, value[ids]]),
+            lambda moment: torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])]),
+        )
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where some tensors have them only, since appending has failed."""
+        self._replace_rows(lambda value: value[:num_gaussians], lambda moment: moment[:num_gaussians])
+
+    @torch.no_grad()
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero, named or not."""
+        for name, parameter in self.parameters.items():
+            if name in values:
+                parameter[ids] = values[name]
+            for moment in self._moments(parameter).values():
+                moment[ids] = 0
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        self._replace_rows(lambda value: kept_rows(value, ids), lambda moment: kept_rows(moment, ids))
+
+    @torch.no_grad()
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        parameter = self.parameters["opacities"]
+        parameter.clamp_(max=max_logit)
+        for moment in self._moments(parameter).values():
+            moment.zero_()
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Memory in bytes that appending this many Gaussians takes at its peak.
+
+        Tensors are replaced one at a time, so beside the growth the largest one stands twice.
+        """
+        largest = max(parameter.numel() * 4 for parameter in self.parameters.values())
+        return {self.device: num_new * BYTES_PER_GAUSSIAN + largest}
+
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(parameter, {})
+        return {key: value for key, value in state.items() if key != "step"}
+
+    @torch.no_grad()
+    def _replace_rows(self, of_parameter: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]) -> None:
+        """One tensor after the other, so that only one of them stands twice; an error leaves none without rows."""
+        for group in self.optimizer.param_groups:
+            old = self.parameters[group["name"]]
+            new = of_parameter(old.detach()).requires_grad_()
+            state = self.optimizer.state.pop(old, {})
+            if state:
+                self.optimizer.state[new] = state
+            self.parameters[group["name"]] = new
+            group["params"] = [new]
+            del old
+            for key in state.keys() - {"step"}:
+                state[key] = of_moment(state[key])

@@ -1,0 +1,325 @@
+"""Rows that live in pinned host memory and are updated by the device, behind the rendering.
+
+Three lanes of work run at the same time. While view j is rendered,
+
+- the fetch lane reads the rows of view j + 1 from the host and applies the steps that they have skipped;
+- the write lane writes the rows of view j - 1 to the host.
+
+After the backward pass of view j the device updates its rows where they lie. Those that view j + 1 needs too are moved
+to it on the device, moments and all, and make neither trip; the others are left to the write lane.
+
+So three views are on the device at once, in three slots. Of the rows of view j + 1 those of view j are given to it by
+the update, those of view j - 1 are copied from there, and the others come from the host, which has them: view j + 1
+takes the slot of view j - 2, and waits until that has been written.
+
+Views are culled ahead, with a margin for what geometry may change until they are rendered
+(`offload/pipelines/forwarded.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offload.adam.finite import gradient_of
+from offload.adam.rows import RowState
+from offload.culling.cameras import Cameras
+from offload.pipelines.groups import StreamedGroup, chunks_of, kernels_of, positions_among
+from offload.pipelines.lanes import Lane
+
+SPARE = 16  # space for a view is taken with 1/16 more than it needs, so that larger views seldom need more
+
+
+@dataclass
+class _Slot:
+    """Space on the device for the rows of one view."""
+
+    states: dict[str, RowState] = field(default_factory=dict)  # group -> [capacity, columns]
+    capacity: int = -1  # rows; none have been allocated
+    written: torch.cuda.Event | None = None  # the view that was here is on the host
+
+
+@dataclass
+class StreamedView:
+    """The rows of one view on the device."""
+
+    ids: Tensor  # [V] int64 on the device, sorted
+    slot: _Slot
+    values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
+    fetched: torch.cuda.Event | None = None
+
+    def state(self, group: str) -> RowState:
+        return self.slot.states[group][: len(self.ids)]
+
+
+@dataclass
+class _Upcoming:
+    """The next view, whose rows are on their way but for those of the present view."""
+
+    view: StreamedView
+    sources: Tensor  # [V] int64, where its rows are in the present view; -1 where they are not
+    leaving: Tensor  # [V of the present view] bool, which rows of that it does not need
+    found: torch.cuda.Event | None  # that these two are there
+
+
+class StreamedPipeline:
+    """Brings each view's rows to the device, updates them and brings them back; see the head of this file."""
+
+    def __init__(
+        self, groups: Mapping[str, StreamedGroup], cull: Callable[[Cameras], Tensor], device: torch.device
+    ) -> None:
+        """
+        Args:
+            groups: What travels.
+            cull: Gives the sorted ids [V], on the device, of what cameras may draw after one more step.
+            device: Where views are rendered and rows are updated.
+        """
+        self._groups = groups
+        self._cull = cull
+        self._device = device
+        self._kernels = kernels_of(device)
+        self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
+        self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
+        self._capacity = 0  # of every slot that is used from now on
+        self._newer_stamps: dict[str, Tensor] = {}  # group -> [N] int32 on the device; without: the store's count
+        self._previous: StreamedView | None = None  # updated last
+        self._present: StreamedView | None = None
+        self._upcoming: _Upcoming | None = None
+        self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
+        self._host_lacks_previous = False  # whether rows of the previous view live in the upcoming one only
+        self._ready: torch.cuda.Event | None = None  # when the next view may be culled
+        self._applied = False  # whether gradients of the present view may have reached its rows
+        self._rows_found, self._rows_updated = 0, 0
+        self._rows_retained, self._rows_copied = torch.zeros(2, dtype=torch.int64, device=device)
+        self.staging_allocations = 0
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> StreamedView:
+        """The rows of a view, with the values they have after the last step."""
+        compute = Lane.current(self._device)
+        if self._upcoming is None:
+            self.finish()
+            ids, self._found_ids = self._cull(cameras) if self._found_ids is None else self._found_ids, None
+            view = self._new_view(ids)
+            self._read_from_host(view, None)
+            self._previous = None
+            self._ready = compute.record()
+        else:
+            view, self._upcoming = self._upcoming.view, None
+            compute.wait(view.fetched)
+            compute.uses(view.ids)
+        view.values = {name: view.state(name).parameters.detach().requires_grad_() for name in self._groups}
+        self._present, self._applied = view, False
+        return view
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Let the next view's rows travel while the present one is rendered; waits for the culling alone.
+
+        Not to be called where the rows of the store will change before the next view.
+        """
+        present, previous = self._present.ids, self._previous
+        with self._cull_lane as lane:
+            lane.wait(self._ready)
+            ids = self._cull(cameras)
+            sources, leaving = positions_among(present, ids), positions_among(ids, present) < 0
+            on_host = sources < 0  # [V]
+            self._rows_retained += (~on_host).sum()
+            if previous is not None:
+                places = positions_among(previous.ids, ids)  # [V]
+                nearby = on_host & (places >= 0)
+                on_host &= ~nearby
+                self._rows_copied += nearby.sum()
+            culled = lane.record()
+        view = self._new_view(ids)
+        with self._fetch_lane as lane:
+            lane.wait(culled, view.slot.written)
+            self._begin_step()  # here, where rows catch up
+            self._read_from_host(view, on_host)
+            if previous is not None:
+                for name, group in self._groups.items():
+                    rows, stamps = view.state(name), self._stamps(group)
+                    self._kernels.fetch_rows(previous.state(name), places, ids, stamps, nearby, rows, group.tables)
+                lane.uses(previous.ids, places, nearby)
+            view.fetched = lane.record()
+            lane.uses(ids, on_host)
+        self._upcoming = _Upcoming(view, sources, leaving, culled)
+
+    def update(self) -> None:
+        """Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
+        view, upcoming, compute = self._present, self._upcoming, Lane.current(self._device)
+        if upcoming is None:
+            with self._fetch_lane as lane:
+                lane.wait(self._ready)  # rows have caught up elsewhere
+                self._begin_step()
+        self._applied = True
+        for name, group in self._groups.items():
+            gradients = gradient_of(view.values[name])
+            self._kernels.step_rows(view.state(name), view.ids, self._stamps(group), gradients, group.tables)
+            compute.uses(group.tables.decays)
+        view.values = {}
+        self._rows_updated += len(view.ids)
+        if upcoming is not None:
+            compute.wait(upcoming.found, upcoming.view.slot.written)  # the latter: of the view that was there before
+            for name in self._groups:
+                self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
+            compute.uses(upcoming.sources)
+        self._ready = compute.record()
+        self._write_to_host(view, None if upcoming is None else upcoming.leaving)
+        self._host_lacks_previous = upcoming is not None
+        self._previous, self._present = view, None
+
+    def geometry_has_moved(self) -> None:
+        """Say that geometry outside the groups has been given its values of after the last step."""
+        self._ready = Lane.current(self._device).record()
+
+    def finish(self) -> None:
+        """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
+        if self._host_lacks_previous:
+            self._write_to_host(self._previous, None)
+            self._host_lacks_previous = False
+        self._fetch_lane.finish()
+        self._write_lane.finish()
+
+    @property
+    def upcoming_ids(self) -> Tensor | None:
+        """The next view's rows [V], where they have been found ahead; between steps."""
+        return self._found_ids if self._upcoming is None else self._upcoming.view.ids
+
+    def continue_with(self, upcoming_ids: Tensor | None) -> None:
+        """Take these rows for the next view; they were found ahead before training was interrupted."""
+        self._found_ids, self._upcoming = upcoming_ids, None
+
+    def undo_step(self, steps_done: int) -> None:
+        """Forget the step after so many; the next one begins with the same view.
+
+        Raises:
+            RuntimeError: Gradients have reached some rows already.
+        """
+        if self._present is None:
+            return
+        if self._applied:
+            raise RuntimeError("the step had been applied in part")
+        self._fetch_lane.finish()
+        self._found_ids, self._present, self._upcoming = self._present.ids, None, None
+        for group in self._groups.values():
+            group.undo_step(steps_done)
+
+    @property
+    def step_count(self) -> int:
+        """The step that has begun last."""
+        return next(iter(self._groups.values())).tables.step
+
+    @property
+    def rows_moved(self) -> dict[str, int]:
+        """How many rows of views have been fetched, retained and written so far; waits for the culling.
+
+        A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
+        row of the view before the last one is written, but need not be fetched.
+        """
+        self._cull_lane.finish()
+        retained = int(self._rows_retained)
+        return {
+            "rows_fetched": self._rows_found - retained - int(self._rows_copied),
+            "rows_retained": retained,
+            "rows_written": self._rows_updated - retained,
+        }
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that views have moved between host and device so far, both ways; waits for the culling."""
+        rows = self.rows_moved
+        row_bytes = sum(4 * group.tables.columns * len(group.host().tensors()) for group in self._groups.values())
+        return row_bytes * (rows["rows_fetched"] + rows["rows_written"])
+
+    # ------------------------------------------------------------------------------------ reading and changing rows
+
+    def read(self, name: str, ids: Tensor) -> Tensor:
+        """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
+        self.finish()
+        group, ids = self._groups[name], ids.to(self._device)
+        out = torch.empty(len(ids), group.tables.columns, device=self._device)
+        self._kernels.fetch_rows(group.host(), ids, ids, self._stamps(group), None, RowState(out, ()), group.tables)
+        self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
+        return out
+
+    def stamps(self, name: str) -> Tensor:
+        """Step of each row's last update, [N] int32."""
+        return self._stamps(self._groups[name])
+
+    def hand_over(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store be read and changed by others, until the next view is fetched.
+
+        Args:
+            name: Of the group.
+            ids: int64 [M] anywhere, rows of which the store is to hold the current values; None: all rows.
+                Others keep the steps they have skipped.
+        """
+        self.finish()
+        self._upcoming = None  # what was fetched ahead may not hold any more
+        group = self._groups[name]
+        host, stamps = group.host(), self._stamps(group)
+        group.store.will_change(ids)
+        for first, last in chunks_of(group.store.num_gaussians if ids is None else len(ids)):
+            chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
+            rows = host.new_empty(len(chunk), self._device)
+            self._kernels.fetch_rows(host, chunk, chunk, stamps, None, rows, group.tables)
+            self._kernels.settle_rows(rows, chunk, stamps, group.tables)
+            self._kernels.write_rows(rows, chunk, None, host)
+        Lane.current(self._device).finish()
+        group.store.last_step.copy_(stamps.cpu())
+        del self._newer_stamps[name]
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _new_view(self, ids: Tensor) -> StreamedView:
+        self._rows_found += len(ids)
+        return StreamedView(ids, self._next_slot(len(ids)))
+
+    def _next_slot(self, count: int) -> _Slot:
+        """The slot whose view came first, with space for this many rows."""
+        slot = self._slots.pop(0)
+        self._slots.append(slot)
+        if count > self._capacity:
+            self._capacity = count + count // SPARE
+        if slot.capacity < self._capacity:  # even if there is space for this view: a larger one will come here too
+            if slot.written is not None:
+                slot.written.synchronize()
+            slot.states.clear()  # frees memory before more is taken
+            slot.capacity = self._capacity
+            for name, group in self._groups.items():
+                slot.states[name] = group.host().new_empty(slot.capacity, self._device)
+            # What this memory was used for before may not be done.
+            self._fetch_lane.wait(Lane.current(self._device).record())
+            self.staging_allocations += 1
+        return slot
+
+    def _begin_step(self) -> None:
+        for group in self._groups.values():
+            group.begin_step()
+
+    def _read_from_host(self, view: StreamedView, wanted: Tensor | None) -> None:
+        for name, group in self._groups.items():
+            host, stamps = group.host(), self._stamps(group)
+            self._kernels.fetch_rows(host, view.ids, view.ids, stamps, wanted, view.state(name), group.tables)
+
+    def _write_to_host(self, view: StreamedView, wanted: Tensor | None) -> None:
+        """Write rows as they will be when what the current lane has been given is done."""
+        for group in self._groups.values():
+            group.store.will_change(view.ids)
+        updated = Lane.current(self._device).record()
+        with self._write_lane as lane:
+            lane.wait(updated)
+            for name, group in self._groups.items():
+                self._kernels.write_rows(view.state(name), view.ids, wanted, group.host())
+            lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+            view.slot.written = lane.record()
+
+    def _stamps(self, group: StreamedGroup) -> Tensor:
+        if group.name not in self._newer_stamps:
+            # Through a copy, since pinned memory is not copied across parts.
+            self._newer_stamps[group.name] = group.store.last_step.clone().to(self._device)
+        return self._newer_stamps[group.name]

@@ -1,0 +1,407 @@
+"""Rows that stay in pinned host memory, moments and all, where the device updates them behind and after the rendering.
+
+The device holds parameters alone, of two views: the one that is rendered and the next. While view j is rendered,
+
+- a worker thread on the host waits until the step of view j - 1 is done, culls view j + 1 and sends its ids;
+- the fetch lane reads its rows from the host, with their moments, applies the steps that they have skipped and leaves
+  the parameters on the device.
+
+After the backward pass of view j a kernel on the lane of rendering reads the moments of its rows from the host, applies
+Adam, and writes parameters and moments there. Rows that view j + 1 needs too are not fetched but moved to it then, on
+the device. So the host is current when a step is done, and no row has to be written later.
+
+Bytes over the link for each row of a view, with 48 columns of appearance and geometry in a line of 64 bytes, so 256
+bytes of parameters and as many of each moment: 768 to fetch it, where the view before has not had it; 512 read and 768
+written to update it. With the appearance's moments in bfloat16: 576; 320 and 576. At the 50 GB/s of one way, what is
+read takes 26 ns a row, and what is written goes beside it.
+
+On the device a row takes 240 bytes in each of the two views, as many for its gradient, and about 40 for numbers of
+rows and stamps. Both views lie in one arena, at either end. Where they do not fit together, the next view's rows are
+fetched when it is rendered, and the arena grows then, as far as there is memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offload.adam.finite import gradient_of
+from offload.adam.rows import RowState
+from offload.culling.cameras import Cameras
+from offload.device_memory import most_bytes, peak_memory
+from offload.pipelines.groups import StreamedGroup, chunks_of, kernels_of, positions_among
+from offload.pipelines.lanes import Lane
+from offload.pipelines.times import OffloadTimes
+from offload.pipelines.worker import WorkAhead
+
+SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
+CAUTION = 1.1  # of what all else on the device takes while a larger view than before is rendered
+USABLE = 0.93  # of device memory: torch's allocator has reserved up to 6 % more than was in use (H200, 18 and 40 M)
+
+
+@dataclass
+class InPlaceView:
+    """The rows of one view: their parameters on the device, and when they were updated last."""
+
+    ids: Tensor  # [V] int64 on the device, sorted
+    host_ids: Tensor  # [V] the same on the host
+    stamps: dict[str, Tensor]  # group -> [V] int32 on the device, step of each row's update before that of this view
+    rows: dict[str, Tensor]  # group -> [V, columns] in the arena
+    at_end: bool  # of the arena
+    values: dict[str, Tensor] = field(default_factory=dict)  # the same, as leaves that receive gradients
+    fetched: torch.cuda.Event | None = None
+    step: int = 0  # of its update
+    updated: torch.cuda.Event | None = None  # and on the host
+
+
+@dataclass
+class _Upcoming:
+    """The next view, found ahead."""
+
+    host_ids: Tensor  # [V] int64
+    view: InPlaceView | None = None  # whose rows are on their way but for those of the present view; None: no space
+    sources: Tensor | None = None  # [V] int64 on the device, where its rows are in the present view; -1: not there
+    found: torch.cuda.Event | None = None  # that `sources` are there
+
+
+class StreamedHostPipeline:
+    """Brings each view's parameters to the device and updates its rows where they live; see the head of this file."""
+
+    def __init__(
+        self, groups: Mapping[str, StreamedGroup], cull: Callable[[Cameras], Tensor], device: torch.device
+    ) -> None:
+        """
+        Args:
+            groups: What travels.
+            cull: Gives the sorted ids [V], on the host, of what cameras may draw after one more step. It is called
+                when the rows on the host are those of after the last step, and may read them.
+            device: Where views are rendered and rows are updated.
+        """
+        self._groups = groups
+        self._cull = cull
+        self._device = device
+        self._kernels = kernels_of(device)
+        self._fetch_lane = Lane.new(device)
+        self._arena = _Arena({name: group.tables.columns for name, group in groups.items()}, device)
+        self._present: InPlaceView | None = None
+        self._unsettled: InPlaceView | None = None  # updated last, of which stamps and `changed` do not know yet
+        self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
+        self._ready: torch.cuda.Event | None = None  # when rows of the next view may be fetched
+        self._applied = False  # whether gradients of the present view may have reached its rows
+        self._times = OffloadTimes()
+        self._ahead: WorkAhead[_Upcoming] = WorkAhead(self._times)
+        self._rows_found, self._rows_updated = 0, 0
+        self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
+        self.staging_allocations = 0
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> InPlaceView:
+        """The rows of a view, with the values they have after the last step."""
+        compute, upcoming = Lane.current(self._device), self._ahead.result()
+        self._ahead.forget()
+        if upcoming is not None and upcoming.view is not None:
+            view = upcoming.view
+            compute.wait(view.fetched)
+            compute.uses(view.ids, *view.stamps.values())
+        else:
+            view = self._fetch_late(cameras, None if upcoming is None else upcoming.host_ids)
+        # Not `detach`, which would have autograd take changes elsewhere in the arena for changes of these rows.
+        view.values = {name: rows.data.requires_grad_() for name, rows in view.rows.items()}
+        self._present, self._applied = view, False
+        return view
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Let the next view's rows travel while the present one is rendered; waits for nothing.
+
+        Not to be called where the rows of the store will change before the next view.
+        """
+        with self._fetch_lane as lane:
+            lane.wait(self._ready)
+            self._begin_step()  # here, where rows catch up
+        self._ahead.begin(self._prepare, cameras, self._present)
+
+    def update(self) -> None:
+        """Adam's step on the gradients of the view that `fetch` gave, on the host; waits for the worker."""
+        upcoming, view, compute = self._ahead.result(), self._present, Lane.current(self._device)
+        self._settle()
+        if upcoming is None:
+            with self._fetch_lane as lane:
+                lane.wait(self._ready)  # rows have caught up elsewhere
+                self._begin_step()
+        else:
+            compute.wait(upcoming.found)
+        self._applied = True
+        for name, group in self._groups.items():
+            gradients = gradient_of(view.values[name])
+            rows, stamps = view.rows[name], view.stamps[name]
+            group.store.will_change(view.host_ids)
+            self._kernels.step_host_rows(rows, view.ids, stamps, gradients, group.host(), group.tables)
+            compute.uses(group.tables.decays)
+            if upcoming is not None and upcoming.view is not None:
+                destination = RowState(upcoming.view.rows[name], ())
+                self._kernels.move_rows(RowState(rows, ()), upcoming.sources, destination)
+        if upcoming is not None and upcoming.view is not None:
+            compute.uses(upcoming.sources)
+        for values in view.values.values():
+            values.grad = None  # whoever still holds the values has no use for it
+        view.values, view.rows = {}, {}
+        self._rows_updated += len(view.ids)
+        view.step, view.updated = self.step_count, compute.record()
+        self._ready = view.updated
+        self._unsettled, self._present = view, None
+
+    def finish(self) -> None:
+        """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
+        self._ahead.result()
+        self._settle()
+        self._fetch_lane.finish()
+
+    @property
+    def upcoming_ids(self) -> Tensor | None:
+        """The next view's rows [V] on the host, where they have been found ahead; between steps."""
+        upcoming = self._ahead.result()
+        return self._found_ids if upcoming is None else upcoming.host_ids
+
+    def continue_with(self, upcoming_ids: Tensor | None) -> None:
+        """Take these rows for the next view; they were found ahead before training was interrupted."""
+        self._found_ids = upcoming_ids
+        self._ahead.forget()
+
+    def undo_step(self, steps_done: int) -> None:
+        """Forget the step after so many; the next one begins with the same view.
+
+        Raises:
+            RuntimeError: Gradients have reached some rows already.
+        """
+        with contextlib.suppress(Exception):
+            self._ahead.result()
+        if self._present is None:
+            return
+        if self._applied:
+            raise RuntimeError("the step had been applied in part")
+        self._fetch_lane.finish()
+        self._ahead.forget()
+        self._found_ids, self._present = self._present.host_ids, None
+        for group in self._groups.values():
+            group.undo_step(steps_done)
+
+    def offload_milliseconds(self) -> dict[str, float]:
+        """Time so far that the worker has waited for updates, taken notice of them, culled and sent ids and kernels
+        (the main thread where nothing was prefetched), and that the main thread has waited for the worker."""
+        return self._times.milliseconds()
+
+    @property
+    def step_count(self) -> int:
+        """The step that has begun last."""
+        return next(iter(self._groups.values())).tables.step
+
+    @property
+    def rows_moved(self) -> dict[str, int]:
+        """How many rows of views have been fetched, retained and written so far; waits for the fetching.
+
+        A retained row stays on the device from one view to the next and is not fetched in between. All are written.
+        """
+        self._ahead.result()
+        self._fetch_lane.finish()
+        retained = int(self._rows_retained)
+        return {
+            "rows_fetched": self._rows_found - retained,
+            "rows_retained": retained,
+            "rows_written": self._rows_updated,
+        }
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes of rows that views have moved between host and device so far, both ways; waits for the fetching."""
+        rows = self.rows_moved
+        hosts = [group.host() for group in self._groups.values()]
+        moments = sum(4 * moment.shape[1] for host in hosts for moment in host.moments)
+        whole = moments + sum(4 * host.parameters.shape[1] for host in hosts)
+        return whole * rows["rows_fetched"] + (moments + whole) * rows["rows_written"]
+
+    # ------------------------------------------------------------------------------------ reading and changing rows
+
+    def read(self, name: str, host_ids: Tensor) -> Tensor:
+        """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
+        self.finish()
+        group = self._groups[name]
+        out = self._caught_up(group, host_ids, self._to_device(host_ids), self._stamps_of(group, host_ids))
+        self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
+        return out
+
+    def stamps(self, name: str) -> Tensor:
+        """Step of each row's last update, [N] int32."""
+        self.finish()
+        return self._groups[name].store.last_step
+
+    def hand_over(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store be read and changed by others, until the next view is fetched.
+
+        Args:
+            name: Of the group.
+            ids: int64 [M] anywhere, sorted, rows of which the store is to hold the current values; None: all rows.
+                Others keep the steps they have skipped.
+        """
+        self.finish()
+        self._ahead.forget()  # what was fetched ahead may not hold any more
+        group = self._groups[name]
+        last_step = group.store.last_step
+        if ids is None:
+            stale = (last_step < group.tables.step).nonzero().squeeze(1)
+        else:
+            stale = ids.cpu()
+            stale = stale[last_step[stale] < group.tables.step]
+        group.store.will_change(stale)
+        for first, last in chunks_of(len(stale)):
+            host_ids = stale[first:last]
+            ids, stamps = self._to_device(host_ids), self._stamps_of(group, host_ids)
+            rows = self._caught_up(group, host_ids, ids, stamps)
+            self._kernels.step_host_rows(rows, ids, stamps, None, group.host(), group.tables)
+        Lane.current(self._device).finish()
+        last_step.index_fill_(0, stale, group.tables.step)
+        group.changed(stale)
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _prepare(self, cameras: Cameras, present: InPlaceView) -> _Upcoming:
+        """What the worker does behind the rendering of the present view: find the next one and fetch its rows."""
+        self._settle()
+        with self._times.on_host("worker_cull"):
+            host_ids = self._cull(cameras)
+        if not self._arena.has_space_for(len(present.host_ids), len(host_ids)):
+            return _Upcoming(host_ids)
+        with self._fetch_lane as lane, self._times.on_host("worker_send"):
+            view = self._new_view(host_ids, at_end=not present.at_end)
+            sources = positions_among(present.ids, view.ids)
+            found = lane.record()
+            on_host = sources < 0
+            for stamps in view.stamps.values():
+                stamps.masked_fill_(~on_host, self.step_count)  # the step of the present view, which is to come
+            self._rows_retained += (~on_host).sum()
+            self._read_from_host(view, on_host)
+            lane.uses(present.ids)
+            view.fetched = lane.record()
+        return _Upcoming(host_ids, view, sources, found)
+
+    def _fetch_late(self, cameras: Cameras, host_ids: Tensor | None) -> InPlaceView:
+        """Fetch a view that has not been fetched ahead; there is no other on the device."""
+        self.finish()
+        if host_ids is None:
+            host_ids = self._cull(cameras) if self._found_ids is None else self._found_ids
+        self._found_ids = None
+        self.staging_allocations += self._arena.make_space_for(len(host_ids))
+        view = self._new_view(host_ids, at_end=False)
+        self._read_from_host(view, None)
+        self._ready = Lane.current(self._device).record()
+        return view
+
+    def _settle(self) -> None:
+        """Take notice, when it is done, of the update that was given last."""
+        view = self._unsettled
+        if view is None:
+            return
+        if view.updated is not None:
+            with self._times.on_host("wait_for_update"):
+                view.updated.synchronize()
+        with self._times.on_host("worker_settle"):
+            for group in self._groups.values():
+                group.store.last_step.index_fill_(0, view.host_ids, view.step)
+                group.changed(view.host_ids)
+        self._unsettled = None
+
+    def _begin_step(self) -> None:
+        for group in self._groups.values():
+            group.begin_step()
+
+    def _new_view(self, host_ids: Tensor, at_end: bool) -> InPlaceView:
+        """A view whose ids and stamps are on their way, on the current lane."""
+        self._rows_found += len(host_ids)
+        stamps = {name: self._stamps_of(group, host_ids) for name, group in self._groups.items()}
+        rows = self._arena.rows(len(host_ids), at_end)
+        return InPlaceView(self._to_device(host_ids), host_ids, stamps, rows, at_end)
+
+    def _read_from_host(self, view: InPlaceView, wanted: Tensor | None) -> None:
+        for name, group in self._groups.items():
+            out = RowState(view.rows[name], ())
+            self._kernels.fetch_rows(group.host(), view.ids, None, view.stamps[name], wanted, out, group.tables)
+
+    def _caught_up(self, group: StreamedGroup, host_ids: Tensor, ids: Tensor, stamps: Tensor) -> Tensor:
+        """Current values of rows [M, columns] on the device."""
+        out = torch.empty(len(host_ids), group.tables.columns, device=self._device)
+        self._kernels.fetch_rows(group.host(), ids, None, stamps, None, RowState(out, ()), group.tables)
+        return out
+
+    def _stamps_of(self, group: StreamedGroup, host_ids: Tensor) -> Tensor:
+        return self._to_device(group.store.last_step[host_ids])
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        """Values of the host, on the current lane; through pinned memory that torch keeps."""
+        if self._device.type != "cuda":
+            return values
+        return values.pin_memory().to(self._device, non_blocking=True)
+
+
+class _Arena:
+    """Space on the device for the parameters of two views, one from its beginning and one from its end."""
+
+    def __init__(self, columns: Mapping[str, int], device: torch.device) -> None:
+        """
+        Args:
+            columns: Of each group.
+            device: Where it is.
+        """
+        self._columns = columns
+        self._device = device
+        self._row_bytes = 4 * sum(columns.values())
+        self._rows = {name: torch.empty(0, count, device=device) for name, count in columns.items()}
+        self._capacity = 0  # rows of each
+        self._wanted = 0  # rows of the largest pair of views so far
+        self._largest = 0  # rows of the largest view that has been rendered
+        self._others = 0  # bytes that all else on the device has taken at most
+        self._most = 0  # bytes that could be used for all, when space was last looked for
+
+    def rows(self, count: int, at_end: bool) -> dict[str, Tensor]:
+        """Space for a view: group -> [count, columns]."""
+        first = self._capacity - count if at_end else 0
+        return {name: rows[first : first + count] for name, rows in self._rows.items()}
+
+    def has_space_for(self, present: int, upcoming: int) -> bool:
+        """Whether a view of so many rows can be fetched beside the one that is rendered."""
+        fits = present + upcoming <= self._capacity <= self._most_rows(upcoming)
+        self._wanted = max(self._wanted, present + upcoming)
+        self._largest = max(self._largest, present)  # by the next time it has been rendered
+        return fits
+
+    def make_space_for(self, count: int) -> bool:
+        """Have space for a view, and for pairs as large as wanted so far if memory allows; all contents are lost.
+
+        Returns:
+            Whether memory has been allocated.
+        """
+        if self._device.type == "cuda":
+            self._most = int(USABLE * most_bytes(self._device))
+        wanted, most = max(self._wanted, count), self._most_rows(count)
+        capacity = max(min(wanted + wanted // SPARE, most), count)
+        too_small = self._capacity < count or self._capacity + self._capacity // SPARE < min(wanted, capacity)
+        if not too_small and self._capacity <= max(most, count):
+            return False
+        self._rows.clear()  # frees memory before more is taken
+        for name, columns in self._columns.items():
+            self._rows[name] = torch.empty(capacity, columns, device=self._device)
+        self._capacity = capacity
+        return True
+
+    def _most_rows(self, count: int) -> int:
+        """How many rows there is memory for beside all that rendering a view of so many takes."""
+        if self._device.type != "cuda":
+            return sys.maxsize
+        taken = self._capacity * self._row_bytes
+        self._others = max(self._others, peak_memory(self._device)["allocated"] - taken)
+        growth = CAUTION * max(1.0, count / max(self._largest, 1))
+        return int((self._most - growth * self._others) / self._row_bytes)
