@@ -21,7 +21,7 @@ from training.command_line import main
 from training.densification import Densification
 from training.gaussians import activate
 from training.run import TrainingRun
-from training.views import View, render_view
+from training.views import View, cameras_of, render_view
 
 
 def train(cfg: Config, scene_name: str) -> None:
@@ -36,25 +36,27 @@ def train(cfg: Config, scene_name: str) -> None:
         run.check_memory(memory_estimate.gpu_only(cfg.sh_degree))
         gaussians = DeviceGaussians(
             run.initial_gaussians(),
-            schedules.learning_rates(cfg, run.scene_scale),
-            betas=schedules.adam_betas(cfg.batch_size),
-            eps=1e-15,
+            schedules.adam_options(cfg, run.scene_scale),
             device=run.device,
         )
         densification = Densification(cfg, run.scene_scale, cfg.seed)
 
         def render(view: View) -> Tensor:
-            return render_view(activate(gaussians.parameters), view, cfg, sh_degree=cfg.sh_degree)[0]
+            rows = gaussians.read_view(cameras_of(view, cfg))
+            return render_view(activate(rows), view, cfg, sh_degree=cfg.sh_degree)[0]
 
         if cfg.ckpt:
             run.evaluate_checkpoint(render, gaussians)
             return
 
         for step, view in run.steps(gaussians, densification, render):
+            # All Gaussians are on the device.
+            rows = gaussians.fetch(cameras_of(view, cfg))
+
             # Render all views of the batch, with as many spherical harmonics as the schedule has reached.
             sh_degree = schedules.sh_degree(cfg, step)
             colors, alphas, info = render_view(
-                activate(gaussians.parameters), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
+                activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
             )
             info["means2d"].retain_grad()  # densification looks at the gradient on the screen
             run.times.mark("render")
@@ -65,14 +67,14 @@ def train(cfg: Config, scene_name: str) -> None:
             loss.backward()
             run.times.mark("backward")
 
-            gaussians.step(schedules.means_lr(cfg, run.scene_scale, step), info["gaussian_ids"])
+            gaussians.update(info["gaussian_ids"])
             run.times.mark("optimize")
 
             densification.after_step(step, info, gaussians)
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
-            del colors, alphas, info, loss  # each keeps what the next view needs memory for
+            del rows, colors, alphas, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------

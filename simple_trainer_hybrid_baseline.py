@@ -39,10 +39,7 @@ def train(cfg: Config, scene_name: str) -> None:
         run.check_memory(memory_estimate.baseline(cfg.sh_degree))
         gaussians = BaselineGaussians(
             run.initial_gaussians(),
-            schedules.learning_rates(cfg, run.scene_scale),
-            lambda step: schedules.means_lr(cfg, run.scene_scale, step),
-            betas=schedules.adam_betas(cfg.batch_size),
-            eps=1e-15,
+            schedules.adam_options(cfg, run.scene_scale),
             device=run.device,
             max_gaussians=cfg.max_gaussians,
         )

@@ -58,10 +58,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
         run.check_memory(memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments))
         gaussians = StreamedGaussians(
             run.initial_gaussians(),
-            schedules.learning_rates(cfg, run.scene_scale),
-            lambda step: schedules.means_lr(cfg, run.scene_scale, step),
-            betas=schedules.adam_betas(cfg.batch_size),
-            eps=1e-15,
+            schedules.adam_options(cfg, run.scene_scale),
             device=run.device,
             geometry=cfg.geometry,
             moments=cfg.moments,

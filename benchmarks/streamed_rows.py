@@ -23,6 +23,7 @@ from benchmarks.report import Report, count, number, spread
 from benchmarks.timing import Case, Clock, Spread, time_in_turns
 from errors import InputError
 from offload.adam.deferral import CatchUpTables
+from offload.adam.options import AdamOptions
 from offload.adam.rows import RowState
 from offload.culling.cameras import Margin
 from offload.models.geometry_device import GEOMETRY, DeviceGeometry
@@ -56,8 +57,8 @@ class Options(BenchmarkOptions):
 def device_geometry(num_gaussians: int, device: torch.device) -> DeviceGeometry:
     """The geometry of an aerial scene with its moments, on the device."""
     parameters = aerial_geometry(num_gaussians, torch.Generator().manual_seed(0))
-    rates = dict.fromkeys(GEOMETRY, 0.0)
-    return DeviceGeometry(parameters, rates, lambda step: 0.0, betas=(0.9, 0.999), eps=1e-15, device=device)
+    adam = AdamOptions(dict.fromkeys(GEOMETRY, 0.0), lambda step: 0.0, (0.9, 0.999))
+    return DeviceGeometry(parameters, adam, device=device)
 
 
 def host_rows(num_rows: int, moments: Moments) -> tuple[RowState, list[HostArray]]:

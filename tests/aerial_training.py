@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import AerialCameras
 from configs import Config
+from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
 from offload.models.device import DeviceGaussians
@@ -27,20 +28,19 @@ Gaussians = DeviceGaussians | BaselineGaussians | ForwardedGaussians | StreamedG
 
 def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device) -> Gaussians:
     """What a trainer trains; the parameters are given up."""
-    rates = schedules.learning_rates(CONFIG, 3.2)
-    adam = {"betas": (0.9, 0.999), "eps": 1e-15, "device": device}
-    bound = {"max_gaussians": 2 * len(parameters["means"])}
+    adam = AdamOptions(schedules.learning_rates(CONFIG, 3.2), lambda step: 1e-4, (0.9, 0.999))
+    bound = {"device": device, "max_gaussians": 2 * len(parameters["means"])}
     if kind == "gpu_only":
-        gaussians = DeviceGaussians(parameters, rates, **adam)
+        gaussians = DeviceGaussians(parameters, adam, device=device)
     elif kind == "baseline":
-        gaussians = BaselineGaussians(parameters, rates, _means_lr, **bound, **adam)
+        gaussians = BaselineGaussians(parameters, adam, **bound)
     elif kind.startswith("streamed"):
         moments = "bfloat16" if kind.endswith("bfloat16") else "float32"
         place = "host" if kind.endswith("host") else "device"
-        gaussians = StreamedGaussians(parameters, rates, _means_lr, geometry=place, moments=moments, **bound, **adam)
+        gaussians = StreamedGaussians(parameters, adam, geometry=place, moments=moments, **bound)
     else:
         place, limit = ("device", RowLimit(0.05)) if kind == "split" else (kind.split()[-1], None)
-        gaussians = ForwardedGaussians(parameters, rates, _means_lr, geometry=place, limit=limit, **bound, **adam)
+        gaussians = ForwardedGaussians(parameters, adam, geometry=place, limit=limit, **bound)
     parameters.clear()
     return gaussians
 
@@ -60,7 +60,7 @@ def train_on_random_gradients(gaussians: Gaussians, views: list[Cameras], steps:
             for parameter in gaussians.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
                 parameter.grad[ids] = torch.randn_like(parameter[ids])
-            gaussians.step(_means_lr(step), ids)
+            gaussians.update(ids)
             continue
         view, upcoming = views[step % len(views)], views[(step + 1) % len(views)]
         if isinstance(gaussians, ForwardedGaussians):
@@ -87,7 +87,3 @@ def _train_part(part: ViewPart) -> PartResult:
 
 def _random_loss(rows: dict[str, Tensor]) -> Tensor:
     return sum((value * torch.randn_like(value)).sum() for value in rows.values())
-
-
-def _means_lr(step: int) -> float:
-    return 1e-4

@@ -36,6 +36,7 @@ from datasets.mega_nerf import read_metadata
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
+from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
@@ -47,6 +48,7 @@ from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.ply import load_ply, save_ply
 
+CPU = torch.device("cpu")
 MEMORY = 5 << 29  # bytes beyond what the imports take
 SECONDS = 20  # for one case
 STAMP = 1_700_000_000_000_000_000  # ns, the time of every file that is not damaged: caches made with it hold
@@ -148,10 +150,9 @@ def read_checkpoint(data_dir: Path, damaged: str) -> None:
     if not checkpoint.can_resume:
         return
     parameters = {name: checkpoint.state[f"parameters/{name}"] for name in PARAMETER_NAMES}
-    rates, device = dict.fromkeys(PARAMETER_NAMES, 1e-3), torch.device("cpu")
-    adam = {"betas": (0.9, 0.999), "eps": 1e-15, "device": device}
-    places = [ForwardedGaussians(parameters, rates, lambda step: 1e-3, geometry="host", max_gaussians=100, **adam)]
-    places.append(DeviceGaussians(parameters, rates, **adam))
+    adam = AdamOptions(dict.fromkeys(PARAMETER_NAMES, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    places = [ForwardedGaussians(parameters, adam, device=CPU, geometry="host", max_gaussians=100)]
+    places.append(DeviceGaussians(parameters, adam, device=CPU))
     for place in places:
         try:
             place.load_state(checkpoint.state)
@@ -165,17 +166,8 @@ def checkpoint_files(folder: Path) -> Files:
     generator = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
     parameters = {name: torch.randn(20, *shape, generator=generator) for name, shape in shapes.items()}
-    rates = dict.fromkeys(parameters, 1e-3)
-    gaussians = ForwardedGaussians(
-        parameters,
-        rates,
-        lambda step: 1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-15,
-        device=torch.device("cpu"),
-        geometry="host",
-        max_gaussians=100,
-    )
+    adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    gaussians = ForwardedGaussians(parameters, adam, device=CPU, geometry="host", max_gaussians=100)
     viewmats, Ks = torch.eye(4)[None], torch.tensor([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])[None]
     for _ in range(3):
         rows = gaussians.fetch(Cameras(viewmats, Ks, 60, 40))
@@ -183,7 +175,7 @@ def checkpoint_files(folder: Path) -> Files:
         gaussians.update()
     deferred = {"densification/count": torch.ones(20), "elapsed_seconds": torch.tensor(1.0), **gaussians.state()}
     deferred["upcoming/ids"] = torch.arange(5)
-    dense = DeviceGaussians(parameters, rates, betas=(0.9, 0.999), eps=1e-15, device=torch.device("cpu"))
+    dense = DeviceGaussians(parameters, adam, device=CPU)
     options = {"max_steps": 3, "seed": 1}
     folder.mkdir(parents=True)
     save_checkpoint(folder / "deferred.pt", Checkpoint(3, np.eye(4), deferred, options))

@@ -48,7 +48,7 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
         largest_view = max(largest_view, len(info["gaussian_ids"]))
         photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
         if trainer == "gpu_only":
-            gaussians.step(1e-4, info["gaussian_ids"])
+            gaussians.update(info["gaussian_ids"])
         else:
             gaussians.update()
         del activated, colors, alphas, info

@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from configs import DensificationRules
+from offload.adam.options import AdamOptions
 from offload.models.device import DeviceGaussians
 from offload.store.morton import morton_order
 from training import densification
@@ -34,11 +35,11 @@ def random_gaussians(num_gaussians: int, device: torch.device = CPU, seed: int =
         "shN": normal(num_gaussians, 15, 3),
     }
     parameters["shN"][:, 0, 0] = torch.arange(num_gaussians)
-    learning_rates = dict.fromkeys(PARAMETER_NAMES, 0.0)
-    gaussians = DeviceGaussians(parameters, learning_rates, betas=(0.9, 0.999), eps=1e-15, device=device)
+    adam = AdamOptions(dict.fromkeys(PARAMETER_NAMES, 0.0), lambda step: 0.0, (0.9, 0.999))
+    gaussians = DeviceGaussians(parameters, adam, device=device)
     for parameter in gaussians.parameters.values():
         parameter.grad = torch.ones_like(parameter)
-    gaussians.step(means_lr=0.0, ids=torch.arange(num_gaussians, device=device))
+    gaussians.update()
     return gaussians
 
 

@@ -8,6 +8,7 @@ from test_culling import random_cameras
 from torch import Tensor
 
 from offload.adam import geometry as geometry_kernels
+from offload.adam.options import AdamOptions
 from offload.adam.state import load_deferred
 from offload.culling.cameras import Margin
 from offload.culling.native import visible_ids_on_device
@@ -47,8 +48,8 @@ def trained(kind: str, device: str, speed: float = 1.0) -> tuple[DeviceGeometry,
     start = {name: torch.randn(N, *SHAPES[name], generator=generator) for name in GEOMETRY}
     start["scales"] -= 4.0  # so that a picture shows some of them
     rates = {name: speed * rate for name, rate in RATES.items()}
-    adam = {"betas": BETAS, "eps": EPS, "device": torch.device(device)}
-    geometry = DeviceGeometry(start, rates, lambda step: speed * means_lr(step), **adam)
+    adam = AdamOptions(rates, lambda step: speed * means_lr(step), BETAS, EPS)
+    geometry = DeviceGeometry(start, adam, device=torch.device(device))
     geometry._kernels = geometry_kernels
     if kind == "triton":
         from offload.adam import geometry_triton as geometry_kernels_triton

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from configs import DensificationRules
 from errors import InputError
+from offload.adam.options import AdamOptions
 from offload.backends import native
 from offload.models.device import DeviceGaussians
 from offload.store import memory as host_memory
@@ -320,11 +321,11 @@ def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, HostStore]:
     parameters = random_parameters(num_gaussians)
     parameters["scales"] += math.log(2) * torch.randn(num_gaussians, 3)
     parameters["opacities"] += math.log(0.005)
-    rates = dict.fromkeys(parameters, 1e-3)
-    device_store = DeviceGaussians(parameters, rates, betas=(0.9, 0.999), eps=1e-15, device=torch.device("cpu"))
+    adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    device_store = DeviceGaussians(parameters, adam, device=torch.device("cpu"))
     for parameter in device_store.parameters.values():
         parameter.grad = torch.randn_like(parameter)
-    device_store.step(means_lr=1e-3, ids=torch.arange(num_gaussians))
+    device_store.update()
     host_store = HostStore(device_store.parameters)
     host_store.step = 1
     host_store.last_step.fill_(1)

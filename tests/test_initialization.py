@@ -58,7 +58,7 @@ def test_one_adam_step_is_that_of_dense_adam_in_float64():
     assert betas == pytest.approx((0.6561, 0.999**4))
     assert rates["opacities"] == pytest.approx(0.1)
     assert rates["means"] == pytest.approx(2 * 2 * 1.6e-4)
-    gaussians = DeviceGaussians(initial, rates, betas=betas, eps=1e-15, device=torch.device("cpu"))
+    gaussians = DeviceGaussians(initial, schedules.adam_options(cfg, scene_scale=2.0), device=torch.device("cpu"))
     oracle = {name: value.double().requires_grad_() for name, value in initial.items()}
     adam = torch.optim.Adam([{"params": [oracle[name]], "lr": rates[name]} for name in oracle], betas=betas, eps=1e-15)
     for step in range(20):
@@ -67,7 +67,7 @@ def test_one_adam_step_is_that_of_dense_adam_in_float64():
             oracle[name].grad = parameter.grad.double()
         adam.param_groups[0]["lr"] = 2 * 2 * 1.6e-4 * 0.01 ** (step / cfg.max_steps)
         adam.step()
-        gaussians.step(schedules.means_lr(cfg, 2.0, step), torch.arange(len(initial["means"])))
+        gaussians.update()
     for name, value in gaussians.rows(0, gaussians.num_gaussians).items():
         assert torch.allclose(value.double(), oracle[name], rtol=1e-5, atol=1e-6), name
 

@@ -9,6 +9,7 @@ import torch
 from test_culling import random_cameras, random_geometry
 from torch import Tensor
 
+from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.forwarded import ForwardedGaussians
@@ -24,8 +25,8 @@ def start(kind: type[OffloadedGaussians], place: str) -> OffloadedGaussians:
     rows = random_geometry(3000, seed=0)
     parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
     parameters |= {"sh0": torch.zeros(len(rows), 1, 3), "shN": torch.zeros(len(rows), 15, 3)}
-    adam = {"betas": BETAS, "eps": 1e-15, "device": torch.device("cpu")}
-    return kind(parameters, RATES, lambda step: RATES["means"], geometry=place, max_gaussians=3000, **adam)
+    adam = AdamOptions(RATES, lambda step: RATES["means"], BETAS)
+    return kind(parameters, adam, device=torch.device("cpu"), geometry=place, max_gaussians=3000)
 
 
 def drawn_now(gaussians: OffloadedGaussians, cameras: Cameras) -> Tensor:

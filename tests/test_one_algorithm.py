@@ -24,6 +24,7 @@ from datasets.synthetic import write_city_block
 from offload.adam import finite as gradients
 from offload.adam.deferral import CatchUpTables
 from offload.adam.host import DeferredAdam
+from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models import geometry_device as device_geometry
 from offload.models.baseline import BaselineGaussians
@@ -63,14 +64,14 @@ def views_and_points(tmp_path_factory):
 def gpu_only(request, views_and_points):
     """Whether rows are refined, the rows with gradients at each step, and the Gaussians of GPU-only training."""
     views, scene = views_and_points
-    gaussians, drawn = DeviceGaussians(*start(scene), **ADAM), []
+    gaussians, drawn = DeviceGaussians(*start(scene), device=CPU), []
     for step, cameras in enumerate(views):
         ids = surely_drawn(gaussians, cameras)
         gradients = random_gradients(step, len(ids))
         gradients["sh0"], gradients["shN"] = gradients.pop("colors").split([1, 15], dim=1)
         for name, parameter in gaussians.parameters.items():
             parameter.grad = torch.zeros_like(parameter).index_copy(0, ids, gradients[name])
-        gaussians.step(means_lr(step), ids)
+        gaussians.update(ids)
         drawn.append(ids)
         if request.param:
             refine(gaussians, step)
@@ -134,29 +135,23 @@ def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, views_and_point
 
 CONFIG = Config(max_steps=NUM_STEPS)
 SCALE = 5.0  # of the scene, in world units
-RATES = schedules.learning_rates(CONFIG, SCALE)
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-15, "device": CPU}
 
 
-def means_lr(step: int) -> float:
-    return schedules.means_lr(CONFIG, SCALE, step)
-
-
-def start(scene: Scene) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The first Gaussians, one per point, and their learning rates."""
+def start(scene: Scene) -> tuple[dict[str, Tensor], AdamOptions]:
+    """Return the first Gaussians, one per point, and how they are updated."""
     options = {"sh_degree": 3, "init_opacity": 0.5, "init_scale": 1.0, "seed": 0}
-    return initial_gaussians(scene.points, scene.points_rgb, **options), RATES
+    return initial_gaussians(scene.points, scene.points_rgb, **options), schedules.adam_options(CONFIG, SCALE)
 
 
 def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor], refines: bool) -> dict[str, Tensor]:
     """The Gaussians of an offloading trainer after all steps, of which `drawn` says which rows have gradients."""
     if trainer == "baseline":
-        gaussians = BaselineGaussians(*start(scene), means_lr, **ADAM)
+        gaussians = BaselineGaussians(*start(scene), device=CPU)
     elif trainer.startswith("streamed"):
         place = "host" if trainer.endswith("host") else "device"
-        gaussians = StreamedGaussians(*start(scene), means_lr, geometry=place, **ADAM)
+        gaussians = StreamedGaussians(*start(scene), geometry=place, device=CPU)
     else:
-        gaussians = ForwardedGaussians(*start(scene), means_lr, geometry=trainer.removeprefix("geometry on "), **ADAM)
+        gaussians = ForwardedGaussians(*start(scene), geometry=trainer.removeprefix("geometry on "), device=CPU)
     for step, cameras in enumerate(views):
         rows = gaussians.fetch(cameras)
         rows_will_change = refines and step in (*REFINED, RESET)

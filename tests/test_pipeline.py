@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload.adam.host import DeferredAdam
+from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.pipelines.forwarded import ForwardedPipeline, Part, RowGroup, ViewIds
 from offload.pipelines.transfer import RowTransfer
@@ -16,6 +17,7 @@ from offload.store.host_store import HostStore
 
 N, STEPS = 400, 25
 RATES = {"means": 1e-2, "scales": 2e-2, "quats": 1e-2, "opacities": 3e-2, "sh0": 1e-2, "shN": 1e-3}
+ADAM = AdamOptions(RATES, lambda step: 1e-2 * 0.99**step, (0.9, 0.999))
 
 
 def random_ids(seed: int) -> Tensor:
@@ -52,7 +54,7 @@ def make_pipeline(num_parts: int) -> ForwardedPipeline:
     groups = {}
     for name in ("geometry", "appearance"):
         store = HostStore(parameters, groups=(name,))
-        multipliers, rates = schedules_of(name, store.sh_degree, RATES, lambda step: 1e-2 * 0.99**step)
+        multipliers, rates = schedules_of(name, store.sh_degree, ADAM)
         groups[name] = RowGroup(store, name, DeferredAdam(multipliers), rates)
 
     def find(view: int) -> ViewIds:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
+from offload.adam.options import AdamOptions
 from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from rendering.losses import photometric_loss
@@ -91,10 +92,7 @@ def whole_step(parameters: dict[str, Tensor], view: View, cfg: Config, backgroun
 def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str, cfg: Config) -> ForwardedGaussians:
     return ForwardedGaussians(
         parameters,
-        RATES,
-        lambda step: RATES["means"],
-        betas=(0.9, 0.999),
-        eps=1e-15,
+        AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999)),
         device=parameters["means"].device,
         geometry=geometry,
         limit=limit,

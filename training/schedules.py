@@ -5,6 +5,21 @@ from __future__ import annotations
 import math
 
 from configs import Config
+from offload.adam.options import AdamOptions
+
+
+def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:
+    """Return how Adam updates the Gaussians of a run.
+
+    Args:
+        cfg: Options.
+        scene_scale: Extent of the cameras in world units.
+    """
+    return AdamOptions(
+        learning_rates(cfg, scene_scale),
+        lambda step: means_lr(cfg, scene_scale, step),
+        adam_betas(cfg.batch_size),
+    )
 
 
 def learning_rates(cfg: Config, scene_scale: float) -> dict[str, float]:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from offload.adam.options import AdamOptions
 from offload.store.host_store import group_columns, num_columns
 
 
-def schedules_of(
-    group: str, sh_degree: int, learning_rates: Mapping[str, float], means_lr: Callable[[int], float]
-) -> tuple[Tensor, Callable[[int], list[float]]]:
-    """Multipliers [schedules, columns] of a group, and the schedules' learning rates at a step from 1.
+def schedules_of(group: str, sh_degree: int, adam: AdamOptions) -> tuple[Tensor, Callable[[int], list[float]]]:
+    """Return multipliers [schedules, columns] of a group, and the schedules' learning rates at a step from 1.
 
     Args:
         group: "geometry" or "appearance".
         sh_degree: Degree of the spherical harmonics.
-        learning_rates: Of each parameter; all but that of the means are constant.
-        means_lr: The means' learning rate at a step from 0.
+        adam: The learning rates.
     """
     columns = group_columns(group, sh_degree)
     constant = torch.zeros(num_columns(group, sh_degree))  # [columns]
     for parameter, places in columns.items():
-        constant[places] = learning_rates[parameter]
+        constant[places] = adam.learning_rates[parameter]
     if "means" not in columns:
         return constant[None], lambda step: [1.0]
     decaying = torch.zeros_like(constant)
     decaying[columns["means"]] = 1.0
     constant[columns["means"]] = 0.0
-    return torch.stack([constant, decaying]), lambda step: [1.0, means_lr(step - 1)]
+    return torch.stack([constant, decaying]), lambda step: [1.0, adam.means_lr(step - 1)]

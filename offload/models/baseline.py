@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from offload.adam.finite import FiniteGradients
 from offload.adam.host import DeferredAdam
+from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State, copy_current
 from offload.culling.cameras import Cameras
@@ -28,21 +29,15 @@ class BaselineGaussians(HostStore):
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        learning_rates: Mapping[str, float],
-        means_lr: Callable[[int], float],
+        adam: AdamOptions,
         *,
-        betas: tuple[float, float],
-        eps: float,
         device: torch.device,
         max_gaussians: int = 0,
     ) -> None:
         """
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`.
-            learning_rates: Of each of them at step 0.
-            means_lr: The means' learning rate at a step from 0.
-            betas: Adam's decay rates.
-            eps: Adam's epsilon.
+            adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
@@ -53,9 +48,9 @@ class BaselineGaussians(HostStore):
         self._times = OffloadTimes()
         self._adams, self._rates, self._transfers, self._gradients = {}, {}, {}, {}
         for name, group in self.groups.items():
-            multipliers, self._rates[name] = schedules_of(name, self.sh_degree, learning_rates, means_lr)
+            multipliers, self._rates[name] = schedules_of(name, self.sh_degree, adam)
             columns = multipliers.shape[1]
-            self._adams[name] = DeferredAdam(multipliers, betas, eps)
+            self._adams[name] = DeferredAdam(multipliers, adam.betas, adam.eps)
             self._transfers[name] = RowTransfer(columns, device, self._times)
             # Gradients of all rows, zero but between the backward pass and Adam.
             self._gradients[name] = HostArray(columns, max_rows=group.parameters.max_rows)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from offload.adam.finite import FiniteGradients
+from offload.adam.options import AdamOptions
 from offload.adam.state import ARRAYS, State, copy_current
+from offload.culling.cameras import Cameras
 from offload.models.kept_rows import kept_rows
 from offload.store.host_store import HostStore
 
@@ -25,18 +27,14 @@ class DeviceGaussians:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        learning_rates: Mapping[str, float],
+        adam: AdamOptions,
         *,
-        betas: tuple[float, float],
-        eps: float,
         device: torch.device,
     ) -> None:
         """
         Args:
             parameters: The six tensors of `initial_gaussians`.
-            learning_rates: Adam's learning rate of each of them.
-            betas: Adam's decay rates of the first and second moment.
-            eps: Adam's epsilon.
+            adam: Learning rates, decay rates and epsilon.
             device: Where everything lives.
         """
         self.parameters = {
@@ -45,14 +43,15 @@ class DeviceGaussians:
         }
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [parameter], "lr": learning_rates[name], "name": name}
+                {"params": [parameter], "lr": adam.learning_rates[name], "name": name}
                 for name, parameter in self.parameters.items()
             ],
-            betas=betas,
-            eps=eps,
+            betas=adam.betas,
+            eps=adam.eps,
             fused=True,
         )
         self.steps_done = 0
+        self._means_lr = adam.means_lr
         self._finite = FiniteGradients(device)
 
     @property
@@ -63,17 +62,33 @@ class DeviceGaussians:
     def device(self) -> torch.device:
         return self.parameters["means"].device
 
-    def step(self, means_lr: float, ids: Tensor) -> None:
-        """One Adam step on the gradients at hand.
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return all parameters for `training.gaussians.activate`: they are on the device, whatever cameras see."""
+        return self.parameters
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Do nothing: what the next view needs is on the device."""
+
+    @property
+    def ids(self) -> Tensor:
+        """Which Gaussians `fetch` gave: all, [N] int64 on the device."""
+        return torch.arange(self.num_gaussians, device=self.device)
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return all parameters, detached, as from `fetch`; training is not disturbed."""
+        return self.rows(0, self.num_gaussians)
+
+    def update(self, drawn: Tensor | None = None) -> None:
+        """Take one step of Adam on the gradients of what `fetch` gave.
 
         Args:
-            means_lr: Learning rate of the means.
-            ids: [V] int64, rows whose gradients are not zero; rows may repeat.
+            drawn: [V] int64, rows outside which all gradients are zero; rows may repeat. None: all rows. It spares
+                looking at the others.
         """
-        self._finite.keep(self.parameters.values(), ids)
+        self._finite.keep(self.parameters.values(), drawn)
         for group in self.optimizer.param_groups:
             if group["name"] == "means":
-                group["lr"] = means_lr
+                group["lr"] = self._means_lr(self.steps_done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload.adam.finite import gradient_of
 from offload.adam.host import DeferredAdam
+from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State
 from offload.culling.cameras import Cameras
@@ -54,11 +55,8 @@ class ForwardedGaussians(OffloadedGaussians):
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        learning_rates: Mapping[str, float],
-        means_lr: Callable[[int], float],
+        adam: AdamOptions,
         *,
-        betas: tuple[float, float],
-        eps: float,
         device: torch.device,
         geometry: Literal["device", "host"] = "device",
         max_gaussians: int = 0,
@@ -69,10 +67,7 @@ class ForwardedGaussians(OffloadedGaussians):
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`; best in Morton order, in which a
                 view's rows come in runs.
-            learning_rates: Of each of them at step 0; that of the means never grows.
-            means_lr: The means' learning rate at a step from 0.
-            betas: Adam's decay rates.
-            eps: Adam's epsilon.
+            adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
             geometry: Where means, scales, quats and opacities are.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
@@ -81,10 +76,7 @@ class ForwardedGaussians(OffloadedGaussians):
         """
         super().__init__(
             parameters,
-            learning_rates,
-            means_lr,
-            betas=betas,
-            eps=eps,
+            adam,
             device=device,
             geometry=geometry,
             max_gaussians=max_gaussians,
@@ -101,8 +93,8 @@ class ForwardedGaussians(OffloadedGaussians):
         self._geometry_sums: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
-            multipliers, rates = schedules_of(name, store.sh_degree, learning_rates, means_lr)
-            self._deferrals[name] = DeferredAdam(multipliers, betas, eps)
+            multipliers, rates = schedules_of(name, store.sh_degree, adam)
+            self._deferrals[name] = DeferredAdam(multipliers, adam.betas, adam.eps)
             groups[name] = RowGroup(store, name, self._deferrals[name], rates)
         if geometry == "host":
             groups["geometry"].committed = self._host_geometry_changed

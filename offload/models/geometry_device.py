@@ -8,7 +8,7 @@ most 44 bytes of each row: 0.2 ms for 18 million at 4 TB/s, where dense Adam wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from offload.adam import geometry as geometry_kernels
 from offload.adam.deferral import CatchUpTables
 from offload.adam.geometry import COLUMNS, GeometryState
+from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.native import CoveredCells, covered_cells_on_device
@@ -38,20 +39,14 @@ class DeviceGeometry:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        learning_rates: Mapping[str, float],
-        means_lr: Callable[[int], float],
+        adam: AdamOptions,
         *,
-        betas: tuple[float, float],
-        eps: float,
         device: torch.device,
     ) -> None:
         """
         Args:
             parameters: means [N, 3], scales [N, 3] (log), quats [N, 4], opacities [N] (logit).
-            learning_rates: Of each of them at step 0; all but that of the means are constant.
-            means_lr: The means' learning rate at a step from 0.
-            betas: Adam's decay rates.
-            eps: Adam's epsilon.
+            adam: Learning rates, decay rates and epsilon.
             device: Where all of it lives.
         """
         values = {name: parameters[name].detach().to(device, torch.float32, copy=True) for name in GEOMETRY}
@@ -61,8 +56,8 @@ class DeviceGeometry:
             {name: torch.zeros_like(value) for name, value in values.items()},
             torch.zeros(len(values["means"]), dtype=torch.int32, device=device),
         )
-        multipliers, self._rates = schedules_of("geometry", 0, learning_rates, means_lr)
-        self.tables = CatchUpTables(multipliers, betas, eps, device)
+        multipliers, self._rates = schedules_of("geometry", 0, adam)
+        self.tables = CatchUpTables(multipliers, adam.betas, adam.eps, device)
         self._kernels = _kernels_of(device)
 
     @property

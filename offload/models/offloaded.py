@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from offload.adam.finite import FiniteGradients
+from offload.adam.options import AdamOptions
 from offload.adam.state import Deferral, State, load_deferred
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.margins import largest_correction, largest_drift, largest_step, margin_of
@@ -28,11 +29,8 @@ class OffloadedGaussians:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        learning_rates: Mapping[str, float],
-        means_lr: Callable[[int], float],
+        adam: AdamOptions,
         *,
-        betas: tuple[float, float],
-        eps: float,
         device: torch.device,
         geometry: Literal["device", "host"],
         max_gaussians: int,
@@ -42,10 +40,7 @@ class OffloadedGaussians:
         """
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`.
-            learning_rates: Of each of them at step 0; that of the means never grows.
-            means_lr: The means' learning rate at a step from 0.
-            betas: Adam's decay rates.
-            eps: Adam's epsilon.
+            adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
             geometry: Where means, scales, quats and opacities are.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
@@ -53,8 +48,7 @@ class OffloadedGaussians:
             whole_lines: As for `HostStore`.
         """
         self.steps_done = 0
-        self._learning_rates = dict(learning_rates)
-        self._betas = betas
+        self._adam = adam
         self._rendering_device = device
         self._finite = FiniteGradients(device)
         self._device_geometry: DeviceGeometry | None = None
@@ -62,9 +56,7 @@ class OffloadedGaussians:
         self._stores: dict[str, HostStore] = {}  # one for each group, with stamps of its own
         self._deferrals: dict[str, Deferral] = {}
         if geometry == "device":
-            self._device_geometry = DeviceGeometry(
-                parameters, learning_rates, means_lr, betas=betas, eps=eps, device=device
-            )
+            self._device_geometry = DeviceGeometry(parameters, adam, device=device)
             self._deferrals["geometry"] = self._device_geometry.tables
         for name in ("appearance",) if geometry == "device" else ("geometry", "appearance"):
             self._stores[name] = HostStore(
@@ -227,8 +219,8 @@ class OffloadedGaussians:
         Args:
             lagging: Whether rows lack the steps that they have skipped.
         """
-        change = largest_step(self._betas) + (largest_drift(self._betas) if lagging else 0.0)
-        return margin_of(change * largest_correction(self._betas, self.steps_done + 1), self._learning_rates)
+        change = largest_step(self._adam.betas) + (largest_drift(self._adam.betas) if lagging else 0.0)
+        return margin_of(change * largest_correction(self._adam.betas, self.steps_done + 1), self._adam.learning_rates)
 
     def _cull(self, cameras: Cameras) -> Tensor:
         """Sorted ids [V], where geometry is, of what cameras may draw after one more step."""

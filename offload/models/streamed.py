@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload.adam.deferral import CatchUpTables
 from offload.adam.finite import gradient_of
+from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State
 from offload.culling.cameras import Cameras
@@ -30,11 +31,8 @@ class StreamedGaussians(OffloadedGaussians):
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        learning_rates: Mapping[str, float],
-        means_lr: Callable[[int], float],
+        adam: AdamOptions,
         *,
-        betas: tuple[float, float],
-        eps: float,
         device: torch.device,
         geometry: Literal["device", "host"] = "device",
         moments: Moments = "float32",
@@ -44,10 +42,7 @@ class StreamedGaussians(OffloadedGaussians):
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`; best in Morton order, in which a
                 view's rows come in runs.
-            learning_rates: Of each of them at step 0; that of the means never grows.
-            means_lr: The means' learning rate at a step from 0.
-            betas: Adam's decay rates.
-            eps: Adam's epsilon.
+            adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered and rows are updated.
             geometry: Where means, scales, quats and opacities are. On the host they go the way of the appearance, and
                 device memory depends on the largest views alone (`offload/pipelines/streamed_host.py`).
@@ -57,10 +52,7 @@ class StreamedGaussians(OffloadedGaussians):
         """
         super().__init__(
             parameters,
-            learning_rates,
-            means_lr,
-            betas=betas,
-            eps=eps,
+            adam,
             device=device,
             geometry=geometry,
             max_gaussians=max_gaussians,
@@ -71,8 +63,8 @@ class StreamedGaussians(OffloadedGaussians):
         self._geometry_rows: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
-            multipliers, rates = schedules_of(name, store.sh_degree, learning_rates, means_lr)
-            self._deferrals[name] = CatchUpTables(multipliers, betas, eps, device)
+            multipliers, rates = schedules_of(name, store.sh_degree, adam)
+            self._deferrals[name] = CatchUpTables(multipliers, adam.betas, adam.eps, device)
             groups[name] = StreamedGroup(store, name, self._deferrals[name], rates)
         self._pipeline: StreamedPipeline | StreamedHostPipeline
         if geometry == "device":
