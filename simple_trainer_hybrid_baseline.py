@@ -17,14 +17,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from torch import Tensor
 
 from configs import Config, scene_config
+from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
 from rendering.losses import photometric_loss
 from training import memory_estimate, schedules
 from training.command_line import main
 from training.densification import Densification
-from training.gaussians import activate
 from training.run import TrainingRun
-from training.views import View, cameras_of, render_view
+from training.views import render
 
 
 def train(cfg: Config, scene_name: str) -> None:
@@ -45,24 +45,20 @@ def train(cfg: Config, scene_name: str) -> None:
         )
         densification = Densification(cfg, run.scene_scale, cfg.seed)
 
-        def render(view: View) -> Tensor:
-            rows = gaussians.read_view(cameras_of(view, cfg))
-            return render_view(activate(rows), view, cfg, sh_degree=cfg.sh_degree)[0]
+        def draw(cameras: Cameras) -> Tensor:
+            return render(gaussians.read_view(cameras), cameras, cfg, sh_degree=cfg.sh_degree)[0]
 
         if cfg.ckpt:
-            run.evaluate_checkpoint(render, gaussians)
+            run.evaluate_checkpoint(draw, gaussians)
             return
 
-        for step, view in run.steps(gaussians, densification, render):
+        for step, view in run.steps(gaussians, densification, draw):
             # Every Gaussian is tested against the cameras; the rows in view are gathered and sent to the device.
-            rows = gaussians.fetch(cameras_of(view, cfg))
+            rows = gaussians.fetch(view.cameras)
             run.times.mark("fetch")
 
             sh_degree = schedules.sh_degree(cfg, step)
-            colors, alphas, info = render_view(
-                activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
-            )
-            info["means2d"].retain_grad()  # densification looks at the gradient on the screen
+            colors, info = render(rows, view.cameras, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view))
             run.times.mark("render")
 
             loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
@@ -78,7 +74,7 @@ def train(cfg: Config, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
-            del rows, colors, alphas, info, loss  # each keeps what the next view needs memory for
+            del rows, colors, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------

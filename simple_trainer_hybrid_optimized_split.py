@@ -24,6 +24,7 @@ from torch import Tensor
 
 from configs import Config, scene_config
 from errors import InputError
+from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
 from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
@@ -33,7 +34,7 @@ from training.densification import Densification
 from training.memory import available_bytes, format_bytes, parse_bytes
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
-from training.views import View, cameras_of
+from training.views import View
 
 
 @dataclass
@@ -96,11 +97,11 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
         del parameters
         densification = Densification(cfg, run.scene_scale, cfg.seed)
 
-        def render(view: View) -> Tensor:
-            return render_in_parts(gaussians.view_parts(cameras_of(view, cfg)), view, cfg)
+        def draw(cameras: Cameras) -> Tensor:
+            return render_in_parts(gaussians.view_parts(cameras), cameras, cfg)
 
         if cfg.ckpt:
-            run.evaluate_checkpoint(render, gaussians)
+            run.evaluate_checkpoint(draw, gaussians)
             return
 
         def train_part(
@@ -108,8 +109,9 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
         ) -> PartResult:
             """Render one tile with its halo, or all of the view, and propagate its share of the loss back."""
             run.times.mark("fetch")
-            colors, info = render_part(part, view, cfg, sh_degree=sh_degree, backgrounds=backgrounds, halo=halo_of(cfg))
-            info["means2d"].retain_grad()  # densification looks at the gradient on the screen
+            colors, info = render_part(
+                part, view.cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, halo=halo_of(cfg)
+            )
             run.times.mark("render")
             loss = part_loss(colors, view, part.tile, ssim_lambda=cfg.ssim_lambda, halo=halo_of(cfg))
             loss.backward()
@@ -117,15 +119,15 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
             run.times.mark("backward")
             return PartResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 
-        for step, view in run.steps(gaussians, densification, render):
+        for step, view in run.steps(gaussians, densification, draw):
             # Behind the rendering of each part the CPU commits gradients of the part before and sends the rows of the
             # next part, or of the next view's first one. A part that runs out of memory is rendered in finer tiles.
             rows_will_change = densification.refines_at(step) or densification.resets_at(step)
-            upcoming = None if run.upcoming is None or rows_will_change else cameras_of(run.upcoming, cfg)
+            upcoming = None if run.upcoming is None or rows_will_change else run.upcoming.cameras
             sh_degree = schedules.sh_degree(cfg, step)
-            screen = ScreenGradients(view, needed=step < cfg.refine_stop_iter)
+            screen = ScreenGradients(view.cameras, needed=step < cfg.refine_stop_iter)
             loss = gaussians.train_view(
-                cameras_of(view, cfg),
+                view.cameras,
                 upcoming,
                 partial(train_part, view=view, sh_degree=sh_degree, backgrounds=run.backgrounds(view), screen=screen),
             )

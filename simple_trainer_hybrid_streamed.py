@@ -24,15 +24,15 @@ from typing import Literal
 from torch import Tensor
 
 from configs import Config, scene_config
+from offload.culling.cameras import Cameras
 from offload.models.streamed import StreamedGaussians
 from rendering.losses import photometric_loss
 from training import memory_estimate, schedules
 from training.calibration import print_last_verdict
 from training.command_line import main
 from training.densification import Densification
-from training.gaussians import activate
 from training.run import TrainingRun
-from training.views import View, cameras_of, render_view
+from training.views import render
 
 
 @dataclass
@@ -66,31 +66,27 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
         )
         densification = Densification(cfg, run.scene_scale, cfg.seed)
 
-        def render(view: View) -> Tensor:
-            rows = gaussians.read_view(cameras_of(view, cfg))
-            return render_view(activate(rows), view, cfg, sh_degree=cfg.sh_degree)[0]
+        def draw(cameras: Cameras) -> Tensor:
+            return render(gaussians.read_view(cameras), cameras, cfg, sh_degree=cfg.sh_degree)[0]
 
         if cfg.ckpt:
-            run.evaluate_checkpoint(render, gaussians)
+            run.evaluate_checkpoint(draw, gaussians)
             return
 
         print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run
-        for step, view in run.steps(gaussians, densification, render):
+        for step, view in run.steps(gaussians, densification, draw):
             # The rows of this view are on the device already, but for the first one and after densification.
-            rows = gaussians.fetch(cameras_of(view, cfg))
+            rows = gaussians.fetch(view.cameras)
             run.times.mark("fetch")
 
             # Behind the rendering the next view's rows come from the host, and those of the last one go there.
             rows_will_change = densification.refines_at(step) or densification.resets_at(step)
             if run.upcoming is not None and not rows_will_change:
-                gaussians.prefetch(cameras_of(run.upcoming, cfg))
+                gaussians.prefetch(run.upcoming.cameras)
             run.times.mark("cull")
 
             sh_degree = schedules.sh_degree(cfg, step)
-            colors, alphas, info = render_view(
-                activate(rows), view, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view)
-            )
-            info["means2d"].retain_grad()  # densification looks at the gradient on the screen
+            colors, info = render(rows, view.cameras, cfg, sh_degree=sh_degree, backgrounds=run.backgrounds(view))
             run.times.mark("render")
 
             loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
@@ -106,7 +102,7 @@ def train(cfg: StreamedConfig, scene_name: str) -> None:
             run.times.mark("densify")
 
             run.after_step(step, loss.detach(), sh_degree)
-            del rows, colors, alphas, info, loss  # each keeps what the next view needs memory for
+            del rows, colors, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -91,11 +91,8 @@ class SplitRun(AerialRun):
         super().__init__(cfg, job)
         wide = wide_camera(job.num_gaussians, 0, job.picture_scale)
         for index in range(WIDE_EVERY - 1, len(self._views), WIDE_EVERY):
-            self._views[index] = replace(
-                self._views[index],
-                viewmats=wide.viewmats.to(self.device),
-                host_viewmats=wide.viewmats,
-            )
+            view = self._views[index]
+            self._views[index] = replace(view, cameras=replace(view.cameras, viewmats=wide.viewmats))
         self.variant = variant
         self.parts: list[int] = []  # of each view that was found
         self.steps_above_budget = 0

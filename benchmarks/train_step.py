@@ -32,6 +32,7 @@ from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwid
 from configs import Config
 from datasets.view_order import ViewWindows
 from errors import InputError
+from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
 from trainers import TRAINERS
 from training.command_line import parse
@@ -218,7 +219,7 @@ def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.devic
     views = []
     for index in indices:
         viewmats, Ks = cameras.viewmats[index : index + 1], cameras.Ks[index : index + 1]
-        views.append(View.of(images[len(views) % 2], viewmats, Ks))
+        views.append(View(images[len(views) % 2], Cameras(viewmats, Ks, cameras.width, cameras.height)))
     return views
 
 

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from benchmarks.aerial_scene import AerialCameras, aerial_scene
+from offload.culling.cameras import Cameras
 from offload.store.morton import morton_order
 from rendering.losses import photometric_loss
 from tests.aerial_training import CONFIG, KINDS, Gaussians, gaussians_of
 from tests.resident_memory import resident_bytes
 from training.checkpoints import Checkpoint, save_checkpoint
-from training.gaussians import activate
 from training.memory_estimate import parameter_bytes
 from training.ply import save_ply
-from training.views import View, cameras_of, render_view
+from training.views import View, render
 
 WIDTH, HEIGHT = 288, 216
 NUM_VIEWS = 4
@@ -36,22 +36,22 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
     for index in range(NUM_VIEWS + 1):
         viewmats, Ks = cameras.viewmats[index : index + 1], scale * cameras.Ks[index : index + 1]
         images = torch.rand(1, HEIGHT, WIDTH, 3, device=device)
-        views.append(View.of(images, viewmats, Ks))
+        views.append(View(images, Cameras(viewmats, Ks, WIDTH, HEIGHT)))
     largest_view = 0
     for step in range(NUM_VIEWS):
         view = views[step]
         on_device = trainer == "gpu_only"
-        activated = activate(gaussians.parameters if on_device else gaussians.fetch(cameras_of(view, CONFIG)))
+        rows = gaussians.parameters if on_device else gaussians.fetch(view.cameras)
         if trainer.startswith(("geometry", "streamed")):
-            gaussians.prefetch(cameras_of(views[step + 1], CONFIG))
-        colors, alphas, info = render_view(activated, view, CONFIG, sh_degree=3)
+            gaussians.prefetch(views[step + 1].cameras)
+        colors, info = render(rows, view.cameras, CONFIG, sh_degree=3)
         largest_view = max(largest_view, len(info["gaussian_ids"]))
         photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
         if trainer == "gpu_only":
             gaussians.update(info["gaussian_ids"])
         else:
             gaussians.update()
-        del activated, colors, alphas, info
+        del rows, colors, info
     return largest_view / gaussians.num_gaussians
 
 

@@ -19,7 +19,7 @@ from tests.training_scripts import anisotropic_start, train
 from trainers import TRAINERS
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
-from training.views import View, cameras_of
+from training.views import View
 
 OFFLOADING = [name for name in TRAINERS if name not in ("gpu_only", "streamed_bfloat16")]  # that keep all in float32
 NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--max_steps", 30, "--sh_degree_interval", 10)
@@ -47,11 +47,11 @@ def first_gaussians(data_dir: Path, num_gaussians: int) -> dict[str, Tensor]:
 
 def visible_per_view(data_dir: Path, gaussians: dict[str, Tensor]) -> list[list[int]]:
     """The rows that each training view shows."""
-    scene, cfg = load_scene(data_dir), Config()
+    scene = load_scene(data_dir)
     geometry = HostStore(gaussians, max_gaussians=1000).groups["geometry"].parameters.tensor
     with evaluation_loader(scene, scene.train_ids, num_workers=1) as loader:
-        views = [View.from_batch(batch, torch.device("cpu")) for batch in loader]
-    return [visible_ids(geometry, BlockBounds(geometry), cameras_of(view, cfg)).tolist() for view in views]
+        views = [View.from_batch(batch, Config(), torch.device("cpu")) for batch in loader]
+    return [visible_ids(geometry, BlockBounds(geometry), view.cameras).tolist() for view in views]
 
 
 def one_gaussian(city_block: Path) -> dict[str, Tensor]:

@@ -337,8 +337,8 @@ def spoil_pictures(monkeypatch, values: dict[int, float]) -> None:
     """Put values into a pixel of the pictures that are loaded with these numbers."""
     from_batch, loaded = View.from_batch, [0]
 
-    def spoiled(batch, device) -> View:
-        view = from_batch(batch, device)
+    def spoiled(batch, cfg, device) -> View:
+        view = from_batch(batch, cfg, device)
         if loaded[0] in values:
             view.images[0, 20, 30, 1] = values[loaded[0]]
         loaded[0] += 1
@@ -355,14 +355,14 @@ def spoil_pictures(monkeypatch, values: dict[int, float]) -> None:
 def test_device_memory_that_really_runs_out(monkeypatch, city_block, tmp_path, capsys, script, place):
     from_batch, loaded = View.from_batch, [0]
 
-    def full(batch, device) -> View:
+    def full(batch, cfg, device) -> View:
         loaded[0] += 1
         if loaded[0] == 20:
             torch.cuda.empty_cache()
             taken = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(taken)
             torch.empty(torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + 1, device=device)
-        return from_batch(batch, device)
+        return from_batch(batch, cfg, device)
 
     with monkeypatch.context() as patch:
         patch.setattr(View, "from_batch", full)

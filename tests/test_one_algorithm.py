@@ -37,7 +37,7 @@ from tests.triton_places import INTERPRETED
 from training import schedules
 from training.densification import GaussianStore, grow
 from training.gaussians import initial_gaussians
-from training.views import View, cameras_of
+from training.views import View
 
 CPU = torch.device("cpu")
 NUM_STEPS = 200
@@ -57,7 +57,7 @@ def views_and_points(tmp_path_factory):
     write_city_block(data_dir, num_views=24, width=64, height=48, num_points=1500)
     scene = load_scene(data_dir)
     with training_loader(scene, scene.train_ids, batch_size=1, seed=0, num_workers=1, pin_memory=False) as loader:
-        return [cameras_of(View.from_batch(next(loader), CPU), CONFIG) for _ in range(NUM_STEPS)], scene
+        return [View.from_batch(next(loader), CONFIG, CPU).cameras for _ in range(NUM_STEPS)], scene
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["as many rows", "refined"])

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from configs import Config
 from offload.adam.options import AdamOptions
+from offload.culling.cameras import Cameras
 from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from rendering.losses import photometric_loss
 from training import tiles
 from training.densification import Densification, Statistics
-from training.gaussians import activate
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
-from training.views import View, cameras_of, render_view
+from training.views import View, render
 
 CPU = torch.device("cpu")
 N = 900
@@ -48,7 +48,9 @@ def random_parameters(seed: int, device: str = "cpu") -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in parameters.items()}
 
 
-def random_view(seed: int, *, cameras: int = 1, masked: bool = False, device: str = "cpu") -> View:
+def random_view(
+    seed: int, *, cameras: int = 1, masked: bool = False, antialiased: bool = False, device: str = "cpu"
+) -> View:
     generator = torch.Generator().manual_seed(100 + seed)
     viewmats = torch.eye(4).repeat(cameras, 1, 1)
     viewmats[:, :2, 3] = torch.linspace(-0.3, 0.4, 2 * cameras).view(cameras, 2)
@@ -57,11 +59,12 @@ def random_view(seed: int, *, cameras: int = 1, masked: bool = False, device: st
     shape = (cameras, HEIGHT, WIDTH)
     images = torch.rand(*shape, 3, generator=generator)
     masks = (torch.rand(*shape, generator=generator) < 0.8) if masked else None
-    return View.of(images.to(device), viewmats, Ks, None if masks is None else masks.to(device))
+    seen_by = Cameras(viewmats, Ks, WIDTH, HEIGHT, antialiased=antialiased)
+    return View(images.to(device), seen_by, None if masks is None else masks.to(device))
 
 
 def random_backgrounds(view: View) -> Tensor:
-    return torch.linspace(0.1, 0.9, 3 * len(view.Ks), device=view.images.device).view(-1, 3)
+    return torch.linspace(0.1, 0.9, 3 * len(view.images), device=view.images.device).view(-1, 3)
 
 
 class Step:
@@ -80,8 +83,7 @@ def rules(cfg: Config) -> Densification:
 def whole_step(parameters: dict[str, Tensor], view: View, cfg: Config, backgrounds: Tensor | None) -> Step:
     """Without any of the machinery."""
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    colors, _, info = render_view(activate(leaves), view, cfg, sh_degree=3, backgrounds=backgrounds)
-    info["means2d"].retain_grad()
+    colors, info = render(leaves, view.cameras, cfg, sh_degree=3, backgrounds=backgrounds)
     loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
     loss.backward()
     densification = rules(cfg)
@@ -111,8 +113,7 @@ def train_part(
 ) -> PartResult:
     """As in simple_trainer_hybrid_optimized_split.py."""
     halo = halo_of(cfg)
-    colors, info = render_part(part, view, cfg, sh_degree=3, backgrounds=backgrounds, halo=halo)
-    info["means2d"].retain_grad()
+    colors, info = render_part(part, view.cameras, cfg, sh_degree=3, backgrounds=backgrounds, halo=halo)
     loss = part_loss(colors, view, part.tile, ssim_lambda=cfg.ssim_lambda, halo=halo)
     loss.backward()
     screen.add(part, len(gaussians.ids), info)
@@ -130,11 +131,11 @@ def split_step(
     wrap=lambda train_part: train_part,
 ) -> tuple[Step, list]:
     gaussians = split_gaussians(parameters, limit, geometry, cfg)
-    screen, seen = ScreenGradients(view), []
+    screen, seen = ScreenGradients(view.cameras), []
     work = partial(
         train_part, gaussians=gaussians, view=view, cfg=cfg, backgrounds=backgrounds, screen=screen, seen=seen
     )
-    loss = gaussians.train_view(cameras_of(view, cfg), None, wrap(work))
+    loss = gaussians.train_view(view.cameras, None, wrap(work))
     ids = gaussians.ids
     gaussians.update()
     densification = rules(cfg)
@@ -174,7 +175,13 @@ def scene(variant: str, device: str = "cpu") -> tuple[dict[str, Tensor], View, C
         absgrad=options.get("absgrad", False),
         refine_scale2d_stop_iter=10,
     )
-    view = random_view(1, cameras=options.get("cameras", 1), masked=options.get("masked", False), device=device)
+    view = random_view(
+        1,
+        cameras=options.get("cameras", 1),
+        masked=options.get("masked", False),
+        antialiased=cfg.antialiased,
+        device=device,
+    )
     backgrounds = random_backgrounds(view) if options.get("background") else None
     return random_parameters(2, device), view, cfg, backgrounds
 
@@ -190,7 +197,7 @@ PLACES = pytest.mark.parametrize("geometry", ["device", "host"])
 def test_a_step_in_tiles_equals_the_whole(device, geometry, variant, threshold):
     arguments = scene(variant, device)
     step, seen = split_step(*arguments, RowLimit(threshold), geometry)
-    num_cameras = len(arguments[1].Ks)
+    num_cameras = len(arguments[1].images)
     assert len(seen) >= num_cameras * (6 if threshold < 0.1 else 4 if threshold < 0.5 else 2)
     check(step, whole_step(*arguments))
 
@@ -281,11 +288,11 @@ def test_a_tile_that_cannot_be_split_ends_training():
 def test_pictures_in_tiles(geometry, variant):
     parameters, view, cfg, _ = scene(variant)
     gaussians = split_gaussians(parameters, RowLimit(0.2), geometry, cfg)
-    parts = list(gaussians.view_parts(cameras_of(view, cfg)))
+    parts = list(gaussians.view_parts(view.cameras))
     assert len(parts) > 3
     assert max(len(part.rows["means"]) for part in parts) < 0.6 * N
-    expected, _, _ = render_view(activate(parameters), view, cfg, sh_degree=3)
-    assert (render_in_parts(parts, view, cfg) - expected).abs().max() < 1e-5
+    expected, _ = render(parameters, view.cameras, cfg, sh_degree=3)
+    assert (render_in_parts(parts, view.cameras, cfg) - expected).abs().max() < 1e-5
 
 
 def test_shares_of_the_loss_add_up_for_any_tiles():

@@ -82,20 +82,20 @@ def test_a_step_is_forgotten_when_the_next_view_is_rendered(monkeypatch, city_bl
     """Any tensor of its graph would keep the leaves: the rows of the view, their gradients, and where they lie."""
     way = TRAINERS[trainer]
     script = way.load()
-    module = script if hasattr(script, "render_view") else tiles
-    render_view, rendered, steps = module.render_view, {}, []
+    module = script if hasattr(script, "render") else tiles
+    render, rendered, steps = module.render, {}, []
 
-    def watched_render_view(*arguments, **options):
+    def watched_render(*arguments, **options):
         if not torch.is_grad_enabled():  # an evaluation, in the midst of a step
-            return render_view(*arguments, **options)
+            return render(*arguments, **options)
         assert [name for name, tensor in rendered.items() if tensor() is not None] == []
-        colors, alphas, info = render_view(*arguments, **options)
-        tensors = {"colors": colors, "alphas": alphas, "means2d": info["means2d"]}
+        colors, info = render(*arguments, **options)
+        tensors = {"colors": colors, "means2d": info["means2d"]}
         rendered.update({name: weakref.ref(tensor) for name, tensor in tensors.items()})
         steps.append(len(rendered))
-        return colors, alphas, info
+        return colors, info
 
-    monkeypatch.setattr(module, "render_view", watched_render_view)
+    monkeypatch.setattr(module, "render", watched_render)
     train(monkeypatch, script, city_block, tmp_path, *CONSTANT_NUMBER, "--max_steps", 3, *way.arguments)
     assert len(steps) >= 3
 

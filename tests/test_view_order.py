@@ -7,6 +7,7 @@ import pytest
 from small_scene import write_scene
 
 from benchmarks.aerial_scene import aerial_scene, geometry_rows, one_by_one
+from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.view_order import ViewWindows, path, sample_of, sees
@@ -151,4 +152,6 @@ def test_pictures_come_with_their_cameras(scene):
     with training_loader(scene, np.arange(23), view_window=8) as loader:
         for batch in islice(loader, 5):
             expected = np.linalg.inv(scene.camtoworlds[batch.image_ids.item()])
-            np.testing.assert_allclose(View.from_batch(batch, batch.Ks.device).viewmats[0], expected, atol=1e-5)
+            np.testing.assert_allclose(
+                View.from_batch(batch, Config(), batch.Ks.device).cameras.viewmats[0], expected, atol=1e-5
+            )

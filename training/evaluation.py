@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from offload.culling.cameras import Cameras
 from training.views import View
 
 
@@ -43,7 +44,7 @@ def load_lpips(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Ten
 @torch.no_grad()
 def evaluate(
     views: Iterable[tuple[str, View]],
-    render: Callable[[View], Tensor],
+    draw: Callable[[Cameras], Tensor],
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
     save_picture: Callable[[int, np.ndarray], None],
     device: torch.device,
@@ -52,7 +53,7 @@ def evaluate(
 
     Args:
         views: Name and view, with one camera each.
-        render: Makes the picture [1, H, W, 3] of a view.
+        draw: Makes the picture [1, H, W, 3] of one camera.
         lpips: Metric on [1, 3, H, W] pictures, or None.
         save_picture: Takes an index and [H, 2 W, 3] uint8, photo and rendering side by side.
         device: Where rendering runs.
@@ -68,7 +69,7 @@ def evaluate(
         for index, (name, view) in enumerate(tqdm(views, desc="evaluate", unit="view", leave=False)):
             synchronize(device)
             begin = time.perf_counter()
-            rendered = render(view)
+            rendered = draw(view.cameras)
             synchronize(device)
             seconds = time.perf_counter() - begin
 

@@ -24,6 +24,7 @@ from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError
 from offload.adam.state import State, sh_degree_of
+from offload.culling.cameras import Cameras
 from offload.store.host_store import HostStore
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
@@ -189,16 +190,16 @@ class TrainingRun:
         )
 
     def steps(
-        self, model: Model, densification: Densification, render: Callable[[View], Tensor]
+        self, model: Model, densification: Densification, draw: Callable[[Cameras], Tensor]
     ) -> Iterator[tuple[int, View]]:
         """The step numbers and the view of each, until max_steps or Ctrl-C; from 0 or, with --resume, where it stopped.
 
         Args:
             model: The Gaussians that are trained, for saving and resuming.
             densification: The same.
-            render: Makes the picture [1, H, W, 3] of a view from them, for evaluation.
+            draw: Makes the picture [1, H, W, 3] of one camera from them, for evaluation.
         """
-        self._model, self._densification, self._render = model, densification, render
+        self._model, self._densification, self._draw = model, densification, draw
         for number in (signal.SIGINT, signal.SIGTERM):
             self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self._load_resumed()
@@ -221,7 +222,7 @@ class TrainingRun:
         self._bar = self._resources.enter_context(
             tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
         )
-        self.upcoming = View.from_batch(next(loader), self.device)
+        self.upcoming = View.from_batch(next(loader), self.cfg, self.device)
         step_done = self._resources.enter_context(
             profiled_steps(self.cfg.profile, self._results.path / "profile", self.device)
         )
@@ -229,7 +230,9 @@ class TrainingRun:
             self._step = step
             self.times.start()
             view = self.upcoming
-            self.upcoming = View.from_batch(next(loader), self.device) if step + 1 < self.cfg.max_steps else None
+            self.upcoming = (
+                View.from_batch(next(loader), self.cfg, self.device) if step + 1 < self.cfg.max_steps else None
+            )
             self.times.mark("load")
             yield step, view
             step_done()
@@ -244,7 +247,7 @@ class TrainingRun:
         if not self.cfg.random_background:
             return None
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
-        colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.Ks), 3), np.float32)
+        colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.images), 3), np.float32)
         return torch.from_numpy(colors).to(self.device)
 
     def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
@@ -282,9 +285,9 @@ class TrainingRun:
                 self._results.save_ply(steps_done, self._model.rows, self._model.num_gaussians, self.scene.transform)
         if steps_done in cfg.eval_steps or last:
             with self._going_on_without("The evaluation"):
-                self.evaluate(self._render, steps_done, self._model.num_gaussians)
+                self.evaluate(self._draw, steps_done, self._model.num_gaussians)
         if cfg.video and last:
-            self._record_flight(self._render, steps_done)
+            self._record_flight(self._draw, steps_done)
         failure = self._results.checkpoints.failure()
         if failure is not None:
             self._checkpoint_failed(failure)
@@ -300,22 +303,22 @@ class TrainingRun:
             tqdm.write(f"Warning: {skipped} steps so far had gradients that were not finite; they were skipped.")
         self._skipped_steps = skipped
 
-    def evaluate(self, render: Callable[[View], Tensor], steps: int, num_gaussians: int) -> None:
+    def evaluate(self, draw: Callable[[Cameras], Tensor], steps: int, num_gaussians: int) -> None:
         """Compare renderings of the test views with the photos, print the means and write them to stats/.
 
         Args:
-            render: Makes the picture [1, H, W, 3] of a view.
+            draw: Makes the picture [1, H, W, 3] of one camera.
             steps: Training steps that the model has had.
             num_gaussians: Its size.
         """
         with evaluation_loader(self.scene, self.scene.test_ids, num_workers=self.cfg.num_workers or None) as loader:
             views = (
-                (self.scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, self.device))
+                (self.scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, self.cfg, self.device))
                 for batch in loader
             )
             statistics = evaluate(
                 views,
-                render,
+                draw,
                 self._lpips,
                 lambda index, canvas: self._results.save_rendering(steps, index, canvas),
                 self.device,
@@ -332,15 +335,15 @@ class TrainingRun:
             f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {num_gaussians} Gaussians"
         )
 
-    def evaluate_checkpoint(self, render: Callable[[View], Tensor], model: Model) -> None:
+    def evaluate_checkpoint(self, draw: Callable[[Cameras], Tensor], model: Model) -> None:
         """Evaluate the model made from the checkpoint that the options name."""
-        self.evaluate(render, self._checkpoint_to_evaluate.steps, model.num_gaussians)
+        self.evaluate(draw, self._checkpoint_to_evaluate.steps, model.num_gaussians)
         if self.cfg.video:
-            self._record_flight(render, self._checkpoint_to_evaluate.steps)
+            self._record_flight(draw, self._checkpoint_to_evaluate.steps)
 
-    def _record_flight(self, render: Callable[[View], Tensor], steps: int) -> None:
+    def _record_flight(self, draw: Callable[[Cameras], Tensor], steps: int) -> None:
         with self._going_on_without("The video"):
-            record_flight(self.scene, render, self.device, self._results.path / "videos" / f"flight_{steps}.mp4")
+            record_flight(self.scene, self.cfg, draw, self._results.path / "videos" / f"flight_{steps}.mp4")
 
     def __enter__(self) -> TrainingRun:
         return self

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from configs import Config
+from offload.culling.cameras import Cameras
 from offload.models.forwarded import ViewPart
 from offload.tiles.boxes import HALO, Tile
 from rendering.losses import count_windows, photometric_loss, photometric_sum
 from rendering.region import Region
-from training.gaussians import activate
-from training.views import View, render_view
+from training.views import View, render
 
 
 def halo_of(cfg: Config) -> int:
@@ -27,13 +28,13 @@ def halo_of(cfg: Config) -> int:
 
 
 def render_part(
-    part: ViewPart, view: View, cfg: Config, *, sh_degree: int, backgrounds: Tensor | None = None, halo: int = 0
+    part: ViewPart, cameras: Cameras, cfg: Config, *, sh_degree: int, backgrounds: Tensor | None = None, halo: int = 0
 ) -> tuple[Tensor, dict]:
     """Render the pixels of a part.
 
     Args:
         part: Rows, and the tile that they draw.
-        view: The cameras.
+        cameras: Of the view.
         cfg: Options.
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene; None is black.
@@ -44,24 +45,23 @@ def render_part(
     """
     region = None
     if part.tile is not None:
-        camera = slice(part.tile.camera, part.tile.camera + 1)
-        region = Region(*part.tile.with_halo(halo, view.width, view.height)[1:])
-        view = view.of_cameras(camera)
-        backgrounds = None if backgrounds is None else backgrounds[camera]
-    colors, _, info = render_view(
-        activate(part.rows), view, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region
-    )
-    return colors, info
+        one = slice(part.tile.camera, part.tile.camera + 1)
+        region = Region(*part.tile.with_halo(halo, cameras.width, cameras.height)[1:])
+        cameras = replace(cameras, viewmats=cameras.viewmats[one], Ks=cameras.Ks[one])
+        backgrounds = None if backgrounds is None else backgrounds[one]
+    return render(part.rows, cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region)
 
 
 @torch.no_grad()
-def render_in_parts(parts: Iterable[ViewPart], view: View, cfg: Config) -> Tensor:
-    """The pictures [C, H, W, 3] of a view, put together from those of its parts."""
-    pictures = torch.empty_like(view.images)
+def render_in_parts(parts: Iterable[ViewPart], cameras: Cameras, cfg: Config) -> Tensor:
+    """Return the pictures [C, H, W, 3] that cameras see, put together from those of the parts of their view."""
+    pictures = None
     for part in parts:
-        colors, _ = render_part(part, view, cfg, sh_degree=cfg.sh_degree)
+        colors, _ = render_part(part, cameras, cfg, sh_degree=cfg.sh_degree)
         if part.tile is None:
             return colors
+        if pictures is None:
+            pictures = colors.new_empty(len(cameras.Ks), cameras.height, cameras.width, 3)
         _pixels(pictures, part.tile).copy_(colors)
     return pictures
 
@@ -82,7 +82,7 @@ def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: f
     """
     if tile is None:
         return photometric_loss(rendered, view.images, ssim_lambda=ssim_lambda, masks=view.masks)
-    padded = tile.with_halo(halo, view.width, view.height)
+    padded = tile.with_halo(halo, view.cameras.width, view.cameras.height)
     target = _pixels(view.images, padded)
     inner = tile._replace(camera=0, x=tile.x - padded.x, y=tile.y - padded.y)  # the tile in what was rendered
     if halo > HALO:
@@ -122,13 +122,13 @@ class ScreenGradients:
     A Gaussian that several tiles of a picture see has its gradients added up before their norm is taken.
     """
 
-    def __init__(self, view: View, *, needed: bool = True) -> None:
+    def __init__(self, cameras: Cameras, *, needed: bool = True) -> None:
         """
         Args:
-            view: What is rendered.
+            cameras: Of the view that is rendered.
             needed: Whether densification will look; else nothing is kept.
         """
-        self._view = view
+        self._cameras = cameras
         self._needed = needed
         self._whole: Mapping[str, object] | None = None  # info of the one part that is all of the view
         self._sums: Tensor | None = None  # [C, V, 2] of gradients of means2d
@@ -152,10 +152,10 @@ class ScreenGradients:
         means2d, absolute = info["means2d"], getattr(info["means2d"], "absgrad", None)
         rows = part.positions[info["gaussian_ids"]]
         radii = info["radii"].amax(dim=-1)
-        cameras = len(self._view.Ks)
         if self._radii is None:
-            self._radii = radii.new_zeros(cameras, num_visible)
-            self._sums = means2d.new_zeros(cameras, num_visible, 2)
+            num_cameras = len(self._cameras.Ks)
+            self._radii = radii.new_zeros(num_cameras, num_visible)
+            self._sums = means2d.new_zeros(num_cameras, num_visible, 2)
             self._absolute = None if absolute is None else torch.zeros_like(self._sums)
         camera = part.tile.camera
         self._radii[camera].index_copy_(0, rows, radii)
@@ -181,7 +181,7 @@ class ScreenGradients:
             ),
             "gaussian_ids": ids[rows],
             "radii": self._radii[cameras, rows][:, None],
-            "width": self._view.width,
-            "height": self._view.height,
-            "n_cameras": len(self._view.Ks),
+            "width": self._cameras.width,
+            "height": self._cameras.height,
+            "n_cameras": len(self._cameras.Ks),
         }

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs import Config
 from datasets.scene import Scene
 from datasets.trajectories import flight
-from training.views import View
+from offload.culling.cameras import Cameras
+from training.views import posed_cameras
 
 NUM_FRAMES = 240
 FRAMES_PER_SECOND = 30
@@ -20,14 +22,14 @@ FRAMES_PER_SECOND = 30
 
 @torch.no_grad()
 def record_flight(
-    scene: Scene, render: Callable[[View], Tensor], device: torch.device, path: Path, *, num_frames: int = NUM_FRAMES
+    scene: Scene, cfg: Config, draw: Callable[[Cameras], Tensor], path: Path, *, num_frames: int = NUM_FRAMES
 ) -> None:
     """Render a flight, frame by frame as held-out views are, and write it as an H.264 video.
 
     Args:
         scene: Gives the poses, and the intrinsics of its first training camera.
-        render: Makes the picture [1, H, W, 3] of a view.
-        device: Where views are rendered.
+        cfg: Says how cameras draw.
+        draw: Makes the picture [1, H, W, 3] of one camera.
         path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them.
         num_frames: Of the video.
 
@@ -38,13 +40,12 @@ def record_flight(
     partial = path.with_name("partial_" + path.name)
     camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
     K = torch.from_numpy(camera.K).float()[None]
-    no_photo = torch.zeros(1, camera.height, camera.width, 3, device=device)
     poses = torch.from_numpy(flight(scene.camtoworlds[scene.train_ids], num_frames))
     try:
         with imageio.get_writer(partial, fps=FRAMES_PER_SECOND, macro_block_size=1) as writer:
             for pose in tqdm(poses, desc="video", unit="frame", leave=False):
-                view = View.of(no_photo, torch.linalg.inv(pose).float()[None], K)
-                frame = (render(view)[0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
+                cameras = posed_cameras(torch.linalg.inv(pose).float()[None], K, camera.width, camera.height, cfg)
+                frame = (draw(cameras)[0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
                 writer.append_data(frame[: camera.height // 2 * 2, : camera.width // 2 * 2])
         partial.replace(path)
     finally:

@@ -1,9 +1,9 @@
-"""A batch of posed pictures on the training device, and the rendering that is compared with it."""
+"""The photos and cameras of a step, and the rendering that is compared with them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,102 +13,89 @@ from datasets.loader import Batch
 from offload.culling.cameras import Cameras
 from rendering.rasterize import rasterize
 from rendering.region import Region
+from training.gaussians import activate
 
 
 @dataclass(frozen=True)
 class View:
-    """C pictures of one size and their cameras, on the training device."""
+    """Hold C photos of one size on the training device, and the cameras that took them on the host."""
 
     images: Tensor  # [C, H, W, 3] float32 in [0, 1]
-    masks: Tensor | None  # [C, H, W] bool, True where the picture is valid; None: everywhere
-    viewmats: Tensor  # [C, 4, 4] world to camera
-    Ks: Tensor  # [C, 3, 3] in pixels
-    host_viewmats: Tensor  # [C, 4, 4] and
-    host_Ks: Tensor  # [C, 3, 3], the same on the host
-    width: int
-    height: int
+    cameras: Cameras  # C, of which culling and the rasterizer take all they know
+    masks: Tensor | None = None  # [C, H, W] bool, True where the picture is valid; None: everywhere
+    image_ids: Tensor | None = None  # [C] int64 on the host, into the scene's images; None: no images of a scene
 
     @staticmethod
-    def from_batch(batch: Batch, device: torch.device) -> View:
+    def from_batch(batch: Batch, cfg: Config, device: torch.device) -> View:
         """Send a loaded batch to the device; pictures travel as uint8."""
         images = batch.images.to(device, non_blocking=True)
         masks = None if batch.masks is None else batch.masks.to(device, non_blocking=True)
+        height, width = images.shape[1:3]
         viewmats = torch.linalg.inv(batch.camtoworlds.double()).float()
-        return View.of(images.float().div_(255.0), viewmats, batch.Ks, masks)
-
-    @staticmethod
-    def of(images: Tensor, viewmats: Tensor, Ks: Tensor, masks: Tensor | None = None) -> View:
-        """Pictures, and masks, that are on the device already, with their cameras, which are on the host."""
-        return View(
-            images=images,
-            masks=masks,
-            viewmats=viewmats.to(images.device, non_blocking=True),
-            Ks=Ks.to(images.device, non_blocking=True),
-            host_viewmats=viewmats,
-            host_Ks=Ks,
-            width=images.shape[2],
-            height=images.shape[1],
-        )
-
-    def of_cameras(self, cameras: slice) -> View:
-        """Some of the pictures and their cameras."""
-        return replace(
-            self,
-            images=self.images[cameras],
-            masks=None if self.masks is None else self.masks[cameras],
-            viewmats=self.viewmats[cameras],
-            Ks=self.Ks[cameras],
-            host_viewmats=self.host_viewmats[cameras],
-            host_Ks=self.host_Ks[cameras],
-        )
+        cameras = posed_cameras(viewmats, batch.Ks, width, height, cfg)
+        return View(images.float().div_(255.0), cameras, masks, batch.image_ids)
 
 
-def cameras_of(view: View, cfg: Config) -> Cameras:
-    """The cameras of a view as culling takes them."""
+def posed_cameras(viewmats: Tensor, Ks: Tensor, width: int, height: int, cfg: Config) -> Cameras:
+    """Return cameras that draw as the options say.
+
+    Args:
+        viewmats: [C, 4, 4] float32 on the host, world to camera.
+        Ks: [C, 3, 3] float32 on the host, in pixels.
+        width: Of the pictures, in pixels.
+        height: The same.
+        cfg: Gives the planes, and whether small Gaussians are compensated.
+    """
     return Cameras(
-        viewmats=view.host_viewmats,
-        Ks=view.host_Ks,
-        width=view.width,
-        height=view.height,
+        viewmats=viewmats,
+        Ks=Ks,
+        width=width,
+        height=height,
         near_plane=cfg.near_plane,
         far_plane=cfg.far_plane,
         antialiased=cfg.antialiased,
     )
 
 
-def render_view(
-    activated: Mapping[str, Tensor],
-    view: View,
+def render(
+    rows: Mapping[str, Tensor],
+    cameras: Cameras,
     cfg: Config,
     *,
     sh_degree: int,
     backgrounds: Tensor | None = None,
     region: Region | None = None,
-) -> tuple[Tensor, Tensor, dict]:
-    """Rasterize Gaussians as the options say.
+) -> tuple[Tensor, dict]:
+    """Draw Gaussians as cameras see them; no photo is needed.
 
     Args:
-        activated: Arguments of `rendering.rasterize.rasterize`, as made by `training.gaussians.activate`.
-        view: The cameras.
-        cfg: Options.
+        rows: The Gaussians' parameters, as `training.gaussians.activate` takes them.
+        cameras: C of them.
+        cfg: Says whether densification wants absolute gradients.
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene; None is black.
         region: Render these pixels only; None: all.
 
     Returns:
-        Colours [C, H, W, 3], alphas [C, H, W, 1], of the region's size, and `rasterize`'s info.
+        Colours [C, H, W, 3], of the region's size, and `rendering.rasterize`'s info; where gradients are wanted,
+        `info["means2d"]` keeps its own, on the screen, for densification.
     """
-    return rasterize(
-        **activated,
-        viewmats=view.viewmats,
-        Ks=view.Ks,
-        width=view.width,
-        height=view.height,
+    device = rows["means"].device
+    colors, _, info = rasterize(
+        **activate(rows),
+        viewmats=cameras.viewmats.to(device, non_blocking=True),
+        Ks=cameras.Ks.to(device, non_blocking=True),
+        width=cameras.width,
+        height=cameras.height,
         region=region,
         sh_degree=sh_degree,
-        near_plane=cfg.near_plane,
-        far_plane=cfg.far_plane,
-        rasterize_mode="antialiased" if cfg.antialiased else "classic",
+        near_plane=cameras.near_plane,
+        far_plane=cameras.far_plane,
+        eps2d=cameras.eps2d,
+        rasterize_mode="antialiased" if cameras.antialiased else "classic",
         absgrad=cfg.absgrad,
         backgrounds=backgrounds,
     )
+    if info["means2d"].requires_grad:
+        info["means2d"].retain_grad()
+    return colors, info
