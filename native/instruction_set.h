@@ -4,13 +4,30 @@
 
 #ifdef X86_KERNELS
 
+#include <cstdlib>
+#include <string>
+
 enum class InstructionSet { baseline, avx2, avx512 };
 
-inline InstructionSet best_instruction_set() {
+inline InstructionSet largest_instruction_set() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return InstructionSet::baseline;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   return avx512 ? InstructionSet::avx512 : InstructionSet::avx2;
+}
+
+// The environment may ask for less than the processor can do, which is how the other builds are tested. It is read
+// once; any other word leaves the choice to the processor.
+inline InstructionSet best_instruction_set() {
+  static const InstructionSet best = [] {
+    const InstructionSet largest = largest_instruction_set();
+    const char* variable = std::getenv("GAUSSIAN_OFFLOAD_CPU_CAPABILITY");
+    const std::string wanted = variable ? variable : "";
+    if (wanted == "baseline") return InstructionSet::baseline;
+    if (wanted == "avx2" && largest == InstructionSet::avx512) return InstructionSet::avx2;
+    return largest;
+  }();
+  return best;
 }
 
 // Declares what every build defines; at the namespace that holds theirs.
@@ -25,6 +42,11 @@ inline InstructionSet best_instruction_set() {
   declaration                       \
   }
 
+inline const char* best_instruction_set_name() {
+  const char* const names[] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<int>(best_instruction_set())];
+}
+
 #define OF_BEST_BUILD(name)                                         \
   (best_instruction_set() == InstructionSet::avx512 ? avx512::name  \
    : best_instruction_set() == InstructionSet::avx2 ? avx2::name    \
@@ -36,6 +58,8 @@ inline InstructionSet best_instruction_set() {
   namespace baseline {             \
   declaration                      \
   }
+
+inline const char* best_instruction_set_name() { return "baseline"; }
 
 #define OF_BEST_BUILD(name) baseline::name
 

@@ -1,6 +1,8 @@
 // Python bindings of the native kernels over host memory; each source file binds its own.
 #include <nanobind/nanobind.h>
 
+#include "instruction_set.h"
+
 namespace nb = nanobind;
 
 void bind_adam(nb::module_& module);
@@ -9,6 +11,7 @@ void bind_store(nb::module_& module);
 
 NB_MODULE(offload, module) {
   module.doc() = "Kernels over the host store; arrays are raw contiguous buffers.";
+  module.attr("INSTRUCTION_SET") = best_instruction_set_name();
   bind_adam(module);
   bind_culling(module);
   bind_store(module);

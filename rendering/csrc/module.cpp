@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "instruction_set.h"
 #include "intersect.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -307,6 +308,7 @@ void bind(nb::module_& m) {
 NB_MODULE(rendering, m) {
   nb::set_leak_warnings(false);  // a script may end while it still holds an image's graph
   m.doc() = "CPU rasterizer: projection, spherical harmonics, tile intersection and blending.";
+  m.attr("INSTRUCTION_SET") = best_instruction_set_name();
   m.attr("MAX_CHANNELS") = kMaxChannels;
   m.attr("MAX_SH_DEGREE") = 3;
   m.attr("TILE_SIZE") = kTileSize;
