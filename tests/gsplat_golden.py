@@ -23,9 +23,10 @@ def golden_scene() -> GaussianScene:
     return random_scene(150, seed=20, width=48, height=36, median_scale=0.12)
 
 
-def save_golden(scene: GaussianScene, runs: dict[str, Run]) -> None:
+def save_golden(scene: GaussianScene, runs: dict[str, Run], gsplat_version: str) -> None:
     """Write a scene and gsplat's renderings of it, one for each of GOLDEN_CASES."""
     arrays = {f"scene/{name}": value for name, value in vars(scene).items()}
+    arrays["written_by/gsplat"] = [int(number) for number in gsplat_version.split(".")]
     for case, result in runs.items():
         values = {**vars(result), **{f"grad_{name}": g for name, g in result.gradients.items()}}
         del values["gradients"]
@@ -49,3 +50,9 @@ def load_golden() -> tuple[GaussianScene, dict[str, Run]]:
         gradients = {name: values.pop(f"grad_{name}") for name in PARAMETERS}
         runs[case] = Run(**{"means2d_absgrad": None, **values, "gradients": gradients})
     return GaussianScene(**scene), runs
+
+
+def golden_gsplat_version() -> str:
+    """Read which gsplat wrote the file."""
+    with np.load(GOLDEN_FILE) as file:
+        return ".".join(map(str, file["written_by/gsplat"]))

@@ -1,10 +1,7 @@
 """Benchmarks run at a small size and write what they measured; none of their times is asserted."""
 
-import dataclasses
 import functools
-import importlib
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,20 +243,6 @@ def test_kernels_read_and_write_pinned_rows():
     torch.cuda.synchronize()
     before[ids] += 1
     assert torch.equal(rows, before)
-
-
-def test_commands_of_the_documentation_exist():
-    """Every `python -m benchmarks.x --option` of the documents names a benchmark and its options."""
-    root = Path(train_step.__file__).parent.parent
-    listed = benchmarks()
-    commands = set()
-    for document in (root / "README.md", root / "benchmarks/README.md"):
-        commands |= set(re.findall(r"python -m benchmarks\.([a-z]\w*)([^`#\n]*)", document.read_text()))
-    assert {name for name, _ in commands} >= {"train_step", "scaling", "split"}
-    for name, arguments in commands:
-        assert name in listed
-        known = {field.name for field in dataclasses.fields(importlib.import_module(f"benchmarks.{name}").Options)}
-        assert set(re.findall(r"--(\w+)", arguments)) <= known, (name, arguments)
 
 
 @pytest.mark.parametrize(

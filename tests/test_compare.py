@@ -151,7 +151,11 @@ def test_a_failure_and_ctrl_c_leave_a_correct_partial_report(monkeypatch, city_b
     (tmp_path / "optimized/stats/val_step300.json").unlink()
     assert run_compare(monkeypatch, *options, "--trainers", "optimized") == 0
     (evaluated_again,) = report_of(tmp_path)["runs"]
-    assert evaluated_again["figures"] == continued["figures"]
+    # A checkpoint's rows are all current, so culling needs no margin for those that lag behind, and finds fewer rows
+    # than it did beside training. exp() rounds by where a number stands among them: by as much may quality differ.
+    for key, value in continued["figures"].items():
+        tolerance = 1e-6 if key in VAL_FIGURES else 0
+        assert evaluated_again["figures"][key] == pytest.approx(value, rel=tolerance, abs=0), key
 
 
 # ------------------------------------------------------------------------------------------------- single parts

@@ -1,18 +1,21 @@
-"""The CPU rasterizer against gsplat 1.5.3: live on a GPU, and against a file that gsplat wrote."""
+"""The CPU rasterizer against the gsplat that install.sh installs: live on a GPU, and against what it wrote there."""
 
 from __future__ import annotations
 
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+import simple_trainer
 from errors import InputError
 from rendering import rasterize as rasterize_module
 from tests.gaussian_scenes import gradients, random_scene, relative_error, render
 from tests.gsplat_comparison import compare_renders, run
-from tests.gsplat_golden import GOLDEN_CASES, GOLDEN_FILE, load_golden
+from tests.gsplat_golden import GOLDEN_CASES, GOLDEN_FILE, golden_gsplat_version, load_golden
 
 LIVE_CASES = [
     {"sh_degree": 0},
@@ -58,6 +61,24 @@ def test_gsplats_kernels_put_together_equal_its_own_rasterization(options, n_cam
 def test_equals_what_gsplat_wrote(case):
     scene, runs = load_golden()
     compare_renders(run(scene, "cpu", **GOLDEN_CASES[case]), runs[case]).check()
+
+
+def installed_gsplat_version() -> str:
+    """Read which gsplat install.sh asks for."""
+    (version,) = re.findall(r'GSPLAT_VERSION="(.+)"', (Path(simple_trainer.__file__).parent / "install.sh").read_text())
+    return version
+
+
+def test_gsplat_is_compared_in_the_version_that_is_installed():
+    """After a change of version the file is to be written anew, on a GPU."""
+    assert golden_gsplat_version() == installed_gsplat_version()
+
+
+@pytest.mark.cuda
+def test_gsplat_on_this_machine_is_the_version_that_is_installed():
+    import gsplat
+
+    assert gsplat.__version__ == installed_gsplat_version()
 
 
 def test_a_comparison_notices_differences():

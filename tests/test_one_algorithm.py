@@ -22,8 +22,6 @@ from datasets.loader import training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import write_city_block
 from offload.adam import finite as gradients
-from offload.adam.deferral import CatchUpTables
-from offload.adam.host import DeferredAdam
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models import geometry_device as device_geometry
@@ -33,6 +31,7 @@ from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from offload.pipelines import streamed as streamed_pipeline
 from offload.pipelines import streamed_host as in_place_pipeline
+from tests import sabotage
 from tests.triton_places import INTERPRETED
 from training import schedules
 from training.densification import GaussianStore, grow
@@ -117,18 +116,7 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
 @pytest.mark.parametrize("trainer", OFFLOADING[1:])
 def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, views_and_points, gpu_only, trainer):
     refines, drawn, expected = gpu_only
-    begin_deferred, begin_streamed = DeferredAdam.begin_step, CatchUpTables.begin_step
-
-    def begin_step_deferred(self, learning_rates) -> None:
-        begin_deferred(self, learning_rates)
-        self._before[:-1] = self._before[1:].copy()
-
-    def begin_step_streamed(self, learning_rates) -> None:
-        begin_streamed(self, learning_rates)
-        self.sums = self.sums.roll(-1, dims=1)
-
-    monkeypatch.setattr(DeferredAdam, "begin_step", begin_step_deferred)
-    monkeypatch.setattr(CatchUpTables, "begin_step", begin_step_streamed)
+    sabotage.catch_up_one_step_off(monkeypatch)
     differences = relative_differences(train(trainer, *views_and_points, drawn, refines), expected)
     assert min(differences["sh0"], differences["shN"]) > 1e-4, differences
 

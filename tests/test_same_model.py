@@ -12,7 +12,9 @@ tests/test_one_algorithm.py takes the rendering out, and with it the chaos: ther
 
 from __future__ import annotations
 
+import functools
 import json
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +26,13 @@ from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
-from offload.adam.deferral import CatchUpTables
-from offload.adam.host import DeferredAdam
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.forwarded import ViewPart
 from offload.store.host_store import HostStore
 from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
 from rendering.rasterize import rasterize
+from tests import sabotage
 from tests.training_scripts import anisotropic_start, start_one_ulp_off, train
 from trainers import TRAINERS
 from training.gaussians import activate
@@ -43,9 +44,12 @@ DEFERRING = [name for name in OFFLOADING if name != "baseline"]
 AS_MANY_ROWS = ("--refine_start_iter", 10**6, "--max_steps", 200, "--sh_degree_interval", 50)
 OTHER_MODES = ("--batch_size", 2, "--antialiased", "--random_background", "--max_steps", 50, "--sh_degree_interval", 10)
 DENSIFYING = (
-    *("--max_steps", 1500, "--refine_start_iter", 100, "--refine_stop_iter", 600, "--grow_grad2d", 0.002),
-    *("--sh_degree_interval", 500, "--test_every", 2),
+    *("--max_steps", 400, "--refine_start_iter", 50, "--refine_every", 50, "--refine_stop_iter", 350),
+    *("--grow_grad2d", 0.002, "--sh_degree_interval", 100, "--test_every", 2),
 )
+STARTS = (1, 2, 3)  # draws of `start_one_ulp_off`
+LARGEST_SIZE_DIFFERENCE = 0.0025  # of the number of Gaussians
+LARGEST_PSNR_DIFFERENCE = 0.05  # dB
 
 
 class Reference(NamedTuple):
@@ -121,18 +125,7 @@ def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, tr
 @pytest.mark.parametrize("trainer", DEFERRING)
 @pytest.mark.parametrize("reference", [AS_MANY_ROWS], ids=["200 steps"], indirect=True)
 def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path, reference, trainer):
-    begin_deferred, begin_streamed = DeferredAdam.begin_step, CatchUpTables.begin_step
-
-    def begin_step_deferred(self, learning_rates) -> None:
-        begin_deferred(self, learning_rates)
-        self._before[:-1] = self._before[1:].copy()
-
-    def begin_step_streamed(self, learning_rates) -> None:
-        begin_streamed(self, learning_rates)
-        self.sums = self.sums.roll(-1, dims=1)
-
-    monkeypatch.setattr(DeferredAdam, "begin_step", begin_step_deferred)
-    monkeypatch.setattr(CatchUpTables, "begin_step", begin_step_streamed)
+    sabotage.catch_up_one_step_off(monkeypatch)
     actual = train_by_name(monkeypatch, trainer, city_block, tmp_path, *reference.options)
     differences = relative_differences(actual, reference.gaussians)
     for name in ("scales", "quats", "opacities", "sh0", "shN"):
@@ -173,13 +166,40 @@ def picture_and_gradients(parameters: dict[str, Tensor], rows: Tensor, view: Vie
 
 class Outcome(NamedTuple):
     num_gaussians: int
-    psnr: float
+    psnr: float  # dB
 
 
-def densify(monkeypatch, trainer: str, data_dir: Path, result_dir: Path) -> Outcome:
-    gaussians = train_by_name(monkeypatch, trainer, data_dir, result_dir, *DENSIFYING)
-    statistics = json.loads((result_dir / "stats/val_step1500.json").read_text())
-    return Outcome(len(gaussians["means"]), statistics["psnr"])
+class Difference(NamedTuple):
+    """How a trainer's outcomes differ from those of GPU-only training: the medians over the starts, without sign."""
+
+    size: float  # as a share of the number of Gaussians
+    psnr: float  # dB
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.size <= LARGEST_SIZE_DIFFERENCE and self.psnr <= LARGEST_PSNR_DIFFERENCE
+
+
+def densify(trainer: str, data_dir: Path, result_dir: Path, starts: tuple[int, ...] = STARTS) -> list[Outcome]:
+    """Train with densification from each of the starts."""
+    outcomes = []
+    for draw in starts:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            start = functools.partial(start_one_ulp_off, draw=draw)
+            monkeypatch.setattr("training.run.initial_gaussians", start)
+            results = result_dir / str(draw)
+            gaussians = train_by_name(monkeypatch, trainer, data_dir, results, *DENSIFYING)
+        quality = json.loads((results / "stats/val_step400.json").read_text())
+        outcomes.append(Outcome(len(gaussians["means"]), quality["psnr"]))
+    return outcomes
+
+
+def median_difference(actual: list[Outcome], expected: list[Outcome]) -> Difference:
+    pairs = list(zip(actual, expected, strict=True))
+    return Difference(
+        statistics.median(abs(ours.num_gaussians / theirs.num_gaussians - 1) for ours, theirs in pairs),
+        statistics.median(abs(ours.psnr - theirs.psnr) for ours, theirs in pairs),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -190,24 +210,37 @@ def small_block(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def densified(small_block, tmp_path_factory) -> tuple[Outcome, Outcome]:
-    """Of GPU-only training, and of the same from a start one float off."""
-    results = tmp_path_factory.mktemp("densified")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        expected = densify(monkeypatch, "gpu_only", small_block, results / "gpu_only")
-        monkeypatch.setattr("training.run.initial_gaussians", start_one_ulp_off)
-        moved = densify(monkeypatch, "gpu_only", small_block, results / "one_ulp_off")
-    assert expected.num_gaussians > 1000
-    return expected, moved
+def densified(small_block, tmp_path_factory) -> list[Outcome]:
+    """What GPU-only training comes to from each of the starts."""
+    outcomes = densify("gpu_only", small_block, tmp_path_factory.mktemp("densified"))
+    assert all(outcome.num_gaussians > 1.5 * 600 for outcome in outcomes)
+    return outcomes
 
 
 @pytest.mark.parametrize("trainer", OFFLOADING)
-def test_densification_comes_to_the_same_size_and_quality(monkeypatch, small_block, tmp_path, densified, trainer):
-    """Within 0.5 % and 0.1 dB, or twice what a start one float off makes of so small a scene."""
-    expected, moved = densified
-    size_bound = max(0.005 * expected.num_gaussians, 2 * abs(moved.num_gaussians - expected.num_gaussians))
-    psnr_bound = max(0.1, 2 * abs(moved.psnr - expected.psnr))
-    assert size_bound < 0.03 * expected.num_gaussians
-    actual = densify(monkeypatch, trainer, small_block, tmp_path)
-    assert actual.num_gaussians == pytest.approx(expected.num_gaussians, abs=size_bound)
-    assert actual.psnr == pytest.approx(expected.psnr, abs=psnr_bound)
+def test_densification_comes_to_the_same_size_and_quality(small_block, tmp_path, densified, trainer):
+    """Pairs of runs from one start are compared, and the median of three pairs counts.
+
+    Now and then a row on the brink of a threshold goes the other way and takes others along. If that makes a share p of
+    all pairs differ by more than is allowed, two of three do in 3 p^2 of the tests: none of PAIRS pairs have been seen to,
+    so a false alarm is rarer than one in a hundred.
+    """
+    difference = median_difference(densify(trainer, small_block, tmp_path), densified)
+    assert difference.is_rounding, difference
+
+
+@pytest.mark.parametrize("trainer", ["optimized", "streamed"])
+@pytest.mark.parametrize(
+    "break_trainer",
+    [
+        sabotage.no_catch_up,
+        sabotage.catch_up_one_step_off,
+        sabotage.no_decay_of_moments,
+        sabotage.smaller_gradients_on_the_screen,
+    ],
+)
+def test_a_wrong_trainer_comes_to_another_size(monkeypatch, small_block, tmp_path, densified, break_trainer, trainer):
+    """Even from one start, by twice what is allowed."""
+    break_trainer(monkeypatch)
+    difference = median_difference(densify(trainer, small_block, tmp_path, STARTS[:1]), densified[:1])
+    assert difference.size > 2 * LARGEST_SIZE_DIFFERENCE, difference

@@ -36,9 +36,13 @@ def anisotropic_start(points: np.ndarray, *arguments: object, **options: object)
     return parameters
 
 
-def start_one_ulp_off(points: np.ndarray, *arguments: object, **options: object) -> dict[str, Tensor]:
-    """`anisotropic_start` with every number moved to the next float, up or down at random; zeros stay."""
-    generator, infinity = torch.Generator().manual_seed(1), torch.tensor(torch.inf)
+def start_one_ulp_off(points: np.ndarray, *arguments: object, draw: int = 1, **options: object) -> dict[str, Tensor]:
+    """Return `anisotropic_start` with every number moved to the next float, up or down at random; zeros stay.
+
+    Args:
+        draw: Which of many such starts.
+    """
+    generator, infinity = torch.Generator().manual_seed(draw), torch.tensor(torch.inf)
     moved = {}
     for name, value in anisotropic_start(points, *arguments, **options).items():
         upwards = torch.rand(value.shape, generator=generator) < 0.5

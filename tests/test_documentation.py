@@ -1,0 +1,103 @@
+"""Every command that the documents name is one that its program takes, and those for the demo scene run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import compare
+from comparing.launch import plan
+from datasets import prepare
+from errors import InputError
+from trainers import TRAINERS
+from training import command_line
+
+ROOT = Path(compare.__file__).parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+SCRIPTS = {trainer.path.name: trainer for trainer in TRAINERS.values()}
+OWN_PARSERS = ("tests.fault_trials", "tests.fuzz_readers", "tests.measured_memory", "tests.data.make_gsplat_golden")
+
+
+def commands_of(text: str) -> list[str]:
+    """Find commands that call Python, in fenced blocks and in inline code, without those with a gap, `...` or NAME."""
+    text = text.replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    inline = re.findall(r"`(python [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    commands = [part.strip() for line in (*lines, *inline) for part in line.split("&&")]
+    commands = [command for command in commands if command.startswith("python ")]
+    return [" ".join(command.split()) for command in commands if not re.search(r"\.\.\.|NAME", command)]
+
+
+COMMANDS = sorted({command for document in DOCUMENTS for command in commands_of(document.read_text())})
+DEMO_COMMANDS = [command for command in COMMANDS if re.match(r"python simple_trainer\w*\.py demo\b", command)]
+
+
+def check_command(command: str, results: Path) -> None:
+    """Parse a command as its program does; what the program would do with its options is not begun."""
+    program, *arguments = shlex.split(command, comments=True)[1:]
+    if program == "-m":
+        program, *arguments = arguments
+    if program in SCRIPTS:
+        command_line.parse(SCRIPTS[program].load().CONFIGS, arguments, "test")
+    elif program == "compare.py":
+        options, passed_on = tyro.cli(compare.Options, args=arguments, return_unknown_args=True)
+        if options.runs:
+            assert not passed_on, command
+        else:
+            plan(options.scene, options.trainers, results, passed_on)
+    elif program == "datasets.prepare":
+        prepare._parse(arguments)
+    elif program.startswith("benchmarks."):
+        tyro.cli(importlib.import_module(program).Options, args=arguments)
+    elif program not in ("benchmarks", *OWN_PARSERS):
+        pytest.fail(f"{command!r} calls {program}, of which this test does not know how it reads its options")
+
+
+def test_the_documents_name_commands():
+    assert len(COMMANDS) >= 10
+    assert DEMO_COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_documents_is_one_that_its_program_takes(command, tmp_path):
+    with pytest.raises(SystemExit, match=r"^0$") if "--help" in command else contextlib.nullcontext():
+        check_command(command, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python simple_trainer.py nowhere",
+        "python simple_trainer.py demo --max_stepss 5",
+        "python simple_trainer.py demo --max_steps many",
+        "python simple_trainer_hybrid_optimized.py demo --geometry moon",
+        "python compare.py demo --max_stepss 5",
+        "python compare.py demo --trainers fastest",
+        "python -m benchmarks.train_step --stepss 5",
+        "python -m benchmarks.nothing",
+        "python -m datasets.prepare nowhere",
+        "python unknown.py",
+    ],
+)
+def test_a_wrong_command_would_be_noticed(command, tmp_path):
+    with pytest.raises((InputError, SystemExit, ModuleNotFoundError, pytest.fail.Exception)):
+        check_command(command, tmp_path)
+
+
+@pytest.mark.parametrize("command", DEMO_COMMANDS)
+def test_the_demo_runs_as_the_documents_say(command, city_block, tmp_path):
+    """With few steps on small pictures, from a folder where nothing else is."""
+    script, *arguments = shlex.split(command, comments=True)[1:]
+    few = ("--max_steps", "5", "--device", "cpu", "--data_dir", city_block, "--result_dir", tmp_path / "results")
+    run = [sys.executable, ROOT / script, *arguments, *few]
+    ended = subprocess.run(list(map(str, run)), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "results/stats/val_step5.json").is_file()
