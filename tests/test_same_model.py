@@ -221,9 +221,9 @@ def densified(small_block, tmp_path_factory) -> list[Outcome]:
 def test_densification_comes_to_the_same_size_and_quality(small_block, tmp_path, densified, trainer):
     """Pairs of runs from one start are compared, and the median of three pairs counts.
 
-    Now and then a row on the brink of a threshold goes the other way and takes others along. If that makes a share p of
-    all pairs differ by more than is allowed, two of three do in 3 p^2 of the tests: none of PAIRS pairs have been seen to,
-    so a false alarm is rarer than one in a hundred.
+    Now and then a row on the brink of a threshold goes the other way and takes others along. Where a share p of all
+    pairs differs by more than is allowed, two of three do in 3 p^2 of the tests. Pairs that were looked at: one row of
+    1790 and 0.03 dB at most.
     """
     difference = median_difference(densify(trainer, small_block, tmp_path), densified)
     assert difference.is_rounding, difference
