@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 
-try:
-    from gaussian_offload_native import offload as native
-except ImportError as error:
-    raise ImportError("The compiled kernels are missing from this environment: run `source install.sh`.") from error
+from native import offload as native
 
 __all__ = ["native", "num_threads"]
 

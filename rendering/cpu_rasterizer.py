@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from gaussian_offload_native import rendering as native
+from native import rendering as native
 from torch import Tensor
 
 from rendering.native import array, zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gaussian_offload_native import rendering as native
+from native import rendering as native
 from torch import Tensor
 
 from rendering.native import array, zeros

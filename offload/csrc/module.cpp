@@ -12,6 +12,7 @@ void bind_store(nb::module_& module);
 NB_MODULE(offload, module) {
   module.doc() = "Kernels over the host store; arrays are raw contiguous buffers.";
   module.attr("INSTRUCTION_SET") = best_instruction_set_name();
+  module.attr("SOURCE_HASH") = SOURCE_HASH;
   bind_adam(module);
   bind_culling(module);
   bind_store(module);

@@ -309,6 +309,7 @@ NB_MODULE(rendering, m) {
   nb::set_leak_warnings(false);  // a script may end while it still holds an image's graph
   m.doc() = "CPU rasterizer: projection, spherical harmonics, tile intersection and blending.";
   m.attr("INSTRUCTION_SET") = best_instruction_set_name();
+  m.attr("SOURCE_HASH") = SOURCE_HASH;
   m.attr("MAX_CHANNELS") = kMaxChannels;
   m.attr("MAX_SH_DEGREE") = 3;
   m.attr("TILE_SIZE") = kTileSize;
