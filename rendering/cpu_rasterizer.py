@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from native import rendering as native
 from torch import Tensor
 
+from native import rendering as native
 from rendering.native import array, zeros
 from rendering.projection import Projection, project
 from rendering.region import Region

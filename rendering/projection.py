@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from native import rendering as native
 from torch import Tensor
 
+from native import rendering as native
 from rendering.native import array, tensor, zeros
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from native import rendering as native
 from torch import Tensor
 
+from native import rendering as native
 from rendering.native import array, zeros
 from rendering.projection import Projection
 

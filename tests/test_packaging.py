@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import native
 import pytest
+
+import native
 
 ROOT = Path(__file__).parent.parent
 
