@@ -59,6 +59,7 @@ def report_of(folder: Path) -> dict:
     return content
 
 
+@pytest.mark.slow
 def test_all_trainers_on_the_demo_scene(monkeypatch, city_block, tmp_path, capsys):
     options = ("demo", "--data_dir", city_block, "--result_dir", tmp_path, "--device", "cpu", "--max_steps", 100)
     options = (*options, "--log_every", 10, "--eval_steps", 50)
@@ -102,6 +103,7 @@ def test_all_trainers_on_the_demo_scene(monkeypatch, city_block, tmp_path, capsy
     assert [run["figures"] for run in again] == [run["figures"] for run in report["runs"][:2]]
 
 
+@pytest.mark.slow
 def test_a_failure_and_ctrl_c_leave_a_correct_partial_report(monkeypatch, city_block, tmp_path):
     (tmp_path / "gpu_only").mkdir()
     (tmp_path / "gpu_only" / "tb").write_text("a file where the trainer needs a folder")
@@ -379,6 +381,7 @@ def test_what_is_left_in_a_folder_before_a_trainer_starts(tmp_path):
     assert start(same.folder, anew=True) == ("", False)
 
 
+@pytest.mark.slow
 def test_force_begins_finished_runs_anew(monkeypatch, tmp_path):
     started = []
 

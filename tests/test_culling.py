@@ -162,6 +162,7 @@ BOTH = pytest.mark.parametrize("cull", [native, with_torch, pytest.param(with_tr
 MODES = pytest.mark.parametrize("antialiased", [False, True], ids=["classic", "antialiased"])
 
 
+@pytest.mark.slow
 @BOTH
 @MODES
 @pytest.mark.parametrize("fov", [15, 60, 140])
@@ -180,6 +181,7 @@ def test_needles_discs_and_all_sizes_at_once(cull, antialiased):
     check(rows, random_cameras(5, antialiased=antialiased, inside=False), cull)
 
 
+@pytest.mark.slow
 @BOTH
 @MODES
 @pytest.mark.parametrize("offset", [0, 20_000])
@@ -239,6 +241,7 @@ def test_depth_limits(cull):
     assert len(drawn) < 0.7 * len(drawn_ids(rows, random_cameras(9)))
 
 
+@pytest.mark.slow
 @BOTH
 @MODES
 def test_a_trained_scene(cull, antialiased):
@@ -326,6 +329,7 @@ def test_rows_may_be_columns_of_wider_ones():
         BlockBounds(rows.T.contiguous().T)
 
 
+@pytest.mark.slow
 @BOTH
 @MODES
 @pytest.mark.parametrize(
@@ -371,6 +375,7 @@ def test_pixels_of_margin(cull):
     assert len(found) > 1.02 * len(cull(rows, cameras))
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 255, 257, 700])
 def test_any_number_of_rows(cull, n, monkeypatch):

@@ -71,6 +71,7 @@ def check_parameters(values: dict[str, Tensor], start: dict[str, Tensor], exact:
         assert (change - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 def test_what_is_read_equals_dense_adam_in_float64(kind, device):
     geometry, start, exact = trained(kind, device)
@@ -80,6 +81,7 @@ def test_what_is_read_equals_dense_adam_in_float64(kind, device):
     assert all(torch.equal(array, before[name]) for name, array in geometry.arrays_by_name().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 def test_what_is_settled_equals_dense_adam_in_float64(kind, device):
     geometry, start, exact = trained(kind, device)
@@ -96,6 +98,7 @@ def test_what_is_settled_equals_dense_adam_in_float64(kind, device):
             assert (arrays[f"{moment}/{name}"].cpu().double() - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 def test_culling_sees_through_the_lag(kind, device):
     geometry, _, _ = trained(kind, device, speed=300.0)

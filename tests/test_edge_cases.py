@@ -124,6 +124,7 @@ def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path,
         assert not torch.equal(actual["means"][row], start["means"][row])
 
 
+@pytest.mark.slow
 @starting_from(seen_by_every_view)
 @pytest.mark.parametrize("trainer", OFFLOADING)
 def test_every_view_shows_all_rows(monkeypatch, city_block, tmp_path, reference, trainer):
@@ -154,6 +155,7 @@ def test_a_refinement_that_would_leave_none_stops_with_all_saved(monkeypatch, ci
     assert load_checkpoint(tmp_path / "ckpts/ckpt_11.pt").steps == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_one_gaussian_survives_a_refinement(monkeypatch, city_block, tmp_path, trainer):
     start = first_gaussians(city_block, 40)

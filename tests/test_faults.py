@@ -140,6 +140,7 @@ def leave_nothing(content: bytearray) -> None:
     content.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [damage_last_byte, damage_a_tensor, truncate, leave_nothing])
 def test_a_damaged_checkpoint_is_named_and_skipped(monkeypatch, city_block, tmp_path, capsys, damage):
     options = ("--max_steps", 12, "--save_every", 5, "--keep", 0)
@@ -184,6 +185,7 @@ def load_checkpoint_of(path: Path, content: bytes) -> Checkpoint:
     return load_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error"),
     [
@@ -310,6 +312,7 @@ def test_what_a_killed_run_has_left_is_removed(tmp_path):
 # ------------------------------------------------------------------------------------------------ numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), TRAINERS)
 def test_a_pixel_that_is_not_a_number_is_skipped(monkeypatch, city_block, tmp_path, capsys, script, place):
     spoil_pictures(monkeypatch, {7: float("nan"), 8: float("inf"), 22: float("-inf")})
@@ -319,6 +322,7 @@ def test_a_pixel_that_is_not_a_number_is_skipped(monkeypatch, city_block, tmp_pa
     assert "Warning: 2 steps so far" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), TRAINERS)
 def test_a_gradient_that_stays_not_finite_stops_training(monkeypatch, city_block, tmp_path, capsys, script, place):
     with monkeypatch.context() as patch:
@@ -379,6 +383,7 @@ def train_on_gpu(monkeypatch, script, data_dir: Path, result_dir: Path, *options
     return train(monkeypatch, script, data_dir, result_dir, *options, "--device", "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), TRAINERS[:-1])  # the last one splits the view instead
 def test_a_step_that_device_memory_cannot_hold_is_undone(
     monkeypatch, city_block, tmp_path, capsys, whole_runs, script, place
@@ -422,6 +427,7 @@ def fail_at_call(monkeypatch, script, name: str, number: int) -> None:
     monkeypatch.setattr(script, name, fails)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "error"),
     [("_prepare", torch.cuda.OutOfMemoryError("out of memory")), ("_upload_known", ValueError("a defect"))],
@@ -444,6 +450,7 @@ def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_run
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, ()))
 
 
+@pytest.mark.slow
 def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, capsys):
     """The checkpoint before it stays the newest one, and the message says so."""
     script, options = simple_trainer_hybrid_optimized, (*DENSIFYING, "--save_every", 10)
@@ -466,6 +473,7 @@ def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, 
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
+@pytest.mark.slow
 def test_killed_runs_lose_nothing_that_was_saved():
     """A short run of what `python -m tests.fault_trials` does at length."""
     report = fault_trials.kill_trials("optimized_geometry_on_host", kills=2, num_gaussians=1000, seed=1)

@@ -512,6 +512,7 @@ PEAK_SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",)])
 def test_peak_memory_of_densification(groups):

@@ -61,6 +61,7 @@ def measured() -> dict[str, dict[str, float]]:
     return json.loads(finished.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("trainer", FOOTPRINTS)
 def test_estimate_is_what_training_and_saving_take(measured, trainer):

@@ -56,6 +56,7 @@ def test_moments_in_bfloat16_stay_close(monkeypatch, city_block, tmp_path):
         assert 0 < (rounded[name] - exact[name]).norm() < 0.05 * way, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, *STREAMED, ROUNDED])
 def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFICATION, "--max_steps", 60, *place)
@@ -217,6 +218,7 @@ def test_a_checkpoint_is_evaluated_as_by_gpu_only(monkeypatch, city_block, tmp_p
     assert len(set(lines)) == 1
 
 
+@pytest.mark.slow
 def test_bounds_of_adam_steps():
     """No sequence of gradients moves a parameter further than the bounds that culling ahead relies on."""
     betas, generator = (0.9, 0.999), torch.Generator().manual_seed(0)

@@ -78,6 +78,7 @@ def gpu_only(request, views_and_points):
     return request.param, drawn, gaussians.rows(0, gaussians.num_gaussians)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", OFFLOADING)
 def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trainer):
     refines, drawn, expected = gpu_only
@@ -86,6 +87,7 @@ def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trai
     assert max(differences.values()) < 1e-6, differences
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; other tests run the kernels on a GPU")
 @pytest.mark.parametrize("trainer", ["geometry on device", "streamed", "streamed from host"])
 def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
@@ -113,6 +115,7 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     assert max(differences.values()) < 1e-6, differences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", OFFLOADING[1:])
 def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, views_and_points, gpu_only, trainer):
     refines, drawn, expected = gpu_only

@@ -151,6 +151,7 @@ def test_an_upload_that_ran_out_of_memory_is_repeated(whole, monkeypatch):
     assert len(failures) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_parts", [1, 4])
 def test_slow_commits_are_waited_for(monkeypatch, num_parts):
     """Whether the next view has been prefetched or not, and at the end."""

@@ -80,6 +80,7 @@ def test_mill_19(dataset, capsys):
     assert capsys.readouterr().out == report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "every", "has_rgbs"), [("residence", 129, False), ("sciart", 150, True)])
 def test_urban_scene_3d(dataset, every, has_rgbs, capsys):
     command = readme_command(dataset)
@@ -101,6 +102,7 @@ def test_urban_scene_3d(dataset, every, has_rgbs, capsys):
     assert f"--test_after {num_train - 1} holds them all out" in report
 
 
+@pytest.mark.slow
 def test_matrix_city(capsys):
     command = readme_command("aerial")
     train, test = matrix_city(Path("data/MatrixCity/aerial"), *PUBLISHED_COUNTS["aerial"], Path(command[-1]))

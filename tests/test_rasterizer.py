@@ -64,6 +64,7 @@ def test_opaque_pixels_stop_as_in_the_oracle():
         assert relative_error(gradient, expected[parameter]) < 1e-7, parameter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"rasterize_mode": "antialiased"}, {"render_mode": "RGB+ED"}], ids=str)
 def test_gradients_equal_finite_differences(options):
     scene = random_scene(12, seed=3, width=20, height=18, median_scale=0.4).to("cpu", torch.float64)

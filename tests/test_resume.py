@@ -90,6 +90,7 @@ def assert_same_state(actual: Checkpoint, expected: Checkpoint) -> None:
 ARRANGED = pytest.param(simple_trainer_hybrid_streamed, ("--view_window", 5), id="streamed, views arranged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), [*TRAINERS, *ROUNDED, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFYING, "--keep", 0, *place)
@@ -113,6 +114,7 @@ def test_saving_changes_nothing(monkeypatch, city_block, tmp_path):
     assert_same_state(saved(tmp_path / "saving"), saved(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("after_script", "after_place"), TRAINERS)
 @pytest.mark.parametrize(("before_script", "before_place"), [TRAINERS[0], TRAINERS[3], TRAINERS[4]])
 def test_another_trainer_goes_on(

@@ -105,6 +105,7 @@ def random_host_rows(
     return host
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 @pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
 @pytest.mark.parametrize("batch", [1, 4])
@@ -138,6 +139,7 @@ def test_sparse_steps_equal_dense_adam(kind, device, multipliers, batch):
     assert largest_row_error(current.moments[1], exp_avg_sq) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", MOMENT_TYPES)
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU[1:], *ON_GPU[1:]])
 @pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
@@ -180,6 +182,7 @@ def test_triton_equals_torch(kind, device, multipliers, count, moments):
     assert torch.equal(results[1][-1], results[0][-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", MOMENT_TYPES)
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 def test_a_retained_row_is_a_row_that_went_to_the_host_and_back(kind, device, moments):
@@ -194,6 +197,7 @@ def test_a_retained_row_is_a_row_that_went_to_the_host_and_back(kind, device, mo
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", MOMENT_TYPES)
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 @pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
@@ -253,6 +257,7 @@ def test_rounding_is_right_on_average():
         assert ((rounded.double().mean(0) - expected).abs() <= 4 * 0.5 * gap / len(ids) ** 0.5).all()
 
 
+@pytest.mark.slow
 def test_random_bits_are_fair_and_independent():
     """Over rows, columns, steps and bits; 5 deviations are allowed."""
     ids = torch.arange(1000)
@@ -266,6 +271,7 @@ def test_random_bits_are_fair_and_independent():
     assert torch.equal(random_bits(ids[[5, 3]], 48, 3), draws[3, [5, 3]])  # whatever the order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU[1:]])
 def test_bfloat16_moments_are_right_on_average(kind, device):
     """Where gradients stay alike, a step changes v by less than bfloat16 can hold; its mean must follow all the same.

@@ -111,6 +111,7 @@ def watch_fine_tiles(monkeypatch) -> list[Tile | None]:
     return tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", OFFLOADING)
 def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, trainer):
     options, tiles = reference.options, []
@@ -122,6 +123,7 @@ def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, tr
     assert all(differences[name] < bound for name, bound in reference.bounds.items()), (differences, reference.bounds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", DEFERRING)
 @pytest.mark.parametrize("reference", [AS_MANY_ROWS], ids=["200 steps"], indirect=True)
 def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path, reference, trainer):
@@ -217,6 +219,7 @@ def densified(small_block, tmp_path_factory) -> list[Outcome]:
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", OFFLOADING)
 def test_densification_comes_to_the_same_size_and_quality(small_block, tmp_path, densified, trainer):
     """Pairs of runs from one start are compared, and the median of three pairs counts.
@@ -229,6 +232,7 @@ def test_densification_comes_to_the_same_size_and_quality(small_block, tmp_path,
     assert difference.is_rounding, difference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["optimized", "streamed"])
 @pytest.mark.parametrize(
     "break_trainer",

@@ -36,6 +36,7 @@ def test_a_ply_file_written_block_by_block_is_that_of_all_rows_at_once(monkeypat
         assert not torch.equal(gaussians.state()["parameters/shN"], all_rows["shN"])  # some rows lag behind
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kind", ["gpu_only", "geometry on host", "streamed, bfloat16"])
 def test_writing_a_ply_file_takes_little_memory(tmp_path, kind):
@@ -121,6 +122,7 @@ def is_of_one_moment(folder: Path) -> bool:
     return all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GUARDED)
 def test_a_checkpoint_holds_one_moment_while_training_goes_on(monkeypatch, tmp_path, kind):
     copied = save_while_training(monkeypatch, tmp_path, kind)
@@ -137,6 +139,7 @@ def test_a_checkpoint_holds_one_moment_while_training_goes_on_on_the_gpu(monkeyp
     assert is_of_one_moment(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GUARDED)
 def test_rows_that_change_without_a_word_are_noticed(monkeypatch, tmp_path, kind):
     monkeypatch.setattr(HostStore, "will_change", lambda store, ids: None)
@@ -144,6 +147,7 @@ def test_rows_that_change_without_a_word_are_noticed(monkeypatch, tmp_path, kind
     assert not is_of_one_moment(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["geometry on host", "streamed", "streamed, geometry on host"])
 def test_a_refinement_lets_a_checkpoint_be_copied_first(monkeypatch, tmp_path, kind):
     copied = save_while_training(monkeypatch, tmp_path, kind, densify=True)
@@ -184,6 +188,7 @@ def fails(*arguments: object) -> int:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kind", ["geometry on host", "streamed"])
 def test_a_checkpoint_written_behind_training_takes_little_memory(tmp_path, kind):

@@ -100,6 +100,7 @@ def test_a_trace_on_a_gpu_holds_its_kernels(monkeypatch, city_block, tmp_path):
     assert sum("rasterize_to_pixels" in name and "bwd" in name for name in kernels) == 3
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_bit_equal(monkeypatch, city_block, tmp_path):
     models = []
     for name, seed, workers in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):

@@ -13,6 +13,7 @@ from tests.triton_places import NEEDS, TRITON_DEVICE
 pytestmark = NEEDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_cameras", [1, 2])
 @pytest.mark.parametrize("sh_degree", range(4))
 @pytest.mark.parametrize("tensors", [1, 2])

@@ -56,6 +56,7 @@ def joined_harmonics(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**{name: model[name] for name in ("means", "scales", "quats", "opacities")}, "harmonics": harmonics}
 
 
+@pytest.mark.slow
 def test_200_steps_equal_the_optimized_trainer(monkeypatch, city_block, tmp_path, parts):
     options = (*NO_DENSIFICATION, "--max_steps", 200)
     expected = joined_harmonics(train(monkeypatch, OPTIMIZED, city_block, tmp_path / "optimized", *options))
@@ -68,6 +69,7 @@ def test_200_steps_equal_the_optimized_trainer(monkeypatch, city_block, tmp_path
         assert sum(count > 1 for count in parts) > 0.9 * len(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_batches_backgrounds_and_densification(monkeypatch, city_block, tmp_path, parts, place):
     options = (*DENSIFICATION, "--max_steps", 40, "--batch_size", 2, "--antialiased", "--random_background")

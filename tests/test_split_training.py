@@ -190,6 +190,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 PLACES = pytest.mark.parametrize("geometry", ["device", "host"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @PLACES
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -245,6 +246,7 @@ def test_rows_missing_from_the_halo_are_noticed(monkeypatch):
         check(step, expected)
 
 
+@pytest.mark.slow
 @PLACES
 @pytest.mark.parametrize("variant", ["plain", "antialiased batch of 2"])
 @pytest.mark.parametrize("threshold", [1.0, 0.6])

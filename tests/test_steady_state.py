@@ -65,6 +65,7 @@ def mean(values: dict[int, float], first: int, last: int) -> float:
     return sum(chosen) / len(chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="needs glibc 2.33 or newer")
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_host_memory_does_not_creep(monkeypatch, city_block, tmp_path, log, trainer):

@@ -71,6 +71,7 @@ def test_views_look_down_at_the_block_in_flying_order(tmp_path):
     assert to_train.min(1).max() < 20  # each held-out view has neighbours to learn from
 
 
+@pytest.mark.slow
 def test_tracks_are_where_the_points_project(exact):
     _, model = exact
     for image in model.images.values():
@@ -249,6 +250,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_dataset(tmp_path):
     command = [sys.executable, "-m", "datasets.synthetic", "--data_dir", str(tmp_path / "city")]
     process = subprocess.Popen([*command, "--num_views", "300"], stderr=subprocess.DEVNULL)

@@ -57,6 +57,7 @@ def frames_of(path: Path) -> np.ndarray:
     return np.stack([frame for frame in imageio.get_reader(path)]).astype(int)  # noqa: C416 (its length is unknown)
 
 
+@pytest.mark.slow
 def test_videos_of_training_of_a_checkpoint_and_of_tiles_are_the_same(monkeypatch, city_block, tmp_path):
     record = run.record_flight
     monkeypatch.setattr(run, "record_flight", lambda *arguments: record(*arguments, num_frames=12))
