@@ -61,6 +61,22 @@ def check_command(command: str, results: Path) -> None:
         pytest.fail(f"{command!r} calls {program}, of which this test does not know how it reads its options")
 
 
+def anchors_of(text: str) -> set[str]:
+    """Name the headings of a page as links to them do: in lower case, without punctuation, words joined by hyphens."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_what_the_documents_link_to_is_there():
+    for document in DOCUMENTS:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", document.read_text()):
+            name, _, anchor = link.partition("#")
+            target = (document.parent / name).resolve() if name else document
+            assert target.exists(), (document.name, link)
+            if anchor:
+                assert anchor in anchors_of(target.read_text()), (document.name, link)
+
+
 def test_the_documents_name_commands():
     assert len(COMMANDS) >= 10
     assert DEMO_COMMANDS

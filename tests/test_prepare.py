@@ -35,8 +35,8 @@ def _own_place(tmp_path, monkeypatch):
 
 def readme_command(dataset: str) -> list[str]:
     """The arguments of the README's command for a dataset."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (command,) = (line for line in readme.splitlines() if line.startswith(f"python -m datasets.prepare {dataset}"))
+    page = (Path(__file__).parent.parent / "docs/datasets.md").read_text()
+    (command,) = (line for line in page.splitlines() if line.startswith(f"python -m datasets.prepare {dataset}"))
     return shlex.split(command)[3:]
 
 
