@@ -1,7 +1,7 @@
 """Draw the pictures of README.md: from the demo's results, and from figures that were measured.
 
-    python simple_trainer.py demo
-    python docs/images/make.py
+python simple_trainer.py demo
+python docs/images/make.py
 """
 
 from __future__ import annotations
