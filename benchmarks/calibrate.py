@@ -25,7 +25,7 @@ from errors import InputError
 from offload.adam.deferral import CatchUpTables
 from offload.adam.host import DeferredAdam
 from offload.adam.rows import RowState
-from offload.pipelines.groups import kernels_of
+from offload.backends import kernels_for
 from offload.pipelines.lanes import Lane
 from offload.store.memory import HostArray
 from training.calibration import (
@@ -135,7 +135,7 @@ def copy_speeds(device: torch.device) -> tuple[float, float]:
 
 def row_speed(rows: Rows, device: torch.device) -> float:
     """Bytes per second of fetching one view's rows while another's are written back, both together."""
-    kernels = kernels_of(device)
+    kernels = kernels_for(device, "offload.adam.rows")
     tables = CatchUpTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
     for _ in range(STEPS_BEFORE):
         tables.begin_step([1e-3])

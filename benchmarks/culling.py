@@ -2,16 +2,16 @@
 
     python -m benchmarks.culling [--num_gaussians 18000000] [--views 16] [--quick]
 
-On the synthetic aerial scene: our native culling, with bounds of blocks and testing every row; and torch on the same
-cores, testing every Gaussian whole, and in the two stages that serve on the device.
-With a GPU also the latter there, for which the floor does not hold.
+On the synthetic aerial scene: our native culling, with bounds of blocks and testing every row; the culling of geometry
+on a device, on the same cores and, with a GPU, there, for which the floor does not hold; and torch on the same cores,
+testing every Gaussian whole.
 The floor is what must be read and written (bounds, rows of blocks that hold a visible Gaussian, ids) at the bandwidth
 of a large copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,12 @@ from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, geometry_ro
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, megabytes, number, spread
 from benchmarks.timing import Case, copy_bandwidth, time_in_turns
-from offload.backends import native, num_threads
-from offload.culling import native as culling
-from offload.culling.cameras import Cameras
-from offload.culling.native import BlockBounds, visible_ids, visible_ids_on_device
+from offload.adam.deferral import CatchUpTables
+from offload.adam.geometry import GeometryState
+from offload.backends import kernels_for, native, num_threads
+from offload.culling.cameras import Cameras, Margin
+from offload.culling.native import BlockBounds, visible_ids
+from tests.oracles.culling import visible_ids_by_the_whole_test
 
 ROW_BYTES, BOUNDS_BYTES, ID_BYTES = 48, 32, 8
 
@@ -39,14 +41,15 @@ class Options(BenchmarkOptions):
     """Of these, cameras for the torch versions, which are slow."""
 
 
-def whole_test_of_every_row(tensors: list[Tensor], cameras: Cameras) -> Tensor:
-    """Visible ids by the whole test of every Gaussian, a million at a time."""
-    (view,) = culling.views_of(cameras, None)
-    drawn = [
-        view.may_be_drawn(*(t[part] for t in tensors))
-        for part in culling._chunks(len(tensors[0]), culling._WHOLE_CHUNK)
-    ]
-    return torch.cat(drawn).nonzero().squeeze(1)
+def culling_on(device: torch.device, parameters: Mapping[str, Tensor]) -> Callable[[Cameras], Tensor]:
+    """Return the culling of geometry that lies on a device, of which no row lags behind."""
+    values = {name: parameters[name].to(device) for name in ("means", "scales", "quats", "opacities")}
+    moments = [{name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2)]
+    last_step = torch.zeros(len(values["means"]), dtype=torch.int32, device=device)
+    state = GeometryState(values, *moments, last_step)
+    tables = CatchUpTables(torch.ones(1, 12), (0.9, 0.999), 1e-15, device)
+    kernels = kernels_for(device, "offload.culling.kernels")
+    return lambda cameras: kernels.visible_ids(state, tables, cameras, Margin(), Margin())
 
 
 def over(arguments: Sequence, work: Callable[[object], object]) -> Case:
@@ -72,6 +75,7 @@ def main(options: Options) -> None:
     cameras = one_by_one(aerial_cameras(0))[: options.views]
     few = cameras[: options.torch_views]
     tensors = [parameters[name] for name in ("means", "scales", "quats", "opacities")]
+    on_cpu = culling_on(torch.device("cpu"), parameters)
     geometry = geometry_rows(parameters)
     bounds, no_bounds = BlockBounds(geometry), BlockBounds(geometry)
     no_bounds.bounds.fill_(float("nan"))  # such blocks are never skipped
@@ -79,10 +83,10 @@ def main(options: Options) -> None:
 
     visible = [visible_ids(geometry, bounds, camera).clone() for camera in cameras]
     for camera, ids in zip(few, visible, strict=False):
-        in_stages = visible_ids_on_device(*tensors, camera)
-        differing = len(set(ids.tolist()) ^ set(in_stages.tolist()))
-        if differing > 1e-5 * n:
-            raise RuntimeError(f"native culling and torch differ in {differing} Gaussians")
+        for others in (on_cpu(camera), visible_ids_by_the_whole_test(*tensors, camera)):
+            differing = len(set(ids.tolist()) ^ set(others.tolist()))
+            if differing > 1e-5 * n:
+                raise RuntimeError(f"two ways of culling differ in {differing} Gaussians")
     blocks = [len(torch.unique_consecutive(ids // native.BLOCK_ROWS)) for ids in visible]
     touched = BOUNDS_BYTES * len(bounds.bounds) + ROW_BYTES * native.BLOCK_ROWS * mean(blocks)
     rows_of_blocks = ROW_BYTES * native.BLOCK_ROWS * mean(blocks)
@@ -94,14 +98,14 @@ def main(options: Options) -> None:
         "bounds of all blocks": Case(lambda: bounds.rebuild(geometry)),
     }
     slow = {
-        "torch, two stages": over(few, lambda c: visible_ids_on_device(*tensors, c)),
-        "torch, every Gaussian": over(few, lambda c: whole_test_of_every_row(tensors, c)),
+        "geometry of a device, here the CPU": over(few, on_cpu),
+        "torch, every Gaussian": over(few, lambda c: visible_ids_by_the_whole_test(*tensors, c)),
     }
     times = {**time_in_turns(fast, options.views), **time_in_turns(slow, options.torch_views)}
     if torch.cuda.is_available():
-        on_gpu = [t.cuda() for t in tensors]
-        case = over(cameras, lambda c: visible_ids_on_device(*on_gpu, c))
-        times |= time_in_turns({"torch, two stages, on the GPU": case}, options.views, device=on_gpu[0].device)
+        gpu = torch.device("cuda")
+        case = over(cameras, culling_on(gpu, parameters))
+        times |= time_in_turns({"geometry of a device, on the GPU": case}, options.views, device=gpu)
     moved = {
         "native, bounds of blocks": touched + ID_BYTES * mean([len(ids) for ids in visible]),
         "native, every row": ROW_BYTES * n,

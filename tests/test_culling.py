@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate, chain
 
 import pytest
 import torch
 from torch import Tensor
 
-from offload.culling import native as culling
-from offload.culling.cameras import Cameras, Margin
-from offload.culling.native import BlockBounds, visible_ids, visible_ids_on_device
+from offload.adam.deferral import CatchUpTables
+from offload.adam.geometry import GeometryState
+from offload.backends import native as compiled
+from offload.culling import kernels
+from offload.culling.cameras import Cameras, Margin, pack
+from offload.culling.cells import covered_cells
+from offload.culling.native import BlockBounds, visible_ids
 from offload.store.morton import morton_order
 from rendering.rasterize import rasterize
+from tests.oracles import culling as oracle
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 COLUMNS = {"means": slice(0, 3), "scales": slice(3, 6), "quats": slice(6, 10), "opacities": 10}
@@ -130,7 +136,20 @@ def native(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tens
 
 
 def with_torch(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tensor:
-    return visible_ids_on_device(*(rows[:, columns] for columns in COLUMNS.values()), cameras, margin)
+    return oracle.visible_ids(*(rows[:, columns] for columns in COLUMNS.values()), cameras, margin)
+
+
+def on_device(kernels, rows: Tensor, cameras: Cameras, margin: Margin | None, device: str) -> Tensor:
+    """As geometry on a device is culled, of which no row lags behind."""
+    parameters = {name: rows[:, columns].to(device) for name, columns in COLUMNS.items()}
+    moments = [{name: torch.zeros_like(value) for name, value in parameters.items()} for _ in range(2)]
+    state = GeometryState(parameters, *moments, torch.zeros(len(rows), dtype=torch.int32, device=device))
+    tables = CatchUpTables(torch.ones(1, 12), (0.9, 0.999), 1e-15, torch.device(device))
+    return kernels.visible_ids(state, tables, cameras, margin or Margin(), margin or Margin()).cpu()
+
+
+def on_the_cpu(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tensor:
+    return on_device(kernels, rows, cameras, margin, "cpu")
 
 
 def missing(drawn: Tensor, found: Tensor) -> Tensor:
@@ -148,22 +167,19 @@ def check(rows: Tensor, cameras: Cameras, cull) -> tuple[Tensor, Tensor]:
 
 
 def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tensor:
-    """As `visible_ids_on_device` does it on CUDA."""
     from offload.culling import kernels_triton as culling_triton
 
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
-    rows = rows.to(TRITON_DEVICE)
-    geometry = (rows[:, columns] for columns in COLUMNS.values())
-    return culling_triton.visible_ids(*geometry, culling.views_of(cameras, margin)).cpu()
+    return on_device(culling_triton, rows, cameras, margin, TRITON_DEVICE)
 
 
-BOTH = pytest.mark.parametrize("cull", [native, with_torch, pytest.param(with_triton, marks=NEEDS)])
+ALL = pytest.mark.parametrize("cull", [native, on_the_cpu, with_torch, pytest.param(with_triton, marks=NEEDS)])
 MODES = pytest.mark.parametrize("antialiased", [False, True], ids=["classic", "antialiased"])
 
 
 @pytest.mark.slow
-@BOTH
+@ALL
 @MODES
 @pytest.mark.parametrize("fov", [15, 60, 140])
 @pytest.mark.parametrize("median_scale", [3e-4, 0.01, 0.05, 0.5, 5])
@@ -173,7 +189,7 @@ def test_everything_drawn_is_found(cull, antialiased, fov, median_scale):
     assert len(drawn) > (20 if not antialiased else 0)  # the smallest fade when antialiased
 
 
-@BOTH
+@ALL
 @MODES
 def test_needles_discs_and_all_sizes_at_once(cull, antialiased):
     rows = random_geometry(30_000, seed=3, median_scale=0.02, spread=2.5)
@@ -182,7 +198,7 @@ def test_needles_discs_and_all_sizes_at_once(cull, antialiased):
 
 
 @pytest.mark.slow
-@BOTH
+@ALL
 @MODES
 @pytest.mark.parametrize("offset", [0, 20_000])
 def test_rounding_of_the_rasterizer_never_matters(cull, antialiased, offset):
@@ -196,7 +212,7 @@ def test_rounding_of_the_rasterizer_never_matters(cull, antialiased, offset):
     assert len(missing(single, found)) == len(missing(double, found)) == 0
 
 
-@BOTH
+@ALL
 @MODES
 def test_needles_seen_along_their_length(cull, antialiased):
     """Their image is tiny, but computed from large numbers."""
@@ -222,7 +238,7 @@ def test_needles_seen_along_their_length(cull, antialiased):
     assert len(drawn) < 0.9 * n
 
 
-@BOTH
+@ALL
 @MODES
 def test_order_of_operations_hardly_matters_elsewhere(cull, antialiased):
     rows = random_geometry(20_000, seed=52, median_scale=0.05)
@@ -233,7 +249,7 @@ def test_order_of_operations_hardly_matters_elsewhere(cull, antialiased):
     assert len(missing(found, as_gsplat)) <= 0.001 * len(found)
 
 
-@BOTH
+@ALL
 def test_depth_limits(cull):
     rows = random_geometry(20_000, seed=8, median_scale=0.02)
     cameras = random_cameras(9, near_plane=1.0, far_plane=3.0)
@@ -242,7 +258,7 @@ def test_depth_limits(cull):
 
 
 @pytest.mark.slow
-@BOTH
+@ALL
 @MODES
 def test_a_trained_scene(cull, antialiased):
     """After some steps of Adam, which make Gaussians long, flat, faint and large."""
@@ -323,14 +339,14 @@ def test_rows_may_be_columns_of_wider_ones():
     assert torch.equal(wide_bounds.bounds, bounds.bounds)
     expected = visible_ids(rows, bounds, cameras)
     assert torch.equal(visible_ids(wide[:, :12], wide_bounds, cameras), expected)
-    cells = [culling.covered_cells(geometry, expected, cameras, Margin(), 16) for geometry in (rows, wide[:, :12])]
+    cells = [covered_cells(geometry, expected, cameras, Margin(), 16) for geometry in (rows, wide[:, :12])]
     assert all(torch.equal(one.cells, other.cells) for one, other in zip(*cells, strict=True))
     with pytest.raises(ValueError, match="side by side"):
         BlockBounds(rows.T.contiguous().T)
 
 
 @pytest.mark.slow
-@BOTH
+@ALL
 @MODES
 @pytest.mark.parametrize(
     "margin",
@@ -358,7 +374,7 @@ def test_whatever_moves_within_the_margin_is_found(cull, antialiased, margin):
     assert len(found) < 1.7 * len(before)
 
 
-@BOTH
+@ALL
 def test_pixels_of_margin(cull):
     """A picture with a wider border holds what the smaller one may get."""
     rows = random_geometry(20_000, seed=24, median_scale=0.01)
@@ -376,7 +392,7 @@ def test_pixels_of_margin(cull):
 
 
 @pytest.mark.slow
-@BOTH
+@ALL
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 255, 257, 700])
 def test_any_number_of_rows(cull, n, monkeypatch):
     rows = random_geometry(1000, seed=26, median_scale=0.5)[300 : 300 + n]
@@ -388,7 +404,7 @@ def test_any_number_of_rows(cull, n, monkeypatch):
         assert torch.equal(cull(rows, cameras), expected)
 
 
-@BOTH
+@ALL
 def test_all_and_none_visible(cull):
     rows = random_geometry(5000, seed=28)
     rows[:, COLUMNS["opacities"]] = 3
@@ -401,7 +417,7 @@ def test_all_and_none_visible(cull):
     assert len(cull(rows, far_away)) == 0
 
 
-@BOTH
+@ALL
 @MODES
 def test_extreme_scales_and_positions(cull, antialiased):
     rows = random_geometry(4000, seed=30)
@@ -438,6 +454,53 @@ def test_what_does_not_fit_is_refused():
         random_cameras(36, near_plane=0.0)
 
 
+def test_packed_cameras_are_the_numbers_of_the_oracle():
+    """Under the names that torch and Triton know them by."""
+    cameras = random_cameras(60, count=3, near_plane=0.3, far_plane=70.0, eps2d=0.4, antialiased=True)
+    margin = Margin(means=0.1, scales=0.2, quats=0.3, opacities=0.4, pixels=5)
+    packed = torch.from_numpy(pack(cameras, margin))
+    half_spaces = torch.empty(3, 6, 6, dtype=torch.float64)
+    compiled.half_spaces(packed.numpy(), half_spaces.numpy())
+    for camera, half_space, view in zip(packed, half_spaces, oracle.views_of(cameras, margin), strict=True):
+        largest = max(map(abs, view.translation))
+        slope_low, slope_high = zip(*view.slopes, strict=True)
+        reach, error_reach = ([plane[column] for plane in view.planes[:4:2]] for column in (2, 3))
+        expected = {
+            "rotation": list(chain(*view.rotation)), "translation": view.translation, "largest_translation": [largest],
+            "focal": view.focal, "centre": view.centre, "size": view.size, "slope_low": slope_low,
+            "slope_high": slope_high, "near_plane": [0.3], "far_plane": [70.0], "reach": reach,
+            "error_reach": error_reach, "blur_reach": [view.blur_reach], "eps2d": [0.4], "move": [view.move],
+            "turn": [view.turn], "growth": [view.growth], "logit_gain": [0.4], "extra_pixels": [5], "antialiased": [1],
+            "unused": [0, 0, 0],
+        }  # fmt: skip
+        assert list(expected) == list(compiled.CAMERA_FIELDS)
+        assert [compiled.CAMERA_FIELDS[name] for name in expected] == [0, *accumulate(map(len, expected.values()))][:-1]
+        torch.testing.assert_close(camera, torch.tensor(list(chain(*expected.values()))), rtol=1e-6, atol=1e-6)
+        planes = torch.tensor([[*normal, *rest] for normal, *rest in view.planes], dtype=torch.float64)
+        torch.testing.assert_close(half_space, planes, rtol=1e-5, atol=1e-5)
+
+
+def test_the_oracle_has_the_constants_of_the_kernels():
+    for name, value in (
+        ("OPAQUE_EXTENT", oracle.OPAQUE_EXTENT), ("POSITION_ERROR", oracle.POSITION_ERROR),
+        ("COVARIANCE_ERROR", oracle.COVARIANCE_ERROR), ("RELATIVE_ERROR", oracle.RELATIVE),
+    ):  # fmt: skip
+        assert getattr(compiled, name) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiles once for either, on a GPU")
+@MODES
+def test_cameras_that_are_tensors_are_those_that_are_tuples(monkeypatch, antialiased):
+    """As Triton 3.2 needs them."""
+    from offload.culling import kernels_triton as culling_triton
+
+    rows, cameras = random_geometry(2000, seed=61), random_cameras(62, antialiased=antialiased)
+    expected = with_triton(rows, cameras)
+    monkeypatch.setattr(culling_triton, "_TAKES_TUPLES", False)
+    monkeypatch.setattr(culling_triton, "_number", culling_triton._number_of_tensor)
+    assert torch.equal(with_triton(rows, cameras), expected)
+
+
 @pytest.mark.cuda
 @MODES
 def test_gsplat_draws_nothing_else(antialiased):
@@ -454,6 +517,6 @@ def test_gsplat_draws_nothing_else(antialiased):
             rasterize_mode="antialiased" if antialiased else "classic",
         )[2]  # fmt: skip
         drawn = info["gaussian_ids"].long().unique().cpu()
-        for found in (native(rows, cameras), with_torch(rows.cuda(), cameras).cpu()):
+        for found in (native(rows, cameras), with_triton(rows, cameras), with_torch(rows.cuda(), cameras).cpu()):
             assert len(missing(drawn, found)) == 0
             assert len(found) - len(drawn) <= MAX_EXCESS * len(found)

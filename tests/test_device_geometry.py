@@ -7,12 +7,13 @@ import torch
 from test_culling import random_cameras
 from torch import Tensor
 
-from offload.adam import geometry as geometry_kernels
+from offload.adam import geometry as adam_kernels
 from offload.adam.options import AdamOptions
 from offload.adam.state import load_deferred
+from offload.culling import kernels as culling_kernels
 from offload.culling.cameras import Margin
-from offload.culling.native import visible_ids_on_device
 from offload.models.geometry_device import GEOMETRY, DeviceGeometry
+from tests.oracles import culling as oracle
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15
@@ -50,11 +51,12 @@ def trained(kind: str, device: str, speed: float = 1.0) -> tuple[DeviceGeometry,
     rates = {name: speed * rate for name, rate in RATES.items()}
     adam = AdamOptions(rates, lambda step: speed * means_lr(step), BETAS, EPS)
     geometry = DeviceGeometry(start, adam, device=torch.device(device))
-    geometry._kernels = geometry_kernels
+    geometry._kernels, geometry._culling = adam_kernels, culling_kernels
     if kind == "triton":
-        from offload.adam import geometry_triton as geometry_kernels_triton
+        from offload.adam import geometry_triton
+        from offload.culling import kernels_triton
 
-        geometry._kernels = geometry_kernels_triton
+        geometry._kernels, geometry._culling = geometry_triton, kernels_triton
     exact = Exact(start)
     for step, count in enumerate(COUNTS):
         ids = torch.randperm(N, generator=generator)[:count].sort().values
@@ -108,10 +110,10 @@ def test_culling_sees_through_the_lag(kind, device):
     too_few = set(geometry.visible_ids(cameras, margin, margin).tolist())
     lagging = {name: array.clone() for name, array in geometry.settle(torch.arange(0)).items()}
     settled = geometry.settle(None)
-    stale = set(visible_ids_on_device(**lagging, cameras=cameras, margin=margin).tolist())
-    exact = set(visible_ids_on_device(**settled, cameras=cameras, margin=Margin()).tolist())
+    stale = set(oracle.visible_ids(**lagging, cameras=cameras, margin=margin).tolist())
+    exact = set(oracle.visible_ids(**settled, cameras=cameras, margin=Margin()).tolist())
     assert len(exact) > 100
-    assert exact <= found <= set(visible_ids_on_device(**settled, cameras=cameras, margin=twice).tolist())
+    assert exact <= found <= set(oracle.visible_ids(**settled, cameras=cameras, margin=twice).tolist())
     assert not exact <= stale
     assert not exact <= too_few
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload.adam.finite import FiniteGradients, _clear_unless_finite
+from offload.adam import finite as gradients_torch
+from offload.adam.finite import FiniteGradients
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 PLACES = [*WITHOUT_GPU, *ON_GPU[1:]]  # on a GPU with Triton only
@@ -13,7 +14,7 @@ PLACES = [*WITHOUT_GPU, *ON_GPU[1:]]  # on a GPU with Triton only
 
 def clear_unless_finite(kind: str):
     if kind == "torch":
-        return _clear_unless_finite
+        return gradients_torch.clear_unless_finite
     from offload.adam import finite_triton as gradients_triton
 
     return gradients_triton.clear_unless_finite
@@ -47,7 +48,7 @@ def test_nothing_in_view(kind, device):
 
 @pytest.mark.parametrize(("kind", "device"), PLACES)
 def test_skipped_steps_are_counted(monkeypatch, kind, device):
-    monkeypatch.setattr("offload.adam.finite._clear_unless_finite", clear_unless_finite(kind))
+    monkeypatch.setattr("offload.adam.finite.clear_unless_finite", clear_unless_finite(kind))
     finite = FiniteGradients(torch.device(device))
     for value in (1.0, float("nan"), float("inf"), 1.0, float("nan")):
         leaves = torch.zeros(2, device=device), torch.zeros(1, device=device)

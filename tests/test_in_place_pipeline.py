@@ -126,7 +126,7 @@ def simulated(monkeypatch) -> Callable[[tuple[int, ...], int], None]:
 
     def start(favourites: tuple[int, ...], seed: int) -> None:
         clock = Clock(favourites, seed)
-        monkeypatch.setattr(in_place_pipeline, "kernels_of", lambda device: clock.kernels())
+        monkeypatch.setattr(in_place_pipeline, "kernels_for", lambda device, module: clock.kernels())
         monkeypatch.setattr(in_place_pipeline, "positions_among", clock.positions_among)
         monkeypatch.setattr(work_ahead, "ThreadPoolExecutor", SimulatedWorker)
         monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,16 +20,13 @@ from configs import Config
 from datasets.loader import training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import write_city_block
-from offload.adam import finite as gradients
+from offload import backends
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
-from offload.models import geometry_device as device_geometry
 from offload.models.baseline import BaselineGaussians
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
-from offload.pipelines import streamed as streamed_pipeline
-from offload.pipelines import streamed_host as in_place_pipeline
 from tests import sabotage
 from tests.triton_places import INTERPRETED
 from training import schedules
@@ -106,11 +102,10 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     blocks = [(culling_triton, "BLOCK"), (geometry_kernels_triton, "BLOCK")]
     for module, size in [*blocks, (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")]:
         monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one
-    monkeypatch.setattr(device_geometry, "_kernels_of", lambda device: geometry_kernels_triton)
-    monkeypatch.setattr(gradients, "_clear_unless_finite", one_at_a_time(gradients_triton.clear_unless_finite))
-    kernels = SimpleNamespace(**{name: one_at_a_time(getattr(row_kernels_triton, name)) for name in ROW_KERNELS})
-    for pipeline in (in_place_pipeline, streamed_pipeline):
-        monkeypatch.setattr(pipeline, "kernels_of", lambda device: kernels)
+    monkeypatch.setattr(backends, "_takes_triton", lambda device: True)
+    for module, names in ((row_kernels_triton, ROW_KERNELS), (gradients_triton, ["clear_unless_finite"])):
+        for name in names:
+            monkeypatch.setattr(module, name, one_at_a_time(getattr(module, name)))
     differences = relative_differences(train(trainer, views[:few], scene, drawn, refines), expected)
     assert max(differences.values()) < 1e-6, differences
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from offload.culling import native as culling
+from offload.culling import kernels
 from offload.culling.cameras import Margin
-from offload.culling.native import CoveredCells, covered_cells, covered_cells_on_device
+from offload.culling.cells import CoveredCells, covered_cells
 from offload.tiles.boxes import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxes
 from rendering.rasterize import rasterize
 from rendering.region import Region
+from tests.oracles import culling as oracle
 from tests.test_culling import COLUMNS, activated, random_cameras, random_geometry
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
@@ -145,33 +146,32 @@ def native(rows, ids, cameras, margin) -> list[CoveredCells]:
     return covered_cells(rows, ids, cameras, margin, CELL)
 
 
+def named(rows, device="cpu") -> dict:
+    return {name: rows[:, columns].to(device) for name, columns in COLUMNS.items()}
+
+
 def with_torch(rows, ids, cameras, margin) -> list[CoveredCells]:
-    return covered_cells_on_device(*(rows[:, columns] for columns in COLUMNS.values()), ids, cameras, margin, CELL)
+    return oracle.covered_cells(**named(rows[ids]), cameras=cameras, margin=margin, cell=CELL)
+
+
+def on_the_cpu(rows, ids, cameras, margin) -> list[CoveredCells]:
+    return kernels.covered_cells(named(rows[ids]), cameras, margin, CELL)
 
 
 def with_triton(rows, ids, cameras, margin) -> list[CoveredCells]:
-    """As `covered_cells_on_device` does it on CUDA."""
     from offload.culling import kernels_triton as culling_triton
 
     if INTERPRETED:
         culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
-    ends = (-(-cameras.width // CELL), -(-cameras.height // CELL))
-    found = []
-    for view in culling.views_of(cameras, margin):
-        cells = torch.full((4, len(ids)), -1, dtype=torch.int16, device=TRITON_DEVICE)
-        corners = torch.zeros(4, ends[0] + 1, ends[1] + 1, dtype=torch.int32, device=TRITON_DEVICE)
-        geometry = (rows[:, columns].to(TRITON_DEVICE) for columns in COLUMNS.values())
-        culling_triton.cover_cells(*geometry, ids.to(TRITON_DEVICE), view, CELL, cells, corners)
-        corners = corners.cpu().numpy().astype(np.int64).reshape(2, 2, *corners.shape[1:])
-        found.append(CoveredCells(cells.cpu(), corners))
-    return found
+    found = culling_triton.covered_cells(named(rows[ids], TRITON_DEVICE), cameras, margin, CELL)
+    return [CoveredCells(covered.cells.cpu(), covered.corners) for covered in found]
 
 
 TRITON = pytest.param(with_triton, marks=NEEDS)
-BOTH = pytest.mark.parametrize("find", [native, with_torch, TRITON])
+ALL = pytest.mark.parametrize("find", [native, on_the_cpu, with_torch, TRITON])
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("antialiased", [False, True])
 def test_each_tile_has_every_row_that_draws_in_it(find, antialiased):
     """Pixels of a tile and its halo, rendered with its rows only, are those of the whole picture."""
@@ -182,7 +182,7 @@ def test_each_tile_has_every_row_that_draws_in_it(find, antialiased):
     mode = "antialiased" if antialiased else "classic"
     for camera, covered in enumerate(find(rows, ids, cameras, NO_MARGIN)):
         view = (cameras.viewmats[[camera]], cameras.Ks[[camera]], cameras.width, cameras.height)
-        whole = rasterize(**activated(rows[ids]), colors=colors[ids], rasterize_mode=mode, **named(view))[0]
+        whole = rasterize(**activated(rows[ids]), colors=colors[ids], rasterize_mode=mode, **picture(view))[0]
         coverage = Coverage(covered.corners, cameras.width, cameras.height)
         boxes = plan_boxes(coverage, ROWS, 300)
         assert len(boxes) >= 4
@@ -194,17 +194,17 @@ def test_each_tile_has_every_row_that_draws_in_it(find, antialiased):
             padded = coverage.tile(camera, box).with_halo(HALO, cameras.width, cameras.height)
             region = Region(*padded[1:])
             part = rasterize(
-                **activated(rows[here]), colors=colors[here], rasterize_mode=mode, region=region, **named(view)
+                **activated(rows[here]), colors=colors[here], rasterize_mode=mode, region=region, **picture(view)
             )[0]
             expected = whole[:, region.y : region.y + region.height, region.x : region.x + region.width]
             assert (part - expected).abs().max() < 1e-5
 
 
-def named(view: tuple) -> dict:
+def picture(view: tuple) -> dict:
     return dict(zip(("viewmats", "Ks", "width", "height"), view, strict=True))
 
 
-@BOTH
+@ALL
 def test_rows_that_move_within_the_margin_stay_in_their_cells(find):
     margin = Margin(means=0.02, scales=0.05, quats=0.02, opacities=0.1)
     rows = random_geometry(5000, seed=4, median_scale=0.05)
@@ -224,7 +224,7 @@ def test_rows_that_move_within_the_margin_stay_in_their_cells(find):
     assert (wide.cells[1::2] >= after.cells[1::2])[:, draws].all()
 
 
-@pytest.mark.parametrize("find", [with_torch, TRITON])
+@pytest.mark.parametrize("find", [on_the_cpu, with_torch, TRITON])
 def test_all_ways_agree(find):
     rows = random_geometry(20_000, seed=8, median_scale=0.05, spread=1.5)
     rows[7, COLUMNS["scales"]] = 90
@@ -242,7 +242,7 @@ def test_rows_of_boxes_on_any_number_of_threads(cells, coverage, monkeypatch):
     many = torch.from_numpy(np.tile(cells, 20))
     boxes = plan_boxes(coverage, ROWS, 0.3 * len(cells[0]))
     covered = CoveredCells(many, np.zeros(0))
-    expected, expected_shared = covered._rows_in_on_device(boxes)
+    expected, expected_shared = oracle.rows_in_boxes(many, boxes)
     for threads in ("1", "3"):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         chosen, shared = covered.rows_in(boxes)
@@ -259,7 +259,7 @@ def test_a_nan_is_left_to_the_rasterizer():
     assert covered.cells[:, 5].tolist() == [0, 17, 0, 12]
 
 
-@BOTH
+@ALL
 def test_no_rows(find):
     rows, cameras = random_geometry(10, seed=10), large(random_cameras(11))
     for covered in find(rows, torch.zeros(0, dtype=torch.int64), cameras, NO_MARGIN):

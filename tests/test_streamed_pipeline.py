@@ -156,7 +156,7 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     torch.manual_seed(seed)
     n, views = 60, random_views(60, 40)
     clock = Clock(favourites, seed)
-    monkeypatch.setattr(streamed_pipeline, "kernels_of", lambda device: clock.kernels())
+    monkeypatch.setattr(streamed_pipeline, "kernels_for", lambda device, module: clock.kernels())
     monkeypatch.setattr(streamed_pipeline, "positions_among", clock.positions_among)
     monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
     monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)

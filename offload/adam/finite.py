@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from offload.backends import kernels_for
+
 
 def gradient_of(leaf: Tensor) -> Tensor:
     """Its gradient after the backward pass; zero where nothing was drawn."""
@@ -21,6 +23,7 @@ class FiniteGradients:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._kernels = kernels_for(device, __name__)
         self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
 
     def keep(self, leaves: Iterable[Tensor], ids: Tensor | None = None) -> None:
@@ -33,12 +36,7 @@ class FiniteGradients:
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if not gradients:
             return
-        if gradients[0].is_cuda:
-            from offload.adam import finite_triton as gradients_triton  # Triton comes with CUDA builds of torch only
-
-            spoiled = gradients_triton.clear_unless_finite(gradients, ids)
-        else:
-            spoiled = _clear_unless_finite(gradients, ids)
+        spoiled = self._kernels.clear_unless_finite(gradients, ids)
         self._skipped += spoiled
         self._skipped[1] *= spoiled
 
@@ -48,8 +46,8 @@ class FiniteGradients:
         return total, in_a_row
 
 
-def _clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> int:
-    """1 where they had to be cleared, else 0."""
+def clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> int:
+    """Set gradients to zero unless all are finite, and return 1 where that was needed, else 0."""
     rows = gradients if ids is None else [gradient[ids] for gradient in gradients]
     # NaN goes through minimum and maximum, which unlike `isfinite` take no memory.
     if all(math.isfinite(end) for values in rows if values.numel() for end in map(float, values.aminmax())):

@@ -1,4 +1,4 @@
-"""What a device does with rows of geometry that lie in its own memory, in plain torch; culling ends natively.
+"""What a device does with rows of geometry that lie in its own memory, in plain torch.
 
 `offload/adam/geometry_triton.py` has the same functions as CUDA kernels, but for `settle_rows`, which no step needs.
 The mathematics of skipped steps is explained in `offload/adam/host.py`.
@@ -10,13 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from offload.adam.deferral import CatchUpTables, StepSizes, adam_step, caught_up, decayed
-from offload.culling import native as culling
-from offload.culling.cameras import Cameras, Margin
-from offload.culling.native import BlockBounds, reachable_ids, views_of
 from offload.store.host_store import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
@@ -39,27 +35,6 @@ class GeometryState:
         """The opposite of `flat_rows`."""
         for array, rows in zip((self.parameters, self.exp_avg, self.exp_avg_sq), values, strict=True):
             array[name][ids] = rows.view(len(ids), *array[name].shape[1:])
-
-
-def visible_ids(
-    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
-) -> Tensor:
-    """Sorted int64 [V] of the rows that the cameras may draw; waits for the device.
-
-    Args:
-        state: Of N rows.
-        tables: Of the skipped steps.
-        cameras: The pictures to be drawn.
-        margin: How much rows may still move after step `tables.step`.
-        lag_margin: How much they may move after their last update.
-    """
-    means, scales, _, opacities = (state.parameters[name] for name in COLUMNS)
-    candidates = reachable_ids(means, scales, opacities, views_of(cameras, lag_margin))
-    current = gather_rows(state, candidates, tables)
-    columns = [*map(flat, current.values()), means.new_zeros(len(candidates), 1)]
-    rows = torch.cat(columns, dim=1).cpu()  # [M, 12]
-    drawn = culling.visible_ids(rows, BlockBounds(rows), cameras, margin)
-    return candidates[drawn.to(candidates.device)]
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:

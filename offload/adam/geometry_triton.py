@@ -16,21 +16,10 @@ from torch import Tensor
 from offload.adam.deferral import CatchUpTables, StepSizes
 from offload.adam.deferral_triton import caught_up, decayed, skipped_sizes
 from offload.adam.geometry import COLUMNS, GeometryState
-from offload.culling import kernels_triton as culling_triton
-from offload.culling.cameras import Cameras, Margin
-from offload.culling.kernels_triton import OPACITIES, QUATS, SCALES, Lag
-from offload.culling.native import views_of
 
 BLOCK = 256  # rows
-
-
-def visible_ids(
-    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
-) -> Tensor:
-    """As `offload.adam.geometry.visible_ids`."""
-    moments = [array[name] for name in COLUMNS for array in (state.exp_avg, state.exp_avg_sq)]
-    lag = Lag(moments, state.last_step, tables, lag_margin)
-    return culling_triton.visible_ids(**state.parameters, views=views_of(cameras, margin), lag=lag)
+# First columns of these parameters in the optimizer's tables.
+SCALES, QUATS, OPACITIES = (tl.constexpr(COLUMNS[name].start) for name in ("scales", "quats", "opacities"))
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-// Visible ids of cameras, from geometry rows and the bounds of their blocks. Blocks that no camera can see are
-// rejected without a look at their rows; every other row is tested by itself (culling_kernels.cpp).
+// Packs cameras, and finds what they may draw from geometry rows and the bounds of their blocks. Blocks that no camera
+// can see are rejected without a look at their rows; every other row is tested by itself (culling_kernels.cpp).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,10 @@ using Geometry = nb::ndarray<const float, nb::shape<-1, kGeometryColumns>, nb::d
 using Bounds = nb::ndarray<float, nb::shape<-1, 8>, nb::c_contig, nb::device::cpu>;
 using Matrices4 = nb::ndarray<const float, nb::shape<-1, 4, 4>, nb::c_contig, nb::device::cpu>;
 using Matrices3 = nb::ndarray<const float, nb::shape<-1, 3, 3>, nb::c_contig, nb::device::cpu>;
+using Cameras = nb::ndarray<float, nb::shape<-1, kCameraFloats>, nb::c_contig, nb::device::cpu>;
+using ConstCameras = nb::ndarray<const float, nb::shape<-1, kCameraFloats>, nb::c_contig, nb::device::cpu>;
+using PackedCamera = nb::ndarray<const float, nb::shape<kCameraFloats>, nb::c_contig, nb::device::cpu>;
+using HalfSpaces = nb::ndarray<double, nb::shape<-1, 6, 6>, nb::c_contig, nb::device::cpu>;
 using ConstIds = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -37,7 +42,9 @@ using Corners = nb::ndarray<int64_t, nb::shape<4, -1, -1>, nb::c_contig, nb::dev
 
 // Floats from one row to the next.
 int64_t row_stride(const Geometry& geometry) {
-  if (geometry.shape(0) > 0 && geometry.stride(1) != 1) throw nb::value_error("the values of a row of geometry must lie side by side");
+  if (geometry.shape(0) > 0 && geometry.stride(1) != 1) {
+    throw nb::value_error("the values of a row of geometry must lie side by side");
+  }
   return geometry.stride(0);
 }
 
@@ -71,19 +78,6 @@ BlockBounds bounds_of(const float* rows, int64_t stride, int64_t count) {
   return bounds;
 }
 
-// A half space that everything drawn meets: normal . mean + offset + reach * scale + error_reach * error >= 0, for a
-// ball of the largest scale around a mean that is known up to an error.
-struct Plane {
-  double normal[3];  // in world space
-  double offset, reach, error_reach;
-};
-
-struct Frustum {
-  View view;
-  Plane planes[6];
-  double error, relative_error;  // of coordinates: world units, and relative to their size
-};
-
 struct Limits {
   float width, height, near_plane, far_plane, eps2d;
   bool antialiased;
@@ -93,56 +87,96 @@ struct Margin {
   float means, quats, scales, opacities, pixels;
 };
 
-Frustum make_frustum(const float* viewmat, const float* K, const Limits& limits, const Margin& margin) {
-  Frustum f;
-  View& v = f.view;
-  double largest_translation = 0;
+Camera pack_camera(const float* viewmat, const float* K, const Limits& limits, const Margin& margin) {
+  Camera c{};
+  c.largest_translation = 0;
   for (int r = 0; r < 3; ++r) {
-    std::copy_n(viewmat + 4 * r, 3, v.rotation + 3 * r);
-    v.translation[r] = viewmat[4 * r + 3];
-    largest_translation = std::max<double>(largest_translation, std::fabs(v.translation[r]));
+    std::copy_n(viewmat + 4 * r, 3, c.rotation + 3 * r);
+    c.translation[r] = viewmat[4 * r + 3];
+    c.largest_translation = std::max(c.largest_translation, std::fabs(c.translation[r]));
   }
-  v.fx = K[0], v.fy = K[4], v.cx = K[2], v.cy = K[5];
-  v.width = limits.width, v.height = limits.height;
-  v.near_plane = limits.near_plane, v.far_plane = limits.far_plane;
-  v.eps2d = limits.eps2d, v.antialiased = limits.antialiased;
-  v.move = std::sqrt(3.0f) * margin.means;  // three and four components
-  v.turn = 2.0f * margin.quats;
-  v.growth = std::exp(margin.scales);
-  v.logit_gain = margin.opacities;
-  v.extra_pixels = margin.pixels;
+  c.near_plane = limits.near_plane, c.far_plane = limits.far_plane;
+  c.eps2d = limits.eps2d, c.antialiased = limits.antialiased;
+  c.move = std::sqrt(3.0f) * margin.means;  // three and four components
+  c.turn = 2.0f * margin.quats;
+  c.growth = std::exp(margin.scales);
+  c.logit_gain = margin.opacities;
+  c.extra_pixels = margin.pixels;
   // ceil(extent sqrt(sigma^2 + eps2d)) <= extent sigma + extent sqrt(eps2d) + 1
-  v.blur_reach = 1.0001f * kOpaqueExtent * std::sqrt(v.eps2d) + 1.01f + v.extra_pixels;
-
-  const float focal[2] = {v.fx, v.fy}, centre[2] = {v.cx, v.cy}, size[2] = {v.width, v.height};
+  c.blur_reach = 1.0001f * kOpaqueExtent * std::sqrt(c.eps2d) + 1.01f + c.extra_pixels;
   for (int axis = 0; axis < 2; ++axis) {
+    const float focal = K[4 * axis], centre = K[3 * axis + 2], size = axis == 0 ? limits.width : limits.height;
+    c.focal[axis] = focal, c.centre[axis] = centre, c.size[axis] = size;
     // gsplat cuts the slope at 15 % of the picture's extent beyond its borders.
-    const float beyond = 0.15f * size[axis] / focal[axis];
-    v.slope_low[axis] = -(centre[axis] / focal[axis] + beyond);
-    v.slope_high[axis] = (size[axis] - centre[axis]) / focal[axis] + beyond;
-    const float steepest = std::max(std::fabs(v.slope_low[axis]), std::fabs(v.slope_high[axis]));
-    v.reach[axis] = 1.0005f * kOpaqueExtent * v.growth * focal[axis] * std::sqrt(1.0f + steepest * steepest);
-    v.error_reach[axis] = focal[axis] + std::fabs(centre[axis]) + size[axis] + v.blur_reach;
+    const float beyond = 0.15f * size / focal;
+    c.slope_low[axis] = -(centre / focal + beyond);
+    c.slope_high[axis] = (size - centre) / focal + beyond;
+    const float steepest = std::max(std::fabs(c.slope_low[axis]), std::fabs(c.slope_high[axis]));
+    c.reach[axis] = 1.0005f * kOpaqueExtent * c.growth * focal * std::sqrt(1.0f + steepest * steepest);
+    c.error_reach[axis] = focal + std::fabs(centre) + size + c.blur_reach;
   }
+  return c;
+}
 
-  const auto plane = [&](double x, double y, double z, double constant, double reach, double error_reach) {
-    Plane p;
-    p.offset = constant + x * v.translation[0] + y * v.translation[1] + z * v.translation[2];
-    for (int k = 0; k < 3; ++k) p.normal[k] = x * v.rotation[k] + y * v.rotation[3 + k] + z * v.rotation[6 + k];
-    p.reach = reach;
-    p.error_reach = error_reach;
-    return p;
+void pack_cameras(Matrices4 viewmats, Matrices3 Ks, float width, float height, float near_plane, float far_plane,
+                  float eps2d, bool antialiased, float move_means, float move_scales, float move_quats,
+                  float move_opacities, float pixels, Cameras cameras) {
+  const Limits limits{width, height, near_plane, far_plane, eps2d, antialiased};
+  const Margin margin{move_means, move_quats, move_scales, move_opacities, pixels};
+  if (viewmats.shape(0) != cameras.shape(0) || Ks.shape(0) != cameras.shape(0)) {
+    throw nb::value_error("there must be as many viewmats as Ks and packed cameras");
+  }
+  for (size_t i = 0; i < cameras.shape(0); ++i) {
+    reinterpret_cast<Camera*>(cameras.data())[i] =
+        pack_camera(viewmats.data() + 16 * i, Ks.data() + 9 * i, limits, margin);
+  }
+}
+
+// A half space that everything drawn meets: normal . mean + offset + reach * scale + error_reach * error >= 0, for a
+// ball of the largest scale around a mean that is known up to an error. Six numbers, as `half_spaces` writes them.
+struct HalfSpace {
+  double normal[3];  // in world space
+  double offset, reach, error_reach;
+};
+
+struct Frustum {
+  Camera camera;
+  HalfSpace half_spaces[6];
+  double error, relative_error;  // of coordinates: world units, and relative to their size
+};
+
+// A Gaussian's rectangle reaches a border of the picture where its centre is `blur_reach` pixels and `reach` largest
+// scales away from it; times depth that is linear in the centre.
+Frustum make_frustum(const Camera& c) {
+  const auto half_space = [&](double x, double y, double z, double constant, double reach, double error_reach) {
+    HalfSpace h;
+    h.offset = constant + x * c.translation[0] + y * c.translation[1] + z * c.translation[2];
+    for (int k = 0; k < 3; ++k) h.normal[k] = x * c.rotation[k] + y * c.rotation[3 + k] + z * c.rotation[6 + k];
+    h.reach = reach;
+    h.error_reach = error_reach;
+    return h;
   };
-  const double blur = v.blur_reach;
-  f.planes[0] = plane(v.fx, 0, v.cx + blur, 0, v.reach[0], v.error_reach[0]);
-  f.planes[1] = plane(-v.fx, 0, v.width - v.cx + blur, 0, v.reach[0], v.error_reach[0]);
-  f.planes[2] = plane(0, v.fy, v.cy + blur, 0, v.reach[1], v.error_reach[1]);
-  f.planes[3] = plane(0, -v.fy, v.height - v.cy + blur, 0, v.reach[1], v.error_reach[1]);
-  f.planes[4] = plane(0, 0, 1, -v.near_plane, 0, 1);
-  f.planes[5] = plane(0, 0, -1, v.far_plane, 0, 1);
+  Frustum f;
+  f.camera = c;
+  const float fx = c.focal[0], fy = c.focal[1], cx = c.centre[0], cy = c.centre[1];
+  const double blur = c.blur_reach;
+  f.half_spaces[0] = half_space(fx, 0, cx + blur, 0, c.reach[0], c.error_reach[0]);
+  f.half_spaces[1] = half_space(-fx, 0, c.size[0] - cx + blur, 0, c.reach[0], c.error_reach[0]);
+  f.half_spaces[2] = half_space(0, fy, cy + blur, 0, c.reach[1], c.error_reach[1]);
+  f.half_spaces[3] = half_space(0, -fy, c.size[1] - cy + blur, 0, c.reach[1], c.error_reach[1]);
+  f.half_spaces[4] = half_space(0, 0, 1, -c.near_plane, 0, 1);
+  f.half_spaces[5] = half_space(0, 0, -1, c.far_plane, 0, 1);
   f.relative_error = 1e-6;
-  f.error = v.move + f.relative_error * largest_translation;
+  f.error = c.move + f.relative_error * c.largest_translation;
   return f;
+}
+
+void half_spaces(ConstCameras cameras, HalfSpaces out) {
+  if (cameras.shape(0) != out.shape(0)) throw nb::value_error("each camera has its half spaces");
+  for (size_t i = 0; i < cameras.shape(0); ++i) {
+    const Frustum frustum = make_frustum(reinterpret_cast<const Camera*>(cameras.data())[i]);
+    std::copy_n(frustum.half_spaces, 6, reinterpret_cast<HalfSpace*>(out.data()) + 6 * i);
+  }
 }
 
 bool misses(const Frustum& f, const BlockBounds& b) {
@@ -153,7 +187,7 @@ bool misses(const Frustum& f, const BlockBounds& b) {
     size += std::fabs(centre[k]) + half[k];
   }
   const double error = f.error + f.relative_error * size;
-  for (const Plane& p : f.planes) {
+  for (const HalfSpace& p : f.half_spaces) {
     double value = p.offset + p.reach * b.largest_scale + p.error_reach * error;
     for (int k = 0; k < 3; ++k) value += p.normal[k] * centre[k] + std::fabs(p.normal[k]) * half[k];
     if (value < 0) return true;
@@ -194,16 +228,11 @@ void compute_bounds_of(Geometry geometry, ConstIds ids, Bounds bounds, int threa
 
 // Sets bit i of `bits` where row i may be drawn in any camera, and `chunk_ends` to the number of such rows up to each
 // chunk's end. Returns their number.
-int64_t mark_visible(Geometry geometry, Bounds bounds, Matrices4 viewmats, Matrices3 Ks, float width, float height,
-                     float near_plane, float far_plane, float eps2d, bool antialiased, float move_means,
-                     float move_quats, float move_scales, float move_opacities, float pixels, Ids bits,
-                     Ids chunk_ends, int threads) {
+int64_t mark_visible(Geometry geometry, Bounds bounds, ConstCameras cameras, Ids bits, Ids chunk_ends, int threads) {
   const int64_t n = geometry.shape(0), blocks = bounds.shape(0), chunks = chunk_ends.shape(0);
-  const Limits limits{width, height, near_plane, far_plane, eps2d, antialiased};
-  const Margin margin{move_means, move_quats, move_scales, move_opacities, pixels};
   std::vector<Frustum> frusta;
-  for (size_t c = 0; c < viewmats.shape(0); ++c) {
-    frusta.push_back(make_frustum(viewmats.data() + 16 * c, Ks.data() + 9 * c, limits, margin));
+  for (size_t c = 0; c < cameras.shape(0); ++c) {
+    frusta.push_back(make_frustum(reinterpret_cast<const Camera*>(cameras.data())[c]));
   }
   const float* rows = geometry.data();
   const int64_t stride = row_stride(geometry);
@@ -224,7 +253,7 @@ int64_t mark_visible(Geometry geometry, Bounds bounds, Matrices4 viewmats, Matri
         for (int tile = 0; tile < kBlockTiles; ++tile) {
           const int64_t first = block * kBlockRows + tile * kTileRows;
           const int count = static_cast<int>(std::min<int64_t>(kTileRows, n - first));
-          if (count > 0) word[tile] |= kernels.visible_rows(frustum.view, rows + stride * first, stride, count);
+          if (count > 0) word[tile] |= kernels.visible_rows(frustum.camera, rows + stride * first, stride, count);
         }
       }
       for (int tile = 0; tile < kBlockTiles; ++tile) visible += __builtin_popcountll(word[tile]);
@@ -255,13 +284,10 @@ void write_marked(Ids bits, Ids chunk_ends, Ids ids, int threads) {
 // The cells of a grid over the picture that rows may draw in or near: cells[0] and cells[1] are the first and the end
 // along x, cells[2] and cells[3] along y. A row that draws in no cell has its first one behind the last.
 // `corners` [4, columns + 1, rows + 1] counts rows by two of these numbers: 0 and 2, 0 and 3, 1 and 2, 1 and 3.
-void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3 K, float width, float height,
-                   float near_plane, float far_plane, float eps2d, bool antialiased, float move_means,
-                   float move_quats, float move_scales, float move_opacities, float pixels, float cell_pixels,
-                   Cells cells, Corners corners, int threads) {
-  const Limits limits{width, height, near_plane, far_plane, eps2d, antialiased};
-  const Margin margin{move_means, move_quats, move_scales, move_opacities, pixels};
-  const Frustum frustum = make_frustum(viewmat.data(), K.data(), limits, margin);
+void covered_cells(Geometry geometry, ConstIds ids, PackedCamera packed, float cell_pixels, Cells cells,
+                   Corners corners, int threads) {
+  const Camera& camera = *reinterpret_cast<const Camera*>(packed.data());
+  const float width = camera.size[0], height = camera.size[1];
   const int64_t count = ids.shape(0), ends_x = corners.shape(1), ends_y = corners.shape(2);
   const int64_t plane = ends_x * ends_y;
   const int columns = static_cast<int>(ends_x) - 1, lines = static_cast<int>(ends_y) - 1;
@@ -289,7 +315,7 @@ void covered_cells(Geometry geometry, ConstIds ids, Matrices4 viewmat, Matrices3
       for (int i = 0; i < size; ++i) {
         std::copy_n(rows + stride * id[first + i], kGeometryColumns, gathered + kGeometryColumns * i);
       }
-      kernels.picture_rectangles(frustum.view, gathered, size, rectangles);
+      kernels.picture_rectangles(camera, gathered, size, rectangles);
       for (int i = 0; i < size; ++i) {
         const float *r = rectangles[i], *x = r, *y = r + 2;
         const bool hidden = x[1] <= 0 || x[0] >= width || y[1] <= 0 || y[0] >= height;
@@ -372,16 +398,28 @@ void bind_culling(nb::module_& module) {
   module.attr("BLOCK_ROWS") = nb::int_(kBlockRows);
   module.attr("BLOCK_WORDS") = nb::int_(kBlockTiles);
   module.attr("CHUNK_BLOCKS") = nb::int_(kChunkBlocks);
+  nb::dict fields;
+#define FIELD(name) fields[#name] = nb::int_(offsetof(Camera, name) / sizeof(float));
+#define FIELDS(name, count) FIELD(name)
+  PACKED_CAMERA(FIELD, FIELDS)
+#undef FIELD
+#undef FIELDS
+  module.attr("CAMERA_FIELDS") = fields;  // name: place of the first number
+  module.attr("CAMERA_FLOATS") = nb::int_(kCameraFloats);
+  module.attr("OPAQUE_EXTENT") = nb::float_(kOpaqueExtent);
+  module.attr("POSITION_ERROR") = nb::float_(kPositionError);
+  module.attr("COVARIANCE_ERROR") = nb::float_(kCovarianceError);
+  module.attr("RELATIVE_ERROR") = nb::float_(kRelativeError);
+  module.def("pack_cameras", pack_cameras, "viewmats"_a, "Ks"_a, "width"_a, "height"_a, "near_plane"_a, "far_plane"_a,
+             "eps2d"_a, "antialiased"_a, "move_means"_a, "move_scales"_a, "move_quats"_a, "move_opacities"_a,
+             "pixels"_a, "cameras"_a.noconvert());
+  module.def("half_spaces", half_spaces, "cameras"_a.noconvert(), "out"_a.noconvert());
   module.def("compute_bounds", compute_bounds, "geometry"_a, "bounds"_a.noconvert(), "threads"_a);
   module.def("compute_bounds_of", compute_bounds_of, "geometry"_a, "ids"_a, "bounds"_a.noconvert(), "threads"_a);
-  module.def("mark_visible", mark_visible, "geometry"_a.noconvert(), "bounds"_a.noconvert(), "viewmats"_a, "Ks"_a,
-             "width"_a, "height"_a, "near_plane"_a, "far_plane"_a, "eps2d"_a, "antialiased"_a, "move_means"_a,
-             "move_quats"_a, "move_scales"_a, "move_opacities"_a, "pixels"_a, "bits"_a.noconvert(), "chunk_ends"_a.noconvert(),
-             "threads"_a);
-  module.def("covered_cells", covered_cells, "geometry"_a.noconvert(), "ids"_a.noconvert(), "viewmat"_a, "K"_a, "width"_a,
-             "height"_a, "near_plane"_a, "far_plane"_a, "eps2d"_a, "antialiased"_a, "move_means"_a, "move_quats"_a,
-             "move_scales"_a, "move_opacities"_a, "pixels"_a, "cell_pixels"_a, "cells"_a.noconvert(),
-             "corners"_a.noconvert(), "threads"_a);
+  module.def("mark_visible", mark_visible, "geometry"_a.noconvert(), "bounds"_a.noconvert(),
+             "cameras"_a.noconvert(), "bits"_a.noconvert(), "chunk_ends"_a.noconvert(), "threads"_a);
+  module.def("covered_cells", covered_cells, "geometry"_a.noconvert(), "ids"_a.noconvert(), "camera"_a.noconvert(),
+             "cell_pixels"_a, "cells"_a.noconvert(), "corners"_a.noconvert(), "threads"_a);
   module.attr("CHUNK_ROWS") = nb::int_(kChunkRows);
   module.def("count_in_boxes", count_in_boxes, "cells"_a.noconvert(), "boxes"_a, "counts"_a.noconvert(), "threads"_a);
   module.def("write_in_boxes", write_in_boxes, "cells"_a.noconvert(), "boxes"_a, "offsets"_a.noconvert(),

@@ -18,12 +18,7 @@ namespace offload {
 namespace KERNEL_ISA {
 namespace {
 
-// What the rasterizer's and our float operations may be off.
-constexpr float kPositionError = 5e-7f;    // of camera-space coordinates, relative to the summands
-constexpr float kCovarianceError = 1e-6f;  // of image covariances, relative to the largest they could be
-constexpr float kRelative = 1e-5f;         // of everything else
-
-constexpr float kLogitThreshold = -5.5373343f - kRelative;  // logit of 1/255
+constexpr float kLogitThreshold = -5.5373343f - kRelativeError;  // logit of 1/255
 
 using Floats = Lanes<float>;
 using Ints = LaneTypes<float>::Ints;  // comparisons give -1 where true, 0 where false
@@ -85,13 +80,12 @@ struct Position {
   Floats error;    // how far from there it may be
 };
 
-inline Position camera_position(const View& v, const Floats (&mean)[3]) {
-  const float *W = v.rotation, *t = v.translation;
-  const Floats sum = magnitude(mean[0]) + magnitude(mean[1]) + magnitude(mean[2]) +
-                     std::fmax(std::fabs(t[0]), std::fmax(std::fabs(t[1]), std::fabs(t[2])));
+inline Position camera_position(const Camera& camera, const Floats (&mean)[3]) {
+  const float *W = camera.rotation, *t = camera.translation;
+  const Floats sum = magnitude(mean[0]) + magnitude(mean[1]) + magnitude(mean[2]) + camera.largest_translation;
   Floats p[3];
   for (int r = 0; r < 3; ++r) p[r] = W[3 * r] * mean[0] + W[3 * r + 1] * mean[1] + W[3 * r + 2] * mean[2] + t[r];
-  return {p[0], p[1], p[2], v.move + kPositionError * sum};
+  return {p[0], p[1], p[2], camera.move + kPositionError * sum};
 }
 
 // What can be said without the rotation: a ball of the largest scale that misses the picture is hidden, and a centre
@@ -100,21 +94,21 @@ struct Decision {
   Ints hidden, drawn;
 };
 
-inline Decision decide(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3], Floats logit) {
-  const Position p = camera_position(v, mean);
+inline Decision decide(const Camera& camera, const Floats (&mean)[3], const Floats (&log_scales)[3], Floats logit) {
+  const Position p = camera_position(camera, mean);
   const Floats scale = exponential(maximum(log_scales[0], maximum(log_scales[1], log_scales[2])));
-  const Floats z = at_least(p.z, v.near_plane);
-  const Floats x = v.fx * p.x, y = v.fy * p.y;
+  const Floats z = at_least(p.z, camera.near_plane);
+  const Floats x = camera.focal[0] * p.x, y = camera.focal[1] * p.y;
   // Pixels times depth from the four borders of the picture, positive inside.
-  const Floats left = x + v.cx * z, right = (v.width - v.cx) * z - x;
-  const Floats top = y + v.cy * z, bottom = (v.height - v.cy) * z - y;
-  const Floats reach_x = v.reach[0] * scale + v.blur_reach * z + v.error_reach[0] * p.error;
-  const Floats reach_y = v.reach[1] * scale + v.blur_reach * z + v.error_reach[1] * p.error;
-  const Ints hidden = (p.z < v.near_plane - p.error) | (p.z > v.far_plane + p.error) |
-                      (logit < broadcast(kLogitThreshold - v.logit_gain)) | (left + reach_x <= 0.0f) |
+  const Floats left = x + camera.centre[0] * z, right = (camera.size[0] - camera.centre[0]) * z - x;
+  const Floats top = y + camera.centre[1] * z, bottom = (camera.size[1] - camera.centre[1]) * z - y;
+  const Floats reach_x = camera.reach[0] * scale + camera.blur_reach * z + camera.error_reach[0] * p.error;
+  const Floats reach_y = camera.reach[1] * scale + camera.blur_reach * z + camera.error_reach[1] * p.error;
+  const Ints hidden = (p.z < camera.near_plane - p.error) | (p.z > camera.far_plane + p.error) |
+                      (logit < broadcast(kLogitThreshold - camera.logit_gain)) | (left + reach_x <= 0.0f) |
                       (right + reach_x <= 0.0f) | (top + reach_y <= 0.0f) | (bottom + reach_y <= 0.0f);
   const Ints inside = (left > 0.0f) & (right > 0.0f) & (top > 0.0f) & (bottom > 0.0f);
-  return {hidden, v.antialiased ? Ints{} : inside & ~hidden};
+  return {hidden, camera.antialiased ? Ints{} : inside & ~hidden};
 }
 
 // One row of the projection's Jacobian in units of f/z, (1, -slope): its length, and how much it may change.
@@ -122,7 +116,8 @@ struct JacobianRow {
   Floats slope, length, change;
 };
 
-inline JacobianRow jacobian_row(Floats raw_slope, float low, float high, Floats relative_move) {
+inline JacobianRow jacobian_row(const Camera& camera, int axis, Floats raw_slope, Floats relative_move) {
+  const float low = camera.slope_low[axis], high = camera.slope_high[axis];
   const Floats slope = clamp(raw_slope, low, high);
   const Floats slope_change = minimum(relative_move * (1.0f + magnitude(raw_slope)), broadcast(high - low));
   return {slope, root(1.0f + slope * slope),
@@ -137,8 +132,10 @@ struct Extent {
   Floats change;    // how much the length may grow when the centre moves and the axes turn
 };
 
-inline Extent image_extent(const float* W, int axis, const JacobianRow& j, Floats focal, const Floats (&Q)[3][3],
-                           const Floats (&scales)[3], Floats turn) {
+inline Extent image_extent(const Camera& camera, int axis, const JacobianRow& j, Floats inverse_z,
+                           const Floats (&Q)[3][3], const Floats (&scales)[3], Floats turn) {
+  const float* W = camera.rotation;
+  const Floats focal = camera.focal[axis] * inverse_z;
   Extent e;
   Floats jw[3], norm2 = {};
   for (int k = 0; k < 3; ++k) jw[k] = W[3 * axis + k] - j.slope * W[6 + k];
@@ -156,18 +153,18 @@ inline Extent image_extent(const float* W, int axis, const JacobianRow& j, Float
 
 // The largest compensation sqrt(det(cov) / det(cov + eps2d I)): with the determinant d of cov it is
 // d / (d + eps2d trace + eps2d^2), which grows with d and shrinks with the trace.
-inline Floats largest_compensation(const View& v, const Extent& x, const Extent& y) {
+inline Floats largest_compensation(const Camera& camera, const Extent& x, const Extent& y) {
   const Floats length_x = root(x.variance), length_y = root(y.variance);
   const Floats xy = x.row[0] * y.row[0] + x.row[1] * y.row[1] + x.row[2] * y.row[2];
   const Floats area = root(at_least(x.variance * y.variance - xy * xy, 0.0f)) + x.change * length_y +
                       y.change * length_x + x.change * y.change;
-  const Floats grown = v.growth * v.growth * area;
-  const Floats low_x = at_least(length_x - x.change, 0.0f) / v.growth;
-  const Floats low_y = at_least(length_y - y.change, 0.0f) / v.growth;
+  const Floats grown = camera.growth * camera.growth * area;
+  const Floats low_x = at_least(length_x - x.change, 0.0f) / camera.growth;
+  const Floats low_y = at_least(length_y - y.change, 0.0f) / camera.growth;
   const Floats error = 2.0f * (x.error * y.variance + y.error * x.variance) + x.error * y.error +
                        1e-6f * x.variance * y.variance;
   const Floats determinant = grown * grown + error;
-  const Floats blur = v.eps2d * (low_x * low_x + low_y * low_y) + v.eps2d * v.eps2d;
+  const Floats blur = camera.eps2d * (low_x * low_x + low_y * low_y) + camera.eps2d * camera.eps2d;
   return root(determinant / at_least(determinant + blur - 2.0f * error, 1e-30f));
 }
 
@@ -176,14 +173,16 @@ struct Interval {
   Floats low, high;
 };
 
-inline Interval interval(const View& v, float focal, float centre, float size, Floats slope, const Extent& e,
-                         Floats extent, Floats relative_move) {
-  const Floats sigma = v.growth * (root(e.variance + e.error) + e.change);
-  const Floats radius = extent * root(sigma * sigma + v.eps2d);
+inline Interval interval(const Camera& camera, int axis, Floats slope, const Extent& e, Floats extent,
+                         Floats relative_move) {
+  const float focal = camera.focal[axis], centre = camera.centre[axis], size = camera.size[axis];
+  const Floats sigma = camera.growth * (root(e.variance + e.error) + e.change);
+  const Floats radius = extent * root(sigma * sigma + camera.eps2d);
   // ceil(r) as floor(r) + 1, which vectorizes everywhere.
   const Ints floor = __builtin_convertvector(minimum(radius + 1e-4f, broadcast(1e9f)), Ints);
   const Floats offset = focal * slope;
-  const Floats half = __builtin_convertvector(floor + 1, Floats) + v.extra_pixels + kRelative * (radius + magnitude(offset)) +
+  const Floats half = __builtin_convertvector(floor + 1, Floats) + camera.extra_pixels +
+                      kRelativeError * (radius + magnitude(offset)) +
                       focal * relative_move * (1.0f + magnitude(slope)) + 1e-6f * (std::fabs(centre) + size);
   return {offset + centre - half, offset + centre + half};
 }
@@ -193,11 +192,11 @@ struct Rectangle {
   Ints hidden;  // drawn nowhere
 };
 
-inline Rectangle rectangle(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3],
+inline Rectangle rectangle(const Camera& camera, const Floats (&mean)[3], const Floats (&log_scales)[3],
                            const Floats (&quat)[4], Floats logit) {
-  const Position p = camera_position(v, mean);
+  const Position p = camera_position(camera, mean);
   // Of the positions within the error only those behind the near plane can be drawn.
-  const Floats z = at_least(p.z, v.near_plane), nearest = at_least(z - p.error, v.near_plane);
+  const Floats z = at_least(p.z, camera.near_plane), nearest = at_least(z - p.error, camera.near_plane);
   const Floats inverse_z = 1.0f / z, relative_move = p.error / nearest;
   const Floats slope_x = p.x * inverse_z, slope_y = p.y * inverse_z;
 
@@ -210,30 +209,31 @@ inline Rectangle rectangle(const View& v, const Floats (&mean)[3], const Floats 
                           {2.0f * (i * j + w * k), 1.0f - 2.0f * (i * i + k * k), 2.0f * (j * k - w * i)},
                           {2.0f * (i * k - w * j), 2.0f * (j * k + w * i), 1.0f - 2.0f * (i * i + j * j)}};
   // Rotations whose unit quaternions differ by an angle phi differ by 2 sin phi.
-  const Floats turn = minimum(2.0f * v.turn / at_least(root(norm2), 1e-18f), broadcast(2.0f));
+  const Floats turn = minimum(2.0f * camera.turn / at_least(root(norm2), 1e-18f), broadcast(2.0f));
   const Floats scales[3] = {exponential(log_scales[0]), exponential(log_scales[1]), exponential(log_scales[2])};
 
-  const JacobianRow jx = jacobian_row(slope_x, v.slope_low[0], v.slope_high[0], relative_move);
-  const JacobianRow jy = jacobian_row(slope_y, v.slope_low[1], v.slope_high[1], relative_move);
-  const Extent ex = image_extent(v.rotation, 0, jx, v.fx * inverse_z, Q, scales, turn);
-  const Extent ey = image_extent(v.rotation, 1, jy, v.fy * inverse_z, Q, scales, turn);
+  const JacobianRow jx = jacobian_row(camera, 0, slope_x, relative_move);
+  const JacobianRow jy = jacobian_row(camera, 1, slope_y, relative_move);
+  const Extent ex = image_extent(camera, 0, jx, inverse_z, Q, scales, turn);
+  const Extent ey = image_extent(camera, 1, jy, inverse_z, Q, scales, turn);
 
-  Floats opacity255 = 255.0f * (1.0f + kRelative) / (1.0f + exponential(-logit - v.logit_gain));
-  if (v.antialiased) opacity255 *= largest_compensation(v, ex, ey);
-  const Floats extent2 = 2.0f * (logarithm(clamp(opacity255, 1.0f, 1e6f)) + kRelative);
-  const Floats extent = minimum(root(extent2), broadcast(kOpaqueExtent)) * (1.0f + kRelative);
-  return {interval(v, v.fx, v.cx, v.width, slope_x, ex, extent, relative_move),
-          interval(v, v.fy, v.cy, v.height, slope_y, ey, extent, relative_move), opacity255 < 1.0f};
+  Floats opacity255 = 255.0f * (1.0f + kRelativeError) / (1.0f + exponential(-logit - camera.logit_gain));
+  if (camera.antialiased) opacity255 *= largest_compensation(camera, ex, ey);
+  const Floats extent2 = 2.0f * (logarithm(clamp(opacity255, 1.0f, 1e6f)) + kRelativeError);
+  const Floats extent = minimum(root(extent2), broadcast(kOpaqueExtent)) * (1.0f + kRelativeError);
+  return {interval(camera, 0, slope_x, ex, extent, relative_move),
+          interval(camera, 1, slope_y, ey, extent, relative_move), opacity255 < 1.0f};
 }
 
 // The whole test.
-inline Ints may_be_drawn(const View& v, const Floats (&mean)[3], const Floats (&log_scales)[3],
+inline Ints may_be_drawn(const Camera& camera, const Floats (&mean)[3], const Floats (&log_scales)[3],
                          const Floats (&quat)[4], Floats logit) {
-  const Rectangle r = rectangle(v, mean, log_scales, quat, logit);
-  return ~(r.hidden | (r.x.high <= 0.0f) | (r.x.low >= v.width) | (r.y.high <= 0.0f) | (r.y.low >= v.height));
+  const Rectangle r = rectangle(camera, mean, log_scales, quat, logit);
+  return ~(r.hidden | (r.x.high <= 0.0f) | (r.x.low >= camera.size[0]) | (r.y.high <= 0.0f) |
+           (r.y.low >= camera.size[1]));
 }
 
-uint64_t visible_rows(const View& view, const float* rows, int64_t stride, int count) {
+uint64_t visible_rows(const Camera& camera, const float* rows, int64_t stride, int count) {
   uint64_t bits = 0;
   for (int first = 0; first < count; first += kWidth) {
     const float* from = rows + stride * first;
@@ -241,12 +241,12 @@ uint64_t visible_rows(const View& view, const float* rows, int64_t stride, int c
     load_rows(from + kMeans, stride, count - first, mean);
     load_rows(from + kScales, stride, count - first, log_scales);
     load_rows(from + kOpacities, stride, count - first, logit);
-    const Decision decision = decide(view, mean, log_scales, logit[0]);
+    const Decision decision = decide(camera, mean, log_scales, logit[0]);
     Ints drawn = decision.drawn;
     if (any(~(decision.hidden | decision.drawn))) {
       Floats quat[4];
       load_rows(from + kQuats, stride, count - first, quat);
-      drawn |= ~decision.hidden & may_be_drawn(view, mean, log_scales, quat, logit[0]);
+      drawn |= ~decision.hidden & may_be_drawn(camera, mean, log_scales, quat, logit[0]);
     }
     for (int lane = 0; lane < kWidth && first + lane < count; ++lane) {
       bits |= static_cast<uint64_t>(drawn[lane] & 1) << (first + lane);
@@ -255,7 +255,7 @@ uint64_t visible_rows(const View& view, const float* rows, int64_t stride, int c
   return bits;
 }
 
-void picture_rectangles(const View& view, const float* rows, int count, float (*rectangles)[4]) {
+void picture_rectangles(const Camera& camera, const float* rows, int count, float (*rectangles)[4]) {
   for (int first = 0; first < count; first += kWidth) {
     const float* from = rows + kGeometryColumns * first;
     Floats mean[3], log_scales[3], quat[4], logit[1];
@@ -263,8 +263,8 @@ void picture_rectangles(const View& view, const float* rows, int count, float (*
     load_rows(from + kScales, kGeometryColumns, count - first, log_scales);
     load_rows(from + kQuats, kGeometryColumns, count - first, quat);
     load_rows(from + kOpacities, kGeometryColumns, count - first, logit);
-    const Rectangle r = rectangle(view, mean, log_scales, quat, logit[0]);
-    const Ints hidden = r.hidden | decide(view, mean, log_scales, logit[0]).hidden;
+    const Rectangle r = rectangle(camera, mean, log_scales, quat, logit[0]);
+    const Ints hidden = r.hidden | decide(camera, mean, log_scales, logit[0]).hidden;
     for (int lane = 0; lane < kWidth && first + lane < count; ++lane) {
       float* to = rectangles[first + lane];
       to[0] = r.x.low[lane], to[1] = r.x.high[lane], to[2] = r.y.low[lane], to[3] = r.y.high[lane];

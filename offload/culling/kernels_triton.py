@@ -1,16 +1,15 @@
-"""The test of single Gaussians of `offload/culling/native.py` as CUDA kernels in Triton: one pass over the geometry.
+"""`offload/culling/kernels.py` as CUDA kernels in Triton: one pass over the geometry.
 
-Reads 24 bytes of each of N Gaussians and camera, and 20 more where one in its block may reach the picture: 0.1 ms for
-18 million at 4 TB/s. To find the cells that rows may draw in writes 8 bytes of each. The formulas and what each bound
-is for stand in `culling._View`, whose constants the kernels take.
+The test of single Gaussians reads 24 bytes of each of N Gaussians and camera, and 60 more where one in its block may
+reach the picture: 0.1 ms for 18 million at 4 TB/s. To find the cells that rows may draw in writes 8 bytes of each.
+The formulas and what each bound is for stand in `offload/csrc/culling_kernels.cpp`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -18,151 +17,116 @@ from torch import Tensor
 
 from offload.adam.deferral import CatchUpTables
 from offload.adam.deferral_triton import caught_up, skipped_sizes
-from offload.culling.cameras import Margin
-from offload.culling.native import COVARIANCE_ERROR, OPAQUE_EXTENT, POSITION_ERROR, RELATIVE
-from offload.store.host_store import group_columns
+from offload.adam.geometry import COLUMNS, GeometryState
+from offload.adam.geometry_triton import OPACITIES, QUATS, SCALES
+from offload.backends import native
+from offload.culling.cameras import Cameras, Margin, pack
+from offload.culling.cells import CoveredCells, grid_of
 
-BLOCK = 256
-SCALES, QUATS, OPACITIES = (
-    tl.constexpr(group_columns("geometry", sh_degree=0)[name].start) for name in ("scales", "quats", "opacities")
-)  # first columns of these parameters in an optimizer's tables
+BLOCK = 256  # rows
 
+# Where a packed camera has its numbers.
+ROTATION = tl.constexpr(native.CAMERA_FIELDS["rotation"])
+TRANSLATION = tl.constexpr(native.CAMERA_FIELDS["translation"])
+LARGEST_TRANSLATION = tl.constexpr(native.CAMERA_FIELDS["largest_translation"])
+FOCAL = tl.constexpr(native.CAMERA_FIELDS["focal"])
+CENTRE = tl.constexpr(native.CAMERA_FIELDS["centre"])
+SIZE = tl.constexpr(native.CAMERA_FIELDS["size"])
+SLOPE_LOW = tl.constexpr(native.CAMERA_FIELDS["slope_low"])
+SLOPE_HIGH = tl.constexpr(native.CAMERA_FIELDS["slope_high"])
+NEAR_PLANE = tl.constexpr(native.CAMERA_FIELDS["near_plane"])
+FAR_PLANE = tl.constexpr(native.CAMERA_FIELDS["far_plane"])
+REACH = tl.constexpr(native.CAMERA_FIELDS["reach"])
+ERROR_REACH = tl.constexpr(native.CAMERA_FIELDS["error_reach"])
+BLUR_REACH = tl.constexpr(native.CAMERA_FIELDS["blur_reach"])
+EPS2D = tl.constexpr(native.CAMERA_FIELDS["eps2d"])
+MOVE = tl.constexpr(native.CAMERA_FIELDS["move"])
+TURN = tl.constexpr(native.CAMERA_FIELDS["turn"])
+GROWTH = tl.constexpr(native.CAMERA_FIELDS["growth"])
+LOGIT_GAIN = tl.constexpr(native.CAMERA_FIELDS["logit_gain"])
+EXTRA_PIXELS = tl.constexpr(native.CAMERA_FIELDS["extra_pixels"])
 
-@dataclass(frozen=True)
-class Lag:
-    """What brings rows that lag behind to the present step."""
-
-    moments: Sequence[Tensor]  # both of the means, of the scales, of the quats and of the opacities
-    last_step: Tensor  # [N] int32, step of each row's last update
-    tables: CatchUpTables  # of the skipped steps
-    margin: Margin  # how much rows may move after their last update
+OPAQUE_EXTENT = tl.constexpr(native.OPAQUE_EXTENT)
+POSITION_ERROR = tl.constexpr(native.POSITION_ERROR)
+COVARIANCE_ERROR = tl.constexpr(native.COVARIANCE_ERROR)
+RELATIVE_ERROR = tl.constexpr(native.RELATIVE_ERROR)
 
 
 def visible_ids(
-    means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, views: Sequence, lag: Lag | None = None
+    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
 ) -> Tensor:
-    """Sorted int64 [V] of the rows that may be drawn in any of the views; waits for the device.
-
-    Args:
-        means: [N, 3]. scales: log scales [N, 3]. quats: [N, 4]. opacities: logit opacities [N]. All float32.
-        views: Of `culling.views_of`, with the margin that current rows need.
-        lag: Of rows that lag behind; None: they are current.
-    """
+    """Find the rows that any of the cameras may draw, as `offload.culling.kernels.visible_ids`."""
+    means, scales, quats, opacities = (state.parameters[name].contiguous() for name in COLUMNS)
+    moments = [array[name] for name in COLUMNS for array in (state.exp_avg, state.exp_avg_sq)]
     drawn = torch.zeros(len(means), dtype=torch.uint8, device=means.device)
-    means, scales, quats, opacities = (t.contiguous() for t in (means, scales, quats, opacities))
     if len(means):
-        for view in views:
-            numbers, constants = _of_view(view)
+        packed = np.concatenate([pack(cameras, lag_margin), pack(cameras, margin)])
+        arguments = _as_arguments(packed, means.device)
+        num_cameras = len(arguments) // 2
+        for lagging, camera in zip(arguments[:num_cameras], arguments[num_cameras:], strict=True):
             _mark_visible[(triton.cdiv(len(means), BLOCK),)](
-                means, scales, quats, opacities, drawn, len(means), *_of_lag(lag, view), *numbers, **constants,
-                BLOCK=BLOCK,
+                means, scales, quats, opacities, *moments, state.last_step, tables.sums, tables.multipliers,
+                tables.sums.shape[1], tables.eps, len(means), lagging, camera, drawn, *tables.multipliers.shape,
+                ANTIALIASED=cameras.antialiased, BLOCK=BLOCK,
             )  # fmt: skip
     return drawn.nonzero().squeeze(1)
 
 
-def cover_cells(
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    opacities: Tensor,
-    ids: Tensor,
-    view,
-    cell: int,
-    cells: Tensor,
-    corners: Tensor,
-) -> None:
-    """Find the cells that rows may draw in.
-
-    Args:
-        means, scales, quats, opacities: As for `visible_ids`. view: A `culling._View`.
-        ids: [V] int64, the rows to look at.
-        cell: Width and height of a cell in pixels.
-        cells: [4, V] int16, to be written: of `culling.CoveredCells`.
-        corners: [4, columns + 1, rows + 1] int32, to be added to: the same.
-    """
-    if len(ids) == 0:
-        return
-    means, scales, quats, opacities = (t.contiguous() for t in (means, scales, quats, opacities))
-    numbers, constants = _of_view(view)
-    ends = (float(corners.shape[1] - 1), float(corners.shape[2] - 1))
-    _cover_cells[(triton.cdiv(len(ids), BLOCK),)](
-        means, scales, quats, opacities, ids, cells, corners, len(ids), corners.shape[2], corners[0].numel(),
-        float(cell), *ends, *numbers, **constants, BLOCK=BLOCK,
-    )  # fmt: skip
+def covered_cells(parameters: Mapping[str, Tensor], cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
+    """Find where rows may draw, for each camera, as `offload.culling.kernels.covered_cells`."""
+    means, scales, quats, opacities = (parameters[name].contiguous() for name in COLUMNS)
+    num_rows, device = len(means), means.device
+    columns, lines = grid_of(cameras, cell)
+    found = []
+    for camera in _as_arguments(pack(cameras, margin), device):
+        cells = torch.empty(4, num_rows, dtype=torch.int16, device=device)
+        corners = torch.zeros(4, columns + 1, lines + 1, dtype=torch.int32, device=device)
+        if num_rows:
+            _cover_cells[(triton.cdiv(num_rows, BLOCK),)](
+                means, scales, quats, opacities, num_rows, camera, float(cell), columns, lines, cells, corners,
+                ANTIALIASED=cameras.antialiased, BLOCK=BLOCK,
+            )  # fmt: skip
+        found.append(CoveredCells(cells, corners.cpu().numpy().astype(np.int64).reshape(2, 2, columns + 1, lines + 1)))
+    return found
 
 
-def _of_lag(lag: Lag | None, view) -> list[object]:
-    """What `_mark_visible` takes of it: first how far rows reach that lag behind, in the view's half spaces."""
-    (*_, reach_x, _), _, (*_, reach_y, _), *_ = view.planes
-    if lag is None:
-        return [view.move, reach_x, reach_y, *[None] * 11, 0, 0.0, 0, 0]
-    growth = math.exp(lag.margin.scales) / view.growth
-    tables = lag.tables
-    return [
-        math.sqrt(3) * lag.margin.means, growth * reach_x, growth * reach_y, *lag.moments, lag.last_step,
-        tables.sums, tables.multipliers, tables.sums.shape[1], tables.eps, *tables.multipliers.shape,
-    ]  # fmt: skip
+def rows_in_boxes(cells: Tensor, boxes: Sequence[tuple[int, int, int, int]]) -> tuple[list[Tensor], Tensor]:
+    """Find the rows that may draw in boxes of cells, as `offload.culling.kernels.rows_in_boxes`; waits."""
+    first_x, end_x, first_y, end_y = cells
+    met = torch.zeros_like(first_x, dtype=torch.uint8)
+    chosen = []
+    for left, right, top, bottom in boxes:
+        meets = (first_x < right) & (end_x > left) & (first_y < bottom) & (end_y > top)
+        met += meets
+        met.clamp_(max=2)
+        chosen.append(meets.nonzero().squeeze(1))
+    return chosen, (met > 1).nonzero().squeeze(1)
 
 
-def _of_view(view) -> tuple[list[float], dict[str, object]]:
-    """What the kernels take of a `culling._View`, in their order."""
-    margin, cameras = view.margin, view.cameras
-    (*_, reach_x, error_reach_x), _, (*_, reach_y, error_reach_y), *_ = view.planes
-    numbers = [
-        *view.rotation[0], *view.rotation[1], *view.rotation[2], *view.translation, max(map(abs, view.translation)),
-        *view.focal, *view.centre, *view.size, *view.slopes[0], *view.slopes[1], cameras.near_plane, cameras.far_plane,
-        reach_x, reach_y, error_reach_x, error_reach_y, view.blur_reach,
-        view.move, view.turn, view.growth, margin.opacities, margin.pixels, cameras.eps2d,
-    ]  # fmt: skip
-    constants = {
-        "POSITION_ERROR": POSITION_ERROR,
-        "COVARIANCE_ERROR": COVARIANCE_ERROR,
-        "RELATIVE": RELATIVE,
-        "OPAQUE_EXTENT": OPAQUE_EXTENT,
-        "ANTIALIASED": cameras.antialiased,
-    }
-    return numbers, constants
+# A kernel takes a packed camera as one tuple of numbers, which travel with the launch for nothing. Triton 3.2, that of
+# torch 2.6, knows no tuples: there the camera is a tensor, sent before the launch, for which nobody waits.
+_TAKES_TUPLES = hasattr(tl, "tuple")
+
+
+def _as_arguments(packed: np.ndarray, device: torch.device) -> Sequence[tuple[float, ...] | Tensor]:
+    """Make packed cameras [C, native.CAMERA_FLOATS] what kernels take."""
+    if _TAKES_TUPLES:
+        return list(map(tuple, packed.tolist()))
+    cameras = torch.from_numpy(packed)
+    return list(cameras.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cameras)
 
 
 @triton.jit
-def _image_extent(
-    raw_slope, low, high, focal, w0, w1, w2, v0, v1, v2, z, relative_move, turn, largest_scale,
-    r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2, COVARIANCE_ERROR: tl.constexpr,
-):  # fmt: skip
-    """`_View.image_extent`; w is the camera's axis in world coordinates, v its viewing direction."""
-    slope = tl.minimum(tl.maximum(raw_slope, low), high)
-    slope_change = tl.minimum(relative_move * (1 + tl.abs(raw_slope)), high - low)
-    length = tl.sqrt(1 + slope * slope)
-    length_change = relative_move * (1 + tl.abs(slope)) + (1 + relative_move) * slope_change
-    focal_z = focal / z
-    j0, j1, j2 = w0 - slope * v0, w1 - slope * v1, w2 - slope * v2
-    a0 = focal_z * s0 * (j0 * r00 + j1 * r10 + j2 * r20)
-    a1 = focal_z * s1 * (j0 * r01 + j1 * r11 + j2 * r21)
-    a2 = focal_z * s2 * (j0 * r02 + j1 * r12 + j2 * r22)
-    variance = a0 * a0 + a1 * a1 + a2 * a2
-    reach = focal_z * length
-    rounding = COVARIANCE_ERROR * reach * reach * (s0 * s0 + s1 * s1 + s2 * s2)
-    change = largest_scale * focal_z * (length_change + (length + length_change) * turn)
-    return a0, a1, a2, variance, rounding, change
+def _number_of_tuple(camera, FIELD: tl.constexpr):
+    return camera[FIELD]
 
 
 @triton.jit
-def _interval(
-    slope, focal, centre, size, variance, rounding, change, extent, growth, relative_move, margin_pixels, eps2d,
-    RELATIVE: tl.constexpr,
-):  # fmt: skip
-    """Where the rectangle around the centre begins and ends along one axis, in pixels."""
-    sigma = growth * (tl.sqrt(variance + rounding) + change)
-    radius = extent * tl.sqrt(sigma * sigma + eps2d)
-    offset = focal * slope
-    half = (
-        tl.ceil(radius + 1e-4)
-        + margin_pixels
-        + RELATIVE * (radius + tl.abs(offset))
-        + focal * relative_move * (1 + tl.abs(slope))
-        + 1e-6 * (tl.abs(centre) + size)
-    )
-    return offset + centre - half, offset + centre + half
+def _number_of_tensor(camera, FIELD: tl.constexpr):
+    return tl.load(camera + FIELD)
+
+
+_number = _number_of_tuple if _TAKES_TUPLES else _number_of_tensor  # of a packed camera
 
 
 @triton.jit
@@ -186,44 +150,122 @@ def _load_quats(quats, i, mask):
 
 
 @triton.jit
-def _reaches(
-    mx, my, mz, log_s0, log_s1, log_s2, valid,
-    w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
-    focal_x, focal_y, centre_x, centre_y, width, height, near, far,
-    reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR: tl.constexpr,
-):  # fmt: skip
-    """Which rows may reach the picture by `_View.half_spaces`, which close to the camera say more than rectangles;
-    their position in camera space and its error, and their scales."""
-    x = w00 * mx + w01 * my + w02 * mz + t0
-    y = w10 * mx + w11 * my + w12 * mz + t1
-    z = w20 * mx + w21 * my + w22 * mz + t2
-    error = move + POSITION_ERROR * (tl.abs(mx) + tl.abs(my) + tl.abs(mz) + largest_t)
-    drawn = valid & (z >= near - error) & (z <= far + error)
+def _axis(camera, row: tl.constexpr):
+    """One of the camera's axes in world coordinates: a row of the rotation."""
+    w0 = _number(camera, ROTATION + 3 * row)
+    w1 = _number(camera, ROTATION + 3 * row + 1)
+    w2 = _number(camera, ROTATION + 3 * row + 2)
+    return w0, w1, w2
+
+
+@triton.jit
+def _coordinate(camera, row: tl.constexpr, mx, my, mz):
+    """A coordinate of means in camera space."""
+    w0, w1, w2 = _axis(camera, row)
+    return w0 * mx + w1 * my + w2 * mz + _number(camera, TRANSLATION + row)
+
+
+@triton.jit
+def _between_borders(camera, AXIS: tl.constexpr, x, z, largest_scale, error):
+    """Whether a ball of the largest scale may reach the picture from both of its borders along an axis."""
+    ball = _number(camera, REACH + AXIS) * largest_scale + _number(camera, ERROR_REACH + AXIS) * error
+    focal = _number(camera, FOCAL + AXIS)
+    centre = _number(camera, CENTRE + AXIS)
+    size = _number(camera, SIZE + AXIS)
+    blur_reach = _number(camera, BLUR_REACH)
+    return (focal * x + (centre + blur_reach) * z + ball >= 0) & (
+        -focal * x + (size - centre + blur_reach) * z + ball >= 0
+    )
+
+
+@triton.jit
+def _reaches(camera, mx, my, mz, log_s0, log_s1, log_s2, valid):
+    """Which rows may reach the picture by the camera's half spaces, which close to it say more than rectangles; their
+    position in camera space and its error, and their scales."""
+    x = _coordinate(camera, 0, mx, my, mz)
+    y = _coordinate(camera, 1, mx, my, mz)
+    z = _coordinate(camera, 2, mx, my, mz)
+    size = tl.abs(mx) + tl.abs(my) + tl.abs(mz) + _number(camera, LARGEST_TRANSLATION)
+    error = _number(camera, MOVE) + POSITION_ERROR * size
+    drawn = valid & (z >= _number(camera, NEAR_PLANE) - error) & (z <= _number(camera, FAR_PLANE) + error)
     s0, s1, s2 = tl.exp(log_s0), tl.exp(log_s1), tl.exp(log_s2)
     largest_scale = tl.maximum(s0, tl.maximum(s1, s2))
-    ball_x = reach_x * largest_scale + error_reach_x * error
-    ball_y = reach_y * largest_scale + error_reach_y * error
-    drawn &= (focal_x * x + (centre_x + blur_reach) * z + ball_x >= 0) & (
-        -focal_x * x + (width - centre_x + blur_reach) * z + ball_x >= 0
-    )
-    drawn &= (focal_y * y + (centre_y + blur_reach) * z + ball_y >= 0) & (
-        -focal_y * y + (height - centre_y + blur_reach) * z + ball_y >= 0
-    )
+    drawn &= _between_borders(camera, 0, x, z, largest_scale, error)
+    drawn &= _between_borders(camera, 1, y, z, largest_scale, error)
     return drawn, x, y, z, error, s0, s1, s2
 
 
 @triton.jit
-def _rectangles(
-    qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2,
-    w00, w01, w02, w10, w11, w12, w20, w21, w22,
-    focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near,
-    turn_margin, growth, margin_opacities, margin_pixels, eps2d,
-    COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr, OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr,
+def _image_extent(
+    camera, AXIS: tl.constexpr, raw_slope, z, relative_move, turn, r00, r01, r02, r10, r11, r12, r20, r21, r22,
+    s0, s1, s2,
 ):  # fmt: skip
+    """A row of J W Q S in pixels, its length squared, the rounding error of that, and by how much the length may grow
+    when the centre moves and the axes turn."""
+    low = _number(camera, SLOPE_LOW + AXIS)
+    high = _number(camera, SLOPE_HIGH + AXIS)
+    w0, w1, w2 = _axis(camera, AXIS)
+    v0, v1, v2 = _axis(camera, 2)
+    slope = tl.minimum(tl.maximum(raw_slope, low), high)
+    slope_change = tl.minimum(relative_move * (1 + tl.abs(raw_slope)), high - low)
+    length = tl.sqrt(1 + slope * slope)
+    length_change = relative_move * (1 + tl.abs(slope)) + (1 + relative_move) * slope_change
+    focal_z = _number(camera, FOCAL + AXIS) / z
+    j0, j1, j2 = w0 - slope * v0, w1 - slope * v1, w2 - slope * v2
+    a0 = focal_z * s0 * (j0 * r00 + j1 * r10 + j2 * r20)
+    a1 = focal_z * s1 * (j0 * r01 + j1 * r11 + j2 * r21)
+    a2 = focal_z * s2 * (j0 * r02 + j1 * r12 + j2 * r22)
+    variance = a0 * a0 + a1 * a1 + a2 * a2
+    reach = focal_z * length
+    rounding = COVARIANCE_ERROR * reach * reach * (s0 * s0 + s1 * s1 + s2 * s2)
+    largest_scale = tl.maximum(s0, tl.maximum(s1, s2))
+    change = largest_scale * focal_z * (length_change + (length + length_change) * turn)
+    return a0, a1, a2, variance, rounding, change
+
+
+@triton.jit
+def _interval(camera, AXIS: tl.constexpr, slope, variance, rounding, change, extent, relative_move):
+    """Where the rectangle around the centre begins and ends along one axis, in pixels."""
+    focal = _number(camera, FOCAL + AXIS)
+    centre = _number(camera, CENTRE + AXIS)
+    size = _number(camera, SIZE + AXIS)
+    sigma = _number(camera, GROWTH) * (tl.sqrt(variance + rounding) + change)
+    radius = extent * tl.sqrt(sigma * sigma + _number(camera, EPS2D))
+    offset = focal * slope
+    half = (
+        tl.ceil(radius + 1e-4)
+        + _number(camera, EXTRA_PIXELS)
+        + RELATIVE_ERROR * (radius + tl.abs(offset))
+        + focal * relative_move * (1 + tl.abs(slope))
+        + 1e-6 * (tl.abs(centre) + size)
+    )
+    return offset + centre - half, offset + centre + half
+
+
+@triton.jit
+def _largest_compensation(camera, x0, x1, x2, xx, rounding_x, change_x, y0, y1, y2, yy, rounding_y, change_y):
+    """The largest factor by which Mip-Splatting lowers opacities, of what `_image_extent` gives along x and y."""
+    growth = _number(camera, GROWTH)
+    eps2d = _number(camera, EPS2D)
+    length_x, length_y = tl.sqrt(xx), tl.sqrt(yy)
+    xy = x0 * y0 + x1 * y1 + x2 * y2
+    area = tl.sqrt(tl.maximum(xx * yy - xy * xy, 0.0))
+    area += change_x * length_y + change_y * length_x + change_x * change_y
+    lowest_x = tl.maximum(length_x - change_x, 0.0) / growth
+    lowest_y = tl.maximum(length_y - change_y, 0.0) / growth
+    rounding = 2 * (rounding_x * yy + rounding_y * xx) + rounding_x * rounding_y + 1e-6 * xx * yy
+    root = growth * growth * area
+    determinant = root * root + rounding
+    blur = eps2d * (lowest_x * lowest_x + lowest_y * lowest_y) + eps2d * eps2d
+    return tl.sqrt(determinant / tl.maximum(determinant + blur - 2 * rounding, 1e-30))
+
+
+@triton.jit
+def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2, ANTIALIASED: tl.constexpr):
     """Which of the rows that `_reaches` has left may be drawn, and the borders of their rectangles in pixels: left,
     right, top, bottom."""
-    largest_scale = tl.maximum(s0, tl.maximum(s1, s2))
     # Of the positions within the error only those behind the near plane can be drawn.
+    near = _number(camera, NEAR_PLANE)
     z = tl.maximum(z, near)
     relative_move = error / tl.maximum(z - error, near)
     slope_x, slope_y = x / z, y / z
@@ -241,41 +283,25 @@ def _rectangles(
     r00, r01, r02 = 1 - 2 * (qy * qy + qz * qz), 2 * (qx * qy - qw * qz), 2 * (qx * qz + qw * qy)
     r10, r11, r12 = 2 * (qx * qy + qw * qz), 1 - 2 * (qx * qx + qz * qz), 2 * (qy * qz - qw * qx)
     r20, r21, r22 = 2 * (qx * qz - qw * qy), 2 * (qy * qz + qw * qx), 1 - 2 * (qx * qx + qy * qy)
-    turn = tl.minimum(2 * turn_margin / tl.maximum(norm, 1e-18), 2.0)
+    turn = tl.minimum(2 * _number(camera, TURN) / tl.maximum(norm, 1e-18), 2.0)
 
     x0, x1, x2, xx, rounding_x, change_x = _image_extent(
-        slope_x, low_x, high_x, focal_x, w00, w01, w02, w20, w21, w22, z, relative_move, turn, largest_scale,
-        r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2, COVARIANCE_ERROR,
-    )  # fmt: skip
+        camera, 0, slope_x, z, relative_move, turn, r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2
+    )
     y0, y1, y2, yy, rounding_y, change_y = _image_extent(
-        slope_y, low_y, high_y, focal_y, w10, w11, w12, w20, w21, w22, z, relative_move, turn, largest_scale,
-        r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2, COVARIANCE_ERROR,
-    )  # fmt: skip
-
-    opacity255 = 255 * (1 + RELATIVE) / (1 + tl.exp(-(logit + margin_opacities)))
-    if ANTIALIASED:  # `_View.largest_compensation`
-        length_x, length_y = tl.sqrt(xx), tl.sqrt(yy)
-        xy = x0 * y0 + x1 * y1 + x2 * y2
-        area = tl.sqrt(tl.maximum(xx * yy - xy * xy, 0.0))
-        area += change_x * length_y + change_y * length_x + change_x * change_y
-        lowest_x = tl.maximum(length_x - change_x, 0.0) / growth
-        lowest_y = tl.maximum(length_y - change_y, 0.0) / growth
-        rounding = 2 * (rounding_x * yy + rounding_y * xx) + rounding_x * rounding_y + 1e-6 * xx * yy
-        root = growth * growth * area
-        determinant = root * root + rounding
-        blur = eps2d * (lowest_x * lowest_x + lowest_y * lowest_y) + eps2d * eps2d
-        opacity255 *= tl.sqrt(determinant / tl.maximum(determinant + blur - 2 * rounding, 1e-30))
+        camera, 1, slope_y, z, relative_move, turn, r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2
+    )
+    opacity255 = 255 * (1 + RELATIVE_ERROR) / (1 + tl.exp(-(logit + _number(camera, LOGIT_GAIN))))
+    if ANTIALIASED:
+        opacity255 *= _largest_compensation(
+            camera, x0, x1, x2, xx, rounding_x, change_x, y0, y1, y2, yy, rounding_y, change_y
+        )
     drawn &= opacity255 >= 1
-    extent = tl.sqrt(2 * (tl.log(tl.maximum(opacity255, 1.0)) + RELATIVE))
-    extent = tl.minimum(extent, OPAQUE_EXTENT) * (1 + RELATIVE)
-    left, right = _interval(
-        slope_x, focal_x, centre_x, width, xx, rounding_x, change_x, extent, growth, relative_move, margin_pixels,
-        eps2d, RELATIVE,
-    )  # fmt: skip
-    top, bottom = _interval(
-        slope_y, focal_y, centre_y, height, yy, rounding_y, change_y, extent, growth, relative_move, margin_pixels,
-        eps2d, RELATIVE,
-    )  # fmt: skip
+    extent = tl.sqrt(2 * (tl.log(tl.maximum(opacity255, 1.0)) + RELATIVE_ERROR))
+    extent = tl.minimum(extent, OPAQUE_EXTENT) * (1 + RELATIVE_ERROR)
+    left, right = _interval(camera, 0, slope_x, xx, rounding_x, change_x, extent, relative_move)
+    top, bottom = _interval(camera, 1, slope_y, yy, rounding_y, change_y, extent, relative_move)
+    width, height = _number(camera, SIZE), _number(camera, SIZE + 1)
     drawn &= (right > 0) & (left < width) & (bottom > 0) & (top < height)
     return drawn, left, right, top, bottom
 
@@ -290,105 +316,88 @@ def _current(w, first_moment, second_moment, at, mask, sizes, eps):
 
 @triton.jit(do_not_specialize=["num_gaussians", "capacity"])  # or each new kind of number would compile it again
 def _mark_visible(
-    means, scales, quats, opacities, drawn_flags, num_gaussians,
-    lag_move, lag_reach_x, lag_reach_y,
-    means_m, means_v, scales_m, scales_v, quats_m, quats_v, opacities_m, opacities_v, stamps,  # None: rows are current
-    sums, multipliers, capacity, eps, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
-    focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
-    reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
-    move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
-    POSITION_ERROR: tl.constexpr, COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr,
-    OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
+    means, scales, quats, opacities,  # [N, ...] after each row's last update
+    means_m, means_v, scales_m, scales_v, quats_m, quats_v, opacities_m, opacities_v,  # moments, likewise
+    last_step,  # [N]
+    sums,  # [SCHEDULES, capacity] float64
+    multipliers,  # [SCHEDULES, NUM_COLUMNS]
+    capacity,
+    eps,
+    num_gaussians,  # N
+    lagging,  # the packed camera, with the margin of rows that lag behind
+    camera,  # the same with the margin of current rows
+    drawn_flags,  # [N], set to 1 where a row may be drawn
+    SCHEDULES: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    ANTIALIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num_gaussians
     mx, my, mz = _load3(means, i, inside)
     log_s0, log_s1, log_s2 = _load3(scales, i, inside)
-    near_by, x, y, z, error, s0, s1, s2 = _reaches(
-        mx, my, mz, log_s0, log_s1, log_s2, inside,
-        w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
-        focal_x, focal_y, centre_x, centre_y, width, height, near, far,
-        lag_reach_x, lag_reach_y, error_reach_x, error_reach_y, blur_reach, lag_move, POSITION_ERROR,
-    )  # fmt: skip
+    near_by, _x, _y, _z, _error, _s0, _s1, _s2 = _reaches(lagging, mx, my, mz, log_s0, log_s1, log_s2, inside)
     if tl.max(near_by.to(tl.int32), axis=0) > 0:  # of rows in Morton order most blocks are far away as a whole
+        step = tl.load(last_step + i, mask=near_by, other=0)
+        sizes = skipped_sizes(sums, multipliers, capacity, step, near_by, SCHEDULES, NUM_COLUMNS)
+        mx = _current(mx, means_m, means_v, 3 * i, near_by, sizes, eps)
+        my = _current(my, means_m, means_v, 3 * i + 1, near_by, sizes, eps)
+        mz = _current(mz, means_m, means_v, 3 * i + 2, near_by, sizes, eps)
+        sizes = skipped_sizes(sums, multipliers + SCALES, capacity, step, near_by, SCHEDULES, NUM_COLUMNS)
+        log_s0 = _current(log_s0, scales_m, scales_v, 3 * i, near_by, sizes, eps)
+        log_s1 = _current(log_s1, scales_m, scales_v, 3 * i + 1, near_by, sizes, eps)
+        log_s2 = _current(log_s2, scales_m, scales_v, 3 * i + 2, near_by, sizes, eps)
+        sizes = skipped_sizes(sums, multipliers + QUATS, capacity, step, near_by, SCHEDULES, NUM_COLUMNS)
         qw, qx, qy, qz = _load_quats(quats, i, near_by)
+        qw = _current(qw, quats_m, quats_v, 4 * i, near_by, sizes, eps)
+        qx = _current(qx, quats_m, quats_v, 4 * i + 1, near_by, sizes, eps)
+        qy = _current(qy, quats_m, quats_v, 4 * i + 2, near_by, sizes, eps)
+        qz = _current(qz, quats_m, quats_v, 4 * i + 3, near_by, sizes, eps)
+        sizes = skipped_sizes(sums, multipliers + OPACITIES, capacity, step, near_by, SCHEDULES, NUM_COLUMNS)
         logit = tl.load(opacities + i, mask=near_by, other=0.0)
-        if stamps is not None:
-            stamp = tl.load(stamps + i, mask=near_by, other=0)
-            sizes = skipped_sizes(sums, multipliers, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
-            mx = _current(mx, means_m, means_v, 3 * i, near_by, sizes, eps)
-            my = _current(my, means_m, means_v, 3 * i + 1, near_by, sizes, eps)
-            mz = _current(mz, means_m, means_v, 3 * i + 2, near_by, sizes, eps)
-            sizes = skipped_sizes(sums, multipliers + SCALES, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
-            log_s0 = _current(log_s0, scales_m, scales_v, 3 * i, near_by, sizes, eps)
-            log_s1 = _current(log_s1, scales_m, scales_v, 3 * i + 1, near_by, sizes, eps)
-            log_s2 = _current(log_s2, scales_m, scales_v, 3 * i + 2, near_by, sizes, eps)
-            sizes = skipped_sizes(sums, multipliers + QUATS, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
-            qw = _current(qw, quats_m, quats_v, 4 * i, near_by, sizes, eps)
-            qx = _current(qx, quats_m, quats_v, 4 * i + 1, near_by, sizes, eps)
-            qy = _current(qy, quats_m, quats_v, 4 * i + 2, near_by, sizes, eps)
-            qz = _current(qz, quats_m, quats_v, 4 * i + 3, near_by, sizes, eps)
-            sizes = skipped_sizes(sums, multipliers + OPACITIES, capacity, stamp, near_by, SCHEDULES, NUM_COLUMNS)
-            logit = _current(logit, opacities_m, opacities_v, i, near_by, sizes, eps)
-            near_by, x, y, z, error, s0, s1, s2 = _reaches(
-                mx, my, mz, log_s0, log_s1, log_s2, near_by,
-                w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
-                focal_x, focal_y, centre_x, centre_y, width, height, near, far,
-                reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR,
-            )  # fmt: skip
+        logit = _current(logit, opacities_m, opacities_v, i, near_by, sizes, eps)
+        near_by, x, y, z, error, s0, s1, s2 = _reaches(camera, mx, my, mz, log_s0, log_s1, log_s2, near_by)
         drawn, _left, _right, _top, _bottom = _rectangles(
-            qw, qx, qy, qz, logit, near_by, x, y, z, error, s0, s1, s2,
-            w00, w01, w02, w10, w11, w12, w20, w21, w22,
-            focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near,
-            turn_margin, growth, margin_opacities, margin_pixels, eps2d,
-            COVARIANCE_ERROR, RELATIVE, OPAQUE_EXTENT, ANTIALIASED,
-        )  # fmt: skip
+            camera, qw, qx, qy, qz, logit, near_by, x, y, z, error, s0, s1, s2, ANTIALIASED
+        )
         tl.store(drawn_flags + i, drawn.to(tl.uint8), mask=drawn)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows", "plane"])
+@triton.jit(do_not_specialize=["num_rows", "columns", "lines"])
 def _cover_cells(
-    means, scales, quats, opacities, ids, cells, corners, num_rows, rows, plane, cell, columns, lines,
-    w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
-    focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near, far,
-    reach_x, reach_y, error_reach_x, error_reach_y, blur_reach,
-    move, turn_margin, growth, margin_opacities, margin_pixels, eps2d,
-    POSITION_ERROR: tl.constexpr, COVARIANCE_ERROR: tl.constexpr, RELATIVE: tl.constexpr,
-    OPAQUE_EXTENT: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
+    means, scales, quats, opacities,  # [V, ...]
+    num_rows,  # V
+    camera,  # packed
+    cell,  # pixels
+    columns, lines,  # of the grid
+    cells,  # [4, V] int16 of `CoveredCells`, to be written
+    corners,  # [4, columns + 1, lines + 1] int32, to be added to
+    ANTIALIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`cells` [4, num_rows] and `corners` [4, columns + 1, lines + 1] of `culling.CoveredCells`; a plane of the latter
-    has so many numbers, a row of it `rows`."""
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = j < num_rows
-    i = tl.load(ids + j, mask=valid, other=0)
-    mx, my, mz = _load3(means, i, valid)
-    log_s0, log_s1, log_s2 = _load3(scales, i, valid)
-    drawn, x, y, z, error, s0, s1, s2 = _reaches(
-        mx, my, mz, log_s0, log_s1, log_s2, valid,
-        w00, w01, w02, w10, w11, w12, w20, w21, w22, t0, t1, t2, largest_t,
-        focal_x, focal_y, centre_x, centre_y, width, height, near, far,
-        reach_x, reach_y, error_reach_x, error_reach_y, blur_reach, move, POSITION_ERROR,
-    )  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < num_rows
+    mx, my, mz = _load3(means, i, inside)
+    log_s0, log_s1, log_s2 = _load3(scales, i, inside)
+    drawn, x, y, z, error, s0, s1, s2 = _reaches(camera, mx, my, mz, log_s0, log_s1, log_s2, inside)
     qw, qx, qy, qz = _load_quats(quats, i, drawn)
     logit = tl.load(opacities + i, mask=drawn, other=0.0)
     drawn, left, right, top, bottom = _rectangles(
-        qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2,
-        w00, w01, w02, w10, w11, w12, w20, w21, w22,
-        focal_x, focal_y, centre_x, centre_y, width, height, low_x, high_x, low_y, high_y, near,
-        turn_margin, growth, margin_opacities, margin_pixels, eps2d,
-        COVARIANCE_ERROR, RELATIVE, OPAQUE_EXTENT, ANTIALIASED,
-    )  # fmt: skip
+        camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2, ANTIALIASED
+    )
     # Cut while they are floats, which may be beyond any integer.
-    x0 = tl.where(drawn, tl.floor(tl.maximum(left / cell, 0.0)), columns).to(tl.int32)
-    x1 = tl.where(drawn, tl.ceil(tl.minimum(right / cell, columns)), 0.0).to(tl.int32)
-    y0 = tl.where(drawn, tl.floor(tl.maximum(top / cell, 0.0)), lines).to(tl.int32)
-    y1 = tl.where(drawn, tl.ceil(tl.minimum(bottom / cell, lines)), 0.0).to(tl.int32)
-    tl.store(cells + j, x0.to(tl.int16), mask=valid)
-    tl.store(cells + num_rows + j, x1.to(tl.int16), mask=valid)
-    tl.store(cells + 2 * num_rows + j, y0.to(tl.int16), mask=valid)
-    tl.store(cells + 3 * num_rows + j, y1.to(tl.int16), mask=valid)
-    tl.atomic_add(corners + x0 * rows + y0, 1, mask=drawn)
-    tl.atomic_add(corners + plane + x0 * rows + y1, 1, mask=drawn)
-    tl.atomic_add(corners + 2 * plane + x1 * rows + y0, 1, mask=drawn)
-    tl.atomic_add(corners + 3 * plane + x1 * rows + y1, 1, mask=drawn)
+    end_x, end_y = columns.to(tl.float32), lines.to(tl.float32)
+    x0 = tl.where(drawn, tl.floor(tl.maximum(left / cell, 0.0)), end_x).to(tl.int32)
+    x1 = tl.where(drawn, tl.ceil(tl.minimum(right / cell, end_x)), 0.0).to(tl.int32)
+    y0 = tl.where(drawn, tl.floor(tl.maximum(top / cell, 0.0)), end_y).to(tl.int32)
+    y1 = tl.where(drawn, tl.ceil(tl.minimum(bottom / cell, end_y)), 0.0).to(tl.int32)
+    tl.store(cells + i, x0.to(tl.int16), mask=inside)
+    tl.store(cells + num_rows + i, x1.to(tl.int16), mask=inside)
+    tl.store(cells + 2 * num_rows + i, y0.to(tl.int16), mask=inside)
+    tl.store(cells + 3 * num_rows + i, y1.to(tl.int16), mask=inside)
+    line_width = lines + 1
+    plane = (columns + 1) * line_width
+    tl.atomic_add(corners + x0 * line_width + y0, 1, mask=drawn)
+    tl.atomic_add(corners + plane + x0 * line_width + y1, 1, mask=drawn)
+    tl.atomic_add(corners + 2 * plane + x1 * line_width + y0, 1, mask=drawn)
+    tl.atomic_add(corners + 3 * plane + x1 * line_width + y1, 1, mask=drawn)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 
 from offload.culling.cameras import Margin
-from offload.models.geometry_device import GEOMETRY
+from offload.store.host_store import group_columns
 
 _ROUNDING = 1.01  # what float32 arithmetic adds to the exact bounds
 
 
 def largest_step(betas: tuple[float, float]) -> float:
-    """Largest change of a parameter by one Adam step without bias correction, in units of the learning rate.
+    """Bound the change of a parameter by one Adam step without bias correction, in units of the learning rate.
 
     By Cauchy-Schwarz on the sums of gradients in both moments:
     |m| / sqrt(v) <= (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2).
@@ -22,14 +22,14 @@ def largest_step(betas: tuple[float, float]) -> float:
 
 
 def largest_drift(betas: tuple[float, float]) -> float:
-    """Largest change of a parameter by all steps without gradient that follow one, in the same units."""
+    """Bound the change of a parameter by all steps without gradient that follow one, in the same units."""
     b1, b2 = betas
     ratio = b1 / math.sqrt(b2)
     return largest_step(betas) * ratio / (1 - ratio)
 
 
 def largest_correction(betas: tuple[float, float], step: int) -> float:
-    """Largest factor sqrt(1 - b2^t) / (1 - b1^t) by which bias correction changes the steps t = 1 to `step`.
+    """Bound the factor sqrt(1 - b2^t) / (1 - b1^t) by which bias correction changes the steps t = 1 to `step`.
 
     It falls first, from 0.32 at the usual betas, and then rises to 1: its logarithm's derivative by t is
     d2 / (exp(d2 t) - 1) / 2 - d1 / (exp(d1 t) - 1), with di = -ln(bi), whose first term outgrows the second once.
@@ -39,10 +39,11 @@ def largest_correction(betas: tuple[float, float], step: int) -> float:
 
 
 def margin_of(change: float, learning_rates: Mapping[str, float]) -> Margin:
-    """What geometry moves at most.
+    """Return how far geometry moves at most.
 
     Args:
-        change: Of any parameter, in units of its learning rate.
+        change: Bound for any parameter, in units of its learning rate.
         learning_rates: Of means, scales, quats and opacities, at their largest.
     """
-    return Margin(**{name: _ROUNDING * change * learning_rates[name] for name in GEOMETRY})
+    names = group_columns("geometry", sh_degree=0)
+    return Margin(**{name: _ROUNDING * change * learning_rates[name] for name in names})

@@ -15,7 +15,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State
 from offload.culling.cameras import Cameras
-from offload.culling.native import CoveredCells, covered_cells
+from offload.culling.cells import CoveredCells, covered_cells
 from offload.device_memory import begin_stretch, stretch_peak
 from offload.models.offloaded import OffloadedGaussians
 from offload.pipelines.forwarded import ForwardedPipeline, Part, PartRows, RowGroup, ViewIds

@@ -9,7 +9,6 @@ most 44 bytes of each row: 0.2 ms for 18 million at 4 TB/s, where dense Adam wou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ from offload.adam.deferral import CatchUpTables
 from offload.adam.geometry import COLUMNS, GeometryState
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
+from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
-from offload.culling.native import CoveredCells, covered_cells_on_device
+from offload.culling.cells import CoveredCells
 from offload.models.kept_rows import kept_rows
 from offload.store.host_store import STAMP_BYTES
 
@@ -58,7 +58,8 @@ class DeviceGeometry:
         )
         multipliers, self._rates = schedules_of("geometry", 0, adam)
         self.tables = CatchUpTables(multipliers, adam.betas, adam.eps, device)
-        self._kernels = _kernels_of(device)
+        self._kernels = kernels_for(device, "offload.adam.geometry")
+        self._culling = kernels_for(device, "offload.culling.kernels")
 
     @property
     def num_gaussians(self) -> int:
@@ -81,12 +82,11 @@ class DeviceGeometry:
             margin: How much current rows may still move.
             lag_margin: How much rows may move that lag behind.
         """
-        return self._kernels.visible_ids(self._state, self.tables, cameras, margin, lag_margin)
+        return self._culling.visible_ids(self._state, self.tables, cameras, margin, lag_margin)
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
         """In which cells of each camera's picture these rows [V] may draw, moved by at most the margin."""
-        rows = torch.arange(len(ids), device=self.device)
-        return covered_cells_on_device(**self.gather(ids), ids=rows, cameras=cameras, margin=margin, cell=cell)
+        return self._culling.covered_cells(self.gather(ids), cameras, margin, cell)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copies of the current rows [V]."""
@@ -170,14 +170,3 @@ class DeviceGeometry:
         self._state.parameters["opacities"].clamp_(max=max_logit)
         self._state.exp_avg["opacities"].zero_()
         self._state.exp_avg_sq["opacities"].zero_()
-
-
-def _kernels_of(device: torch.device) -> ModuleType:
-    """The functions of `offload/adam/geometry.py` for a device."""
-    if device.type == "cuda":
-        from offload.adam import (
-            geometry_triton as geometry_kernels_triton,  # Triton comes with CUDA builds of torch only
-        )
-
-        return geometry_kernels_triton
-    return geometry_kernels

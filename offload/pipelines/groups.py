@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from offload.adam import rows as row_kernels
 from offload.adam.deferral import CatchUpTables
 from offload.adam.rows import RowState
 from offload.store.host_store import HostStore
@@ -42,15 +40,6 @@ class StreamedGroup:
         if self.tables.step > steps_done:
             self.tables.undo_step()
             self.store.step = self.tables.step
-
-
-def kernels_of(device: torch.device) -> ModuleType:
-    """The functions of `offload/adam/rows.py` for a device."""
-    if device.type == "cuda":
-        from offload.adam import rows_triton as row_kernels_triton  # Triton comes with CUDA builds of torch only
-
-        return row_kernels_triton
-    return row_kernels
 
 
 def positions_among(others: Tensor, ids: Tensor) -> Tensor:

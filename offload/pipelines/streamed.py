@@ -26,8 +26,9 @@ from torch import Tensor
 
 from offload.adam.finite import gradient_of
 from offload.adam.rows import RowState
+from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
-from offload.pipelines.groups import StreamedGroup, chunks_of, kernels_of, positions_among
+from offload.pipelines.groups import StreamedGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 
 SPARE = 16  # space for a view is taken with 1/16 more than it needs, so that larger views seldom need more
@@ -80,7 +81,7 @@ class StreamedPipeline:
         self._groups = groups
         self._cull = cull
         self._device = device
-        self._kernels = kernels_of(device)
+        self._kernels = kernels_for(device, "offload.adam.rows")
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
         self._capacity = 0  # of every slot that is used from now on

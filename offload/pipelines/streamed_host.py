@@ -32,9 +32,10 @@ from torch import Tensor
 
 from offload.adam.finite import gradient_of
 from offload.adam.rows import RowState
+from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.device_memory import most_bytes, peak_memory
-from offload.pipelines.groups import StreamedGroup, chunks_of, kernels_of, positions_among
+from offload.pipelines.groups import StreamedGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.worker import WorkAhead
@@ -85,7 +86,7 @@ class StreamedHostPipeline:
         self._groups = groups
         self._cull = cull
         self._device = device
-        self._kernels = kernels_of(device)
+        self._kernels = kernels_for(device, "offload.adam.rows")
         self._fetch_lane = Lane.new(device)
         self._arena = _Arena({name: group.tables.columns for name, group in groups.items()}, device)
         self._present: InPlaceView | None = None

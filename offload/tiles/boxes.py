@@ -1,7 +1,7 @@
 """Cuts pictures that see too many Gaussians into tiles, which are rendered one after another.
 
 The plan needs one pass over the visible Gaussians: it notes the rectangle of grid cells that each may draw in, and
-counts how many rectangles have their corners where (offload/culling/native.py). From prefix sums of these counts
+counts how many rectangles have their corners where (offload/culling/cells.py). From prefix sums of these counts
 follows how many rectangles meet any box of cells, by inclusion and exclusion:
 
     #(first < right, end > left)  =  #(first < right) - #(end <= left)        along x, and likewise along y,
@@ -56,7 +56,7 @@ class Coverage:
     def __init__(self, corners: np.ndarray, width: int, height: int) -> None:
         """
         Args:
-            corners: [2, 2, columns + 1, rows + 1] of `offload.culling.native.CoveredCells`.
+            corners: [2, 2, columns + 1, rows + 1] of `offload.culling.cells.CoveredCells`.
             width, height: Of the picture, in pixels.
         """
         self.width, self.height = width, height

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from offload.culling.cameras import Cameras
-from offload.culling.native import CoveredCells
+from offload.culling.cells import CoveredCells
 from offload.pipelines.forwarded import Part, ViewIds
 from offload.pipelines.transfer import to_host
 from offload.tiles.boxes import Box, Coverage, box_of, plan_boxes
