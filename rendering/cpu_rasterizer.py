@@ -74,7 +74,7 @@ def blend(
         width, height, torch.get_num_threads(),
     )  # fmt: skip
     image_shape = (len(p.row_offsets) - 1, height, width)
-    blended, render_alphas = [], None
+    blended, alphas = [], []
     for first in range(0, colors.shape[1], native.MAX_CHANNELS):
         channels = slice(first, first + native.MAX_CHANNELS)
         part, part_alphas = _Blend.apply(
@@ -82,12 +82,12 @@ def blend(
             None if backgrounds is None else backgrounds[:, channels],
         )  # fmt: skip
         blended.append(part)
-        render_alphas = part_alphas if render_alphas is None else render_alphas
+        alphas.append(part_alphas)  # the same of every group
     render_colors = blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)
-    return render_colors, render_alphas, intersections.count
+    return render_colors, alphas[0], intersections.count
 
 
-def rasterize_cpu(
+def rasterize_packed(
     means: Tensor,
     quats: Tensor,
     scales: Tensor,
@@ -109,7 +109,7 @@ def rasterize_cpu(
     absgrad: bool,
     rasterize_mode: str,
 ) -> tuple[Tensor, Tensor, dict]:
-    """`rendering.rasterize.rasterize` for CPU tensors, float32 or float64.
+    """Do what `rendering.rasterize.rasterize` says, for CPU tensors, float32 or float64.
 
     Differentiable in means, quats, scales, opacities, colors and backgrounds, not in the cameras. The result does
     not depend on the number of threads, bit for bit.

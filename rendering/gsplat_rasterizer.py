@@ -18,7 +18,7 @@ from rendering.spherical_harmonics_triton import Harmonics
 TILE_SIZE = 16  # pixels
 
 
-def rasterize_gsplat(
+def rasterize_packed(
     means: Tensor,
     quats: Tensor,
     scales: Tensor,
@@ -40,7 +40,7 @@ def rasterize_gsplat(
     absgrad: bool,
     rasterize_mode: str,
 ) -> tuple[Tensor, Tensor, dict]:
-    """`rendering.rasterize.rasterize` for CUDA tensors; float32, packed."""
+    """Do what `rendering.rasterize.rasterize` says, for CUDA tensors; float32, packed."""
     # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
     from gsplat.cuda._wrapper import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels
 
@@ -61,19 +61,21 @@ def rasterize_gsplat(
         opacities = opacities * compensations
 
     if depth_only:
-        colors = depths[:, None]
+        features = depths[:, None]  # [nnz, D], blended into D channels
     else:
         if harmonics is None:
-            colors = colors.index_select(0, gaussian_ids)  # [nnz, D]
+            if isinstance(colors, tuple):
+                raise ValueError("colors are two tensors, but sh_degree is None")
+            features = colors.index_select(0, gaussian_ids)
         else:
             # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
             camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
-            colors = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
+            features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
         if render_mode != "RGB":
-            colors = torch.cat([colors, depths[:, None]], dim=-1)
+            features = torch.cat([features, depths[:, None]], dim=-1)
     if backgrounds is not None and render_mode != "RGB":
         # Depth has background 0.
-        rgb = backgrounds[:, : colors.shape[1] - 1]
+        rgb = backgrounds[:, : features.shape[1] - 1]
         backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
 
     means2d = region.relative(means2d)
@@ -84,7 +86,7 @@ def rasterize_gsplat(
     )  # fmt: skip
     offsets = isect_offset_encode(isect_ids, num_cameras, *tiles).view(num_cameras, tiles[1], tiles[0])
     render_colors, render_alphas = rasterize_to_pixels(
-        means2d, conics, colors, opacities, region.width, region.height, TILE_SIZE, offsets, flatten_ids,
+        means2d, conics, features, opacities, region.width, region.height, TILE_SIZE, offsets, flatten_ids,
         packed=True, absgrad=absgrad,
     )  # fmt: skip
     if backgrounds is not None:

@@ -1,16 +1,19 @@
 """The photometric loss of 3D Gaussian Splatting: L1 and SSIM (Kerbl et al. 2023, section 5)."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from errors import InputError
 from rendering import ssim as ssim_torch
+from rendering.backends import kernels_for
 
 
 def photometric_loss(
     rendered: Tensor, target: Tensor, *, ssim_lambda: float = 0.2, masks: Tensor | None = None
 ) -> Tensor:
-    """(1 - ssim_lambda) * L1 + ssim_lambda * (1 - SSIM), differentiable by `rendered`.
+    """Return (1 - ssim_lambda) * L1 + ssim_lambda * (1 - SSIM), differentiable by `rendered`.
 
     Args:
         rendered, target: [C, H, W, 3] float32 in [0, 1], H and W at least 11 px; read without a copy where
@@ -36,7 +39,7 @@ def photometric_loss(
 
 
 def ssim(rendered: Tensor, target: Tensor) -> Tensor:
-    """Mean SSIM over all channels and all 11x11 Gaussian windows (sigma 1.5 px) wholly inside the pictures.
+    """Return the mean SSIM over all channels and all 11x11 Gaussian windows (sigma 1.5 px) wholly inside the pictures.
 
     Args:
         rendered, target: [C, H, W, 3] float32 in [0, 1]; only `rendered` receives a gradient.
@@ -51,7 +54,7 @@ def ssim(rendered: Tensor, target: Tensor) -> Tensor:
 
 
 def count_windows(pictures: Tensor) -> int:
-    """Number of SSIM values (windows times channels) in [C, H, W, 3] pictures."""
+    """Count the SSIM values (windows times channels) in [C, H, W, 3] pictures."""
     n_cameras, height, width, channels = pictures.shape
     border = ssim_torch.WINDOW_SIZE - 1
     if min(height, width) <= border:
@@ -63,7 +66,7 @@ def count_windows(pictures: Tensor) -> int:
 
 
 def photometric_sum(rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
-    """l1_weight * sum of the L1 map + ssim_weight * sum of the SSIM map, differentiable by `rendered`.
+    """Return l1_weight * sum of the L1 map + ssim_weight * sum of the SSIM map, differentiable by `rendered`.
 
     Sums and not means, so that the parts of a picture add up to the whole: the SSIM map has one value for each
     window wholly inside the pictures given, so a part that brings a halo of 5 px (none at the border of the
@@ -103,10 +106,8 @@ class _PhotometricSum(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _kernels(pictures: Tensor):
-    """The module whose `weighted_sum` and `weighted_sum_gradient` suit these pictures."""
-    if pictures.is_cuda and pictures.dtype == torch.float32:
-        from rendering import ssim_triton  # Triton comes with CUDA builds of torch only
-
-        return ssim_triton
-    return ssim_torch
+def _kernels(pictures: Tensor) -> ModuleType:
+    """Return the module whose `weighted_sum` and `weighted_sum_gradient` suit these pictures."""
+    if pictures.dtype != torch.float32:
+        return ssim_torch  # on any device; Triton's kernels take float32 only
+    return kernels_for(pictures.device, ssim_torch.__name__)

@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def array(t: Tensor | None) -> np.ndarray | None:
-    """A CPU tensor's memory as a C-contiguous array; a copy only where the tensor is not contiguous."""
+    """Return a CPU tensor's memory as a C-contiguous array; a copy only where the tensor is not contiguous."""
     return None if t is None else t.detach().contiguous().numpy()
 
 
 def tensor(a: np.ndarray) -> Tensor:
-    """An array's memory as a tensor."""
+    """Return an array's memory as a tensor."""
     return torch.from_numpy(a)
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of the type of `like`. The system provides them page by page as native threads first touch them, where
+    """Return zeros of the type of `like`. The system provides them page by page as native threads first touch them, where
     torch.zeros writes them all beforehand."""
-    return torch.from_numpy(np.zeros(tuple(shape), dtype=array(like).dtype))
+    return torch.from_numpy(np.zeros(tuple(shape), dtype=like.detach().numpy().dtype))

@@ -7,7 +7,7 @@ import importlib.util
 from torch import Tensor
 
 from errors import InputError
-from rendering.cpu_rasterizer import rasterize_cpu
+from rendering.backends import kernels_for
 from rendering.region import Region
 
 _RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
@@ -67,19 +67,12 @@ def rasterize(
         raise ValueError(f"render_mode is {render_mode!r}, expected one of {', '.join(_RENDER_MODES)}")
     if rasterize_mode not in _RASTERIZE_MODES:
         raise ValueError(f"rasterize_mode is {rasterize_mode!r}, expected one of {', '.join(_RASTERIZE_MODES)}")
-    rasterize_on = _rasterize_on_cuda if means.is_cuda else rasterize_cpu
-    return rasterize_on(
+    return kernels_for(means.device, "rendering.cpu_rasterizer").rasterize_packed(
         means, quats, scales, opacities, colors, viewmats, Ks, width, height,
         region=region or Region(0, 0, width, height), near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, backgrounds=backgrounds, render_mode=render_mode,
         absgrad=absgrad, rasterize_mode=rasterize_mode,
     )  # fmt: skip
-
-
-def _rasterize_on_cuda(*args, **options) -> tuple[Tensor, Tensor, dict]:
-    from rendering.gsplat_rasterizer import rasterize_gsplat  # Triton comes with CUDA builds of torch only
-
-    return rasterize_gsplat(*args, **options)
 
 
 def check_gsplat() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from inspect import signature
 from itertools import accumulate, chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from offload.store.morton import morton_order
 from rendering.rasterize import rasterize
 from tests.oracles import culling as oracle
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
+from training import views
 
 COLUMNS = {"means": slice(0, 3), "scales": slice(3, 6), "quats": slice(6, 10), "opacities": 10}
 MAX_EXCESS = 0.02
@@ -478,6 +481,32 @@ def test_packed_cameras_are_the_numbers_of_the_oracle():
         torch.testing.assert_close(camera, torch.tensor(list(chain(*expected.values()))), rtol=1e-6, atol=1e-6)
         planes = torch.tensor([[*normal, *rest] for normal, *rest in view.planes], dtype=torch.float64)
         torch.testing.assert_close(half_space, planes, rtol=1e-5, atol=1e-5)
+
+
+def test_culling_and_the_rasterizer_have_the_same_defaults():
+    """Or what is culled for one blur or one near plane would be drawn with another."""
+    fields = {name: field.default for name, field in Cameras.__dataclass_fields__.items()}
+    defaults = {name: parameter.default for name, parameter in signature(rasterize).parameters.items()}
+    for name in ("near_plane", "far_plane", "eps2d"):
+        assert fields[name] == defaults[name]
+    assert (defaults["rasterize_mode"] == "antialiased") is fields["antialiased"]
+
+
+def test_training_draws_what_its_cameras_say(monkeypatch):
+    """Nothing that culling relies on is left to the rasterizer's defaults."""
+    asked = {}
+
+    def record(**options):
+        asked.update(options)
+        return torch.zeros(0), torch.zeros(0), {"means2d": torch.zeros(0)}
+
+    monkeypatch.setattr(views, "rasterize", record)
+    parameters = {"means": torch.zeros(1, 3), "scales": torch.zeros(1, 3), "quats": torch.ones(1, 4)}
+    parameters |= {"opacities": torch.zeros(1), "colors": torch.zeros(1, 1, 3)}
+    cameras = random_cameras(63, near_plane=0.3, far_plane=70.0, eps2d=0.4, antialiased=True)
+    views.render(parameters, cameras, SimpleNamespace(absgrad=False), sh_degree=0)
+    assert (asked["near_plane"], asked["far_plane"], asked["eps2d"]) == (0.3, 70.0, 0.4)
+    assert asked["rasterize_mode"] == "antialiased"
 
 
 def test_the_oracle_has_the_constants_of_the_kernels():

@@ -38,7 +38,7 @@ def visible_ids(
         Sorted int64 [V], where the tensors are.
     """
     drawn = torch.zeros(len(means), dtype=torch.bool, device=means.device)
-    for view in views_of(cameras, margin):
+    for view in views_of(cameras, margin) if len(means) else ():
         near = view.may_reach(means, scales, opacities).nonzero().squeeze(1)
         for rows in near.split(CHUNK):
             drawn[rows] |= view.may_be_drawn(means[rows], scales[rows], quats[rows], opacities[rows])
