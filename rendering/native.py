@@ -18,6 +18,9 @@ def tensor(a: np.ndarray) -> Tensor:
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return zeros of the type of `like`. The system provides them page by page as native threads first touch them, where
-    torch.zeros writes them all beforehand."""
+    """Return zeros of the type of `like`.
+
+    The system provides them page by page as native threads first touch them, where torch.zeros writes them all
+    beforehand.
+    """
     return torch.from_numpy(np.zeros(tuple(shape), dtype=like.detach().numpy().dtype))
