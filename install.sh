@@ -42,6 +42,7 @@ _gso_fingerprint() { # of all that decides what an installation holds
         cat "$root/install.sh" "$root/pyproject.toml" "$root/CMakeLists.txt"
         cat "$root"/*/csrc/*.h "$root"/*/csrc/*.cpp "$root"/native/*.h
         ls /dev/nvidiactl 2>/dev/null
+        python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null
     } | cksum
 }
 
@@ -91,16 +92,58 @@ _gso_check_tools() { # what pip cannot bring
         { _gso_fail "Python's headers (Python.h) were not found, which the native kernels are compiled with; install them (for example: apt-get install python3-dev)."; return 1; }
 }
 
-_gso_check_nvcc() { # it must be of torch's CUDA, by major version: torch refuses to compile with another
-    local nvcc toolkit cuda
-    nvcc="${CUDA_HOME:-${CUDA_PATH:-}}/bin/nvcc"
-    [ -x "$nvcc" ] || nvcc=$(command -v nvcc) || nvcc=/usr/local/cuda/bin/nvcc
-    [ -x "$nvcc" ] ||
-        { _gso_fail "nvcc was not found, which gsplat needs to compile its CUDA code; install the CUDA toolkit and set CUDA_HOME."; return 1; }
-    toolkit=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+_gso_install_gpu_packages() {
+    if ! _gso_gsplat_loads; then
+        _gso_compile_gsplat || return 1
+    fi
+    # LPIPS needs torchvision; without a build for this torch, LPIPS is reported as missing.
+    python -c 'import torchvision' 2>/dev/null ||
+        python -m pip install torchvision "torch==$(python -c 'import torch; print(torch.__version__.split("+")[0])')" ||
+        echo "torchvision could not be installed: LPIPS will be reported as missing."
+}
+
+_gso_gsplat_loads() { # the right version, compiled for this torch; looked up without `import gsplat`, which may compile
+    python - "$GSPLAT_VERSION" 2>/dev/null <<'END'
+import importlib.metadata, importlib.util, pathlib, sys
+import torch
+assert importlib.metadata.version("gsplat").split("+")[0] == sys.argv[1]
+(folder,) = importlib.util.find_spec("gsplat").submodule_search_locations
+(library,) = pathlib.Path(folder).glob("csrc*.so")
+spec = importlib.util.spec_from_file_location("csrc", library)
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+END
+}
+
+_gso_compile_gsplat() { # when it is installed, and not, as its wheel does, whenever a process imports it first
+    local cuda_home jobs
+    cuda_home=$(_gso_find_cuda) || return 1
+    python -m pip install ninja setuptools wheel ||
+        { _gso_fail "ninja, setuptools and wheel, which gsplat is compiled with, could not be installed; see pip's message above."; return 1; }
+    jobs="${MAX_JOBS:-$(_gso_compile_jobs)}"
+    echo "Compiling gsplat $GSPLAT_VERSION for this GPU with $cuda_home, $jobs files at once, which takes some minutes"
+    # Without pip's cache, in which what was compiled for another torch could lie.
+    CUDA_HOME="$cuda_home" MAX_JOBS="$jobs" python -m pip install --no-build-isolation --no-cache-dir --force-reinstall \
+        --no-deps --no-binary gsplat "gsplat==$GSPLAT_VERSION" && python -m pip install "gsplat==$GSPLAT_VERSION" ||
+        { _gso_fail "gsplat $GSPLAT_VERSION could not be compiled or installed; see the message above."; return 1; }
+    _gso_gsplat_loads ||
+        { _gso_fail "gsplat $GSPLAT_VERSION was compiled but cannot be loaded; see python -c 'import torch; from gsplat import csrc'."; return 1; }
+}
+
+_gso_find_cuda() { # prints the toolkit's folder, whose major version must be that of torch's CUDA
+    local nvcc folder="" candidate toolkit cuda
+    nvcc=$(command -v nvcc) && nvcc=$(readlink -f "$nvcc")
+    for candidate in "${CUDA_HOME:-}" "${CUDA_PATH:-}" "${nvcc%/bin/nvcc}" /usr/local/cuda; do
+        # nvcc on the path may be a script that calls the true one: its folder holds no headers
+        [ -x "$candidate/bin/nvcc" ] && [ -e "$candidate/include/cuda_runtime.h" ] && folder="$candidate" && break
+    done
+    [ -n "$folder" ] || [ -z "$nvcc" ] || folder="${nvcc%/bin/nvcc}" # headers elsewhere, where nvcc finds them
+    [ -n "$folder" ] ||
+        { _gso_fail "nvcc was not found, which gsplat's CUDA code is compiled with; install the CUDA toolkit and set CUDA_HOME."; return 1; }
+    toolkit=$("$folder/bin/nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
     cuda=$(python -c 'import torch; print(torch.version.cuda)')
     [ "${toolkit%%.*}" = "${cuda%%.*}" ] ||
-        { _gso_fail "$nvcc is of CUDA $toolkit and torch of CUDA $cuda, with which gsplat cannot be compiled; install the toolkit of CUDA ${cuda%%.*} and set CUDA_HOME, or a torch for CUDA ${toolkit%%.*}."; return 1; }
+        { _gso_fail "$folder/bin/nvcc is of CUDA $toolkit and torch of CUDA $cuda, with which gsplat cannot be compiled; install the toolkit of CUDA ${cuda%%.*} and set CUDA_HOME, or a torch for CUDA ${toolkit%%.*}."; return 1; }
+    echo "$folder"
 }
 
 _gso_compile_jobs() { # how many compilers run at once: one a core, and 3 GB of memory for each
@@ -109,29 +152,6 @@ _gso_compile_jobs() { # how many compilers run at once: one a core, and 3 GB of 
     gigabytes=$(awk '/MemAvailable/ {print int($2 / 3e6)}' /proc/meminfo)
     [ "$gigabytes" -ge 1 ] || gigabytes=1
     echo $((cores < gigabytes ? cores : gigabytes))
-}
-
-_gso_gsplat_is_compiled() { # before it was installed; looked up without importing it, which would compile it
-    python -c 'import glob, importlib.util, sys
-folders = importlib.util.find_spec("gsplat").submodule_search_locations
-sys.exit(not any(glob.glob(folder + "/csrc*.so") for folder in folders))'
-}
-
-_gso_install_gpu_packages() {
-    if ! python -c 'import sys; from importlib.metadata import version; sys.exit(version("gsplat").split("+")[0] != sys.argv[1])' "$GSPLAT_VERSION" 2>/dev/null; then
-        python -m pip install ninja "gsplat==$GSPLAT_VERSION" ||
-            { _gso_fail "gsplat $GSPLAT_VERSION could not be installed; see pip's message above."; return 1; }
-    fi
-    if ! _gso_gsplat_is_compiled; then
-        _gso_check_nvcc || return 1
-        echo "Loading gsplat (its CUDA code is compiled the first time, which takes some minutes)"
-    fi
-    MAX_JOBS="${MAX_JOBS:-$(_gso_compile_jobs)}" python -c 'from gsplat.cuda._backend import _C; assert _C is not None' ||
-        { _gso_fail "gsplat's CUDA code could not be compiled; see the compiler's message above."; return 1; }
-    # LPIPS needs torchvision; without a build for this torch, LPIPS is reported as missing.
-    python -c 'import torchvision' 2>/dev/null ||
-        python -m pip install torchvision "torch==$(python -c 'import torch; print(torch.__version__.split("+")[0])')" ||
-        echo "torchvision could not be installed: LPIPS will be reported as missing."
 }
 
 _gso_main() {
@@ -148,7 +168,7 @@ _gso_main() {
 _gso_main "$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)" "$@"
 _gso_status=$?
 # Leave nothing behind in the shell that sourced this file.
-unset -f _gso_fail _gso_find_python _gso_activate _gso_fingerprint _gso_install _gso_check_tools _gso_check_nvcc \
-    _gso_compile_jobs _gso_gsplat_is_compiled _gso_install_gpu_packages _gso_main
+unset -f _gso_fail _gso_find_python _gso_activate _gso_fingerprint _gso_install _gso_check_tools \
+    _gso_install_gpu_packages _gso_gsplat_loads _gso_compile_gsplat _gso_find_cuda _gso_compile_jobs _gso_main
 unset TORCH_VERSION GSPLAT_VERSION
 (exit "$_gso_status")
