@@ -13,6 +13,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 
 from datasets.synthetic import write_city_block
+from tests.training_scripts import anisotropic_start
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,12 @@ def city_block(tmp_path_factory) -> Path:
     data_dir = tmp_path_factory.mktemp("data") / "city_block"
     write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
     return data_dir
+
+
+@pytest.fixture
+def anisotropic_gaussians(monkeypatch) -> None:
+    """Let training begin with Gaussians whose axes differ, from which two runs can be compared."""
+    monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

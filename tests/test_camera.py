@@ -7,12 +7,12 @@ import numpy as np
 import pycolmap
 import pytest
 from scipy.ndimage import map_coordinates
-from small_scene import camera, camera_poses, write_scene
 
 from datasets.camera import make_camera
 from datasets.loader import evaluation_loader
 from datasets.scene import load_scene
 from errors import InputError
+from tests.small_scene import camera, camera_poses, write_scene
 
 SIZE = (320, 240)
 MODELS = {

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_scene import camera, camera_poses, write_scene
 
 from datasets import colmap
 from datasets.cache import is_writable, user_cache_dir
 from datasets.colmap import find_model_dir, load_sparse_model
 from errors import InputError
+from tests.small_scene import camera, camera_poses, write_scene
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_culling import random_cameras
 from torch import Tensor
 
 from offload.adam import geometry as adam_kernels
@@ -14,6 +13,7 @@ from offload.culling import kernels as culling_kernels
 from offload.culling.cameras import Margin
 from offload.models.geometry_device import GEOMETRY, DeviceGeometry
 from tests.oracles import culling as oracle
+from tests.test_culling import random_cameras
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15

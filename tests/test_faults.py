@@ -10,22 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
 
-import fault_trials
 import pytest
 import torch
-from test_resume import (
-    DENSIFYING,
-    TRAINERS,
-    assert_same_state,
-    interrupt_after,
-    saved,
-    train,
-)
 
 import simple_trainer
 import simple_trainer_hybrid_optimized
 from errors import InputError
 from offload.pipelines.forwarded import ForwardedPipeline
+from tests import fault_trials
+from tests.interrupted_runs import DENSIFYING, SCRIPTS, assert_same_state, interrupt_after, run_script, saved
 from training import checkpoint_folder
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
@@ -44,7 +37,7 @@ def undisturbed(whole_runs, city_block, tmp_path, script, place) -> Checkpoint:
     key = script.__name__ + str(place)
     if key not in whole_runs:
         with pytest.MonkeyPatch.context() as patch:
-            assert train(patch, script, city_block, tmp_path / "undisturbed", *DENSIFYING, *place) == 0
+            assert run_script(patch, script, city_block, tmp_path / "undisturbed", *DENSIFYING, *place) == 0
         whole_runs[key] = saved(tmp_path / "undisturbed")
     return whole_runs[key]
 
@@ -59,12 +52,12 @@ def last_error(capsys) -> str:
 def test_sigterm_stops_like_ctrl_c_and_prints_the_command_to_continue(monkeypatch, city_block, tmp_path, capsys):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7, number=signal.SIGTERM)
-        assert train(patch, simple_trainer, city_block, tmp_path / "a b", "--max_steps", 20) == 0
+        assert run_script(patch, simple_trainer, city_block, tmp_path / "a b", "--max_steps", 20) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert saved(tmp_path / "a b", 7).can_resume
     assert command[1:3] == ["simple_trainer.py", "default"]
     assert command[-1] == "--resume"
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path / "a b", *command[3:][6:]) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path / "a b", *command[3:][6:]) == 0
     assert "Resuming after 7 steps" in capsys.readouterr().out
 
 
@@ -79,14 +72,14 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch, city_block, tmp_path):
 
     monkeypatch.setattr(TrainingRun, "after_step", press_twice)
     options = ("--max_steps", 1000, "--save_every", 9)
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 130
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 130
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["ckpt_9.pt"]
 
 
 def test_save_every_and_keep(monkeypatch, city_block, tmp_path):
     """Periodic checkpoints make room for newer ones; those that were asked for by number stay."""
     options = ("--max_steps", 30, "--save_steps", 8, "--save_every", 4, "--keep", 2)
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {f"ckpt_{n}.pt" for n in (8, 24, 28, 30)}
 
 
@@ -111,13 +104,13 @@ def test_saving_by_time_does_not_notice_a_clock_that_jumps(monkeypatch):
 
 def test_the_newest_checkpoint_does_not_depend_on_the_clock(monkeypatch, city_block, tmp_path, capsys):
     options = ("--max_steps", 12, "--save_every", 4)
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     for step, age in ((4, 0), (8, 3600), (12, 86400)):  # the clock was set back more and more
         os.utime(tmp_path / f"ckpts/ckpt_{step}.pt", (1e9 - age, 1e9 - age))
     # A new run in the same folder supersedes the old one, although its numbers are smaller.
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 5, "--save_every", 0) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 5, "--save_every", 0) == 0
     capsys.readouterr()
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 6, "--resume") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 6, "--resume") == 0
     assert "Resuming after 5 steps" in capsys.readouterr().out
 
 
@@ -144,7 +137,7 @@ def leave_nothing(content: bytearray) -> None:
 @pytest.mark.parametrize("damage", [damage_last_byte, damage_a_tensor, truncate, leave_nothing])
 def test_a_damaged_checkpoint_is_named_and_skipped(monkeypatch, city_block, tmp_path, capsys, damage):
     options = ("--max_steps", 12, "--save_every", 5, "--keep", 0)
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     newest = tmp_path / "ckpts/ckpt_12.pt"
     before = saved(tmp_path, 12)
     content = bytearray(newest.read_bytes())
@@ -152,7 +145,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(monkeypatch, city_block, tmp_
     newest.unlink()
     newest.write_bytes(content)
     capsys.readouterr()
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
     printed = capsys.readouterr().out
     assert any(line.startswith("Skipped: ") and "ckpt_12.pt" in line for line in printed.splitlines())
     assert "Resuming after 10 steps" in printed
@@ -160,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(monkeypatch, city_block, tmp_
 
 
 def test_every_flipped_bit_is_found(monkeypatch, city_block, tmp_path):
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 2) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 2) == 0
     path = tmp_path / "ckpts/ckpt_2.pt"
     content = path.read_bytes()
     path.unlink()
@@ -214,7 +207,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_training(monkeypatch, city_block
 
     monkeypatch.setattr(os, call, fails_for_a_while)
     monkeypatch.setattr(TrainingRun, "after_step", fail_from_20_to_40)
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if error.strerror in line]
     assert len(warnings) == 2
     assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {f"ckpt_{n}.pt" for n in (10, 40, 50, 60)}
@@ -231,12 +224,12 @@ def test_a_disk_that_stays_full_is_said_at_the_end(monkeypatch, city_block, tmp_
     options = ("--max_steps", 30, "--save_every", 10)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_folder, "PartialCheckpoint", full_after_10)
-        assert train(patch, simple_trainer, city_block, tmp_path, *options) == 1
+        assert run_script(patch, simple_trainer, city_block, tmp_path, *options) == 1
     message = last_error(capsys)
     assert message.startswith("Stopped: The Gaussians after 30 steps could not be saved")
     assert "No space left on device" in message
     assert message.endswith("--resume")
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
     assert "Resuming after 10 steps" in capsys.readouterr().out
 
 
@@ -256,13 +249,14 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(monkeypatch, city_block, small_disk, capsys):
     """600 Gaussians fit, but not those that they become."""
     options = (*DENSIFYING, "--save_every", 5)
-    assert train(monkeypatch, simple_trainer, city_block, small_disk, *options) == 1
+    assert run_script(monkeypatch, simple_trainer, city_block, small_disk, *options) == 1
     output = capsys.readouterr()
     assert "No space left on device" in output.out
     assert output.err.splitlines()[-1].startswith("Stopped: The Gaussians after 60 steps could not be saved")
     kept = sorted(load_checkpoint(path).steps for path in (small_disk / "ckpts").iterdir())
     assert kept
-    assert train(monkeypatch, simple_trainer, city_block, small_disk, "--max_steps", kept[-1] + 1, "--resume") in (0, 1)
+    options = ("--max_steps", kept[-1] + 1, "--resume")
+    assert run_script(monkeypatch, simple_trainer, city_block, small_disk, *options) in (0, 1)
     assert f"Resuming after {kept[-1]} steps" in capsys.readouterr().out
 
 
@@ -279,11 +273,11 @@ def test_a_folder_that_is_really_made_read_only(monkeypatch, city_block, small_d
     options = ("--max_steps", 30, "--refine_start_iter", 100, "--save_every", 5, "--keep", 2)
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "after_step", remount)
-        assert train(patch, simple_trainer, city_block, small_disk, *options) == 1
+        assert run_script(patch, simple_trainer, city_block, small_disk, *options) == 1
     assert "Read-only file system" in capsys.readouterr().out
     subprocess.run(["umount", "--lazy", ckpts], check=True)
     assert sorted(load_checkpoint(path).steps for path in (small_disk / "ckpts").iterdir()) == [5, 10]
-    assert train(monkeypatch, simple_trainer, city_block, small_disk, *options, "--resume") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, small_disk, *options, "--resume") == 0
     assert "Resuming after 10 steps" in capsys.readouterr().out
 
 
@@ -294,7 +288,7 @@ def test_results_that_cannot_be_written_cost_no_training(monkeypatch, city_block
     for name in ("save_ply", "save_statistics", "save_rendering"):
         monkeypatch.setattr(f"training.results.ResultFolder.{name}", fail)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
-    assert train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 20, "--log_every", 10) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 20, "--log_every", 10) == 0
     printed = capsys.readouterr().out
     for what in ("The PLY file", "The evaluation", "The statistics", "The log"):
         assert f"Warning: {what} could not be written" in printed
@@ -313,28 +307,28 @@ def test_what_a_killed_run_has_left_is_removed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "place"), TRAINERS)
+@pytest.mark.parametrize(("script", "place"), SCRIPTS)
 def test_a_pixel_that_is_not_a_number_is_skipped(monkeypatch, city_block, tmp_path, capsys, script, place):
     spoil_pictures(monkeypatch, {7: float("nan"), 8: float("inf"), 22: float("-inf")})
-    assert train(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place) == 0
+    assert run_script(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place) == 0
     state = saved(tmp_path).state
     assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
     assert "Warning: 2 steps so far" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "place"), TRAINERS)
+@pytest.mark.parametrize(("script", "place"), SCRIPTS)
 def test_a_gradient_that_stays_not_finite_stops_training(monkeypatch, city_block, tmp_path, capsys, script, place):
     with monkeypatch.context() as patch:
         spoil_pictures(patch, dict.fromkeys(range(13, 1000), float("nan")))
-        assert train(patch, script, city_block, tmp_path, *DENSIFYING, *place) == 1
+        assert run_script(patch, script, city_block, tmp_path, *DENSIFYING, *place) == 1
     message = last_error(capsys)
     assert message.startswith("Stopped: The gradients of the last")
     (path,) = (tmp_path / "ckpts").iterdir()
     checkpoint = load_checkpoint(path)
     assert str(path) in message
     assert all(tensor.isfinite().all() for tensor in checkpoint.state.values() if tensor.is_floating_point())
-    assert train(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place, "--resume") == 0
+    assert run_script(monkeypatch, script, city_block, tmp_path, *DENSIFYING, *place, "--resume") == 0
 
 
 def spoil_pictures(monkeypatch, values: dict[int, float]) -> None:
@@ -355,7 +349,7 @@ def spoil_pictures(monkeypatch, values: dict[int, float]) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("script", "place"), TRAINERS[:-1])
+@pytest.mark.parametrize(("script", "place"), SCRIPTS[:-1])
 def test_device_memory_that_really_runs_out(monkeypatch, city_block, tmp_path, capsys, script, place):
     from_batch, loaded = View.from_batch, [0]
 
@@ -380,24 +374,24 @@ def test_device_memory_that_really_runs_out(monkeypatch, city_block, tmp_path, c
 
 
 def train_on_gpu(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:
-    return train(monkeypatch, script, data_dir, result_dir, *options, "--device", "cuda")
+    return run_script(monkeypatch, script, data_dir, result_dir, *options, "--device", "cuda")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "place"), TRAINERS[:-1])  # the last one splits the view instead
+@pytest.mark.parametrize(("script", "place"), SCRIPTS[:-1])  # the last one splits the view instead
 def test_a_step_that_device_memory_cannot_hold_is_undone(
     monkeypatch, city_block, tmp_path, capsys, whole_runs, script, place
 ):
     """What is saved is the state before the step: resumed, the run is the one that was never disturbed."""
     with monkeypatch.context() as patch:
         fail_at_call(patch, script, "photometric_loss", 33)
-        assert train(patch, script, city_block, tmp_path / "parts", *DENSIFYING, *place) == 1
+        assert run_script(patch, script, city_block, tmp_path / "parts", *DENSIFYING, *place) == 1
     message = last_error(capsys)
     assert message.startswith("Stopped: Device memory ran out after 32 steps")
     assert "ckpt_32.pt" in message
     command = shlex.split(message.split("Continue with: ")[1])
     assert command[1] != f"{script.__name__}.py" or ("--geometry" in command and "host" in command)
-    assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place, "--resume") == 0
+    assert run_script(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place, "--resume") == 0
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, place))
 
 
@@ -444,9 +438,9 @@ def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_run
 
     with monkeypatch.context() as patch:
         patch.setattr(ForwardedPipeline, method, dies)
-        assert train(patch, script, city_block, tmp_path / "parts", *DENSIFYING) == 1
+        assert run_script(patch, script, city_block, tmp_path / "parts", *DENSIFYING) == 1
     assert "The Gaussians are saved in" in last_error(capsys)
-    assert train(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, "--resume") == 0
+    assert run_script(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, "--resume") == 0
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, ()))
 
 
@@ -464,9 +458,9 @@ def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(ForwardedPipeline, "_update_urgent", fails_after_its_work)
-        assert train(patch, script, city_block, tmp_path, *options) == 1
+        assert run_script(patch, script, city_block, tmp_path, *options) == 1
     assert "could not be saved (the step had been applied in part)" in last_error(capsys)
-    assert train(monkeypatch, script, city_block, tmp_path, *options, "--resume") == 0
+    assert run_script(monkeypatch, script, city_block, tmp_path, *options, "--resume") == 0
     assert "Resuming after 10 steps" in capsys.readouterr().out
 
 

@@ -10,8 +10,6 @@ import zlib
 
 import numpy as np
 import pytest
-from fuzz_readers import run
-from small_scene import camera, write_scene
 
 from datasets.cache import read_npz
 from datasets.colmap import load_sparse_model
@@ -19,6 +17,8 @@ from datasets.images import decode_image
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
+from tests.fuzz_readers import run
+from tests.small_scene import camera, write_scene
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from small_scene import ramp_picture
 
 from datasets import images
 from datasets.cache import user_cache_dir
 from datasets.images import decode_image, prepare_images
 from errors import InputError
+from tests.small_scene import ramp_picture
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
-from test_streamed_pipeline import BETAS, CPU, RATE, Clock, SimulatedLane, random_views
 from torch import Tensor
 
 from offload.adam import rows as row_kernels
@@ -18,6 +16,8 @@ from offload.pipelines import worker as work_ahead
 from offload.pipelines.groups import StreamedGroup
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from offload.store.host_store import HostStore, Moments
+from tests.test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
+from tests.test_streamed_pipeline import BETAS, CPU, RATE, Clock, SimulatedLane, random_views
 
 MULTIPLIERS = {"geometry": GEOMETRY, "appearance": APPEARANCE}
 RATES = {"geometry": [RATE, 0.3 * RATE], "appearance": [RATE]}

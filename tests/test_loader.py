@@ -4,12 +4,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from small_scene import camera, write_scene
 
 from datasets.images import decode_image
 from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import load_scene
 from errors import InputError
+from tests.small_scene import camera, write_scene
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_culling import random_cameras, random_geometry
 from torch import Tensor
 
 from offload.adam.options import AdamOptions
@@ -15,6 +14,7 @@ from offload.culling.native import BlockBounds, visible_ids
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.offloaded import OffloadedGaussians
 from offload.models.streamed import StreamedGaussians
+from tests.test_culling import random_cameras, random_geometry
 
 BETAS = (0.9, 0.999)
 RATES = {"means": 2e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 1e-3, "shN": 1e-3}

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from small_scene import camera_poses
 
 from datasets.normalize import normalizing_transform, transform_cameras, transform_points
+from tests.small_scene import camera_poses
 
 
 def ring_of_cameras() -> np.ndarray:

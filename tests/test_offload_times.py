@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from test_pipeline import STEPS, make_pipeline, train
 
 from offload.adam.host import DeferredAdam
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Downloaded, RowTransfer
+from tests.test_pipeline import STEPS, make_pipeline, train
 
 WAITING = "wait_for_worker"
 OF_WORKER = ("worker_cull", "worker_forward", "worker_commit", "wait_for_gradients")

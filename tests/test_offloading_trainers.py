@@ -19,10 +19,12 @@ from offload.culling.margins import largest_correction, largest_drift, largest_s
 from offload.culling.native import BlockBounds
 from offload.pipelines.forwarded import ForwardedPipeline, shared_positions
 from offload.pipelines.streamed_host import StreamedHostPipeline
-from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
+from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, train
 from training import command_line
 from training.checkpoints import load_checkpoint
 from training.densification import Densification
+
+pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
 
 BASELINE = pytest.param(simple_trainer_hybrid_baseline, (), id="baseline")
 OPTIMIZED = [
@@ -34,11 +36,6 @@ STREAMED = [
     for place in ("device", "host")
 ]
 ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def _anisotropic_start(monkeypatch):
-    monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 
 def test_moments_in_bfloat16_stay_close(monkeypatch, city_block, tmp_path):

@@ -13,7 +13,6 @@ import numpy as np
 import pycolmap
 import pytest
 import torch
-from made_up_downloads import View, gauu_scene, matrix_city, mega_nerf, pinhole, write_model, write_point_cloud
 from PIL import Image
 
 from configs import DATASETS, scene_config
@@ -25,6 +24,7 @@ from datasets.ply import read_points
 from datasets.prepare import INSTRUCTIONS, PUBLISHED_COUNTS, main
 from datasets.scene import load_scene
 from datasets.splits import split_indices
+from tests.made_up_downloads import View, gauu_scene, matrix_city, mega_nerf, pinhole, write_model, write_point_cloud
 
 
 @pytest.fixture(autouse=True)

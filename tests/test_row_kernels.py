@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from torch import Tensor
 
 from offload.adam import rows as row_kernels
@@ -10,6 +9,7 @@ from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.deferral import CatchUpTables
 from offload.adam.rows import RowState
 from offload.store.memory import HostArray
+from tests.test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS = (0.9, 0.999)

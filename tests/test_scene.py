@@ -3,10 +3,10 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from small_scene import SIZE, camera, camera_poses, write_scene
 
 from datasets.scene import load_scene
 from errors import InputError
+from tests.small_scene import SIZE, camera, camera_poses, write_scene
 
 
 @pytest.fixture(autouse=True)

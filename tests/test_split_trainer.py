@@ -14,9 +14,11 @@ import simple_trainer_hybrid_optimized_split
 from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.tiles.planner import PartPlanner
-from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, anisotropic_start, differences, train
+from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, train
 from training import command_line
 from training.memory import parse_bytes
+
+pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
 
 OPTIMIZED, SPLIT = simple_trainer_hybrid_optimized, simple_trainer_hybrid_optimized_split
 
@@ -27,11 +29,6 @@ def city_block(tmp_path_factory) -> Path:
     data_dir = tmp_path_factory.mktemp("data") / "city_block"
     write_city_block(data_dir, num_views=16, width=144, height=130, num_points=500)
     return data_dir
-
-
-@pytest.fixture(autouse=True)
-def _anisotropic_start(monkeypatch):
-    monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 
 @pytest.fixture(autouse=True)

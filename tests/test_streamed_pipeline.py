@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_adam import APPEARANCE, EPS, DenseOracle, largest_row_error
 from torch import Tensor
 
 from offload.adam import rows as row_kernels
@@ -19,6 +18,7 @@ from offload.pipelines import streamed as streamed_pipeline
 from offload.pipelines.groups import StreamedGroup
 from offload.pipelines.streamed import StreamedPipeline
 from offload.store.host_store import HostStore, Moments
+from tests.test_adam import APPEARANCE, EPS, DenseOracle, largest_row_error
 
 BETAS, RATE = (0.9, 0.999), 1e-2
 CPU = torch.device("cpu")

@@ -4,7 +4,6 @@ from itertools import islice, pairwise, permutations
 
 import numpy as np
 import pytest
-from small_scene import write_scene
 
 from benchmarks.aerial_scene import aerial_scene, geometry_rows, one_by_one
 from configs import Config
@@ -12,6 +11,7 @@ from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.view_order import ViewWindows, path, sample_of, sees
 from offload.culling.native import BlockBounds, visible_ids
+from tests.small_scene import write_scene
 from training.views import View
 
 
