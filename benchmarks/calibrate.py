@@ -22,11 +22,11 @@ import torch
 import tyro
 
 from errors import InputError
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.host import DeferredAdam
-from offload.adam.rows import RowState
 from offload.backends import kernels_for
 from offload.pipelines.lanes import Lane
+from offload.store.layout import RowState
 from offload.store.memory import HostArray
 from training.calibration import (
     OPTIMIZED_HOST_BYTES,
@@ -66,7 +66,7 @@ class Rows:
             array.tensor.fill_(value)
         parameters, *moments = (array.tensor for array in self._arrays)
         self.state = RowState(parameters, tuple(moments))
-        self.stamps = torch.full((num_rows,), STEPS_BEFORE - 12, dtype=torch.int32)
+        self.last_step = torch.full((num_rows,), STEPS_BEFORE - 12, dtype=torch.int32)
         distance = round(RUN / MEASURED_VISIBLE)
         starts = torch.arange(0, num_rows - distance, distance)[:, None]
         shifts = [distance * view // VIEWS for view in range(VIEWS)]
@@ -103,7 +103,7 @@ def host_speed(rows: Rows) -> float:
     for array in arrays:
         array.resize(rows.num_visible)
     gradients, out = (array.tensor.fill_(1e-3) for array in arrays)
-    state = (*rows.state.tensors(), rows.stamps)
+    state = rows.state, rows.last_step
 
     def work(turn: int) -> None:
         adam.begin_step([1e-3])
@@ -136,10 +136,10 @@ def copy_speeds(device: torch.device) -> tuple[float, float]:
 def row_speed(rows: Rows, device: torch.device) -> float:
     """Bytes per second of fetching one view's rows while another's are written back, both together."""
     kernels = kernels_for(device, "offload.adam.rows")
-    tables = CatchUpTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
+    tables = DeferralTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
     for _ in range(STEPS_BEFORE):
         tables.begin_step([1e-3])
-    views, stamps = [ids.to(device) for ids in rows.views], rows.stamps.to(device)
+    views, last_step = [ids.to(device) for ids in rows.views], rows.last_step.to(device)
     fetched, updated = (rows.state.new_empty(rows.num_visible, device) for _ in range(2))
     fetching, writing = Lane.new(device), Lane.new(device)
     finish(device)
@@ -147,7 +147,7 @@ def row_speed(rows: Rows, device: torch.device) -> float:
     def work(turn: int) -> None:
         with fetching:
             ids = views[turn % VIEWS]
-            kernels.fetch_rows(rows.state, ids, ids, stamps, None, fetched, tables)
+            kernels.fetch_rows(rows.state, ids, ids, last_step, None, fetched, tables)
         with writing:
             kernels.write_rows(updated, views[(turn + 1) % VIEWS], None, rows.state)
 

@@ -21,7 +21,7 @@ from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, geometry_ro
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, megabytes, number, spread
 from benchmarks.timing import Case, copy_bandwidth, time_in_turns
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.geometry import GeometryState
 from offload.backends import kernels_for, native, num_threads
 from offload.culling.cameras import Cameras, Margin
@@ -47,7 +47,7 @@ def culling_on(device: torch.device, parameters: Mapping[str, Tensor]) -> Callab
     moments = [{name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2)]
     last_step = torch.zeros(len(values["means"]), dtype=torch.int32, device=device)
     state = GeometryState(values, *moments, last_step)
-    tables = CatchUpTables(torch.ones(1, 12), (0.9, 0.999), 1e-15, device)
+    tables = DeferralTables(torch.ones(1, 12), (0.9, 0.999), 1e-15, device)
     kernels = kernels_for(device, "offload.culling.kernels")
     return lambda cameras: kernels.visible_ids(state, tables, cameras, Margin(), Margin())
 

@@ -21,11 +21,14 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, gigabytes, number, percent, spread
 from benchmarks.timing import CPU, Spread, copy_bandwidth
 from configs import DensificationRules
+from offload.adam.options import AdamOptions
 from offload.backends import num_threads
-from offload.store.host_store import HostStore, host_bytes
+from offload.models.baseline import BaselineGaussians
+from offload.store.layout import GROUP_NAMES, row_bytes
 from offload.store.morton import morton_order
 from training.densification import Densification, Statistics
 
+ROW_BYTES = sum(row_bytes(group, sh_degree=3) for group in GROUP_NAMES)  # of a Gaussian
 SHARE = 0.05  # of the rows that one refinement duplicates, splits or removes
 
 
@@ -60,7 +63,7 @@ def every(share: float, n: int) -> Tensor:
 
 def bytes_moved(n: int) -> dict[str, float | None]:
     """What each operation must read and write; nothing is said about a whole refinement."""
-    row, parameters = host_bytes(1, 3), (12 + 48) * 4  # bytes of a row with moments and stamp, and without
+    row, parameters = ROW_BYTES, (12 + 48) * 4  # bytes of a Gaussian with moments and last steps, and without
     changed = SHARE * n
     return {
         "fill from six tensors": n * (59 * 4 + row),  # moments are written once, as zeros
@@ -77,37 +80,39 @@ def bytes_moved(n: int) -> dict[str, float | None]:
 
 
 def one_round(parameters: dict[str, Tensor]) -> list[float]:
-    """Seconds of each operation of `bytes_moved`, one after the other on one store."""
+    """Seconds of each operation of `bytes_moved`, one after the other on the stores of geometry and appearance."""
     n = len(parameters["means"])
     start = time.perf_counter()
-    store = HostStore(parameters)
+    adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    gaussians = BaselineGaussians(parameters, adam, device=CPU)
+    stores = gaussians.stores.values()
     filled = time.perf_counter() - start
 
-    times = [filled, seconds(lambda: morton_order(store.read("means")))]
+    times = [filled, seconds(lambda: morton_order(gaussians.read("means")))]
     ids, others = every(SHARE, n), every(SHARE, n) + 1
-    order = morton_order(store.read("means"))
-    times.append(seconds(lambda: store.reorder(order)))
-    store.overwrite(ids, {"means": store.read("means")[ids].roll(1, 0)})
-    nearly_sorted = morton_order(store.read("means"))
-    times.append(seconds(lambda: store.reorder(nearly_sorted)))
+    order = morton_order(gaussians.read("means"))
+    times.append(seconds(lambda: [store.reorder(order) for store in stores]))
+    gaussians.overwrite(ids, {"means": gaussians.read("means")[ids].roll(1, 0)})
+    nearly_sorted = morton_order(gaussians.read("means"))
+    times.append(seconds(lambda: [store.reorder(nearly_sorted) for store in stores]))
 
-    values = {name: store.read(name)[ids] for name in ("means", "scales")}
-    times.append(seconds(lambda: store.append_copies(ids)))
-    times.append(seconds(lambda: store.overwrite(ids, values)))
-    times.append(seconds(lambda: store.relocate(ids, others)))
-    times.append(seconds(lambda: store.clamp_opacities(2.0)))
-    is_kept = torch.ones(store.num_gaussians, dtype=torch.bool)
-    is_kept[every(SHARE, store.num_gaussians)] = False
+    values = {name: gaussians.read(name)[ids] for name in ("means", "scales")}
+    times.append(seconds(lambda: gaussians.append_copies(ids)))
+    times.append(seconds(lambda: gaussians.overwrite(ids, values)))
+    times.append(seconds(lambda: [store.relocate(ids, others) for store in stores]))
+    times.append(seconds(lambda: gaussians.clamp_opacities(2.0)))
+    is_kept = torch.ones(gaussians.num_gaussians, dtype=torch.bool)
+    is_kept[every(SHARE, gaussians.num_gaussians)] = False
     kept = torch.where(is_kept)[0]
-    times.append(seconds(lambda: store.keep(kept)))
+    times.append(seconds(lambda: gaussians.keep(kept)))
 
-    few = store.read("opacities").kthvalue(int(SHARE * store.num_gaussians)).values
+    few = gaussians.read("opacities").kthvalue(int(SHARE * gaussians.num_gaussians)).values
     rules = DensificationRules(prune_opa=float(few.sigmoid()))
     densification = Densification(rules, scene_scale=1.0, seed=0)
-    gradients = torch.zeros(store.num_gaussians)
-    gradients[every(2 * SHARE, store.num_gaussians)] = 1.0  # half of them are small enough to be duplicated
+    gradients = torch.zeros(gaussians.num_gaussians)
+    gradients[every(2 * SHARE, gaussians.num_gaussians)] = 1.0  # half of them are small enough to be duplicated
     densification.statistics = Statistics(gradients, torch.ones_like(gradients), torch.zeros_like(gradients))
-    times.append(seconds(lambda: densification.refine(600, store)))
+    times.append(seconds(lambda: densification.refine(600, gaussians)))
     return times
 
 
@@ -117,11 +122,11 @@ def main(options: Options) -> None:
     parameters = random_parameters(n)
     one_round({name: value[:1000] for name, value in parameters.items()})  # starts all threads
     rounds = [one_round(parameters) for _ in range(repeats)]
-    bandwidth = copy_bandwidth(CPU, min(host_bytes(n, 3), 1 << 30))
+    bandwidth = copy_bandwidth(CPU, min(n * ROW_BYTES, 1 << 30))
 
     report = Report("densify", "Densification of the host store", options)
     report.say(
-        f"{n:,} Gaussians of SH degree 3, {host_bytes(n, 3) / 1e9:.2f} GB; {repeats} runs. "
+        f"{n:,} Gaussians of SH degree 3, {n * ROW_BYTES / 1e9:.2f} GB; {repeats} runs. "
         f"Large copy on the host, read and written: {bandwidth / 1e9:.1f} GB/s."
     )
     columns = {

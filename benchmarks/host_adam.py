@@ -23,12 +23,13 @@ from benchmarks.timing import Case, time_in_turns
 from benchmarks.visible_rows import KINDS, MEAN_RUN
 from offload.adam.host import DeferredAdam
 from offload.backends import num_threads
+from offload.store.layout import RowState
 from offload.store.memory import HostArray
 from training.memory import available_bytes
 
 COLUMNS = 48
 ROW = 4 * COLUMNS  # bytes
-STAMP, ID = 4, 8  # bytes
+LAST_STEP, ID = 4, 8  # bytes
 STEPS_BEFORE = 1000
 MOST_GAUSSIANS = 18_000_000
 YARDSTICK = "torch.optim.Adam(fused=True), all rows"
@@ -72,9 +73,9 @@ def threaded_copy(destination: Tensor, source: Tensor, pool: ThreadPoolExecutor,
     list(pool.map(copy, range(threads)))
 
 
-def visiting_cases(adam: DeferredAdam, state: tuple[Tensor, ...], visible: float) -> dict[str, Counted]:
+def visiting_cases(adam: DeferredAdam, rows: RowState, last_step: Tensor, visible: float) -> dict[str, Counted]:
     """The deferred kernels on rows in runs and at random, other rows at every turn."""
-    n = len(state[0])
+    n = len(last_step)
     rng = np.random.default_rng(0)
     cases = {}
     for kind, choose in KINDS.items():
@@ -86,38 +87,38 @@ def visiting_cases(adam: DeferredAdam, state: tuple[Tensor, ...], visible: float
 
         def prepare(turn=turn, choices=choices) -> None:
             adam.begin_step([1e-3])
-            turn["ids"] = choices[adam.step_count % len(choices)]
+            turn["ids"] = choices[adam.step % len(choices)]
 
         def commit(turn=turn, gradients=gradients) -> None:
-            adam.commit(*state, turn["ids"], gradients[: len(turn["ids"])])
+            adam.commit(rows, last_step, turn["ids"], gradients[: len(turn["ids"])])
 
         def commit_and_forward(turn=turn, gradients=gradients, out=out) -> None:
             v = len(turn["ids"])
-            adam.commit_and_forward(*state, turn["ids"], gradients[:v], out[:v])
+            adam.commit_and_forward(rows, last_step, turn["ids"], gradients[:v], out[:v])
 
         def forward(turn=turn, out=out) -> None:
-            adam.forward(*state, turn["ids"], out[: len(turn["ids"])])
+            adam.forward(rows, last_step, turn["ids"], out[: len(turn["ids"])])
 
         v = sum(map(len, choices)) // len(choices)
-        commit_bytes = v * (7 * ROW + 2 * STAMP + ID)  # reads w m v g, writes w m v
-        forward_bytes = v * (4 * ROW + STAMP + ID)  # reads w m v, writes out
+        commit_bytes = v * (7 * ROW + 2 * LAST_STEP + ID)  # reads w m v g, writes w m v
+        forward_bytes = v * (4 * ROW + LAST_STEP + ID)  # reads w m v, writes out
         cases[f"commit, {kind}"] = Counted(Case(commit, prepare), commit_bytes)
         cases[f"commit and forward, {kind}"] = Counted(Case(commit_and_forward, prepare), commit_bytes + v * ROW)
         cases[f"forward, {kind}"] = Counted(Case(forward, prepare), forward_bytes)
     return cases
 
 
-def dense_cases(adam: DeferredAdam, state: tuple[Tensor, ...], threads: int) -> dict[str, Counted]:
+def dense_cases(adam: DeferredAdam, rows: RowState, threads: int) -> dict[str, Counted]:
     """Adam over all rows: torch's and ours, on the same memory."""
-    parameters, exp_avg, exp_avg_sq, _ = state
+    parameters, exp_avg, exp_avg_sq = rows.tensors()
     torch.set_num_threads(threads)
     gradients = store_rows(len(parameters)).normal_()
     parameters.grad = gradients
-    fused = torch.optim.Adam([parameters], lr=1e-3, eps=adam.eps, fused=True)
+    fused = torch.optim.Adam([parameters], lr=1e-3, eps=1e-15, fused=True)
     step = torch.tensor(float(STEPS_BEFORE))
     fused.state[parameters] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     bytes_moved = 7 * parameters.nbytes
-    ours = Case(lambda: adam.dense(parameters, exp_avg, exp_avg_sq, gradients), lambda: adam.begin_step([1e-3]))
+    ours = Case(lambda: adam.dense(rows, gradients), lambda: adam.begin_step([1e-3]))
     return {
         YARDSTICK: Counted(Case(fused.step), bytes_moved),
         "dense, all rows": Counted(ours, bytes_moved),
@@ -128,7 +129,7 @@ def main(options: Options) -> None:
     threads = options.threads or num_threads()
     n = options.num_gaussians
     if not n:
-        bytes_per_row = 4 * ROW + STAMP + 5 * options.visible * ROW
+        bytes_per_row = 4 * ROW + LAST_STEP + 5 * options.visible * ROW
         n = min(MOST_GAUSSIANS, int(available_bytes(torch.device("cpu")) / 2 / bytes_per_row))
     repeats = options.repeats
     if options.quick:
@@ -142,15 +143,15 @@ def main(options: Options) -> None:
     for _ in range(STEPS_BEFORE):
         adam.begin_step([1e-3])
     gaps = torch.empty(n).geometric_(options.visible).clamp_(max=STEPS_BEFORE).int()  # steps
-    state = (parameters, exp_avg, exp_avg_sq, STEPS_BEFORE - gaps)
+    rows, last_step = RowState(parameters, (exp_avg, exp_avg_sq)), STEPS_BEFORE - gaps
 
     with ThreadPoolExecutor(threads) as pool:
         source, destination = (store_rows(COPIED_ROWS) for _ in range(2))
         copy = Case(lambda: threaded_copy(destination, source, pool, threads))
         cases = {
             "copy": Counted(copy, 2 * source.nbytes),
-            **visiting_cases(adam, state, options.visible),
-            **dense_cases(adam, state, threads),
+            **visiting_cases(adam, rows, last_step, options.visible),
+            **dense_cases(adam, rows, threads),
         }
         times = time_in_turns({name: counted.case for name, counted in cases.items()}, repeats, warmup=3)
 

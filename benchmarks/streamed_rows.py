@@ -22,13 +22,12 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, count, number, spread
 from benchmarks.timing import Case, Clock, Spread, time_in_turns
 from errors import InputError
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
-from offload.adam.rows import RowState
 from offload.culling.cameras import Margin
 from offload.models.geometry_device import GEOMETRY, DeviceGeometry
 from offload.pipelines.lanes import Lane
-from offload.store.host_store import Moments
+from offload.store.layout import Moments, RowState
 from offload.store.memory import HostArray
 
 COLUMNS = 48
@@ -137,11 +136,11 @@ def main(options: Options) -> None:
         "each way."
     )
 
-    stamps = torch.randint(0, STEPS_BEFORE, (options.num_gaussians,), dtype=torch.int32, device=device)
+    last_step = torch.randint(0, STEPS_BEFORE, (options.num_gaussians,), dtype=torch.int32, device=device)
     fetched, updated = (host.new_empty(num_rows, device) for _ in range(2))
     for tensor in (*fetched.tensors(), *updated.tensors()):
         tensor.zero_()
-    tables = CatchUpTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
+    tables = DeferralTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
     for _ in range(STEPS_BEFORE):
         tables.begin_step([1e-3])
     places = torch.arange(num_rows, device=device)
@@ -149,7 +148,7 @@ def main(options: Options) -> None:
     geometry_gradients = geometry.gather(ids)
 
     def fetch() -> None:
-        kernels.fetch_rows(host, ids, ids, stamps, None, fetched, tables)
+        kernels.fetch_rows(host, ids, ids, last_step, None, fetched, tables)
 
     def write() -> None:
         kernels.write_rows(updated, ids, None, host)
@@ -174,7 +173,7 @@ def main(options: Options) -> None:
         "copy to the device": (upload, up.nbytes),
         "copy to the host": (download, up.nbytes),
         "both copies at once": (together(upload, download), 2 * up.nbytes),
-        "Adam on the rows of a view": (lambda: kernels.step_rows(fetched, ids, stamps, gradients, tables), 0),
+        "Adam on the rows of a view": (lambda: kernels.step_rows(fetched, ids, last_step, gradients, tables), 0),
         "Adam on the geometry of a view": (update_geometry, 0),
         "move all rows of a view": (lambda: kernels.move_rows(fetched, places, updated), 0),
     }

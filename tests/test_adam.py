@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload.adam.host import DeferredAdam
 from offload.backends import num_threads
+from offload.store.layout import RowState
 from tests.oracles.adam import ReferenceAdam
 
 BETAS, EPS = (0.9, 0.999), 1e-15
@@ -27,6 +28,10 @@ class Rows:
     def all(self) -> tuple[Tensor, ...]:
         return self.parameters, self.exp_avg, self.exp_avg_sq, self.last_step
 
+    def state(self) -> tuple[RowState, Tensor]:
+        """As the optimizers take them."""
+        return RowState(self.parameters, (self.exp_avg, self.exp_avg_sq)), self.last_step
+
     def copy(self) -> "Rows":
         return Rows(*(tensor.clone() for tensor in self.all()))
 
@@ -44,7 +49,7 @@ def stepped_rows(n: int, columns: int, multipliers: Tensor, steps: int = 6) -> t
     for _ in range(steps):
         adam.begin_step([1e-2] * len(multipliers))
         ids = torch.nonzero(torch.rand(n) < 0.3)[:, 0]
-        adam.commit(*rows.all(), ids, torch.randn(len(ids), columns))
+        adam.commit(*rows.state(), ids, torch.randn(len(ids), columns))
     adam.begin_step([2e-2] * len(multipliers))
     return adam, rows
 
@@ -101,18 +106,18 @@ def train(adam, rows: Rows, oracle: DenseOracle, steps: int, visible: Tensor) ->
             mask[0] = False
         ids = torch.nonzero(mask)[:, 0]
         gradients = torch.randn(len(ids), columns) * 10 ** (-8 * torch.rand(len(ids), 1))
-        adam.commit(*rows.all(), ids, gradients.to(rows.parameters.dtype))
+        adam.commit(*rows.state(), ids, gradients.to(rows.parameters.dtype))
         dense = torch.zeros(n, columns)
         dense[ids] = gradients
         oracle.step(dense, rates @ multipliers)
         if step % 150 == 0:  # densification
             reset = torch.randperm(n)[: n // 10]
             reset = reset[reset != 0]
-            adam.forward(*rows.all(), None, values := torch.empty_like(rows.parameters))
+            adam.forward(*rows.state(), None, values := torch.empty_like(rows.parameters))
             rows.parameters[reset] = values[reset]
             rows.exp_avg[reset] = 0
             rows.exp_avg_sq[reset] = 0
-            rows.last_step[reset] = adam.step_count
+            rows.last_step[reset] = adam.step
             oracle.reset(reset)
 
 
@@ -137,8 +142,8 @@ def test_thousand_sparse_steps_equal_dense_adam(make, multipliers, batch):
     assert rows.last_step.min() < steps - 300
 
     forwarded = torch.empty_like(rows.parameters)
-    adam.forward(*rows.all(), None, forwarded)
-    adam.commit(*rows.all(), None, None)
+    adam.forward(*rows.state(), None, forwarded)
+    adam.commit(*rows.state(), None, None)
     assert torch.equal(rows.last_step, torch.full((n,), steps, dtype=torch.int32))
     parameters, exp_avg, exp_avg_sq = oracle.state()
     assert largest_row_error(forwarded, parameters) < 1e-5
@@ -152,7 +157,7 @@ def test_reference_in_float64_is_dense_adam_to_rounding():
     adam, rows = ReferenceAdam(GEOMETRY, BETAS, EPS), random_rows(40, 12, torch.float64)
     oracle = DenseOracle(rows.parameters, BETAS, GEOMETRY)
     train(adam, rows, oracle, steps=300, visible=torch.full((40,), 0.05))
-    adam.commit(*rows.all(), None, None)
+    adam.commit(*rows.state(), None, None)
     # What remains is eps = 1e-15 beside sqrt(v), from 1e-9 on.
     for actual, expected, bound in zip(rows.all(), oracle.state(), (1e-6, 1e-12, 1e-12), strict=False):
         assert largest_row_error(actual, expected) < bound
@@ -169,11 +174,11 @@ def test_catching_up_one_step_too_few_is_seen():
             adam.begin_step(rates.tolist())
             ids = torch.nonzero(torch.rand(50) < 0.1)[:, 0]
             gradients = torch.randn(len(ids), 48)
-            rows.last_step += shift * (rows.last_step > 0) * (rows.last_step < adam.step_count - 1)
-            adam.commit(*rows.all(), ids, gradients)
-            rows.last_step[:] -= shift * (rows.last_step > 0) * (rows.last_step < adam.step_count)
+            rows.last_step += shift * (rows.last_step > 0) * (rows.last_step < adam.step - 1)
+            adam.commit(*rows.state(), ids, gradients)
+            rows.last_step[:] -= shift * (rows.last_step > 0) * (rows.last_step < adam.step)
             oracle.step(torch.zeros(50, 48).index_add(0, ids, gradients), rates @ APPEARANCE.double())
-        adam.commit(*rows.all(), None, None)
+        adam.commit(*rows.state(), None, None)
         errors.append([largest_row_error(a, b) for a, b in zip(rows.all(), oracle.state(), strict=False)])
     assert max(errors[0]) < 1e-5
     assert min(errors[1]) > 1e-4
@@ -188,10 +193,10 @@ def test_forward_gives_what_commit_stores_and_leaves_the_rows(multipliers, with_
     before, ids = rows.copy(), torch.nonzero(torch.rand(1500) < 0.5)[:, 0]
     gradients = torch.randn(len(ids), columns) if with_gradients else None
     forwarded = torch.empty(len(ids), columns)
-    adam.forward(*rows.all(), ids, forwarded, gradients)
+    adam.forward(*rows.state(), ids, forwarded, gradients)
     assert all(map(torch.equal, rows.all(), before.all()))
 
-    adam.commit(*rows.all(), ids, gradients)
+    adam.commit(*rows.state(), ids, gradients)
     assert torch.equal(rows.parameters[ids], forwarded)
     assert not torch.equal(rows.parameters[ids], before.parameters[ids])
     others = torch.ones(1500, dtype=torch.bool)
@@ -204,8 +209,8 @@ def test_commit_and_forward_is_commit_then_forward():
     adam, rows = stepped_rows(700, 48, APPEARANCE)
     both, ids = rows.copy(), torch.nonzero(torch.rand(700) < 0.5)[:, 0]
     gradients, out = torch.randn(len(ids), 48), torch.empty(len(ids), 48)
-    adam.commit(*rows.all(), ids, gradients)
-    adam.commit_and_forward(*both.all(), ids, gradients, out)
+    adam.commit(*rows.state(), ids, gradients)
+    adam.commit_and_forward(*both.state(), ids, gradients, out)
     assert all(map(torch.equal, rows.all(), both.all()))
     assert torch.equal(out, rows.parameters[ids])
 
@@ -218,10 +223,10 @@ def test_rows_of_larger_staging_buffers():
     staged_gradients, staged_values = torch.randn(900, 48), torch.full((800, 48), 7.0)
     gradient_rows, out_rows = torch.randperm(900)[:v], torch.randperm(800)[:v]
     adam.commit_and_forward(
-        *rows.all(), ids, staged_gradients, staged_values, gradient_rows=gradient_rows, out_rows=out_rows
+        *rows.state(), ids, staged_gradients, staged_values, gradient_rows=gradient_rows, out_rows=out_rows
     )
     out = torch.empty(v, 48)
-    adam.commit_and_forward(*same.all(), ids, staged_gradients[gradient_rows], out)
+    adam.commit_and_forward(*same.state(), ids, staged_gradients[gradient_rows], out)
     assert all(map(torch.equal, rows.all(), same.all()))
     assert torch.equal(staged_values[out_rows], out)
     untouched = torch.ones(800, dtype=torch.bool)
@@ -233,10 +238,10 @@ def test_staging_buffers_of_any_alignment():
     torch.manual_seed(0)
     adam, rows = stepped_rows(100, 48, APPEARANCE)
     expected, memory = torch.empty(100, 48), torch.empty(100 * 48 + 3)
-    adam.forward(*rows.all(), None, expected)
+    adam.forward(*rows.state(), None, expected)
     for offset in range(4):
         out = memory[offset : offset + 100 * 48].view(100, 48)
-        adam.forward(*rows.all(), None, out)
+        adam.forward(*rows.state(), None, out)
         assert torch.equal(out, expected)
 
 
@@ -254,7 +259,7 @@ def test_native_visits_equal_the_reference_at_any_size(n, columns):
         expected_out = out.double()
         for adam, state, g, o in ((ours, rows, gradients, out), (theirs, expected, gradients.double(), expected_out)):
             adam.begin_step([1e-2, 2e-2, 0.0])
-            adam.commit_and_forward(*state.all(), ids, g, o)
+            adam.commit_and_forward(*state.state(), ids, g, o)
         torch.testing.assert_close(out.double(), expected_out, rtol=1e-6, atol=1e-7)
     for actual, value in zip(rows.all(), expected.all(), strict=True):
         torch.testing.assert_close(actual.double(), value.double(), rtol=1e-6, atol=1e-7)
@@ -270,7 +275,7 @@ def test_dense_is_torch_adam(n, multipliers):
         rates = torch.full((len(multipliers),), 1e-2 / (1 + step), dtype=torch.float64)
         gradients = torch.randn(n, columns) * (torch.rand(n, 1) < 0.3)
         adam.begin_step(rates.tolist())
-        adam.dense(rows.parameters, rows.exp_avg, rows.exp_avg_sq, gradients)
+        adam.dense(rows.state()[0], gradients)
         oracle.step(gradients, rates @ multipliers.double())
     for actual, expected in zip(rows.all(), oracle.state(), strict=False):
         assert largest_row_error(actual, expected) < 2e-6
@@ -284,7 +289,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for threads in (1, 2, 5, 64):
         adam.threads = threads
         copy = rows.copy()
-        adam.commit(*copy.all(), ids, gradients)
+        adam.commit(*copy.state(), ids, gradients)
         results.append(copy)
     for other in results[1:]:
         assert all(map(torch.equal, results[0].all(), other.all()))
@@ -297,10 +302,10 @@ def test_a_parameter_without_gradient_stays_and_a_tiny_one_is_finite():
     for step in range(60):
         adam.begin_step([1e-2])
         if step == 0:
-            adam.commit(*rows.all(), None, gradient)
+            adam.commit(*rows.state(), None, gradient)
         oracle.step(gradient * (step == 0), torch.full((4,), 1e-2))
     out = torch.empty(1, 4)
-    adam.forward(*rows.all(), None, out)
+    adam.forward(*rows.state(), None, out)
     assert out[0, 0] == start[0, 0]
     assert out[0, 1] == start[0, 1]  # eps holds it back
     torch.testing.assert_close(out.double(), oracle.state()[0], rtol=0, atol=1e-5)
@@ -311,7 +316,7 @@ def test_moments_do_not_drift_over_many_steps():
     gradients, steps = torch.rand(1, 16) + 0.5, 5000
     for _ in range(steps):
         adam.begin_step([1e-3])
-        adam.commit(*rows.all(), None, gradients)
+        adam.commit(*rows.state(), None, gradients)
     for moment, beta, power in ((rows.exp_avg, BETAS[0], 1), (rows.exp_avg_sq, BETAS[1], 2)):
         expected = (1 - beta**steps) * gradients.double() ** power
         torch.testing.assert_close(moment.double(), expected, rtol=4e-6, atol=0)
@@ -322,7 +327,7 @@ def test_a_gap_of_200_000_steps():
     before = rows.copy()
     adam.begin_step([1e-2])
     gradients = torch.ones(3, 4)
-    adam.commit(*rows.all(), None, gradients)
+    adam.commit(*rows.state(), None, gradients)
     for _ in range(200_000):
         adam.begin_step([1e-2])
     # Since then m / sqrt(v) has faded: the sum of its 200 001 steps, in float64.
@@ -331,9 +336,9 @@ def test_a_gap_of_200_000_steps():
     m, v = (1 - b1) * b1 ** (i - 1), (1 - b2) * b2 ** (i - 1)
     travel = (1e-2 * m / (1 - b1**i) / ((v / (1 - b2**i)).sqrt() + EPS)).nan_to_num().sum()
     out = torch.empty(3, 4)
-    adam.forward(*rows.all(), None, out)
+    adam.forward(*rows.state(), None, out)
     torch.testing.assert_close(out.double(), before.parameters.double() - travel, rtol=1e-6, atol=1e-7)
-    adam.commit(*rows.all(), None, gradients)
+    adam.commit(*rows.state(), None, gradients)
     assert torch.equal(rows.exp_avg, torch.full((3, 4), 1 - b1))
     torch.testing.assert_close(rows.exp_avg_sq, torch.full((3, 4), 1 - b2))
     assert rows.last_step.tolist() == [200_001] * 3
@@ -342,20 +347,20 @@ def test_a_gap_of_200_000_steps():
 def test_nothing_visible_changes_nothing():
     adam, rows = stepped_rows(10, 48, APPEARANCE)
     before, none = rows.copy(), torch.empty(0, dtype=torch.int64)
-    adam.commit(*rows.all(), none, torch.empty(0, 48))
-    adam.forward(*rows.all(), none, torch.empty(0, 48))
-    adam.commit_and_forward(*rows.all(), none, torch.empty(0, 48), torch.empty(0, 48))
+    adam.commit(*rows.state(), none, torch.empty(0, 48))
+    adam.forward(*rows.state(), none, torch.empty(0, 48))
+    adam.commit_and_forward(*rows.state(), none, torch.empty(0, 48), torch.empty(0, 48))
     assert all(map(torch.equal, rows.all(), before.all()))
     empty = random_rows(0, 48)
-    adam.commit(*empty.all(), None, torch.empty(0, 48))
-    adam.forward(*empty.all(), None, torch.empty(0, 48))
+    adam.commit(*empty.state(), None, torch.empty(0, 48))
+    adam.forward(*empty.state(), None, torch.empty(0, 48))
 
 
 def test_before_the_first_step_values_are_those_stored():
     adam, rows = DeferredAdam(APPEARANCE, BETAS, EPS, threads=1), random_rows(3, 48)
     before, out = rows.copy(), torch.empty(3, 48)
-    adam.forward(*rows.all(), None, out)
-    adam.commit(*rows.all(), None, None)
+    adam.forward(*rows.state(), None, out)
+    adam.commit(*rows.state(), None, None)
     assert torch.equal(out, before.parameters)
     assert all(map(torch.equal, rows.all(), before.all()))
 
@@ -403,11 +408,15 @@ def test_wrong_arguments_are_refused_and_change_nothing(argument, value, message
     }
     if argument in ("gradients", "out"):
         arguments[f"{argument.removesuffix('s')}_rows"] = None
+
+    def commit_and_forward(parameters, exp_avg, exp_avg_sq, last_step, **others: Tensor) -> None:
+        adam.commit_and_forward(RowState(parameters, (exp_avg, exp_avg_sq)), last_step, **others)
+
     before = rows.copy()
     with pytest.raises(ValueError, match=message):
-        adam.commit_and_forward(**{**arguments, argument: value})
+        commit_and_forward(**{**arguments, argument: value})
     assert all(map(torch.equal, rows.all(), before.all()))
-    adam.commit_and_forward(**arguments)  # as they were, they are right
+    commit_and_forward(**arguments)  # as they were, they are right
 
 
 @pytest.mark.parametrize("stamp", [-1, 7, 1_000_000])
@@ -416,7 +425,7 @@ def test_impossible_stamps_are_refused_and_left_alone(stamp):
     rows.last_step[4] = stamp
     before = rows.copy()
     with pytest.raises(ValueError, match="last_step"):
-        adam.commit(*rows.all(), int64(3, 4, 5), torch.ones(3, 48))
+        adam.commit(*rows.state(), int64(3, 4, 5), torch.ones(3, 48))
     assert all(torch.equal(a[4], b[4]) for a, b in zip(rows.all(), before.all(), strict=True))
     assert rows.last_step.tolist()[3:6] == [7, stamp, 7]
 
@@ -431,7 +440,7 @@ def test_impossible_settings_are_refused():
         DeferredAdam(APPEARANCE[0], BETAS, EPS)
     adam, rows = DeferredAdam(APPEARANCE, BETAS, EPS), random_rows(2, 48)
     with pytest.raises(ValueError, match="begin_step"):
-        adam.commit(*rows.all(), None, torch.empty(2, 48))
+        adam.commit(*rows.state(), None, torch.empty(2, 48))
     with pytest.raises(ValueError, match="2 learning rates for 1 schedules"):
         adam.begin_step([1.0, 1.0])
 

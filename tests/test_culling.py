@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.geometry import GeometryState
 from offload.backends import native as compiled
 from offload.culling import kernels
@@ -147,7 +147,7 @@ def on_device(kernels, rows: Tensor, cameras: Cameras, margin: Margin | None, de
     parameters = {name: rows[:, columns].to(device) for name, columns in COLUMNS.items()}
     moments = [{name: torch.zeros_like(value) for name, value in parameters.items()} for _ in range(2)]
     state = GeometryState(parameters, *moments, torch.zeros(len(rows), dtype=torch.int32, device=device))
-    tables = CatchUpTables(torch.ones(1, 12), (0.9, 0.999), 1e-15, torch.device(device))
+    tables = DeferralTables(torch.ones(1, 12), (0.9, 0.999), 1e-15, torch.device(device))
     return kernels.visible_ids(state, tables, cameras, margin or Margin(), margin or Margin()).cpu()
 
 

@@ -48,7 +48,7 @@ def first_gaussians(data_dir: Path, num_gaussians: int) -> dict[str, Tensor]:
 def visible_per_view(data_dir: Path, gaussians: dict[str, Tensor]) -> list[list[int]]:
     """The rows that each training view shows."""
     scene = load_scene(data_dir)
-    geometry = HostStore(gaussians, max_gaussians=1000).groups["geometry"].parameters.tensor
+    geometry = HostStore(gaussians, "geometry", max_gaussians=1000).rows.parameters
     with evaluation_loader(scene, scene.train_ids, num_workers=1) as loader:
         views = [View.from_batch(batch, Config(), torch.device("cpu")) for batch in loader]
     return [visible_ids(geometry, BlockBounds(geometry), view.cameras).tolist() for view in views]

@@ -18,9 +18,11 @@ from configs import DensificationRules
 from errors import InputError
 from offload.adam.options import AdamOptions
 from offload.backends import native
+from offload.models.baseline import BaselineGaussians
 from offload.models.device import DeviceGaussians
 from offload.store import memory as host_memory
-from offload.store.host_store import HostStore, host_bytes
+from offload.store.host_store import HostStore
+from offload.store.layout import GROUP_NAMES, row_bytes
 from offload.store.memory import HostArray
 from offload.store.morton import morton_order
 from training.densification import Densification, Statistics, grow
@@ -80,16 +82,13 @@ class PlainModel:
 
 def named_arrays(store: HostStore) -> list[dict[str, Tensor]]:
     """Parameters and both moments by name."""
-    arrays = [{}, {}, {}]
-    for group in store.groups.values():
-        for named, rows in zip(arrays, (group.parameters.tensor, group.exp_avg, group.exp_avg_sq), strict=True):
-            named.update(group.named(rows))
-    return arrays
+    rows = store.rows
+    return [store.layout.named(array) for array in (rows.parameters, rows.exp_avg, rows.exp_avg_sq)]
 
 
-def store_of(model: PlainModel, groups: tuple[str, ...], sh_degree: int, **options) -> HostStore:
+def store_of(model: PlainModel, group: str, sh_degree: int, **options) -> HostStore:
     parameters = random_parameters(len(model.last_step), sh_degree)
-    store = HostStore({**parameters, **model.arrays[0]}, groups=groups, **options)
+    store = HostStore({**parameters, **model.arrays[0]}, group, **options)
     for stored, given in zip(named_arrays(store), model.arrays, strict=True):
         for name in given:
             stored[name].copy_(given[name])
@@ -105,9 +104,8 @@ def assert_same(store: HostStore, model: PlainModel) -> None:
             assert stored[name].shape == value.shape
             assert torch.equal(stored[name], value), name
     assert torch.equal(store.last_step, model.last_step)
-    for group in store.groups.values():
-        used = max(columns.stop for columns in group.columns.values())
-        assert all(not array.tensor[:, used:].any() for array in group.arrays)  # padding stays zero
+    used = max(columns.stop for columns in store.layout.columns.values())
+    assert all(not array[:, used:].any() for array in store.rows.tensors())  # padding stays zero
 
 
 def random_ids(num_ids: int, num_gaussians: int) -> Tensor:
@@ -117,15 +115,14 @@ def random_ids(num_ids: int, num_gaussians: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ rows of a store
 
 
-@pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",), ("geometry",)])
+@pytest.mark.parametrize("group", GROUP_NAMES)
 @pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
 @pytest.mark.parametrize("threads", ["1", "3"])
-def test_operations_equal_those_on_a_plain_model(groups, sh_degree, threads, monkeypatch):
+def test_operations_equal_those_on_a_plain_model(group, sh_degree, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     torch.manual_seed(0)
-    names = tuple(name for group in groups for name in NAMES[group])
-    model = PlainModel(500, sh_degree, names)
-    store = store_of(model, groups, sh_degree, max_gaussians=5000, whole_lines=threads == "3")
+    model = PlainModel(500, sh_degree, NAMES[group])
+    store = store_of(model, group, sh_degree, max_gaussians=5000, pad_to_cache_line=threads == "3")
     assert_same(store, model)
     for step in range(10, 14):
         store.step = step
@@ -150,7 +147,7 @@ def test_operations_equal_those_on_a_plain_model(groups, sh_degree, threads, mon
         model.select(ids)
         assert_same(store, model)
 
-        if "geometry" in groups:
+        if group == "geometry":
             store.clamp_opacities(0.3)
             model.arrays[0]["opacities"].clamp_(max=0.3)
             for moments in model.arrays[1:]:
@@ -181,7 +178,7 @@ def test_keep(num_gaussians, kept, threads, monkeypatch):
         "half": everything[draw < 0.5],
         "unordered": torch.randperm(num_gaussians)[: num_gaussians // 2],
     }[kept]
-    array = HostStore(random_parameters(num_gaussians, 3), groups=("appearance",), max_gaussians=num_gaussians)
+    array = HostStore(random_parameters(num_gaussians, 3), "appearance", max_gaussians=num_gaussians)
     expected = array.read("shN")[ids]
     array.last_step.copy_(everything)
     array.keep(ids)
@@ -190,7 +187,7 @@ def test_keep(num_gaussians, kept, threads, monkeypatch):
 
 
 def test_keep_refuses_to_double_rows():
-    store = HostStore(random_parameters(10))
+    store = HostStore(random_parameters(10), "geometry")
     with pytest.raises(ValueError, match="only once"):
         store.keep(torch.tensor([3, 5, 3]))
 
@@ -215,19 +212,19 @@ def permutations(n: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 1000, 30_001])
 @pytest.mark.parametrize("kind", ["none", "rotated", "reversed", "odd", "neighbours", "random"])
 @pytest.mark.parametrize("threads", ["1", "5"])
-def test_reorder_and_back(n, kind, threads, monkeypatch):
+@pytest.mark.parametrize("group", GROUP_NAMES)
+def test_reorder_and_back(n, kind, threads, group, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     order = permutations(n)[kind]
     parameters = random_parameters(n)
-    store = HostStore(parameters, max_gaussians=n)
+    store = HostStore(parameters, group, max_gaussians=n)
     store.last_step.copy_(torch.arange(n))
-    store.groups["geometry"].exp_avg.copy_(store.groups["geometry"].parameters.tensor)
+    store.rows.exp_avg.copy_(store.rows.parameters)
     store.reorder(order)
     for name, value in store.snapshot().items():
         assert torch.equal(value, parameters[name][order])
     assert torch.equal(store.last_step.long(), order)
-    geometry = store.groups["geometry"]
-    assert torch.equal(geometry.exp_avg, geometry.parameters.tensor)
+    assert torch.equal(store.rows.exp_avg, store.rows.parameters)
     store.reorder(order.argsort())
     for name, value in store.snapshot().items():
         assert torch.equal(value, parameters[name])
@@ -236,7 +233,7 @@ def test_reorder_and_back(n, kind, threads, monkeypatch):
 @pytest.mark.parametrize("order", [[0, 1, 1, 3], [1, 2, 2, 0]])
 def test_reorder_refuses_what_is_no_permutation(order):
     parameters = random_parameters(4)
-    store = HostStore(parameters)
+    store = HostStore(parameters, "geometry")
     with pytest.raises(ValueError, match="not a permutation"):
         store.reorder(torch.tensor(order))
     with pytest.raises(ValueError, match="order of 3 rows for 4"):
@@ -246,7 +243,7 @@ def test_reorder_refuses_what_is_no_permutation(order):
 
 @pytest.mark.parametrize("wrong", [-1, 10])
 def test_rows_that_do_not_exist_are_refused(wrong):
-    store = HostStore(random_parameters(10))
+    store = HostStore(random_parameters(10), "geometry")
     ids, others = torch.tensor([2, wrong]), torch.tensor([0, 1])
     for operation in (
         lambda: store.append_copies(ids),
@@ -272,28 +269,34 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("operation", CHANGES)
-def test_a_store_tells_which_rows_will_change_before_they_do(operation):
-    store = HostStore(random_parameters(10), max_gaussians=20)
+def test_a_store_tells_which_rows_change_before_they_do_and_afterwards(operation):
+    store = HostStore(random_parameters(10), "geometry", max_gaussians=20)
     before = {name: value.clone() for name, value in store.arrays_by_name().items()}
-    told = []
+    told, told_after = [], []
 
     def before_change(ids: torch.Tensor | None) -> None:
         assert all(torch.equal(value, before[name]) for name, value in store.arrays_by_name().items())
         told.append(ids)
 
     store.before_change = before_change
+    store.on_change = lambda ids: told_after.append((ids, store.arrays_by_name()["parameters/means"].clone()))
     CHANGES[operation](store)
     after = store.arrays_by_name()
+    (ids, means), *others = told_after
+    assert not others
+    assert (ids is None and told == [None]) or torch.equal(ids, told[0])
+    assert torch.equal(means, after["parameters/means"])  # nothing changes after that
     assert any(not torch.equal(value, before[name]) for name, value in after.items())
     if store.num_gaussians == 10 and told[0] is not None:
         untold = torch.ones(10, dtype=torch.bool).index_fill(0, told[0], False)
         assert all(torch.equal(value[untold], before[name][untold]) for name, value in after.items())
     else:
-        assert None in told
+        assert told == [None]
 
 
-def test_a_store_of_no_gaussians_takes_every_operation():
-    store = HostStore(random_parameters(1), max_gaussians=10)
+@pytest.mark.parametrize("group", GROUP_NAMES)
+def test_a_store_of_no_gaussians_takes_every_operation(group):
+    store = HostStore(random_parameters(1), group, max_gaussians=10)
     nothing = torch.arange(0)
     store.keep(nothing)
     assert store.num_gaussians == 0
@@ -301,23 +304,20 @@ def test_a_store_of_no_gaussians_takes_every_operation():
     store.overwrite(nothing, {"means": torch.zeros(0, 3)})
     store.relocate(nothing, nothing)
     store.reorder(nothing)
-    store.clamp_opacities(0.0)
+    if group == "geometry":
+        store.clamp_opacities(0.0)
     store.keep(nothing)
     assert {name: tuple(value.shape) for name, value in store.snapshot().items()} == {
-        "means": (0, 3),
-        "scales": (0, 3),
-        "quats": (0, 4),
-        "opacities": (0,),
-        "sh0": (0, 1, 3),
-        "shN": (0, 15, 3),
-    }
+        "geometry": {"means": (0, 3), "scales": (0, 3), "quats": (0, 4), "opacities": (0,)},
+        "appearance": {"sh0": (0, 1, 3), "shN": (0, 15, 3)},
+    }[group]
 
 
 # ------------------------------------------------------------------------- against the GPU-only trainer's Gaussians
 
 
-def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, HostStore]:
-    """The same Gaussians with the same non-zero moments in both kinds of store."""
+def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, BaselineGaussians]:
+    """The same Gaussians with the same non-zero moments on the device and in host stores."""
     parameters = random_parameters(num_gaussians)
     parameters["scales"] += math.log(2) * torch.randn(num_gaussians, 3)
     parameters["opacities"] += math.log(0.005)
@@ -326,24 +326,15 @@ def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, HostStore]:
     for parameter in device_store.parameters.values():
         parameter.grad = torch.randn_like(parameter)
     device_store.update()
-    host_store = HostStore(device_store.parameters)
-    host_store.step = 1
-    host_store.last_step.fill_(1)
-    _, exp_avg, exp_avg_sq = named_arrays(host_store)
-    for name, parameter in device_store.parameters.items():
-        state = device_store.optimizer.state[parameter]
-        exp_avg[name].copy_(state["exp_avg"])
-        exp_avg_sq[name].copy_(state["exp_avg_sq"])
-    return device_store, host_store
+    host_stores = BaselineGaussians(device_store.parameters, adam, device=torch.device("cpu"))
+    host_stores.load_state(device_store.state())
+    return device_store, host_stores
 
 
-def assert_pair_same(device_store: DeviceGaussians, host_store: HostStore) -> None:
-    values, exp_avg, exp_avg_sq = named_arrays(host_store)
-    for name, parameter in device_store.parameters.items():
-        state = device_store.optimizer.state[parameter]
-        assert torch.equal(values[name], parameter.detach()), name
-        assert torch.equal(exp_avg[name], state["exp_avg"]), name
-        assert torch.equal(exp_avg_sq[name], state["exp_avg_sq"]), name
+def assert_pair_same(device_store: DeviceGaussians, host_stores: BaselineGaussians) -> None:
+    expected, actual = device_store.state(), host_stores.state()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("revised_opacity", [False, True])
@@ -377,20 +368,19 @@ def test_refinement_equals_that_of_device_gaussians(step):
 
 
 @pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
-@pytest.mark.parametrize("groups", [("geometry", "appearance"), ("appearance",)])
-@pytest.mark.parametrize("options", [{}, {"moments": "bfloat16", "whole_lines": True}], ids=["plain", "options"])
-def test_host_bytes_are_the_bytes_of_all_arrays(sh_degree, groups, options):
-    store = HostStore(random_parameters(7, sh_degree), groups=groups, **options)
-    held = [store.last_step, *(array.tensor for group in store.groups.values() for array in group.arrays)]
-    assert host_bytes(7, sh_degree, groups, **options) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+@pytest.mark.parametrize("group", GROUP_NAMES)
+@pytest.mark.parametrize("options", [{}, {"moments": "bfloat16", "pad_to_cache_line": True}], ids=["plain", "options"])
+def test_row_bytes_are_the_bytes_of_all_arrays(sh_degree, group, options):
+    store = HostStore(random_parameters(7, sh_degree), group, **options)
+    held = [store.last_step, *store.rows.tensors()]
+    assert 7 * row_bytes(group, sh_degree, **options) == sum(tensor.nbytes for tensor in held)
 
 
 def test_bytes_of_one_gaussian_are_the_documented_ones():
-    assert host_bytes(1, 3) == 724
-    assert host_bytes(1, 3, ("appearance",)) == 576 + 4
-    assert host_bytes(1, 3, ("geometry",)) == 144 + 4
-    assert host_bytes(1, 3, ("geometry",), whole_lines=True) == 192 + 4
-    assert "724" in HostStore.__doc__
+    assert row_bytes("appearance", 3) == 576 + 4
+    assert row_bytes("geometry", 3) == 144 + 4
+    assert row_bytes("geometry", 3, pad_to_cache_line=True) == 192 + 4
+    assert "728" in HostStore.__doc__
 
 
 def test_growth_keeps_addresses_contents_and_views():
@@ -435,29 +425,31 @@ def test_views_outlive_the_array():
 
 def test_more_rows_than_reserved_name_the_option():
     array = HostArray(3, max_rows=10)
-    with pytest.raises(InputError, match="raise --max_gaussians"):
+    with pytest.raises(InputError, match="raise max_gaussians"):
         array.resize(11)
     assert array.rows == 0
-    store = HostStore(random_parameters(8), max_gaussians=10)
+    store = HostStore(random_parameters(8), "appearance", max_gaussians=10)
     before = store.read("shN").clone()
-    with pytest.raises(InputError, match=r"11 Gaussians .* 10: raise --max_gaussians"):
+    with pytest.raises(InputError, match=r"11 Gaussians .* 10: raise max_gaussians"):
         store.append_copies(torch.arange(3))
     assert store.num_gaussians == 8
     assert torch.equal(store.read("shN"), before)
-    assert HostStore(random_parameters(8), max_gaussians=5).num_gaussians == 8  # the bound is one of growth
+    assert (
+        HostStore(random_parameters(8), "appearance", max_gaussians=5).num_gaussians == 8
+    )  # the bound is one of growth
 
 
 def test_a_failure_half_way_leaves_all_arrays_as_they_were(monkeypatch):
-    store = HostStore(random_parameters(8), max_gaussians=10)
-    monkeypatch.setattr(store.groups["appearance"].arrays[-1], "max_rows", 8)
+    store = HostStore(random_parameters(8), "appearance", max_gaussians=10)
+    monkeypatch.setattr(store._moments[-1], "max_rows", 8)
     with pytest.raises(InputError):
         store.append_copies(torch.arange(1))
-    lengths = {len(array.tensor) for group in store.groups.values() for array in group.arrays}
+    lengths = {*map(len, store.rows.tensors())}
     assert lengths | {store.num_gaussians} == {8}
 
 
 def test_address_space_that_cannot_be_had_names_the_option():
-    with pytest.raises(InputError, match="set --max_gaussians lower"):
+    with pytest.raises(InputError, match="set max_gaussians lower"):
         HostArray(48, max_rows=1 << 50)
 
 
@@ -485,7 +477,8 @@ def test_removed_rows_give_memory_back_and_reserved_ones_take_none():
 PEAK_SCRIPT = """
     import torch
     from offload.store.morton import morton_order
-    from offload.store.host_store import HostStore, host_bytes
+    from offload.store.host_store import HostStore
+    from offload.store.layout import row_bytes
 
     def status(key):
         with open("/proc/self/status") as file:
@@ -498,17 +491,25 @@ PEAK_SCRIPT = """
         "opacities": torch.rand(few), "sh0": torch.rand(few, 1, 3), "shN": torch.rand(few, 15, 3),
     }}
     morton_order(parameters["means"])
-    HostStore(parameters, groups=groups).append_copies(torch.arange(few))  # starts all threads
-    store = HostStore(parameters, groups=groups)
+    HostStore(parameters, groups[-1]).append_copies(torch.arange(few))  # starts all threads
+    stores = [HostStore(parameters, group) for group in groups]
+
+    def each(operation):
+        for store in stores:
+            operation(store)
+
     before = status("VmRSS")
-    store.append_copies(torch.arange(400_000) % few)
-    store.append_copies(torch.arange(0, 400_000, 10))
-    grown = store.num_gaussians
-    store.overwrite(torch.arange(0, 400_000, 10), {{"means": torch.rand(40_000, 3), "scales": torch.rand(40_000, 3)}})
-    means = store.read("means") if "geometry" in groups else torch.rand(grown, 3)
-    store.reorder(morton_order(means))
-    store.keep(torch.where(torch.arange(grown) % 20 > 0)[0])
-    print((status("VmHWM") - before) / host_bytes(grown, 3, groups))
+    each(lambda store: store.append_copies(torch.arange(400_000) % few))
+    each(lambda store: store.append_copies(torch.arange(0, 400_000, 10)))
+    grown = stores[0].num_gaussians
+    values = {{"means": torch.rand(40_000, 3), "scales": torch.rand(40_000, 3)}}
+    each(lambda store: store.overwrite(torch.arange(0, 400_000, 10), values))
+    means = stores[0].read("means") if "geometry" in groups else torch.rand(grown, 3)
+    order = morton_order(means)
+    each(lambda store: store.reorder(order))
+    kept = torch.where(torch.arange(grown) % 20 > 0)[0]
+    each(lambda store: store.keep(kept))
+    print((status("VmHWM") - before) / grown / sum(row_bytes(group, 3) for group in groups))
 """
 
 
@@ -591,7 +592,7 @@ def test_growing_by_little_makes_few_parts(cudart):
 
 
 def test_memory_that_cuda_does_not_pin_is_reported(cudart, monkeypatch):
-    store = HostStore(random_parameters(10), max_gaussians=100_000, pin=True)
+    store = HostStore(random_parameters(10), "appearance", max_gaussians=100_000, pin=True)
     monkeypatch.setattr(FakeCudart, "cudaHostRegister", lambda *arguments: 2)
     with pytest.raises(InputError, match="cannot pin"):
         store.append_copies(torch.zeros(50_000, dtype=torch.int64))

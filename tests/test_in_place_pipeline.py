@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from offload.adam import rows as row_kernels
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.pipelines import streamed_host as in_place_pipeline
 from offload.pipelines import worker as work_ahead
-from offload.pipelines.groups import StreamedGroup
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.streamed_host import StreamedHostPipeline
-from offload.store.host_store import HostStore, Moments
+from offload.store.host_store import HostStore
+from offload.store.layout import Moments
 from tests.test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from tests.test_streamed_pipeline import BETAS, CPU, RATE, Clock, SimulatedLane, random_views
 
@@ -50,7 +51,7 @@ class SimulatedWorker:
 
 def make_pipeline(
     n: int, cull: Callable[[int], Tensor], device: torch.device = CPU, moments: Moments = "float32"
-) -> tuple[StreamedHostPipeline, dict[str, StreamedGroup]]:
+) -> tuple[StreamedHostPipeline, dict[str, RowGroup]]:
     """A pipeline whose cameras are numbers of views."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
@@ -58,10 +59,10 @@ def make_pipeline(
     groups = {}
     for name, multipliers in MULTIPLIERS.items():
         store = HostStore(
-            parameters, groups=(name,), moments=moments, max_gaussians=n, pin=device.type == "cuda", whole_lines=True
+            parameters, name, moments=moments, max_gaussians=n, pin=device.type == "cuda", pad_to_cache_line=True
         )
-        tables = CatchUpTables(multipliers, BETAS, EPS, device)
-        groups[name] = StreamedGroup(store, name, tables, lambda step, name=name: RATES[name])
+        tables = DeferralTables(multipliers, BETAS, EPS, device)
+        groups[name] = RowGroup(store, tables, lambda step, name=name: RATES[name])
     return StreamedHostPipeline(groups, cull, device), groups
 
 
@@ -72,21 +73,21 @@ class Training:
         self.views, self.n = views, n
         self.pipeline, self.groups = make_pipeline(n, self.cull)
         self.oracles = {
-            name: DenseOracle(group.host().parameters[:, : group.tables.columns], BETAS, MULTIPLIERS[name])
+            name: DenseOracle(group.store.rows.parameters[:, : group.adam.columns], BETAS, MULTIPLIERS[name])
             for name, group in self.groups.items()
         }
         self.steps = 0
         self.told: list[Tensor] = []  # of rows that have changed on the host
-        self.groups["geometry"].changed = self.told.append
+        self.groups["geometry"].store.on_change = self.told.append
 
     def cull(self, index: int) -> Tensor:
-        """May read what the steps so far have left on the host: rows of the last view, and their stamps."""
+        """May read what the steps so far have left on the host: rows of the last view, and their last steps."""
         if self.steps > 0:
             before = self.views[self.steps - 1]
             assert torch.equal(self.told[-1], before)
             for name, group in self.groups.items():
                 assert (group.store.last_step[before] == self.steps).all()
-                actual = group.host().parameters[before, : group.tables.columns]
+                actual = group.store.rows.parameters[before, : group.adam.columns]
                 torch.testing.assert_close(actual.double(), self.oracles[name].state()[0][before], rtol=1e-5, atol=1e-6)
         return self.views[index]
 
@@ -96,7 +97,7 @@ class Training:
             assert torch.equal(view.ids, ids)
             if step + 1 < len(self.views) and step % 7 < 5:
                 self.pipeline.prefetch(step + 1)
-            gradients = {name: torch.randn(len(ids), group.tables.columns) for name, group in self.groups.items()}
+            gradients = {name: torch.randn(len(ids), group.adam.columns) for name, group in self.groups.items()}
             for name, values in view.values.items():
                 values.grad = gradients[name]
             self.pipeline.update()
@@ -111,9 +112,9 @@ class Training:
         stale = (self.groups["geometry"].store.last_step < self.steps).nonzero()[:, 0]
         for name, group in self.groups.items():
             self.pipeline.hand_over(name, None)
-            columns = group.tables.columns
+            columns = group.adam.columns
             updated = MULTIPLIERS[name].sum(0) > 0
-            for actual, expected in zip(group.host().tensors(), self.oracles[name].state(), strict=True):
+            for actual, expected in zip(group.store.rows.tensors(), self.oracles[name].state(), strict=True):
                 assert largest_row_error(actual[:, :columns][:, updated], expected[:, updated]) < 1e-5
                 assert not actual[:, columns:].any()
             assert (group.store.last_step == self.steps).all()
@@ -132,9 +133,9 @@ def simulated(monkeypatch) -> Callable[[tuple[int, ...], int], None]:
         monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
         monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)
         monkeypatch.setattr(in_place_pipeline, "Lane", SimulatedLane)
-        add_step = CatchUpTables._add_step
+        add_step = DeferralTables._add_step
         monkeypatch.setattr(
-            CatchUpTables, "_add_step", lambda *arguments: clock.current[-1].give(lambda: add_step(*arguments))
+            DeferralTables, "_add_step", lambda *arguments: clock.current[-1].give(lambda: add_step(*arguments))
         )
 
     return start
@@ -198,19 +199,19 @@ def test_rows_counted_as_travelling(monkeypatch, moments, read, written):
     """The store of the test has bfloat16 moments of geometry too, so that a row has 512 bytes in place of 576."""
     views = [torch.tensor(ids) for ids in ([0, 1, 2], [1, 2, 5], [2], [0, 2, 5])]
     pipeline, groups = make_pipeline(8, views.__getitem__, moments=moments)
-    fetched, fetch_rows = [], row_kernels.fetch_rows
+    fetched, fetch_rows = [], row_kernels.fetch_dated_rows
 
-    def count(source, places, ids, stamps, wanted, *others: object) -> None:
+    def count(source, places, last_step, wanted, *others: object) -> None:
         fetched.append(len(places) if wanted is None else int(wanted.sum()))
-        fetch_rows(source, places, ids, stamps, wanted, *others)
+        fetch_rows(source, places, last_step, wanted, *others)
 
-    monkeypatch.setattr(row_kernels, "fetch_rows", count)
+    monkeypatch.setattr(row_kernels, "fetch_dated_rows", count)
     for index in range(len(views)):
         view = pipeline.fetch(index)
         if index + 1 < len(views):
             pipeline.prefetch(index + 1)
         for name, group in groups.items():
-            view.values[name].grad = torch.zeros(len(view.ids), group.tables.columns)
+            view.values[name].grad = torch.zeros(len(view.ids), group.adam.columns)
         pipeline.update()
     # Space for two views is there from the second on: of 3, 1 and 3 rows one each stays from one view to the next.
     assert pipeline.rows_moved == {"rows_fetched": 8, "rows_retained": 2, "rows_written": 10}
@@ -273,7 +274,7 @@ def test_lanes_on_a_gpu_are_dense_adam():
     pipeline, groups = make_pipeline(n, views.__getitem__, device)
     expected, adams = {}, {}
     for name, group in groups.items():
-        columns = group.host().parameters[:, : group.tables.columns].clone().to(device)
+        columns = group.store.rows.parameters[:, : group.adam.columns].clone().to(device)
         rates = torch.tensor(RATES[name]) @ MULTIPLIERS[name]
         expected[name] = [column.clone().requires_grad_() for column in columns.unbind(1)]
         adams[name] = torch.optim.Adam(
@@ -287,7 +288,7 @@ def test_lanes_on_a_gpu_are_dense_adam():
         if step + 1 < len(views):
             pipeline.prefetch(step + 1)
         for name, group in groups.items():
-            gradients = torch.randn(len(ids), group.tables.columns, device=device)
+            gradients = torch.randn(len(ids), group.adam.columns, device=device)
             view.values[name].grad = gradients
             for i, column in enumerate(expected[name]):
                 column.grad = torch.zeros_like(column)
@@ -299,8 +300,8 @@ def test_lanes_on_a_gpu_are_dense_adam():
     assert pipeline.staging_allocations < 5
     for name, group in groups.items():
         pipeline.hand_over(name, None)
-        columns = group.tables.columns
-        parameters, *moments = group.host().tensors()
+        columns = group.adam.columns
+        parameters, *moments = group.store.rows.tensors()
         actual = parameters[:, :columns].clone().to(device)
         torch.testing.assert_close(actual, torch.stack(expected[name], 1).detach(), rtol=1e-4, atol=1e-4)
         for moment, key in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):

@@ -71,7 +71,7 @@ def test_what_has_been_trained_is_saved_when_the_worker_fails(monkeypatch, city_
     prepare = ForwardedPipeline._prepare
 
     def fail_at_step_8(self, *arguments: object) -> object:
-        if self._groups["appearance"].adam.step_count == 8:
+        if self._groups["appearance"].adam.step == 8:
             raise error
         return prepare(self, *arguments)
 
@@ -170,19 +170,22 @@ def test_arranged_views_give_the_model_of_gpu_only_with_less_traffic(monkeypatch
     assert traffic["arranged"]["link_bytes"] < 0.9 * traffic["drawn"]["link_bytes"]
 
 
-def test_bounds_of_blocks_are_made_once_per_refinement(monkeypatch, city_block, tmp_path):
-    made, refined = [], []
-    rebuild, refine = BlockBounds.rebuild, Densification.refine
+def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, city_block, tmp_path):
+    made, changed = [], []
+    rebuild, after_step = BlockBounds.rebuild, Densification.after_step
+
+    def observed_after_step(self, step: int, *arguments: object) -> bool:
+        refined = after_step(self, step, *arguments)
+        if refined or self.resets_at(step):
+            changed.append(arguments[-1].num_gaussians)
+        return refined
+
     monkeypatch.setattr(BlockBounds, "rebuild", lambda self, rows: (made.append(len(rows)), rebuild(self, rows)))
-    monkeypatch.setattr(
-        Densification,
-        "refine",
-        lambda self, step, store: (refine(self, step, store), refined.append(len(store.read("means")))),
-    )
+    monkeypatch.setattr(Densification, "after_step", observed_after_step)
     options = ("--geometry", "host", *DENSIFICATION, "--max_steps", 60)
     train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, *options)
-    assert len(set(refined)) > 3
-    assert made == [600, *refined]
+    assert len(set(changed)) > 3
+    assert made == [600, *changed]
 
 
 @pytest.mark.parametrize(

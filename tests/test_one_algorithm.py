@@ -41,7 +41,15 @@ REFINED = (40, 80, 120, 160)  # after these steps, counted from 0
 SORTED = (80,)  # and in another order after these
 RESET = 100
 LOCK = threading.Lock()
-ROW_KERNELS = ("fetch_rows", "step_rows", "step_host_rows", "settle_rows", "move_rows", "write_rows")
+ROW_KERNELS = (
+    "fetch_rows",
+    "fetch_dated_rows",
+    "step_rows",
+    "step_host_rows",
+    "catch_up_rows",
+    "move_rows",
+    "write_rows",
+)
 OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed", "streamed from host")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from offload.adam.host import DeferredAdam
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.pipelines.forwarded import ForwardedPipeline, Part, RowGroup, ViewIds
+from offload.pipelines.forwarded import ForwardedPipeline, Part, ViewIds
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.transfer import RowTransfer
 from offload.store.host_store import HostStore
 
@@ -53,9 +54,9 @@ def make_pipeline(num_parts: int) -> ForwardedPipeline:
     parameters = {name: torch.randn(N, *shape, generator=generator) for name, shape in shapes.items()}
     groups = {}
     for name in ("geometry", "appearance"):
-        store = HostStore(parameters, groups=(name,))
+        store = HostStore(parameters, name)
         multipliers, rates = schedules_of(name, store.sh_degree, ADAM)
-        groups[name] = RowGroup(store, name, DeferredAdam(multipliers), rates)
+        groups[name] = RowGroup(store, DeferredAdam(multipliers), rates)
 
     def find(view: int) -> ViewIds:
         ids = random_ids(view)

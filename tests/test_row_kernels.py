@@ -6,8 +6,8 @@ from torch import Tensor
 
 from offload.adam import rows as row_kernels
 from offload.adam.bfloat16 import pack, random_bits, unpack
-from offload.adam.deferral import CatchUpTables
-from offload.adam.rows import RowState
+from offload.adam.deferral import DeferralTables
+from offload.store.layout import RowState
 from offload.store.memory import HostArray
 from tests.test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from tests.triton_places import ON_GPU, WITHOUT_GPU
@@ -53,15 +53,15 @@ class HostRows:
         if kind == "torch":
             parameters, *rest = (tensor.clone().to(device) for tensor in (parameters, *rest))
         self.state = RowState(parameters, tuple(rest))
-        self.stamps = torch.zeros(n, dtype=torch.int32, device=device)
-        self.tables = CatchUpTables(multipliers, betas, EPS, torch.device(device))
+        self.last_step = torch.zeros(n, dtype=torch.int32, device=device)
+        self.tables = DeferralTables(multipliers, betas, EPS, torch.device(device))
 
     def step(self, ids: Tensor, gradients: Tensor, learning_rates: list[float]) -> None:
         """One step of a view, as the trainer does it: fetch, begin the step, update, write back."""
         ids, gradients = ids.to(self.device), gradients.to(self.device)
         rows = self.fetched(ids)
         self.tables.begin_step(learning_rates)
-        self.kernels.step_rows(rows, ids, self.stamps, gradients, self.tables)
+        self.kernels.step_rows(rows, ids, self.last_step, gradients, self.tables)
         self.kernels.write_rows(rows, ids, None, self.state)
 
     def fetched(self, ids: Tensor, wanted: Tensor | None = None) -> RowState:
@@ -69,14 +69,14 @@ class HostRows:
         rows = self.state.new_empty(len(ids), torch.device(self.device))
         for tensor in rows.tensors():
             tensor.zero_()
-        self.kernels.fetch_rows(self.state, ids, ids, self.stamps, wanted, rows, self.tables)
+        self.kernels.fetch_rows(self.state, ids, ids, self.last_step, wanted, rows, self.tables)
         return rows
 
     def current(self) -> RowState:
         """All rows after the last step, moments in float32 (where rounded, once more)."""
-        ids = torch.arange(len(self.stamps), device=self.device)
+        ids = torch.arange(len(self.last_step), device=self.device)
         rows = self.fetched(ids)
-        row_kernels.settle_rows(rows, ids, self.stamps.clone(), self.tables)
+        row_kernels.catch_up_rows(rows, ids, self.last_step.clone(), self.tables)
         return RowState(rows.parameters.cpu(), tuple(moment.cpu() for moment in float32_moments(rows)))
 
 
@@ -96,7 +96,7 @@ def wide_copy(state: RowState) -> RowState:
 def random_host_rows(
     kind: str, device: str, multipliers: Tensor = APPEARANCE, n: int = 300, moments: str = "float32"
 ) -> HostRows:
-    """Rows with moments and stamps of all ages."""
+    """Rows with moments and last_step of all ages."""
     host = HostRows(n, multipliers, BETAS, kind, device, moments)
     host.state.parameters.copy_(torch.randn(n, multipliers.shape[1]))
     for _ in range(6):
@@ -129,7 +129,7 @@ def test_sparse_steps_equal_dense_adam(kind, device, multipliers, batch):
         dense = torch.zeros(n, columns)
         dense[ids] = gradients
         oracle.step(dense, rates @ multipliers.double())
-    assert host.stamps.min() < steps - steps // 3
+    assert host.last_step.min() < steps - steps // 3
     current = host.current()
     parameters, exp_avg, exp_avg_sq = oracle.state()
     updated = multipliers.sum(0) > 0
@@ -156,19 +156,19 @@ def test_triton_equals_torch(kind, device, multipliers, count, moments):
         wanted = (torch.rand(count) < 0.6).to(place)
         fetched = host.fetched(ids, wanted)
         values = torch.zeros(count, columns, device=place)
-        kernels.fetch_rows(host.state, ids, ids, host.stamps, None, RowState(values, ()), tables)
+        kernels.fetch_rows(host.state, ids, ids, host.last_step, None, RowState(values, ()), tables)
         rows = host.fetched(ids)
         places = torch.randint(count, (count // 2,)).sort().values.to(place)
         again = state_of(count // 2, columns, place, moments)  # from rows on the device
-        kernels.fetch_rows(rows, places, ids[places], host.stamps, None, again, tables)
+        kernels.fetch_rows(rows, places, ids[places], host.last_step, None, again, tables)
         tables.begin_step([1e-2] * len(multipliers))
-        kernels.step_rows(rows, ids, host.stamps, torch.randn(count, columns).to(place), tables)
+        kernels.step_rows(rows, ids, host.last_step, torch.randn(count, columns).to(place), tables)
         sources = torch.where(torch.rand(2 * count) < 0.5, torch.randint(count, (2 * count,)), -1).to(place)
         moved = state_of(2 * count, columns, place, moments)
         kernels.move_rows(rows, sources, moved)
         kernels.write_rows(rows, ids, wanted, host.state)
         states = [tensor.cpu() for state in (fetched, again, rows, moved, host.state) for tensor in state.tensors()]
-        results.append([*states, values.cpu(), host.stamps.cpu()])
+        results.append([*states, values.cpu(), host.last_step.cpu()])
     for actual, expected in zip(results[1], results[0], strict=True):
         assert torch.equal(actual == 0, expected == 0)
         if actual.dtype == torch.int32 and device == "cpu":  # on a GPU a fused operation may change the last bit
@@ -191,7 +191,7 @@ def test_a_retained_row_is_a_row_that_went_to_the_host_and_back(kind, device, mo
     ids = torch.arange(0, 300, 7, device=device)
     rows = host.fetched(ids)
     host.tables.begin_step([1e-2])
-    host.kernels.step_rows(rows, ids, host.stamps, torch.randn(len(ids), 48).to(device), host.tables)
+    host.kernels.step_rows(rows, ids, host.last_step, torch.randn(len(ids), 48).to(device), host.tables)
     host.kernels.write_rows(rows, ids, None, host.state)
     for actual, expected in zip(host.fetched(ids).tensors(), rows.tensors(), strict=True):
         assert torch.equal(actual, expected)
@@ -203,7 +203,7 @@ def test_a_retained_row_is_a_row_that_went_to_the_host_and_back(kind, device, mo
 @pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
 @pytest.mark.parametrize("gradient", [True, False], ids=["step", "no gradient"])
 def test_a_step_on_the_host_is_that_of_rows_that_come_and_go(kind, device, multipliers, moments, gradient):
-    """Bit for bit on the CPU: parameters alone come, by stamps of their own, and rows on the host fill whole lines."""
+    """Bit for bit on the CPU: parameters alone come, with their last steps, and rows on the host fill whole lines."""
     torch.manual_seed(0)
     host = random_host_rows(kind, device, multipliers, moments=moments)
     kernels, tables, columns = host.kernels, host.tables, multipliers.shape[1]
@@ -211,11 +211,11 @@ def test_a_step_on_the_host_is_that_of_rows_that_come_and_go(kind, device, multi
         torch.cuda.synchronize()  # the last kernel may still write what is copied on the host
     wide = wide_copy(host.state)
     ids = torch.arange(0, 300, 7, device=device)
-    stamps = host.stamps[ids]
+    last_step = host.last_step[ids]
     rows = host.fetched(ids)
     parameters = torch.zeros(len(ids), columns, device=device)
     wanted = (torch.arange(len(ids)) % 3 > 0).to(device)
-    kernels.fetch_rows(wide, ids, None, stamps, wanted, RowState(parameters, ()), tables)
+    kernels.fetch_dated_rows(wide, ids, last_step, wanted, RowState(parameters, ()), tables)
     assert torch.equal(parameters, rows.parameters * wanted[:, None])
     kernels.move_rows(
         RowState(rows.parameters, ()),
@@ -226,12 +226,12 @@ def test_a_step_on_the_host_is_that_of_rows_that_come_and_go(kind, device, multi
     if gradient:
         tables.begin_step([1e-2] * len(multipliers))
         gradients = torch.randn(len(ids), columns).to(device)
-        kernels.step_rows(rows, ids, host.stamps, gradients, tables)
+        kernels.step_rows(rows, ids, host.last_step, gradients, tables)
     else:
         gradients = None
-        kernels.settle_rows(rows, ids, host.stamps, tables)
+        kernels.catch_up_rows(rows, ids, host.last_step, tables)
     kernels.write_rows(rows, ids, None, host.state)
-    kernels.step_host_rows(parameters, ids, stamps, gradients, wide, tables)
+    kernels.step_host_rows(parameters, ids, last_step, gradients, wide, tables)
     tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 2e-6, "atol": 1e-7}
     torch.testing.assert_close(parameters, rows.parameters, **tolerance)
     for actual, expected in zip(wide.tensors(), host.state.tensors(), strict=True):

@@ -141,7 +141,7 @@ def test_rendering_visible_rows_is_bit_equal_to_rendering_all(city_block):
         scene.points, scene.points_rgb, sh_degree=3, init_opacity=0.1, init_scale=1.0, seed=0
     )
     parameters["shN"].normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    geometry = HostStore(parameters, max_gaussians=len(scene.points)).groups["geometry"].parameters.tensor
+    geometry = HostStore(parameters, "geometry", max_gaussians=len(scene.points)).rows.parameters
     bounds = BlockBounds(geometry)
     with training_loader(scene, scene.train_ids, batch_size=1, seed=0, num_workers=1, pin_memory=False) as loader:
         for _ in range(4):

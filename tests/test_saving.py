@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import wait
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Semaphore, current_thread
 
@@ -96,7 +97,7 @@ def save_while_training(
     train_on_random_gradients(gaussians, views, range(3))
     saver, saving = SlowSaver(monkeypatch), CheckpointFolder(folder, keep=0)
     save_checkpoint(folder / "at_once.pt", Checkpoint(3, np.eye(4), gaussians.state()))
-    path = saving.save(Checkpoint(3, np.eye(4), gaussians.state()), gaussians.guarded())
+    path = saving.save(Checkpoint(3, np.eye(4), gaussians.state()), gaussians.copied_before_change())
     try:
         for step in range(3, 8):
             saver.copy(blocks=2)
@@ -142,7 +143,7 @@ def test_a_checkpoint_holds_one_moment_while_training_goes_on_on_the_gpu(monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GUARDED)
 def test_rows_that_change_without_a_word_are_noticed(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(HostStore, "will_change", lambda store, ids: None)
+    monkeypatch.setattr(HostStore, "changing", lambda store, ids: nullcontext(store.rows))
     save_while_training(monkeypatch, tmp_path, kind)
     assert not is_of_one_moment(tmp_path)
 
@@ -159,12 +160,12 @@ def test_a_disk_that_fails_behind_training_costs_that_checkpoint_alone(monkeypat
     parameters, cameras = aerial_scene(20_000, seed=0)
     views = views_of(cameras)
     gaussians = gaussians_of("geometry on host", parameters, CPU)
-    stores = {*gaussians.guarded().values()}
+    stores = {*gaussians.copied_before_change().values()}
     saving = CheckpointFolder(tmp_path, keep=0)
 
     def save(steps_done: int) -> None:
         train_on_random_gradients(gaussians, views, [steps_done - 1])
-        saving.save(Checkpoint(steps_done, np.eye(4), gaussians.state()), gaussians.guarded())
+        saving.save(Checkpoint(steps_done, np.eye(4), gaussians.state()), gaussians.copied_before_change())
 
     save(1)
     assert saving.wait() is None
@@ -199,9 +200,10 @@ def test_a_checkpoint_written_behind_training_takes_little_memory(tmp_path, kind
     saving = CheckpointFolder(tmp_path, keep=1)
 
     def save(steps_done: int) -> None:
-        saving.save(Checkpoint(steps_done, np.eye(4), gaussians.state()), gaussians.guarded())
-        for store in {*gaussians.guarded().values()}:
-            store.will_change(torch.arange(num_gaussians // 2))
+        saving.save(Checkpoint(steps_done, np.eye(4), gaussians.state()), gaussians.copied_before_change())
+        for store in {*gaussians.copied_before_change().values()}:
+            with store.changing(torch.arange(num_gaussians // 2)):
+                pass
         assert saving.wait() is None
 
     save(0)  # threads have their stacks from now on

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from offload.adam import rows as row_kernels
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.pipelines import groups as streamed_groups
 from offload.pipelines import streamed as streamed_pipeline
-from offload.pipelines.groups import StreamedGroup
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.streamed import StreamedPipeline
-from offload.store.host_store import HostStore, Moments
+from offload.store.host_store import HostStore
+from offload.store.layout import Moments
 from tests.test_adam import APPEARANCE, EPS, DenseOracle, largest_row_error
 
 BETAS, RATE = (0.9, 0.999), 1e-2
@@ -104,7 +105,7 @@ class Clock:
         class Kernels:
             def __getattr__(_, name: str) -> Callable[..., None]:
                 def give(*arguments: object) -> None:
-                    frozen = [copy.copy(x) if isinstance(x, CatchUpTables) else x for x in arguments]
+                    frozen = [copy.copy(x) if isinstance(x, DeferralTables) else x for x in arguments]
                     found = [event for positions, event in self.found if any(x is positions for x in arguments)]
 
                     def task() -> None:
@@ -120,12 +121,12 @@ class Clock:
 
 def make_pipeline(
     n: int, views: list[Tensor], device: torch.device, moments: Moments = "float32"
-) -> tuple[StreamedPipeline, StreamedGroup]:
+) -> tuple[StreamedPipeline, RowGroup]:
     """A pipeline whose cameras are numbers of views."""
     parameters = {"means": torch.zeros(n, 3), "sh0": torch.randn(n, 1, 3), "shN": torch.randn(n, 15, 3)}
     pin = device.type == "cuda"
-    store = HostStore(parameters, groups=("appearance",), moments=moments, max_gaussians=n, pin=pin)
-    group = StreamedGroup(store, "appearance", CatchUpTables(APPEARANCE, BETAS, EPS, device), lambda step: [RATE])
+    store = HostStore(parameters, "appearance", moments=moments, max_gaussians=n, pin=pin)
+    group = RowGroup(store, DeferralTables(APPEARANCE, BETAS, EPS, device), lambda step: [RATE])
     return StreamedPipeline({"appearance": group}, lambda index: views[index].to(device), device), group
 
 
@@ -161,12 +162,12 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
     monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)
     monkeypatch.setattr(streamed_pipeline, "Lane", SimulatedLane)
-    add_step = CatchUpTables._add_step
+    add_step = DeferralTables._add_step
     monkeypatch.setattr(
-        CatchUpTables, "_add_step", lambda *arguments: clock.current[-1].give(lambda: add_step(*arguments))
+        DeferralTables, "_add_step", lambda *arguments: clock.current[-1].give(lambda: add_step(*arguments))
     )
     pipeline, group = make_pipeline(n, views, CPU)
-    oracle = DenseOracle(group.host().parameters.clone(), BETAS)
+    oracle = DenseOracle(group.store.rows.parameters.clone(), BETAS)
 
     reads = []
 
@@ -179,7 +180,7 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     train(pipeline, views, oracle, n, read_now_and_then)
     pipeline.hand_over("appearance", None)
     assert len(reads) == 2
-    for actual, expected in (*reads, *zip(group.host().tensors(), oracle.state(), strict=True)):
+    for actual, expected in (*reads, *zip(group.store.rows.tensors(), oracle.state(), strict=True)):
         assert largest_row_error(actual, expected) < 1e-5
     assert (group.store.last_step == len(views)).all()
     assert pipeline.staging_allocations <= 3 * 4  # of three slots, although views come in all sizes
@@ -209,7 +210,7 @@ def test_lanes_on_a_gpu_are_dense_adam():
     device, n = torch.device("cuda"), 1_000_000
     views = [(torch.rand(n) < 0.15).nonzero()[:, 0] for _ in range(30)]
     pipeline, group = make_pipeline(n, views, device)
-    expected = group.host().parameters.clone().to(device).requires_grad_()
+    expected = group.store.rows.parameters.clone().to(device).requires_grad_()
     adam = torch.optim.Adam([expected], lr=RATE, betas=BETAS, eps=EPS, fused=True)
     for step, ids in enumerate(views):
         view = pipeline.fetch(step)
@@ -223,11 +224,11 @@ def test_lanes_on_a_gpu_are_dense_adam():
         adam.step()
     pipeline.hand_over("appearance", None)
     state = adam.state[expected]
-    for actual, moment in zip(group.host().moments, (state["exp_avg"], state["exp_avg_sq"]), strict=True):
+    for actual, moment in zip(group.store.rows.moments, (state["exp_avg"], state["exp_avg_sq"]), strict=True):
         # The terms of a first moment may cancel: its rounding error is that of the largest of them.
         rounding = 4 * torch.finfo(torch.float32).eps * moment.abs().max().item()
         torch.testing.assert_close(actual.to(device), moment, rtol=1e-4, atol=rounding)
     sh0 = slice(0, 3)  # the columns that have the learning rate of the schedule
     torch.testing.assert_close(
-        group.host().parameters[:, sh0].to(device), expected.detach()[:, sh0], rtol=1e-4, atol=1e-4
+        group.store.rows.parameters[:, sh0].to(device), expected.detach()[:, sh0], rtol=1e-4, atol=1e-4
     )

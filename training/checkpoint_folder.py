@@ -101,12 +101,12 @@ class CheckpointFolder:
         """Seconds that training has waited at most: for `save`, or for rows to be copied before they changed."""
         return max(self._longest_stall, 0.0 if self._partial is None else self._partial.longest_wait)
 
-    def save(self, checkpoint: Checkpoint, guarded: Mapping[str, HostStore] | None = None) -> Path:
+    def save(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore] | None = None) -> Path:
         """Begin to copy a checkpoint into a file; its name appears when it is on disk.
 
         Args:
             checkpoint: What to save. Its tensors may change afterwards.
-            guarded: As for `PartialCheckpoint`: tensors that are copied in the background, and their stores.
+            copied_before_change: As for `PartialCheckpoint`: tensors copied in the background, and their stores.
 
         Raises:
             OSError: It cannot be written.
@@ -116,7 +116,7 @@ class CheckpointFolder:
         self._longest_stall = self.longest_stall
         self._sequence += 1
         path = self.path / f"ckpt_{checkpoint.steps}.pt"
-        self._partial = PartialCheckpoint(path, replace(checkpoint, sequence=self._sequence), guarded)
+        self._partial = PartialCheckpoint(path, replace(checkpoint, sequence=self._sequence), copied_before_change)
         self._failure = None
         self._publishing = self._publisher.submit(self._publish, self._partial, checkpoint.periodic)
         self._longest_stall = max(self._longest_stall, time.perf_counter() - begin)

@@ -88,16 +88,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 class PartialCheckpoint:
     """A file that receives a checkpoint but does not bear its name yet, since it is not complete and on disk."""
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, guarded: Mapping[str, HostStore] | None = None) -> None:
+    def __init__(
+        self, path: Path, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore] | None = None
+    ) -> None:
         """Begin the file beside the final one.
 
-        Tensors of guarded stores are copied later, by `publish`, and each block of their rows at the latest before it
-        changes. All others may change as soon as this returns.
+        Tensors that are copied before they change are so later, by `publish`, and each block of their rows at the
+        latest before it changes. All others may change as soon as this returns.
 
         Args:
             path: Of the final file.
             checkpoint: What it will hold.
-            guarded: Names of tensors of the state that change only after `before_change` of these stores was called.
+            copied_before_change: Names of tensors of the state that change only after these stores have called
+                `before_change`.
 
         Raises:
             OSError: The file cannot be written; none is left.
@@ -108,7 +111,7 @@ class PartialCheckpoint:
         self._copier = _Copier(self._file)
         self._guards: list[_Guard] = []
         try:
-            self._header = self._begin(checkpoint, guarded or {})
+            self._header = self._begin(checkpoint, copied_before_change or {})
         except BaseException:
             self.discard()
             raise
@@ -152,8 +155,8 @@ class PartialCheckpoint:
         os.close(self._file)
         self._partial.unlink(missing_ok=True)
 
-    def _begin(self, checkpoint: Checkpoint, guarded: Mapping[str, HostStore]) -> dict[str, object]:
-        """Give all tensors their places, copy those that are not guarded; returns the header, without checksums."""
+    def _begin(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore]) -> dict[str, object]:
+        """Give all tensors their places, copy those that no store tells of; returns the header, without checksums."""
         state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
         _check_rows(state)
         total = sum(tensor.nbytes for tensor in state.values())
@@ -175,8 +178,8 @@ class PartialCheckpoint:
                 "place": place,
                 "block_rows": block_rows,
             }
-            if name in guarded:
-                of_stores.setdefault(guarded[name], []).append((tensor, place))
+            if name in copied_before_change:
+                of_stores.setdefault(copied_before_change[name], []).append((tensor, place))
                 continue
             for first in range(0, len(tensor), block_rows):
                 copies.append(self._copier.submit([(tensor[first : first + block_rows], place + first * row_bytes)]))

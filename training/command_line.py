@@ -13,6 +13,7 @@ import tyro
 
 from configs import AnyConfig, Config
 from errors import InputError
+from offload.errors import ParameterError
 from training.densification import TrainingStopped
 
 
@@ -31,7 +32,8 @@ def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], de
         scene, cfg = parse(configs, sys.argv[1:], description)
         train(cfg, scene)
     except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        sentence = error.of_option() if isinstance(error, ParameterError) else error
+        print(f"Error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except TrainingStopped as error:
         print(f"Stopped: {error}", file=sys.stderr)

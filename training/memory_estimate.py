@@ -30,7 +30,8 @@ from datasets.view_order import sample_of, sees
 from errors import InputError
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.streamed import SPARE
-from offload.store.host_store import GROUP_NAMES, PEAK, STAMP_BYTES, Moments, host_bytes, num_columns
+from offload.store.host_store import PEAK
+from offload.store.layout import GROUP_NAMES, LAST_STEP_BYTES, Moments, num_columns, row_bytes
 from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 200  # of a Gaussian in view
@@ -100,7 +101,7 @@ def gpu_only(sh_degree: int) -> Footprint:
 
 def baseline(sh_degree: int) -> Footprint:
     """Of simple_trainer_hybrid_baseline.py: gradients of all rows lie on the host too."""
-    row, store = _row_bytes(GROUP_NAMES, sh_degree), host_bytes(1, sh_degree)
+    row, store = _row_bytes(GROUP_NAMES, sh_degree), sum(row_bytes(group, sh_degree) for group in GROUP_NAMES)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=0,
@@ -118,7 +119,7 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
     groups = ("appearance",) if geometry == "device" else GROUP_NAMES
     row = _row_bytes(groups, sh_degree)
     on_device = geometry == "device"
-    store = sum(host_bytes(1, sh_degree, (group,)) for group in groups)
+    store = sum(row_bytes(group, sh_degree) for group in groups)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=GEOMETRY_BYTES if on_device else 0,
@@ -139,15 +140,15 @@ def streamed(sh_degree: int, geometry: Literal["device", "host"], moments: Momen
     """
     on_device = geometry == "device"
     groups = ("appearance",) if on_device else GROUP_NAMES
-    row, appearance = _row_bytes(groups, sh_degree), host_bytes(1, sh_degree, ("appearance",), moments)
-    store = appearance if on_device else appearance + host_bytes(1, sh_degree, ("geometry",), whole_lines=True)
-    slots = int(SLOTS * (store - STAMP_BYTES)) + 3 * 44 if on_device else 2 * row + NUMBERS_BYTES
+    row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)
+    store = appearance if on_device else appearance + row_bytes("geometry", sh_degree, pad_to_cache_line=True)
+    slots = int(SLOTS * (store - LAST_STEP_BYTES)) + 3 * 44 if on_device else 2 * row + NUMBERS_BYTES
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=GEOMETRY_BYTES if on_device else 0,
         host=int(PEAK * store),
         host_in_view=0,
-        device=GEOMETRY_BYTES + STAMP_BYTES if on_device else 0,
+        device=GEOMETRY_BYTES + LAST_STEP_BYTES if on_device else 0,
         device_in_view=slots + row + RENDERING_BYTES,
         host_remedy="lower --sh_degree or free memory" if moments == "bfloat16" else "give --moments bfloat16",
         device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",

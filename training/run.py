@@ -69,7 +69,7 @@ class Model(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Everything that training goes on from, as `offload.adam.state` describes it."""
 
-    def guarded(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, HostStore]:
         """Which tensors of `state` change only after `before_change` of their store has been called."""
 
     def load_state(self, state: State) -> None:
@@ -451,7 +451,7 @@ class TrainingRun:
             periodic=periodic,
         )
         try:
-            self._results.checkpoints.save(checkpoint, self._model.guarded())
+            self._results.checkpoints.save(checkpoint, self._model.copied_before_change())
             self._saved_steps = steps_done
         except OSError as error:
             self._checkpoint_failed(error)

@@ -1,7 +1,16 @@
-"""What rows need to know to apply all steps that they have skipped, and Adam on them in plain torch.
+"""Adam that leaves a row untouched while its gradient is zero: the mathematics, its tables, and the steps in torch.
 
-The mathematics is that of `offload/adam/host.py`. What depends on the step lies in small tables on the device. A
-table is brought to the next step by a few operations there, so nothing is copied and nobody waits.
+A row last updated at step s with (w, m, v), and no gradient in steps s+1 ... t, has under dense Adam
+
+    m_t = b1^(t-s) m        v_t = b2^(t-s) v        w_t = w - m / sqrt(v) * C_t(s)
+    C_t(s) = sum_{i=s+1..t} lr_i * (b1/sqrt(b2))^(i-s) * sqrt(1-b2^i) / (1-b1^i)
+
+where eps is small against sqrt(v), and w_t = w where v = 0. So a row needs one number, `last_step` = s, and all skipped
+steps are applied at once when the row is next used (deferred updates as in GS-Scale, arXiv 2509.15645, without its
+counters). Adam: Kingma & Ba, arXiv 1412.6980, as in `torch.optim.Adam`.
+
+What depends on the step lies in small tables where rows are updated. They are brought to the next step by a few
+operations there, so nothing is copied and nobody waits. `tests/oracles/adam.py` is the same without tables.
 """
 
 from __future__ import annotations
@@ -13,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload.adam.host import NEGLIGIBLE
-
+# What a step adds to C_t(s) is (b1/sqrt(b2))^(t-s) times its learning rate; below this it is lost in float32.
+NEGLIGIBLE = 1e-12
 FIRST_CAPACITY = 4096  # steps
 
 
@@ -27,46 +36,53 @@ class StepSizes:
     betas: tuple[float, float]
 
 
-class CatchUpTables:
+class DeferralTables:
     """C_t(s) of each schedule and the decay of both moments over any number of steps.
 
     Attributes:
         step: t, the step that `begin_step` began last; 0 before the first.
         eps: Adam's, times the bias correction of step t.
+        betas: Adam's decay rates.
+        multipliers: [schedules, columns] float32; at learning rates [schedules] those of the columns are
+            `learning_rates @ multipliers`, so columns whose learning rates keep their ratio share a schedule.
         sums: [schedules, capacity] float64, C_t(s) indexed by s.
         decays: [2, capacity] float64, b1^k and b2^k.
-        multipliers: [schedules, columns] float32; at learning rates [schedules] those of the columns are
-            `learning_rates @ multipliers`.
     """
 
     def __init__(self, multipliers: Tensor, betas: tuple[float, float], eps: float, device: torch.device) -> None:
         """
         Args:
             multipliers: [schedules, columns].
-            betas: Adam's decay rates, 0 <= betas[0] < sqrt(betas[1]) < 1.
-            eps: Adam's epsilon.
+            betas: Adam's decay rates per step, 0 <= betas[0] < sqrt(betas[1]) < 1.
+            eps: Is added to the root of the second moment; above 0.
             device: Where rows are updated.
         """
         b1, b2 = betas
         if not (0 <= b1 < math.sqrt(b2) < 1):
             raise ValueError(f"betas {betas} must satisfy 0 <= betas[0] < sqrt(betas[1]) < 1")
+        if not eps > 0:
+            raise ValueError(f"eps {eps} must be above 0")
+        if multipliers.ndim != 2:
+            raise ValueError(f"multipliers {list(multipliers.shape)} must be [schedules, columns]")
         self.step = 0
-        self.eps = eps
+        self.eps = self._plain_eps = eps
         self.betas = betas
-        self.multipliers = multipliers.to(device, torch.float32)
-        self._eps = eps
-        self._rates: list[float] = [0.0] * len(multipliers)  # [schedules], with bias correction
-        ratio = b1 / math.sqrt(b2)
-        window = math.ceil(math.log(NEGLIGIBLE) / math.log(ratio)) if ratio > 0 else 1
-        powers = ratio ** torch.arange(window, 0, -1, dtype=torch.float64)  # oldest entry first
-        self._ratio_powers = powers.to(device)
+        self.multipliers = multipliers.detach().to(device, torch.float32, copy=True).contiguous()
+        self._rates = [0.0] * len(multipliers)  # [schedules], with bias correction
+        self._ratio = b1 / math.sqrt(b2)
+        window = math.ceil(math.log(NEGLIGIBLE) / math.log(self._ratio)) if self._ratio > 0 else 1
+        self._ratio_powers = self._powers_of_ratio(window).to(device)  # [window], of the oldest step first
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
-        self._unchanged = 0, self.sums[:, :0]  # what `begin_step` has changed, from where on, and what was there
+        self._unchanged = slice(0, 0), self.sums[:, :0]  # which steps `begin_step` has changed, and what was there
 
     @property
     def columns(self) -> int:
         return self.multipliers.shape[1]
+
+    @property
+    def schedules(self) -> int:
+        return self.multipliers.shape[0]
 
     def begin_step(self, learning_rates: Sequence[float]) -> None:
         """Begin step t = step + 1, on the current stream, in time that does not depend on N.
@@ -74,41 +90,43 @@ class CatchUpTables:
         Args:
             learning_rates: [schedules], of step t.
         """
+        if len(learning_rates) != self.schedules:
+            raise ValueError(f"{len(learning_rates)} learning rates for {self.schedules} schedules")
         self.step += 1
         if self.step >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        self.eps, self._rates = self._corrected(self.step, learning_rates)
-        self._add_step(self.step, self._rates)
+        self.eps, self._rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
+        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self._rates)
 
     def undo_step(self) -> None:
-        """Take `begin_step` back; it cannot be done twice in a row."""
-        first, unchanged = self._unchanged
-        self.sums[:, first : self.step] = unchanged
+        """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
+        changed, unchanged = self._unchanged
+        self.sums[:, changed] = unchanged
         self.step -= 1
-        self.eps = self._eps * (math.sqrt(1 - self.betas[1] ** self.step) if self.step else 1.0)
+        self.eps = self._corrected_eps(self.step)
 
     def tables(self) -> dict[str, Tensor]:
-        """Copies on the host of what catching up rows depends on, named as by `DeferredAdam.tables`."""
+        """Copy all that later steps and catching up rows depend on, by name, to the host; some bytes for each step."""
         sums = self.sums[:, : self.step + 1].T.cpu().contiguous()  # [steps, schedules]
         return {
             "step_count": torch.tensor(self.step),
             "betas": torch.tensor(self.betas, dtype=torch.float64),
-            "eps": torch.tensor(self._eps, dtype=torch.float64),
-            "multipliers": self.multipliers.cpu(),
+            "eps": torch.tensor(self._plain_eps, dtype=torch.float64),
+            "multipliers": self.multipliers.to("cpu", copy=True),  # [schedules, columns]
             "sums": sums,
             "before": sums.float(),
             "after": sums.float(),
         }
 
     def matches(self, tables: Mapping[str, Tensor]) -> bool:
-        """Whether an optimizer with the same columns, betas and learning rates left these tables."""
+        """Tell whether an optimizer with the same columns, betas and learning rates left these tables."""
         return (
             tuple(tables["betas"].tolist()) == self.betas
-            and tables["eps"].item() == self._eps
+            and tables["eps"].item() == self._plain_eps
             and torch.equal(tables["multipliers"], self.multipliers.cpu())
         )
 
-    def continue_from(self, tables: Mapping[str, Tensor]) -> None:
+    def load_state(self, tables: Mapping[str, Tensor]) -> None:
         """Go on after the steps that another optimizer has left.
 
         Args:
@@ -118,29 +136,20 @@ class CatchUpTables:
             ValueError: They do not belong together.
         """
         self.step = int(tables["step_count"])
-        self.eps = self._eps * (math.sqrt(1 - self.betas[1] ** self.step) if self.step else 1.0)
+        self.eps = self._corrected_eps(self.step)
         steps = self.step + 1
         if steps > self.sums.shape[1]:
             self._grow(max(steps, 2 * self.sums.shape[1]))
-        if "sums" not in tables:
-            return
-        if tables["sums"].shape != (steps, len(self.multipliers)):
-            raise ValueError(f"sums {list(tables['sums'].shape)} is not [{steps}, {len(self.multipliers)}]")
-        self.sums[:, :steps] = tables["sums"].T.to(self.sums.device)
+        if "sums" in tables:
+            self._load_sums(tables, steps)
 
     def step_sizes(self) -> StepSizes:
-        """Of step t, computed on the current stream."""
+        """Compute the sizes of step t on the current stream."""
         return self._sizes(self.eps, self._rates)
 
     def next_step_sizes(self, learning_rates: Sequence[float]) -> StepSizes:
-        """Of step t + 1, which has not begun yet; as `begin_step` and `step_sizes`."""
-        return self._sizes(*self._corrected(self.step + 1, learning_rates))
-
-    def _corrected(self, t: int, learning_rates: Sequence[float]) -> tuple[float, list[float]]:
-        """Epsilon and the schedules' learning rates, with the bias corrections of a step."""
-        b1, b2 = self.betas
-        root_correction = math.sqrt(1 - b2**t)
-        return self._eps * root_correction, [rate * root_correction / (1 - b1**t) for rate in learning_rates]
+        """Compute the sizes of step t + 1, which has not begun yet, as `begin_step` and `step_sizes` will."""
+        return self._sizes(self._corrected_eps(self.step + 1), self._corrected_rates(self.step + 1, learning_rates))
 
     def _sizes(self, eps: float, rates: Sequence[float]) -> StepSizes:
         sizes = self.multipliers[0] * rates[0]
@@ -148,42 +157,65 @@ class CatchUpTables:
             sizes.add_(multipliers, alpha=rate)
         return StepSizes(sizes, eps, self.betas)
 
-    def _add_step(self, t: int, rates: Sequence[float]) -> None:
-        first = max(0, t - len(self._ratio_powers))
-        self._unchanged = first, self.sums[:, first:t].clone()
+    def _root_correction(self, t: int) -> float:
+        """Return sqrt(1 - b2^t); 1 before the first step, when there are no moments to correct."""
+        return math.sqrt(1 - self.betas[1] ** t) if t else 1.0
+
+    def _corrected_eps(self, t: int) -> float:
+        # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
+        return self._plain_eps * self._root_correction(t)
+
+    # The rest is what `DeferredAdam` rounds differently, and keeps more of.
+
+    def _corrected_rates(self, t: int, learning_rates: Sequence[float]) -> list[float]:
+        """Return the schedules' learning rates with the bias corrections of step t."""
+        return [rate * self._root_correction(t) / (1 - self.betas[0] ** t) for rate in learning_rates]
+
+    def _powers_of_ratio(self, window: int) -> Tensor:
+        """Return (b1/sqrt(b2))^k, float64, for k = window, window - 1 ... 1."""
+        return self._ratio ** torch.arange(window, 0, -1, dtype=torch.float64)
+
+    def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
+        """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
+        self._unchanged = changed, self.sums[:, changed].clone()
+        powers = self._ratio_powers[len(self._ratio_powers) - (changed.stop - changed.start) :]
         for sums, rate in zip(self.sums, rates, strict=True):
-            sums[first:t].add_(self._ratio_powers[len(self._ratio_powers) - (t - first) :], alpha=rate)
+            sums[changed].add_(powers, alpha=rate)
+
+    def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
+        self.sums[:, :steps] = checked_table(tables, "sums", (steps, self.schedules)).T.to(self.sums.device)
 
     def _grow(self, capacity: int) -> None:
+        """Make room for steps below `capacity` in the tables."""
         device = self.sums.device
-        sums = torch.zeros(len(self.multipliers), capacity, dtype=torch.float64, device=device)
+        sums = torch.zeros(self.schedules, capacity, dtype=torch.float64, device=device)
         sums[:, : self.sums.shape[1]] = self.sums
         self.sums = sums
         decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
-        decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers
+        decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers: they are slow
         self.decays = decays.to(device)
 
 
 def caught_up(
-    w: Tensor, m: Tensor, v: Tensor, stamps: Tensor, tables: CatchUpTables, columns: slice = slice(None)
+    w: Tensor, m: Tensor, v: Tensor, last_step: Tensor, tables: DeferralTables, columns: slice = slice(None)
 ) -> Tensor:
-    """Parameters after step `tables.step`.
+    """Compute parameters after step `tables.step`.
 
     Args:
         w, m, v: [M, columns] parameters and both moments after each row's last update.
-        stamps: [M] integers, the step of that.
+        last_step: [M] integers, the step of that.
         tables: Of the skipped steps.
         columns: Which of the tables' columns these are.
     """
     skipped = torch.zeros_like(w)
     # Not a matrix product, for which cuBLAS would take 32 MB of a GPU and keep them.
     for sums, multipliers in zip(tables.sums, tables.multipliers[:, columns], strict=True):
-        skipped += sums[stamps.long(), None].float() * multipliers
+        skipped += sums[last_step.long(), None].float() * multipliers
     return w - skipped * (m / (v.sqrt() + tables.eps))
 
 
-def decayed(m: Tensor, v: Tensor, skipped: Tensor, tables: CatchUpTables) -> tuple[Tensor, Tensor]:
-    """Copies of both moments [M, columns] after so many steps [M] without gradient."""
+def decayed(m: Tensor, v: Tensor, skipped: Tensor, tables: DeferralTables) -> tuple[Tensor, Tensor]:
+    """Compute both moments [M, columns] after so many steps [M] without gradient."""
     decay1, decay2 = tables.decays[:, skipped.long(), None]  # [M, 1] float64 each
     # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
     near = decay2.float()
@@ -191,7 +223,7 @@ def decayed(m: Tensor, v: Tensor, skipped: Tensor, tables: CatchUpTables) -> tup
 
 
 def adam_step(w: Tensor, m: Tensor, v: Tensor, gradients: Tensor, sizes: Tensor, step: StepSizes) -> None:
-    """One step of Adam in place.
+    """Apply one step of Adam in place.
 
     Args:
         w, m, v: [M, columns] parameters and both moments after the step before.
@@ -203,3 +235,9 @@ def adam_step(w: Tensor, m: Tensor, v: Tensor, gradients: Tensor, sizes: Tensor,
     m += (1 - step.betas[0]) * (gradients - m)
     v += (1 - step.betas[1]) * (gradients * gradients - v)
     w -= sizes * (m / (v.sqrt() + step.eps))
+
+
+def checked_table(tables: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    if tables[name].shape != shape:
+        raise ValueError(f"{name} {list(tables[name].shape)} is not {list(shape)}")
+    return tables[name]

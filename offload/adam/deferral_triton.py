@@ -7,14 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def skipped_sizes(sums, multipliers, capacity, stamp, mask, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr):
-    """C_t(s) [BLOCK] of rows last updated at the steps `stamp` [BLOCK], for the column that `multipliers` begins with.
+def skipped_sizes(sums, multipliers, capacity, last_step, mask, SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr):
+    """Sum up C_t(s) [BLOCK] of rows with these `last_step` [BLOCK], for the column that `multipliers` begins with.
 
     sums [SCHEDULES, capacity] float64, multipliers [SCHEDULES, NUM_COLUMNS].
     """
     sizes = 0.0
     for schedule in tl.static_range(SCHEDULES):
-        total = tl.load(sums + schedule * capacity + stamp, mask=mask, other=0.0).to(tl.float32)
+        total = tl.load(sums + schedule * capacity + last_step, mask=mask, other=0.0).to(tl.float32)
         sizes += total * tl.load(multipliers + schedule * NUM_COLUMNS)
     return sizes
 

@@ -1,7 +1,7 @@
 """What a device does with rows of geometry that lie in its own memory, in plain torch.
 
-`offload/adam/geometry_triton.py` has the same functions as CUDA kernels, but for `settle_rows`, which no step needs.
-The mathematics of skipped steps is explained in `offload/adam/host.py`.
+`offload/adam/geometry_triton.py` has the same functions as CUDA kernels, but for `catch_up_rows`, which no step needs.
+The mathematics of skipped steps is explained in `offload/adam/deferral.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables, StepSizes, adam_step, caught_up, decayed
-from offload.store.host_store import group_columns
+from offload.adam.deferral import DeferralTables, StepSizes, adam_step, caught_up, decayed
+from offload.store.layout import group_columns
 
 COLUMNS = group_columns("geometry", sh_degree=0)  # of each parameter in the optimizer's tables
 
@@ -37,7 +37,7 @@ class GeometryState:
             array[name][ids] = rows.view(len(ids), *array[name].shape[1:])
 
 
-def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
+def gather_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> dict[str, Tensor]:
     """Copies of the parameters of rows after step `tables.step`.
 
     Args:
@@ -45,17 +45,17 @@ def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dic
         ids: [V] int64, which of them.
         tables: Of the skipped steps.
     """
-    stamps = state.last_step[ids]
+    last_step = state.last_step[ids]
     values = {}
     for name, columns in COLUMNS.items():
         w, m, v = state.flat_rows(name, ids)
         shape = len(ids), *state.parameters[name].shape[1:]
-        values[name] = caught_up(w, m, v, stamps, tables, columns).view(shape)
+        values[name] = caught_up(w, m, v, last_step, tables, columns).view(shape)
     return values
 
 
 def step_rows(
-    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: CatchUpTables, step: StepSizes
+    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: DeferralTables, step: StepSizes
 ) -> None:
     """All steps that rows have skipped, and then step `tables.step` + 1 of Adam, in place.
 
@@ -66,23 +66,23 @@ def step_rows(
         tables: Of the skipped steps; the new one has not begun yet.
         step: Of the new one.
     """
-    stamps = state.last_step[ids]
+    last_step = state.last_step[ids]
     for name, columns in COLUMNS.items():
         w, m, v = state.flat_rows(name, ids)
-        w = caught_up(w, m, v, stamps, tables, columns)
-        m, v = decayed(m, v, tables.step - stamps, tables)
+        w = caught_up(w, m, v, last_step, tables, columns)
+        m, v = decayed(m, v, tables.step - last_step, tables)
         adam_step(w, m, v, flat(gradients[name]), step.sizes[columns], step)
         state.put_rows(name, ids, w, m, v)
     state.last_step[ids] = tables.step + 1
 
 
-def settle_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> None:
+def catch_up_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> None:
     """Bring rows [M], each of them once, to step `tables.step`."""
-    stamps = state.last_step[ids]
+    last_step = state.last_step[ids]
     for name, columns in COLUMNS.items():
         w, m, v = state.flat_rows(name, ids)
         state.put_rows(
-            name, ids, caught_up(w, m, v, stamps, tables, columns), *decayed(m, v, tables.step - stamps, tables)
+            name, ids, caught_up(w, m, v, last_step, tables, columns), *decayed(m, v, tables.step - last_step, tables)
         )
     state.last_step[ids] = tables.step
 

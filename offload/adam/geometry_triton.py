@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables, StepSizes
+from offload.adam.deferral import DeferralTables, StepSizes
 from offload.adam.deferral_triton import caught_up, decayed, skipped_sizes
 from offload.adam.geometry import COLUMNS, GeometryState
 
@@ -22,7 +22,7 @@ BLOCK = 256  # rows
 SCALES, QUATS, OPACITIES = (tl.constexpr(COLUMNS[name].start) for name in ("scales", "quats", "opacities"))
 
 
-def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dict[str, Tensor]:
+def gather_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> dict[str, Tensor]:
     """As `offload.adam.geometry.gather_rows`."""
     values = {name: value.new_empty(len(ids), *value.shape[1:]) for name, value in state.parameters.items()}
     if len(ids):
@@ -42,7 +42,7 @@ def gather_rows(state: GeometryState, ids: Tensor, tables: CatchUpTables) -> dic
 
 
 def step_rows(
-    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: CatchUpTables, step: StepSizes
+    state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: DeferralTables, step: StepSizes
 ) -> None:
     """As `offload.adam.geometry.step_rows`."""
     if len(ids) == 0:
@@ -73,7 +73,7 @@ def _arrays(state: GeometryState) -> list[Tensor]:
     return [array[name] for name in COLUMNS for array in (state.parameters, state.exp_avg, state.exp_avg_sq)]
 
 
-def _tables(tables: CatchUpTables) -> tuple[Tensor, Tensor, int]:
+def _tables(tables: DeferralTables) -> tuple[Tensor, Tensor, int]:
     return tables.sums, tables.multipliers, tables.sums.shape[1]
 
 
@@ -87,12 +87,12 @@ def _rows(ids, num_rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_current(
-    parameters, first_moment, second_moment, row_id, stamp, inside, sums, multipliers, capacity, eps,
+    parameters, first_moment, second_moment, row_id, last, inside, sums, multipliers, capacity, eps,
     SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Values [BLOCK, LANES] of one parameter of Gaussians after the skipped steps, and moments as they were before
     them; where those lie, and which there are. The parameter has one rate, that of the first of `multipliers`."""
-    sizes = skipped_sizes(sums, multipliers, capacity, stamp, inside, SCHEDULES, NUM_COLUMNS)
+    sizes = skipped_sizes(sums, multipliers, capacity, last, inside, SCHEDULES, NUM_COLUMNS)
     lane = tl.arange(0, LANES)[None, :]
     used = inside[:, None] & (lane < WIDTH)
     at = row_id[:, None] * WIDTH + lane
@@ -104,11 +104,11 @@ def _load_current(
 
 @triton.jit
 def _gather(
-    parameters, first_moment, second_moment, out, row, row_id, stamp, inside, sums, multipliers, capacity, eps,
+    parameters, first_moment, second_moment, out, row, row_id, last, inside, sums, multipliers, capacity, eps,
     SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     w, _m, _v, _at, lane, used = _load_current(
-        parameters, first_moment, second_moment, row_id, stamp, inside, sums, multipliers, capacity, eps,
+        parameters, first_moment, second_moment, row_id, last, inside, sums, multipliers, capacity, eps,
         SCHEDULES, NUM_COLUMNS, WIDTH, LANES,
     )  # fmt: skip
     tl.store(out + row[:, None] * WIDTH + lane, w, mask=used)
@@ -119,7 +119,7 @@ def _gather_kernel(
     means, means_m, means_v, scales, scales_m, scales_v, quats, quats_m, quats_v, opacities, opacities_m, opacities_v,
     out_means, out_scales, out_quats, out_opacities,  # [V, ...]
     ids,  # [V]
-    stamps,  # [N]
+    last_step,  # [N]
     sums,  # [SCHEDULES, capacity] float64
     multipliers,  # [SCHEDULES, NUM_COLUMNS]
     capacity,
@@ -130,33 +130,33 @@ def _gather_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, inside, row_id = _rows(ids, num_rows, BLOCK)
-    stamp = tl.load(stamps + row_id, mask=inside, other=0)
+    last = tl.load(last_step + row_id, mask=inside, other=0)
     _gather(
-        means, means_m, means_v, out_means, row, row_id, stamp, inside,
+        means, means_m, means_v, out_means, row, row_id, last, inside,
         sums, multipliers, capacity, eps, SCHEDULES, NUM_COLUMNS, 3, 4,
     )  # fmt: skip
     _gather(
-        scales, scales_m, scales_v, out_scales, row, row_id, stamp, inside,
+        scales, scales_m, scales_v, out_scales, row, row_id, last, inside,
         sums, multipliers + SCALES, capacity, eps, SCHEDULES, NUM_COLUMNS, 3, 4,
     )  # fmt: skip
     _gather(
-        quats, quats_m, quats_v, out_quats, row, row_id, stamp, inside,
+        quats, quats_m, quats_v, out_quats, row, row_id, last, inside,
         sums, multipliers + QUATS, capacity, eps, SCHEDULES, NUM_COLUMNS, 4, 4,
     )  # fmt: skip
     _gather(
-        opacities, opacities_m, opacities_v, out_opacities, row, row_id, stamp, inside,
+        opacities, opacities_m, opacities_v, out_opacities, row, row_id, last, inside,
         sums, multipliers + OPACITIES, capacity, eps, SCHEDULES, NUM_COLUMNS, 1, 1,
     )  # fmt: skip
 
 
 @triton.jit
 def _step(
-    parameters, first_moment, second_moment, gradients, row, row_id, stamp, inside,
+    parameters, first_moment, second_moment, gradients, row, row_id, last, inside,
     sums, multipliers, capacity, eps, decays, skipped, sizes, gradient_weight, square_weight, new_eps,
     SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     w, m, v, at, lane, used = _load_current(
-        parameters, first_moment, second_moment, row_id, stamp, inside, sums, multipliers, capacity, eps,
+        parameters, first_moment, second_moment, row_id, last, inside, sums, multipliers, capacity, eps,
         SCHEDULES, NUM_COLUMNS, WIDTH, LANES,
     )  # fmt: skip
     m, v = decayed(m, v, decays, capacity, skipped, inside)
@@ -174,7 +174,7 @@ def _step_kernel(
     means, means_m, means_v, scales, scales_m, scales_v, quats, quats_m, quats_v, opacities, opacities_m, opacities_v,
     v_means, v_scales, v_quats, v_opacities,  # [V, ...], their gradients
     ids,  # [V]
-    stamps,  # [N]
+    last_step,  # [N]
     sums,  # [SCHEDULES, capacity] float64
     multipliers,  # [SCHEDULES, NUM_COLUMNS]
     capacity,
@@ -191,25 +191,25 @@ def _step_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, inside, row_id = _rows(ids, num_rows, BLOCK)
-    stamp = tl.load(stamps + row_id, mask=inside, other=0)
-    skipped = before - stamp
+    last = tl.load(last_step + row_id, mask=inside, other=0)
+    skipped = before - last
     _step(
-        means, means_m, means_v, v_means, row, row_id, stamp, inside,
+        means, means_m, means_v, v_means, row, row_id, last, inside,
         sums, multipliers, capacity, eps, decays, skipped, sizes,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 3, 4,
     )  # fmt: skip
     _step(
-        scales, scales_m, scales_v, v_scales, row, row_id, stamp, inside,
+        scales, scales_m, scales_v, v_scales, row, row_id, last, inside,
         sums, multipliers + SCALES, capacity, eps, decays, skipped, sizes + SCALES,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 3, 4,
     )  # fmt: skip
     _step(
-        quats, quats_m, quats_v, v_quats, row, row_id, stamp, inside,
+        quats, quats_m, quats_v, v_quats, row, row_id, last, inside,
         sums, multipliers + QUATS, capacity, eps, decays, skipped, sizes + QUATS,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 4, 4,
     )  # fmt: skip
     _step(
-        opacities, opacities_m, opacities_v, v_opacities, row, row_id, stamp, inside,
+        opacities, opacities_m, opacities_v, v_opacities, row, row_id, last, inside,
         sums, multipliers + OPACITIES, capacity, eps, decays, skipped, sizes + OPACITIES,
         gradient_weight, square_weight, new_eps, SCHEDULES, NUM_COLUMNS, 1, 1,
     )  # fmt: skip

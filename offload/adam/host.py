@@ -1,54 +1,34 @@
-"""Adam over rows of host memory that leaves a row untouched while its gradient is zero.
-
-A row last updated at step s with (w, m, v), and no gradient in steps s+1 ... t, has under dense Adam
-
-    m_t = b1^(t-s) m        v_t = b2^(t-s) v        w_t = w - m / sqrt(v) * C_t(s)
-    C_t(s) = sum_{i=s+1..t} lr_i * (b1/sqrt(b2))^(i-s) * sqrt(1-b2^i) / (1-b1^i)
-
-where eps is small against sqrt(v), and w_t = w where v = 0. So a row needs one stamp, `last_step` = s, and all skipped
-steps are applied at once when the row is next used (deferred updates as in GS-Scale, arXiv 2509.15645, without its
-counters). Adam: Kingma & Ba, arXiv 1412.6980, as in `torch.optim.Adam`.
-
-`tests/oracles/adam.py` is the same in plain torch.
-"""
+"""Deferred Adam over rows of host memory, visited by the native kernels; the mathematics is in `deferral.py`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offload.adam.deferral import DeferralTables, checked_table
 from offload.backends import native, num_threads
-
-# What a step adds to C_t(s) is (b1/sqrt(b2))^(t-s) times its learning rate; below this it is lost in float32.
-NEGLIGIBLE = 1e-12
-FIRST_CAPACITY = 1024  # steps
+from offload.store.layout import RowState
 
 
-class DeferredAdam:
+class DeferredAdam(DeferralTables):
     """The optimizer of one store of rows: its step, its tables and the native kernels that visit rows.
 
-    It holds no rows. Those are passed to each call as CPU tensors: `parameters`, `exp_avg`, `exp_avg_sq` float32
-    [N, columns] and `last_step` int32 [N]; a row that has never been updated, or whose optimizer state is reset,
-    has exp_avg = exp_avg_sq = 0 and last_step = step_count. `ids` int64 [V] are the rows to visit, strictly
-    increasing, or None for all of them. Row i of the visit reads its gradient from row i of `gradients`, or from row
-    gradient_rows[i], and writes its value to row i of `out`, or to row out_rows[i].
+    It holds no rows. Those are passed to each call as CPU tensors: `rows` with parameters and both moments float32
+    [N, columns], and `last_step` int32 [N]; a row that has never been updated, or whose optimizer state is reset, has
+    moments of zero and last_step = step. `ids` int64 [V] are the rows to visit, strictly increasing, or None for all of
+    them. Row i of the visit reads its gradient from row i of `gradients`, or from row gradient_rows[i], and writes its
+    value to row i of `out`, or to row out_rows[i].
 
     Each method passes over the memory of the visited rows once. Methods that write different rows may run at the same
     time in several threads; `begin_step` may not run beside any other.
 
-    Args:
-        multipliers: [schedules, columns]. At a step with learning rates [schedules] those of the columns are
-            `learning_rates @ multipliers`, so columns whose learning rates keep their ratio share a schedule.
-        betas: decay of the first and second moments per step, with 0 <= betas[0] < sqrt(betas[1]) < 1.
-        eps: added to the root of the second moment; above 0.
-        threads: threads of each call, the cores of this process if None.
-
-    Attributes:
-        step_count: t, the step that `begin_step` began last; 0 before the first.
+    The kernels read tables in float32, rounded from the float64 sums when a step begins, and C_{t-1} beside C_t: rows
+    with a gradient at t skip the steps before it alone. The sums are rounded otherwise than on a device, where a
+    product and its addition are one operation, and powers are numpy's: in the last bit of float64, kept so that a run
+    that is resumed ends with the bits that it would always have had.
     """
 
     def __init__(
@@ -58,170 +38,69 @@ class DeferredAdam:
         eps: float = 1e-15,
         threads: int | None = None,
     ) -> None:
-        b1, b2 = betas
-        if not (0 <= b1 < math.sqrt(b2) < 1):
-            raise ValueError(f"betas {betas} must satisfy 0 <= betas[0] < sqrt(betas[1]) < 1")
-        if not eps > 0:
-            raise ValueError(f"eps {eps} must be above 0")
-        if multipliers.ndim != 2:
-            raise ValueError(f"multipliers {list(multipliers.shape)} must be [schedules, columns]")
-        self.multipliers = multipliers.detach().to("cpu", torch.float32).numpy().copy(order="C")
-        self.schedules, self.columns = self.multipliers.shape
-        self.betas = betas
-        self.eps = eps
+        """
+        Args:
+            multipliers, betas, eps: As for `DeferralTables`.
+            threads: Threads of each call; the cores of this process if None.
+        """
+        self._before = self._after = np.zeros((0, len(multipliers)), np.float32)  # [capacity, schedules] C_{t-1}, C_t
+        super().__init__(multipliers, betas, eps, torch.device("cpu"))
         self.threads = num_threads() if threads is None else threads
-        self.step_count = 0
-        self._rates = np.zeros(self.columns, np.float32)
-        self._eps = self._previous_eps = eps
-
-        # What `begin_step` has changed in the tables: where, and what was there.
-        self._unchanged = slice(0, 0), np.zeros((0, self.schedules), np.float32), np.zeros((0, self.schedules))
-
-        ratio = b1 / math.sqrt(b2)
-        window = math.ceil(math.log(NEGLIGIBLE) / math.log(ratio)) if ratio > 0 else 1
-        self._ratio_powers = ratio ** np.arange(window, 0, -1, dtype=np.float64)  # oldest entry first
-        self._capacity = 0
-        self._grow(FIRST_CAPACITY)
-
-    def _grow(self, capacity: int) -> None:
-        """Makes room for steps below `capacity` in the tables."""
-        sums = np.zeros((capacity, self.schedules))  # C_t(s), indexed by s
-        before = np.zeros((capacity, self.schedules), np.float32)  # C_{t-1}(s), for rows with a gradient at t
-        after = np.zeros((capacity, self.schedules), np.float32)  # C_t(s), for rows without
-        if self._capacity:
-            sums[: self._capacity] = self._sums
-            before[: self._capacity] = self._before
-            after[: self._capacity] = self._after
-        self._sums, self._before, self._after = sums, before, after
-        powers = np.power(self.betas, np.arange(capacity, dtype=np.float64)[:, None])  # [capacity, 2]
-        powers[powers < np.finfo(np.float32).tiny] = 0  # no denormal numbers: they are slow
-        decays = powers.astype(np.float32)
-        # 0.999 in float32 is off by 1e-8, and 1000 steps remember it: a third column keeps the rest of b2^k.
-        self._decays = np.column_stack([decays, (powers[:, 1] - decays[:, 1]).astype(np.float32)])
-        self._capacity = capacity
-
-    def tables(self) -> dict[str, Tensor]:
-        """Copies of all that later steps and catching up rows depend on, by name; a few bytes for each step so far."""
-        steps = self.step_count + 1
-        return {
-            "step_count": torch.tensor(self.step_count),
-            "betas": torch.tensor(self.betas, dtype=torch.float64),
-            "eps": torch.tensor(self.eps, dtype=torch.float64),
-            "multipliers": torch.from_numpy(self.multipliers.copy()),  # [schedules, columns]
-            "sums": torch.from_numpy(self._sums[:steps].copy()),  # [steps, schedules]
-            "before": torch.from_numpy(self._before[:steps].copy()),
-            "after": torch.from_numpy(self._after[:steps].copy()),
-        }
+        self._column_rates = np.zeros(self.columns, np.float32)
+        self._before_unchanged = self._before[:0]  # what `begin_step` has changed, as `_unchanged`
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Tensor], columns: slice = slice(None)) -> DeferredAdam:
-        """The optimizer that left these tables, or one of some of its columns.
+        """Build the optimizer that left these tables, or one of some of its columns.
 
         Raises:
             ValueError: They do not belong together.
         """
-        betas = tuple(tables["betas"].tolist())
-        adam = cls(tables["multipliers"][:, columns], betas, tables["eps"].item())
-        adam.continue_from(tables)
+        b1, b2 = tables["betas"].tolist()
+        adam = cls(tables["multipliers"][:, columns], (b1, b2), tables["eps"].item())
+        adam.load_state(tables)
         return adam
 
-    def matches(self, tables: Mapping[str, Tensor]) -> bool:
-        """Whether an optimizer with the same columns, betas and learning rates left these tables."""
-        return (
-            tuple(tables["betas"].tolist()) == self.betas
-            and tables["eps"].item() == self.eps
-            and tables["multipliers"].shape == self.multipliers.shape
-            and bool((tables["multipliers"].numpy() == self.multipliers).all())
-        )
-
-    def continue_from(self, tables: Mapping[str, Tensor]) -> None:
-        """Go on after the steps that another optimizer has left.
-
-        Args:
-            tables: As `tables` gives them; with `step_count` alone no row may lag behind.
-
-        Raises:
-            ValueError: They do not belong together.
-        """
-        self.step_count = int(tables["step_count"])
-        self._eps = self.eps * self._root_correction()
-        steps = self.step_count + 1
-        if steps > self._capacity:
-            self._grow(max(steps, 2 * self._capacity))
-        if "sums" not in tables:
-            return
-        for name, table in (("sums", self._sums), ("before", self._before), ("after", self._after)):
-            if tables[name].shape != (steps, self.schedules):
-                raise ValueError(f"{name} {list(tables[name].shape)} is not [{steps}, {self.schedules}]")
-            table[:steps] = tables[name].numpy()
-
-    def begin_step(self, learning_rates: Sequence[float]) -> None:
-        """Begins step t = step_count + 1, in time that does not depend on N.
-
-        Args:
-            learning_rates: [schedules], of step t.
-        """
-        if len(learning_rates) != self.schedules:
-            raise ValueError(f"{len(learning_rates)} learning rates for {self.schedules} schedules")
-        self.step_count += 1
-        t = self.step_count
-        if t >= self._capacity:
-            self._grow(2 * self._capacity)
-
-        b1 = self.betas[0]
-        root_correction = self._root_correction()
-        rates = np.array(learning_rates, np.float64) * (root_correction / (1 - b1**t))  # [schedules]
-        # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
-        self._rates = (rates @ self.multipliers).astype(np.float32)  # [columns]
-        self._previous_eps, self._eps = self._eps, self.eps * root_correction
-
-        changed = slice(max(0, t - len(self._ratio_powers)), t)
-        self._unchanged = changed, self._before[changed].copy(), self._sums[changed].copy()
-        self._before[changed] = self._after[changed]
-        self._sums[changed] += self._ratio_powers[-(t - changed.start) :, None] * rates
-        self._after[changed] = self._sums[changed]
+    def tables(self) -> dict[str, Tensor]:
+        """Copy the tables, as for `DeferralTables`, with the float32 ones as they are."""
+        steps = self.step + 1
+        rounded = {"before": self._before, "after": self._after}
+        return {
+            **super().tables(),
+            **{name: torch.from_numpy(table[:steps].copy()) for name, table in rounded.items()},
+        }
 
     def undo_step(self) -> None:
-        """Takes `begin_step` back; no row may have been committed since, and it cannot be done twice in a row."""
-        changed, before, sums = self._unchanged
-        self._after[changed], self._before[changed], self._sums[changed] = self._before[changed], before, sums
-        self._eps = self._previous_eps
-        self.step_count -= 1
-
-    def _root_correction(self) -> float:
-        """sqrt(1 - b2^t); 1 before the first step, when there are no moments to correct."""
-        return math.sqrt(1 - self.betas[1] ** self.step_count) if self.step_count else 1.0
+        """Take `begin_step` back, as for `DeferralTables`."""
+        super().undo_step()
+        changed, _ = self._unchanged
+        self._after[changed], self._before[changed] = self._before[changed], self._before_unchanged
 
     def commit(
         self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
         gradients: Tensor | None,
         *,
         gradient_rows: Tensor | None = None,
     ) -> None:
-        """Brings rows to step t in place: all skipped steps, then step t with its gradient; stamps them t.
+        """Bring rows to step t in place: all skipped steps, then step t with its gradient; their last step becomes t.
 
         Args:
-            parameters, exp_avg, exp_avg_sq, last_step, ids: see the class.
+            rows, last_step, ids: See the class.
             gradients: float32 [V, columns] or [any, columns] with gradient_rows; None where the gradient is zero.
             gradient_rows: int64 [V].
 
         Raises:
-            ValueError: an argument has the wrong type, shape or layout, an id is out of range or out of order (nothing
+            ValueError: An argument has the wrong type, shape or layout, an id is out of range or out of order (nothing
                 is changed), or some rows were already committed at step t (those are left alone).
         """
-        state = (parameters, exp_avg, exp_avg_sq, last_step)
-        self._visit(*state, ids, gradients, gradient_rows, None, None, store=True)
+        self._visit(rows, last_step, ids, gradients, gradient_rows, store=True)
 
     def forward(
         self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
         out: Tensor,
@@ -230,47 +109,35 @@ class DeferredAdam:
         gradient_rows: Tensor | None = None,
         out_rows: Tensor | None = None,
     ) -> None:
-        """Writes the values that rows have after step t to `out`; the rows themselves stay as they are.
+        """Write the values that rows have after step t to `out`; the rows themselves stay as they are.
 
         Args:
-            parameters, exp_avg, exp_avg_sq, last_step, ids: see the class.
+            rows, last_step, ids: See the class.
             out: float32 [V, columns], or [any, columns] with out_rows.
-            gradients, gradient_rows: as for `commit`.
+            gradients, gradient_rows: As for `commit`.
             out_rows: int64 [V], each row at most once.
 
         Raises:
-            ValueError: as for `commit`.
+            ValueError: As for `commit`.
         """
-        state = (parameters, exp_avg, exp_avg_sq, last_step)
-        self._visit(*state, ids, gradients, gradient_rows, out, out_rows, store=False)
+        self._visit(rows, last_step, ids, gradients, gradient_rows, out, out_rows, store=False)
 
     def forward_previous(
-        self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        last_step: Tensor,
-        ids: Tensor | None,
-        out: Tensor,
-        *,
-        out_rows: Tensor | None = None,
+        self, rows: RowState, last_step: Tensor, ids: Tensor | None, out: Tensor, *, out_rows: Tensor | None = None
     ) -> None:
-        """Writes the values that rows had before step t began, for rows that have not been committed since.
+        """Write the values that rows had before step t began, for rows that have not been committed since.
 
         Args:
-            parameters, exp_avg, exp_avg_sq, last_step, ids, out, out_rows: as for `forward`.
+            rows, last_step, ids, out, out_rows: As for `forward`.
 
         Raises:
-            ValueError: as for `commit`.
+            ValueError: As for `commit`.
         """
-        state = (parameters, exp_avg, exp_avg_sq, last_step)
-        self._visit(*state, ids, None, None, out, out_rows, store=False, previous=True)
+        self._visit(rows, last_step, ids, None, None, out, out_rows, store=False, previous=True)
 
     def commit_and_forward(
         self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
         gradients: Tensor,
@@ -279,38 +146,37 @@ class DeferredAdam:
         gradient_rows: Tensor | None = None,
         out_rows: Tensor | None = None,
     ) -> None:
-        """Both at once: commits rows and writes their new values to `out`. Arguments and errors as for those."""
-        state = (parameters, exp_avg, exp_avg_sq, last_step)
-        self._visit(*state, ids, gradients, gradient_rows, out, out_rows, store=True)
+        """Do both at once: commit rows and write their new values to `out`. Arguments and errors as for those."""
+        self._visit(rows, last_step, ids, gradients, gradient_rows, out, out_rows, store=True)
 
-    def dense(self, parameters: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradients: Tensor) -> None:
-        """Ordinary Adam, step t, in place over all rows, none of which has ever skipped a step.
+    def dense(self, rows: RowState, gradients: Tensor) -> None:
+        """Apply ordinary Adam, step t, in place to all rows, none of which has ever skipped a step.
 
         Args:
-            parameters, exp_avg, exp_avg_sq, gradients: float32 [N, columns].
+            rows: See the class.
+            gradients: float32 [N, columns].
 
         Raises:
-            ValueError: an argument has the wrong type, shape or layout.
+            ValueError: An argument has the wrong type, shape or layout.
         """
-        self._visit(parameters, exp_avg, exp_avg_sq, None, None, gradients, None, None, None, store=True)
+        self._visit(rows, None, None, gradients, None, store=True)
 
     def _visit(
         self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        rows: RowState,
         last_step: Tensor | None,
         ids: Tensor | None,
         gradients: Tensor | None,
         gradient_rows: Tensor | None,
-        out: Tensor | None,
-        out_rows: Tensor | None,
+        out: Tensor | None = None,
+        out_rows: Tensor | None = None,
         *,
         store: bool,
         previous: bool = False,
     ) -> None:
-        if self.step_count == 0 and gradients is not None:
+        if self.step == 0 and gradients is not None:
             raise ValueError("begin_step comes before the first gradients")
+        parameters, exp_avg, exp_avg_sq = rows.tensors()
         n = parameters.shape[0]
         v = n if ids is None else ids.shape[0]
         any_size = -1
@@ -336,20 +202,58 @@ class DeferredAdam:
             out=out,
             out_rows=out_rows,
             store=store,
-            step=self.step_count - previous,
+            step=self.step - previous,
             skipped=self._after if gradients is None and not previous else self._before,
-            decays=self._decays,
+            decays=self._rounded_decays,
             multipliers=self.multipliers,
-            rates=self._rates,
+            rates=self._column_rates,
             gradient_weight=1 - self.betas[0],
             square_weight=1 - self.betas[1],
-            eps=self._previous_eps if previous else self._eps,
+            eps=self._corrected_eps(self.step - previous),
             threads=self.threads,
         )
 
+    def _corrected_rates(self, t: int, learning_rates: Sequence[float]) -> list[float]:
+        correction = self._root_correction(t) / (1 - self.betas[0] ** t)
+        return [rate * correction for rate in learning_rates]
+
+    def _powers_of_ratio(self, window: int) -> Tensor:
+        return torch.from_numpy(self._ratio ** np.arange(window, 0, -1, dtype=np.float64))
+
+    def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
+        column_rates = np.array(rates) @ self.multipliers.numpy()  # in float64
+        self._column_rates = column_rates.astype(np.float32)
+        self._unchanged = changed, self.sums[:, changed].clone()
+        self._before_unchanged = self._before[changed].copy()
+        self._before[changed] = self._after[changed]
+        powers = self._ratio_powers[len(self._ratio_powers) - (changed.stop - changed.start) :]
+        self.sums[:, changed] += powers * torch.tensor(rates, dtype=torch.float64)[:, None]
+        self._after[changed] = self.sums[:, changed].T.numpy()
+
+    def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
+        super()._load_sums(tables, steps)
+        for name, table in (("before", self._before), ("after", self._after)):
+            table[:steps] = checked_table(tables, name, (steps, self.schedules)).numpy()
+
+    def _grow(self, capacity: int) -> None:
+        super()._grow(capacity)
+        self._before, self._after = _longer(self._before, capacity), _longer(self._after, capacity)
+        powers = np.power(self.betas, np.arange(capacity, dtype=np.float64)[:, None])  # [capacity, 2]
+        powers[powers < np.finfo(np.float32).tiny] = 0  # no denormal numbers: they are slow
+        decays = powers.astype(np.float32)
+        # 0.999 in float32 is off by 1e-8, and 1000 steps remember it: a third column keeps the rest of b2^k.
+        self._rounded_decays = np.column_stack([decays, (powers[:, 1] - decays[:, 1]).astype(np.float32)])
+
+
+def _longer(table: np.ndarray, capacity: int) -> np.ndarray:
+    """Return a table of so many rows that begins with these and goes on with zeros."""
+    longer = np.zeros((capacity, table.shape[1]), table.dtype)
+    longer[: len(table)] = table
+    return longer
+
 
 def _check(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor is None or as the kernels need it; -1 in `shape` stands for any size."""
+    """Raise ValueError unless the tensor is None or as the kernels need it; -1 in `shape` stands for any size."""
     if tensor is None:
         return
     fits = tensor.ndim == len(shape) and all(b in (a, -1) for a, b in zip(tensor.shape, shape, strict=True))

@@ -2,8 +2,8 @@
 
 Rows are seen as a sequence of 16-byte vectors, VECTORS to a row, and a tile is TILE consecutive vectors [TILE, 4]:
 every thread moves whole vectors, and a warp's 32 of them touch whole lines of 64 bytes, which writes over PCIe must
-(rows of 196 bytes took 8 times as long as rows of 192). What a row needs beside its values (id, stamp, table entries)
-is loaded once per vector; the caches of the device serve that.
+(rows of 196 bytes took 8 times as long as rows of 192). What a row needs beside its values (id, last step, table
+entries) is loaded once per vector; the caches of the device serve that.
 
 Kernels that cross PCIe run on a few thread blocks, which loop over the tiles. That is enough to fill the link, and
 leaves room for a kernel in the other direction and for rendering; kernels with a full grid would take turns.
@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.adam.bfloat16 import MIX_1, MIX_2, seed_of
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import caught_up, decayed
-from offload.adam.rows import RowState, settle_rows
+from offload.adam.rows import catch_up_rows
+from offload.store.layout import RowState
 
-# settle_rows is torch
-__all__ = ["fetch_rows", "move_rows", "settle_rows", "step_host_rows", "step_rows", "write_rows"]
+# catch_up_rows is torch
+__all__ = ["catch_up_rows", "fetch_dated_rows", "fetch_rows", "move_rows", "step_host_rows", "step_rows", "write_rows"]
 
 # By benchmarks/streamed_steps.py on an H200. More blocks that write fill the link no better, but what they have under
 # way stands before the memory traffic of everything else on the device.
@@ -40,40 +41,25 @@ _MIX_1, _MIX_2 = tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 def fetch_rows(
     source: RowState,
     places: Tensor,
-    ids: Tensor | None,
-    stamps: Tensor,
+    ids: Tensor,
+    last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
-    tables: CatchUpTables,
+    tables: DeferralTables,
 ) -> None:
-    """As `offload.adam.rows.fetch_rows`."""
-    if len(places) == 0:
-        return
-    schedules, columns = tables.multipliers.shape
-    num_vectors = len(places) * columns // 4
-    with torch.cuda.device_of(places):
-        _fetch_kernel[(_grid(num_vectors, source, FETCH_BLOCKS),)](
-            *_padded(source.tensors()),
-            places,
-            ids,
-            stamps,
-            wanted,
-            *_padded(out.tensors()),
-            tables.sums,
-            tables.multipliers,
-            tables.sums.shape[1],
-            tables.eps,
-            num_vectors,
-            VECTORS=columns // 4,
-            SOURCE_VECTORS=source.parameters.shape[1] // 4,
-            SCHEDULES=schedules,
-            TILE=LINK_TILE,
-            num_warps=LINK_WARPS,
-        )
+    """Do as `offload.adam.rows.fetch_rows`."""
+    _fetch(source, places, ids, last_step, wanted, out, tables)
 
 
-def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, tables: CatchUpTables) -> None:
-    """As `offload.adam.rows.step_rows`."""
+def fetch_dated_rows(
+    source: RowState, places: Tensor, last_step: Tensor, wanted: Tensor | None, out: RowState, tables: DeferralTables
+) -> None:
+    """Do as `offload.adam.rows.fetch_dated_rows`."""
+    _fetch(source, places, None, last_step, wanted, out, tables)
+
+
+def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> None:
+    """Do as `offload.adam.rows.step_rows`."""
     count, columns = gradients.shape
     if count == 0:
         return
@@ -82,7 +68,7 @@ def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, ta
         _step_kernel[(triton.cdiv(num_vectors, TILE),)](
             *_padded(rows.tensors()),
             ids,
-            stamps,
+            last_step,
             gradients.contiguous(),
             step.sizes,
             tables.decays,
@@ -97,13 +83,13 @@ def step_rows(rows: RowState, ids: Tensor, stamps: Tensor, gradients: Tensor, ta
             TILE=TILE,
             num_warps=WARPS,
         )
-    stamps.index_fill_(0, ids, tables.step)  # when all vectors of a row have read it
+    last_step.index_fill_(0, ids, tables.step)  # when all vectors of a row have read it
 
 
 def step_host_rows(
-    parameters: Tensor, ids: Tensor, stamps: Tensor, gradients: Tensor | None, host: RowState, tables: CatchUpTables
+    parameters: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, host: RowState, tables: DeferralTables
 ) -> None:
-    """As `offload.adam.rows.step_host_rows`."""
+    """Do as `offload.adam.rows.step_host_rows`."""
     count, columns = parameters.shape
     if count == 0:
         return
@@ -113,7 +99,7 @@ def step_host_rows(
         _step_host_kernel[(_grid(num_vectors, host, STEP_BLOCKS),)](
             parameters,
             ids,
-            stamps,
+            last_step,
             None if gradients is None else gradients.contiguous(),
             *_padded(host.tensors()),
             step.sizes,
@@ -133,7 +119,7 @@ def step_host_rows(
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
-    """As `offload.adam.rows.move_rows`."""
+    """Do as `offload.adam.rows.move_rows`."""
     count, columns = out.parameters.shape
     if count == 0:
         return
@@ -151,7 +137,7 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
 
 
 def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState) -> None:
-    """As `offload.adam.rows.write_rows`."""
+    """Do as `offload.adam.rows.write_rows`."""
     columns = rows.parameters.shape[1]
     if len(ids) == 0:
         return
@@ -164,6 +150,41 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
             *_padded(host.tensors()),
             num_vectors,
             VECTORS=columns // 4,
+            TILE=LINK_TILE,
+            num_warps=LINK_WARPS,
+        )
+
+
+def _fetch(
+    source: RowState,
+    places: Tensor,
+    ids: Tensor | None,
+    last_step: Tensor,
+    wanted: Tensor | None,
+    out: RowState,
+    tables: DeferralTables,
+) -> None:
+    """Launch the kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
+    if len(places) == 0:
+        return
+    schedules, columns = tables.multipliers.shape
+    num_vectors = len(places) * columns // 4
+    with torch.cuda.device_of(places):
+        _fetch_kernel[(_grid(num_vectors, source, FETCH_BLOCKS),)](
+            *_padded(source.tensors()),
+            places,
+            ids,
+            last_step,
+            wanted,
+            *_padded(out.tensors()),
+            tables.sums,
+            tables.multipliers,
+            tables.sums.shape[1],
+            tables.eps,
+            num_vectors,
+            VECTORS=columns // 4,
+            SOURCE_VECTORS=source.parameters.shape[1] // 4,
+            SCHEDULES=schedules,
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
@@ -182,7 +203,7 @@ def _padded(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 @triton.jit
 def _unpack(words1, words2, second):
-    """Both moments in float32, as in `bfloat16_moments.unpack` where there is no second tensor."""
+    """Both moments in float32, as in `bfloat16.unpack` where there is no second tensor."""
     if second is None:
         m = (words1 << 16).to(tl.float32, bitcast=True)
         v = (words1 & -65536).to(tl.float32, bitcast=True)
@@ -194,7 +215,7 @@ def _unpack(words1, words2, second):
 
 @triton.jit
 def _random_bits(counter, seed):
-    """`bfloat16_moments.random_bits`, uint32."""
+    """`bfloat16.random_bits`, uint32."""
     x = counter.to(tl.uint32) ^ seed.to(tl.uint32)
     x = (x ^ (x >> 16)) * tl.full([1], _MIX_1, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full([1], _MIX_2, tl.uint32)
@@ -203,7 +224,7 @@ def _random_bits(counter, seed):
 
 @triton.jit
 def _pack(m, v, random):
-    """`bfloat16_moments.pack`, int32."""
+    """`bfloat16.pack`, int32."""
     first = (m.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
     second = (v.to(tl.uint32, bitcast=True) + (random >> 16)) & tl.full([1], 0xFFFF0000, tl.uint32)
     return (first | second).to(tl.int32, bitcast=True)
@@ -247,7 +268,7 @@ def _fetch_kernel(
     second_moment,  # or None
     places,  # [V]
     ids,  # [V], or None
-    stamps,  # [N]; without ids [V]
+    last_step,  # [N]; without ids [V]
     wanted,  # [V] or None
     out_parameters,  # [V, columns]
     out_first,  # [V, columns] or None
@@ -274,12 +295,12 @@ def _fetch_kernel(
         w = tl.load(parameters + there, mask=fetched[:, None], other=0)
 
         if ids is None:
-            stamp = tl.load(stamps + row, mask=fetched, other=0)
+            last = tl.load(last_step + row, mask=fetched, other=0)
         else:
-            stamp = tl.load(stamps + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
+            last = tl.load(last_step + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
         skipped = tl.zeros([TILE, 4], tl.float32)
         for schedule in tl.static_range(SCHEDULES):
-            total = tl.load(sums + schedule * capacity + stamp, mask=fetched, other=0.0).to(tl.float32)
+            total = tl.load(sums + schedule * capacity + last, mask=fetched, other=0.0).to(tl.float32)
             rates = tl.load(multipliers + schedule * VECTORS * 4 + part[:, None] * 4 + lane)
             skipped += total[:, None] * rates
         m, v = _unpack(words1, words2, second_moment)
@@ -296,7 +317,7 @@ def _step_kernel(
     first_moment,  # or both as pairs
     second_moment,  # or None
     ids,  # [V]
-    stamps,  # [N]
+    last_step,  # [N]
     gradients,  # [V, columns]
     sizes,  # [columns]
     decays,  # [2, capacity] float64
@@ -323,7 +344,7 @@ def _step_kernel(
     size = tl.load(sizes + column)
 
     row_id = tl.load(ids + row, mask=inside, other=0)
-    skipped = step - 1 - tl.load(stamps + row_id, mask=inside, other=0)
+    skipped = step - 1 - tl.load(last_step + row_id, mask=inside, other=0)
     m, v = decayed(m, v, decays, capacity, skipped, inside)
     m += gradient_weight * (g - m)
     v += square_weight * (g * g - v)
@@ -340,7 +361,7 @@ def _step_kernel(
 def _step_host_kernel(
     parameters,  # [V, VECTORS * 4]
     ids,  # [V]
-    stamps,  # [V]
+    last_step,  # [V]
     gradients,  # [V, VECTORS * 4] or None
     host_parameters,  # [N, HOST_VECTORS * 4] on the host, as the next two
     host_first,  # or both as pairs
@@ -371,7 +392,7 @@ def _step_host_kernel(
         words1, words2 = _load_moments(host_first, host_second, there, inside[:, None])
         w = tl.load(parameters + here, mask=used, other=0.0)
         m, v = _unpack(words1, words2, host_second)
-        skipped = step - 1 - tl.load(stamps + row, mask=inside, other=0)
+        skipped = step - 1 - tl.load(last_step + row, mask=inside, other=0)
         m, v = decayed(m, v, decays, capacity, skipped, inside)
         if gradients is not None:
             g = tl.load(gradients + here, mask=used, other=0.0)

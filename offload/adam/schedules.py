@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offload.adam.options import AdamOptions
-from offload.store.host_store import group_columns, num_columns
+from offload.store.layout import group_columns, num_columns
 
 
 def schedules_of(group: str, sh_degree: int, adam: AdamOptions) -> tuple[Tensor, Callable[[int], list[float]]]:

@@ -7,7 +7,7 @@
 A trainer that defers steps adds, for each group of parameters ("geometry", "appearance") that it defers,
 
     last_step/GROUP                 [N]        int32, the step of each row's last update
-    deferral/GROUP/...              small      the tables of `DeferredAdam`, with which the rows are caught up
+    deferral/GROUP/...              small      the tables (`DeferralTables.tables`), with which the rows are caught up
 
 and rows of such a group stand as they were after their last update. Without these a group's rows are current.
 """
@@ -20,18 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.adam.deferral import DeferralTables
 from offload.adam.host import DeferredAdam
-from offload.store.host_store import GROUP_NAMES, group_columns, num_columns
+from offload.store.layout import GROUP_NAMES, RowState, group_columns, num_columns
 
 State = Mapping[str, Tensor]
-
-
-class Deferral(Protocol):
-    """An optimizer that defers steps: `DeferredAdam`, or the streamed trainer's tables."""
-
-    def matches(self, tables: Mapping[str, Tensor]) -> bool: ...
-
-    def continue_from(self, tables: Mapping[str, Tensor]) -> None: ...
 
 
 class DeferredPlace(Protocol):
@@ -49,12 +42,12 @@ BLOCK_ROWS = 1 << 18  # rows that are copied at once
 
 
 def sh_degree_of(state: State) -> int:
-    """Degree of the spherical harmonics."""
+    """Return the degree of the spherical harmonics."""
     return round((state["parameters/shN"].shape[1] + 1) ** 0.5) - 1
 
 
 def is_deferred(state: State, group: str) -> bool:
-    """Whether rows of a group may lag behind."""
+    """Tell whether rows of a group may lag behind."""
     return f"last_step/{group}" in state
 
 
@@ -68,16 +61,16 @@ def check_state(state: State) -> None:
     for group in GROUP_NAMES:
         if not is_deferred(state, group):
             continue
-        tables, stamps = deferral_tables(state, group), state[f"last_step/{group}"]
+        tables, last_step = deferral_tables(state, group), state[f"last_step/{group}"]
         b1, b2 = tables["betas"].tolist()
         if not (0 <= b1 < MOST_MEMORY * b2**0.5 < 1):
             raise ValueError("betas")
         if tables["multipliers"].ndim != 2 or tables["multipliers"].shape[1] != num_columns(group, degree):
             raise ValueError("multipliers")
         DeferredAdam.from_tables(tables)
-        if stamps.shape != (num_gaussians,) or stamps.dtype != torch.int32:
+        if last_step.shape != (num_gaussians,) or last_step.dtype != torch.int32:
             raise ValueError("last_step")
-        if int(stamps.min()) < 0 or int(stamps.max()) > int(state["step_count"]):
+        if int(last_step.min()) < 0 or int(last_step.max()) > int(state["step_count"]):
             raise ValueError("last_step")
     ids = state.get("upcoming/ids", torch.zeros(0, dtype=torch.int64))
     if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids[1:] <= ids[:-1]).any()):
@@ -93,7 +86,7 @@ def check_state(state: State) -> None:
 
 
 def current_values(state: State) -> dict[str, Tensor]:
-    """The six parameters [N, ...] with all steps applied; those that never lag behind are not copied."""
+    """Return the six parameters [N, ...] with all steps applied; those that never lag behind are not copied."""
     values = {}
     for group in GROUP_NAMES:
         for name in group_columns(group, sh_degree_of(state)):
@@ -106,11 +99,11 @@ def current_values(state: State) -> dict[str, Tensor]:
 
 
 def current_rows(state: State, name: str) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """A parameter and its moments with all steps applied, block by block.
+    """Give a parameter and its moments with all steps applied, block by block.
 
     Args:
-        state: Of `step_count` steps.
-        name: Of the parameter.
+        state: It stands after `step_count` steps.
+        name: The parameter.
 
     Yields:
         Which rows, and of each of `ARRAYS` the values [M, ...]; copies where steps were deferred.
@@ -124,14 +117,15 @@ def current_rows(state: State, name: str) -> Iterator[tuple[slice, dict[str, Ten
         block = {array: state[f"{array}/{name}"][rows] for array in ARRAYS}
         if adam is not None:
             block = {array: torch.empty(value.shape).copy_(value) for array, value in block.items()}  # float32
-            flat = [value.view(len(value), -1) for value in block.values()]
+            parameters, *moments = (value.view(len(value), -1) for value in block.values())
             last_step = state[f"last_step/{group}"][rows].clone()
-            adam.commit(*flat, last_step, (last_step < adam.step_count).nonzero().squeeze(1), None)
+            stale = (last_step < adam.step).nonzero().squeeze(1)
+            adam.commit(RowState(parameters, tuple(moments)), last_step, stale, None)
         yield rows, block
 
 
 def deferral_tables(state: State, group: str) -> dict[str, Tensor]:
-    """What a trainer has added for a group that it defers."""
+    """Pick out the tables that a trainer has added for a group that it defers."""
     prefix = f"deferral/{group}/"
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -157,7 +151,7 @@ def copy_current(targets: Mapping[str, Tensor], state: State) -> None:
                 target[rows] = values.to(target.device)
 
 
-def load_deferred(place: DeferredPlace, group: str, adam: Deferral, state: State) -> None:
+def load_deferred(place: DeferredPlace, group: str, adam: DeferralTables, state: State) -> None:
     """Fill what holds one group, whose steps are deferred.
 
     Where the same optimizer goes on, rows may keep lagging behind; else they are caught up with the tables that they
@@ -168,11 +162,11 @@ def load_deferred(place: DeferredPlace, group: str, adam: Deferral, state: State
         for key, rows in stored.items():
             copy_blocks(rows, state[key])
         place.last_step.copy_(state[f"last_step/{group}"])
-        adam.continue_from(tables)
+        adam.load_state(tables)
     else:
         copy_current(stored, state)
         place.last_step.fill_(int(state["step_count"]))
-        adam.continue_from({"step_count": state["step_count"]})
+        adam.load_state({"step_count": state["step_count"]})
 
 
 def _place_of(state: State, name: str) -> tuple[str, slice]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.geometry import COLUMNS, GeometryState, flat, gather_rows
 from offload.backends import native, num_threads
 from offload.culling import cells as grids
@@ -27,7 +27,7 @@ _LOGIT_THRESHOLD = -math.log(254)  # logit of 1/255
 
 @torch.no_grad()
 def visible_ids(
-    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
+    state: GeometryState, tables: DeferralTables, cameras: Cameras, margin: Margin, lag_margin: Margin
 ) -> Tensor:
     """Find the rows that any of the cameras may draw; on a GPU this waits for the device.
 

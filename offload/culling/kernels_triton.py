@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import caught_up, skipped_sizes
 from offload.adam.geometry import COLUMNS, GeometryState
 from offload.adam.geometry_triton import OPACITIES, QUATS, SCALES
@@ -53,7 +53,7 @@ RELATIVE_ERROR = tl.constexpr(native.RELATIVE_ERROR)
 
 
 def visible_ids(
-    state: GeometryState, tables: CatchUpTables, cameras: Cameras, margin: Margin, lag_margin: Margin
+    state: GeometryState, tables: DeferralTables, cameras: Cameras, margin: Margin, lag_margin: Margin
 ) -> Tensor:
     """Find the rows that any of the cameras may draw, as `offload.culling.kernels.visible_ids`."""
     means, scales, quats, opacities = (state.parameters[name].contiguous() for name in COLUMNS)

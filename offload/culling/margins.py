@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from offload.culling.cameras import Margin
-from offload.store.host_store import group_columns
+from offload.store.layout import group_columns
 
 _ROUNDING = 1.01  # what float32 arithmetic adds to the exact bounds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import RowTransfer
-from offload.store.host_store import HostStore
+from offload.store.host_store import HostStore, total_growth
+from offload.store.layout import GROUP_NAMES
 from offload.store.memory import HostArray
 
 
-class BaselineGaussians(HostStore):
-    """All Gaussians in one host store; a step visits every one of them twice: culling and dense Adam.
+class BaselineGaussians:
+    """All Gaussians in two host stores, of geometry and appearance.
+
+    A step visits every one of them twice: culling and dense Adam.
 
     A training step is `fetch`, rendering and the backward pass, then `update`, one after the other.
     """
@@ -41,22 +44,34 @@ class BaselineGaussians(HostStore):
             device: Where views are rendered.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
-        pin = device.type == "cuda"
-        super().__init__(parameters, max_gaussians=max_gaussians, pin=pin)
         self.steps_done = 0
         self._rendering_device = device
         self._times = OffloadTimes()
-        self._adams, self._rates, self._transfers, self._gradients = {}, {}, {}, {}
-        for name, group in self.groups.items():
-            multipliers, self._rates[name] = schedules_of(name, self.sh_degree, adam)
+        self.stores: dict[str, HostStore] = {}
+        self._adams: dict[str, DeferredAdam] = {}
+        self._rates: dict[str, Callable[[int], list[float]]] = {}
+        self._transfers: dict[str, RowTransfer] = {}
+        self._gradients: dict[str, HostArray] = {}  # of all rows, zero but between the backward pass and Adam
+        for name in GROUP_NAMES:
+            store = HostStore(parameters, name, max_gaussians=max_gaussians, pin=device.type == "cuda")
+            multipliers, self._rates[name] = schedules_of(name, store.sh_degree, adam)
             columns = multipliers.shape[1]
+            self.stores[name] = store
             self._adams[name] = DeferredAdam(multipliers, adam.betas, adam.eps)
             self._transfers[name] = RowTransfer(columns, device, self._times)
-            # Gradients of all rows, zero but between the backward pass and Adam.
-            self._gradients[name] = HostArray(columns, max_rows=group.parameters.max_rows)
+            self._gradients[name] = HostArray(columns, max_rows=store.max_rows)
         self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view
         self._rows: dict[str, Tensor] = {}
         self._finite = FiniteGradients(device)
+
+    @property
+    def num_gaussians(self) -> int:
+        return self.stores["geometry"].num_gaussians
+
+    @property
+    def device(self) -> torch.device:
+        """Where geometry is."""
+        return self.stores["geometry"].device
 
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
         """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; views of leaves."""
@@ -85,47 +100,75 @@ class BaselineGaussians(HostStore):
     def update(self) -> None:
         """Dense Adam over all rows, with the gradients of those that `fetch` gave."""
         self._finite.keep(self._rows.values())
-        for name, group in self.groups.items():
-            rows = self._rows[name]
+        for name, store in self.stores.items():
+            leaves = self._rows[name]
             self._gradients[name].resize(self.num_gaussians)
             gradients = self._gradients[name].tensor  # [N, columns]
-            if rows.grad is not None:
-                gradients.index_copy_(0, self._ids, self._transfers[name].download(rows.grad).ready())
+            if leaves.grad is not None:
+                gradients.index_copy_(0, self._ids, self._transfers[name].download(leaves.grad).ready())
             adam = self._adams[name]
-            adam.begin_step(self._rates[name](adam.step_count + 1))
-            moments = (group.exp_avg, group.exp_avg_sq)
-            adam.dense(group.parameters.tensor, *moments, gradients)
+            adam.begin_step(self._rates[name](adam.step + 1))
+            with store.changing(None) as rows:
+                adam.dense(rows, gradients)
             gradients.index_fill_(0, self._ids, 0.0)
-        self.steps_done += 1
-        self.step = self.steps_done
+        self._set_steps_done(self.steps_done + 1)
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """Views of these rows of the six parameter tensors."""
-        return {name: stored[first:last] for name, stored in self.snapshot().items()}
+        """Return views of these rows of the six parameter tensors."""
+        return {name: stored[first:last] for store in self.stores.values() for name, stored in store.snapshot().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, as `offload.adam.state` describes it: views of the store."""
-        return {"step_count": torch.tensor(self.steps_done), **self.arrays_by_name()}
+        """Return all that training goes on from, as `offload.adam.state` describes it: views of the stores."""
+        return {"step_count": torch.tensor(self.steps_done), **self._arrays_by_name()}
 
-    def guarded(self) -> dict[str, HostStore]:
-        """No tensors of `state`: every step changes all rows."""
+    def copied_before_change(self) -> dict[str, HostStore]:
+        """Name no tensors of `state`: every step changes all rows."""
         return {}
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
-        copy_current(self.arrays_by_name(), state)
+        copy_current(self._arrays_by_name(), state)
         for adam in self._adams.values():
-            adam.continue_from({"step_count": state["step_count"]})
-        self.steps_done = self.step = int(state["step_count"])
+            adam.load_state({"step_count": state["step_count"]})
+        self._set_steps_done(int(state["step_count"]))
 
     def skipped_steps(self) -> tuple[int, int]:
         """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
         return self._finite.skipped_steps()
 
+    def read(self, name: str) -> Tensor:
+        """Return the values of one geometry parameter: a view of the rows."""
+        return self.stores["geometry"].read(name)
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M], without moments."""
+        for store in self.stores.values():
+            store.append_copies(ids)
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where one store has them only, since appending has failed."""
+        for store in self.stores.values():
+            store.truncate(num_gaussians)
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero."""
+        for store in self.stores.values():
+            store.overwrite(ids, values)
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        for store in self.stores.values():
+            store.keep(ids)
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        self.stores["geometry"].clamp_opacities(max_logit)
+
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Memory in bytes that appending this many Gaussians takes at its peak."""
-        gradients = sum(4 * len(group.parameters.tensor[0]) for group in self.groups.values())
-        return {self.device: super().growth_bytes(num_new)[self.device] + num_new * gradients}
+        """Count the bytes of memory that appending this many Gaussians takes at its peak."""
+        gradients = sum(4 * adam.columns for adam in self._adams.values())
+        stores = total_growth([*self.stores.values()], num_new)
+        return {**stores, self.device: stores[self.device] + num_new * gradients}
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
@@ -133,18 +176,26 @@ class BaselineGaussians(HostStore):
         Raises:
             RuntimeError: It has been applied in part.
         """
-        if any(adam.step_count != self.steps_done for adam in self._adams.values()):
+        if any(adam.step != self.steps_done for adam in self._adams.values()):
             raise RuntimeError("the step had been applied in part")
         self._rows = {}
 
+    def _set_steps_done(self, steps: int) -> None:
+        self.steps_done = steps
+        for store in self.stores.values():
+            store.step = steps
+
+    def _arrays_by_name(self) -> dict[str, Tensor]:
+        return {key: value for store in self.stores.values() for key, value in store.arrays_by_name().items()}
+
     def _cull(self, cameras: Cameras) -> Tensor:
-        geometry = self.groups["geometry"].parameters.tensor
+        geometry = self.stores["geometry"].rows.parameters
         return visible_ids(geometry, BlockBounds(geometry), cameras)  # all rows have moved, so the bounds are new
 
     def _upload(self, ids: Tensor) -> dict[str, Tensor]:
         rows = {}
-        for name, group in self.groups.items():
-            parameters = group.parameters.tensor
+        for name, store in self.stores.items():
+            parameters = store.rows.parameters
 
             def fill(out: Tensor, begin: int, end: int, parameters: Tensor = parameters) -> None:
                 torch.index_select(parameters, 0, ids[begin:end], out=out)
@@ -153,4 +204,8 @@ class BaselineGaussians(HostStore):
         return rows
 
     def _to_render(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value for name, group in self.groups.items() for key, value in group.to_render(rows[name]).items()}
+        return {
+            key: value
+            for name, store in self.stores.items()
+            for key, value in store.layout.to_render(rows[name]).items()
+        }

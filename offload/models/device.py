@@ -102,7 +102,7 @@ class DeviceGaussians:
             state.update({f"{moment}/{name}": value.detach() for moment, value in moments.items()})
         return state
 
-    def guarded(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, HostStore]:
         """No tensors of `state`: every step changes all rows."""
         return {}
 

@@ -18,7 +18,8 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.device_memory import begin_stretch, stretch_peak
 from offload.models.offloaded import OffloadedGaussians
-from offload.pipelines.forwarded import ForwardedPipeline, Part, PartRows, RowGroup, ViewIds
+from offload.pipelines.forwarded import ForwardedPipeline, Part, PartRows, ViewIds
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.upcoming import upcoming_state, upcoming_view
 from offload.store.host_store import HostStore
 from offload.tiles.boxes import CELL, HALO, Tile
@@ -94,10 +95,10 @@ class ForwardedGaussians(OffloadedGaussians):
         groups = {}
         for name, store in self._stores.items():
             multipliers, rates = schedules_of(name, store.sh_degree, adam)
-            self._deferrals[name] = DeferredAdam(multipliers, adam.betas, adam.eps)
-            groups[name] = RowGroup(store, name, self._deferrals[name], rates)
+            deferred = self._deferrals[name] = DeferredAdam(multipliers, adam.betas, adam.eps)
+            groups[name] = RowGroup(store, deferred, rates)
         if geometry == "host":
-            groups["geometry"].committed = self._host_geometry_changed
+            self._stores["geometry"].on_change = self._host_geometry_changed
         self._pipeline = ForwardedPipeline(groups, self._find, device, find_in_worker=geometry == "host")
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -194,9 +195,12 @@ class ForwardedGaussians(OffloadedGaussians):
         """As of all offloaded Gaussians, with the next view as far as it has been found ahead."""
         return {**super().state(), **upcoming_state(self._pipeline.upcoming)}
 
-    def guarded(self) -> dict[str, HostStore]:
-        """As of all offloaded Gaussians, with the stamps."""
-        return {**super().guarded(), **{f"last_step/{name}": store for name, store in self._stores.items()}}
+    def copied_before_change(self) -> dict[str, HostStore]:
+        """As of all offloaded Gaussians, with the last steps."""
+        return {
+            **super().copied_before_change(),
+            **{f"last_step/{name}": store for name, store in self._stores.items()},
+        }
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
@@ -204,7 +208,7 @@ class ForwardedGaussians(OffloadedGaussians):
         upcoming = upcoming_view(state, self.device)
         if upcoming is not None and self._limit is None:
             upcoming.parts = [Part()]
-        self._pipeline.continue_with(upcoming)
+        self._pipeline.load_state(upcoming)
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
@@ -213,7 +217,7 @@ class ForwardedGaussians(OffloadedGaussians):
             RuntimeError: It has been applied in part.
         """
         self._pipeline.undo_step()
-        if any(self._deferrals[name].step_count != self.steps_done for name in self._stores):
+        if any(self._deferrals[name].step != self.steps_done for name in self._stores):
             raise RuntimeError("the step had been applied in part")
         self._rows, self._geometry_rows, self._geometry_sums = None, {}, {}
 

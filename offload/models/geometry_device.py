@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.adam import geometry as geometry_kernels
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.geometry import COLUMNS, GeometryState
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
@@ -22,11 +22,11 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
 from offload.models.kept_rows import kept_rows
-from offload.store.host_store import STAMP_BYTES
+from offload.store.layout import LAST_STEP_BYTES
 
 GEOMETRY = tuple(COLUMNS)
 SETTLED_ROWS = 1 << 20  # at once, for which torch takes some 200 bytes a row
-BYTES = 3 * 11 * 4 + STAMP_BYTES  # of a Gaussian: parameters, moments and the step of its last update
+BYTES = 3 * 11 * 4 + LAST_STEP_BYTES  # of a Gaussian: parameters, moments and the step of its last update
 
 
 class DeviceGeometry:
@@ -57,7 +57,7 @@ class DeviceGeometry:
             torch.zeros(len(values["means"]), dtype=torch.int32, device=device),
         )
         multipliers, self._rates = schedules_of("geometry", 0, adam)
-        self.tables = CatchUpTables(multipliers, adam.betas, adam.eps, device)
+        self.tables = DeferralTables(multipliers, adam.betas, adam.eps, device)
         self._kernels = kernels_for(device, "offload.adam.geometry")
         self._culling = kernels_for(device, "offload.culling.kernels")
 
@@ -115,7 +115,7 @@ class DeviceGeometry:
         chunks = self._lagging_rows() if ids is None else ids.to(self.device).split(SETTLED_ROWS)
         for chunk in chunks:
             if len(chunk):
-                geometry_kernels.settle_rows(self._state, chunk, self.tables)
+                geometry_kernels.catch_up_rows(self._state, chunk, self.tables)
         return self._state.parameters
 
     def _lagging_rows(self) -> Iterator[Tensor]:

@@ -8,14 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from offload.adam.deferral import DeferralTables
 from offload.adam.finite import FiniteGradients
 from offload.adam.options import AdamOptions
-from offload.adam.state import Deferral, State, load_deferred
+from offload.adam.state import State, load_deferred
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.margins import largest_correction, largest_drift, largest_step, margin_of
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.geometry_device import DeviceGeometry
-from offload.store.host_store import HostStore, Moments, total_growth
+from offload.store.host_store import HostStore, total_growth
+from offload.store.layout import Moments
 
 
 class OffloadedGaussians:
@@ -35,7 +37,7 @@ class OffloadedGaussians:
         geometry: Literal["device", "host"],
         max_gaussians: int,
         moments: Moments = "float32",
-        whole_lines: bool = False,
+        pad_to_cache_line: bool = False,
     ) -> None:
         """
         Args:
@@ -45,7 +47,7 @@ class OffloadedGaussians:
             geometry: Where means, scales, quats and opacities are.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
             moments: The precision in which Adam's moments of the appearance are kept.
-            whole_lines: As for `HostStore`.
+            pad_to_cache_line: As for `HostStore`.
         """
         self.steps_done = 0
         self._adam = adam
@@ -53,19 +55,19 @@ class OffloadedGaussians:
         self._finite = FiniteGradients(device)
         self._device_geometry: DeviceGeometry | None = None
         self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
-        self._stores: dict[str, HostStore] = {}  # one for each group, with stamps of its own
-        self._deferrals: dict[str, Deferral] = {}
+        self._stores: dict[str, HostStore] = {}  # one for each group, with last steps of its own
+        self._deferrals: dict[str, DeferralTables] = {}
         if geometry == "device":
             self._device_geometry = DeviceGeometry(parameters, adam, device=device)
             self._deferrals["geometry"] = self._device_geometry.tables
         for name in ("appearance",) if geometry == "device" else ("geometry", "appearance"):
             self._stores[name] = HostStore(
                 parameters,
-                groups=(name,),
+                name,
                 moments=moments if name == "appearance" else "float32",
                 max_gaussians=max_gaussians,
                 pin=device.type == "cuda",
-                whole_lines=whole_lines,
+                pad_to_cache_line=pad_to_cache_line,
             )
 
     # ------------------------------------------------------------------------------------ reading, at any time
@@ -103,11 +105,11 @@ class OffloadedGaussians:
             state.update(place.arrays_by_name())
         for name, deferral in self._deferrals.items():
             in_store = name in self._stores
-            state[f"last_step/{name}"] = self._stamps(name) if in_store else self._device_geometry.last_step
+            state[f"last_step/{name}"] = self._last_step(name) if in_store else self._device_geometry.last_step
             state.update({f"deferral/{name}/{key}": table for key, table in deferral.tables().items()})
         return state
 
-    def guarded(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, HostStore]:
         """Which tensors of `state` change only after their store has been told; all others may change at any time."""
         return {key: store for store in self._stores.values() for key in store.arrays_by_name()}
 
@@ -115,8 +117,8 @@ class OffloadedGaussians:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         self.steps_done = int(state["step_count"])
         for name, store in self._stores.items():
-            store.will_change(None)
-            load_deferred(store, name, self._deferrals[name], state)
+            with store.changing(None):
+                load_deferred(store, name, self._deferrals[name], state)
             store.step = self.steps_done
         if self._device_geometry is not None:
             load_deferred(self._device_geometry, "geometry", self._deferrals["geometry"], state)
@@ -186,7 +188,7 @@ class OffloadedGaussians:
         """
         raise NotImplementedError
 
-    def _stamps(self, group: str) -> Tensor:
+    def _last_step(self, group: str) -> Tensor:
         """Step of the last update of each row of a store, [N] int32."""
         return self._stores[group].last_step
 
@@ -205,12 +207,14 @@ class OffloadedGaussians:
 
     def _host_geometry(self) -> Tensor:
         """Rows [N, 12] as culling on the host takes them."""
-        group = self._stores["geometry"].groups["geometry"]
-        return group.parameters.tensor[:, : group.num_columns]
+        store = self._stores["geometry"]
+        return store.rows.parameters[:, : store.layout.num_columns]
 
-    def _host_geometry_changed(self, host_ids: Tensor) -> None:
-        """Take notice that these rows (sorted) of the store have other values."""
-        if self._bounds is not None:
+    def _host_geometry_changed(self, host_ids: Tensor | None) -> None:
+        """Follow a change of rows (sorted; None: all) of the store."""
+        if host_ids is None:
+            self._bounds = None
+        elif self._bounds is not None:
             self._bounds.update(self._host_geometry(), host_ids)
 
     def _margin(self, lagging: bool) -> Margin:
@@ -231,7 +235,7 @@ class OffloadedGaussians:
         return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin(lagging=True))
 
     def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:
-        return self._stores[group].groups[group].to_render(rows)
+        return self._stores[group].layout.to_render(rows)
 
     def _named(self, group: str, rows: Tensor) -> dict[str, Tensor]:
-        return self._stores[group].groups[group].named(rows)
+        return self._stores[group].layout.named(rows)

@@ -8,17 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables
+from offload.adam.deferral import DeferralTables
 from offload.adam.finite import gradient_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State
 from offload.culling.cameras import Cameras
 from offload.models.offloaded import OffloadedGaussians
-from offload.pipelines.groups import StreamedGroup
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.streamed import StreamedPipeline, StreamedView
 from offload.pipelines.streamed_host import InPlaceView, StreamedHostPipeline
-from offload.store.host_store import HostStore, Moments
+from offload.store.host_store import HostStore
+from offload.store.layout import Moments
 
 
 class StreamedGaussians(OffloadedGaussians):
@@ -57,20 +58,20 @@ class StreamedGaussians(OffloadedGaussians):
             geometry=geometry,
             max_gaussians=max_gaussians,
             moments=moments,
-            whole_lines=geometry == "host",
+            pad_to_cache_line=geometry == "host",
         )
         self._view: StreamedView | InPlaceView | None = None
         self._geometry_rows: dict[str, Tensor] = {}
         groups = {}
         for name, store in self._stores.items():
             multipliers, rates = schedules_of(name, store.sh_degree, adam)
-            self._deferrals[name] = CatchUpTables(multipliers, adam.betas, adam.eps, device)
-            groups[name] = StreamedGroup(store, name, self._deferrals[name], rates)
+            self._deferrals[name] = DeferralTables(multipliers, adam.betas, adam.eps, device)
+            groups[name] = RowGroup(store, self._deferrals[name], rates)
         self._pipeline: StreamedPipeline | StreamedHostPipeline
         if geometry == "device":
             self._pipeline = StreamedPipeline(groups, self._cull, device)
         else:
-            groups["geometry"].changed = self._host_geometry_changed
+            self._stores["geometry"].on_change = self._host_geometry_changed
             self._pipeline = StreamedHostPipeline(groups, self._cull, device)
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -140,18 +141,18 @@ class StreamedGaussians(OffloadedGaussians):
             state["upcoming/ids"] = self._pipeline.upcoming_ids
         return state
 
-    def guarded(self) -> dict[str, HostStore]:
-        """As of all offloaded Gaussians; with the stamps, where those on the host are the newest."""
-        guarded = super().guarded()
+    def copied_before_change(self) -> dict[str, HostStore]:
+        """As of all offloaded Gaussians; with the last steps, where those on the host are the newest."""
+        copied = super().copied_before_change()
         if self._device_geometry is None:
-            guarded.update({f"last_step/{name}": store for name, store in self._stores.items()})
-        return guarded
+            copied.update({f"last_step/{name}": store for name, store in self._stores.items()})
+        return copied
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         super().load_state(state)
         upcoming = state.get("upcoming/ids")
-        self._pipeline.continue_with(None if upcoming is None else upcoming.to(self.device, copy=True))
+        self._pipeline.load_state(None if upcoming is None else upcoming.to(self.device, copy=True))
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
@@ -169,5 +170,5 @@ class StreamedGaussians(OffloadedGaussians):
     def _hand_over(self, group: str, ids: Tensor | None) -> None:
         self._pipeline.hand_over(group, ids)
 
-    def _stamps(self, group: str) -> Tensor:
-        return self._pipeline.stamps(group)
+    def _last_step(self, group: str) -> Tensor:
+        return self._pipeline.last_step(group)

@@ -36,27 +36,11 @@ from torch import Tensor
 from offload.adam.finite import gradient_of
 from offload.adam.host import DeferredAdam
 from offload.culling.cameras import Cameras
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Downloaded, RowTransfer, Uploaded, to_host
 from offload.pipelines.worker import WorkAhead
-from offload.store.host_store import HostStore
 from offload.tiles.boxes import Tile
-
-
-@dataclass
-class RowGroup:
-    """A store of rows that travel together, and their optimizer."""
-
-    store: HostStore  # holds this group only, so that each group has its own stamps
-    name: str  # of the group in the store
-    adam: DeferredAdam
-    learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
-    committed: Callable[[Tensor], None] = lambda host_ids: None  # told of rows that have changed
-
-    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Parameters and moments [N, columns] and stamps [N], as the optimizer takes them."""
-        group = self.store.groups[self.name]
-        return group.parameters.tensor, group.exp_avg, group.exp_avg_sq, self.store.last_step
 
 
 @dataclass
@@ -183,7 +167,7 @@ class ForwardedPipeline:
 
     def __init__(
         self,
-        groups: Mapping[str, RowGroup],
+        groups: Mapping[str, RowGroup[DeferredAdam]],
         find: Callable[[Cameras], ViewIds],
         device: torch.device,
         *,
@@ -367,7 +351,7 @@ class ForwardedPipeline:
         ahead = self._ahead.result()
         return self._found if ahead is None else ahead.following.view
 
-    def continue_with(self, upcoming: ViewIds | None) -> None:
+    def load_state(self, upcoming: ViewIds | None) -> None:
         """Take this for the next view, which was found ahead before training was interrupted.
 
         Culling anew might find other rows. The picture would be the same, but a row that is committed with a gradient
@@ -390,8 +374,7 @@ class ForwardedPipeline:
         self._settle()
         if self._step_begun:
             for group in self._groups.values():
-                group.adam.undo_step()
-                group.store.step = group.adam.step_count
+                group.undo_step(group.adam.step - 1)
         self._found = self._present.view
         self._step_begun = False
         self._ahead.forget()
@@ -402,17 +385,16 @@ class ForwardedPipeline:
         self.finish()
         group = self._groups[name]
         out = torch.empty(len(host_ids), group.adam.columns)
-        group.adam.forward(*group.state(), host_ids, out)
+        group.adam.forward(group.store.rows, group.store.last_step, host_ids, out)
         return out
 
     def catch_up(self, name: str, host_ids: Tensor) -> None:
         """Commit the skipped steps of rows of a group, so that its store holds their current values."""
         self.finish()
         group = self._groups[name]
-        stale = host_ids[group.store.last_step[host_ids] < group.adam.step_count]
-        group.store.will_change(stale)
-        group.adam.commit(*group.state(), stale, None)
-        group.committed(stale)
+        stale = host_ids[group.store.last_step[host_ids] < group.adam.step]
+        with group.store.changing(stale) as rows:
+            group.adam.commit(rows, group.store.last_step, stale, None)
 
     def _find_following(self, cameras: Cameras, present: _Present) -> _Following:
         view, waiting = self._find(cameras), present.waiting()
@@ -445,7 +427,8 @@ class ForwardedPipeline:
         def fill(out: Tensor, begin: int, end: int) -> None:
             first, last = torch.searchsorted(known, torch.tensor([begin, end])).tolist()
             with self._times.on_host("worker_forward"):
-                group.adam.forward(*group.state(), ids[first:last], out, out_rows=known[first:last] - begin)
+                out_rows = known[first:last] - begin
+                group.adam.forward(group.store.rows, group.store.last_step, ids[first:last], out, out_rows=out_rows)
 
         return self._transfers[name].upload(len(known) + len(following.shared_here), fill)
 
@@ -455,9 +438,11 @@ class ForwardedPipeline:
         for name, group in self._groups.items():
             forward = group.adam.forward_previous if self._step_begun else group.adam.forward
 
-            def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, forward: Callable = forward) -> None:
+            def fill(
+                out: Tensor, begin: int, end: int, group: RowGroup[DeferredAdam] = group, forward: Callable = forward
+            ) -> None:
                 with self._times.on_host("worker_forward"):
-                    forward(*group.state(), host_ids[begin:end], out)
+                    forward(group.store.rows, group.store.last_step, host_ids[begin:end], out)
 
             uploads[name] = self._transfers[name].upload(len(host_ids), fill)
         return uploads
@@ -513,25 +498,25 @@ class ForwardedPipeline:
             if present.slots is not None:
                 arrived = torch.cat([arrived, present.sums[name]])
 
-            def fill(out: Tensor, begin: int, end: int, group: RowGroup = group, arrived: Tensor = arrived) -> None:
-                block = (*group.state(), host_ids[begin:end])
+            def fill(
+                out: Tensor, begin: int, end: int, group: RowGroup[DeferredAdam] = group, arrived: Tensor = arrived
+            ) -> None:
+                block = group.store.rows, group.store.last_step, host_ids[begin:end]
                 with self._times.on_host("update_shared_rows"):
                     if places is None:
                         group.adam.commit_and_forward(*block, arrived[begin:end], out)
                     else:
                         group.adam.commit_and_forward(*block, arrived, out, gradient_rows=places[begin:end])
 
-            group.store.will_change(host_ids)
-            self._transfers[name].complete(ahead.uploads[name], ahead.following.shared_here, fill)
-            group.committed(host_ids)
+            with group.store.changing(host_ids):
+                self._transfers[name].complete(ahead.uploads[name], ahead.following.shared_here, fill)
 
     def _begin_step(self) -> None:
         """Begin the step of the present view, if that has not been done."""
         if self._step_begun:
             return
         for group in self._groups.values():
-            group.adam.begin_step(group.learning_rates(group.adam.step_count + 1))
-            group.store.step = group.adam.step_count
+            group.begin_step()
         self._step_begun = True
 
     def _settle(self) -> None:
@@ -547,10 +532,8 @@ class ForwardedPipeline:
     def _commit(self, host_ids: Tensor, gradient_rows: Tensor, gradients: Mapping[str, Downloaded]) -> None:
         for name, group in self._groups.items():
             arrived = self._arrived(gradients[name])
-            group.store.will_change(host_ids)
-            with self._times.on_host("worker_commit"):
-                group.adam.commit(*group.state(), host_ids, arrived, gradient_rows=gradient_rows)
-                group.committed(host_ids)
+            with group.store.changing(host_ids) as rows, self._times.on_host("worker_commit"):
+                group.adam.commit(rows, group.store.last_step, host_ids, arrived, gradient_rows=gradient_rows)
 
     def _arrived(self, gradients: Downloaded) -> Tensor:
         with self._times.on_host("wait_for_gradients"):

@@ -1,49 +1,48 @@
-"""What the pipelines of the streamed trainer share: groups of rows in pinned memory, and how rows of views relate."""
+"""What the pipelines share: groups of rows in host memory, and how rows of views relate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import CatchUpTables
-from offload.adam.rows import RowState
+from offload.adam.deferral import DeferralTables
 from offload.store.host_store import HostStore
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
 
+Adam = TypeVar("Adam", bound=DeferralTables)
+
+
 @dataclass
-class StreamedGroup:
-    """A store of rows that travel together, and what updates them."""
+class RowGroup(Generic[Adam]):
+    """A store of rows that travel together, and their optimizer.
 
-    store: HostStore  # holds this group only
-    name: str  # of the group in the store
-    tables: CatchUpTables
+    Whoever updates rows of it writes them inside of `store.changing`, which tells others before and after.
+    """
+
+    store: HostStore
+    adam: Adam  # `DeferredAdam` where the host updates rows
     learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
-    changed: Callable[[Tensor], None] = lambda host_ids: None  # told of rows whose values on the host are new
-
-    def host(self) -> RowState:
-        """All rows, in pinned memory."""
-        parameters, *moments = (array.tensor for array in self.store.groups[self.name].arrays)
-        return RowState(parameters, tuple(moments))
 
     def begin_step(self) -> None:
         """Begin the next step, on the current stream."""
-        self.tables.begin_step(self.learning_rates(self.tables.step + 1))
-        self.store.step = self.tables.step
+        self.adam.begin_step(self.learning_rates(self.adam.step + 1))
+        self.store.step = self.adam.step
 
     def undo_step(self, steps_done: int) -> None:
         """Take back a step that has begun after so many."""
-        if self.tables.step > steps_done:
-            self.tables.undo_step()
-            self.store.step = self.tables.step
+        if self.adam.step > steps_done:
+            self.adam.undo_step()
+            self.store.step = self.adam.step
 
 
 def positions_among(others: Tensor, ids: Tensor) -> Tensor:
-    """Where ids stand among others, int64 [V]; -1 where they do not. Both are sorted and unique."""
+    """Find where ids stand among others, int64 [V]; -1 where they do not. Both are sorted and unique."""
     if len(others) == 0:
         return torch.full_like(ids, -1)
     positions = torch.searchsorted(others, ids).clamp_(max=len(others) - 1)
@@ -51,5 +50,5 @@ def positions_among(others: Tensor, ids: Tensor) -> Tensor:
 
 
 def chunks_of(rows: int) -> list[tuple[int, int]]:
-    """First and last row of the chunks that all of so many rows are visited in."""
+    """Cut so many rows into chunks to be visited one after the other: the first row of each, and the one behind it."""
     return [(first, min(first + CHUNK_ROWS, rows)) for first in range(0, rows, CHUNK_ROWS)]

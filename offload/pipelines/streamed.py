@@ -19,17 +19,18 @@ Views are culled ahead, with a margin for what geometry may change until they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from offload.adam.finite import gradient_of
-from offload.adam.rows import RowState
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
-from offload.pipelines.groups import StreamedGroup, chunks_of, positions_among
+from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
+from offload.store.layout import RowState
 
 SPARE = 16  # space for a view is taken with 1/16 more than it needs, so that larger views seldom need more
 
@@ -69,9 +70,7 @@ class _Upcoming:
 class StreamedPipeline:
     """Brings each view's rows to the device, updates them and brings them back; see the head of this file."""
 
-    def __init__(
-        self, groups: Mapping[str, StreamedGroup], cull: Callable[[Cameras], Tensor], device: torch.device
-    ) -> None:
+    def __init__(self, groups: Mapping[str, RowGroup], cull: Callable[[Cameras], Tensor], device: torch.device) -> None:
         """
         Args:
             groups: What travels.
@@ -85,7 +84,7 @@ class StreamedPipeline:
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
         self._capacity = 0  # of every slot that is used from now on
-        self._newer_stamps: dict[str, Tensor] = {}  # group -> [N] int32 on the device; without: the store's count
+        self._newer_last_step: dict[str, Tensor] = {}  # group -> [N] int32 on the device; without: the store's count
         self._previous: StreamedView | None = None  # updated last
         self._present: StreamedView | None = None
         self._upcoming: _Upcoming | None = None
@@ -142,8 +141,8 @@ class StreamedPipeline:
             self._read_from_host(view, on_host)
             if previous is not None:
                 for name, group in self._groups.items():
-                    rows, stamps = view.state(name), self._stamps(group)
-                    self._kernels.fetch_rows(previous.state(name), places, ids, stamps, nearby, rows, group.tables)
+                    rows, last_step = view.state(name), self.last_step(name)
+                    self._kernels.fetch_rows(previous.state(name), places, ids, last_step, nearby, rows, group.adam)
                 lane.uses(previous.ids, places, nearby)
             view.fetched = lane.record()
             lane.uses(ids, on_host)
@@ -159,8 +158,8 @@ class StreamedPipeline:
         self._applied = True
         for name, group in self._groups.items():
             gradients = gradient_of(view.values[name])
-            self._kernels.step_rows(view.state(name), view.ids, self._stamps(group), gradients, group.tables)
-            compute.uses(group.tables.decays)
+            self._kernels.step_rows(view.state(name), view.ids, self.last_step(name), gradients, group.adam)
+            compute.uses(group.adam.decays)
         view.values = {}
         self._rows_updated += len(view.ids)
         if upcoming is not None:
@@ -190,7 +189,7 @@ class StreamedPipeline:
         """The next view's rows [V], where they have been found ahead; between steps."""
         return self._found_ids if self._upcoming is None else self._upcoming.view.ids
 
-    def continue_with(self, upcoming_ids: Tensor | None) -> None:
+    def load_state(self, upcoming_ids: Tensor | None) -> None:
         """Take these rows for the next view; they were found ahead before training was interrupted."""
         self._found_ids, self._upcoming = upcoming_ids, None
 
@@ -212,7 +211,7 @@ class StreamedPipeline:
     @property
     def step_count(self) -> int:
         """The step that has begun last."""
-        return next(iter(self._groups.values())).tables.step
+        return next(iter(self._groups.values())).adam.step
 
     @property
     def rows_moved(self) -> dict[str, int]:
@@ -233,7 +232,7 @@ class StreamedPipeline:
     def link_bytes(self) -> int:
         """Bytes that views have moved between host and device so far, both ways; waits for the culling."""
         rows = self.rows_moved
-        row_bytes = sum(4 * group.tables.columns * len(group.host().tensors()) for group in self._groups.values())
+        row_bytes = sum(4 * group.adam.columns * len(group.store.rows.tensors()) for group in self._groups.values())
         return row_bytes * (rows["rows_fetched"] + rows["rows_written"])
 
     # ------------------------------------------------------------------------------------ reading and changing rows
@@ -242,14 +241,17 @@ class StreamedPipeline:
         """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
         group, ids = self._groups[name], ids.to(self._device)
-        out = torch.empty(len(ids), group.tables.columns, device=self._device)
-        self._kernels.fetch_rows(group.host(), ids, ids, self._stamps(group), None, RowState(out, ()), group.tables)
+        out = torch.empty(len(ids), group.adam.columns, device=self._device)
+        self._kernels.fetch_rows(group.store.rows, ids, ids, self.last_step(name), None, RowState(out, ()), group.adam)
         self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
         return out
 
-    def stamps(self, name: str) -> Tensor:
-        """Step of each row's last update, [N] int32."""
-        return self._stamps(self._groups[name])
+    def last_step(self, name: str) -> Tensor:
+        """Return the step of each row's last update, [N] int32 on the device."""
+        if name not in self._newer_last_step:
+            # Through a copy, since pinned memory is not copied across parts.
+            self._newer_last_step[name] = self._groups[name].store.last_step.clone().to(self._device)
+        return self._newer_last_step[name]
 
     def hand_over(self, name: str, ids: Tensor | None) -> None:
         """Let a group's store be read and changed by others, until the next view is fetched.
@@ -262,17 +264,17 @@ class StreamedPipeline:
         self.finish()
         self._upcoming = None  # what was fetched ahead may not hold any more
         group = self._groups[name]
-        host, stamps = group.host(), self._stamps(group)
-        group.store.will_change(ids)
-        for first, last in chunks_of(group.store.num_gaussians if ids is None else len(ids)):
-            chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
-            rows = host.new_empty(len(chunk), self._device)
-            self._kernels.fetch_rows(host, chunk, chunk, stamps, None, rows, group.tables)
-            self._kernels.settle_rows(rows, chunk, stamps, group.tables)
-            self._kernels.write_rows(rows, chunk, None, host)
-        Lane.current(self._device).finish()
-        group.store.last_step.copy_(stamps.cpu())
-        del self._newer_stamps[name]
+        last_step = self.last_step(name)
+        with group.store.changing(ids) as host:
+            for first, last in chunks_of(group.store.num_gaussians if ids is None else len(ids)):
+                chunk = (torch.arange(first, last) if ids is None else ids[first:last]).to(self._device)
+                rows = host.new_empty(len(chunk), self._device)
+                self._kernels.fetch_rows(host, chunk, chunk, last_step, None, rows, group.adam)
+                self._kernels.catch_up_rows(rows, chunk, last_step, group.adam)
+                self._kernels.write_rows(rows, chunk, None, host)
+            Lane.current(self._device).finish()
+            group.store.last_step.copy_(last_step.cpu())
+        del self._newer_last_step[name]
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -292,7 +294,7 @@ class StreamedPipeline:
             slot.states.clear()  # frees memory before more is taken
             slot.capacity = self._capacity
             for name, group in self._groups.items():
-                slot.states[name] = group.host().new_empty(slot.capacity, self._device)
+                slot.states[name] = group.store.rows.new_empty(slot.capacity, self._device)
             # What this memory was used for before may not be done.
             self._fetch_lane.wait(Lane.current(self._device).record())
             self.staging_allocations += 1
@@ -304,23 +306,19 @@ class StreamedPipeline:
 
     def _read_from_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         for name, group in self._groups.items():
-            host, stamps = group.host(), self._stamps(group)
-            self._kernels.fetch_rows(host, view.ids, view.ids, stamps, wanted, view.state(name), group.tables)
+            host, last_step = group.store.rows, self.last_step(name)
+            self._kernels.fetch_rows(host, view.ids, view.ids, last_step, wanted, view.state(name), group.adam)
 
     def _write_to_host(self, view: StreamedView, wanted: Tensor | None) -> None:
         """Write rows as they will be when what the current lane has been given is done."""
-        for group in self._groups.values():
-            group.store.will_change(view.ids)
-        updated = Lane.current(self._device).record()
-        with self._write_lane as lane:
-            lane.wait(updated)
-            for name, group in self._groups.items():
-                self._kernels.write_rows(view.state(name), view.ids, wanted, group.host())
-            lane.uses(view.ids, *(() if wanted is None else (wanted,)))
-            view.slot.written = lane.record()
-
-    def _stamps(self, group: StreamedGroup) -> Tensor:
-        if group.name not in self._newer_stamps:
-            # Through a copy, since pinned memory is not copied across parts.
-            self._newer_stamps[group.name] = group.store.last_step.clone().to(self._device)
-        return self._newer_stamps[group.name]
+        with ExitStack() as changes:
+            hosts = {
+                name: changes.enter_context(group.store.changing(view.ids)) for name, group in self._groups.items()
+            }
+            updated = Lane.current(self._device).record()
+            with self._write_lane as lane:
+                lane.wait(updated)
+                for name, host in hosts.items():
+                    self._kernels.write_rows(view.state(name), view.ids, wanted, host)
+                lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+                view.slot.written = lane.record()

@@ -16,8 +16,8 @@ written to update it. With the appearance's moments in bfloat16: 576; 320 and 57
 read takes 26 ns a row, and what is written goes beside it.
 
 On the device a row takes 240 bytes in each of the two views, as many for its gradient, and about 40 for numbers of
-rows and stamps. Both views lie in one arena, at either end. Where they do not fit together, the next view's rows are
-fetched when it is rendered, and the arena grows then, as far as there is memory.
+rows and last steps. Both views lie in one arena, at either end. Where they do not fit together, the next view's rows
+are fetched when it is rendered, and the arena grows then, as far as there is memory.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from offload.adam.finite import gradient_of
-from offload.adam.rows import RowState
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.device_memory import most_bytes, peak_memory
-from offload.pipelines.groups import StreamedGroup, chunks_of, positions_among
+from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.worker import WorkAhead
+from offload.store.layout import RowState
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
 CAUTION = 1.1  # of what all else on the device takes while a larger view than before is rendered
@@ -51,7 +52,7 @@ class InPlaceView:
 
     ids: Tensor  # [V] int64 on the device, sorted
     host_ids: Tensor  # [V] the same on the host
-    stamps: dict[str, Tensor]  # group -> [V] int32 on the device, step of each row's update before that of this view
+    last_step: dict[str, Tensor]  # group -> [V] int32 on the device, step of each row's update before that of this view
     rows: dict[str, Tensor]  # group -> [V, columns] in the arena
     at_end: bool  # of the arena
     values: dict[str, Tensor] = field(default_factory=dict)  # the same, as leaves that receive gradients
@@ -73,9 +74,7 @@ class _Upcoming:
 class StreamedHostPipeline:
     """Brings each view's parameters to the device and updates its rows where they live; see the head of this file."""
 
-    def __init__(
-        self, groups: Mapping[str, StreamedGroup], cull: Callable[[Cameras], Tensor], device: torch.device
-    ) -> None:
+    def __init__(self, groups: Mapping[str, RowGroup], cull: Callable[[Cameras], Tensor], device: torch.device) -> None:
         """
         Args:
             groups: What travels.
@@ -88,9 +87,10 @@ class StreamedHostPipeline:
         self._device = device
         self._kernels = kernels_for(device, "offload.adam.rows")
         self._fetch_lane = Lane.new(device)
-        self._arena = _Arena({name: group.tables.columns for name, group in groups.items()}, device)
+        self._arena = _Arena({name: group.adam.columns for name, group in groups.items()}, device)
         self._present: InPlaceView | None = None
-        self._unsettled: InPlaceView | None = None  # updated last, of which stamps and `changed` do not know yet
+        self._unnoted: InPlaceView | None = None  # updated last, of which the stores do not know yet
+        self._changes = ExitStack()  # of the stores, which its update has begun
         self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
         self._ready: torch.cuda.Event | None = None  # when rows of the next view may be fetched
         self._applied = False  # whether gradients of the present view may have reached its rows
@@ -109,7 +109,7 @@ class StreamedHostPipeline:
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
-            compute.uses(view.ids, *view.stamps.values())
+            compute.uses(view.ids, *view.last_step.values())
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.host_ids)
         # Not `detach`, which would have autograd take changes elsewhere in the arena for changes of these rows.
@@ -130,7 +130,7 @@ class StreamedHostPipeline:
     def update(self) -> None:
         """Adam's step on the gradients of the view that `fetch` gave, on the host; waits for the worker."""
         upcoming, view, compute = self._ahead.result(), self._present, Lane.current(self._device)
-        self._settle()
+        self._note_update()
         if upcoming is None:
             with self._fetch_lane as lane:
                 lane.wait(self._ready)  # rows have caught up elsewhere
@@ -140,10 +140,10 @@ class StreamedHostPipeline:
         self._applied = True
         for name, group in self._groups.items():
             gradients = gradient_of(view.values[name])
-            rows, stamps = view.rows[name], view.stamps[name]
-            group.store.will_change(view.host_ids)
-            self._kernels.step_host_rows(rows, view.ids, stamps, gradients, group.host(), group.tables)
-            compute.uses(group.tables.decays)
+            rows, last_step = view.rows[name], view.last_step[name]
+            host = self._changes.enter_context(group.store.changing(view.host_ids))
+            self._kernels.step_host_rows(rows, view.ids, last_step, gradients, host, group.adam)
+            compute.uses(group.adam.decays)
             if upcoming is not None and upcoming.view is not None:
                 destination = RowState(upcoming.view.rows[name], ())
                 self._kernels.move_rows(RowState(rows, ()), upcoming.sources, destination)
@@ -155,12 +155,12 @@ class StreamedHostPipeline:
         self._rows_updated += len(view.ids)
         view.step, view.updated = self.step_count, compute.record()
         self._ready = view.updated
-        self._unsettled, self._present = view, None
+        self._unnoted, self._present = view, None
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
         self._ahead.result()
-        self._settle()
+        self._note_update()
         self._fetch_lane.finish()
 
     @property
@@ -169,7 +169,7 @@ class StreamedHostPipeline:
         upcoming = self._ahead.result()
         return self._found_ids if upcoming is None else upcoming.host_ids
 
-    def continue_with(self, upcoming_ids: Tensor | None) -> None:
+    def load_state(self, upcoming_ids: Tensor | None) -> None:
         """Take these rows for the next view; they were found ahead before training was interrupted."""
         self._found_ids = upcoming_ids
         self._ahead.forget()
@@ -200,7 +200,7 @@ class StreamedHostPipeline:
     @property
     def step_count(self) -> int:
         """The step that has begun last."""
-        return next(iter(self._groups.values())).tables.step
+        return next(iter(self._groups.values())).adam.step
 
     @property
     def rows_moved(self) -> dict[str, int]:
@@ -221,7 +221,7 @@ class StreamedHostPipeline:
     def link_bytes(self) -> int:
         """Bytes of rows that views have moved between host and device so far, both ways; waits for the fetching."""
         rows = self.rows_moved
-        hosts = [group.host() for group in self._groups.values()]
+        hosts = [group.store.rows for group in self._groups.values()]
         moments = sum(4 * moment.shape[1] for host in hosts for moment in host.moments)
         whole = moments + sum(4 * host.parameters.shape[1] for host in hosts)
         return whole * rows["rows_fetched"] + (moments + whole) * rows["rows_written"]
@@ -232,12 +232,12 @@ class StreamedHostPipeline:
         """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
         group = self._groups[name]
-        out = self._caught_up(group, host_ids, self._to_device(host_ids), self._stamps_of(group, host_ids))
+        out = self._caught_up(group, self._to_device(host_ids), self._last_step_of(group, host_ids))
         self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
         return out
 
-    def stamps(self, name: str) -> Tensor:
-        """Step of each row's last update, [N] int32."""
+    def last_step(self, name: str) -> Tensor:
+        """Return the step of each row's last update, [N] int32."""
         self.finish()
         return self._groups[name].store.last_step
 
@@ -254,25 +254,24 @@ class StreamedHostPipeline:
         group = self._groups[name]
         last_step = group.store.last_step
         if ids is None:
-            stale = (last_step < group.tables.step).nonzero().squeeze(1)
+            stale = (last_step < group.adam.step).nonzero().squeeze(1)
         else:
             stale = ids.cpu()
-            stale = stale[last_step[stale] < group.tables.step]
-        group.store.will_change(stale)
-        for first, last in chunks_of(len(stale)):
-            host_ids = stale[first:last]
-            ids, stamps = self._to_device(host_ids), self._stamps_of(group, host_ids)
-            rows = self._caught_up(group, host_ids, ids, stamps)
-            self._kernels.step_host_rows(rows, ids, stamps, None, group.host(), group.tables)
-        Lane.current(self._device).finish()
-        last_step.index_fill_(0, stale, group.tables.step)
-        group.changed(stale)
+            stale = stale[last_step[stale] < group.adam.step]
+        with group.store.changing(stale) as host:
+            for first, last in chunks_of(len(stale)):
+                host_ids = stale[first:last]
+                ids, chunk_last_step = self._to_device(host_ids), self._last_step_of(group, host_ids)
+                rows = self._caught_up(group, ids, chunk_last_step)
+                self._kernels.step_host_rows(rows, ids, chunk_last_step, None, host, group.adam)
+            Lane.current(self._device).finish()
+            last_step.index_fill_(0, stale, group.adam.step)
 
     # --------------------------------------------------------------------------------------------------- inside
 
     def _prepare(self, cameras: Cameras, present: InPlaceView) -> _Upcoming:
         """What the worker does behind the rendering of the present view: find the next one and fetch its rows."""
-        self._settle()
+        self._note_update()
         with self._times.on_host("worker_cull"):
             host_ids = self._cull(cameras)
         if not self._arena.has_space_for(len(present.host_ids), len(host_ids)):
@@ -282,8 +281,8 @@ class StreamedHostPipeline:
             sources = positions_among(present.ids, view.ids)
             found = lane.record()
             on_host = sources < 0
-            for stamps in view.stamps.values():
-                stamps.masked_fill_(~on_host, self.step_count)  # the step of the present view, which is to come
+            for last_step in view.last_step.values():
+                last_step.masked_fill_(~on_host, self.step_count)  # the step of the present view, which is to come
             self._rows_retained += (~on_host).sum()
             self._read_from_host(view, on_host)
             lane.uses(present.ids)
@@ -302,9 +301,9 @@ class StreamedHostPipeline:
         self._ready = Lane.current(self._device).record()
         return view
 
-    def _settle(self) -> None:
-        """Take notice, when it is done, of the update that was given last."""
-        view = self._unsettled
+    def _note_update(self) -> None:
+        """Wait for the update that was given last, and let the stores know of it."""
+        view = self._unnoted
         if view is None:
             return
         if view.updated is not None:
@@ -313,32 +312,32 @@ class StreamedHostPipeline:
         with self._times.on_host("worker_settle"):
             for group in self._groups.values():
                 group.store.last_step.index_fill_(0, view.host_ids, view.step)
-                group.changed(view.host_ids)
-        self._unsettled = None
+            self._changes.close()
+        self._unnoted = None
 
     def _begin_step(self) -> None:
         for group in self._groups.values():
             group.begin_step()
 
     def _new_view(self, host_ids: Tensor, at_end: bool) -> InPlaceView:
-        """A view whose ids and stamps are on their way, on the current lane."""
+        """Make a view whose ids and last steps are on their way, on the current lane."""
         self._rows_found += len(host_ids)
-        stamps = {name: self._stamps_of(group, host_ids) for name, group in self._groups.items()}
+        last_step = {name: self._last_step_of(group, host_ids) for name, group in self._groups.items()}
         rows = self._arena.rows(len(host_ids), at_end)
-        return InPlaceView(self._to_device(host_ids), host_ids, stamps, rows, at_end)
+        return InPlaceView(self._to_device(host_ids), host_ids, last_step, rows, at_end)
 
     def _read_from_host(self, view: InPlaceView, wanted: Tensor | None) -> None:
         for name, group in self._groups.items():
             out = RowState(view.rows[name], ())
-            self._kernels.fetch_rows(group.host(), view.ids, None, view.stamps[name], wanted, out, group.tables)
+            self._kernels.fetch_dated_rows(group.store.rows, view.ids, view.last_step[name], wanted, out, group.adam)
 
-    def _caught_up(self, group: StreamedGroup, host_ids: Tensor, ids: Tensor, stamps: Tensor) -> Tensor:
-        """Current values of rows [M, columns] on the device."""
-        out = torch.empty(len(host_ids), group.tables.columns, device=self._device)
-        self._kernels.fetch_rows(group.host(), ids, None, stamps, None, RowState(out, ()), group.tables)
+    def _caught_up(self, group: RowGroup, ids: Tensor, last_step: Tensor) -> Tensor:
+        """Compute the current values of rows [M, columns] on the device."""
+        out = torch.empty(len(ids), group.adam.columns, device=self._device)
+        self._kernels.fetch_dated_rows(group.store.rows, ids, last_step, None, RowState(out, ()), group.adam)
         return out
 
-    def _stamps_of(self, group: StreamedGroup, host_ids: Tensor) -> Tensor:
+    def _last_step_of(self, group: RowGroup, host_ids: Tensor) -> Tensor:
         return self._to_device(group.store.last_step[host_ids])
 
     def _to_device(self, values: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
 from offload.backends import native, num_threads
+from offload.errors import ParameterError
 
 PART_BYTES = 256 << 20  # at most this much is registered at once
 HUGE_PAGE_BYTES = 2 << 20
@@ -42,7 +42,7 @@ class HostArray:
             pin: Whether the memory is pinned where there is a GPU.
 
         Raises:
-            InputError: There is no address space for so many rows.
+            ParameterError: There is no address space for so many rows.
         """
         self.max_rows = max_rows
         self.rows = 0
@@ -53,9 +53,10 @@ class HostArray:
         try:
             self._mapping = _Mapping.anonymous(num_bytes + HUGE_PAGE_BYTES)
         except OSError as error:
-            raise InputError(
+            raise ParameterError(
+                "max_gaussians",
                 f"This system does not let the process reserve {num_bytes} bytes of address space for {max_rows} "
-                "Gaussians: set --max_gaussians lower."
+                "Gaussians: set {} lower.",
             ) from error
         self._mapping.pinned = pin and torch.cuda.is_available()
         everything = np.frombuffer(self._mapping, np.uint8)
@@ -74,12 +75,13 @@ class HostArray:
         Removing pinned rows waits for nothing: no copy of them may be under way.
 
         Raises:
-            InputError: More rows than `max_rows`, or memory that CUDA does not pin.
+            ParameterError: More rows than `max_rows`, or memory that CUDA does not pin.
         """
         if rows > self.max_rows:
-            raise InputError(
+            raise ParameterError(
+                "max_gaussians",
                 f"{rows} Gaussians do not fit into the host store, which has address space for {self.max_rows}: "
-                "raise --max_gaussians."
+                "raise {}.",
             )
         used, needed = self.rows * self._row_bytes, rows * self._row_bytes
         if needed > self._taken:
@@ -150,9 +152,10 @@ class _Mapping(mmap.mmap):
         address = memory.ctypes.data
         status = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
         if int(status) != 0:
-            raise InputError(
+            raise ParameterError(
+                "max_gaussians",
                 f"CUDA cannot pin {memory.nbytes} more bytes of host memory (error {int(status)}): "
-                "set --max_gaussians lower or free host memory."
+                "set {} lower or free host memory.",
             )
         self._registered |= {address}
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from errors import InputError
-from offload.store.host_store import num_columns
+from offload.store.layout import num_columns
 from offload.tiles.boxes import Box, Coverage, plan_boxes
 
 HEADROOM = 0.08  # share of a budget that plans leave free, for fragments and for what the model does not know

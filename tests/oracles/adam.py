@@ -1,7 +1,7 @@
 """Deferred Adam in plain torch: the readable counterpart of the native kernels, slow and in any precision.
 
-The mathematics are those in `offload/adam/host.py`, written as they stand there: C_t(s) is kept for every s and renewed
-entirely at each step.
+The mathematics are those in `offload/adam/deferral.py`, written as they stand there: C_t(s) is kept for every s and
+renewed entirely at each step.
 """
 
 import math
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from offload.store.layout import RowState
 
 
 class ReferenceAdam:
@@ -22,83 +24,52 @@ class ReferenceAdam:
         self.multipliers = multipliers.to(torch.float64)
         self.betas = betas
         self.eps = eps
-        self.step_count = 0
+        self.step = 0
         self._before = torch.zeros(1, len(multipliers), dtype=torch.float64)  # [t, schedules] C_{t-1}(s), s < t
         self._after = self._before  # [t + 1, schedules] C_t(s), s <= t
         self._rates = self._before[0] @ self.multipliers  # [columns] step size of step t
 
     def begin_step(self, learning_rates: Sequence[float]) -> None:
-        self.step_count += 1
-        t, (b1, b2) = self.step_count, self.betas
+        self.step += 1
+        t, (b1, b2) = self.step, self.betas
         rates = torch.tensor(learning_rates, dtype=torch.float64) * (math.sqrt(1 - b2**t) / (1 - b1**t))
-        stamps = torch.arange(t, dtype=torch.float64)  # s
+        last_steps = torch.arange(t, dtype=torch.float64)  # s
         self._before = self._after
-        after = self._before + (b1 / math.sqrt(b2)) ** (t - stamps)[:, None] * rates
+        after = self._before + (b1 / math.sqrt(b2)) ** (t - last_steps)[:, None] * rates
         self._after = torch.cat([after, torch.zeros(1, len(rates), dtype=torch.float64)])  # C_t(t) = 0
         self._rates = rates @ self.multipliers
 
-    def commit(self, parameters, exp_avg, exp_avg_sq, last_step, ids, gradients, *, gradient_rows=None) -> None:
-        ids = _all_rows(parameters) if ids is None else ids
-        state = (parameters, exp_avg, exp_avg_sq)
-        values = self._updated(*state, last_step, ids, _select(gradients, gradient_rows))
+    def commit(self, rows, last_step, ids, gradients, *, gradient_rows=None) -> None:
+        ids = torch.arange(len(last_step)) if ids is None else ids
+        state = rows.tensors()
+        values = self._updated(rows, last_step, ids, _select(gradients, gradient_rows))
         for tensor, value in zip(state, values, strict=True):
             tensor[ids] = value
-        last_step[ids] = self.step_count
+        last_step[ids] = self.step
 
-    def forward(
-        self,
-        parameters,
-        exp_avg,
-        exp_avg_sq,
-        last_step,
-        ids,
-        out,
-        gradients=None,
-        *,
-        gradient_rows=None,
-        out_rows=None,
-    ) -> None:
-        ids = _all_rows(parameters) if ids is None else ids
-        gradients = _select(gradients, gradient_rows)
-        values, _, _ = self._updated(parameters, exp_avg, exp_avg_sq, last_step, ids, gradients)
+    def forward(self, rows, last_step, ids, out, gradients=None, *, gradient_rows=None, out_rows=None) -> None:
+        ids = torch.arange(len(last_step)) if ids is None else ids
+        values, _, _ = self._updated(rows, last_step, ids, _select(gradients, gradient_rows))
         out[slice(None) if out_rows is None else out_rows] = values
 
-    def commit_and_forward(
-        self,
-        parameters,
-        exp_avg,
-        exp_avg_sq,
-        last_step,
-        ids,
-        gradients,
-        out,
-        *,
-        gradient_rows=None,
-        out_rows=None,
-    ) -> None:
-        self.commit(parameters, exp_avg, exp_avg_sq, last_step, ids, gradients, gradient_rows=gradient_rows)
-        self.forward(parameters, exp_avg, exp_avg_sq, last_step, ids, out, out_rows=out_rows)
+    def commit_and_forward(self, rows, last_step, ids, gradients, out, *, gradient_rows=None, out_rows=None) -> None:
+        self.commit(rows, last_step, ids, gradients, gradient_rows=gradient_rows)
+        self.forward(rows, last_step, ids, out, out_rows=out_rows)
 
-    def dense(self, parameters, exp_avg, exp_avg_sq, gradients) -> None:
-        last_step = torch.full((len(parameters),), self.step_count - 1, dtype=torch.int32)
-        self.commit(parameters, exp_avg, exp_avg_sq, last_step, None, gradients)
+    def dense(self, rows, gradients) -> None:
+        last_step = torch.full((len(gradients),), self.step - 1, dtype=torch.int32)
+        self.commit(rows, last_step, None, gradients)
 
     def _updated(
-        self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        last_step: Tensor,
-        ids: Tensor,
-        gradients: Tensor | None,
+        self, rows: RowState, last_step: Tensor, ids: Tensor, gradients: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Parameters and moments of rows after step t, each [V, columns]."""
         b1, b2 = self.betas
-        eps = self.eps * math.sqrt(1 - b2**self.step_count)
-        w, m, v = parameters[ids], exp_avg[ids], exp_avg_sq[ids]
-        stamps = last_step[ids].long()
-        skipped = (self._after if gradients is None else self._before)[stamps] @ self.multipliers  # [V, columns]
-        decay = (self.step_count - stamps).to(torch.float64)[:, None]  # steps
+        eps = self.eps * math.sqrt(1 - b2**self.step)
+        w, m, v = (tensor[ids] for tensor in rows.tensors())
+        last_steps = last_step[ids].long()
+        skipped = (self._after if gradients is None else self._before)[last_steps] @ self.multipliers  # [V, columns]
+        decay = (self.step - last_steps).to(torch.float64)[:, None]  # steps
         w = w - (skipped * (m / (v.sqrt() + eps))).to(w.dtype)
         m = m * (b1**decay).to(w.dtype)
         v = v * (b2**decay).to(w.dtype)
@@ -107,10 +78,6 @@ class ReferenceAdam:
             v = v + (1 - b2) * gradients**2
             w = w - (self._rates * (m / (v.sqrt() + eps))).to(w.dtype)
         return w, m, v
-
-
-def _all_rows(parameters: Tensor) -> Tensor:
-    return torch.arange(len(parameters))
 
 
 def _select(gradients: Tensor | None, rows: Tensor | None) -> Tensor | None:
