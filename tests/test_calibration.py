@@ -123,7 +123,7 @@ def test_host_speed_is_of_forwarding_and_committing(monkeypatch):
     now = [0.0]
 
     def taking(seconds_per_row: float):
-        def visit(self, parameters, exp_avg, exp_avg_sq, last_step, ids, values) -> None:
+        def visit(self, rows_on_host, last_step, ids, values) -> None:
             assert (ids.diff() > 0).all()
             assert len(ids) == len(values) == rows.num_visible
             now[0] += seconds_per_row * len(ids)
