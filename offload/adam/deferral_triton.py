@@ -1,4 +1,4 @@
-"""What kernels in Triton take of `offload/adam/deferral.py`."""
+"""`offload/adam/deferral.py` for kernels in Triton, which inline it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def skipped_sizes(sums, multipliers, capacity, last_step, mask, SCHEDULES: tl.co
 
 @triton.jit
 def caught_up(w, m, v, sizes, eps):
-    """Parameters after the skipped steps, from them and their moments before those."""
+    """Compute parameters after the skipped steps, from them and their moments before those."""
     return w - sizes * (m / (tl.sqrt(v) + eps))
 
 
 @triton.jit
 def decayed(m, v, decays, capacity, skipped, mask):
-    """Both moments [BLOCK, columns] after so many steps [BLOCK] without gradient; decays [2, capacity] float64."""
+    """Compute both moments [BLOCK, columns] after so many steps [BLOCK] without gradient.
+
+    decays [2, capacity] float64.
+    """
     decay1 = tl.load(decays + skipped, mask=mask, other=0.0).to(tl.float32)
     decay2 = tl.load(decays + capacity + skipped, mask=mask, other=0.0)
     # b2 in float32 is off by 1e-8, and 1000 steps remember it: the rest is added on top.
@@ -36,3 +39,11 @@ def decayed(m, v, decays, capacity, skipped, mask):
     m = m * decay1[:, None]
     v = v * near[:, None] + v * rest[:, None]
     return m, v
+
+
+@triton.jit
+def adam_step(w, m, v, gradients, sizes, gradient_weight, square_weight, eps):
+    """Apply one step of Adam to parameters and both moments; the weights are 1 - b1 and 1 - b2, as in `deferral.py`."""
+    m += gradient_weight * (gradients - m)
+    v += square_weight * (gradients * gradients - v)
+    return w - sizes * (m / (tl.sqrt(v) + eps)), m, v

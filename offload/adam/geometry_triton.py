@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.adam.deferral import DeferralTables, StepSizes
-from offload.adam.deferral_triton import caught_up, decayed, skipped_sizes
+from offload.adam.deferral_triton import adam_step, caught_up, decayed, skipped_sizes
 from offload.adam.geometry import COLUMNS, GeometryState
 
 BLOCK = 256  # rows
@@ -161,9 +161,7 @@ def _step(
     )  # fmt: skip
     m, v = decayed(m, v, decays, capacity, skipped, inside)
     g = tl.load(gradients + row[:, None] * WIDTH + lane, mask=used, other=0.0)
-    m += gradient_weight * (g - m)
-    v += square_weight * (g * g - v)
-    w -= tl.load(sizes) * (m / (tl.sqrt(v) + new_eps))
+    w, m, v = adam_step(w, m, v, g, tl.load(sizes), gradient_weight, square_weight, new_eps)
     tl.store(first_moment + at, m, mask=used)
     tl.store(second_moment + at, v, mask=used)
     tl.store(parameters + at, w, mask=used)

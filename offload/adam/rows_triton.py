@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offload.adam.bfloat16 import MIX_1, MIX_2, seed_of
 from offload.adam.deferral import DeferralTables
-from offload.adam.deferral_triton import caught_up, decayed
+from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.adam.rows import catch_up_rows
 from offload.store.layout import RowState
 
@@ -346,9 +346,8 @@ def _step_kernel(
     row_id = tl.load(ids + row, mask=inside, other=0)
     skipped = step - 1 - tl.load(last_step + row_id, mask=inside, other=0)
     m, v = decayed(m, v, decays, capacity, skipped, inside)
-    m += gradient_weight * (g - m)
-    v += square_weight * (g * g - v)
-    tl.store(parameters + here, w - size * (m / (tl.sqrt(v) + eps)), mask=inside[:, None])
+    w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
+    tl.store(parameters + here, w, mask=inside[:, None])
     if second_moment is None:
         random = _random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
         tl.store(first_moment + here, _pack(m, v, random), mask=inside[:, None])
@@ -397,9 +396,7 @@ def _step_host_kernel(
         if gradients is not None:
             g = tl.load(gradients + here, mask=used, other=0.0)
             size = tl.load(sizes + column, mask=used, other=0.0)
-            m += gradient_weight * (g - m)
-            v += square_weight * (g * g - v)
-            w -= size * (m / (tl.sqrt(v) + eps))
+            w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
             tl.store(parameters + here, w, mask=used)
         tl.store(host_parameters + there, w, mask=inside[:, None])
         if host_second is None:

@@ -119,13 +119,13 @@ int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, i
         prefetch_row(rows.gradients + rows.gradient_rows[i + kPrefetchRows] * columns, columns);
     }
     const int64_t id = rows.ids ? rows.ids[i] : i;
-    const int32_t stamp = kCatchUp ? rows.last_step[id] : step.newest_stamp;
-    if (stamp < 0 || stamp > step.newest_stamp) {
+    const int32_t last = kCatchUp ? rows.last_step[id] : step.largest_last_step;
+    if (last < 0 || last > step.largest_last_step) {
       ++refused;
       continue;
     }
-    const RowState row{kCatchUp ? step.skipped + stamp * step.schedules : nullptr,
-                       step.decays + 3 * (step.step - stamp)};
+    const RowState row{kCatchUp ? step.skipped + last * step.schedules : nullptr,
+                       step.decays + 3 * (step.step - last)};
     float* w = rows.parameters + id * columns;
     float* m = rows.exp_avg + id * columns;
     float* v = rows.exp_avg_sq + id * columns;

@@ -5,19 +5,19 @@
 
 namespace offload {
 
-// One optimizer step t, as the kernels need it. Sums over skipped steps are C of offload/adam/host.py.
+// One optimizer step t, as the kernels need it. Sums over skipped steps are C of offload/adam/deferral.py.
 struct AdamStep {
-  int32_t newest_stamp;      // the largest last_step a row may have: t - 1 with gradients, t without
-  int32_t step;              // t
+  int32_t largest_last_step;// the largest last_step a row may have: t - 1 with gradients, t without
+  int32_t step;             // t
   int64_t columns;
   int64_t schedules;
-  const float* skipped;      // [>= newest_stamp + 1, schedules] C(last_step), up to step newest_stamp
-  const float* decays;       // [> t, 3] for k = 0, 1 ...: b1^k, b2^k, and what b2^k lost when rounded to float32
-  const float* multipliers;  // [schedules, columns]
-  const float* rates;        // [columns] lr_t sqrt(1 - b2^t) / (1 - b1^t)
-  float gradient_weight;     // 1 - b1
-  float square_weight;       // 1 - b2
-  float eps;                 // eps sqrt(1 - b2^t)
+  const float* skipped;     // [>= largest_last_step + 1, schedules] C(last_step), up to step largest_last_step
+  const float* decays;      // [> t, 3] for k = 0, 1 ...: b1^k, b2^k, and what b2^k lost when rounded to float32
+  const float* multipliers; // [schedules, columns]
+  const float* rates;       // [columns] lr_t sqrt(1 - b2^t) / (1 - b1^t)
+  float gradient_weight;    // 1 - b1
+  float square_weight;      // 1 - b2
+  float eps;                // eps sqrt(1 - b2^t)
 };
 
 // The rows to visit; those of `out` and `gradients` are numbered 0, 1, 2 ... unless out_rows or gradient_rows say
