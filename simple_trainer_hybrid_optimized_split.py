@@ -26,7 +26,7 @@ from configs import Config, scene_config
 from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
-from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
+from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from training import memory_estimate, schedules
 from training.command_line import main
@@ -85,7 +85,7 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
             memory_estimate.optimized(cfg.sh_degree, cfg.geometry),
             largest_part=limit.threshold if isinstance(limit, RowLimit) else 0.0,
         )
-        gaussians = ForwardedGaussians(
+        gaussians = TiledGaussians(
             parameters,
             schedules.adam_options(cfg, run.scene_scale),
             device=run.device,
@@ -98,15 +98,15 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
         densification = Densification(cfg, run.scene_scale, cfg.seed)
 
         def draw(cameras: Cameras) -> Tensor:
-            return render_in_parts(gaussians.view_parts(cameras), cameras, cfg)
+            return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg)
 
         if cfg.ckpt:
             run.evaluate_checkpoint(draw, gaussians)
             return
 
         def train_part(
-            part: ViewPart, view: View, sh_degree: int, backgrounds: Tensor | None, screen: ScreenGradients
-        ) -> PartResult:
+            part: ViewTile, view: View, sh_degree: int, backgrounds: Tensor | None, screen: ScreenGradients
+        ) -> TileResult:
             """Render one tile with its halo, or all of the view, and propagate its share of the loss back."""
             run.times.mark("fetch")
             colors, info = render_part(
@@ -117,7 +117,7 @@ def train(cfg: SplitConfig, scene_name: str) -> None:
             loss.backward()
             screen.add(part, len(gaussians.ids), info)
             run.times.mark("backward")
-            return PartResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
+            return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 
         for step, view in run.steps(gaussians, densification, draw):
             # Behind the rendering of each part the CPU commits gradients of the part before and sends the rows of the

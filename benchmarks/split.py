@@ -28,8 +28,7 @@ from configs import Config
 from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
-from offload.pipelines.forwarded import ViewIds
-from offload.tiles.planner import PartPlanner
+from offload.tiles.planner import TiledRows, TilePlanner
 from training.command_line import parse
 from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
@@ -125,21 +124,21 @@ def run_variant(variant: Variant, num_gaussians: int, picture_scale: float) -> F
     options = (*OPTIONS, "--max_gaussians", str(num_gaussians), "--geometry", variant.geometry, *variant.arguments)
     _, cfg = parse(variant.script.CONFIGS, ["default", *options], "")
     runs: list[SplitRun] = []
-    plan = PartPlanner.plan
+    plan = TilePlanner.plan
 
     def start(cfg: Config, scene_name: str) -> SplitRun:
         runs.append(SplitRun(cfg, job, variant))
         return runs[0]
 
-    def counting(*arguments: object, **options: object) -> ViewIds:
+    def counting(*arguments: object, **options: object) -> TiledRows:
         view = plan(*arguments, **options)
-        runs[0].parts.append(len(view.parts))
+        runs[0].parts.append(len(view.tiles))
         return view
 
     try:
         with (
             mock.patch.object(variant.script, "TrainingRun", start),
-            mock.patch.object(PartPlanner, "plan", counting),
+            mock.patch.object(TilePlanner, "plan", counting),
         ):
             variant.script.train(cfg, "default")
     except torch.OutOfMemoryError:

@@ -154,7 +154,7 @@ def main(options: Options) -> None:
         kernels.write_rows(updated, ids, None, host)
 
     def update_geometry() -> None:
-        geometry.step(ids, geometry_gradients)
+        geometry.update(ids, geometry_gradients)
 
     up, down = (torch.empty(2, COPY_BYTES // 8, dtype=torch.float32, pin_memory=True) for _ in range(2))
     up_device, down_device = torch.zeros_like(up, device=device), torch.zeros_like(down, device=device)

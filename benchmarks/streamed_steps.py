@@ -21,7 +21,7 @@ from benchmarks.timing import Spread
 from benchmarks.train_step import AerialRun, Job, train
 from configs import Config
 from errors import InputError
-from training.run import Model
+from offload.models.contract import GaussianModel
 from training.views import View
 
 SKIPPED = 6  # first steps with a shape: its kernels are compiled, and the lanes fill
@@ -74,7 +74,7 @@ class RunOfShapes(AerialRun):
         super().__init__(cfg, job)
         self.found: list[tuple[Spread, dict[str, float], float]] = []  # ms per step, of its stages, bytes over the link
 
-    def steps(self, model: Model, densification: object, render: object) -> Iterator[tuple[int, View]]:
+    def steps(self, model: GaussianModel, densification: object, render: object) -> Iterator[tuple[int, View]]:
         each = self.job.steps // len(self.shapes)
         link_bytes = 0
         for step, view in super().steps(model, densification, render):
@@ -86,13 +86,18 @@ class RunOfShapes(AerialRun):
                 self.times.mean_milliseconds()
                 self.times.start()
                 del self._ends[:-1]
-                link_bytes = model.link_bytes
+                link_bytes = link_bytes_of(model)
             yield step, view
             if index >= 0 and turn == each - 1:
                 torch.cuda.synchronize()
                 steps = [self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]
-                moved = (model.link_bytes - link_bytes) / len(steps)
+                moved = (link_bytes_of(model) - link_bytes) / len(steps)
                 self.found.append((Spread.of(steps), self.times.mean_milliseconds(), moved))
+
+
+def link_bytes_of(model: GaussianModel) -> int:
+    """Return the bytes that have travelled over the link so far."""
+    return (model.counters().traffic or {})["link_bytes"]
 
 
 def main(options: Options) -> None:

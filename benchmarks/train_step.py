@@ -34,13 +34,15 @@ from datasets.view_order import ViewWindows
 from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
+from offload.models.contract import GaussianModel
+from offload.pipelines.contract import Counters
 from trainers import TRAINERS
 from training.command_line import parse
 from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
 from training.memory_estimate import Footprint
 from training.per_step import PerStep
-from training.run import Model, select_device
+from training.run import select_device
 from training.stages import StageTimes
 from training.views import View
 
@@ -145,7 +147,7 @@ class AerialRun:
         drawn = drawn_cameras(cameras, self._parameters["means"], job.view_window)
         self._offload_per_step = PerStep()
         self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
-        self._staging_before = 0
+        self._counted_before = Counters()
 
     def check_memory(self, footprint: Footprint, largest_part: float = 1.0) -> None:
         pass  # what does not fit is found out
@@ -154,7 +156,7 @@ class AerialRun:
         parameters, self._parameters = self._parameters, {}  # not held while the trainer has its own
         return parameters
 
-    def steps(self, model: Model, densification: object, render: object) -> Iterator[tuple[int, View]]:
+    def steps(self, model: GaussianModel, densification: object, render: object) -> Iterator[tuple[int, View]]:
         self.model = model
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -162,8 +164,7 @@ class AerialRun:
             if step == self.num_warmup:
                 self.times.mean_milliseconds()  # forgets the first steps
                 self._mean_offload()
-                self._staging_before = getattr(model, "staging_allocations", 0)
-                self._link_bytes_before = getattr(model, "link_bytes", 0)
+                self._counted_before = model.counters()
             self.times.start()
             self.upcoming = self._views[step + 1]
             yield step, self._views[step]
@@ -178,28 +179,36 @@ class AerialRun:
         self._loss = loss
 
     def measurement(self) -> Measurement:
-        link_bytes = getattr(self.model, "link_bytes", None)
+        counted, before = self.model.counters(), self._counted_before
         return Measurement(
             milliseconds=Spread.of([self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]),
             stages=self.times.mean_milliseconds(),
             offload=self._mean_offload(),
             memory=peak_bytes(self.device),
-            staging_allocations=getattr(self.model, "staging_allocations", 0) - self._staging_before,
-            link_bytes_per_step=None if link_bytes is None else (link_bytes - self._link_bytes_before) / self.job.steps,
+            staging_allocations=(counted.staging_allocations or 0) - (before.staging_allocations or 0),
+            link_bytes_per_step=moved_per_step(before, counted, self.job.steps),
             loss=self._loss.item(),
         )
 
     def _mean_offload(self) -> dict[str, float] | None:
         """Since it was last called."""
-        if not hasattr(self.model, "offload_milliseconds"):
+        milliseconds = self.model.counters().milliseconds
+        if milliseconds is None:
             return None
-        return self._offload_per_step.means("", self.model.steps_done, self.model.offload_milliseconds())
+        return self._offload_per_step.means("", self.model.steps_done, milliseconds)
 
     def __enter__(self) -> AerialRun:
         return self
 
     def __exit__(self, *error: object) -> None:
         pass
+
+
+def moved_per_step(before: Counters, after: Counters, steps: int) -> float | None:
+    """Return the bytes over the link per step, both ways; None of trainers that do not count them."""
+    if before.traffic is None or after.traffic is None:
+        return None
+    return (after.traffic["link_bytes"] - before.traffic["link_bytes"]) / steps
 
 
 def drawn_cameras(cameras: AerialCameras, means: Tensor, view_window: int) -> Iterator[int]:

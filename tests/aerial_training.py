@@ -13,8 +13,9 @@ from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
 from offload.models.device import DeviceGaussians
-from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
+from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
+from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import RowLimit
 from training import schedules
 
@@ -23,7 +24,7 @@ KINDS = (
     *("gpu_only", "baseline", "geometry on device", "geometry on host"),
     *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
 )
-Gaussians = DeviceGaussians | BaselineGaussians | ForwardedGaussians | StreamedGaussians
+Gaussians = DeviceGaussians | BaselineGaussians | ForwardedGaussians | StreamedGaussians | TiledGaussians
 
 
 def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device) -> Gaussians:
@@ -38,9 +39,10 @@ def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device)
         moments = "bfloat16" if kind.endswith("bfloat16") else "float32"
         place = "host" if kind.endswith("host") else "device"
         gaussians = StreamedGaussians(parameters, adam, geometry=place, moments=moments, **bound)
+    elif kind == "split":
+        gaussians = TiledGaussians(parameters, adam, limit=RowLimit(0.05), **bound)
     else:
-        place, limit = ("device", RowLimit(0.05)) if kind == "split" else (kind.split()[-1], None)
-        gaussians = ForwardedGaussians(parameters, adam, geometry=place, limit=limit, **bound)
+        gaussians = ForwardedGaussians(parameters, adam, geometry=kind.split()[-1], **bound)
     parameters.clear()
     return gaussians
 
@@ -57,19 +59,18 @@ def train_on_random_gradients(gaussians: Gaussians, views: list[Cameras], steps:
         torch.manual_seed(step)
         if isinstance(gaussians, DeviceGaussians):
             ids = torch.arange(0, gaussians.num_gaussians, 3)
-            for parameter in gaussians.parameters.values():
+            for parameter in gaussians.fetch(views[0]).values():
                 parameter.grad = torch.zeros_like(parameter)
                 parameter.grad[ids] = torch.randn_like(parameter[ids])
             gaussians.update(ids)
             continue
         view, upcoming = views[step % len(views)], views[(step + 1) % len(views)]
-        if isinstance(gaussians, ForwardedGaussians):
-            gaussians.train_view(view, upcoming, _train_part)
+        if isinstance(gaussians, TiledGaussians):
+            gaussians.train_view(view, upcoming, _train_tile)
             gaussians.update()
             continue
         rows = gaussians.fetch(view)
-        if isinstance(gaussians, StreamedGaussians):
-            gaussians.prefetch(upcoming)
+        gaussians.prefetch(upcoming)
         _random_loss(rows).backward()
         gaussians.update()
 
@@ -79,10 +80,10 @@ def rows_of(values: dict[str, Tensor]) -> Callable[[int, int], dict[str, Tensor]
     return lambda first, last: {name: value[first:last] for name, value in values.items()}
 
 
-def _train_part(part: ViewPart) -> PartResult:
-    loss = _random_loss(part.rows)
+def _train_tile(tile: ViewTile) -> TileResult:
+    loss = _random_loss(tile.rows)
     loss.backward()
-    return PartResult(loss.detach(), num_intersections=1, num_pixels=1)
+    return TileResult(loss.detach(), num_intersections=1, num_pixels=1)
 
 
 def _random_loss(rows: dict[str, Tensor]) -> Tensor:

@@ -37,7 +37,7 @@ def random_gaussians(num_gaussians: int, device: torch.device = CPU, seed: int =
     parameters["shN"][:, 0, 0] = torch.arange(num_gaussians)
     adam = AdamOptions(dict.fromkeys(PARAMETER_NAMES, 0.0), lambda step: 0.0, (0.9, 0.999))
     gaussians = DeviceGaussians(parameters, adam, device=device)
-    for parameter in gaussians.parameters.values():
+    for parameter in gaussians.fetch(None).values():
         parameter.grad = torch.ones_like(parameter)
     gaussians.update()
     return gaussians

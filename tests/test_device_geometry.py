@@ -61,7 +61,7 @@ def trained(kind: str, device: str, speed: float = 1.0) -> tuple[DeviceGeometry,
     for step, count in enumerate(COUNTS):
         ids = torch.randperm(N, generator=generator)[:count].sort().values
         gradients = {name: torch.randn(count, *SHAPES[name], generator=generator) for name in GEOMETRY}
-        geometry.step(ids.to(device), {name: gradient.to(device) for name, gradient in gradients.items()})
+        geometry.update(ids.to(device), {name: gradient.to(device) for name, gradient in gradients.items()})
         exact.step(step, ids, gradients)
     return geometry, start, exact
 
@@ -88,10 +88,10 @@ def test_what_is_read_equals_dense_adam_in_float64(kind, device):
 def test_what_is_settled_equals_dense_adam_in_float64(kind, device):
     geometry, start, exact = trained(kind, device)
     some = torch.arange(0, N, 3)
-    geometry.settle(some)
+    geometry.catch_up(some)
     assert (geometry.last_step[some.to(geometry.device)] == len(COUNTS)).all()
     assert (geometry.last_step < len(COUNTS)).any()
-    check_parameters(geometry.settle(None), start, exact)
+    check_parameters(geometry.catch_up(None), start, exact)
     assert (geometry.last_step == len(COUNTS)).all()
     arrays = geometry.arrays_by_name()
     for name in GEOMETRY:
@@ -106,10 +106,12 @@ def test_culling_sees_through_the_lag(kind, device):
     geometry, _, _ = trained(kind, device, speed=300.0)
     cameras = random_cameras(seed=1, count=2, fov=40)
     margin, twice, lag_margin = (Margin(*[change] * 4) for change in (1e-5, 2e-5, 30.0))
-    found = set(geometry.visible_ids(cameras, margin, lag_margin).tolist())
-    too_few = set(geometry.visible_ids(cameras, margin, margin).tolist())
-    lagging = {name: array.clone() for name, array in geometry.settle(torch.arange(0)).items()}
-    settled = geometry.settle(None)
+    geometry._margin = lambda lagging: lag_margin if lagging else margin
+    found = set(geometry.visible_ids(cameras).tolist())
+    geometry._margin = lambda lagging: margin
+    too_few = set(geometry.visible_ids(cameras).tolist())
+    lagging = {name: array.clone() for name, array in geometry.catch_up(torch.arange(0)).items()}
+    settled = geometry.catch_up(None)
     stale = set(oracle.visible_ids(**lagging, cameras=cameras, margin=margin).tolist())
     exact = set(oracle.visible_ids(**settled, cameras=cameras, margin=Margin()).tolist())
     assert len(exact) > 100
@@ -123,7 +125,7 @@ def test_what_was_settled_before_a_state_was_loaded_is_settled_again():
     state = {name: array.clone() for name, array in geometry.arrays_by_name().items()}
     state |= {"step_count": torch.tensor(len(COUNTS)), "last_step/geometry": geometry.last_step.clone()}
     state |= {f"deferral/geometry/{name}": table for name, table in geometry.tables.tables().items()}
-    geometry.settle(None)
+    geometry.catch_up(None)
     load_deferred(geometry, "geometry", geometry.tables, state)
     assert torch.equal(geometry.last_step, state["last_step/geometry"])
-    check_parameters(geometry.settle(None), start, exact)
+    check_parameters(geometry.catch_up(None), start, exact)

@@ -323,7 +323,7 @@ def trained_pair(num_gaussians: int) -> tuple[DeviceGaussians, BaselineGaussians
     parameters["opacities"] += math.log(0.005)
     adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
     device_store = DeviceGaussians(parameters, adam, device=torch.device("cpu"))
-    for parameter in device_store.parameters.values():
+    for parameter in device_store.fetch(None).values():
         parameter.grad = torch.randn_like(parameter)
     device_store.update()
     host_stores = BaselineGaussians(device_store.parameters, adam, device=torch.device("cpu"))

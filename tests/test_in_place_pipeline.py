@@ -111,7 +111,7 @@ class Training:
         self.pipeline.finish()
         stale = (self.groups["geometry"].store.last_step < self.steps).nonzero()[:, 0]
         for name, group in self.groups.items():
-            self.pipeline.hand_over(name, None)
+            self.pipeline.catch_up(name, None)
             columns = group.adam.columns
             updated = MULTIPLIERS[name].sum(0) > 0
             for actual, expected in zip(group.store.rows.tensors(), self.oracles[name].state(), strict=True):
@@ -299,7 +299,7 @@ def test_lanes_on_a_gpu_are_dense_adam():
     assert pipeline.rows_moved["rows_retained"] > 20 * 0.15**2 * n
     assert pipeline.staging_allocations < 5
     for name, group in groups.items():
-        pipeline.hand_over(name, None)
+        pipeline.catch_up(name, None)
         columns = group.adam.columns
         parameters, *moments = group.store.rows.tensors()
         actual = parameters[:, :columns].clone().to(device)

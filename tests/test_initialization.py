@@ -62,7 +62,7 @@ def test_one_adam_step_is_that_of_dense_adam_in_float64():
     oracle = {name: value.double().requires_grad_() for name, value in initial.items()}
     adam = torch.optim.Adam([{"params": [oracle[name]], "lr": rates[name]} for name in oracle], betas=betas, eps=1e-15)
     for step in range(20):
-        for name, parameter in gaussians.parameters.items():
+        for name, parameter in gaussians.fetch(None).items():
             parameter.grad = torch.from_numpy(rng.normal(size=parameter.shape).astype(np.float32))
             oracle[name].grad = parameter.grad.double()
         adam.param_groups[0]["lr"] = 2 * 2 * 1.6e-4 * 0.01 ** (step / cfg.max_steps)

@@ -49,8 +49,7 @@ def missed_rows(gaussians: OffloadedGaussians) -> int:
         sum(size * rows[name].sum() for name in ("means", "scales", "quats", "opacities")).backward()
         gaussians.update()
         drawn = drawn_now(gaussians, upcoming)
-        found = gaussians._pipeline.upcoming_ids if isinstance(gaussians, StreamedGaussians) else None
-        found = gaussians._pipeline.upcoming.host_ids if found is None else found
+        found = gaussians.state()["upcoming/ids"]
         num_drawn += len(drawn)
         missed += int((~torch.isin(drawn, found)).sum())
     assert num_drawn > 1000
@@ -62,13 +61,13 @@ def test_views_culled_ahead_miss_nothing(kind, place):
     gaussians = start(kind, place)
     assert missed_rows(gaussians) == 0
     if place == "host":  # where bounds of blocks have followed the rows
-        assert torch.equal(gaussians._bounds.bounds, BlockBounds(gaussians._host_geometry()).bounds)
+        assert torch.equal(gaussians._geometry._bounds.bounds, BlockBounds(gaussians._geometry._culled_rows()).bounds)
 
 
 @pytest.mark.parametrize(("kind", "place"), TRAINERS)
 def test_without_a_margin_rows_are_missed(kind, place):
     gaussians = start(kind, place)
-    gaussians._margin = lambda lagging: Margin()
+    gaussians._geometry._margin = lambda lagging: Margin()
     assert missed_rows(gaussians) > 0
 
 
@@ -76,6 +75,6 @@ def test_without_a_margin_rows_are_missed(kind, place):
 def test_without_a_margin_for_skipped_steps_rows_are_missed(kind):
     """Of geometry on the device tests/test_device_geometry.py shows it."""
     gaussians = start(kind, "host")
-    margin_of = gaussians._margin
-    gaussians._margin = lambda lagging: margin_of(lagging=False)
+    margin_of = gaussians._geometry._margin
+    gaussians._geometry._margin = lambda lagging: margin_of(lagging=False)
     assert missed_rows(gaussians) > 0

@@ -59,7 +59,7 @@ def test_what_is_slow_shows_under_its_name_alone(clock, owner, method, name, num
     clock.slow_down(owner, method)
     pipeline = make_pipeline(num_parts)
     train(pipeline)
-    found = pipeline.offload_milliseconds()
+    found = pipeline.counters().milliseconds
     # `train` reads all rows at its end, by a forward of each of the two groups that is no part of a step.
     calls = len(clock.threads) - 2 * (method == "forward")
     assert calls >= STEPS
@@ -75,7 +75,7 @@ def test_culling_by_the_worker_shows(clock):
     train(pipeline)
     by_worker = sum(thread.startswith("offload") for thread in clock.threads)
     assert 0 < by_worker < len(clock.threads)  # the main thread culls where nothing was prefetched
-    assert pipeline.offload_milliseconds()["worker_cull"] == 1000 * by_worker
+    assert pipeline.counters().milliseconds["worker_cull"] == 1000 * by_worker
 
 
 def test_threads_add_up_without_loss():

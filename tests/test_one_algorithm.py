@@ -72,7 +72,7 @@ def gpu_only(request, views_and_points):
         ids = surely_drawn(gaussians, cameras)
         gradients = random_gradients(step, len(ids))
         gradients["sh0"], gradients["shN"] = gradients.pop("colors").split([1, 15], dim=1)
-        for name, parameter in gaussians.parameters.items():
+        for name, parameter in gaussians.fetch(cameras).items():
             parameter.grad = torch.zeros_like(parameter).index_copy(0, ids, gradients[name])
         gaussians.update(ids)
         drawn.append(ids)

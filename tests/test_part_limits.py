@@ -7,7 +7,7 @@ import pytest
 
 from errors import InputError
 from offload.tiles.boxes import Coverage, plan_boxes
-from offload.tiles.budget import CALIBRATION_PARTS, HEADROOM, MemoryBudget, RowBytes, RowLimit
+from offload.tiles.budget import CALIBRATION_TILES, HEADROOM, MemoryBudget, RowBytes, RowLimit
 from tests.test_split_planning import HEIGHT, WIDTH, corners_of, rectangles_in_cells
 
 ROWS = RowBytes.of("device", 3)
@@ -23,7 +23,7 @@ def calibrated(budget: int, *, excess: float = 1.0) -> MemoryBudget:
     """Having seen parts that take `excess` times what the true constants say."""
     limit = MemoryBudget(budget, ROWS, num_gaussians=1000)
     rng = np.random.default_rng(1)
-    for _ in range(CALIBRATION_PARTS):
+    for _ in range(CALIBRATION_TILES):
         x = rng.uniform([1e4, 2e4, 1e4], [1e5, 5e5, 1e5])
         limit.observe(*x.astype(int).tolist(), grown=int(excess * TRUE @ x), peak=0)
     return limit
@@ -40,7 +40,7 @@ def test_constants_are_learned_from_the_first_parts():
 def test_parts_that_look_alike_are_predicted_too():
     """All views see as much: no regression could tell rows from pixels."""
     limit = MemoryBudget(10**9, ROWS, num_gaussians=1000)
-    for _ in range(CALIBRATION_PARTS):
+    for _ in range(CALIBRATION_TILES):
         limit.observe(50_000, 300_000, 40_000, grown=80_000_000, peak=0)
     assert limit.cost(50_000, 300_000, 40_000) - ROWS.values * 50_000 == pytest.approx(80_000_000, rel=0.02)
     assert limit.cost(25_000, 150_000, 20_000) - ROWS.values * 25_000 == pytest.approx(40_000_000, rel=0.02)

@@ -11,10 +11,11 @@ from torch import Tensor
 from offload.adam.host import DeferredAdam
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.pipelines.forwarded import ForwardedPipeline, Part, ViewIds
 from offload.pipelines.groups import RowGroup
+from offload.pipelines.tiled import TiledPipeline
 from offload.pipelines.transfer import RowTransfer
 from offload.store.host_store import HostStore
+from offload.tiles.planner import TiledRows, TileRows
 
 N, STEPS = 400, 25
 RATES = {"means": 1e-2, "scales": 2e-2, "quats": 1e-2, "opacities": 3e-2, "sh0": 1e-2, "shN": 1e-3}
@@ -27,7 +28,7 @@ def random_ids(seed: int) -> Tensor:
     return (torch.rand(N, generator=generator) < 0.35).nonzero().squeeze(1)
 
 
-def random_parts(num_rows: int, num_parts: int, seed: int) -> list[Part]:
+def random_parts(num_rows: int, num_parts: int, seed: int) -> list[TileRows]:
     """Parts that overlap by about a tenth of their rows, one of them empty."""
     generator = torch.Generator().manual_seed(seed)
     home = torch.randint(num_parts, (num_rows,), generator=generator)
@@ -35,19 +36,19 @@ def random_parts(num_rows: int, num_parts: int, seed: int) -> list[Part]:
     for part in range(num_parts):
         rows = ((home == part) | (torch.rand(num_rows, generator=generator) < 0.1)).nonzero().squeeze(1)
         rows = rows[:0] if part == 3 else rows
-        parts.append(Part(None, rows, rows))
+        parts.append(TileRows(None, rows, rows))
     missing = torch.ones(num_rows, dtype=torch.bool)
     for part in parts:
         missing[part.rows] = False
     rows = missing.nonzero().squeeze(1)
-    return [*parts, Part(None, rows, rows)]
+    return [*parts, TileRows(None, rows, rows)]
 
 
-def rows_of(part: Part) -> Tensor | slice:
+def rows_of(part: TileRows) -> Tensor | slice:
     return slice(None) if part.rows is None else part.rows
 
 
-def make_pipeline(num_parts: int) -> ForwardedPipeline:
+def make_pipeline(num_parts: int) -> TiledPipeline:
     """Views are named by a number in place of their cameras."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
@@ -58,21 +59,21 @@ def make_pipeline(num_parts: int) -> ForwardedPipeline:
         multipliers, rates = schedules_of(name, store.sh_degree, ADAM)
         groups[name] = RowGroup(store, DeferredAdam(multipliers), rates)
 
-    def find(view: int) -> ViewIds:
+    def find(view: int) -> TiledRows:
         ids = random_ids(view)
-        return ViewIds(ids, ids, [Part()] if num_parts == 1 else random_parts(len(ids), num_parts, seed=view))
+        return TiledRows(ids, ids, [TileRows()] if num_parts == 1 else random_parts(len(ids), num_parts, seed=view))
 
-    return ForwardedPipeline(groups, find, torch.device("cpu"), find_in_worker=True)
+    return TiledPipeline(groups, find, torch.device("cpu"))
 
 
-def train(pipeline: ForwardedPipeline, *, split_at: int = -1) -> tuple[dict[str, Tensor], list[Tensor]]:
+def train(pipeline: TiledPipeline, *, split_at: int = -1) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The rows after all steps, and for each step the sum over the view of the values it was given.
 
     The gradient of a row is its value plus a number that depends on view and row. Parts share it equally.
     """
     seen = []
     for step in range(STEPS):
-        parts = pipeline.begin(step).parts  # follows replace_part
+        parts = pipeline.begin(step).tiles  # follows replace_tile
         counts = torch.zeros(len(random_ids(step)))
         for part in parts:
             counts[rows_of(part)] += 1
@@ -80,14 +81,14 @@ def train(pipeline: ForwardedPipeline, *, split_at: int = -1) -> tuple[dict[str,
         sums = torch.zeros(48)
         index = 0
         while index < len(shares):
-            part = pipeline.fetch()
+            part = pipeline.fetch_tile()
             pipeline.prefetch(None if step % 7 == 3 else step + 1)
             if step == split_at and index == 1 and len(parts) == len(random_parts(9, 4, 0)):
-                middle, rows, share = len(part.host_ids) // 2, rows_of(part.part), shares[1].clone()
+                middle, rows, share = len(part.host_ids) // 2, rows_of(pipeline.tile), shares[1].clone()
                 halves = [slice(middle + 9), slice(middle - 9, None)]
                 share[middle - 9 : middle + 9] /= 2
-                pipeline.abandon_part()
-                pipeline.replace_part([Part(None, rows[half], rows[half]) for half in halves])
+                pipeline.abandon_tile()
+                pipeline.replace_tile([TileRows(None, rows[half], rows[half]) for half in halves])
                 shares[1:2] = [share[half] for half in halves]
                 continue
             offsets = torch.sin(part.host_ids * (1.0 + step))[:, None]
@@ -96,7 +97,7 @@ def train(pipeline: ForwardedPipeline, *, split_at: int = -1) -> tuple[dict[str,
             sums += (part.values["appearance"].detach() * shares[index]).sum(0)
             index += 1
             if index < len(shares):
-                pipeline.next_part()
+                pipeline.next_tile()
         pipeline.update()
         seen.append(sums)
     return {name: pipeline.read(name, torch.arange(N)) for name in ("geometry", "appearance")}, seen
@@ -146,7 +147,7 @@ def test_an_upload_that_ran_out_of_memory_is_repeated(whole, monkeypatch):
 
         return call
 
-    for name in ("begin", "fetch", "next_part", "update", "finish"):
+    for name in ("begin", "fetch_tile", "next_tile", "update", "finish"):
         monkeypatch.setattr(pipeline, name, repeated(getattr(pipeline, name)))
     check(train(pipeline), whole)
     assert len(failures) > 10
@@ -171,12 +172,12 @@ def test_slow_commits_are_waited_for(monkeypatch, num_parts):
 
 def test_a_sum_that_is_off_is_noticed(whole, monkeypatch):
     pipeline = make_pipeline(4)
-    next_part = pipeline.next_part
+    next_tile = pipeline.next_tile
 
-    def next_part_with_error() -> None:
-        next_part()
-        pipeline._present.sums["appearance"] += 0.1
+    def next_tile_with_error() -> None:
+        next_tile()
+        pipeline._progress.sums["appearance"] += 0.1
 
-    monkeypatch.setattr(pipeline, "next_part", next_part_with_error)
+    monkeypatch.setattr(pipeline, "next_tile", next_tile_with_error)
     with pytest.raises(AssertionError):
         check(train(pipeline), whole)

@@ -27,7 +27,7 @@ from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
 from offload.culling.native import BlockBounds, visible_ids
-from offload.models.forwarded import ViewPart
+from offload.models.tiled import ViewTile
 from offload.store.host_store import HostStore
 from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
@@ -102,7 +102,7 @@ def watch_fine_tiles(monkeypatch) -> list[Tile | None]:
     script, tiles = TRAINERS["split"].load(), []
     render_part = script.render_part
 
-    def watched_render_part(part: ViewPart, *arguments, **options):
+    def watched_render_part(part: ViewTile, *arguments, **options):
         tiles.append(part.tile)
         return render_part(part, *arguments, **options)
 

@@ -13,7 +13,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 from datasets.synthetic import write_city_block
 from errors import InputError
-from offload.tiles.planner import PartPlanner
+from offload.tiles.planner import TilePlanner
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, train
 from training import command_line
 from training.memory import parse_bytes
@@ -35,14 +35,14 @@ def city_block(tmp_path_factory) -> Path:
 def parts(monkeypatch) -> list[int]:
     """How many parts each view has had."""
     counts = []
-    plan = PartPlanner.plan
+    plan = TilePlanner.plan
 
     def counting(self, *arguments, **options):
         view = plan(self, *arguments, **options)
-        counts.append(len(view.parts))
+        counts.append(len(view.tiles))
         return view
 
-    monkeypatch.setattr(PartPlanner, "plan", counting)
+    monkeypatch.setattr(TilePlanner, "plan", counting)
     return counts
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from configs import Config
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
-from offload.models.forwarded import ForwardedGaussians, PartResult, ViewPart
+from offload.models.geometry_device import DeviceGeometry
+from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from rendering.losses import photometric_loss
 from training import tiles
@@ -91,8 +92,8 @@ def whole_step(parameters: dict[str, Tensor], view: View, cfg: Config, backgroun
     return Step(loss, {name: leaf.grad.cpu() for name, leaf in leaves.items()}, densification.statistics)
 
 
-def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str, cfg: Config) -> ForwardedGaussians:
-    return ForwardedGaussians(
+def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str, cfg: Config) -> TiledGaussians:
+    return TiledGaussians(
         parameters,
         AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999)),
         device=parameters["means"].device,
@@ -103,14 +104,14 @@ def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str,
 
 
 def train_part(
-    part: ViewPart,
-    gaussians: ForwardedGaussians,
+    part: ViewTile,
+    gaussians: TiledGaussians,
     view: View,
     cfg: Config,
     backgrounds: Tensor | None,
     screen,
     seen: list,
-) -> PartResult:
+) -> TileResult:
     """As in simple_trainer_hybrid_optimized_split.py."""
     halo = halo_of(cfg)
     colors, info = render_part(part, view.cameras, cfg, sh_degree=3, backgrounds=backgrounds, halo=halo)
@@ -118,7 +119,7 @@ def train_part(
     loss.backward()
     screen.add(part, len(gaussians.ids), info)
     seen.append(part.tile)
-    return PartResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
+    return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 
 
 def split_step(
@@ -234,13 +235,12 @@ def test_rows_missing_from_the_halo_are_noticed(monkeypatch):
     """Tiles get the rows that draw in them, but not those that draw in their halo only."""
     arguments = scene("plain")
     expected = whole_step(*arguments)
-    covered_cells = ForwardedGaussians._covered_cells
+    covered_cells = DeviceGeometry.covered_cells
 
-    def without_halo(self, *arguments):
-        self._halo = 0
-        return covered_cells(self, *arguments)
+    def without_halo(self, *arguments, halo: int, cell: int):
+        return covered_cells(self, *arguments, halo=0, cell=cell)
 
-    monkeypatch.setattr(ForwardedGaussians, "_covered_cells", without_halo)
+    monkeypatch.setattr(DeviceGeometry, "covered_cells", without_halo)
     step, _ = split_step(*arguments, RowLimit(0.3), "device")
     with pytest.raises(AssertionError):
         check(step, expected)
@@ -255,7 +255,7 @@ def test_what_runs_out_of_memory_is_rendered_in_finer_tiles(geometry, variant, t
     failed = []
 
     def failing(train_part):
-        def fail_now_and_then(part: ViewPart) -> PartResult:
+        def fail_now_and_then(part: ViewTile) -> TileResult:
             tile = part.tile
             if len(failed) < 2 and (tile is None or max(tile.width, tile.height) >= 128):
                 failed.append(tile)
@@ -276,7 +276,7 @@ def test_a_tile_that_cannot_be_split_ends_training():
     arguments = scene("plain")
 
     def failing(train_part):
-        def fail(part: ViewPart) -> PartResult:
+        def fail(part: ViewTile) -> TileResult:
             raise torch.cuda.OutOfMemoryError("out of memory")
 
         return fail
@@ -290,7 +290,7 @@ def test_a_tile_that_cannot_be_split_ends_training():
 def test_pictures_in_tiles(geometry, variant):
     parameters, view, cfg, _ = scene(variant)
     gaussians = split_gaussians(parameters, RowLimit(0.2), geometry, cfg)
-    parts = list(gaussians.view_parts(view.cameras))
+    parts = list(gaussians.view_tiles(view.cameras))
     assert len(parts) > 3
     assert max(len(part.rows["means"]) for part in parts) < 0.6 * N
     expected, _ = render(parameters, view.cameras, cfg, sh_degree=3)

@@ -178,7 +178,7 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
             reads.append((pipeline.read("appearance", torch.arange(n)), oracle.state()[0].clone()))
 
     train(pipeline, views, oracle, n, read_now_and_then)
-    pipeline.hand_over("appearance", None)
+    pipeline.catch_up("appearance", None)
     assert len(reads) == 2
     for actual, expected in (*reads, *zip(group.store.rows.tensors(), oracle.state(), strict=True)):
         assert largest_row_error(actual, expected) < 1e-5
@@ -222,7 +222,7 @@ def test_lanes_on_a_gpu_are_dense_adam():
         expected.grad = torch.zeros_like(expected)
         expected.grad[view.ids] = gradients
         adam.step()
-    pipeline.hand_over("appearance", None)
+    pipeline.catch_up("appearance", None)
     state = adam.state[expected]
     for actual, moment in zip(group.store.rows.moments, (state["exp_avg"], state["exp_avg_sq"]), strict=True):
         # The terms of a first moment may cancel: its rounding error is that of the largest of them.

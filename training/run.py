@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError
-from offload.adam.state import State, sh_degree_of
+from offload.adam.state import sh_degree_of
 from offload.culling.cameras import Cameras
-from offload.store.host_store import HostStore
+from offload.models.contract import GaussianModel
+from offload.pipelines.contract import Counters
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from training.checkpoint_folder import SaveSchedule
@@ -53,33 +54,6 @@ MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
 class NotSaved(TrainingStopped):
     """Training has come to an end that could not be saved."""
-
-
-class Model(Protocol):
-    """What a run asks of the Gaussians that a trainer trains."""
-
-    steps_done: int
-
-    @property
-    def num_gaussians(self) -> int: ...
-
-    def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """The current values of these rows of the six parameter tensors."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, as `offload.adam.state` describes it."""
-
-    def copied_before_change(self) -> dict[str, HostStore]:
-        """Which tensors of `state` change only after `before_change` of their store has been called."""
-
-    def load_state(self, state: State) -> None:
-        """Go on from a state of as many Gaussians as there are."""
-
-    def skipped_steps(self) -> tuple[int, int]:
-        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
-
-    def undo_step(self) -> None:
-        """Forget the step that an error has ended; raises RuntimeError where it has been applied in part."""
 
 
 def select_device(name: str) -> torch.device:
@@ -143,7 +117,7 @@ class TrainingRun:
         if not cfg.ckpt:
             self._results.checkpoints.remove_unfinished()
         self._resumed = self._checkpoint_to_resume() if cfg.resume else None
-        self._model: Model | None = None
+        self._model: GaussianModel | None = None
         self._step = 0
         self._first_step = 0
         self._traffic_per_step = PerStep()
@@ -190,7 +164,7 @@ class TrainingRun:
         )
 
     def steps(
-        self, model: Model, densification: Densification, draw: Callable[[Cameras], Tensor]
+        self, model: GaussianModel, densification: Densification, draw: Callable[[Cameras], Tensor]
     ) -> Iterator[tuple[int, View]]:
         """The step numbers and the view of each, until max_steps or Ctrl-C; from 0 or, with --resume, where it stopped.
 
@@ -335,7 +309,7 @@ class TrainingRun:
             f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {num_gaussians} Gaussians"
         )
 
-    def evaluate_checkpoint(self, draw: Callable[[Cameras], Tensor], model: Model) -> None:
+    def evaluate_checkpoint(self, draw: Callable[[Cameras], Tensor], model: GaussianModel) -> None:
         """Evaluate the model made from the checkpoint that the options name."""
         self.evaluate(draw, self._checkpoint_to_evaluate.steps, model.num_gaussians)
         if self.cfg.video:
@@ -507,11 +481,9 @@ class TrainingRun:
                 "peak_device_bytes_reserved": peaks["device_reserved"],
                 "peak_host_bytes": peaks["host"],
                 "device_bytes_allocated": allocated_bytes(self.device),
-                **self._staging_allocations(),
                 "longest_save_seconds": self._results.checkpoints.longest_stall,
                 "stages_ms": self.times.mean_milliseconds("statistics"),
-                **self._offload_times("statistics"),
-                **self._traffic("statistics"),
+                **self._counted("statistics"),
             },
         )
 
@@ -523,35 +495,33 @@ class TrainingRun:
         for kind, num_bytes in peak_bytes(self.device).items():
             writer.add_scalar(f"memory/{kind}_GiB", num_bytes / 2**30, steps_done)
         writer.add_scalar("memory/device_allocated_now_GiB", allocated_bytes(self.device) / 2**30, steps_done)
-        for name, count in self._staging_allocations().items():
-            writer.add_scalar(f"memory/{name}", count, steps_done)
+        counted = self._counted("log")
+        if "staging_allocations" in counted:
+            writer.add_scalar("memory/staging_allocations", counted["staging_allocations"], steps_done)
         for stage, milliseconds in self.times.mean_milliseconds("log").items():
             writer.add_scalar(f"stages_ms/{stage}", milliseconds, steps_done)
-        for name, milliseconds in self._offload_times("log").get("offload_ms", {}).items():
-            writer.add_scalar(f"offload_ms/{name}", milliseconds, steps_done)
-        for name, mean in self._traffic("log").get("per_step", {}).items():
-            writer.add_scalar(f"per_step/{name}", mean, steps_done)
+        for group in ("offload_ms", "per_step"):
+            for name, mean in counted.get(group, {}).items():
+                writer.add_scalar(f"{group}/{name}", mean, steps_done)
 
-    def _staging_allocations(self) -> dict[str, int]:
-        """How often staging memory has been allocated, of trainers that have any; constant in the steady state."""
-        count = getattr(self._model, "staging_allocations", None)
-        return {} if count is None else {"staging_allocations": count}
+    def _counted(self, reader: str) -> dict[str, Any]:
+        """Read the counters of the model, as means per step since this reader asked last.
 
-    def _offload_times(self, reader: str) -> dict[str, dict[str, float]]:
-        """Mean milliseconds of what a step does beside its stages since this reader asked last, of offloading trainers.
-
-        It overlaps with the stages and with itself, so these times do not add up to a step.
+        Returns:
+            `staging_allocations` so far, constant in the steady state; `offload_ms`, what a step does beside its
+            stages, which overlaps with them and with itself; and `per_step`, the rows and bytes that a step moves.
+            What the model does not count is missing.
         """
-        if not hasattr(self._model, "offload_milliseconds"):
-            return {}
-        steps, totals = self._model.steps_done - self._first_step, self._model.offload_milliseconds()
-        return {"offload_ms": self._offload_per_step.means(reader, steps, totals)}
-
-    def _traffic(self, reader: str) -> dict[str, dict[str, float]]:
-        """Mean rows and bytes that a step has moved since this reader asked last, of trainers that count them."""
-        totals = getattr(self._model, "traffic", None)
+        counters: Counters = self._model.counters()
         steps = self._model.steps_done - self._first_step
-        return {} if totals is None else {"per_step": self._traffic_per_step.means(reader, steps, totals)}
+        counted: dict[str, Any] = {}
+        if counters.staging_allocations is not None:
+            counted["staging_allocations"] = counters.staging_allocations
+        if counters.milliseconds is not None:
+            counted["offload_ms"] = self._offload_per_step.means(reader, steps, counters.milliseconds)
+        if counters.traffic is not None:
+            counted["per_step"] = self._traffic_per_step.means(reader, steps, counters.traffic)
+        return counted
 
 
 def check_options(cfg: Config) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import Config
 from offload.culling.cameras import Cameras
-from offload.models.forwarded import ViewPart
+from offload.models.tiled import ViewTile
 from offload.tiles.boxes import HALO, Tile
 from rendering.losses import count_windows, photometric_loss, photometric_sum
 from rendering.region import Region
@@ -28,7 +28,7 @@ def halo_of(cfg: Config) -> int:
 
 
 def render_part(
-    part: ViewPart, cameras: Cameras, cfg: Config, *, sh_degree: int, backgrounds: Tensor | None = None, halo: int = 0
+    part: ViewTile, cameras: Cameras, cfg: Config, *, sh_degree: int, backgrounds: Tensor | None = None, halo: int = 0
 ) -> tuple[Tensor, dict]:
     """Render the pixels of a part.
 
@@ -53,7 +53,7 @@ def render_part(
 
 
 @torch.no_grad()
-def render_in_parts(parts: Iterable[ViewPart], cameras: Cameras, cfg: Config) -> Tensor:
+def render_in_parts(parts: Iterable[ViewTile], cameras: Cameras, cfg: Config) -> Tensor:
     """Return the pictures [C, H, W, 3] that cameras see, put together from those of the parts of their view."""
     pictures = None
     for part in parts:
@@ -136,7 +136,7 @@ class ScreenGradients:
         self._radii: Tensor | None = None  # [C, V] pixels, 0 where a Gaussian is not seen
 
     @torch.no_grad()
-    def add(self, part: ViewPart, num_visible: int, info: Mapping[str, object]) -> None:
+    def add(self, part: ViewTile, num_visible: int, info: Mapping[str, object]) -> None:
         """Take in a part after its backward pass.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from offload.adam.options import AdamOptions
 from offload.culling.cameras import Margin
 from offload.store.layout import group_columns
 
@@ -47,3 +48,15 @@ def margin_of(change: float, learning_rates: Mapping[str, float]) -> Margin:
     """
     names = group_columns("geometry", sh_degree=0)
     return Margin(**{name: _ROUNDING * change * learning_rates[name] for name in names})
+
+
+def margin_ahead(adam: AdamOptions, steps_done: int, *, lagging: bool) -> Margin:
+    """Return how far geometry may be from what culling reads when the step after the present one renders it.
+
+    Args:
+        adam: How geometry is updated.
+        steps_done: Steps of Adam before the present one.
+        lagging: Whether what culling reads lacks the steps that rows have skipped.
+    """
+    change = largest_step(adam.betas) + (largest_drift(adam.betas) if lagging else 0.0)
+    return margin_of(change * largest_correction(adam.betas, steps_done + 1), adam.learning_rates)

@@ -14,6 +14,8 @@ from offload.adam.schedules import schedules_of
 from offload.adam.state import State, copy_current
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
+from offload.models.contract import StepOrder
+from offload.pipelines.contract import Counters
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import RowTransfer
 from offload.store.host_store import HostStore, total_growth
@@ -24,9 +26,8 @@ from offload.store.memory import HostArray
 class BaselineGaussians:
     """All Gaussians in two host stores, of geometry and appearance.
 
-    A step visits every one of them twice: culling and dense Adam.
-
-    A training step is `fetch`, rendering and the backward pass, then `update`, one after the other.
+    A step visits every one of them twice: culling and dense Adam. Nothing is done ahead. The verbs, and the order in
+    which they may be called, are those of `offload.models.contract.GaussianModel`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class BaselineGaussians:
         self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view
         self._rows: dict[str, Tensor] = {}
         self._finite = FiniteGradients(device)
+        self._order = StepOrder()
 
     @property
     def num_gaussians(self) -> int:
@@ -73,32 +75,31 @@ class BaselineGaussians:
         """Where geometry is."""
         return self.stores["geometry"].device
 
-    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
-        """The rows [V] that a view needs, on the device, for `training.gaussians.activate`; views of leaves."""
-        self._ids = self._cull(cameras)
-        self._rows = {name: rows.requires_grad_() for name, rows in self._upload(self._ids).items()}
-        return self._to_render(self._rows)
+    # ------------------------------------------------------------------------------------------- a training step
 
-    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
-        """Copies of the rows [V] that a view needs, as from `fetch`."""
-        return self._to_render(self._upload(self._cull(cameras)))
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
+        with self._order.taking("fetch", cameras=cameras):
+            self._ids = self._cull(cameras)
+            self._rows = {name: rows.requires_grad_() for name, rows in self._upload(self._ids).items()}
+            return self._to_render(self._rows)
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians `fetch` gave, [V] int64 on the host."""
-        return self._ids
+        """Which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
+        return self._ids.to(self._rendering_device)
 
-    @property
-    def staging_allocations(self) -> int:
-        """How often staging memory has been allocated so far."""
-        return sum(transfer.staging_allocations for transfer in self._transfers.values())
-
-    def offload_milliseconds(self) -> dict[str, float]:
-        """How long copies between host and device have taken so far, by direction."""
-        return self._times.milliseconds()
+    def prefetch(self, cameras: Cameras) -> None:
+        """Do nothing: the next view's rows are fetched when it is rendered."""
+        with self._order.taking("prefetch", cameras=cameras):
+            pass
 
     def update(self) -> None:
-        """Dense Adam over all rows, with the gradients of those that `fetch` gave."""
+        """Take a step of dense Adam over all rows, with the gradients of those that `fetch` gave."""
+        with self._order.taking("update"):
+            self._update()
+
+    def _update(self) -> None:
         self._finite.keep(self._rows.values())
         for name, store in self.stores.items():
             leaves = self._rows[name]
@@ -111,15 +112,28 @@ class BaselineGaussians:
             with store.changing(None) as rows:
                 adam.dense(rows, gradients)
             gradients.index_fill_(0, self._ids, 0.0)
+        self._rows = {}
         self._set_steps_done(self.steps_done + 1)
 
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
+        with self._order.taking("read", "read_view"):
+            return self._to_render(self._upload(self._cull(cameras)))
+
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """Return views of these rows of the six parameter tensors."""
-        return {name: stored[first:last] for store in self.stores.values() for name, stored in store.snapshot().items()}
+        """Return slices of the stores: these rows of the six parameter tensors."""
+        with self._order.taking("read", "rows"):
+            stored = {name: values for store in self.stores.values() for name, values in store.snapshot().items()}
+            return {name: values[first:last] for name, values in stored.items()}
+
+    # ----------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that training goes on from, as `offload.adam.state` describes it: views of the stores."""
-        return {"step_count": torch.tensor(self.steps_done), **self._arrays_by_name()}
+        """Return all that training goes on from, as `offload.adam.state` describes it: slices of the stores."""
+        with self._order.taking("read", "state"):
+            return {"step_count": torch.tensor(self.steps_done), **self._arrays_by_name()}
 
     def copied_before_change(self) -> dict[str, HostStore]:
         """Name no tensors of `state`: every step changes all rows."""
@@ -127,48 +141,11 @@ class BaselineGaussians:
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
-        copy_current(self._arrays_by_name(), state)
-        for adam in self._adams.values():
-            adam.load_state({"step_count": state["step_count"]})
-        self._set_steps_done(int(state["step_count"]))
-
-    def skipped_steps(self) -> tuple[int, int]:
-        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
-        return self._finite.skipped_steps()
-
-    def read(self, name: str) -> Tensor:
-        """Return the values of one geometry parameter: a view of the rows."""
-        return self.stores["geometry"].read(name)
-
-    def append_copies(self, ids: Tensor) -> None:
-        """Append a copy of each of these rows [M], without moments."""
-        for store in self.stores.values():
-            store.append_copies(ids)
-
-    def truncate(self, num_gaussians: int) -> None:
-        """Keep only the first rows, also where one store has them only, since appending has failed."""
-        for store in self.stores.values():
-            store.truncate(num_gaussians)
-
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero."""
-        for store in self.stores.values():
-            store.overwrite(ids, values)
-
-    def keep(self, ids: Tensor) -> None:
-        """Keep only these rows [M], in this order."""
-        for store in self.stores.values():
-            store.keep(ids)
-
-    def clamp_opacities(self, max_logit: float) -> None:
-        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
-        self.stores["geometry"].clamp_opacities(max_logit)
-
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of memory that appending this many Gaussians takes at its peak."""
-        gradients = sum(4 * adam.columns for adam in self._adams.values())
-        stores = total_growth([*self.stores.values()], num_new)
-        return {**stores, self.device: stores[self.device] + num_new * gradients}
+        with self._order.taking("change", "load_state"):
+            copy_current(self._arrays_by_name(), state)
+            for adam in self._adams.values():
+                adam.load_state({"step_count": state["step_count"]})
+            self._set_steps_done(int(state["step_count"]))
 
     def undo_step(self) -> None:
         """Forget the step that an error has ended.
@@ -179,6 +156,68 @@ class BaselineGaussians:
         if any(adam.step != self.steps_done for adam in self._adams.values()):
             raise RuntimeError("the step had been applied in part")
         self._rows = {}
+        self._order.undo()
+
+    # --------------------------------------------------------------------------------------------------- figures
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """Count the steps with a gradient that was not finite, and those of them that were the last in a row."""
+        return self._finite.skipped_steps()
+
+    def counters(self) -> Counters:
+        """Count allocations of staging memory, and milliseconds of copies by direction."""
+        staging_allocations = sum(transfer.staging_allocations for transfer in self._transfers.values())
+        return Counters(staging_allocations, self._times.milliseconds())
+
+    # --------------------------------------------------------------------------------------------- densification
+
+    def read(self, name: str) -> Tensor:
+        """Return the values of one geometry parameter: a slice of the store."""
+        with self._order.taking("change", "read"):
+            return self.stores["geometry"].read(name)
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M], without moments."""
+        with self._order.taking("change", "append_copies"):
+            for store in self.stores.values():
+                store.append_copies(ids)
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where one store has them only, since appending has failed."""
+        with self._order.taking("change", "truncate"):
+            for store in self.stores.values():
+                store.truncate(num_gaussians)
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero."""
+        with self._order.taking("change", "overwrite"):
+            for store in self.stores.values():
+                store.overwrite(ids, values)
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
+        with self._order.taking("change", "relocate"):
+            for store in self.stores.values():
+                store.relocate(source_ids, target_ids)
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        with self._order.taking("change", "keep"):
+            for store in self.stores.values():
+                store.keep(ids)
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        with self._order.taking("change", "clamp_opacities"):
+            self.stores["geometry"].clamp_opacities(max_logit)
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Count the bytes of memory that appending this many Gaussians takes at its peak."""
+        gradients = sum(4 * adam.columns for adam in self._adams.values())
+        stores = total_growth([*self.stores.values()], num_new)
+        return {**stores, self.device: stores[self.device] + num_new * gradients}
+
+    # --------------------------------------------------------------------------------------------------- inside
 
     def _set_steps_done(self, steps: int) -> None:
         self.steps_done = steps

@@ -11,7 +11,9 @@ from offload.adam.finite import FiniteGradients
 from offload.adam.options import AdamOptions
 from offload.adam.state import ARRAYS, State, copy_current
 from offload.culling.cameras import Cameras
+from offload.models.contract import StepOrder
 from offload.models.kept_rows import kept_rows
+from offload.pipelines.contract import Counters
 from offload.store.host_store import HostStore
 
 BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
@@ -20,17 +22,10 @@ BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in
 class DeviceGaussians:
     """All parameters as leaf tensors on one device, updated by one fused Adam.
 
-    The methods below `step` are what densification asks of any store of Gaussians: see
-    `training.densification.GaussianStore`.
+    The verbs, and the order in which they may be called, are those of `offload.models.contract.GaussianModel`.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        adam: AdamOptions,
-        *,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], adam: AdamOptions, *, device: torch.device) -> None:
         """
         Args:
             parameters: The six tensors of `initial_gaussians`.
@@ -53,6 +48,7 @@ class DeviceGaussians:
         self.steps_done = 0
         self._means_lr = adam.means_lr
         self._finite = FiniteGradients(device)
+        self._order = StepOrder()
 
     @property
     def num_gaussians(self) -> int:
@@ -62,21 +58,22 @@ class DeviceGaussians:
     def device(self) -> torch.device:
         return self.parameters["means"].device
 
+    # ------------------------------------------------------------------------------------------- a training step
+
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
         """Return all parameters for `training.gaussians.activate`: they are on the device, whatever cameras see."""
-        return self.parameters
-
-    def prefetch(self, cameras: Cameras) -> None:
-        """Do nothing: what the next view needs is on the device."""
+        with self._order.taking("fetch", cameras=cameras):
+            return self.parameters
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians `fetch` gave: all, [N] int64 on the device."""
+        """Which Gaussians `fetch` gives: all, int64 [N] on the device, made anew each time."""
         return torch.arange(self.num_gaussians, device=self.device)
 
-    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
-        """Return all parameters, detached, as from `fetch`; training is not disturbed."""
-        return self.rows(0, self.num_gaussians)
+    def prefetch(self, cameras: Cameras) -> None:
+        """Do nothing: what the next view needs is on the device."""
+        with self._order.taking("prefetch", cameras=cameras):
+            pass
 
     def update(self, drawn: Tensor | None = None) -> None:
         """Take one step of Adam on the gradients of what `fetch` gave.
@@ -85,16 +82,23 @@ class DeviceGaussians:
             drawn: [V] int64, rows outside which all gradients are zero; rows may repeat. None: all rows. It spares
                 looking at the others.
         """
-        self._finite.keep(self.parameters.values(), drawn)
-        for group in self.optimizer.param_groups:
-            if group["name"] == "means":
-                group["lr"] = self._means_lr(self.steps_done)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps_done += 1
+        with self._order.taking("update"):
+            self._finite.keep(self.parameters.values(), drawn)
+            for group in self.optimizer.param_groups:
+                if group["name"] == "means":
+                    group["lr"] = self._means_lr(self.steps_done)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.steps_done += 1
+
+    # ----------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, as `offload.adam.state` describes it; not copied."""
+        """Return everything that training goes on from, as `offload.adam.state` describes it; not copied."""
+        with self._order.taking("read", "state"):
+            return self._state()
+
+    def _state(self) -> dict[str, Tensor]:
         state = {"step_count": torch.tensor(self.steps_done)}
         for name, parameter in self.parameters.items():
             moments = self._moments(parameter) or dict.fromkeys(ARRAYS[1:], torch.zeros_like(parameter))
@@ -103,22 +107,19 @@ class DeviceGaussians:
         return state
 
     def copied_before_change(self) -> dict[str, HostStore]:
-        """No tensors of `state`: every step changes all rows."""
+        """Name no tensors of `state`: every step changes all rows."""
         return {}
 
     @torch.no_grad()
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
-        self.steps_done = int(state["step_count"])
-        for parameter in self.parameters.values():
-            step = torch.tensor(float(self.steps_done), device=parameter.device)
-            moments = {moment: torch.empty_like(parameter) for moment in ARRAYS[1:]}
-            self.optimizer.state[parameter] = {"step": step, **moments}
-        copy_current({key: value for key, value in self.state().items() if key != "step_count"}, state)
-
-    def skipped_steps(self) -> tuple[int, int]:
-        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
-        return self._finite.skipped_steps()
+        with self._order.taking("change", "load_state"):
+            self.steps_done = int(state["step_count"])
+            for parameter in self.parameters.values():
+                step = torch.tensor(float(self.steps_done), device=parameter.device)
+                moments = {moment: torch.empty_like(parameter) for moment in ARRAYS[1:]}
+                self.optimizer.state[parameter] = {"step": step, **moments}
+            copy_current({key: value for key, value in self._state().items() if key != "step_count"}, state)
 
     def undo_step(self) -> None:
         """Forget the gradients of the step that an error has ended.
@@ -130,54 +131,92 @@ class DeviceGaussians:
         counts = (state["step"].item() for state in self.optimizer.state.values())
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
+        self._order.undo()
+
+    # --------------------------------------------------------------------------------------------------- figures
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """Count the steps with a gradient that was not finite, and those of them that were the last in a row."""
+        return self._finite.skipped_steps()
+
+    def counters(self) -> Counters:
+        """Return nothing: nothing travels."""
+        return Counters()
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return all parameters, detached, as from `fetch`; training is not disturbed."""
+        with self._order.taking("read", "read_view"):
+            return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """The current values of these rows of the six parameter tensors, detached; not copied."""
-        return {name: parameter.detach()[first:last] for name, parameter in self.parameters.items()}
+        """Return the current values of these rows of the six parameter tensors, detached; not copied."""
+        with self._order.taking("read", "rows"):
+            return {name: parameter.detach()[first:last] for name, parameter in self.parameters.items()}
+
+    # --------------------------------------------------------------------------------------------- densification
 
     def read(self, name: str) -> Tensor:
-        """The current values of one geometry parameter, detached; not copied."""
-        return self.parameters[name].detach()
+        """Return the current values of one geometry parameter, detached; not copied."""
+        with self._order.taking("change", "read"):
+            return self.parameters[name].detach()
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
-        self._replace_rows(
-            lambda value: torch.cat([value, value[ids]]),
-            lambda moment: torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])]),
-        )
+        with self._order.taking("change", "append_copies"):
+            self._replace_rows(
+                lambda value: torch.cat([value, value[ids]]),
+                lambda moment: torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])]),
+            )
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where some tensors have them only, since appending has failed."""
-        self._replace_rows(lambda value: value[:num_gaussians], lambda moment: moment[:num_gaussians])
+        with self._order.taking("change", "truncate"):
+            self._replace_rows(lambda value: value[:num_gaussians], lambda moment: moment[:num_gaussians])
 
     @torch.no_grad()
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero, named or not."""
-        for name, parameter in self.parameters.items():
-            if name in values:
-                parameter[ids] = values[name]
-            for moment in self._moments(parameter).values():
-                moment[ids] = 0
+        with self._order.taking("change", "overwrite"):
+            self._overwrite(ids, values)
+
+    @torch.no_grad()
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
+        with self._order.taking("change", "relocate"):
+            self._overwrite(target_ids, {name: value[source_ids] for name, value in self.parameters.items()})
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
-        self._replace_rows(lambda value: kept_rows(value, ids), lambda moment: kept_rows(moment, ids))
+        with self._order.taking("change", "keep"):
+            self._replace_rows(lambda value: kept_rows(value, ids), lambda moment: kept_rows(moment, ids))
 
     @torch.no_grad()
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
-        parameter = self.parameters["opacities"]
-        parameter.clamp_(max=max_logit)
-        for moment in self._moments(parameter).values():
-            moment.zero_()
+        with self._order.taking("change", "clamp_opacities"):
+            parameter = self.parameters["opacities"]
+            parameter.clamp_(max=max_logit)
+            for moment in self._moments(parameter).values():
+                moment.zero_()
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Memory in bytes that appending this many Gaussians takes at its peak.
+        """Count the bytes of memory that appending this many Gaussians takes at its peak.
 
         Tensors are replaced one at a time, so beside the growth the largest one stands twice.
         """
         largest = max(parameter.numel() * 4 for parameter in self.parameters.values())
         return {self.device: num_new * BYTES_PER_GAUSSIAN + largest}
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            if name in values:
+                parameter[ids] = values[name]
+            for moment in self._moments(parameter).values():
+                moment[ids] = 0
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter, {})

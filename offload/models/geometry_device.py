@@ -9,6 +9,7 @@ most 44 bytes of each row: 0.2 ms for 18 million at 4 TB/s, where dense Adam wou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,31 +19,28 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.geometry import COLUMNS, GeometryState
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
+from offload.adam.state import State, load_deferred
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
+from offload.culling.margins import margin_ahead
 from offload.models.kept_rows import kept_rows
+from offload.store.host_store import HostStore
 from offload.store.layout import LAST_STEP_BYTES
 
 GEOMETRY = tuple(COLUMNS)
-SETTLED_ROWS = 1 << 20  # at once, for which torch takes some 200 bytes a row
+CAUGHT_UP_ROWS = 1 << 20  # at once, for which torch takes some 200 bytes a row
 BYTES = 3 * 11 * 4 + LAST_STEP_BYTES  # of a Gaussian: parameters, moments and the step of its last update
 
 
 class DeviceGeometry:
-    """The geometry of N Gaussians and its Adam moments: 136 bytes per Gaussian and no gradients.
+    """Holds the geometry of N Gaussians and its Adam moments: 136 bytes per Gaussian and no gradients.
 
     Rows lag behind by the steps since their last update. What is read of them is current; before they are changed
-    they have to be brought to the present step by `settle`.
+    they have to be brought to the present step by `catch_up`.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        adam: AdamOptions,
-        *,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], adam: AdamOptions, *, device: torch.device) -> None:
         """
         Args:
             parameters: means [N, 3], scales [N, 3] (log), quats [N, 4], opacities [N] (logit).
@@ -58,6 +56,7 @@ class DeviceGeometry:
         )
         multipliers, self._rates = schedules_of("geometry", 0, adam)
         self.tables = DeferralTables(multipliers, adam.betas, adam.eps, device)
+        self._adam = adam
         self._kernels = kernels_for(device, "offload.adam.geometry")
         self._culling = kernels_for(device, "offload.culling.kernels")
 
@@ -71,40 +70,52 @@ class DeviceGeometry:
 
     @property
     def last_step(self) -> Tensor:
-        """Step of each row's last update, [N] int32."""
+        """The step of each row's last update, [N] int32."""
         return self._state.last_step
 
-    def visible_ids(self, cameras: Cameras, margin: Margin, lag_margin: Margin) -> Tensor:
-        """Sorted int64 [V] on the device: rows that the cameras may draw when geometry moves by at most the margin.
+    @property
+    def stores(self) -> dict[str, HostStore]:
+        """No stores: these rows stay."""
+        return {}
 
-        Args:
-            cameras: The pictures to be drawn.
-            margin: How much current rows may still move.
-            lag_margin: How much rows may move that lag behind.
-        """
+    @property
+    def steps_done(self) -> int:
+        return self.tables.step
+
+    def visible_ids(self, cameras: Cameras) -> Tensor:
+        """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
+        margin, lag_margin = self._margin(lagging=False), self._margin(lagging=True)
         return self._culling.visible_ids(self._state, self.tables, cameras, margin, lag_margin)
 
-    def covered_cells(self, ids: Tensor, cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
-        """In which cells of each camera's picture these rows [V] may draw, moved by at most the margin."""
+    def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
+        """Find in which cells of each camera's picture rows [V] may draw after one more step.
+
+        Args:
+            ids: int64 [V] on the device.
+            cameras: C of them.
+            halo: Pixels that are added to what a row draws.
+            cell: Pixels of a cell's side.
+        """
+        margin = replace(self._margin(lagging=False), pixels=halo)
         return self._culling.covered_cells(self.gather(ids), cameras, margin, cell)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
-        """Copies of the current rows [V]."""
+        """Copy the current values of rows [V]."""
         return self._kernels.gather_rows(self._state, ids, self.tables)
 
-    def step(self, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """The next step of Adam.
+    def update(self, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Take the next step of Adam.
 
         Args:
             ids: [V] the rows that have a gradient, each once; that of all others is zero.
-            gradients: Of the rows, as from `gather`.
+            gradients: Those of the rows, as from `gather`.
         """
         rates = self._rates(self.tables.step + 1)
         self._kernels.step_rows(self._state, ids, gradients, self.tables, self.tables.next_step_sizes(rates))
         self.tables.begin_step(rates)
 
-    def settle(self, ids: Tensor | None) -> dict[str, Tensor]:
-        """Bring rows to the present step.
+    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
+        """Apply the skipped steps of rows.
 
         Args:
             ids: [M] on any device, each of them once; None: all rows.
@@ -112,30 +123,30 @@ class DeviceGeometry:
         Returns:
             The parameters [N, ...], not copied.
         """
-        chunks = self._lagging_rows() if ids is None else ids.to(self.device).split(SETTLED_ROWS)
+        chunks = self._lagging_rows() if ids is None else ids.to(self.device).split(CAUGHT_UP_ROWS)
         for chunk in chunks:
             if len(chunk):
                 geometry_kernels.catch_up_rows(self._state, chunk, self.tables)
         return self._state.parameters
 
     def _lagging_rows(self) -> Iterator[Tensor]:
-        """int64 [M] at a time, of which settling takes little memory."""
-        for first in range(0, self.num_gaussians, SETTLED_ROWS):
-            lags = self.last_step[first : first + SETTLED_ROWS] < self.tables.step
+        """Give the ids of all lagging rows, int64 [M] at a time, of which catching up takes little memory."""
+        for first in range(0, self.num_gaussians, CAUGHT_UP_ROWS):
+            lags = self.last_step[first : first + CAUGHT_UP_ROWS] < self.tables.step
             yield lags.nonzero().squeeze(1) + first
 
     def arrays_by_name(self) -> dict[str, Tensor]:
-        """Parameters and moments under the names of `offload.adam.state`; not copied."""
+        """Return parameters and moments under the names of `offload.adam.state`; not copied."""
         state = self._state
         arrays = {"parameters": state.parameters, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {f"{array}/{name}": value for array, values in arrays.items() for name, value in values.items()}
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Memory in bytes that appending this many Gaussians takes at its peak: one tensor stands twice."""
+        """Count the bytes that appending this many Gaussians takes at its peak: one tensor stands twice."""
         return {self.device: num_new * BYTES + self.num_gaussians * 4 * 4}
 
     def append_copies(self, ids: Tensor) -> None:
-        """Append a copy of each of these settled rows [M], without moments."""
+        """Append a copy of each of these rows [M], which have been caught up, without moments."""
         for name, value in self._state.parameters.items():
             self._state.parameters[name] = torch.cat([value, value[ids]])
             for moments in (self._state.exp_avg, self._state.exp_avg_sq):
@@ -144,12 +155,16 @@ class DeviceGeometry:
         self._state.last_step = torch.cat([self.last_step, self.last_step[ids]])
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these settled rows [M] new values; all their moments become zero."""
+        """Give these rows [M], which have been caught up, new values; all their moments become zero."""
         for name, parameter in self._state.parameters.items():
             if name in values:
                 parameter[ids] = values[name]
             self._state.exp_avg[name][ids] = 0
             self._state.exp_avg_sq[name][ids] = 0
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero; all of them have been caught up."""
+        self.overwrite(target_ids, {name: value[source_ids] for name, value in self._state.parameters.items()})
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
@@ -166,7 +181,20 @@ class DeviceGeometry:
         self._state.last_step = self.last_step[:num_gaussians]
 
     def clamp_opacities(self, max_logit: float) -> None:
-        """Lower every logit opacity to at most this, and forget the moments of all opacities; all rows are settled."""
+        """Lower every logit opacity to at most this, and forget the moments of all opacities; none lags behind."""
         self._state.parameters["opacities"].clamp_(max=max_logit)
         self._state.exp_avg["opacities"].zero_()
         self._state.exp_avg_sq["opacities"].zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return parameters, moments and all that catching them up needs, as `offload.adam.state` names it."""
+        tables = {f"deferral/geometry/{key}": table for key, table in self.tables.tables().items()}
+        return {**self.arrays_by_name(), "last_step/geometry": self.last_step, **tables}
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here."""
+        load_deferred(self, "geometry", self.tables, state)
+
+    def _margin(self, lagging: bool) -> Margin:
+        """Return how far rows, current or lagging behind, may move until the next step is done."""
+        return margin_ahead(self._adam, self.steps_done, lagging=lagging)

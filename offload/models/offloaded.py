@@ -2,240 +2,339 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
-from offload.adam.finite import FiniteGradients
+from offload.adam.finite import FiniteGradients, gradient_of
 from offload.adam.options import AdamOptions
+from offload.adam.schedules import schedules_of
 from offload.adam.state import State, load_deferred
-from offload.culling.cameras import Cameras, Margin
-from offload.culling.margins import largest_correction, largest_drift, largest_step, margin_of
-from offload.culling.native import BlockBounds, visible_ids
+from offload.culling.cameras import Cameras
+from offload.models.contract import GeometryPlace, StepOrder
 from offload.models.geometry_device import DeviceGeometry
+from offload.models.geometry_host import HostGeometry
+from offload.pipelines.contract import Counters, FetchedRows, Pipeline
+from offload.pipelines.groups import RowGroup
 from offload.store.host_store import HostStore, total_growth
 from offload.store.layout import Moments
 
+Place = Literal["device", "host"]
+Adam = TypeVar("Adam", bound=DeferralTables)
+
 
 class OffloadedGaussians:
-    """What the Gaussians of the optimized and of the streamed trainer share: reading, densification, state.
+    """Gaussians whose geometry has a place, and whose rows on the host travel through a pipeline.
 
-    A subclass moves rows of `_stores` to the device and back. It sets `_deferrals`, which say how far rows of each
-    group lag behind, and `_pipeline`, whose `finish` waits until the stores hold all that has been updated and whose
-    `read` gives copies of current rows; and it has the methods that raise NotImplementedError here.
+    The verbs, and the order in which they may be called, are those of `offload.models.contract.GaussianModel`.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, Tensor],
-        adam: AdamOptions,
-        *,
+        geometry: GeometryPlace,
+        groups: Mapping[str, RowGroup],
+        pipeline: Pipeline,
         device: torch.device,
-        geometry: Literal["device", "host"],
-        max_gaussians: int,
-        moments: Moments = "float32",
-        pad_to_cache_line: bool = False,
     ) -> None:
         """
         Args:
-            parameters: The six tensors of `training.gaussians.initial_gaussians`.
-            adam: Learning rates, decay rates and epsilon.
-            device: Where views are rendered.
             geometry: Where means, scales, quats and opacities are.
-            max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
-            moments: The precision in which Adam's moments of the appearance are kept.
-            pad_to_cache_line: As for `HostStore`.
+            groups: What travels: the appearance, and geometry where it is on the host.
+            pipeline: Moves it.
+            device: Where views are rendered.
         """
         self.steps_done = 0
-        self._adam = adam
+        self._geometry = geometry
+        self._groups = groups
+        self._pipeline = pipeline
         self._rendering_device = device
+        self._order = StepOrder()
         self._finite = FiniteGradients(device)
-        self._device_geometry: DeviceGeometry | None = None
-        self._bounds: BlockBounds | None = None  # of geometry on the host; None until they are next needed
-        self._stores: dict[str, HostStore] = {}  # one for each group, with last steps of its own
-        self._deferrals: dict[str, DeferralTables] = {}
-        if geometry == "device":
-            self._device_geometry = DeviceGeometry(parameters, adam, device=device)
-            self._deferrals["geometry"] = self._device_geometry.tables
-        for name in ("appearance",) if geometry == "device" else ("geometry", "appearance"):
-            self._stores[name] = HostStore(
-                parameters,
-                name,
-                moments=moments if name == "appearance" else "float32",
-                max_gaussians=max_gaussians,
-                pin=device.type == "cuda",
-                pad_to_cache_line=pad_to_cache_line,
-            )
-
-    # ------------------------------------------------------------------------------------ reading, at any time
+        self._rows: FetchedRows | None = None  # of the present view, or of its present tile
+        self._ids = torch.zeros(0, dtype=torch.int64, device=device)  # [V] of the present view
+        self._leaves: dict[str, Tensor] = {}  # [V, ...] of geometry that does not travel
 
     @property
     def num_gaussians(self) -> int:
-        return self._stores["appearance"].num_gaussians
+        return self._groups["appearance"].store.num_gaussians
 
     @property
     def device(self) -> torch.device:
         """Where geometry is."""
-        return torch.device("cpu") if self._device_geometry is None else self._rendering_device
+        return self._geometry.device
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
+        with self._order.taking("fetch", cameras=cameras):
+            self._forget_other_rows(cameras)
+            rows = self._pipeline.fetch(cameras)
+            self._ids = rows.ids
+            return self._to_render(rows)
 
     @property
-    def staging_allocations(self) -> int:
-        """How often space for the rows of a view has been allocated so far."""
-        return self._pipeline.staging_allocations
+    def ids(self) -> Tensor:
+        """Which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
+        return self._ids
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Prepare the view after this one; not where densification will change rows before it."""
+        with self._order.taking("prefetch", cameras=cameras):
+            self._pipeline.prefetch(cameras)
+
+    def update(self) -> None:
+        """Take Adam's step on the gradients of the rows that `fetch` gave."""
+        with self._order.taking("update"):
+            self._keep_finite()
+            gradients = self._geometry_gradients()
+            self._update_travelled()
+            self._geometry.update(self._ids, gradients)
+            self._pipeline.geometry_moved()
+            self._leaves, self._rows = {}, None
+            self.steps_done += 1
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return copies of the rows [V] that a view needs, as from `fetch`; training is not disturbed."""
+        with self._order.taking("read", "read_view"):
+            self._pipeline.finish()
+            return self._copies_to_render(self._geometry.visible_ids(cameras))
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """Copies of the current values of these rows of the six parameter tensors."""
-        values = {}
-        if self._device_geometry is not None:
-            values = self._device_geometry.gather(torch.arange(first, last, device=self.device))
-        for name in self._stores:
-            values.update(self._named(name, self._pipeline.read(name, torch.arange(first, last))))
-        return values
+        """Return copies of the current values of these rows of the six parameter tensors."""
+        with self._order.taking("read", "rows"):
+            ids = torch.arange(first, last)
+            values = self._geometry.gather(ids.to(self.device))
+            for name, group in self._groups.items():
+                values.update(group.store.layout.named(self._pipeline.read(name, ids)))
+            return values
 
-    # ------------------------------------------------------------------------------------------- to be continued
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, as `offload.adam.state` describes it: views of the stores."""
-        self._pipeline.finish()
-        state = {"step_count": torch.tensor(self.steps_done)}
-        for place in self._places():
-            state.update(place.arrays_by_name())
-        for name, deferral in self._deferrals.items():
-            in_store = name in self._stores
-            state[f"last_step/{name}"] = self._last_step(name) if in_store else self._device_geometry.last_step
-            state.update({f"deferral/{name}/{key}": table for key, table in deferral.tables().items()})
-        return state
-
-    def copied_before_change(self) -> dict[str, HostStore]:
-        """Which tensors of `state` change only after their store has been told; all others may change at any time."""
-        return {key: store for store in self._stores.values() for key in store.arrays_by_name()}
-
-    def load_state(self, state: State) -> None:
-        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
-        self.steps_done = int(state["step_count"])
-        for name, store in self._stores.items():
-            with store.changing(None):
-                load_deferred(store, name, self._deferrals[name], state)
-            store.step = self.steps_done
-        if self._device_geometry is not None:
-            load_deferred(self._device_geometry, "geometry", self._deferrals["geometry"], state)
-        self._bounds = None
-
-    def skipped_steps(self) -> tuple[int, int]:
-        """How many steps had a gradient that was not finite, and how many of those were the last in a row."""
-        return self._finite.skipped_steps()
-
-    # ---------------------------------------------- what densification asks (training.densification.GaussianStore)
+    # --------------------------------------------------------------------------------------------- densification
 
     def read(self, name: str) -> Tensor:
-        """The current values of one geometry parameter; not copied."""
-        if self._device_geometry is not None:
-            return self._device_geometry.settle(None)[name]
-        self._hand_over("geometry", None)
-        return self._stores["geometry"].read(name)
+        """Return the current values of one geometry parameter; not copied."""
+        with self._order.taking("change", "read"):
+            return self._geometry_caught_up()[name]
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""
-        self._hand_over_all(ids)
-        for place in self._places():
-            place.append_copies(ids)
-        self._bounds = None
+        with self._changing("append_copies", ids):
+            for place in self._places():
+                place.append_copies(ids)
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where some places have them only, since appending has failed."""
-        for place in self._places():
-            place.truncate(num_gaussians)
-        self._bounds = None
+        with self._order.taking("change", "truncate"):
+            self._pipeline.forget_upcoming()
+            for place in self._places():
+                place.truncate(num_gaussians)
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero."""
-        self._hand_over_all(ids)
-        for place in self._places():
-            place.overwrite(ids, values)
-        self._bounds = None
+        with self._changing("overwrite", ids):
+            for place in self._places():
+                place.overwrite(ids, values)
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
+        with self._changing("relocate", torch.cat([source_ids, target_ids])):
+            for place in self._places():
+                place.relocate(source_ids, target_ids)
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
-        self._hand_over_all(ids[:0])
-        for place in self._places():
-            place.keep(ids)
-        self._bounds = None
+        with self._changing("keep", ids[:0]):
+            for place in self._places():
+                place.keep(ids)
 
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
-        if self._device_geometry is not None:
-            self._device_geometry.settle(None)
-            self._device_geometry.clamp_opacities(max_logit)
-        else:
-            self._hand_over("geometry", None)
-            self._stores["geometry"].clamp_opacities(max_logit)
+        with self._order.taking("change", "clamp_opacities"):
+            self._geometry_caught_up()
+            self._geometry.clamp_opacities(max_logit)
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Memory in bytes, of host and device, that appending this many Gaussians takes at its peak."""
+        """Count the bytes of host and device memory that appending this many Gaussians takes at its peak."""
         return total_growth(self._places(), num_new)
 
-    # ------------------------------------------------------------------------------------------ of the subclasses
+    # ----------------------------------------------------------------------------------------------------- state
 
-    def _hand_over(self, group: str, ids: Tensor | None) -> None:
-        """Let a store be read and changed, until the next view is fetched.
+    def state(self) -> dict[str, Tensor]:
+        """Return all that training goes on from, as `offload.adam.state` describes it: views of the stores."""
+        with self._order.taking("read", "state"):
+            self._pipeline.finish()
+            state = {"step_count": torch.tensor(self.steps_done), **self._geometry.state()}
+            for name, group in self._groups.items():
+                state.update(group.store.arrays_by_name())
+                state[f"last_step/{name}"] = self._pipeline.last_step(name)
+                state.update({f"deferral/{name}/{key}": table for key, table in group.adam.tables().items()})
+            return {**state, **self._pipeline.state()}
 
-        Args:
-            group: Whose store.
-            ids: int64 [M] anywhere, sorted: the rows of which it is to hold the current values; None: all rows.
+    def copied_before_change(self) -> dict[str, HostStore]:
+        """Name the tensors of `state` that change only after their store has been told; others may at any time."""
+        copied = {key: group.store for group in self._groups.values() for key in group.store.arrays_by_name()}
+        if self._pipeline.last_step_in_store:
+            copied.update({f"last_step/{name}": group.store for name, group in self._groups.items()})
+        return copied
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+        with self._order.taking("change", "load_state"):
+            self._pipeline.forget_upcoming()
+            self.steps_done = int(state["step_count"])
+            for name, group in self._groups.items():
+                with group.store.changing(None):
+                    load_deferred(group.store, name, group.adam, state)
+                group.store.step = self.steps_done
+            self._geometry.load_state(state)
+            self._pipeline.load_state(state)
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended.
+
+        Raises:
+            RuntimeError: It has been applied in part.
         """
-        raise NotImplementedError
+        self._pipeline.undo_step(self.steps_done)
+        counts = [self._geometry.steps_done, *(group.adam.step for group in self._groups.values())]
+        if any(count != self.steps_done for count in counts):
+            raise RuntimeError("the step had been applied in part")
+        self._leaves, self._rows = {}, None
+        self._order.undo()
 
-    def _last_step(self, group: str) -> Tensor:
-        """Step of the last update of each row of a store, [N] int32."""
-        return self._stores[group].last_step
+    # --------------------------------------------------------------------------------------------------- figures
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """Count the steps with a gradient that was not finite, and those of them that were the last in a row."""
+        return self._finite.skipped_steps()
+
+    def counters(self) -> Counters:
+        """Return what the pipeline has counted so far; waits for what it counts on the device."""
+        return self._pipeline.counters()
 
     # --------------------------------------------------------------------------------------------------- inside
 
-    def _hand_over_all(self, ids: Tensor) -> None:
-        ids = ids.unique()
-        for group in self._stores:
-            self._hand_over(group, ids)
-        if self._device_geometry is not None:
-            self._device_geometry.settle(ids)
+    def _forget_other_rows(self, cameras: Cameras) -> None:
+        """Cull anew, where what is known of the next view is of a step that was undone and was on other cameras."""
+        if self._order.knows_rows_of_other(cameras):
+            self._pipeline.forget_upcoming()
 
-    def _places(self) -> list[DeviceGeometry | HostStore]:
-        device = [] if self._device_geometry is None else [self._device_geometry]
-        return [*device, *self._stores.values()]
+    def _to_render(self, rows: FetchedRows) -> dict[str, Tensor]:
+        """Return rows as rendering takes them, those of geometry that does not travel as leaves."""
+        self._rows = rows
+        self._leaves = {name: value.requires_grad_() for name, value in self._geometry.gather(rows.ids).items()}
+        return {**self._leaves, **self._named_to_render(rows.values)}
 
-    def _host_geometry(self) -> Tensor:
-        """Rows [N, 12] as culling on the host takes them."""
-        store = self._stores["geometry"]
-        return store.rows.parameters[:, : store.layout.num_columns]
+    def _named_to_render(self, travelled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name rows [V, columns] of groups as rendering takes them."""
+        return {
+            key: value
+            for name, group in self._groups.items()
+            for key, value in group.store.layout.to_render(travelled[name]).items()
+        }
 
-    def _host_geometry_changed(self, host_ids: Tensor | None) -> None:
-        """Follow a change of rows (sorted; None: all) of the store."""
-        if host_ids is None:
-            self._bounds = None
-        elif self._bounds is not None:
-            self._bounds.update(self._host_geometry(), host_ids)
+    def _copies_to_render(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return copies of rows [V], whose ids are where geometry is, on the rendering device."""
+        travelled = {name: self._pipeline.read(name, ids) for name in self._groups}
+        rows = {**self._geometry.gather(ids), **self._named_to_render(travelled)}
+        return {name: value.to(self._rendering_device) for name, value in rows.items()}
 
-    def _margin(self, lagging: bool) -> Margin:
-        """How far geometry may be from what culling reads when the step after the present one renders it.
+    def _update_travelled(self) -> None:
+        self._pipeline.update()
 
-        Args:
-            lagging: Whether rows lack the steps that they have skipped.
-        """
-        change = largest_step(self._adam.betas) + (largest_drift(self._adam.betas) if lagging else 0.0)
-        return margin_of(change * largest_correction(self._adam.betas, self.steps_done + 1), self._adam.learning_rates)
+    def _keep_finite(self) -> None:
+        if self._rows is not None:
+            self._finite.keep([*self._rows.values.values(), *self._leaves.values()])
 
-    def _cull(self, cameras: Cameras) -> Tensor:
-        """Sorted ids [V], where geometry is, of what cameras may draw after one more step."""
-        if self._device_geometry is not None:
-            return self._device_geometry.visible_ids(cameras, self._margin(lagging=False), self._margin(lagging=True))
-        if self._bounds is None:  # once after a refinement, whose operations are several
-            self._bounds = BlockBounds(self._host_geometry())
-        return visible_ids(self._host_geometry(), self._bounds, cameras, self._margin(lagging=True))
+    def _geometry_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients [V, ...] of geometry that does not travel."""
+        return {name: gradient_of(leaf) for name, leaf in self._leaves.items()}
 
-    def _to_render(self, group: str, rows: Tensor) -> dict[str, Tensor]:
-        return self._stores[group].layout.to_render(rows)
+    @contextmanager
+    def _changing(self, method: str, ids: Tensor) -> Iterator[None]:
+        """Change rows [M], of which the current values are read, when they have been caught up."""
+        with self._order.taking("change", method):
+            ids = ids.unique()
+            self._pipeline.forget_upcoming()
+            for name in self._groups:
+                self._pipeline.catch_up(name, ids)
+            self._geometry.catch_up(ids)
+            yield
 
-    def _named(self, group: str, rows: Tensor) -> dict[str, Tensor]:
-        return self._stores[group].layout.named(rows)
+    def _geometry_caught_up(self) -> dict[str, Tensor]:
+        """Return the current values of geometry [N, ...] by name, not copied."""
+        self._pipeline.forget_upcoming()
+        for name in self._geometry.stores:
+            self._pipeline.catch_up(name, None)
+        return self._geometry.catch_up(None)
+
+    def _places(self) -> list[GeometryPlace | HostStore]:
+        """Return geometry and the stores of all else."""
+        others = [group.store for name, group in self._groups.items() if name not in self._geometry.stores]
+        return [self._geometry, *others]
+
+
+def geometry_in(
+    place: Place,
+    parameters: Mapping[str, Tensor],
+    adam: AdamOptions,
+    *,
+    device: torch.device,
+    max_gaussians: int,
+    pad_to_cache_line: bool = False,
+) -> GeometryPlace:
+    """Put geometry into its place.
+
+    Args:
+        place: Which one.
+        parameters: The six tensors of `training.gaussians.initial_gaussians`.
+        adam: Learning rates, decay rates and epsilon.
+        device: Where views are rendered.
+        max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+        pad_to_cache_line: As for `HostStore`, where it is on the host.
+    """
+    if place == "device":
+        return DeviceGeometry(parameters, adam, device=device)
+    return HostGeometry(
+        parameters,
+        adam,
+        max_gaussians=max_gaussians,
+        pin=device.type == "cuda",
+        pad_to_cache_line=pad_to_cache_line,
+    )
+
+
+def groups_beside(
+    geometry: GeometryPlace,
+    parameters: Mapping[str, Tensor],
+    adam: AdamOptions,
+    tables: Callable[[Tensor], Adam],
+    *,
+    device: torch.device,
+    max_gaussians: int,
+    moments: Moments = "float32",
+) -> dict[str, RowGroup[Adam]]:
+    """Make the groups of rows that travel: the appearance, and geometry where it is on the host.
+
+    Args:
+        geometry: In its place.
+        parameters: The six tensors of `training.gaussians.initial_gaussians`.
+        adam: Learning rates, decay rates and epsilon.
+        tables: Makes what updates the rows of a group from its multipliers [schedules, columns].
+        device: Where views are rendered.
+        max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+        moments: The precision in which Adam's moments of the appearance are kept.
+    """
+    pin = device.type == "cuda"
+    appearance = HostStore(parameters, "appearance", moments=moments, max_gaussians=max_gaussians, pin=pin)
+    groups = {}
+    for name, store in {**geometry.stores, "appearance": appearance}.items():
+        multipliers, learning_rates = schedules_of(name, store.sh_degree, adam)
+        groups[name] = RowGroup(store, tables(multipliers), learning_rates)
+    return groups

@@ -32,9 +32,10 @@ class Lane:
 
     def wait(self, *events: torch.cuda.Event | None) -> None:
         """Let the work given from now on wait for events; None has happened."""
-        for event in events:
-            if event is not None:
-                self.stream.wait_event(event)
+        if self.stream is not None:
+            for event in events:
+                if event is not None:
+                    self.stream.wait_event(event)
 
     def record(self) -> torch.cuda.Event | None:
         """The event that everything given so far is done."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
+from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.store.layout import RowState
@@ -70,6 +72,8 @@ class _Upcoming:
 class StreamedPipeline:
     """Brings each view's rows to the device, updates them and brings them back; see the head of this file."""
 
+    last_step_in_store: ClassVar[bool] = False  # those of rows that have been updated are on the device
+
     def __init__(self, groups: Mapping[str, RowGroup], cull: Callable[[Cameras], Tensor], device: torch.device) -> None:
         """
         Args:
@@ -99,7 +103,7 @@ class StreamedPipeline:
     # ------------------------------------------------------------------------------------------- a training step
 
     def fetch(self, cameras: Cameras) -> StreamedView:
-        """The rows of a view, with the values they have after the last step."""
+        """Return the rows of a view, with the values they have after the last step."""
         compute = Lane.current(self._device)
         if self._upcoming is None:
             self.finish()
@@ -117,11 +121,8 @@ class StreamedPipeline:
         return view
 
     def prefetch(self, cameras: Cameras) -> None:
-        """Let the next view's rows travel while the present one is rendered; waits for the culling alone.
-
-        Not to be called where the rows of the store will change before the next view.
-        """
-        present, previous = self._present.ids, self._previous
+        """Let the next view's rows travel while the present one is rendered; waits for the culling alone."""
+        present, previous = fetched(self._present).ids, self._previous
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
@@ -149,8 +150,8 @@ class StreamedPipeline:
         self._upcoming = _Upcoming(view, sources, leaving, culled)
 
     def update(self) -> None:
-        """Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
-        view, upcoming, compute = self._present, self._upcoming, Lane.current(self._device)
+        """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
+        view, upcoming, compute = fetched(self._present), self._upcoming, Lane.current(self._device)
         if upcoming is None:
             with self._fetch_lane as lane:
                 lane.wait(self._ready)  # rows have caught up elsewhere
@@ -172,29 +173,39 @@ class StreamedPipeline:
         self._host_lacks_previous = upcoming is not None
         self._previous, self._present = view, None
 
-    def geometry_has_moved(self) -> None:
-        """Say that geometry outside the groups has been given its values of after the last step."""
+    def geometry_moved(self) -> None:
+        """Note that geometry which stays on the device has taken its step as well, so that it may be culled."""
         self._ready = Lane.current(self._device).record()
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
         if self._host_lacks_previous:
-            self._write_to_host(self._previous, None)
+            self._write_to_host(fetched(self._previous), None)
             self._host_lacks_previous = False
         self._fetch_lane.finish()
         self._write_lane.finish()
 
     @property
     def upcoming_ids(self) -> Tensor | None:
-        """The next view's rows [V], where they have been found ahead; between steps."""
+        """The next view's rows [V] on the device, where they have been found ahead; between steps."""
         return self._found_ids if self._upcoming is None else self._upcoming.view.ids
 
-    def load_state(self, upcoming_ids: Tensor | None) -> None:
-        """Take these rows for the next view; they were found ahead before training was interrupted."""
-        self._found_ids, self._upcoming = upcoming_ids, None
+    def forget_upcoming(self) -> None:
+        """Drop what is known of the next view, since rows will be changed."""
+        self.finish()  # rows may live in the upcoming view only
+        self._found_ids = self._upcoming = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is known of the next view, as `offload.adam.state` names it; between steps."""
+        return {} if self.upcoming_ids is None else {"upcoming/ids": self.upcoming_ids}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
+        self._found_ids, self._upcoming = upcoming_ids_of(state, self._device), None
+        self._newer_last_step.clear()
 
     def undo_step(self, steps_done: int) -> None:
-        """Forget the step after so many; the next one begins with the same view.
+        """Forget the step after so many, which an error has ended; the next one begins with the same view.
 
         Raises:
             RuntimeError: Gradients have reached some rows already.
@@ -235,10 +246,14 @@ class StreamedPipeline:
         row_bytes = sum(4 * group.adam.columns * len(group.store.rows.tensors()) for group in self._groups.values())
         return row_bytes * (rows["rows_fetched"] + rows["rows_written"])
 
+    def counters(self) -> Counters:
+        """Count allocations of space for views, and rows and bytes that have travelled; waits for the culling."""
+        return Counters(self.staging_allocations, {}, {**self.rows_moved, "link_bytes": self.link_bytes})
+
     # ------------------------------------------------------------------------------------ reading and changing rows
 
     def read(self, name: str, ids: Tensor) -> Tensor:
-        """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
+        """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
         group, ids = self._groups[name], ids.to(self._device)
         out = torch.empty(len(ids), group.adam.columns, device=self._device)
@@ -253,16 +268,14 @@ class StreamedPipeline:
             self._newer_last_step[name] = self._groups[name].store.last_step.clone().to(self._device)
         return self._newer_last_step[name]
 
-    def hand_over(self, name: str, ids: Tensor | None) -> None:
-        """Let a group's store be read and changed by others, until the next view is fetched.
+    def catch_up(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store hold the current values of rows, so that others may read and change them.
 
         Args:
             name: Of the group.
-            ids: int64 [M] anywhere, rows of which the store is to hold the current values; None: all rows.
-                Others keep the steps they have skipped.
+            ids: int64 [M] on any device, the rows; None: all. Others keep the steps they have skipped.
         """
-        self.finish()
-        self._upcoming = None  # what was fetched ahead may not hold any more
+        self.forget_upcoming()  # it may not hold any more
         group = self._groups[name]
         last_step = self.last_step(name)
         with group.store.changing(ids) as host:
@@ -283,7 +296,7 @@ class StreamedPipeline:
         return StreamedView(ids, self._next_slot(len(ids)))
 
     def _next_slot(self, count: int) -> _Slot:
-        """The slot whose view came first, with space for this many rows."""
+        """Take the slot whose view came first, with space for this many rows."""
         slot = self._slots.pop(0)
         self._slots.append(slot)
         if count > self._capacity:

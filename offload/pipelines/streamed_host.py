@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.device_memory import most_bytes, peak_memory
+from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
@@ -74,6 +76,8 @@ class _Upcoming:
 class StreamedHostPipeline:
     """Brings each view's parameters to the device and updates its rows where they live; see the head of this file."""
 
+    last_step_in_store: ClassVar[bool] = True
+
     def __init__(self, groups: Mapping[str, RowGroup], cull: Callable[[Cameras], Tensor], device: torch.device) -> None:
         """
         Args:
@@ -103,7 +107,7 @@ class StreamedHostPipeline:
     # ------------------------------------------------------------------------------------------- a training step
 
     def fetch(self, cameras: Cameras) -> InPlaceView:
-        """The rows of a view, with the values they have after the last step."""
+        """Return the rows of a view, with the values they have after the last step."""
         compute, upcoming = Lane.current(self._device), self._ahead.result()
         self._ahead.forget()
         if upcoming is not None and upcoming.view is not None:
@@ -118,18 +122,15 @@ class StreamedHostPipeline:
         return view
 
     def prefetch(self, cameras: Cameras) -> None:
-        """Let the next view's rows travel while the present one is rendered; waits for nothing.
-
-        Not to be called where the rows of the store will change before the next view.
-        """
+        """Let the next view's rows travel while the present one is rendered; waits for nothing."""
         with self._fetch_lane as lane:
             lane.wait(self._ready)
             self._begin_step()  # here, where rows catch up
-        self._ahead.begin(self._prepare, cameras, self._present)
+        self._ahead.begin(self._prepare, cameras, fetched(self._present))
 
     def update(self) -> None:
-        """Adam's step on the gradients of the view that `fetch` gave, on the host; waits for the worker."""
-        upcoming, view, compute = self._ahead.result(), self._present, Lane.current(self._device)
+        """Take Adam's step on the gradients of the view that `fetch` gave, on the host; waits for the worker."""
+        upcoming, view, compute = self._ahead.result(), fetched(self._present), Lane.current(self._device)
         self._note_update()
         if upcoming is None:
             with self._fetch_lane as lane:
@@ -147,7 +148,7 @@ class StreamedHostPipeline:
             if upcoming is not None and upcoming.view is not None:
                 destination = RowState(upcoming.view.rows[name], ())
                 self._kernels.move_rows(RowState(rows, ()), upcoming.sources, destination)
-        if upcoming is not None and upcoming.view is not None:
+        if upcoming is not None and upcoming.sources is not None:
             compute.uses(upcoming.sources)
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it
@@ -156,6 +157,9 @@ class StreamedHostPipeline:
         view.step, view.updated = self.step_count, compute.record()
         self._ready = view.updated
         self._unnoted, self._present = view, None
+
+    def geometry_moved(self) -> None:
+        """Do nothing: geometry is among the rows."""
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
@@ -169,13 +173,23 @@ class StreamedHostPipeline:
         upcoming = self._ahead.result()
         return self._found_ids if upcoming is None else upcoming.host_ids
 
-    def load_state(self, upcoming_ids: Tensor | None) -> None:
-        """Take these rows for the next view; they were found ahead before training was interrupted."""
-        self._found_ids = upcoming_ids
+    def forget_upcoming(self) -> None:
+        """Drop what is known of the next view, since rows will be changed."""
+        self.finish()
         self._ahead.forget()
+        self._found_ids = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is known of the next view, as `offload.adam.state` names it; between steps."""
+        return {} if self.upcoming_ids is None else {"upcoming/ids": self.upcoming_ids}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
+        self._ahead.forget()
+        self._found_ids = upcoming_ids_of(state, torch.device("cpu"))
 
     def undo_step(self, steps_done: int) -> None:
-        """Forget the step after so many; the next one begins with the same view.
+        """Forget the step after so many, which an error has ended; the next one begins with the same view.
 
         Raises:
             RuntimeError: Gradients have reached some rows already.
@@ -192,10 +206,12 @@ class StreamedHostPipeline:
         for group in self._groups.values():
             group.undo_step(steps_done)
 
-    def offload_milliseconds(self) -> dict[str, float]:
-        """Time so far that the worker has waited for updates, taken notice of them, culled and sent ids and kernels
-        (the main thread where nothing was prefetched), and that the main thread has waited for the worker."""
-        return self._times.milliseconds()
+    def counters(self) -> Counters:
+        """Count allocations of space for views, rows and bytes that have travelled, and milliseconds that the worker
+        has waited for updates, noted them, culled and sent ids and kernels (the main thread where nothing was
+        prefetched), and that the main thread has waited for the worker; waits for the fetching."""
+        traffic = {**self.rows_moved, "link_bytes": self.link_bytes}
+        return Counters(self.staging_allocations, self._times.milliseconds(), traffic)
 
     @property
     def step_count(self) -> int:
@@ -228,10 +244,10 @@ class StreamedHostPipeline:
 
     # ------------------------------------------------------------------------------------ reading and changing rows
 
-    def read(self, name: str, host_ids: Tensor) -> Tensor:
-        """Copies of the current values of rows [V, columns] on the device; the store is left as it is."""
+    def read(self, name: str, ids: Tensor) -> Tensor:
+        """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
-        group = self._groups[name]
+        group, host_ids = self._groups[name], ids.cpu()
         out = self._caught_up(group, self._to_device(host_ids), self._last_step_of(group, host_ids))
         self._fetch_lane.wait(Lane.current(self._device).record())  # which will change the tables
         return out
@@ -241,16 +257,14 @@ class StreamedHostPipeline:
         self.finish()
         return self._groups[name].store.last_step
 
-    def hand_over(self, name: str, ids: Tensor | None) -> None:
-        """Let a group's store be read and changed by others, until the next view is fetched.
+    def catch_up(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store hold the current values of rows, so that others may read and change them.
 
         Args:
             name: Of the group.
-            ids: int64 [M] anywhere, sorted, rows of which the store is to hold the current values; None: all rows.
-                Others keep the steps they have skipped.
+            ids: int64 [M] on any device, sorted, the rows; None: all. Others keep the steps they have skipped.
         """
-        self.finish()
-        self._ahead.forget()  # what was fetched ahead may not hold any more
+        self.forget_upcoming()  # it may not hold any more
         group = self._groups[name]
         last_step = group.store.last_step
         if ids is None:

@@ -46,15 +46,6 @@ class Downloaded:
         return self.rows
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A tensor on the host, when it has arrived there: through pinned memory, which torch keeps for the next time."""
-    if not tensor.is_cuda:
-        return tensor
-    copy = tensor.to("cpu", non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return copy
-
-
 @dataclass
 class _DownLane:
     """A stream of downloads, which take turns in two staging buffers."""
@@ -124,7 +115,8 @@ class RowTransfer:
                 with self._times.on_stream("host_to_device"):
                     arrived[: end - begin].copy_(block, non_blocking=True)
                 uploaded.rows.index_copy_(0, on_device[begin:end], arrived[: end - begin])
-            uploaded.done.record(self._up)
+            if uploaded.done is not None:
+                uploaded.done.record(self._up)
 
     def _filled_blocks(
         self, num_rows: int, fill: Callable[[Tensor, int, int], None]

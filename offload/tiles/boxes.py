@@ -12,7 +12,7 @@ so each cut that is tried costs a few additions, however many Gaussians there ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +20,14 @@ CELL = 16  # pixels; the rasterizer works on blocks of this size
 SMALLEST = 64  # pixels; no tile is cut below this, in either direction
 HALO = 5  # pixels around a tile that are rendered with it: half of the SSIM window
 
-# Of so many rows, so often met by cells, on so many pixels (numbers or arrays of them).
-Cost = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Numbers = Any  # a number, or a numpy array of them
+
+# What a tile costs with so many rows, so often met by cells, on so many pixels.
+Cost = Callable[[Numbers, Numbers, Numbers], Numbers]
 
 
 class Tile(NamedTuple):
-    """Pixels x to x + width, y to y + height of one camera's picture."""
+    """Names pixels x to x + width, y to y + height of one camera's picture."""
 
     camera: int
     x: int
@@ -34,7 +36,7 @@ class Tile(NamedTuple):
     height: int
 
     def with_halo(self, halo: int, picture_width: int, picture_height: int) -> Tile:
-        """The tile with so many pixels more on every side, as far as the picture reaches."""
+        """Return the tile with so many pixels more on every side, as far as the picture reaches."""
         left, top = max(self.x - halo, 0), max(self.y - halo, 0)
         right = min(self.x + self.width + halo, picture_width)
         bottom = min(self.y + self.height + halo, picture_height)
@@ -42,16 +44,16 @@ class Tile(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Cells left to right - 1, top to bottom - 1 of a picture's grid; numbers, or arrays for several boxes."""
+    """Names cells left to right - 1, top to bottom - 1 of a picture's grid; arrays name several boxes."""
 
-    left: np.ndarray | int
-    right: np.ndarray | int
-    top: np.ndarray | int
-    bottom: np.ndarray | int
+    left: Numbers
+    right: Numbers
+    top: Numbers
+    bottom: Numbers
 
 
 class Coverage:
-    """How many rows may draw in any box of cells of one picture."""
+    """Knows how many rows may draw in any box of cells of one picture."""
 
     def __init__(self, corners: np.ndarray, width: int, height: int) -> None:
         """
@@ -69,7 +71,7 @@ class Coverage:
         self._cells_below = np.pad(cells.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
 
     def rows(self, box: Box) -> np.ndarray:
-        """How many rows may draw in a box."""
+        """Count the rows that may draw in a box."""
         left, right, top, bottom = box
         below = self._below
         return (
@@ -80,39 +82,39 @@ class Coverage:
         )
 
     def intersections(self, box: Box) -> np.ndarray:
-        """How many pairs of a row and a cell of the box there are."""
+        """Count the pairs of a row and a cell of the box that it may draw in."""
         left, right, top, bottom = box
         below = self._cells_below
         return below[right, bottom] - below[left, bottom] - below[right, top] + below[left, top]
 
     def pixels(self, box: Box) -> np.ndarray:
-        """Pixels in a box, with the halo but for what that loses at the picture's border."""
+        """Count the pixels in a box, with the halo but for what that loses at the picture's border."""
         width = np.minimum(box.right * CELL, self.width) - np.multiply(box.left, CELL)
         height = np.minimum(box.bottom * CELL, self.height) - np.multiply(box.top, CELL)
         return (width + 2 * HALO) * (height + 2 * HALO)
 
     def tile(self, camera: int, box: Box) -> Tile:
-        """The pixels of a box."""
+        """Return the pixels of a box."""
         left, top = int(box.left) * CELL, int(box.top) * CELL
         right, bottom = min(int(box.right) * CELL, self.width), min(int(box.bottom) * CELL, self.height)
         return Tile(camera, left, top, right - left, bottom - top)
 
 
 def box_of(tile: Tile) -> Box:
-    """The cells of a tile."""
+    """Return the cells of a tile."""
     return Box(tile.x // CELL, -(-(tile.x + tile.width) // CELL), tile.y // CELL, -(-(tile.y + tile.height) // CELL))
 
 
 def plan_boxes(coverage: Coverage, cost: Cost, limit: float, box: Box | None = None) -> list[Box]:
-    """Cut a picture, or a box of it, until each part costs at most the limit.
+    """Cut a picture, or a box of it, until each box costs at most the limit.
 
-    Each cut is the one, along either axis, whose dearer side is cheapest. A part stays above the limit where it has
+    Each cut is the one, along either axis, whose dearer side is cheapest. A box stays above the limit where it has
     reached the smallest size, or where no cut makes its dearer side cheaper.
 
     Args:
-        coverage: Of the picture.
-        cost: For instance the number of rows.
-        limit: Of the cost of a part.
+        coverage: What the picture's cells see.
+        cost: What is limited, for instance the number of rows.
+        limit: The most that a box may cost.
         box: What to cut; None: everything.
 
     Returns:
@@ -125,15 +127,15 @@ def plan_boxes(coverage: Coverage, cost: Cost, limit: float, box: Box | None = N
     halves = _best_cut(coverage, cost, box)
     if halves is None or max(_price(coverage, cost, half) for half in halves) >= price:
         return [box]
-    return [part for half in halves for part in plan_boxes(coverage, cost, limit, half)]
+    return [smaller for half in halves for smaller in plan_boxes(coverage, cost, limit, half)]
 
 
-def _price(coverage: Coverage, cost: Cost, box: Box) -> np.ndarray:
+def _price(coverage: Coverage, cost: Cost, box: Box) -> Numbers:
     return cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
 
 
 def _best_cut(coverage: Coverage, cost: Cost, box: Box) -> tuple[Box, Box] | None:
-    """The halves of the box after its best cut; None where it is too small to be cut."""
+    """Return the halves of the box after its best cut; None where it is too small to be cut."""
     found = []
     for (low, high), size, names in zip(
         (box[:2], box[2:]), (coverage.width, coverage.height), (("right", "left"), ("bottom", "top")), strict=True
@@ -147,6 +149,6 @@ def _best_cut(coverage: Coverage, cost: Cost, box: Box) -> tuple[Box, Box] | Non
         # Of equals, the cut that divides fewer rows, and then the one nearest to the middle.
         off_middle = np.abs(2 * cuts - low - high)
         cut = np.lexsort((off_middle, prices.sum(0), prices.max(0)))[0]
-        halves = tuple(box._replace(**{name: int(cuts[cut])}) for name in names)
+        halves = box._replace(**{names[0]: int(cuts[cut])}), box._replace(**{names[1]: int(cuts[cut])})
         found.append((prices[:, cut].max(), prices[:, cut].sum(), low - high, halves))  # of equals the longer axis
     return min(found)[-1] if found else None

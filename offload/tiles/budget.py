@@ -1,4 +1,4 @@
-"""How large the parts may be that a view is rendered in: a number of rows, or what fits into a memory budget."""
+"""How large the tiles may be that a view is rendered in: a number of rows, or what fits into a memory budget."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from errors import InputError
 from offload.store.layout import num_columns
-from offload.tiles.boxes import Box, Coverage, plan_boxes
+from offload.tiles.boxes import Box, Coverage, Numbers, plan_boxes
 
 HEADROOM = 0.08  # share of a budget that plans leave free, for fragments and for what the model does not know
-CALIBRATION_PARTS = 12  # parts that are measured by themselves; afterwards the peaks are only watched
-MEMORY_OF_PEAKS = 200  # parts
-PRIOR_WEIGHT = 0.02  # of the constants below against one measured part
+CALIBRATION_TILES = 12  # tiles that are measured by themselves; afterwards the peaks are only watched
+MEMORY_OF_PEAKS = 200  # tiles
+PRIOR_WEIGHT = 0.02  # of the constants below against one measured tile
 
-# Bytes of one row in a part, beside its values, before anything is measured: their gradient and, with all gradients,
+# Bytes of one row in a tile, beside its values, before anything is measured: their gradient and, with all gradients,
 # activated scales and opacities (32), positions, conics, colours, depths, radii and ids on the screen (150).
 RENDERING_BYTES = 180
 INTERSECTION_BYTES = 24  # keys and values of 12 bytes, sorted out of place
@@ -27,7 +27,7 @@ PIXEL_BYTES = 100  # rendering and photo, SSIM's derivatives, gradients, alphas
 
 
 class RowLimit:
-    """At most a share of all Gaussians in each part."""
+    """Allows at most a share of all Gaussians in each tile."""
 
     def __init__(self, threshold: float) -> None:
         """
@@ -42,31 +42,35 @@ class RowLimit:
         self.threshold = threshold
 
     def allows(self, num_visible: int, num_pixels: int, num_gaussians: int) -> bool:
-        """Whether a view may be rendered in one part, wherever its rows are."""
+        """Tell whether a view may be rendered whole, wherever its rows are."""
         return num_visible <= self.threshold * num_gaussians
 
     def plan(
         self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, *, must_fit: bool = True
     ) -> list[list[Box]]:
-        """The parts of each camera's picture; above the limit, where they cannot be cut, whatever `must_fit` says."""
+        """Return the boxes of each camera's picture: above the limit where no cut helps, whatever `must_fit` says."""
         return [plan_boxes(coverage, self.cost, self.threshold * num_gaussians) for coverage in coverages]
 
-    def cost(self, rows: np.ndarray, intersections: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    def cost(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
+        """Return the number of rows."""
         return rows
+
+    def exceeded(self) -> None:
+        """Do nothing: what a tile takes of memory does not change how many rows it may have."""
 
 
 @dataclass(frozen=True)
 class RowBytes:
-    """What rows take of the device, in bytes."""
+    """Says what rows take of the device, in bytes."""
 
-    values: int  # of a row in a part, as it travels
+    values: int  # of a row in a tile, as it travels
     geometry: int  # its geometry and the gradient of that, where geometry is on the device
-    view: int  # of a row of the view, whether or not it is in the present part
+    view: int  # of a row of the view, whether or not it is in the present tile
     everywhere: int  # of every Gaussian
 
     @staticmethod
     def of(geometry: Literal["device", "host"], sh_degree: int) -> RowBytes:
-        """Of ForwardedGaussians."""
+        """Return what rows of `TiledGaussians` take."""
         appearance, host_geometry = (4 * num_columns(group, sh_degree) for group in ("appearance", "geometry"))
         view = 32  # ids, those of the next view, positions in it, gradients on the screen
         if geometry == "host":
@@ -76,22 +80,22 @@ class RowBytes:
 
 
 class MemoryBudget:
-    """Parts that fit into so many bytes of device memory, by a model of what rendering them takes.
+    """Allows tiles that fit into so many bytes of device memory, by a model of what rendering them takes.
 
-        peak = fixed + view * V + values * (rows + rows of the next part)
+        peak = fixed + view * V + values * (rows + rows of the next tile)
                + (rendering * rows + intersection * intersections + pixel * pixels)
 
     `fixed` is measured between steps. The constants of the second line start as the ones above and are fitted, by
-    ridge regression towards those, to the peaks of the first parts; afterwards the largest ratio of a measured peak to
-    a predicted one, over the last parts, is a factor on them. On the CPU nothing is measured.
+    ridge regression towards those, to the peaks of the first tiles; afterwards the largest ratio of a measured peak to
+    a predicted one, over the last tiles, is a factor on them. On the CPU nothing is measured.
     """
 
     def __init__(self, budget: int, row_bytes: RowBytes, num_gaussians: int) -> None:
         """
         Args:
-            budget: Bytes.
+            budget: Bytes that there are.
             row_bytes: What rows take.
-            num_gaussians: That training begins with.
+            num_gaussians: How many training begins with.
 
         Raises:
             InputError: They do not fit, even before any view is rendered.
@@ -113,30 +117,30 @@ class MemoryBudget:
 
     @property
     def is_calibrated(self) -> bool:
-        return len(self._samples) >= CALIBRATION_PARTS
+        return len(self._samples) >= CALIBRATION_TILES
 
     @property
     def factor(self) -> float:
-        """By how much rendering has exceeded the model, at most."""
+        """By how much rendering has exceeded the model, at most; 1 before anything is known."""
         return max(self._ratios, default=1.0)
 
-    def cost(self, rows: np.ndarray, intersections: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Bytes that parts take while they are rendered, without the rows of the next part."""
+    def cost(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
+        """Return the bytes that tiles take while they are rendered, without the rows of the next tile."""
         rendering = self._constants[0] * rows + self._constants[1] * intersections + self._constants[2] * pixels
         return self._row_bytes.values * rows + self.factor * rendering
 
     def allows(self, num_visible: int, num_pixels: int, num_gaussians: int) -> bool:
-        """Whether a view may be rendered in one part, wherever its rows are: with 16 cells met by each."""
-        cost = self.cost(num_visible, 16 * num_visible, num_pixels)
+        """Tell whether a view may be rendered whole, wherever its rows are: with 16 cells met by each."""
+        cost = float(self.cost(num_visible, 16 * num_visible, num_pixels))
         return cost + self._row_bytes.values * num_visible <= self._room(num_visible)
 
     def plan(
         self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, *, must_fit: bool = True
     ) -> list[list[Box]]:
-        """The parts of each camera's picture.
+        """Return the boxes that each camera's picture is cut into.
 
         Raises:
-            InputError: No parts fit although they must; naming the smallest budget for which there are any.
+            InputError: No tiles fit although they must; naming the smallest budget for which there are any.
         """
         limit = self._limit(coverages, num_visible)
         plans = [plan_boxes(coverage, self.cost, limit) for coverage in coverages]
@@ -151,12 +155,12 @@ class MemoryBudget:
         return plans
 
     def observe(self, rows: int, intersections: int, pixels: int, grown: int, peak: int) -> None:
-        """Take in what rendering a part has taken.
+        """Take in what rendering a tile has taken.
 
         Args:
-            rows, intersections, pixels: Of the part.
-            grown: Bytes by which memory grew from before the part, whose rows were there, to its peak, but for the next
-                part's rows.
+            rows, intersections, pixels: Those of the tile.
+            grown: Bytes by which memory grew from before the tile, whose rows were there, to its peak, but for the next
+                tile's rows.
             peak: Bytes in use at the peak.
         """
         x = np.array([rows, intersections, pixels], np.float64)
@@ -171,40 +175,39 @@ class MemoryBudget:
             self._ratios.extend(y / max(float(self._constants @ x), 1.0) for x, y in self._samples)
 
     def exceeded(self) -> None:
-        """A part has taken more than there is: plan smaller ones."""
+        """Plan smaller tiles: one has taken more than there is."""
         self._ratios.append(1.15 * self.factor)
 
     def _fit(self) -> None:
-        """Ridge regression in relative terms: each part counts alike, whatever its size."""
-        A = [x * self._prior / y for x, y in self._samples]
+        """Fit the constants by ridge regression in relative terms: each tile counts alike, whatever its size."""
         scale = math.sqrt(PRIOR_WEIGHT)
-        A = np.vstack([*A, scale * np.eye(3)])
-        b = np.concatenate([np.ones(len(A) - 3), np.full(3, scale)])
+        A = np.vstack([*(x * self._prior / y for x, y in self._samples), scale * np.eye(3)])
+        b = np.concatenate([np.ones(len(self._samples)), np.full(3, scale)])
         self._constants = self._prior * np.linalg.lstsq(A, b, rcond=None)[0].clip(0.1, 10)
 
     def _room(self, num_visible: int) -> float:
         return self.budget * (1 - HEADROOM) - self.fixed - self._row_bytes.view * num_visible
 
     def _limit(self, coverages: Sequence[Coverage], num_visible: int) -> float:
-        """What a part may cost, so that as many rows as it may have fit beside it for the next part."""
-        return self._room(num_visible) / self._with_next_part(coverages)
+        """Return what a tile may cost, so that as many rows as it may have fit beside it for the next tile."""
+        return self._room(num_visible) / self._with_next_tile(coverages)
 
-    def _with_next_part(self, coverages: Sequence[Coverage]) -> float:
-        """What parts of a view cost together with the rows of the next one, over what they cost alone."""
+    def _with_next_tile(self, coverages: Sequence[Coverage]) -> float:
+        """Return what tiles of a view cost together with the rows of the next one, over what they cost alone."""
         boxes = [(coverage, coverage.everything) for coverage in coverages]
-        rows = sum(coverage.rows(box) for coverage, box in boxes)
+        rows = sum(float(coverage.rows(box)) for coverage, box in boxes)
         return 1 + self._row_bytes.values * rows / sum(self._cost_of(*box) for box in boxes)
 
     def _cost_of(self, coverage: Coverage, box: Box) -> float:
         return float(self.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box)))
 
     def _smallest(self, coverages: Sequence[Coverage], num_visible: int) -> float:
-        """The smallest budget in bytes for which there is a plan."""
+        """Return the smallest budget in bytes for which there is a plan."""
         finest = max(
             self._cost_of(coverage, box) for coverage in coverages for box in plan_boxes(coverage, self.cost, 0)
         )
         fixed = self.fixed + self._row_bytes.view * num_visible
-        return (fixed + finest * self._with_next_part(coverages)) / (1 - HEADROOM)
+        return (fixed + finest * self._with_next_tile(coverages)) / (1 - HEADROOM)
 
 
 def _mebibytes(num_bytes: float) -> str:

@@ -1,91 +1,140 @@
-"""Finds the parts that a view is rendered in, and the rows that each of them needs."""
+"""Finds the tiles that a view is rendered in, and the rows that each of them needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
-from offload.pipelines.forwarded import Part, ViewIds
-from offload.pipelines.transfer import to_host
-from offload.tiles.boxes import Box, Coverage, box_of, plan_boxes
+from offload.culling.visible import VisibleRows, to_host
+from offload.tiles.boxes import CELL, Box, Coverage, Tile, box_of, plan_boxes
 from offload.tiles.budget import MemoryBudget, RowLimit
 
 
-class PartPlanner:
+@dataclass
+class TileRows:
+    """Name the rows of a view that are rendered together."""
+
+    tile: Tile | None = None  # what they draw; None: all pictures of the view
+    rows: Tensor | None = None  # [T] int64, ascending: which of the view's rows they are; None: all
+    host_rows: Tensor | None = None  # [T] the same on the host
+
+    def numbers(self) -> Tensor:
+        """Return which of the view's rows they are, [T] on the host, where they are not all."""
+        if self.host_rows is None:
+            raise RuntimeError("The view is rendered whole.")
+        return self.host_rows
+
+
+@dataclass
+class TiledRows(VisibleRows):
+    """Name the rows that a view needs, and those of each tile it is rendered in."""
+
+    tiles: list[TileRows]
+    shared: Tensor | None = None  # [S] int64 on the host: rows that several tiles have; None: to be counted
+
+    def of_tile(self, tile: TileRows) -> VisibleRows:
+        """Return the rows [T] of a tile."""
+        if tile.rows is None:
+            return self
+        return VisibleRows(self.ids[tile.rows], self.host_ids[tile.host_rows])
+
+
+class CulledGeometry(Protocol):
+    """Knows where Gaussians are."""
+
+    @property
+    def num_gaussians(self) -> int: ...
+
+    def visible_ids(self, cameras: Cameras) -> Tensor:
+        """Return the sorted ids [V] of what cameras may draw after one more step."""
+
+    def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
+        """Find for each camera the cells of so many pixels that rows [V] may draw in, or so many pixels beside."""
+
+
+class TilePlanner:
     """Splits views that exceed a limit into tiles; see `offload/tiles/boxes.py`.
 
     Plans are made from the present geometry whenever a view is found, in one pass over its rows and only where it may
     exceed the limit; so nothing has to be renewed when densification has changed the scene.
     """
 
-    def __init__(
-        self,
-        limit: RowLimit | MemoryBudget | None,
-        covered_cells: Callable[[Cameras, Tensor], list[CoveredCells]],
-    ) -> None:
+    def __init__(self, limit: RowLimit | MemoryBudget, geometry: CulledGeometry, halo: int) -> None:
         """
         Args:
-            limit: Of the parts; None: views are never split.
-            covered_cells: Gives for each camera the cells that rows [V] may draw in or near.
+            limit: How large a tile may be.
+            geometry: The Gaussians.
+            halo: Pixels around a tile that are rendered with it.
         """
         self._limit = limit
-        self._covered_cells = covered_cells
+        self._geometry = geometry
+        self._halo = halo
 
-    def plan(self, cameras: Cameras, ids: Tensor, num_gaussians: int, *, must_fit: bool = True) -> ViewIds:
-        """The parts of a view.
+    def find(self, cameras: Cameras, *, must_fit: bool = True) -> TiledRows:
+        """Find the rows that cameras may draw after one more step, and the tiles to render them in.
 
         Args:
-            cameras: Its cameras.
-            ids: [V] int64, the rows that it needs.
-            num_gaussians: N.
-            must_fit: Whether parts above the limit are refused.
+            cameras: Of the view.
+            must_fit: Whether tiles above the limit are refused.
 
         Raises:
-            InputError: No parts keep the limit.
+            InputError: No tiles keep the limit.
         """
+        return self.plan(cameras, self._geometry.visible_ids(cameras), must_fit=must_fit)
+
+    def plan(self, cameras: Cameras, ids: Tensor, *, must_fit: bool = True) -> TiledRows:
+        """Find the tiles of a view that needs rows `ids` [V]; else as `find`."""
         host_ids, num_pixels = to_host(ids), len(cameras.Ks) * cameras.width * cameras.height
-        whole = ViewIds(ids, host_ids, [Part()])
-        if self._limit is None or self._limit.allows(len(ids), num_pixels, num_gaussians):
+        num_gaussians = self._geometry.num_gaussians
+        whole = TiledRows(ids, host_ids, [TileRows()])
+        if self._limit.allows(len(ids), num_pixels, num_gaussians):
             return whole
         cells, coverages = self._look(cameras, ids)
         plans = self._limit.plan(coverages, len(ids), num_gaussians, must_fit=must_fit)
         if len(plans) == len(plans[0]) == 1:
             return whole
-        parts, shared = _parts(plans, coverages, cells)
-        return ViewIds(ids, host_ids, parts, shared)
+        tiles, shared = _tiles(plans, coverages, cells)
+        return TiledRows(ids, host_ids, tiles, shared)
 
-    def refine(self, cameras: Cameras, view: ViewIds, part: Part) -> list[Part]:
-        """Parts that have the rows and pixels of one part, each camera's cut until a piece costs half; or one alone,
-        where it cannot be cut."""
-        limit = self._limit or RowLimit(1.0)
-        cells, coverages = self._look(cameras, view.of_part(part)[0])
+    def refine(self, cameras: Cameras, view: TiledRows, tile: TileRows) -> list[TileRows]:
+        """Cut a tile, for each camera, until a finer one costs half.
+
+        Returns:
+            Tiles that together have its rows and pixels; or one alone, where it cannot be cut.
+        """
+        cells, coverages = self._look(cameras, view.of_tile(tile).ids)
         plans: list[list[Box]] = []
         for camera, coverage in enumerate(coverages):
-            box = coverage.everything if part.tile is None else box_of(part.tile)
-            price = limit.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
-            belongs = part.tile is None or part.tile.camera == camera
-            plans.append(plan_boxes(coverage, limit.cost, price / 2, box) if belongs else [])
-        finer, _ = _parts(plans, coverages, cells)
-        if part.rows is None:
+            box = coverage.everything if tile.tile is None else box_of(tile.tile)
+            price = self._limit.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
+            belongs = tile.tile is None or tile.tile.camera == camera
+            plans.append(plan_boxes(coverage, self._limit.cost, price / 2, box) if belongs else [])
+        finer, _ = _tiles(plans, coverages, cells)
+        if tile.rows is None:
             return finer
-        return [Part(piece.tile, part.rows[piece.rows], part.host_rows[piece.host_rows]) for piece in finer]
+        return [TileRows(part.tile, tile.rows[part.rows], tile.numbers()[part.numbers()]) for part in finer]
 
     def _look(self, cameras: Cameras, ids: Tensor) -> tuple[list[CoveredCells], list[Coverage]]:
-        cells = self._covered_cells(cameras, ids)
+        cells = self._geometry.covered_cells(ids, cameras, halo=self._halo, cell=CELL)
         return cells, [Coverage(covered.corners, cameras.width, cameras.height) for covered in cells]
 
 
-def _parts(
+def _tiles(
     plans: Sequence[Sequence[Box]], coverages: Sequence[Coverage], cells: Sequence[CoveredCells]
-) -> tuple[list[Part], Tensor | None]:
-    """A part for each box of each camera, with the rows that may draw there; and, where there is one camera, the rows
-    that several parts have."""
-    parts, shared = [], None
+) -> tuple[list[TileRows], Tensor | None]:
+    """Make a tile of each box of each camera, with the rows that may draw there.
+
+    Returns:
+        The tiles; and, where there is one camera, the rows that several of them have.
+    """
+    tiles: list[TileRows] = []
     for camera, (boxes, coverage, covered) in enumerate(zip(plans, coverages, cells, strict=True)):
         chosen, shared = covered.rows_in(boxes)
         for box, rows in zip(boxes, chosen, strict=True):
-            parts.append(Part(coverage.tile(camera, box), rows, to_host(rows)))
-    return parts, to_host(shared) if len(cells) == 1 else None
+            tiles.append(TileRows(coverage.tile(camera, box), rows, to_host(rows)))
+    return tiles, to_host(shared) if len(cells) == 1 else None

@@ -1,0 +1,259 @@
+"""The contract of Gaussians that are trained: what every model of them can do, and in which order it may be asked.
+
+A training step is
+
+    rows = model.fetch(cameras)     the rows that the view needs, as leaves of autograd or views of such
+    model.prefetch(next_cameras)    optional: the rows of the next view travel while this one is rendered
+    ...                             rendering and the backward pass
+    model.update()                  one step of Adam on the gradients of the rows
+
+Where something has been prefetched, the next `fetch` must be of those very cameras: of the same object, not of equal
+ones. Between steps, and only there, rows may be read (`read_view`, `rows`, `state`), which keeps what was prefetched,
+and changed (`read`, `append_copies`, `truncate`, `overwrite`, `relocate`, `keep`, `clamp_opacities`, `load_state`),
+which drops it. `undo_step` is allowed at any time and leads back to where the step began. Everything else, numbers of
+Gaussians and counters, may be asked at any time.
+
+`ORDER` says the same as a table, and `StepOrder` keeps a model to it: whatever is asked in a wrong order is refused by
+one sentence, before anything has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from offload.adam.state import State
+from offload.culling.cameras import Cameras
+from offload.culling.cells import CoveredCells
+from offload.pipelines.contract import Counters
+from offload.store.host_store import HostStore
+
+Phase = Literal["between steps", "between fetch() and update()", "between prefetch() and update()"]
+Verb = Literal["fetch", "prefetch", "update", "read", "change"]
+
+ORDER: Mapping[tuple[Phase, Verb], Phase] = {
+    ("between steps", "read"): "between steps",
+    ("between steps", "change"): "between steps",
+    ("between steps", "fetch"): "between fetch() and update()",
+    ("between fetch() and update()", "prefetch"): "between prefetch() and update()",
+    ("between fetch() and update()", "update"): "between steps",
+    ("between prefetch() and update()", "update"): "between steps",
+}
+PLACES: Mapping[Verb, str] = {
+    "fetch": "between steps, once before each update()",
+    "prefetch": "between fetch() and update(), once a step",
+    "update": "after fetch(), once a step",
+    "read": "between steps",
+    "change": "between steps",
+}
+
+
+class WrongOrder(RuntimeError):
+    """A method of a model was called where the contract does not allow it; nothing has changed."""
+
+
+class StepOrder:
+    """Keeps a model to the order of its contract."""
+
+    def __init__(self) -> None:
+        self._phase: Phase = "between steps"
+        self._present: Cameras | None = None  # of the step, from `fetch` on
+        self._upcoming: Cameras | None = None  # that have been prefetched
+        self._undone: Cameras | None = None  # of the step that was undone, whose rows are known
+
+    @contextmanager
+    def taking(self, verb: Verb, method: str = "", cameras: Cameras | None = None) -> Iterator[None]:
+        """Do what a method does, and then be in the phase that follows; where that fails, in the same one.
+
+        Args:
+            verb: The kind of the method.
+            method: Its name; the verb, where none is given.
+            cameras: What `fetch` or `prefetch` is given.
+
+        Raises:
+            WrongOrder: It may not be called now.
+        """
+        following = ORDER.get((self._phase, verb))
+        if following is None:
+            raise WrongOrder(f"{method or verb}() was called {self._phase}, but belongs {PLACES[verb]}.")
+        if verb == "fetch" and self._upcoming is not None and cameras is not self._upcoming:
+            raise WrongOrder("fetch() was given other cameras than prefetch() before it: give it the same object.")
+        if verb == "change":
+            self._upcoming = self._undone = None
+        yield
+        self._phase = following
+        if verb == "fetch":
+            self._present, self._upcoming, self._undone = cameras, None, None
+        elif verb == "prefetch":
+            self._upcoming = cameras
+
+    def knows_rows_of_other(self, cameras: Cameras) -> bool:
+        """Tell whether the rows known for the next step are those of a step undone, and not of these cameras."""
+        return self._undone is not None and cameras is not self._undone
+
+    def undo(self) -> None:
+        """Go back to where the step began."""
+        if self._phase != "between steps":
+            self._undone, self._upcoming = self._present, None
+        self._phase = "between steps"
+
+
+class GaussianModel(Protocol):
+    """N Gaussians that are trained, wherever their parameters and Adam moments are."""
+
+    steps_done: int
+
+    @property
+    def num_gaussians(self) -> int:
+        """N."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where geometry is; densification keeps its statistics there."""
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return the rows [V] that cameras may draw, for `training.gaussians.activate`, on the rendering device."""
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Prepare the view after this one; not where rows will be changed before it."""
+
+    def update(self) -> None:
+        """Take one step of Adam on the gradients of the rows that `fetch` gave; all others have none."""
+
+    @property
+    def ids(self) -> Tensor:
+        """Which Gaussians the last `fetch` gave, int64 [V] on the rendering device, until rows are changed."""
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read_view(self, cameras: Cameras) -> dict[str, Tensor]:
+        """Return rows [V] as `fetch` does, without gradients; training is not disturbed."""
+
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Return the current values of rows `first` to `last - 1` of the six parameters, detached."""
+
+    # --------------------------------------------------------------------------------------------- densification
+
+    def read(self, name: str) -> Tensor:
+        """Return the current values [N, ...] of one geometry parameter, detached; not copied."""
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M]; the copies start without Adam moments."""
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where appending has failed half-way."""
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero, named or not."""
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Count the bytes of each device's memory that appending so many Gaussians takes at its peak."""
+
+    # ----------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that training goes on from, as `offload.adam.state` describes it; not copied."""
+
+    def copied_before_change(self) -> dict[str, HostStore]:
+        """Name the tensors of `state` that change only after `before_change` of their store has been called.
+
+        All others may change as soon as training goes on.
+        """
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
+
+    def undo_step(self) -> None:
+        """Forget the step that an error has ended.
+
+        Raises:
+            RuntimeError: It has been applied in part.
+        """
+
+    # --------------------------------------------------------------------------------------------------- figures
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """Count the steps with a gradient that was not finite, and those of them that were the last in a row."""
+
+    def counters(self) -> Counters:
+        """Return what has been counted so far; waits for what counts on the device."""
+
+
+class GeometryPlace(Protocol):
+    """Where means, scales, quats and opacities are: `DeviceGeometry` or `HostGeometry`."""
+
+    @property
+    def num_gaussians(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def stores(self) -> dict[str, HostStore]:
+        """The store by its group, where rows of geometry travel as those of the appearance do; none else."""
+
+    @property
+    def steps_done(self) -> int: ...
+
+    def visible_ids(self, cameras: Cameras) -> Tensor:
+        """Find the sorted ids [V], where geometry is, of what cameras may draw after one more step."""
+
+    def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
+        """Find in which cells of each camera's picture rows [V] may draw after one more step.
+
+        Args:
+            ids: int64 [V] where geometry is.
+            cameras: C of them.
+            halo: Pixels that are added to what a row draws.
+            cell: Pixels of a cell's side.
+        """
+
+    def gather(self, ids: Tensor) -> dict[str, Tensor]:
+        """Copy the current values of rows [V]; nothing where they travel."""
+
+    def update(self, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Take the next step of Adam on rows [V] with their gradients, as from `gather`."""
+
+    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
+        """Apply the skipped steps of rows [M], each of them once; None: of all rows.
+
+        Rows that travel are caught up by their pipeline, which comes first.
+
+        Returns:
+            The parameters [N, ...] by name, not copied.
+        """
+
+    def append_copies(self, ids: Tensor) -> None: ...
+
+    def truncate(self, num_gaussians: int) -> None: ...
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None: ...
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None: ...
+
+    def keep(self, ids: Tensor) -> None: ...
+
+    def clamp_opacities(self, max_logit: float) -> None: ...
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that training goes on from and that no store has, as `offload.adam.state` names it."""
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state; its rows that travel have been loaded."""

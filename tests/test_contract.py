@@ -1,0 +1,265 @@
+"""Every model keeps to one contract: what is asked in a wrong order is refused, and what is allowed means the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from test_culling import random_cameras, random_geometry
+from torch import Tensor
+
+from offload.adam.options import AdamOptions
+from offload.culling.cameras import Cameras
+from offload.models.baseline import BaselineGaussians
+from offload.models.contract import ORDER, PLACES, GaussianModel, WrongOrder
+from offload.models.device import DeviceGaussians
+from offload.models.forwarded import ForwardedGaussians
+from offload.models.streamed import StreamedGaussians
+from offload.models.tiled import TiledGaussians, TileResult, ViewTile
+from offload.tiles.budget import RowLimit
+
+CPU = torch.device("cpu")
+N = 600
+RATES = {"means": 1e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 1e-2, "shN": 1e-3}
+ADAM = AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999))
+BOUND = {"device": CPU, "max_gaussians": 2 * N}
+MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
+    "GPU only": lambda start: DeviceGaussians(start, ADAM, device=CPU),
+    "baseline": lambda start: BaselineGaussians(start, ADAM, **BOUND),
+    "forwarded": lambda start: ForwardedGaussians(start, ADAM, **BOUND),
+    "forwarded, host": lambda start: ForwardedGaussians(start, ADAM, geometry="host", **BOUND),
+    "streamed": lambda start: StreamedGaussians(start, ADAM, **BOUND),
+    "streamed, host": lambda start: StreamedGaussians(start, ADAM, geometry="host", **BOUND),
+    "tiled": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), **BOUND),
+    "tiled, host": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), geometry="host", **BOUND),
+}
+KINDS = pytest.mark.parametrize("kind", MODELS)
+A, B, C = (random_cameras(seed, count=1, fov=50) for seed in (3, 7, 11))
+
+
+def start() -> dict[str, Tensor]:
+    rows = random_geometry(N, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "means": rows[:, :3],
+        "scales": rows[:, 3:6],
+        "quats": rows[:, 6:10],
+        "opacities": rows[:, 10],
+        "sh0": torch.randn(N, 1, 3, generator=generator),
+        "shN": torch.randn(N, 15, 3, generator=generator),
+    }
+
+
+def backward(rows: dict[str, Tensor]) -> None:
+    """Give every row a gradient that depends on its values."""
+    rows = dict(rows)
+    if "colors" in rows:
+        colors = rows.pop("colors")
+        rows |= {"sh0": colors[:, :1], "shN": colors[:, 1:]}
+    sum(value.square().sum() for value in rows.values()).backward()
+
+
+def step(model: GaussianModel, cameras: Cameras, upcoming: Cameras | None = None) -> None:
+    rows = model.fetch(cameras)
+    if upcoming is not None:
+        model.prefetch(upcoming)
+    backward(rows)
+    model.update()
+
+
+def values_of(model: GaussianModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.rows(0, model.num_gaussians).items()}
+
+
+def all_ids(model: GaussianModel) -> Tensor:
+    return torch.arange(model.num_gaussians)
+
+
+READING = {
+    "rows": lambda model: model.rows(0, 3),
+    "read_view": lambda model: model.read_view(A),
+    "state": lambda model: model.state(),
+}
+CHANGING = {
+    "read": lambda model: model.read("means"),
+    "append_copies": lambda model: model.append_copies(torch.arange(3)),
+    "truncate": lambda model: model.truncate(N),
+    "overwrite": lambda model: model.overwrite(torch.arange(3), {"opacities": torch.zeros(3)}),
+    "relocate": lambda model: model.relocate(torch.arange(3), torch.arange(5, 8)),
+    "keep": lambda model: model.keep(all_ids(model)),
+    "clamp_opacities": lambda model: model.clamp_opacities(3.0),
+    "load_state": lambda model: model.load_state({}),
+}
+
+
+def refused(call: Callable[[], object], method: str, where: str) -> None:
+    """The call is refused by one sentence that names the method and says where it was called."""
+    with pytest.raises(WrongOrder, match=re.escape(f"{method}() was called {where}")) as error:
+        call()
+    assert str(error.value).count(".") == 1
+
+
+@KINDS
+def test_a_wrong_order_is_refused_and_changes_nothing(kind):
+    model, twin = MODELS[kind](start()), MODELS[kind](start())
+    refused(model.update, "update", "between steps")
+    refused(lambda: model.prefetch(B), "prefetch", "between steps")
+    rows = model.fetch(A)
+    refused(lambda: model.fetch(A), "fetch", "between fetch() and update()")
+    for method, call in (READING | CHANGING).items():
+        refused(lambda call=call: call(model), method, "between fetch() and update()")
+    model.prefetch(B)
+    refused(lambda: model.prefetch(B), "prefetch", "between prefetch() and update()")
+    refused(lambda: model.fetch(B), "fetch", "between prefetch() and update()")
+    for method, call in (READING | CHANGING).items():
+        refused(lambda call=call: call(model), method, "between prefetch() and update()")
+    backward(rows)
+    model.update()
+    refused(model.update, "update", "between steps")
+    for other in (C, replace(B)):
+        with pytest.raises(WrongOrder, match="fetch\\(\\) was given other cameras than prefetch\\(\\)"):
+            model.fetch(other)
+    step(model, B)
+    step(twin, A, B)
+    step(twin, B)
+    assert model.steps_done == 2
+    expected = values_of(twin)
+    assert all(torch.equal(value, expected[name]) for name, value in values_of(model).items())
+
+
+@KINDS
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_a_step_that_is_undone_leaves_no_trace(kind, prefetched):
+    """Also where the next one is on another view, or where nothing had begun."""
+    model, twin = MODELS[kind](start()), MODELS[kind](start())
+    for gaussians in (model, twin):
+        step(gaussians, A)
+    before = values_of(model)
+    for cameras in (B, C):
+        rows = model.fetch(cameras)
+        if prefetched:
+            model.prefetch(A)
+        backward(rows)
+        for value in rows.values():
+            value.grad = None
+        model.undo_step()
+        model.undo_step()
+        assert all(torch.equal(value, before[name]) for name, value in values_of(model).items())
+    step(model, C)
+    step(twin, C)
+    expected = values_of(twin)
+    assert all(torch.equal(value, expected[name]) for name, value in values_of(model).items())
+
+
+@KINDS
+def test_looking_keeps_what_was_prefetched_and_changing_drops_it(kind):
+    model = MODELS[kind](start())
+    for look in READING.values():
+        step(model, A, B)
+        look(model)
+        with pytest.raises(WrongOrder, match="other cameras"):
+            model.fetch(C)
+        step(model, B)
+    for name, change in CHANGING.items():
+        if name == "load_state":
+            state = {key: value.clone() for key, value in model.state().items()}
+            change = lambda model, state=state: model.load_state(state)  # noqa: E731
+        step(model, A, B)
+        change(model)
+        model.truncate(N)
+        assert "upcoming/ids" not in model.state()
+        step(model, C)  # other rows than those of B
+
+
+@KINDS
+def test_rows_that_change_behind_a_prefetch_are_fetched_anew(kind):
+    model, twin = MODELS[kind](start()), MODELS[kind](start())
+    for gaussians, upcoming in ((model, B), (twin, None)):
+        step(gaussians, A, upcoming)
+        gaussians.overwrite(torch.arange(0, N, 2), {"sh0": torch.ones(N // 2, 1, 3)})
+        gaussians.keep(torch.arange(N - 1, 9, -1))
+        step(gaussians, B)
+    expected = values_of(twin)
+    for name, value in values_of(model).items():
+        assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-7), name
+
+
+@KINDS
+def test_relocated_rows_start_as_copies_without_moments(kind):
+    generator = torch.Generator().manual_seed(0)
+    model, reference = MODELS[kind](start()), MODELS["GPU only"](start())
+    drawn = []
+    for cameras in (A, B, A):
+        step(model, cameras)
+        drawn.append(model.ids)
+    before = values_of(model)
+    source, target = torch.randperm(N, generator=generator)[:40].view(2, 20)
+    model.relocate(source, target)
+    after = values_of(model)
+    for name, value in after.items():
+        assert torch.equal(value[target], before[name][source])
+        others = torch.ones(N, dtype=torch.bool).index_fill(0, target, False)
+        assert torch.allclose(value[others], before[name][others], rtol=1e-6, atol=1e-7)
+    state = model.state()
+    for name in before:
+        assert not state[f"exp_avg/{name}"][target].any()
+        assert not state[f"exp_avg_sq/{name}"][target].any()
+        assert state[f"exp_avg/{name}"][model.ids].any()
+    reference.load_state(state)
+    for gaussians in (model, reference):
+        step(gaussians, B)
+    moved = torch.isin(target, model.ids)  # the GPU-only model gives a gradient to rows that B does not see
+    assert moved.any()
+    expected = values_of(reference)
+    for name, value in values_of(model).items():
+        assert torch.allclose(value[target[moved]], expected[name][target[moved]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tiled", "tiled, host"])
+def test_a_view_in_tiles_is_a_fetch_and_a_prefetch(kind):
+    model = MODELS[kind](start())
+
+    def train_tile(tile: ViewTile) -> TileResult:
+        refused(lambda: model.rows(0, 3), "rows", "between fetch() and update()")
+        backward(tile.rows)
+        return TileResult(torch.zeros(()), 1, 1)
+
+    model.train_view(A, B, train_tile)
+    refused(lambda: model.train_view(B, None, train_tile), "train_view", "between prefetch() and update()")
+    refused(lambda: list(model.view_tiles(A)), "view_tiles", "between prefetch() and update()")
+    model.update()
+    with pytest.raises(WrongOrder, match="other cameras"):
+        model.train_view(C, None, train_tile)
+    model.train_view(B, None, train_tile)
+    model.undo_step()
+    model.train_view(B, None, train_tile)
+    model.update()
+    assert model.steps_done == 2
+
+
+def test_the_table_names_every_verb_and_leads_back_between_steps():
+    assert {verb for _, verb in ORDER} == set(PLACES)
+    phases = {phase for phase, _ in ORDER}
+    assert set(ORDER.values()) == phases
+    for phase in phases - {"between steps"}:
+        assert ORDER[phase, "update"] == "between steps"
+
+
+@KINDS
+def test_counters_may_be_asked_at_any_time(kind):
+    model = MODELS[kind](start())
+    model.counters()
+    rows = model.fetch(A)
+    model.counters()
+    model.prefetch(B)
+    model.counters()
+    backward(rows)
+    model.update()
+    counters = model.counters()
+    if kind.startswith("streamed"):
+        assert counters.traffic["rows_written"] > 0
+    if kind == "GPU only":
+        assert counters.staging_allocations is None
