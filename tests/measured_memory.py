@@ -40,10 +40,8 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
     largest_view = 0
     for step in range(NUM_VIEWS):
         view = views[step]
-        on_device = trainer == "gpu_only"
-        rows = gaussians.parameters if on_device else gaussians.fetch(view.cameras)
-        if trainer.startswith(("geometry", "streamed")):
-            gaussians.prefetch(views[step + 1].cameras)
+        rows = gaussians.fetch(view.cameras)
+        gaussians.prefetch(views[step + 1].cameras)
         colors, info = render(rows, view.cameras, CONFIG, sh_degree=3)
         largest_view = max(largest_view, len(info["gaussian_ids"]))
         photometric_loss(colors, view.images, ssim_lambda=0.2).backward()
