@@ -10,8 +10,8 @@ from torch import Tensor
 from offload.adam.options import AdamOptions
 from offload.adam.state import State
 from offload.culling.cameras import Cameras, Margin
-from offload.culling.margins import margin_ahead
 from offload.culling.cells import CoveredCells, covered_cells
+from offload.culling.margins import margin_ahead
 from offload.culling.native import BlockBounds, visible_ids
 from offload.store.host_store import HostStore
 
