@@ -165,10 +165,13 @@ _gso_main() {
     _gso_install "$root" "$dev"
 }
 
+_gso_leave() { # nothing behind in the shell that sourced this file, but the exit code of what came before
+    local result=$?
+    unset TORCH_VERSION GSPLAT_VERSION
+    unset -f _gso_fail _gso_find_python _gso_activate _gso_fingerprint _gso_install _gso_check_tools \
+        _gso_install_gpu_packages _gso_gsplat_loads _gso_compile_gsplat _gso_find_cuda _gso_compile_jobs _gso_main _gso_leave
+    return "$result"
+}
+
 _gso_main "$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)" "$@"
-_gso_status=$?
-# Leave nothing behind in the shell that sourced this file.
-unset -f _gso_fail _gso_find_python _gso_activate _gso_fingerprint _gso_install _gso_check_tools \
-    _gso_install_gpu_packages _gso_gsplat_loads _gso_compile_gsplat _gso_find_cuda _gso_compile_jobs _gso_main
-unset TORCH_VERSION GSPLAT_VERSION
-(exit "$_gso_status")
+_gso_leave
