@@ -322,6 +322,7 @@ def test_moments_do_not_drift_over_many_steps():
         torch.testing.assert_close(moment.double(), expected, rtol=4e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_a_gap_of_200_000_steps():
     adam, rows = DeferredAdam(torch.ones(1, 4), BETAS, EPS, threads=1), random_rows(3, 4)
     before = rows.copy()

@@ -245,6 +245,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # checkpoints may still be mapped
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pictures that are closed once more
 def test_a_disk_that_is_really_full(monkeypatch, city_block, small_disk, capsys):
     """600 Gaussians fit, but not those that they become."""
@@ -260,6 +261,7 @@ def test_a_disk_that_is_really_full(monkeypatch, city_block, small_disk, capsys)
     assert f"Resuming after {kept[-1]} steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_really_made_read_only(monkeypatch, city_block, small_disk, capsys):
     after_step, ckpts = TrainingRun.after_step, str(small_disk / "ckpts")
 

@@ -106,6 +106,7 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_writing_a_checkpoint_takes_little_memory(tmp_path):
     """At most 5 % of the model, wherever its rows lie in wider ones."""

@@ -337,6 +337,7 @@ def assert_pair_same(device_store: DeviceGaussians, host_stores: BaselineGaussia
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revised_opacity", [False, True])
 def test_growth_equals_that_of_device_gaussians(revised_opacity):
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_damaged_files_are_read_or_refused():
     """A short run of what `python -m tests.fuzz_readers` does at length."""
     counts, failures = run(0, 560)

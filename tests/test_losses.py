@@ -157,6 +157,7 @@ def test_pictures_of_different_shapes_are_refused():
         photometric_loss(torch.rand(1, 20, 20, 4), torch.rand(1, 20, 20, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; the next test runs the kernels on a GPU")
 def test_interpreted_triton_kernels_equal_torch():
     """Two programs in each direction, one of which is at the picture's end."""

@@ -38,6 +38,7 @@ STREAMED = [
 ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_stay_close(monkeypatch, city_block, tmp_path):
     """Beside float32, by the way that each parameter goes in training.
 

@@ -64,6 +64,7 @@ def refused(arguments: list[str], capsys) -> str:
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["rubble", "building"])
 def test_mill_19(dataset, capsys):
     data_dir = Path(scene_config(dataset).data_dir)

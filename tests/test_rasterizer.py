@@ -48,6 +48,7 @@ def test_image_and_gradients_equal_the_dense_oracle(name, dtype, tolerance):
         assert relative_error(gradient, expected[parameter]) < loose, parameter
 
 
+@pytest.mark.slow
 def test_opaque_pixels_stop_as_in_the_oracle():
     scene = random_scene(1500, seed=2, median_scale=0.15)
     scene.opacities.clamp_(min=0.7)

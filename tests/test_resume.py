@@ -51,6 +51,7 @@ def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, scri
         assert any("upcoming/tiles" in saved(tmp_path / "parts", stop).state for stop in stops)
 
 
+@pytest.mark.slow
 def test_saving_changes_nothing(monkeypatch, city_block, tmp_path):
     script, options = simple_trainer_hybrid_optimized, (*DENSIFYING, "--geometry", "host")
     assert run_script(monkeypatch, script, city_block, tmp_path / "plain", *options) == 0

@@ -102,6 +102,7 @@ def test_a_checkpoint_is_evaluated_in_tiles(monkeypatch, city_block, tmp_path, p
     assert len(set(found)) == 1
 
 
+@pytest.mark.slow
 def test_a_budget_trains_the_same_model(monkeypatch, city_block, tmp_path, parts):
     options = (*NO_DENSIFICATION, "--max_steps", 20)
     expected = train(monkeypatch, OPTIMIZED, city_block, tmp_path / "optimized", *options)

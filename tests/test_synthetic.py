@@ -299,6 +299,7 @@ def test_options_out_of_range_are_named(tmp_path, option):
         write_city_block(tmp_path / "city", **option)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "datasets.synthetic", "--data_dir", str(tmp_path / "city")]
     command += ["--num_views", "3", "--width", "40", "--height", "30", "--seed", "7"]
