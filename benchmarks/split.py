@@ -146,7 +146,7 @@ def run_variant(variant: Variant, num_gaussians: int, picture_scale: float) -> F
     except (InputError, TrainingStopped) as error:
         return Found(Measurement(problem=str(error)))
     found = replace(runs[0].measurement(), milliseconds=runs[0].mean_over_eight())
-    return Found(found, runs[0].steps_above_budget, max(runs[0].parts))
+    return Found(found, runs[0].steps_above_budget, max(runs[0].parts, default=1))
 
 
 COLUMNS = {
