@@ -221,14 +221,14 @@ class DeferredAdam(DeferralTables):
         return torch.from_numpy(self._ratio ** np.arange(window, 0, -1, dtype=np.float64))
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
-        column_rates = np.array(rates) @ self.multipliers.numpy()  # in float64
-        self._column_rates = column_rates.astype(np.float32)
+        step_rates, sums = np.array(rates), self.sums.numpy()  # float64
+        self._column_rates = (step_rates @ self.multipliers.numpy()).astype(np.float32)
         self._unchanged = changed, self.sums[:, changed].clone()
         self._before_unchanged = self._before[changed].copy()
         self._before[changed] = self._after[changed]
-        powers = self._ratio_powers[len(self._ratio_powers) - (changed.stop - changed.start) :]
-        self.sums[:, changed] += powers * torch.tensor(rates, dtype=torch.float64)[:, None]
-        self._after[changed] = self.sums[:, changed].T.numpy()
+        powers = self._ratio_powers.numpy()[len(self._ratio_powers) - (changed.stop - changed.start) :]
+        sums[:, changed] += powers * step_rates[:, None]
+        self._after[changed] = sums[:, changed].T
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         super()._load_sums(tables, steps)
