@@ -6,17 +6,27 @@ from errors import InputError
 
 
 class ParameterError(InputError):
-    """A value of a parameter that cannot be used, in a sentence in which the parameter's name can be replaced."""
+    """A value that cannot be used, in a sentence that names parameters and can name options in their place."""
 
-    def __init__(self, parameter: str, sentence: str) -> None:
+    def __init__(self, sentence: str) -> None:
         """
         Args:
-            parameter: Its name in Python.
-            sentence: For the user, with `{}` where the parameter is named.
+            sentence: For the user, with each parameter that it names in braces.
         """
-        super().__init__(sentence.format(parameter))
-        self._parameter, self._sentence = parameter, sentence
+        super().__init__(sentence.format_map(_Names("")))
+        self._sentence = sentence
 
-    def of_option(self) -> str:
-        """Name the option of the command line in place of the parameter."""
-        return self._sentence.format(f"--{self._parameter}")
+    def of_options(self) -> str:
+        """Name the options of the command line in place of the parameters."""
+        return self._sentence.format_map(_Names("--"))
+
+
+class _Names(dict[str, str]):
+    """Gives each name with the same prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def __missing__(self, name: str) -> str:
+        return self._prefix + name

@@ -32,7 +32,7 @@ def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], de
         scene, cfg = parse(configs, sys.argv[1:], description)
         train(cfg, scene)
     except InputError as error:
-        sentence = error.of_option() if isinstance(error, ParameterError) else error
+        sentence = error.of_options() if isinstance(error, ParameterError) else error
         print(f"Error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except TrainingStopped as error:

@@ -54,9 +54,8 @@ class HostArray:
             self._mapping = _Mapping.anonymous(num_bytes + HUGE_PAGE_BYTES)
         except OSError as error:
             raise ParameterError(
-                "max_gaussians",
                 f"This system does not let the process reserve {num_bytes} bytes of address space for {max_rows} "
-                "Gaussians: set {} lower.",
+                "Gaussians: set {max_gaussians} lower."
             ) from error
         self._mapping.pinned = pin and torch.cuda.is_available()
         everything = np.frombuffer(self._mapping, np.uint8)
@@ -79,9 +78,8 @@ class HostArray:
         """
         if rows > self.max_rows:
             raise ParameterError(
-                "max_gaussians",
                 f"{rows} Gaussians do not fit into the host store, which has address space for {self.max_rows}: "
-                "raise {}.",
+                "raise {max_gaussians}."
             )
         used, needed = self.rows * self._row_bytes, rows * self._row_bytes
         if needed > self._taken:
@@ -153,9 +151,8 @@ class _Mapping(mmap.mmap):
         status = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
         if int(status) != 0:
             raise ParameterError(
-                "max_gaussians",
                 f"CUDA cannot pin {memory.nbytes} more bytes of host memory (error {int(status)}): "
-                "set {} lower or free host memory.",
+                "set {max_gaussians} lower or free host memory."
             )
         self._registered |= {address}
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from errors import InputError
+from offload.errors import ParameterError
 from offload.store.layout import num_columns
 from offload.tiles.boxes import Box, Coverage, Numbers, plan_boxes
 
@@ -35,10 +35,10 @@ class RowLimit:
             threshold: The share, above 0 and at most 1.
 
         Raises:
-            InputError: It is not.
+            ParameterError: It is not.
         """
         if not 0 < threshold <= 1:
-            raise InputError(f"--split_threshold is {threshold}, but must be above 0 and at most 1.")
+            raise ParameterError(f"{{split_threshold}} is {threshold}, but must be above 0 and at most 1.")
         self.threshold = threshold
 
     def allows(self, num_visible: int, num_pixels: int, num_gaussians: int) -> bool:
@@ -98,13 +98,13 @@ class MemoryBudget:
             num_gaussians: How many training begins with.
 
         Raises:
-            InputError: They do not fit, even before any view is rendered.
+            ParameterError: They do not fit, even before any view is rendered.
         """
         everywhere = row_bytes.everywhere * num_gaussians
         if everywhere > (1 - HEADROOM) * budget:
-            raise InputError(
-                f"--device_memory_budget is {_mebibytes(budget)}, but the geometry of {num_gaussians} Gaussians alone "
-                f"takes {_mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or --geometry host."
+            raise ParameterError(
+                f"{{device_memory_budget}} is {_mebibytes(budget)}, but the geometry of {num_gaussians} Gaussians "
+                f"alone takes {_mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or {{geometry}} host."
             )
         self.budget = budget
         self.fixed = everywhere  # bytes
@@ -140,7 +140,7 @@ class MemoryBudget:
         """Return the boxes that each camera's picture is cut into.
 
         Raises:
-            InputError: No tiles fit although they must; naming the smallest budget for which there are any.
+            ParameterError: No tiles fit although they must; naming the smallest budget for which there are any.
         """
         limit = self._limit(coverages, num_visible)
         plans = [plan_boxes(coverage, self.cost, limit) for coverage in coverages]
@@ -148,8 +148,8 @@ class MemoryBudget:
             self._cost_of(coverage, box) for coverage, boxes in zip(coverages, plans, strict=True) for box in boxes
         )
         if must_fit and dearest > limit:
-            raise InputError(
-                f"--device_memory_budget is too small for a view of {num_visible} Gaussians, however it is split: "
+            raise ParameterError(
+                f"{{device_memory_budget}} is too small for a view of {num_visible} Gaussians, however it is split: "
                 f"give it at least {_mebibytes(self._smallest(coverages, num_visible))}."
             )
         return plans

@@ -83,7 +83,7 @@ class TilePlanner:
             must_fit: Whether tiles above the limit are refused.
 
         Raises:
-            InputError: No tiles keep the limit.
+            ParameterError: No tiles keep the limit.
         """
         return self.plan(cameras, self._geometry.visible_ids(cameras), must_fit=must_fit)
 
