@@ -17,15 +17,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import tyro
 
-from benchmarks.machine import describe_machine
 from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
 from comparing.report import FIGURES, Comparison, write
 from comparing.runs import FINISHED, Run, differing_options, is_finished, read_launch, read_options, read_run
 from errors import InputError
+from reporting.machine import describe_machine
 from trainers import TRAINERS
 
 
@@ -44,7 +45,10 @@ class Options:
 
 
 def main() -> None:
-    """The exit code is 0 when all runs have finished, 1 when one has not, 2 for bad input, and 130 after Ctrl-C."""
+    """Compare runs, or train and compare.
+
+    The exit code is 0 when all runs have finished, 1 when one has not, 2 for bad input, and 130 after Ctrl-C.
+    """
     options, passed_on = tyro.cli(Options, description=__doc__, return_unknown_args=True)
     try:
         sys.exit(compare_runs(options, passed_on) if options.runs else train_all(options, passed_on))
@@ -90,7 +94,7 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
             if is_finished(wanted.folder, wanted.cfg) and not options.force:
                 print(f"{head}{outcome(result_of(wanted))}, before", flush=True)
             elif not interruption.requested:
-                launch(wanted, interruption, lambda line, head=head: show_progress(head + line), anew=options.force)
+                launch(wanted, interruption, partial(show_progress, head=head), anew=options.force)
                 show_progress("")
                 print(head + outcome(result_of(wanted)), flush=True)
                 report(title, [result_of(each) for each in plans], options.result_dir)
@@ -120,7 +124,7 @@ def report(title: str, runs: Sequence[Run], result_dir: Path) -> None:
 
 
 def result_of(wanted: Plan) -> Run:
-    """What there is of a wanted run in its folder."""
+    """Return what there is of a wanted run in its folder."""
     options, launched = read_options(wanted.folder), read_launch(wanted.folder)
     if options is not None and not differing_options(options, wanted.cfg):
         run = read_run(wanted.name, wanted.folder)
@@ -132,17 +136,17 @@ def result_of(wanted: Plan) -> Run:
 
 
 def outcome(run: Run) -> str:
-    """A run in a few words."""
+    """Return a run in a few words."""
     if run.status != FINISHED:
         return f"{run.status}. {run.message}".strip()
-    shown = (f"{figure.title} {figure.show(run.figures[figure.key])}" for figure in FIGURES if run.figures[figure.key])
-    return ", ".join([run.status, *shown])
+    values = ((figure, run.figures[figure.key]) for figure in FIGURES)
+    return ", ".join([run.status, *(f"{figure.title} {figure.show(value)}" for figure, value in values if value)])
 
 
-def show_progress(line: str) -> None:
+def show_progress(line: str, head: str = "") -> None:
     """Replace the last line of a terminal; nothing where the output goes elsewhere."""
     if sys.stdout.isatty():
-        print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        print("\r\x1b[K" + (head + line)[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,55 +1,21 @@
 """Options that all trainer scripts share, and the facts of each dataset.
 
 What is tuned per scene (learning rates, thresholds, steps) stands at the end of each script, to be edited.
+
+`Config` is flat; the class that declares an option is its group in `--help`, and the sentence under it is its help.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 
 @dataclass
-class DensificationRules:
-    """Thresholds of densification; the names and defaults are gsplat's."""
+class DataOptions:
+    """Choose which pictures and cameras to train on."""
 
-    grow_grad2d: float = 2e-4
-    """Gaussians whose mean screen-space gradient is above this are duplicated or split."""
-    grow_scale3d: float = 0.01
-    """Below this share of the scene scale a growing Gaussian is duplicated, above it split."""
-    grow_scale2d: float = 0.05
-    """Gaussians larger than this share of the picture are split (before refine_scale2d_stop_iter)."""
-    prune_opa: float = 0.005
-    """Gaussians less opaque than this are removed."""
-    prune_scale3d: float = 0.1
-    """Gaussians larger than this share of the scene scale are removed (after the first opacity reset)."""
-    prune_scale2d: float = 0.15
-    """Gaussians larger than this share of the picture are removed (before refine_scale2d_stop_iter)."""
-    refine_scale2d_stop_iter: int = 0
-    """Until this step sizes on the screen matter as well."""
-    refine_start_iter: int = 500
-    """First step after which Gaussians are refined."""
-    refine_stop_iter: int = 15_000
-    """Step from which on nothing is refined or reset."""
-    refine_every: int = 100
-    """Steps between refinements."""
-    reset_every: int = 3000
-    """Steps between opacity resets."""
-    pause_refine_after_reset: int = 0
-    """Steps without refinement after an opacity reset."""
-    absgrad: bool = False
-    """Grow by the mean of absolute gradients (AbsGS, arXiv 2404.10484); wants grow_grad2d near 8e-4."""
-    revised_opacity: bool = False
-    """Opacity of split Gaussians after arXiv 2404.06109."""
-    max_gaussians: int = 0
-    """Never grow beyond this many Gaussians; 0 sets no bound."""
-
-
-@dataclass
-class Config(DensificationRules):
-    """Train a 3D Gaussian Splatting model of a COLMAP scene."""
-
-    # Data
     data_dir: str = "data/scene"
     """Dataset folder: images/ and a COLMAP model in sparse/0/ or sparse/."""
     data_factor: float = 1.0
@@ -61,9 +27,13 @@ class Config(DensificationRules):
     init_ply: bool = False
     """Start from points.ply in the model folder instead of COLMAP's points."""
     num_workers: int = 0
-    """Threads that read pictures; 0 takes one per core, at most 8."""
+    """Threads that read pictures; 0 takes one per core, at most 16."""
 
-    # Run
+
+@dataclass
+class RunOptions:
+    """Set how long to train, and what to evaluate, save and report on the way."""
+
     result_dir: str = "results/scene"
     """Folder that receives checkpoints, statistics, renderings and logs."""
     ckpt: str = ""
@@ -75,11 +45,11 @@ class Config(DensificationRules):
     keep: int = 2
     """How many of those stay, the newest ones; 0 keeps all. Checkpoints of save_steps and the last always stay."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU."""
+    """Where to render; auto takes CUDA where there is a GPU."""
     seed: int = 42
-    """Of everything random."""
+    """The order of views, the first Gaussians' rotations, the places of split ones and random backgrounds follow it."""
     max_steps: int = 30_000
-    """Training steps."""
+    """How many steps to train."""
     eval_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
     """Evaluate after these numbers of steps, and after the last."""
     save_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
@@ -89,15 +59,19 @@ class Config(DensificationRules):
     video: bool = False
     """After the last step, or of an evaluated checkpoint, render a flight past the training cameras to videos/."""
     steps_scaler: float = 1.0
-    """Factor on every schedule given in steps."""
+    """Every schedule given in steps is multiplied by this factor."""
     log_every: int = 100
-    """Steps between entries in TensorBoard."""
+    """TensorBoard gets an entry every so many steps."""
     profile: int = 0
-    """Trace so many steps, after the first ones, with torch.profiler, into profile/trace.json; 0: none."""
+    """Trace so many steps, after the first ones, with torch.profiler, into profile/trace.json; 0 traces none."""
     lpips_net: Literal["alex", "vgg"] = "alex"
-    """Network of the LPIPS metric."""
+    """Network that the LPIPS metric uses."""
 
-    # Optimization
+
+@dataclass
+class OptimizationOptions:
+    """Set which loss Adam follows, and how."""
+
     batch_size: int = 1
     """Views per step; learning rates scale by its square root (Grendel, arXiv 2406.18533)."""
     view_window: int = 1
@@ -117,15 +91,55 @@ class Config(DensificationRules):
     ssim_lambda: float = 0.2
     """Weight of 1 - SSIM in the loss; L1 has the rest."""
 
-    # Model
+
+@dataclass
+class DensificationRules:
+    """Set when and which Gaussians are duplicated, split and removed; the names and defaults are gsplat's."""
+
+    grow_grad2d: float = 2e-4
+    """Gaussians whose mean screen-space gradient is above this are duplicated or split."""
+    grow_scale3d: float = 0.01
+    """Below this share of the scene scale a growing Gaussian is duplicated, above it split."""
+    grow_scale2d: float = 0.05
+    """Gaussians larger than this share of the picture are split (before refine_scale2d_stop_iter)."""
+    prune_opa: float = 0.005
+    """Gaussians less opaque than this are removed."""
+    prune_scale3d: float = 0.1
+    """Gaussians larger than this share of the scene scale are removed (after the first opacity reset)."""
+    prune_scale2d: float = 0.15
+    """Gaussians larger than this share of the picture are removed (before refine_scale2d_stop_iter)."""
+    refine_scale2d_stop_iter: int = 0
+    """Until this step sizes on the screen matter as well."""
+    refine_start_iter: int = 500
+    """Gaussians are refined after steps whose number, from 0, is above this."""
+    refine_stop_iter: int = 15_000
+    """From this step on nothing is refined or reset."""
+    refine_every: int = 100
+    """Gaussians are refined every so many steps."""
+    reset_every: int = 3000
+    """Opacities are reset every so many steps."""
+    pause_refine_after_reset: int = 0
+    """For so many steps after an opacity reset nothing is refined."""
+    absgrad: bool = False
+    """Grow by the mean of absolute gradients (AbsGS, arXiv 2404.10484); wants grow_grad2d near 8e-4."""
+    revised_opacity: bool = False
+    """Opacity of split Gaussians follows arXiv 2404.06109."""
+    max_gaussians: int = 0
+    """Never grow beyond this many Gaussians; 0 sets no bound."""
+
+
+@dataclass
+class ModelOptions:
+    """Set what the Gaussians are at first, and how they are drawn."""
+
     sh_degree: int = 3
     """Degree of the spherical harmonics."""
     sh_degree_interval: int = 1000
-    """Steps after which one more degree is used."""
+    """One more degree is used after so many steps."""
     init_opacity: float = 0.1
     """Opacity of the first Gaussians."""
     init_scale: float = 1.0
-    """Factor on the first Gaussians' scales."""
+    """The first Gaussians are larger than their neighbourhood by this factor."""
     antialiased: bool = False
     """Compensate the opacity of small Gaussians (Mip-Splatting, arXiv 2311.16493)."""
     random_background: bool = False
@@ -135,8 +149,25 @@ class Config(DensificationRules):
     far_plane: float = 1e10
     """Gaussians farther than this are not drawn."""
 
-    def with_scaled_steps(self) -> Config:
-        """The same options with `steps_scaler` applied to every schedule given in steps."""
+
+@dataclass
+class HostOptions:
+    """Choose what lies in host memory."""
+
+    geometry: Literal["device", "host"] = "device"
+    """Where means, scales, quaternions and opacities are; on the host they cost no device memory."""
+
+
+# dataclass takes fields of the last base first.
+@dataclass
+class Config(ModelOptions, OptimizationOptions, RunOptions, DataOptions, DensificationRules):
+    """Train a 3D Gaussian Splatting model of a COLMAP scene."""
+
+    def with_scaled_steps(self: AnyConfig) -> AnyConfig:
+        """Return the same options with `steps_scaler` applied to every schedule given in steps.
+
+        An interval that would become 0 is 1; `training.options` refuses one that is 0 before.
+        """
 
         def scaled(steps: int) -> int:
             return int(steps * self.steps_scaler)
@@ -156,6 +187,9 @@ class Config(DensificationRules):
             reset_every=max(scaled(self.reset_every), 1),
             pause_refine_after_reset=scaled(self.pause_refine_after_reset),
         )
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 # Where each dataset lies and how it is split; `python -m datasets.prepare` puts them there.
@@ -189,11 +223,8 @@ DATASETS: dict[str, dict[str, object]] = {
 }
 
 
-AnyConfig = TypeVar("AnyConfig", bound=Config)
-
-
-def scene_config(scene: str, config: type[AnyConfig] = Config, **hyperparameters: object) -> AnyConfig:
-    """The options of one scene: the facts of its dataset and the script's own hyperparameters.
+def scene_config(scene: str, config: type[AnyConfig] = Config, **hyperparameters: object) -> AnyConfig:  # type: ignore[assignment]
+    """Return the options of one scene: the facts of its dataset and the script's own hyperparameters.
 
     Args:
         scene: A key of `DATASETS`.
@@ -201,6 +232,16 @@ def scene_config(scene: str, config: type[AnyConfig] = Config, **hyperparameters
         hyperparameters: Fields of `config`.
 
     Returns:
-        The options; results go to results/{scene}.
+        The options; results go to results/{scene}. Where `max_steps` is named, the model is evaluated, saved and
+        exported at the last step, unless other steps are named.
     """
-    return config(**{"result_dir": f"results/{scene}", **DATASETS[scene], **hyperparameters})
+    at_the_end: dict[str, object] = {}
+    if "max_steps" in hyperparameters:
+        at_the_end = {name: [hyperparameters["max_steps"]] for name in ("eval_steps", "save_steps", "ply_steps")}
+    options: dict[str, Any] = {"result_dir": f"results/{scene}", **DATASETS[scene], **at_the_end, **hyperparameters}
+    return config(**options)
+
+
+def scenes(config: type[AnyConfig], **tables: Mapping[str, object]) -> dict[str, AnyConfig]:
+    """Return the options of each scene, from a script's table of them; as `scene_config`, scene by scene."""
+    return {scene: scene_config(scene, config, **hyperparameters) for scene, hyperparameters in tables.items()}

@@ -1,14 +1,39 @@
-"""The one exception that people see: a sentence that names the file or option at fault and the remedy."""
+"""All errors that people see: each message is one sentence that names what is at fault and the remedy.
+
+InputError            the input cannot be used; exit code 2, no traceback
+  NotEnoughMemory     it needs more memory than there is
+    ParameterError    for the value of a parameter (offload/errors.py)
+  DamagedError        a checkpoint is not what was written
+TrainingStopped       training cannot go on; exit code 1
+  NotSaved            and what was trained last could not be saved
+"""
 
 
 class InputError(Exception):
-    """Input that cannot be used (a file, an option, this machine); the message is one sentence for the user.
+    """Say in one sentence which file, option or machine cannot be used, and what to do.
 
-    Scripts print the message without a traceback and exit with code 2, before anything expensive has started.
+    Scripts print the sentence without a traceback and exit with code 2. Where a trainer raises it before its first
+    step, nothing has been trained; an error of the input that comes later ends training as `TrainingStopped`.
     """
 
 
+class NotEnoughMemory(InputError):
+    """Say in one sentence what does not fit into which memory, and what to do."""
+
+
+class DamagedError(InputError):
+    """Say that a checkpoint is incomplete or is not what was written."""
+
+
+class TrainingStopped(Exception):
+    """Say in one sentence why training cannot go on, and where the Gaussians are saved; scripts exit with code 1."""
+
+
+class NotSaved(TrainingStopped):
+    """Say that training has come to an end that could not be saved, and which checkpoint there is before it."""
+
+
 def reason(error: BaseException) -> str:
-    """What a library says of a failure, as a part of such a sentence: one printable line of at most 200 characters."""
+    """Return what a library says of a failure as a part of such a sentence: one printable line, 200 characters."""
     words = " ".join(str(error).split())
     return "".join(c if c.isprintable() else "?" for c in words[:200]).rstrip(" .:") or type(error).__name__

@@ -1,37 +1,182 @@
-"""The ways to train a scene, by name: a trainer script and the arguments that choose its variant.
+"""The register of trainers: each way to train a scene is one entry, by name.
 
-compare.py and benchmarks/train_step.py run them all. A new trainer is one more line here.
+compare.py and benchmarks/train_step.py run them all; memory estimates, floors of traffic, remedies and the command that
+goes on in a smaller trainer read it. A new trainer is one more entry.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal
+
+from training import memory_estimate
+from training.memory_estimate import Footprint
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Hold bytes that one step must read and write."""
+
+    device: float = 0.0
+    link: float = 0.0  # in the busier direction
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
 class Trainer:
+    """Hold one way to train: a script, the options that choose its variant, and what it takes of a machine."""
+
     script: str  # its module: a file beside this one
-    arguments: tuple[str, ...] = ()
+    footprint: Callable[[Any], Footprint]  # of its options
+    traffic: Callable[[float, float], Traffic]  # of a step, from N Gaussians of which V are visible
+    options: Mapping[str, str] = field(default_factory=dict)  # that choose the variant, by their fields' names
+    # What needs less device, or host, memory next: other options of the same script, or another entry, by its name.
+    less_device: Mapping[str, str] | str = ""  # empty: nothing does
+    less_host: Mapping[str, str] | str = ""
 
     @property
     def path(self) -> Path:
+        """Where the script lies."""
         return Path(__file__).parent / f"{self.script}.py"
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments that choose the variant."""
+        return tuple(_words(self.options))
+
     def load(self) -> ModuleType:
-        """The script's module, with `CONFIGS` and `train`."""
+        """Return the script's module, with `CONFIGS` and `train`."""
         return importlib.import_module(self.script)
 
 
+@dataclass(frozen=True)
+class Smaller:
+    """Hold a script that needs less memory, and the options that it needs for that."""
+
+    trainer: Trainer
+    options: Mapping[str, str]
+
+
+# Traffic. Rows are 48 (appearance) and 12 (geometry) float32.
+# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Culling on the
+#   device reads 24 bytes of each Gaussian.
+# - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
+#   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
+#   once more for Adam, and all 768 go: by far the most is read.
+# - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
+#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
 TRAINERS: dict[str, Trainer] = {
-    "gpu_only": Trainer("simple_trainer"),
-    "baseline": Trainer("simple_trainer_hybrid_baseline"),
-    "optimized": Trainer("simple_trainer_hybrid_optimized"),
-    "optimized_geometry_on_host": Trainer("simple_trainer_hybrid_optimized", ("--geometry", "host")),
-    "split": Trainer("simple_trainer_hybrid_optimized_split"),
-    "streamed": Trainer("simple_trainer_hybrid_streamed"),
-    "streamed_geometry_on_host": Trainer("simple_trainer_hybrid_streamed", ("--geometry", "host")),
-    "streamed_bfloat16": Trainer("simple_trainer_hybrid_streamed", ("--moments", "bfloat16")),
+    "gpu_only": Trainer(
+        "simple_trainer",
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree),
+        traffic=lambda n, v: Traffic(device=28 * 59 * n),
+        less_device="optimized",
+    ),
+    "baseline": Trainer(
+        "simple_trainer_hybrid_baseline",
+        footprint=lambda cfg: memory_estimate.baseline(cfg.sh_degree),
+        traffic=lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
+        less_device="split_geometry_on_host",
+        less_host="optimized",
+    ),
+    "optimized": Trainer(
+        "simple_trainer_hybrid_optimized",
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry),
+        traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
+        less_device={"geometry": "host"},
+    ),
+    "optimized_geometry_on_host": Trainer(
+        "simple_trainer_hybrid_optimized",
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry),
+        traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+        options={"geometry": "host"},
+        less_device="split_geometry_on_host",
+        less_host={"geometry": "device"},
+    ),
+    "split": Trainer(
+        "simple_trainer_hybrid_optimized_split",
+        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part),
+        traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
+        less_device={"geometry": "host"},
+    ),
+    "split_geometry_on_host": Trainer(
+        "simple_trainer_hybrid_optimized_split",
+        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part),
+        traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+        options={"geometry": "host"},
+        less_host={"geometry": "device"},
+    ),
+    "streamed": Trainer(
+        "simple_trainer_hybrid_streamed",
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments),
+        traffic=lambda n, v: Traffic(device=24 * n + 28 * 59 * v, host=2 * 576 * v, link=576 * v),
+        less_device={"geometry": "host"},
+        less_host={"moments": "bfloat16"},
+    ),
+    "streamed_geometry_on_host": Trainer(
+        "simple_trainer_hybrid_streamed",
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments),
+        traffic=lambda n, v: Traffic(device=4 * 256 * v, host=(1280 + 768) * v, link=1280 * v),
+        options={"geometry": "host"},
+        less_device="split_geometry_on_host",
+        less_host={"moments": "bfloat16"},
+    ),
+    "streamed_bfloat16": Trainer(
+        "simple_trainer_hybrid_streamed",
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments),
+        traffic=lambda n, v: Traffic(device=24 * n + (28 * 11 + 20 * 48) * v, host=2 * 384 * v, link=384 * v),
+        options={"moments": "bfloat16"},
+        less_device={"geometry": "host"},
+    ),
 }
+
+
+def trainer_of(script: str, cfg: object) -> Trainer:
+    """Return the entry of a script with these options: of those that fit, the first that names most of them."""
+    fitting = [
+        trainer for trainer in TRAINERS.values() if trainer.script == script and not _missing(trainer.options, cfg)
+    ]
+    return max(fitting, key=lambda trainer: len(trainer.options))
+
+
+def smaller_trainer(trainer: Trainer, cfg: object, memory: Literal["device", "host"]) -> Smaller | None:
+    """Return what needs less memory than a trainer with these options; None: nothing does.
+
+    Args:
+        trainer: The entry.
+        cfg: Its options.
+        memory: Which memory is too small.
+    """
+    less = trainer.less_device if memory == "device" else trainer.less_host
+    if isinstance(less, str):
+        return Smaller(TRAINERS[less], TRAINERS[less].options) if less else None
+    missing = _missing(less, cfg)
+    return Smaller(trainer, missing) if missing else None
+
+
+def remedy(trainer: Trainer, cfg: object, memory: Literal["device", "host"]) -> str:
+    """Return what to change where memory is too small for a trainer with these options."""
+    smaller = smaller_trainer(trainer, cfg, memory)
+    if smaller is not None and smaller.trainer is trainer:
+        return "give " + " ".join(_words(smaller.options))
+    remedies = []
+    if smaller is not None:
+        command = " ".join([smaller.trainer.path.name, *_words(smaller.options)])
+        remedies.append(f"use {command}, which needs less of it")
+    if memory == "device" and trainer.script != "simple_trainer":
+        remedies += ["raise --data_factor", "lower --batch_size"]
+    else:
+        remedies += ["lower --sh_degree", *([] if smaller else ["free memory"])]
+    return f"{', '.join(remedies[:-1])} or {remedies[-1]}"
+
+
+def _missing(options: Mapping[str, str], cfg: object) -> dict[str, str]:
+    return {name: value for name, value in options.items() if getattr(cfg, name, None) != value}
+
+
+def _words(options: Mapping[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]

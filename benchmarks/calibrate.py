@@ -9,9 +9,6 @@ trainer's Adam kernels over host memory; the trainers print the verdict when the
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainers have it; before torch loads its OpenMP
-
 import statistics
 import sys
 import time

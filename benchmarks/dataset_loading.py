@@ -18,13 +18,14 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, number, spread
+from benchmarks.report import Report, spread
 from benchmarks.timing import Case, time_in_turns
 from datasets.images import decode_image
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
 from offload.backends import num_threads
+from reporting.numbers import number
 
 DECODE = "decode and undistort a picture, 1 thread"
 

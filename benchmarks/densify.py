@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, gigabytes, number, percent, spread
+from benchmarks.report import Report, spread
 from benchmarks.timing import CPU, Spread, copy_bandwidth
 from configs import DensificationRules
 from offload.adam.options import AdamOptions
@@ -26,6 +26,7 @@ from offload.backends import num_threads
 from offload.models.baseline import BaselineGaussians
 from offload.store.layout import GROUP_NAMES, row_bytes
 from offload.store.morton import morton_order
+from reporting.numbers import gigabytes, number, percent
 from training.densification import Densification, Statistics
 
 ROW_BYTES = sum(row_bytes(group, sh_degree=3) for group in GROUP_NAMES)  # of a Gaussian

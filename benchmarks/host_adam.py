@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, megabytes, number, percent, spread
+from benchmarks.report import Report, spread
 from benchmarks.timing import Case, time_in_turns
 from benchmarks.visible_rows import KINDS, MEAN_RUN
 from offload.adam.host import DeferredAdam
 from offload.backends import num_threads
 from offload.store.layout import RowState
 from offload.store.memory import HostArray
+from reporting.numbers import megabytes, number, percent
 from training.memory import available_bytes
 
 COLUMNS = 48

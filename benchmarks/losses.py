@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, number, spread
+from benchmarks.report import Report, spread
 from benchmarks.timing import Clock, Spread, copy_bandwidth
 from rendering.losses import photometric_loss
 from rendering.ssim import C1, C2, WINDOW, WINDOW_SIZE
+from reporting.numbers import number
 
 SIZES = [(320, 240), (800, 533), (1600, 1066)]  # px, width x height
 SSIM_LAMBDA = 0.2

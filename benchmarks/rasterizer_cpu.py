@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, number, spread
+from benchmarks.report import Report, spread
 from benchmarks.timing import Clock, Spread
 from offload.backends import num_threads
 from rendering.cpu_rasterizer import blend
 from rendering.projection import Projection, project
 from rendering.rasterize import rasterize
+from reporting.numbers import number
 
 TILE = 16  # pixels
 MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE = 0.999, 1 / 255, 1e-4

@@ -11,24 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, machine_name, sentence
 from benchmarks.timing import Spread
+from reporting.machine import describe_machine, machine_name, sentence
+from reporting.numbers import number
 
 RESULTS = Path(__file__).parent / "results"
 
 Format = Callable[[object], str]
-
-
-def number(value: float) -> str:
-    """Two or three digits, more where there are more before the point."""
-    size = float(f"{abs(value):.3g}")
-    if size < 1:
-        return f"{value:.2g}"
-    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
-
-
-def count(value: int) -> str:
-    return f"{value:,}"
 
 
 def spread(value: Spread) -> str:
@@ -37,20 +26,6 @@ def spread(value: Spread) -> str:
 
 def milliseconds_by_name(times: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {number(value)}" for name, value in times.items())
-
-
-def percent(value: float) -> str:
-    return f"{number(100 * value)} %"
-
-
-def gigabytes(value: float) -> str:
-    """Bytes as 10^9 bytes, without the unit."""
-    return f"{value / 1e9:.2f}"
-
-
-def megabytes(value: float) -> str:
-    """Bytes as 10^6 bytes, without the unit."""
-    return number(value / 1e6)
 
 
 class Table:

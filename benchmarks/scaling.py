@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from benchmarks.aerial_scene import HEIGHT, WIDTH, focals_for
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, Table, count, gigabytes, milliseconds_by_name, number, spread
+from benchmarks.report import Report, Table, milliseconds_by_name, spread
 from benchmarks.train_step import Job, in_fresh_process, measure
 from errors import InputError
+from reporting.numbers import count, gigabytes, number
 from trainers import TRAINERS
 
 

@@ -21,16 +21,16 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 from benchmarks.aerial_scene import FOCAL, AerialCameras, aerial_cameras, aerial_geometry, geometry_rows
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, count, gigabytes, milliseconds_by_name, number, percent, spread
+from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import OPTIONS, AerialRun, Job, Measurement, in_fresh_process
 from configs import Config
-from errors import InputError
+from errors import InputError, TrainingStopped
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
 from offload.tiles.planner import TiledRows, TilePlanner
+from reporting.numbers import count, gigabytes, number, percent
 from training.command_line import parse
-from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
 
 WIDE_EVERY = 8  # views
@@ -96,8 +96,8 @@ class SplitRun(AerialRun):
         self.parts: list[int] = []  # of each view that was found
         self.steps_above_budget = 0
 
-    def after_step(self, step: int, loss: torch.Tensor, sh_degree: int) -> None:
-        super().after_step(step, loss, sh_degree)
+    def after_step(self, step: int, loss: torch.Tensor) -> None:
+        super().after_step(step, loss)
         peaks = peak_bytes(self.device)
         self.steps_above_budget += 0 < self.variant.budget < peaks["device_reserved"]
 
@@ -123,30 +123,23 @@ def run_variant(variant: Variant, num_gaussians: int, picture_scale: float) -> F
     job = Job(variant.name, num_gaussians, FOCAL, picture_scale, steps)
     options = (*OPTIONS, "--max_gaussians", str(num_gaussians), "--geometry", variant.geometry, *variant.arguments)
     _, cfg = parse(variant.script.CONFIGS, ["default", *options], "")
-    runs: list[SplitRun] = []
     plan = TilePlanner.plan
-
-    def start(cfg: Config, scene_name: str) -> SplitRun:
-        runs.append(SplitRun(cfg, job, variant))
-        return runs[0]
 
     def counting(*arguments: object, **options: object) -> TiledRows:
         view = plan(*arguments, **options)
-        runs[0].parts.append(len(view.tiles))
+        split_run.parts.append(len(view.tiles))
         return view
 
     try:
-        with (
-            mock.patch.object(variant.script, "TrainingRun", start),
-            mock.patch.object(TilePlanner, "plan", counting),
-        ):
-            variant.script.train(cfg, "default")
+        split_run = SplitRun(cfg, job, variant)
+        with mock.patch.object(TilePlanner, "plan", counting):
+            variant.script.train(split_run)
     except torch.OutOfMemoryError:
         return Found(Measurement(problem="out of device memory"))
     except (InputError, TrainingStopped) as error:
         return Found(Measurement(problem=str(error)))
-    found = replace(runs[0].measurement(), milliseconds=runs[0].mean_over_eight())
-    return Found(found, runs[0].steps_above_budget, max(runs[0].parts, default=1))
+    found = replace(split_run.measurement(), milliseconds=split_run.mean_over_eight())
+    return Found(found, split_run.steps_above_budget, max(split_run.parts))
 
 
 COLUMNS = {

@@ -16,12 +16,13 @@ import torch
 
 from benchmarks.aerial_scene import FOCAL
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, count, milliseconds_by_name, number, spread
+from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import AerialRun, Job, train
 from configs import Config
 from errors import InputError
 from offload.models.contract import GaussianModel
+from reporting.numbers import count, number
 from training.views import View
 
 SKIPPED = 6  # first steps with a shape: its kernels are compiled, and the lanes fill
@@ -74,10 +75,10 @@ class RunOfShapes(AerialRun):
         super().__init__(cfg, job)
         self.found: list[tuple[Spread, dict[str, float], float]] = []  # ms per step, of its stages, bytes over the link
 
-    def steps(self, model: GaussianModel, densification: object, render: object) -> Iterator[tuple[int, View]]:
+    def steps(self, model: GaussianModel, densification: object, draw: object = None) -> Iterator[tuple[int, View]]:
         each = self.job.steps // len(self.shapes)
         link_bytes = 0
-        for step, view in super().steps(model, densification, render):
+        for step, view in super().steps(model, densification, draw):
             index, turn = divmod(step - self.num_warmup, each)
             if index >= 0 and turn == 0:
                 self.shapes[index].use()

@@ -4,9 +4,9 @@
     python -m benchmarks.train_step --num_gaussians 18000000 --device_memory_cap 24GB
     python -m benchmarks.train_step --num_gaussians 18000000 --trainers streamed --view_window 1 16 64
 
-Each trainer runs its own `train` in its own process, from the same scene, without densification; only its
-`TrainingRun` is replaced by one that has random pictures ready on the device. Floor of the memory traffic: the bytes
-that a step must move (`TRAFFIC`) at the bandwidth of large copies on the same machine. Rendering comes on top of it
+Each trainer runs its own `train` in its own process, from the same scene, without densification, in a run that has
+random pictures ready on the device. Floor of the memory traffic: the bytes
+that a step must move (trainers.py) at the bandwidth of large copies on the same machine. Rendering comes on top of it
 where everything is on the device, and runs beside it where Gaussians are offloaded with all optimizations.
 """
 
@@ -19,7 +19,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import count as count_from
 from itertools import islice, pairwise, product
-from unittest import mock
 
 import numpy as np
 import torch
@@ -27,20 +26,21 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible
 from benchmarks.command_line import BenchmarkOptions, run
-from benchmarks.report import Report, count, gigabytes, milliseconds_by_name, number, percent, spread
+from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
 from datasets.view_order import ViewWindows
-from errors import InputError
+from errors import InputError, TrainingStopped
+from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
 from offload.models.contract import GaussianModel
 from offload.pipelines.contract import Counters
-from trainers import TRAINERS
+from reporting.numbers import count, gigabytes, number, percent
+from trainers import TRAINERS, Traffic
+from training import schedules
 from training.command_line import parse
-from training.densification import TrainingStopped
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
-from training.memory_estimate import Footprint
 from training.per_step import PerStep
 from training.run import select_device
 from training.stages import StageTimes
@@ -51,35 +51,6 @@ FEW_STEPS = ("baseline",)  # trainers so slow that a tenth of the steps is enoug
 
 # Options of every trainer here: nothing is refined or reset, and all spherical harmonics are in use at once.
 OPTIONS = ("--refine_stop_iter", "0", "--sh_degree_interval", "1")
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one step must read and write."""
-
-    device: float = 0.0
-    link: float = 0.0  # in the busier direction
-    host: float = 0.0
-
-
-# Of trainers, from N Gaussians of which V are visible. Rows are 48 (appearance) and 12 (geometry) float32.
-# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Culling on the
-#   device reads 24 bytes of each Gaussian.
-# - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
-#   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
-#   once more for Adam, and all 768 go: by far the most is read.
-# - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
-#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
-TRAFFIC: dict[str, Callable[[float, float], Traffic]] = {
-    "gpu_only": lambda n, v: Traffic(device=28 * 59 * n),
-    "baseline": lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
-    "optimized": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
-    "optimized_geometry_on_host": lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
-    "split": lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
-    "streamed": lambda n, v: Traffic(device=24 * n + 28 * 59 * v, host=2 * 576 * v, link=576 * v),
-    "streamed_geometry_on_host": lambda n, v: Traffic(device=4 * 256 * v, host=(1280 + 768) * v, link=1280 * v),
-    "streamed_bfloat16": lambda n, v: Traffic(device=24 * n + (28 * 11 + 20 * 48) * v, host=2 * 384 * v, link=384 * v),
-}
 
 
 @dataclass
@@ -137,6 +108,7 @@ class AerialRun:
         self.scene_scale = SCENE_SCALE
         self.times = StageTimes(self.device)
         self.upcoming: View | None = None
+        self.sh_degree = 0
         self.num_warmup = max(job.steps // 5, 3)
         self._clock = Clock(self.device)
         self._ends: list[torch.cuda.Event | float] = []  # of the measured steps and the one before
@@ -149,14 +121,27 @@ class AerialRun:
         self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
         self._counted_before = Counters()
 
-    def check_memory(self, footprint: Footprint, largest_part: float = 1.0) -> None:
-        pass  # what does not fit is found out
+    @property
+    def adam(self) -> AdamOptions:
+        """How Adam updates the Gaussians."""
+        return schedules.adam_options(self.cfg, self.scene_scale)
+
+    @property
+    def num_initial_gaussians(self) -> int:
+        """How many Gaussians `initial_gaussians` returns."""
+        return self.job.num_gaussians
 
     def initial_gaussians(self) -> dict[str, Tensor]:
+        """Return the scene's Gaussians, once. Whether they fit into memory is found out."""
         parameters, self._parameters = self._parameters, {}  # not held while the trainer has its own
         return parameters
 
-    def steps(self, model: GaussianModel, densification: object, render: object) -> Iterator[tuple[int, View]]:
+    def mark(self, stage: str) -> None:
+        """End a stage of the present step."""
+        self.times.mark(stage)
+
+    def steps(self, model: GaussianModel, densification: object, draw: object = None) -> Iterator[tuple[int, View]]:
+        """Yield the steps to warm up and those to measure."""
         self.model = model
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -165,18 +150,20 @@ class AerialRun:
                 self.times.mean_milliseconds()  # forgets the first steps
                 self._mean_offload()
                 self._counted_before = model.counters()
+            self.sh_degree = schedules.sh_degree(self.cfg, step)
             self.times.start()
             self.upcoming = self._views[step + 1]
             yield step, self._views[step]
 
     def backgrounds(self, view: View) -> None:
-        return None
+        """Return None: pictures are drawn before black."""
 
-    def after_step(self, step: int, loss: Tensor, sh_degree: int) -> None:
+    def after_step(self, step: int, loss: Tensor) -> None:
+        """Note when the step has ended."""
         # Nobody waits for the device here, as in training: what a trainer does behind the next step stays there.
         if step >= self.num_warmup - 1:
             self._ends.append(self._clock.mark())
-        self._loss = loss
+        self._loss = loss.detach()
 
     def measurement(self) -> Measurement:
         counted, before = self.model.counters(), self._counted_before
@@ -196,12 +183,6 @@ class AerialRun:
         if milliseconds is None:
             return None
         return self._offload_per_step.means("", self.model.steps_done, milliseconds)
-
-    def __enter__(self) -> AerialRun:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def moved_per_step(before: Counters, after: Counters, steps: int) -> float | None:
@@ -239,15 +220,9 @@ def train(job: Job, run_type: type[AerialRun] = AerialRun) -> AerialRun:
     script = trainer.load()
     bound = ("--max_gaussians", str(job.num_gaussians))
     _, cfg = parse(script.CONFIGS, ["default", *trainer.arguments, *OPTIONS, *bound], "")
-    runs: list[AerialRun] = []
-
-    def start(cfg: Config, scene_name: str) -> AerialRun:
-        runs.append(run_type(cfg, job))
-        return runs[0]
-
-    with mock.patch.object(script, "TrainingRun", start):
-        script.train(cfg, "default")
-    return runs[0]
+    aerial_run = run_type(cfg, job)
+    script.train(aerial_run)
+    return aerial_run
 
 
 def run_trainer(job: Job) -> Measurement:
@@ -291,11 +266,9 @@ def sentence_of(bandwidth: Traffic) -> str:
     )
 
 
-def floor_milliseconds(trainer: str, num_gaussians: int, visible: float, bandwidth: Traffic) -> float | None:
-    """Time of a step's memory traffic: that of its slowest part, since all may overlap."""
-    if trainer not in TRAFFIC:
-        return None
-    traffic, speed = asdict(TRAFFIC[trainer](num_gaussians, visible)), asdict(bandwidth)
+def floor_milliseconds(trainer: str, num_gaussians: int, visible: float, bandwidth: Traffic) -> float:
+    """Return the time of a step's memory traffic: that of its slowest part, since all may overlap."""
+    traffic, speed = asdict(TRAINERS[trainer].traffic(num_gaussians, visible)), asdict(bandwidth)
     speed = {place: value or bandwidth.host for place, value in speed.items()}  # without a GPU all is on the host
     return 1e3 * max(traffic[place] / speed[place] for place in traffic)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.report import number
 from comparing.runs import Curve, Run
+from reporting.numbers import number
 
 # Colours that stand out from white and from near-black; runs and stages take them in this order.
 COLORS = ("#2f81f7", "#e8710a", "#1f9d55", "#c2478f", "#8a63d2", "#0e9aa7", "#b5891b", "#d64545", "#6b7f94")
@@ -28,7 +29,7 @@ def color(index: int) -> str:
 
 
 def line_chart(runs: Sequence[Run], curve: str, label: str, *, over: str) -> str | None:
-    """One line per run that has the curve, thinner from run to run, so that equal ones are seen behind each other.
+    """Draw one line per run that has the curve, thinner from run to run, so that equal ones are seen behind each other.
 
     Args:
         runs: Their order gives the colours.
@@ -68,7 +69,7 @@ def line_chart(runs: Sequence[Run], curve: str, label: str, *, over: str) -> str
 
 
 def stage_bars(runs: Sequence[Run], colors: Mapping[str, str]) -> str | None:
-    """One bar per run, made of the mean milliseconds of the stages of its steps.
+    """Draw one bar per run, made of the mean milliseconds of the stages of its steps.
 
     Args:
         runs: Those without stages are left out.
@@ -94,13 +95,13 @@ def stage_bars(runs: Sequence[Run], colors: Mapping[str, str]) -> str | None:
 
 
 def _short(name: str, most: int = 28) -> str:
-    """A name that leaves room for a bar beside it."""
+    """Return a name that leaves room for a bar beside it."""
     name = name.replace("_", " ")
     return name if len(name) <= most else "... " + name[-most + 4 :]
 
 
 def stage_colors(runs: Sequence[Run]) -> dict[str, str]:
-    """A colour for every stage that any run has, in the order in which they come in a step."""
+    """Return a colour for every stage that any run has, in the order in which they come in a step."""
     stages: dict[str, None] = {}
     for run in runs:
         stages.update(dict.fromkeys(run.stages_ms))
@@ -121,7 +122,7 @@ def _figure(label: str, height: float = _SIZE[1]):
         "grid.color": _INK,
         "grid.alpha": 0.15,
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(cast(Any, settings)):
         figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_ylabel(label)
@@ -131,7 +132,7 @@ def _figure(label: str, height: float = _SIZE[1]):
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure to stand inside a page: as wide as its place, in the page's text colour and font."""
+    """Return the figure to stand inside a page: as wide as its place, in the page's text colour and font."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -12,13 +12,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from io import BufferedReader
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import cast
 
-from benchmarks.machine import describe_machine
 from comparing.runs import (
-    FINISHED,
     LAUNCH,
     Launch,
     differing_options,
@@ -30,22 +29,18 @@ from comparing.runs import (
 )
 from configs import Config
 from errors import InputError
+from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
 from training.command_line import parse
+from training.ending import FAILED, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Ending, forget_ending, read_ending
 
-FAILED, OUT_OF_MEMORY, INTERRUPTED = "failed", "out of memory", "interrupted"
-
-# In the last sentence of a trainer: torch's, the system's and our own ways to say it.
-_MEMORY = re.compile(r"out of memory|memory ran out|cannot allocate|MemoryError|(is|are) free\b", re.IGNORECASE)
-
-_VERDICT = re.compile(r"(Error|Stopped|Interrupted)\b")  # how a trainer's last word begins
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BAR = re.compile(rb"\d%\|.*\|")  # tqdm's; the last of a bar ends the line
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is wanted, from its beginning."""
+    """Hold a run that is wanted, from its beginning."""
 
     name: str
     folder: Path
@@ -58,7 +53,7 @@ class Plan:
 
 
 def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:
-    """The runs of some trainers with one scene and the same options; exits where an option cannot be read.
+    """Return the runs of some trainers with one scene and the same options; exit where an option cannot be read.
 
     Args:
         scene: As the trainer scripts take it.
@@ -113,7 +108,7 @@ def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
 
 
 def _option_groups(tokens: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each option's name, as its field is called, and its tokens: ["--max_steps", "5"]."""
+    """Yield each option's name, as its field is called, and its tokens: ["--max_steps", "5"]."""
     group: list[str] = []
     for token in [*tokens, "--"]:
         if token.startswith("--"):
@@ -136,7 +131,7 @@ def _known_options(trainer: Trainer, scene: str) -> set[str]:
 
 
 class Interruption:
-    """Ctrl-C, SIGTERM and a closed terminal while trainers run: told to the running trainer, and remembered.
+    """Tell Ctrl-C, SIGTERM and a closed terminal to the trainer that runs, and remember them.
 
     A trainer has a session of its own, so that it is told once: it ends its step and saves. At a second Ctrl-C it
     stops at once.
@@ -179,6 +174,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
         last = wanted.folder / "ckpts" / f"ckpt_{last_step(options)}.pt"
         arguments += ["--ckpt", str(last)] if last.is_file() else ["--resume"]
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
+    forget_ending(wanted.folder)  # a trainer that cannot start leaves it
     wanted.folder.mkdir(parents=True, exist_ok=True)
     said = ""
     with open(wanted.folder / "log.txt", "w") as log:
@@ -193,19 +189,18 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
         interruption.process = process
         if interruption.requested:  # came between the last check and now
             process.send_signal(signal.SIGINT)
-        for line, is_progress in _lines(process.stdout):
+        for line, is_progress in _lines(cast(BufferedReader, process.stdout)):
             show(line)
             if not is_progress:
                 log.write(line + "\n")
-                if not _VERDICT.match(said) or _VERDICT.match(line):
-                    said = line.strip() or said
+                said = line.strip() or said
         exit_code = process.wait()
         interruption.process = None
-    status, message = _outcome(exit_code, said, whole=is_finished(wanted.folder, wanted.cfg))
+    ending = _ending(exit_code, said, read_ending(wanted.folder), whole=is_finished(wanted.folder, wanted.cfg))
     result = Launch(
         command=shlex.join(["python", *arguments]),
-        status=status,
-        message=message,
+        status=ending.status,
+        message=ending.message,
         exit_code=exit_code,
         date=datetime.datetime.now().isoformat(" ", "seconds"),
         machine=describe_machine(),
@@ -214,27 +209,29 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     return result
 
 
-def _outcome(exit_code: int, said: str, *, whole: bool) -> tuple[str, str]:
-    """Status and, unless it finished, a sentence.
+def _ending(exit_code: int, said: str, ending: Ending | None, *, whole: bool) -> Ending:
+    """Return how a trainer ended.
 
     Args:
         exit_code: Of the process.
-        said: Its last line, or the one that says why it ended.
+        said: The last line that it printed.
+        ending: What it says itself; None where it did not come to that.
         whole: Whether all results are there.
     """
     if exit_code == 0 and whole:
-        return FINISHED, ""
+        return Ending(FINISHED)
     if exit_code == -signal.SIGKILL:
-        return OUT_OF_MEMORY, "Killed by the system, most likely since host memory ran out."
-    if exit_code in (130, -signal.SIGINT, -signal.SIGTERM) or (exit_code == 0 and said.startswith("Interrupted")):
-        return INTERRUPTED, said
-    if exit_code == 0:
-        return FAILED, f"It ended without the statistics of its last step; --force begins it anew. {said}".strip()
-    return OUT_OF_MEMORY if _MEMORY.search(said) else FAILED, said
+        return Ending(OUT_OF_MEMORY, "Killed by the system, most likely since host memory ran out.")
+    if ending is None:
+        stopped = exit_code in (130, -signal.SIGINT, -signal.SIGTERM)
+        return Ending(INTERRUPTED if stopped else FAILED, said)
+    if ending.status == FINISHED:
+        return Ending(FAILED, "It ended without the statistics of its last step; --force begins it anew.")
+    return ending
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[str, bool]]:
-    """Lines of a program, and whether each is one of a progress bar, which the next one overwrites."""
+def _lines(stream: BufferedReader) -> Iterator[tuple[str, bool]]:
+    """Yield lines of a program, and whether each is one of a progress bar, which the next one overwrites."""
     rest = b""
     while chunk := stream.read1(65536):
         *parts, rest = re.split(rb"(\r\n|\n|\r)", rest + chunk)

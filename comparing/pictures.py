@@ -25,7 +25,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a run made of a test view."""
+    """Hold what a run made of a test view."""
 
     picture: Picture
     difference: Picture  # to the first run's; of the first run's to the photo
@@ -33,7 +33,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ComparedView:
-    """One test view of all runs that rendered it."""
+    """Hold one test view of all runs that rendered it."""
 
     name: str
     photo: Picture
@@ -41,7 +41,7 @@ class ComparedView:
 
 
 def compared_views(runs: Sequence[Run]) -> list[ComparedView]:
-    """The first, middle and last of the test views that every run with renderings has rendered."""
+    """Return the first, middle and last of the test views that every run with renderings has rendered."""
     runs = [run for run in runs if run.pictures]
     if not runs:
         return []
@@ -51,8 +51,8 @@ def compared_views(runs: Sequence[Run]) -> list[ComparedView]:
 
 
 def _compare(name: str, runs: Sequence[Run]) -> ComparedView | None:
-    halves = [_halves(run, name) for run in runs]
-    if any(half is None or half[0].shape != halves[0][0].shape for half in halves):
+    halves = [half for run in runs if (half := _halves(run, name)) is not None]
+    if len(halves) < len(runs) or any(half[0].shape != halves[0][0].shape for half in halves):
         return None  # damaged, or of another scale
     photo = halves[0][0]
     renderings = []
@@ -67,7 +67,7 @@ def _compare(name: str, runs: Sequence[Run]) -> ComparedView | None:
 
 
 def _halves(run: Run, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Photo and rendering [H, W, 3] uint8 of a test view."""
+    """Return photo and rendering [H, W, 3] uint8 of a test view."""
     try:
         with Image.open(run.pictures[name]) as image:
             pair = np.asarray(image.convert("RGB"))

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from benchmarks.machine import sentence
-from benchmarks.report import number
 from comparing import charts
 from comparing.pictures import AMPLIFIED, compared_views
 from comparing.runs import FINISHED, VAL_FIGURES, Run
+from reporting.machine import sentence
+from reporting.numbers import number
 
 NAME = "comparison"
 NO_BREAK = "\u00a0"  # a space where no line ends
@@ -24,7 +24,7 @@ NO_BREAK = "\u00a0"  # a space where no line ends
 
 @dataclass(frozen=True)
 class Figure:
-    """One column of the table."""
+    """Hold one column of the table."""
 
     key: str  # of `Run.figures`
     title: str
@@ -58,7 +58,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is reported."""
+    """Hold what is reported."""
 
     title: str
     runs: Sequence[Run]
@@ -73,21 +73,21 @@ class Comparison:
 
 
 def ratio(run: Run, first: Run, key: str) -> float | None:
-    """A figure over that of the first run; None where there is no sense in it."""
+    """Return a figure over that of the first run; None where there is no sense in it."""
     value, reference = run.figures.get(key), first.figures.get(key)
     return None if value is None or not reference else value / reference
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the mean of a figure over the test views, to that of the first run."""
+    """Hold the difference of the mean of a figure over the test views to that of the first run."""
 
     mean: float
     standard_error: float | None  # as the views differ among each other; None where their figures are not known
 
 
 def difference(run: Run, first: Run, key: str) -> Difference | None:
-    """None where one of the runs has no such figure."""
+    """Return the difference; None where one of the runs has no such figure."""
     value, reference = run.figures.get(key), first.figures.get(key)
     if value is None or reference is None:
         return None
@@ -136,7 +136,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def _finite(value: object) -> object:
-    """The same with null for what JSON has no number for, such as the loss of a run that has diverged."""
+    """Return the same with null for what JSON has no number for, such as the loss of a run that has diverged."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -145,7 +145,7 @@ def _finite(value: object) -> object:
 
 
 def cells(run: Run, first: Run) -> list[str]:
-    """The texts of a run's figures, with its difference or ratio to the first run in brackets."""
+    """Return the texts of a run's figures, with its difference or ratio to the first run in brackets."""
     texts = []
     for figure in FIGURES:
         value = run.figures.get(figure.key)
@@ -192,8 +192,8 @@ def as_markdown(comparison: Comparison) -> str:
         lines += ["", "Mean milliseconds of each stage of a step:", ""]
         lines += [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for name, times in stages.items():
-            row = (f"{times[stage]:.2f}" if stage in times else "" for stage in names)
-            lines.append(f"| {name} | {' | '.join(row)} |")
+            values = (f"{times[stage]:.2f}" if stage in times else "" for stage in names)
+            lines.append(f"| {name} | {' | '.join(values)} |")
     lines += ["", "## Machine", "", *(f"{machine}\n" for machine in machines(comparison)), "## Commands", "", "```bash"]
     lines += [comparison.command, *(f"# {run.name}\n{run.command}" for run in comparison.runs if run.command), "```"]
     return "\n".join(lines) + "\n"
@@ -209,7 +209,7 @@ EXPLANATION = (
 
 
 def machines(comparison: Comparison) -> list[str]:
-    """Where the runs were made, one sentence per machine; runs started by hand do not say."""
+    """Return where the runs were made, one sentence per machine; runs started by hand do not say."""
     found: dict[str, list[str]] = {}
     for run in comparison.runs:
         if run.machine:
@@ -254,7 +254,7 @@ def as_html(comparison: Comparison) -> str:
 
 
 def line_charts(runs: Sequence[Run]) -> list[str]:
-    """All charts of curves that any run has."""
+    """Return all charts of curves that any run has."""
     wanted = [
         ("loss", "training loss", "steps"),
         ("loss", "training loss", "seconds"),
@@ -274,7 +274,7 @@ def line_charts(runs: Sequence[Run]) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[object]]:
-    """Options that are not the same in all runs, with each run's value ('' where it has none)."""
+    """Return the options that are not the same in all runs, with each run's value ('' where it has none)."""
     names = dict.fromkeys(name for run in runs for name in run.options)
     values = {name: [run.options.get(name, "") for run in runs] for name in names if name != "result_dir"}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}

@@ -7,14 +7,16 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from configs import Config
 from errors import InputError
+from training.ending import FINISHED
 
-FINISHED, NOT_RUN = "finished", "not run"
+NOT_RUN = "not run"
 LAUNCH = "launch.json"  # what compare.py knows of a run that it started
 
 # TensorBoard tags that become curves, by the name the report gives them.
@@ -40,7 +42,7 @@ NO_OTHER_RUN = ("result_dir", "resume", "save_every", "keep")  # options that ma
 
 @dataclass(frozen=True)
 class Launch:
-    """How compare.py started a run, and how that ended."""
+    """Hold how compare.py started a run, and how that ended."""
 
     command: str
     status: str
@@ -52,7 +54,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Curve:
-    """A value over the steps, and over the seconds that training has taken."""
+    """Hold a value over the steps, and over the seconds that training has taken."""
 
     steps: list[int]
     seconds: list[float]
@@ -61,7 +63,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """One result folder."""
+    """Hold one result folder."""
 
     name: str
     folder: Path
@@ -79,13 +81,13 @@ class Run:
     pictures: dict[str, Path] = field(default_factory=dict)  # by test view: photo and rendering side by side
 
 
-def last_step(options: Mapping[str, object]) -> int:
-    """Steps that a run with these options (of cfg.yml) does."""
+def last_step(options: Mapping[str, Any]) -> int:
+    """Return how many steps a run with these options (of cfg.yml) does."""
     return int(options["max_steps"] * options.get("steps_scaler", 1.0))
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder holds the whole of the run that wrote its cfg.yml.
+    """Return whether the folder holds the whole of the run that wrote its cfg.yml.
 
     The statistics of the last step must be there, and be that run's: compare.py has seen it finish, or they are newer
     than cfg.yml, which every run writes when it starts.
@@ -105,11 +107,12 @@ def is_complete(folder: Path) -> bool:
 
 def is_finished(folder: Path, cfg: Config) -> bool:
     """Whether the folder holds the whole of a run with these options."""
-    return is_complete(folder) and not differing_options(read_options(folder), cfg)
+    options = read_options(folder)
+    return options is not None and is_complete(folder) and not differing_options(options, cfg)
 
 
 def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, tuple[object, object]]:
-    """Options of a cfg.yml that are not those asked for, with both values.
+    """Return the options of a cfg.yml that are not those asked for, with both values.
 
     `NO_OTHER_RUN` do not count, and what an older version wrote nothing of was as its default is now.
     """
@@ -119,8 +122,8 @@ def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, t
     return {name: (there[name], wanted.get(name)) for name in names if there[name] != wanted.get(name)}
 
 
-def read_options(folder: Path) -> dict[str, object] | None:
-    """cfg.yml; None where it is missing or damaged."""
+def read_options(folder: Path) -> dict[str, Any] | None:
+    """Return cfg.yml; None where it is missing or damaged."""
     try:
         options = yaml.safe_load((folder / "cfg.yml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -142,7 +145,7 @@ def write_launch(folder: Path, launch: Launch) -> None:
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """All that a result folder tells; what is missing or damaged stays empty.
+    """Return all that a result folder tells; what is missing or damaged stays empty.
 
     Raises:
         InputError: The folder is no result folder.
@@ -188,7 +191,7 @@ def read_run(name: str, folder: Path) -> Run:
 
 
 def _latest(folder: Path, kind: str, last: int) -> tuple[int, dict]:
-    """The highest step up to `last` that has readable statistics, and those; step 0 where there are none."""
+    """Return the highest step up to `last` that has readable statistics, and those; step 0 where there are none."""
     steps = []
     for path in (folder / "stats").glob(f"{kind}_step*.json"):
         number = path.stem.removeprefix(f"{kind}_step")
@@ -202,7 +205,7 @@ def _latest(folder: Path, kind: str, last: int) -> tuple[int, dict]:
 
 
 def _read_curves(folder: Path) -> dict[str, Curve]:
-    """Every scalar in tb/, by tag; where a run was continued or begun anew, what came before the step it began at."""
+    """Return every scalar in tb/, by tag; of a run that was begun anew, what came before the step it began at."""
     if not any((folder / "tb").glob("*tfevents*")):
         return {}
     accumulator = EventAccumulator(str(folder / "tb"), size_guidance={SCALARS: 0})  # 0: all of them
@@ -239,7 +242,7 @@ def _mean_of_logged_stages(curves: Mapping[str, Curve]) -> dict[str, float]:
 
 
 def _read_json(path: Path) -> dict | None:
-    """None where the file is missing or was cut off while it was written."""
+    """Return what a JSON file holds; None where the file is missing or was cut off while it was written."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errors import InputError
+from errors import InputError, NotEnoughMemory
 
 
 class ParameterError(InputError):
@@ -19,6 +19,10 @@ class ParameterError(InputError):
     def of_options(self) -> str:
         """Name the options of the command line in place of the parameters."""
         return self._sentence.format_map(_Names("--"))
+
+
+class MemoryParameterError(ParameterError, NotEnoughMemory):
+    """A value for which there is not enough memory."""
 
 
 class _Names(dict[str, str]):

@@ -1,8 +1,9 @@
+import startup  # noqa: F401, before torch is imported
+
+# isort: split
+
 import importlib.util
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer scripts do, before torch loads
-
 from pathlib import Path
 
 import pytest

@@ -17,7 +17,6 @@ from benchmarks import (
     gsplat_agreement,
     host_adam,
     losses,
-    machine,
     rasterizer_cpu,
     scaling,
     split,
@@ -27,11 +26,13 @@ from benchmarks import (
 )
 from benchmarks.__main__ import benchmarks
 from benchmarks.aerial_scene import VisibleCounts, aerial_scene
-from benchmarks.machine import describe_machine, machine_name
-from benchmarks.report import Report, number, spread
+from benchmarks.report import Report, spread
 from benchmarks.timing import Case, Spread, time_in_turns
 from benchmarks.visible_rows import KINDS
 from errors import InputError
+from reporting import machine
+from reporting.machine import describe_machine, machine_name
+from reporting.numbers import number
 
 
 def written(out: Path) -> dict:
@@ -90,7 +91,7 @@ def test_trainers_of_the_benchmark_have_the_same_loss():
 
 @pytest.mark.usefixtures("_in_this_process")
 def test_a_trainer_without_memory_is_reported_and_the_rest_go_on(tmp_path, monkeypatch):
-    def train(cfg, scene_name):
+    def train(run):
         raise train_step.torch.OutOfMemoryError("as a GPU would")
 
     monkeypatch.setattr(trainers.TRAINERS["gpu_only"].load(), "train", train)
@@ -120,7 +121,6 @@ def test_scaling_varies_one_number_at_a_time(tmp_path):
 
 
 def test_every_trainer_has_a_floor():
-    assert set(train_step.TRAFFIC) == set(trainers.TRAINERS)
     bandwidth = train_step.Traffic(device=0.0, link=0.0, host=1e9)
     floors = {name: train_step.floor_milliseconds(name, 1000, 100, bandwidth) for name in trainers.TRAINERS}
     assert floors["optimized"] < floors["gpu_only"] < floors["baseline"]

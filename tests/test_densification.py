@@ -8,11 +8,12 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from configs import DensificationRules
+from errors import TrainingStopped
 from offload.adam.options import AdamOptions
 from offload.models.device import DeviceGaussians
 from offload.store.morton import morton_order
 from training import densification
-from training.densification import Densification, Statistics, TrainingStopped, grow, rotation_matrices
+from training.densification import Densification, Statistics, grow, rotation_matrices
 from training.gaussians import PARAMETER_NAMES
 
 SCENE_SCALE = 2.0
@@ -182,7 +183,7 @@ def test_rows_are_sorted_when_it_is_worth_it(max_gaussians, step, sorts):
     assert num_appended == 20 if max_gaussians else num_appended > 100
     in_order = torch.equal(morton_order(gaussians.read("means")), torch.arange(gaussians.num_gaussians))
     assert in_order == sorts
-    assert subject.state()["num_appended"] == (0 if sorts else num_appended)
+    assert subject.state_dict()["num_appended"] == (0 if sorts else num_appended)
     # Rows have taken all that belongs to them along.
     numbers = row_numbers(gaussians)
     once = [place for place, row in enumerate(numbers) if numbers.count(row) == 1]
@@ -197,10 +198,10 @@ def test_the_number_of_appended_rows_is_part_of_the_state():
     subject.statistics = random_statistics(300)
     subject.refine(600, random_gaussians(300))
     resumed = Densification(subject.rules, SCENE_SCALE, seed=3)
-    resumed.load_state(subject.state(), CPU)
-    assert resumed.state()["num_appended"] == 20
+    resumed.load_state_dict(subject.state_dict())
+    assert resumed.state_dict()["num_appended"] == 20
     before_any = Densification(subject.rules, SCENE_SCALE, seed=3)
-    before_any.load_state({}, CPU)
+    before_any.load_state_dict({})
     assert before_any.statistics is None
 
 

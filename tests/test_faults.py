@@ -15,14 +15,15 @@ import torch
 
 import simple_trainer
 import simple_trainer_hybrid_optimized
+import trainers as entries
 from errors import InputError
 from offload.pipelines.forwarded import ForwardedPipeline
 from tests import fault_trials
 from tests.interrupted_runs import DENSIFYING, SCRIPTS, assert_same_state, interrupt_after, run_script, saved
-from training import checkpoint_folder
+from training import checkpoint_folder, command_line
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint, load_checkpoint
-from training.command_line import smaller_command
+from training.commands import smaller_command
 from training.run import TrainingRun
 from training.views import View
 
@@ -202,7 +203,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_training(monkeypatch, city_block
     def fail_from_20_to_40(self, step: int, *arguments: object) -> None:
         failing[0] = 20 <= step + 1 < 40
         after_step(self, step, *arguments)
-        publishing = self._results.checkpoints._publishing
+        publishing = self.results.checkpoints._publishing
         wait([publishing] if publishing else [])
 
     monkeypatch.setattr(os, call, fails_for_a_while)
@@ -267,7 +268,7 @@ def test_a_folder_that_is_really_made_read_only(monkeypatch, city_block, small_d
 
     def remount(self, step: int, *arguments: object) -> None:
         if step + 1 == 13:
-            self._results.checkpoints.wait()
+            self.results.checkpoints.wait()
             subprocess.run(["mount", "--bind", ckpts, ckpts], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", ckpts], check=True)
         after_step(self, step, *arguments)
@@ -397,18 +398,33 @@ def test_a_step_that_device_memory_cannot_hold_is_undone(
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, place))
 
 
-def test_trainers_that_need_less_are_named_one_after_the_other(monkeypatch):
-    command, seen = ["simple_trainer.py", "demo", "--max_steps", "9"], []
-    for script in ("simple_trainer.py", "simple_trainer_hybrid_streamed.py"):
-        command = [script, "demo", "--max_steps", "9", *(("--moments", "bfloat16") if "streamed" in script else ())]
-        while "split" not in command[0]:
-            monkeypatch.setattr("sys.argv", command)
-            command = [word for word in shlex.split(smaller_command())[1:] if word != "--resume"]
-            seen.append(" ".join(command).removeprefix("simple_trainer_hybrid_").replace(".py demo --max_steps 9", ""))
-    assert seen == [
-        *("optimized", "optimized --geometry host", "optimized_split --geometry host"),
-        *("streamed --moments bfloat16 --geometry host", "optimized_split --geometry host"),
-    ]
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("gpu_only", ["optimized", "optimized --geometry host", "optimized_split --geometry host"]),
+        ("baseline", ["optimized_split --geometry host"]),
+        ("split", ["optimized_split --geometry host"]),
+        (
+            "streamed_bfloat16",
+            ["streamed --geometry host --moments bfloat16", "optimized_split --geometry host"],
+        ),
+    ],
+)
+def test_trainers_that_need_less_are_named_one_after_the_other(first, expected):
+    trainer, seen = entries.TRAINERS[first], []
+    words = ["demo", "--max_steps", "9", *trainer.arguments]
+    while trainer is not None:
+        _, cfg = command_line.parse(trainer.load().CONFIGS, words, "")
+        assert entries.trainer_of(trainer.script, cfg).script == trainer.script
+        smaller = entries.smaller_trainer(entries.trainer_of(trainer.script, cfg), cfg, "device")
+        trainer = smaller and smaller.trainer
+        if smaller is not None:
+            script, *words = shlex.split(smaller_command(smaller, "demo", cfg))[1:-1]
+            said = " ".join([Path(script).stem, *words]).replace("simple_trainer_hybrid_", "")
+            seen.append(said.replace(" demo --max_steps 9", "").replace(" demo", "").replace(" --max_steps 9", ""))
+            assert words[0] == "demo"
+            assert words[words.index("--max_steps") + 1] == "9"
+    assert seen == expected
 
 
 def fail_at_call(monkeypatch, script, name: str, number: int) -> None:

@@ -17,8 +17,10 @@ import simple_trainer_hybrid_optimized
 from benchmarks.aerial_scene import aerial_scene
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
+from errors import NotEnoughMemory
 from tests.aerial_training import gaussians_of
 from tests.measured_memory import HEIGHT, WIDTH, train_some_steps
+from trainers import TRAINERS, remedy
 from training import command_line, memory_estimate
 from training.memory import allocated_bytes
 from training.memory_estimate import Need, check_memory, needs, share_in_largest_view
@@ -167,15 +169,26 @@ def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(mon
 
 def test_device_memory_names_what_takes_less_of_it(monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB if device.type == "cuda" else 999 * GIB)
+    split = "use simple_trainer_hybrid_optimized_split.py --geometry host, which needs less of it, raise --data_factor"
     remedies = {
-        "gpu_only": "simple_trainer_hybrid_optimized.py",
-        "baseline": "--data_factor",
-        "geometry on device": "--geometry host",
-        "geometry on host": "--data_factor",
+        "gpu_only": "use simple_trainer_hybrid_optimized.py, which needs less of it or lower --sh_degree",
+        "baseline": split,
+        "optimized": "give --geometry host",
+        "optimized_geometry_on_host": split,
+        "split": "give --geometry host",
+        "split_geometry_on_host": "raise --data_factor or lower --batch_size",
+        "streamed": "give --geometry host",
+        "streamed_bfloat16": "give --geometry host",
+        "streamed_geometry_on_host": split,
     }
-    for trainer, remedy in remedies.items():
-        with pytest.raises(memory_estimate.InputError, match=f"of GPU memory, and 1.00 GiB are free: .*{remedy}"):
-            check_memory(needs(FOOTPRINTS[trainer], 0.1, 10**6, torch.device("cuda")), 10**8, 0)
+    assert remedies.keys() == TRAINERS.keys()
+    for name, words in remedies.items():
+        trainer = TRAINERS[name]
+        _, cfg = command_line.parse(trainer.load().CONFIGS, ["default", *trainer.arguments], "")
+        told = remedy(trainer, cfg, "device")
+        all_needs = needs(trainer.footprint(cfg), 0.1, 10**6, torch.device("cuda"), device_remedy=told)
+        with pytest.raises(NotEnoughMemory, match=f"of GPU memory, and 1.00 GiB are free: {words}"):
+            check_memory(all_needs, 10**8, 0)
 
 
 def run(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:

@@ -58,7 +58,7 @@ def test_training_writes_everything_and_improves(monkeypatch, city_block, tmp_pa
     assert stats["steps_per_second"] == pytest.approx(200 / stats["elapsed_seconds"])
     assert stats["peak_host_bytes"] > 1e8
     assert stats["device_bytes_allocated"] == 0
-    assert list(stats["stages_ms"]) == ["load", "render", "loss", "backward", "optimize", "densify"]
+    assert list(stats["stages_ms"]) == ["load", "fetch", "render", "backward", "update", "densify"]
     assert "staging_allocations" not in stats
     assert {file.name for file in (tmp_path / "ckpts").iterdir()} == {"ckpt_100.pt", "ckpt_200.pt"}
     assert imageio.imread(tmp_path / "renders/val_step200_0000.png").shape == (48, 128, 3)

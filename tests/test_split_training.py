@@ -140,7 +140,7 @@ def split_step(
     ids = gaussians.ids
     gaussians.update()
     densification = rules(cfg)
-    densification.observe(screen.info(ids))
+    densification.observe(screen.info(), ids)
     # After the first step Adam's moments are (1 - b1) g and (1 - b2) g^2: each row was updated with one gradient.
     state = gaussians.state()
     gradients = {name: state[f"exp_avg/{name}"].cpu() / (1 - 0.9) for name in NAMES}

@@ -30,7 +30,7 @@ DECISIVE = 1.5
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes per second of a machine; zero where there is no GPU."""
+    """Hold bytes per second of a machine; zero where there is no GPU."""
 
     host: float  # that Adam's forward and commit kernels read and write
     copies: float = 0.0  # pinned copies one way
@@ -40,7 +40,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Milliseconds that a step's transfers take at least; rendering is not in it."""
+    """Hold the milliseconds that a step's transfers take at least; rendering is not in it."""
 
     optimized_host: float  # of the CPU, moving rows
     optimized_link: float  # beside it
@@ -52,7 +52,7 @@ class Prediction:
 
 
 def predict(speeds: Speeds, num_visible: float) -> Prediction:
-    """Of a step whose view sees so many rows.
+    """Return what the transfers of a step take whose view sees so many rows.
 
     Args:
         speeds: Of a machine with a GPU.
@@ -66,7 +66,7 @@ def predict(speeds: Speeds, num_visible: float) -> Prediction:
 
 
 def verdict(speeds: Speeds, num_gaussians: int, visible: float) -> str:
-    """Which trainer will be faster, by how much and why, in two sentences.
+    """Return which trainer will be faster, by how much and why, in two sentences.
 
     Args:
         speeds: Of a machine with a GPU.
@@ -100,12 +100,12 @@ def _moving(num_bytes: float, where: str, speed: float) -> str:
 
 
 def machine_name(device: torch.device) -> str | None:
-    """This GPU in this host; None for a CPU."""
+    """Return the name of this GPU in this host; None for a CPU."""
     return f"{torch.cuda.get_device_name(device)} in {platform.node()}" if device.type == "cuda" else None
 
 
 def cache_file() -> Path:
-    """Where verdicts are kept."""
+    """Return where verdicts are kept."""
     folder = os.environ.get("XDG_CACHE_HOME")
     return (Path(folder) if folder else Path.home() / ".cache") / "gaussian-offload" / "calibration.json"
 
@@ -133,9 +133,8 @@ def save_verdict(machine: str, speeds: Speeds, num_gaussians: int, visible: floa
 
 def print_last_verdict(device: torch.device) -> None:
     """Say in one line what was found when this machine was calibrated; nothing where it was not."""
-    machine = machine_name(device)
     with contextlib.suppress(KeyError, TypeError):  # never calibrated, or a file that is none of ours
-        found = _saved()[machine]
+        found = _saved()[machine_name(device) or ""]
         print(f"Calibrated on {found['date']}: {found['verdict']}")
 
 

@@ -17,7 +17,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 class SaveSchedule:
-    """When a periodic checkpoint is due: after a number of steps, or of seconds on a clock that never jumps."""
+    """Say when a periodic checkpoint is due: after a number of steps, or of seconds on a clock that never jumps."""
 
     def __init__(self, every: str, clock: Callable[[], float] = time.monotonic) -> None:
         """
@@ -39,7 +39,7 @@ class SaveSchedule:
         self._last = clock()
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether to save after so many steps; where it goes by time, the next interval begins now."""
+        """Return whether to save after so many steps; where it goes by time, the next interval begins now."""
         if self._seconds == 0:
             return self._steps > 0 and steps_done % self._steps == 0
         now = self._clock()
@@ -50,7 +50,7 @@ class SaveSchedule:
 
 
 class CheckpointFolder:
-    """Writes checkpoints one after the other and keeps the newest of the periodic ones.
+    """Write checkpoints one after the other and keeps the newest of the periodic ones.
 
     A thread copies what `save` has left to it, waits for the disk and then gives the file its name. So the newest file
     under its name is always complete.
@@ -73,7 +73,7 @@ class CheckpointFolder:
         self._sequence = max((checkpoint.sequence for _, checkpoint in self._readable()), default=0)
 
     def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The checkpoint to go on from, compared with its checksums; None where there is none.
+        """Return the checkpoint to go on from, compared with its checksums; None where there is none.
 
         Args:
             say: Takes a sentence on each file that is passed over.
@@ -128,7 +128,7 @@ class CheckpointFolder:
         return self.failure()
 
     def failure(self) -> Exception | None:
-        """Why the last checkpoint did not reach the disk, as far as that is known already; told once."""
+        """Return why the last checkpoint did not reach the disk, as far as that is known already; told once."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -144,7 +144,7 @@ class CheckpointFolder:
 
     def _finish(self) -> None:
         """Wait for the last checkpoint."""
-        if self._publishing is not None:
+        if self._publishing is not None and self._partial is not None:
             self._partial.copy_all()
             wait([self._publishing])
 

@@ -25,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import DamagedError, InputError
 from offload.adam.state import ARRAYS, check_state, current_values
 from offload.store.host_store import HostStore
 from training.gaussians import PARAMETER_NAMES
@@ -42,7 +43,7 @@ PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
 ALIGNMENT = 64
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int32": torch.int32, "int64": torch.int64}
 DTYPES |= {"uint8": torch.uint8, "bool": torch.bool, "bfloat16": torch.bfloat16}
-MAX_STEPS = 4_000_000  # tables grow with the steps
+MAX_STEPS = 4_000_000  # tables of skipped steps grow with the steps
 THREADS = min(os.cpu_count() or 1, 16)
 MEMORY_SHARE = 40  # blocks under way take at most this part of what is written
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 8 << 20  # bytes
@@ -51,7 +52,7 @@ GUARDED_ROWS = 2048  # copied at once at most, where one of them is to change; r
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds."""
+    """Hold what a checkpoint file holds."""
 
     steps: int  # training steps done
     transform: np.ndarray  # [4, 4] similarity from the dataset's coordinates to the model's
@@ -86,7 +87,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 class PartialCheckpoint:
-    """A file that receives a checkpoint but does not bear its name yet, since it is not complete and on disk."""
+    """Write a file that receives a checkpoint but does not bear its name yet, since it is not complete and on disk."""
 
     def __init__(
         self, path: Path, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore] | None = None
@@ -204,7 +205,7 @@ class PartialCheckpoint:
 
 
 class _Copier:
-    """Copies rows into a file, by several threads."""
+    """Copy rows into a file, by several threads."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -232,13 +233,13 @@ class _Copier:
                 copy = content.view(rows.dtype).view(rows.shape)
                 # numpy copies on this thread alone, where torch would start more.
                 np.copyto(_as_numpy(copy), _as_numpy(rows)) if rows.device.type == "cpu" else copy.copy_(rows)
-                _write_all(self._file, memoryview(content.numpy()), place)
+                _write_all(self._file, content.numpy().data, place)
         finally:
             self._buffers.put(buffer)
 
 
 class _Guard:
-    """Has the rows of a store copied block by block: one after the other, but those that are to change first.
+    """Have the rows of a store copied block by block: one after the other, but those that are to change first.
 
     While this guards a store, a row changes only after its block has been copied. So the file receives all rows as they
     were in the beginning, whatever happens to them meanwhile.
@@ -265,7 +266,7 @@ class _Guard:
     def before_change(self, ids: Tensor | None) -> None:
         """Return when these rows (int64 [M]; None: all), or what else there is in their blocks, have been copied."""
         begin = time.perf_counter()
-        blocks = range(len(self._copies))
+        blocks: Iterable[int] = range(len(self._copies))
         if ids is not None:
             blocks = torch.bincount(ids // self._block_rows).nonzero().squeeze(1).tolist()
         wait(self._submit(blocks))  # an error has been, or will be, raised by `copy_rest`
@@ -288,27 +289,30 @@ class _Guard:
         self._store.before_change = None
 
     def _submit(self, blocks: Iterable[int]) -> list[Future[None]]:
-        """The copies of these blocks, begun now if they have not been."""
+        """Return the copies of these blocks, begun now if they have not been."""
         with self._lock:
             blocks = [block for block in blocks if block < len(self._copies)]  # rows that were added since have none
-            for block in blocks:
-                if self._copies[block] is None:
-                    self._copies[block] = self._copier.submit(self._rows_of(block))
-            return [self._copies[block] for block in blocks]
+            return [self._begin_copy(block) for block in blocks]
+
+    def _begin_copy(self, block: int) -> Future[None]:
+        copy = self._copies[block]
+        if copy is None:
+            copy = self._copies[block] = self._copier.submit(self._rows_of(block))
+        return copy
 
     def _rows_of(self, block: int) -> list[tuple[Tensor, int]]:
-        """The rows of a block, of each tensor, and their places in the file."""
+        """Return the rows of a block, of each tensor, and their places in the file."""
         first = block * self._block_rows
         rows = slice(first, first + self._block_rows)
         return [(tensor[rows], place + first * (tensor.nbytes // len(tensor))) for tensor, place in self._tensors]
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:
-    """A view, with integers for bfloat16, which numpy does not know."""
+    """Return a view, with integers for bfloat16, which numpy does not know."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _seal(file: int, header: dict[str, object]) -> None:
+def _seal(file: int, header: dict[str, Any]) -> None:
     """Add the checksums of what has been copied, the header and what stands before it."""
     end = PROLOGUE_BYTES
     for entry in header["tensors"].values():
@@ -337,10 +341,6 @@ def _write_all(file: int, content: bytes | memoryview, place: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-
-
-class DamagedError(InputError):
-    """A checkpoint that is incomplete or not what was written."""
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -374,7 +374,7 @@ def _damaged(path: Path) -> DamagedError:
 
 
 def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
-    """A checkpoint, and all blocks of its tensors with the checksums that they should have."""
+    """Return a checkpoint, and all blocks of its tensors with the checksums that they should have."""
     if not path.is_file():
         raise InputError(f"Checkpoint {path} does not exist: give --ckpt a file such as ckpts/ckpt_30000.pt.")
     try:
@@ -406,10 +406,8 @@ def _newer(path: Path, version: object) -> InputError:
     )
 
 
-def _parse(
-    header: Mapping[str, object], content: mmap.mmap, end: int
-) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
-    """The checkpoint in a file whose tensors lie before `end`; nothing is allocated for what the file cannot hold."""
+def _parse(header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
+    """Return the checkpoint in a file whose tensors lie before `end`; allocate nothing that it cannot hold."""
     state, blocks, view = {}, [], memoryview(content)
     for name, entry in header["tensors"].items():
         dtype, shape = DTYPES[entry["dtype"]], tuple(_count(size) for size in entry["shape"])

@@ -2,99 +2,113 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
-import shutil
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields, make_dataclass
+from pathlib import Path
+from typing import Any
 
 import tyro
 
-from configs import AnyConfig, Config
-from errors import InputError
-from offload.errors import ParameterError
-from training.densification import TrainingStopped
+from configs import (
+    AnyConfig,
+    Config,
+    DataOptions,
+    DensificationRules,
+    ModelOptions,
+    OptimizationOptions,
+    RunOptions,
+)
+from errors import InputError, TrainingStopped
+from trainers import trainer_of
+from training.ending import INTERRUPTED, Ending, ending_of, forget_ending, sentence_of, write_ending
+from training.run import TrainingRun
+
+# The groups of --help in their order, by what they are called there; the options of a script alone come last.
+GROUPS: dict[str, type] = {
+    "data": DataOptions,
+    "run": RunOptions,
+    "optimization": OptimizationOptions,
+    "densification": DensificationRules,
+    "model": ModelOptions,
+}
+OWN_GROUP = "this_script"
 
 
-def main(configs: Mapping[str, Config], train: Callable[[Config, str], None], description: str) -> None:
+def main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConfig]], None], description: str) -> None:
     """Parse `SCENE [--option value ...]`, train, and exit.
 
     The exit code is 0 when training ended or was interrupted with a checkpoint, 1 when it had to stop (with a
-    checkpoint), and 2 when something in the input cannot be used.
+    checkpoint), 2 when something in the input cannot be used, and 130 after a second Ctrl-C. ended.json in the result
+    folder says the same to programs (`training.ending`).
 
     Args:
         configs: The options of each scene, which the command line overrides.
-        train: The training loop; takes the options and the name of the scene.
+        train: The training loop, in the file of its script.
         description: Of the script, for --help.
     """
+    folder = None
     try:
         scene, cfg = parse(configs, sys.argv[1:], description)
-        train(cfg, scene)
+        folder = Path(cfg.result_dir)
+        forget_ending(folder)
+        trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
+        with TrainingRun(cfg, scene, trainer) as run:
+            train(run)
+        write_ending(folder, run.ending)
+        return
     except InputError as error:
-        sentence = error.of_options() if isinstance(error, ParameterError) else error
-        print(f"Error: {sentence}", file=sys.stderr)
-        sys.exit(2)
+        ending, exit_code = ending_of(error, f"Error: {sentence_of(error)}"), 2
     except TrainingStopped as error:
-        print(f"Stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        ending, exit_code = ending_of(error, f"Stopped: {error}"), 1
     except KeyboardInterrupt:
-        print("Stopped at once, without saving.", file=sys.stderr)
-        sys.exit(130)
-
-
-def resume_command() -> str:
-    """The command that continues this run, to be copied into a shell in the same folder."""
-    return _command(sys.argv)
-
-
-def smaller_command() -> str:
-    """The command that continues this run in the trainer that needs the next less device memory."""
-    script, *arguments = sys.argv
-    folder, name = os.path.split(script)
-    with_geometry = ("simple_trainer_hybrid_optimized.py", "simple_trainer_hybrid_streamed.py")
-    if name == "simple_trainer.py":
-        name = "simple_trainer_hybrid_optimized.py"
-    elif name in with_geometry and not re.search(r"--geometry[ =]host", " ".join(arguments)):
-        arguments = [*arguments, "--geometry", "host"]  # the last one given counts
-    else:
-        name = "simple_trainer_hybrid_optimized_split.py"
-        arguments = _without("--moments", arguments)  # which it does not have
-    return _command([os.path.join(folder, name), *arguments])
-
-
-def _without(option: str, arguments: list[str]) -> list[str]:
-    """These arguments but for an option and its value."""
-    is_value = [False, *(argument == option for argument in arguments)]
-    return [
-        argument
-        for argument, skipped in zip(arguments, is_value, strict=False)
-        if not skipped and argument.split("=")[0] != option
-    ]
-
-
-def _command(script_and_arguments: list[str]) -> str:
-    arguments = [argument for argument in script_and_arguments if argument != "--resume"]
-    return shlex.join([_interpreter(), *arguments, "--resume"])
-
-
-def _interpreter() -> str:
-    """How a shell calls the Python that runs this."""
-    found = shutil.which("python")
-    return "python" if found and os.path.dirname(found) == os.path.dirname(sys.executable) else sys.executable
+        ending, exit_code = Ending(INTERRUPTED, "Stopped at once, without saving."), 130
+    except Exception as error:  # a defect: whoever mends it wants to see where
+        if folder is not None:
+            write_ending(folder, ending_of(error, f"{type(error).__name__}: {error}"))
+        raise
+    print(ending.message, file=sys.stderr)
+    if folder is not None:
+        write_ending(folder, ending)
+    sys.exit(exit_code)
 
 
 def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: str) -> tuple[str, AnyConfig]:
-    """The scene and its options, from `SCENE [--option value ...]`; exits where an option cannot be read.
+    """Return the scene and its options, from `SCENE [--option value ...]`; exit where an option cannot be read.
 
     Raises:
         InputError: The scene is unknown.
     """
     if arguments and not arguments[0].startswith("-") and arguments[0] not in configs:
         raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
-    cfg = tyro.extras.overridable_config_cli(
-        {name: (f"Options of scene {name}.", config) for name, config in configs.items()},
+    (config_type,) = {type(config) for config in configs.values()}
+    grouped_type = _grouped_type(config_type)
+    grouped = tyro.extras.overridable_config_cli(
+        {name: (f"Options of scene {name}.", _grouped(config, grouped_type)) for name, config in configs.items()},
         args=arguments,
         description=description,
     )
-    return arguments[0], cfg
+    options = {name: value for group in vars(grouped).values() for name, value in vars(group).items()}
+    return arguments[0], config_type(**options)
+
+
+def groups_of(config: type[Config]) -> dict[str, type]:
+    """Return the groups of --help: the classes that declare a trainer's options, the script's own last."""
+    own = [base for base in config.__bases__ if not issubclass(base, Config)] if config is not Config else []
+    return {**GROUPS, OWN_GROUP: own[0]} if own else GROUPS
+
+
+def _grouped(config: Config, grouped_type: type) -> Any:
+    """Return the same options as an object of groups, which tyro shows one after the other."""
+    groups = groups_of(type(config))
+    values = {
+        title: group(**{item.name: getattr(config, item.name) for item in fields(group)})
+        for title, group in groups.items()
+    }
+    return grouped_type(**values)
+
+
+def _grouped_type(config: type[Config]) -> type:
+    flat = tyro.conf.OmitArgPrefixes
+    return make_dataclass("Options", [(title, flat[group]) for title, group in groups_of(config).items()])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,19 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import DensificationRules
-from errors import InputError
+from errors import InputError, TrainingStopped
 from offload.store.morton import morton_order
+from training.ending import sentence_of
 from training.memory import available_bytes, format_bytes
 
 SORTED_AGAIN = 0.25  # share of rows that may be appended before all are sorted
 
 
-class TrainingStopped(Exception):
-    """Training cannot go on; the Gaussians are intact, and the message is one sentence for the user."""
-
-
 class GaussianStore(Protocol):
-    """What densification asks of the place where Gaussians and their Adam moments live."""
+    """Say what densification asks of the place where Gaussians and their Adam moments live."""
 
     @property
     def num_gaussians(self) -> int: ...
@@ -57,7 +54,7 @@ class GaussianStore(Protocol):
 
 @dataclass
 class Statistics:
-    """What the views since the last refinement have shown of each Gaussian; [N] float32 each."""
+    """Hold what the views since the last refinement have shown of each Gaussian; [N] float32 each."""
 
     grad2d: Tensor  # sum over views of the norm of the gradient of means2d, in normalized screen units
     count: Tensor  # number of views that showed it
@@ -67,9 +64,13 @@ class Statistics:
     def zeros(num_gaussians: int, device: torch.device) -> Statistics:
         return Statistics(*(torch.zeros(num_gaussians, device=device) for _ in range(3)))
 
+    def move_to(self, device: torch.device) -> None:
+        """Put all three on a device; nothing happens where they are there."""
+        self.grad2d, self.count, self.radii = (x.to(device) for x in (self.grad2d, self.count, self.radii))
+
 
 class Densification:
-    """Gathers statistics at every step and refines a store of Gaussians when the rules say so."""
+    """Gather statistics at every step and refines a store of Gaussians when the rules say so."""
 
     def __init__(self, rules: DensificationRules, scene_scale: float, seed: int) -> None:
         """
@@ -85,13 +86,18 @@ class Densification:
         self._told_of_memory = False
         self._num_appended = 0  # rows at most, since all were last in Morton order
 
-    def after_step(self, step: int, info: Mapping[str, object], store: GaussianStore) -> bool:
+    def changes_rows_after(self, step: int) -> bool:
+        """Return whether rows may be added, removed or overwritten after this step, counted from 0."""
+        return self.refines_at(step) or self.resets_at(step)
+
+    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianStore, ids: Tensor | None = None) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
 
         Args:
             step: Number of the step just optimized, from 0.
             info: Of `rendering.rasterize`, after the backward pass.
             store: The Gaussians.
+            ids: [V] which Gaussians the rendered rows are; None: all of them were rendered.
 
         Returns:
             Whether the rows of the store have changed.
@@ -105,7 +111,8 @@ class Densification:
             return False
         if self.statistics is None:
             self.statistics = Statistics.zeros(store.num_gaussians, store.device)
-        self.observe(info)
+        self.statistics.move_to(store.device)
+        self.observe(info, ids)
         refines = self.refines_at(step)
         if refines:
             self.refine(step, store)
@@ -113,20 +120,20 @@ class Densification:
             store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
         return refines
 
-    def state(self) -> dict[str, Tensor]:
-        """What has been gathered since the last refinement, by name; not copied."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what has been gathered since the last refinement, by name; not copied."""
         gathered = {} if self.statistics is None else dict(vars(self.statistics))
         return {**gathered, "num_appended": torch.tensor(self._num_appended)}
 
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Go on from a state; the statistics are put on the device where geometry is."""
-        gathered = {name: value.to(device, copy=True) for name, value in state.items() if name != "num_appended"}
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state; `after_step` puts the statistics where geometry is."""
+        gathered = {name: value.clone() for name, value in state.items() if name != "num_appended"}
         self._num_appended = int(state.get("num_appended", 0))
         if gathered:
             self.statistics = Statistics(**gathered)
 
     def refines_at(self, step: int) -> bool:
-        """Whether rows may be added and removed after this step, counted from 0."""
+        """Return whether rows may be added and removed after this step, counted from 0."""
         rules = self.rules
         return (
             rules.refine_start_iter < step < rules.refine_stop_iter
@@ -135,15 +142,21 @@ class Densification:
         )
 
     def resets_at(self, step: int) -> bool:
-        """Whether opacities are reset after this step, counted from 0."""
+        """Return whether opacities are reset after this step, counted from 0."""
         return 0 < step < self.rules.refine_stop_iter and step % self.rules.reset_every == 0
 
     @torch.no_grad()
-    def observe(self, info: Mapping[str, object]) -> None:
-        """Add the gradients of one packed rendering to the statistics."""
-        statistics, means2d = self.statistics, info["means2d"]  # [V, 2]
+    def observe(self, info: Mapping[str, Any], ids: Tensor | None = None) -> None:
+        """Add the gradients of one packed rendering to the statistics.
+
+        Args:
+            info: Of `rendering.rasterize`, after the backward pass.
+            ids: [V] which Gaussians the rendered rows are; None: all of them were rendered.
+        """
+        statistics, means2d = self._gathered(), info["means2d"]  # [nnz, 2]
         device = statistics.grad2d.device  # the host's where geometry is there
-        ids = info["gaussian_ids"].to(device)  # [V]
+        rows = info["gaussian_ids"]  # [nnz]
+        ids = rows.to(device) if ids is None else ids[rows.to(ids.device)].to(device)  # [nnz]
         if len(ids) == 0:
             return
         gradients = means2d.absgrad if self.rules.absgrad else means2d.grad  # [V, 2] per pixel
@@ -160,7 +173,7 @@ class Densification:
     @torch.no_grad()
     def refine(self, step: int, store: GaussianStore) -> None:
         """Duplicate, split and remove by the statistics so far, then start them anew."""
-        statistics, rules = self.statistics, self.rules
+        statistics, rules = self._gathered(), self.rules
         self.statistics = None  # whatever happens below, they will not fit the rows
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
         largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
@@ -176,7 +189,7 @@ class Densification:
         try:
             grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator)
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            self._tell_of_memory(f"Growing to {store.num_gaussians + num_new} Gaussians failed ({error}).")
+            self._tell_of_memory(f"Growing to {store.num_gaussians + num_new} Gaussians failed ({sentence_of(error)}).")
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
@@ -198,14 +211,19 @@ class Densification:
             store.keep(kept_ids)
         self.statistics = Statistics.zeros(store.num_gaussians, store.device)
 
+    def _gathered(self) -> Statistics:
+        if self.statistics is None:
+            raise RuntimeError("no statistics are gathered at this step")
+        return self.statistics
+
     def _tell_of_memory(self, sentence: str) -> None:
-        """Once: the next refinements will find no more memory."""
+        """Say once that the next refinements will find no more memory."""
         if not self._told_of_memory:
             tqdm.write(f"Warning: {sentence} Gaussians that do not fit are not added.")
         self._told_of_memory = True
 
     def _is_worth_sorting(self, step: int, num_gaussians: int) -> bool:
-        """Whether rows shall be put into Morton order again, in which those of a view come in runs.
+        """Return whether rows shall be put into Morton order again, in which those of a view come in runs.
 
         Appended rows are in runs of their own, which are the shorter, the fewer there are. Once they are some tenths
         of all, fetching and committing the rows of a view takes up to a fifth more time (a half more where the order
@@ -224,7 +242,7 @@ def select_growth(
     radii: Tensor,
     scene_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Which Gaussians to duplicate and which to split.
+    """Return which Gaussians to duplicate and which to split.
 
     Args:
         rules: Thresholds.
@@ -262,7 +280,7 @@ def select_removal(
     radii: Tensor,
     scene_scale: float,
 ) -> Tensor:
-    """Which Gaussians to remove: transparent ones and, after the first opacity reset, huge ones.
+    """Return which Gaussians to remove: transparent ones and, after the first opacity reset, huge ones.
 
     Args:
         rules: Thresholds.
@@ -326,7 +344,7 @@ def grow(
 
 
 def rotation_matrices(quats: Tensor) -> Tensor:
-    """Rotations [N, 3, 3] of quaternions [N, 4] (w x y z) of any length."""
+    """Return rotations [N, 3, 3] of quaternions [N, 4] (w x y z) of any length."""
     w, x, y, z = F.normalize(quats, dim=-1).unbind(-1)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
@@ -337,7 +355,7 @@ def rotation_matrices(quats: Tensor) -> Tensor:
 
 
 def lacking_memory(store: GaussianStore, num_new: int) -> str | None:
-    """Why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
+    """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
     if num_new == 0:
         return None
     for device, needed in store.growth_bytes(num_new).items():

@@ -6,7 +6,8 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from offload.culling.cameras import Cameras
 from training.views import View
 
 
-def load_lpips(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The LPIPS metric, or None, with one warning, where its weights cannot be obtained.
+def load_lpips(net: Literal["alex", "vgg"], device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the LPIPS metric, or None, with one warning, where its weights cannot be obtained.
 
     Args:
         net: "alex", or "vgg" with the input range of the 3DGS evaluation.
@@ -64,7 +65,8 @@ def evaluate(
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    images, written = [], []
+    images: list[dict[str, Any]] = []
+    written: list[Future[None]] = []
     with ThreadPoolExecutor(max_workers=4) as writers:
         for index, (name, view) in enumerate(tqdm(views, desc="evaluate", unit="view", leave=False)):
             synchronize(device)
@@ -83,7 +85,7 @@ def evaluate(
             canvas = (torch.cat([photo, rendered], dim=2)[0] * 255.0).round().byte().cpu().numpy()
             written.append(writers.submit(save_picture, index, canvas))
             rendered, photo = rendered.permute(0, 3, 1, 2), photo.permute(0, 3, 1, 2)  # [1, 3, H, W]
-            ssim = structural_similarity_index_measure(rendered, photo, data_range=1.0)
+            ssim = cast(Tensor, structural_similarity_index_measure(rendered, photo, data_range=1.0))
             images.append(
                 {
                     "name": name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def initial_gaussians(
     init_scale: float,
     seed: int,
 ) -> dict[str, Tensor]:
-    """One Gaussian per point, as 3DGS starts: isotropic, as large as the point's neighbourhood.
+    """Return one Gaussian per point, as 3DGS starts: isotropic, as large as the point's neighbourhood.
 
     Args:
         points: [N, 3] positions in world units.
@@ -55,7 +56,7 @@ def initial_gaussians(
 
 
 def neighbour_distances(points: np.ndarray) -> np.ndarray:
-    """Root mean squared distance to the 3 nearest other points, as 3DGS sizes its first Gaussians.
+    """Return the root mean squared distance to the 3 nearest other points, as 3DGS sizes its first Gaussians.
 
     Args:
         points: [N, 3] positions in world units.
@@ -73,8 +74,8 @@ def neighbour_distances(points: np.ndarray) -> np.ndarray:
     return np.maximum(rms, 1e-4 * typical if typical > 0 else 1.0).astype(np.float32)
 
 
-def activate(parameters: Mapping[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-    """From stored parameters to `rendering.rasterize`'s arguments; differentiable.
+def activate(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return `rendering.rasterize`'s arguments from stored parameters; differentiable.
 
     Args:
         parameters: The six tensors of `initial_gaussians`, N rows each; or `colors` [N, K, 3] in place of sh0 and shN,

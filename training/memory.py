@@ -25,7 +25,7 @@ def limit_fragmentation() -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory in bytes that this process can still take on a device; on the CPU, of the machine."""
+    """Return the memory in bytes that this process can still take on a device; on the CPU, of the machine."""
     if device.type == "cuda":
         return max(most_bytes(device) - torch.cuda.memory_allocated(device), 0)
     return int(min(_machine_bytes(), _container_bytes()))
@@ -43,7 +43,7 @@ def _machine_bytes() -> int:
 
 
 def _container_bytes() -> float:
-    """What the limit of this process's container leaves (cgroup v2); infinite where there is none."""
+    """Return what the limit of this process's container leaves (cgroup v2); infinite where there is none."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (folder / "memory.max").read_text(), int((folder / "memory.current").read_text())
@@ -54,7 +54,7 @@ def _container_bytes() -> float:
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Peaks of this process so far: device memory allocated and reserved by torch, and host memory."""
+    """Return the peaks of this process so far: device memory allocated and reserved by torch, and host memory."""
     peaks = peak_memory(device) if device.type == "cuda" else {"allocated": 0, "reserved": 0}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return {
@@ -65,12 +65,12 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Device memory in bytes that tensors take now; after every view of a scene it should be what it was before."""
+    """Return the device memory in bytes that tensors take now; after a view it should be what it was before."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def format_bytes(num_bytes: float) -> str:
-    """In the largest fitting binary unit, such as '3.2 GiB'."""
+    """Return bytes in the largest fitting binary unit, such as '3.2 GiB'."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.4g} {unit}"
@@ -79,7 +79,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """The number of bytes that a text such as '6GiB', '800 MB' or '2.5e9' says; without a unit it is in bytes.
+    """Return the number of bytes that a text such as '6GiB', '800 MB' or '2.5e9' says; without a unit it is in bytes.
 
     Args:
         text: A number and a unit: B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024), in any case.
@@ -89,10 +89,10 @@ def parse_bytes(text: str, option: str) -> int:
         InputError: The text is something else, or not above 0.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text.lower())
+    number, prefix, binary = match.groups(default="") if match else ("", "", "")
     try:
-        number, prefix, binary = float(match[1]), match[2] or "", match[3]
-        num_bytes = int(number * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
-    except (TypeError, ValueError, OverflowError):
+        num_bytes = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    except (ValueError, OverflowError):
         num_bytes = 0
     if num_bytes <= 0 or (binary and not prefix):
         raise InputError(f"{option} is {text!r}, but must be a size such as 6GiB, 800MB or 6442450944.")

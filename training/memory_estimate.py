@@ -19,7 +19,7 @@ or is re-ordered takes up to a tenth more.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
-from errors import InputError
+from errors import NotEnoughMemory
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
@@ -47,7 +47,7 @@ SAMPLE = 10_000  # points whose visibility stands for all
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one Gaussian takes while a trainer runs."""
+    """Hold the bytes that one Gaussian takes while a trainer runs."""
 
     host_at_start: int  # while the Gaussians that training starts with are stored
     device_at_start: int
@@ -55,13 +55,12 @@ class Footprint:
     host_in_view: int  # more, if the largest view shows it
     device: int
     device_in_view: int
-    host_remedy: str  # what to change where the host, and where the device, is too small
-    device_remedy: str
+    largest_part: float = 1.0  # share of the Gaussians above which a view is rendered in parts
 
 
 @dataclass(frozen=True)
 class Need:
-    """What training takes of one memory, and what there is."""
+    """Hold what training takes of one memory, and what there is."""
 
     memory: str  # its name
     starting_bytes_per_gaussian: float  # while the Gaussians that training starts with are stored
@@ -71,21 +70,22 @@ class Need:
     remedy: str  # what to change where that is too little
 
     def bytes(self, num_gaussians: int) -> float:
-        """To train so many that training has grown."""
+        """Return what training takes once it has grown to so many."""
         return num_gaussians * self.bytes_per_gaussian + self.other_bytes
 
     def bytes_from_start(self, num_gaussians: int) -> float:
-        """To start with so many and train them."""
+        """Return what starting with so many and training them takes."""
         return max(num_gaussians * self.starting_bytes_per_gaussian, self.bytes(num_gaussians))
 
     def most_gaussians(self) -> int:
+        """Return how many Gaussians can be trained at most."""
         if self.bytes_per_gaussian == 0:
             return sys.maxsize
         return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
 
 
 def gpu_only(sh_degree: int) -> Footprint:
-    """Of simple_trainer.py: parameters, gradients and moments, and the activated scales and opacities with theirs."""
+    """Return that of simple_trainer.py: parameters, gradients, moments; activated scales and opacities with theirs."""
     parameters = parameter_bytes(sh_degree)
     return Footprint(
         host_at_start=parameters,  # as read
@@ -94,13 +94,11 @@ def gpu_only(sh_degree: int) -> Footprint:
         host_in_view=0,
         device=4 * parameters + 32,
         device_in_view=RENDERING_BYTES,
-        host_remedy="lower --sh_degree or free memory",
-        device_remedy="use simple_trainer_hybrid_optimized.py, which needs less of it, or lower --sh_degree",
     )
 
 
 def baseline(sh_degree: int) -> Footprint:
-    """Of simple_trainer_hybrid_baseline.py: gradients of all rows lie on the host too."""
+    """Return that of simple_trainer_hybrid_baseline.py: gradients of all rows lie on the host too."""
     row, store = _row_bytes(GROUP_NAMES, sh_degree), sum(row_bytes(group, sh_degree) for group in GROUP_NAMES)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
@@ -109,13 +107,11 @@ def baseline(sh_degree: int) -> Footprint:
         host_in_view=int(STAGING_ROWS * row),
         device=0,
         device_in_view=2 * row + RENDERING_BYTES,
-        host_remedy="use simple_trainer_hybrid_optimized.py, which takes less, or lower --sh_degree",
-        device_remedy="raise --data_factor or lower --batch_size",
     )
 
 
 def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
-    """Of simple_trainer_hybrid_optimized.py."""
+    """Return that of simple_trainer_hybrid_optimized.py."""
     groups = ("appearance",) if geometry == "device" else GROUP_NAMES
     row = _row_bytes(groups, sh_degree)
     on_device = geometry == "device"
@@ -127,13 +123,22 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
         host_in_view=int(STAGING_ROWS * row),
         device=GEOMETRY_BYTES if on_device else 0,
         device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
-        host_remedy="lower --sh_degree or free memory" if on_device else "give --geometry device or lower --sh_degree",
-        device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
 
 
+def split(sh_degree: int, geometry: Literal["device", "host"], largest_part: float) -> Footprint:
+    """Return that of simple_trainer_hybrid_optimized_split.py.
+
+    Args:
+        sh_degree: Degree of the spherical harmonics.
+        geometry: Where it is.
+        largest_part: Share of the Gaussians above which a view is rendered in parts.
+    """
+    return replace(optimized(sh_degree, geometry), largest_part=largest_part)
+
+
 def streamed(sh_degree: int, geometry: Literal["device", "host"], moments: Moments) -> Footprint:
-    """Of simple_trainer_hybrid_streamed.py.
+    """Return that of simple_trainer_hybrid_streamed.py.
 
     With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
     parameters of two views, gradients, and numbers of rows.
@@ -150,13 +155,11 @@ def streamed(sh_degree: int, geometry: Literal["device", "host"], moments: Momen
         host_in_view=0,
         device=GEOMETRY_BYTES + LAST_STEP_BYTES if on_device else 0,
         device_in_view=slots + row + RENDERING_BYTES,
-        host_remedy="lower --sh_degree or free memory" if moments == "bfloat16" else "give --moments bfloat16",
-        device_remedy="give --geometry host" if on_device else "raise --data_factor or lower --batch_size",
     )
 
 
 def parameter_bytes(sh_degree: int) -> int:
-    """Of the parameters of one Gaussian: 236 at SH degree 3."""
+    """Return the bytes of the parameters of one Gaussian: 236 at SH degree 3."""
     return 4 * (11 + 3 * (sh_degree + 1) ** 2)
 
 
@@ -165,7 +168,7 @@ def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:
 
 
 def share_in_largest_view(scene: Scene, batch_size: int) -> float:
-    """Share of a scene's points that the training views of one step show at most, counted on a sample of them.
+    """Return the share of a scene's points that the training views of one step show at most, counted on a sample.
 
     Args:
         scene: The dataset.
@@ -180,26 +183,37 @@ def share_in_largest_view(scene: Scene, batch_size: int) -> float:
     return min(1.0, batch_size * largest)
 
 
-def needs(footprint: Footprint, share_in_view: float, num_pixels: int, device: torch.device) -> list[Need]:
-    """What a trainer takes of the host's and of the device's memory; on the CPU they are one.
+def needs(
+    footprint: Footprint,
+    share_in_view: float,
+    num_pixels: int,
+    device: torch.device,
+    *,
+    host_remedy: str = "",
+    device_remedy: str = "",
+) -> list[Need]:
+    """Return what a trainer takes of the host's and of the device's memory; on the CPU they are one.
 
     Args:
         footprint: Of the trainer.
         share_in_view: Of the Gaussians, in the largest view.
         num_pixels: Of the pictures of one step.
         device: Where views are rendered.
+        host_remedy: What to change where the host is too small.
+        device_remedy: The same of the device.
     """
+    share_in_view = min(share_in_view, footprint.largest_part)
     of_host = footprint.host + share_in_view * footprint.host_in_view
     of_device = footprint.device + share_in_view * footprint.device_in_view
     pictures = num_pixels * PIXEL_BYTES
     free = available_bytes(torch.device("cpu"))
     if device.type == "cpu":
         at_start = footprint.host_at_start + footprint.device_at_start
-        return [Need("memory", at_start, of_host + of_device, pictures, free, footprint.host_remedy)]
+        return [Need("memory", at_start, of_host + of_device, pictures, free, host_remedy)]
     device_free = available_bytes(device)
     return [
-        Need("host memory", footprint.host_at_start, of_host, 0, free, footprint.host_remedy),
-        Need("GPU memory", footprint.device_at_start, of_device, pictures, device_free, footprint.device_remedy),
+        Need("host memory", footprint.host_at_start, of_host, 0, free, host_remedy),
+        Need("GPU memory", footprint.device_at_start, of_device, pictures, device_free, device_remedy),
     ]
 
 
@@ -215,19 +229,19 @@ def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int) 
         One or two lines for the user: what these Gaussians take, and what the allowed number takes or could be.
 
     Raises:
-        InputError: The Gaussians at hand do not fit, or those that --max_gaussians allows; with the option to change.
+        NotEnoughMemory: The Gaussians at hand do not fit, or those that --max_gaussians allows.
     """
     for need in all_needs:
         needed = need.bytes_from_start(num_gaussians)
         if needed > need.free_bytes:
-            raise InputError(
+            raise NotEnoughMemory(
                 f"Training {num_gaussians} Gaussians takes about {format_bytes(needed)} of "
                 f"{need.memory}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
             )
     most = min(need.most_gaussians() for need in all_needs)
     if max_gaussians > most:
         need = min(all_needs, key=Need.most_gaussians)
-        raise InputError(
+        raise NotEnoughMemory(
             f"--max_gaussians {max_gaussians} would take about {format_bytes(need.bytes(max_gaussians))} of "
             f"{need.memory}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
         )

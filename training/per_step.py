@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 
 class PerStep:
-    """Remembers what each reader has been told of."""
+    """Remember what each reader has been told of."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, dict[str, float]]] = {}  # steps and totals at each reader's last call
 
     def means(self, reader: str, num_steps: int, totals: Mapping[str, float]) -> dict[str, float]:
-        """Growth per step since this reader's last call, or since 0; nothing where there was no step.
+        """Return the growth per step since this reader's last call, or since 0; nothing where there was no step.
 
         Args:
             reader: Who asks; each reader is told of every step once.

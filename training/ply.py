@@ -53,7 +53,7 @@ def save_ply(
             block_rows = min(max(num_gaussians // MODEL_SHARE, FEWEST_ROWS), MOST_ROWS)
             for first in range(0, num_gaussians, block_rows):
                 block = rows(first, min(first + block_rows, num_gaussians))
-                file.write(_columns(block).numpy().astype("<f4", copy=False))
+                file.write(_columns(block).numpy().astype("<f4", copy=False).data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

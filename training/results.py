@@ -21,10 +21,14 @@ from training.ply import save_ply
 
 
 class ResultFolder:
-    """ckpts/ stats/ renders/ videos/ ply/ tb/ cfg.yml of one run. N in file names counts the training steps done."""
+    """Hold ckpts/ stats/ renders/ videos/ ply/ tb/ cfg.yml of one run.
+
+    N in file names counts the training steps done.
+    """
 
     def __init__(self, cfg: Config) -> None:
-        """
+        """Make the folders, and write cfg.yml.
+
         Raises:
             InputError: The folder cannot be made or written.
         """

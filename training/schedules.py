@@ -23,7 +23,7 @@ def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:
 
 
 def learning_rates(cfg: Config, scene_scale: float) -> dict[str, float]:
-    """Adam's learning rate of each parameter tensor at step 0.
+    """Return Adam's learning rate of each parameter tensor at step 0.
 
     They grow with the square root of the batch size (Grendel, arXiv 2406.18533, section 4.2).
 
@@ -43,15 +43,15 @@ def learning_rates(cfg: Config, scene_scale: float) -> dict[str, float]:
 
 
 def adam_betas(batch_size: int) -> tuple[float, float]:
-    """Adam's decay rates, so that a batch forgets as much as its views one by one would (Grendel)."""
+    """Return Adam's decay rates, so that a batch forgets as much as its views one by one would (Grendel)."""
     return 0.9**batch_size, 0.999**batch_size
 
 
 def means_lr(cfg: Config, scene_scale: float, step: int) -> float:
-    """Learning rate of the means at a step from 0: exponential decay to 1 % at max_steps."""
+    """Return the learning rate of the means at a step from 0: exponential decay to 1 % at max_steps."""
     return learning_rates(cfg, scene_scale)["means"] * 0.01 ** (step / cfg.max_steps)
 
 
 def sh_degree(cfg: Config, step: int) -> int:
-    """Degree of the spherical harmonics used at a step from 0."""
+    """Return the degree of the spherical harmonics used at a step from 0."""
     return min(step // cfg.sh_degree_interval, cfg.sh_degree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from training.per_step import PerStep
 
 
 class StageTimes:
-    """Divides the time line of the device (of this thread, on the CPU) into named stages.
+    """Divide the time line of the device (of this thread, on the CPU) into named stages.
 
     Call `start` where a step begins and `mark(name)` where each of its stages ends. On CUDA the marks are
     events on the current stream; they are read only in `mean_milliseconds`, which waits for the last of them.
@@ -19,12 +20,13 @@ class StageTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, torch.cuda.Event | float]] = []  # not read yet
+        self._marks: list[tuple[str, Any]] = []  # not read yet: events of CUDA, or seconds
         self._totals: dict[str, float] = defaultdict(float)  # milliseconds of each stage in all steps so far
         self._num_steps = 0
         self._per_step = PerStep()
 
     def start(self) -> None:
+        """Begin a step."""
         self.mark("")
 
     def mark(self, name: str) -> None:
@@ -37,7 +39,7 @@ class StageTimes:
             self._marks.append((name, time.perf_counter()))
 
     def mean_milliseconds(self, reader: str = "") -> dict[str, float]:
-        """Mean time of each stage over the steps since this reader's last call, in the order of the step.
+        """Return the mean time of each stage over the steps since this reader's last call, in the order of the step.
 
         Args:
             reader: Who asks; each reader is told of every step once.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from training.views import View, render
 
 
 def halo_of(cfg: Config) -> int:
-    """Pixels around a tile that must be rendered with it.
+    """Return how many pixels around a tile must be rendered with it.
 
     SSIM looks 5 pixels around itself. Where densification adds up absolute values of pixels' gradients, each of these
     must be complete in one tile, and so must all windows that reach it, and what they see.
@@ -55,19 +56,19 @@ def render_part(
 @torch.no_grad()
 def render_in_parts(parts: Iterable[ViewTile], cameras: Cameras, cfg: Config) -> Tensor:
     """Return the pictures [C, H, W, 3] that cameras see, put together from those of the parts of their view."""
-    pictures = None
+    pictures = torch.empty(0)
     for part in parts:
         colors, _ = render_part(part, cameras, cfg, sh_degree=cfg.sh_degree)
         if part.tile is None:
             return colors
-        if pictures is None:
+        if len(pictures) == 0:
             pictures = colors.new_empty(len(cameras.Ks), cameras.height, cameras.width, 3)
         _pixels(pictures, part.tile).copy_(colors)
     return pictures
 
 
 def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: float, halo: int = HALO) -> Tensor:
-    """A tile's share of `photometric_loss` of the view; all shares add up to it, and so do their gradients.
+    """Return a tile's share of `photometric_loss` of the view; all shares add up to it, and so do their gradients.
 
     Args:
         rendered: Of `render_part` with this halo.
@@ -105,7 +106,7 @@ def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: f
 
 
 def _pixels(pictures: Tensor, tile: Tile) -> Tensor:
-    """The pixels [1, h, w, ...] of a tile in pictures [C, H, W, ...]; a view."""
+    """Return the pixels [1, h, w, ...] of a tile in pictures [C, H, W, ...]; a view."""
     rows, columns = slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width)
     return pictures[tile.camera : tile.camera + 1, rows, columns]
 
@@ -116,8 +117,17 @@ def _only(gradient: Tensor, tile: Tile) -> Tensor:
     return kept
 
 
+@dataclass
+class _Sums:
+    """Hold what the parts of a view have added up to."""
+
+    gradients: Tensor  # [C, V, 2] of means2d
+    absolute: Tensor | None  # [C, V, 2] of absolute ones
+    radii: Tensor  # [C, V] pixels, 0 where a Gaussian is not seen
+
+
 class ScreenGradients:
-    """What densification asks of a rendering of a view, from renderings of its parts.
+    """Gather what densification asks of a rendering of a view, from renderings of its parts.
 
     A Gaussian that several tiles of a picture see has its gradients added up before their norm is taken.
     """
@@ -130,13 +140,11 @@ class ScreenGradients:
         """
         self._cameras = cameras
         self._needed = needed
-        self._whole: Mapping[str, object] | None = None  # info of the one part that is all of the view
-        self._sums: Tensor | None = None  # [C, V, 2] of gradients of means2d
-        self._absolute: Tensor | None = None  # [C, V, 2] of absolute ones
-        self._radii: Tensor | None = None  # [C, V] pixels, 0 where a Gaussian is not seen
+        self._whole: Mapping[str, Any] | None = None  # info of the one part that is all of the view
+        self._sums: _Sums | None = None  # of the others
 
     @torch.no_grad()
-    def add(self, part: ViewTile, num_visible: int, info: Mapping[str, object]) -> None:
+    def add(self, part: ViewTile, num_visible: int, info: Mapping[str, Any]) -> None:
         """Take in a part after its backward pass.
 
         Args:
@@ -150,37 +158,35 @@ class ScreenGradients:
             self._whole = info
             return
         means2d, absolute = info["means2d"], getattr(info["means2d"], "absgrad", None)
-        rows = part.positions[info["gaussian_ids"]]
+        rows = info["gaussian_ids"] if part.positions is None else part.positions[info["gaussian_ids"]]
         radii = info["radii"].amax(dim=-1)
-        if self._radii is None:
-            num_cameras = len(self._cameras.Ks)
-            self._radii = radii.new_zeros(num_cameras, num_visible)
-            self._sums = means2d.new_zeros(num_cameras, num_visible, 2)
-            self._absolute = None if absolute is None else torch.zeros_like(self._sums)
+        if self._sums is None:
+            gradients = means2d.new_zeros(len(self._cameras.Ks), num_visible, 2)
+            of_absolute = None if absolute is None else torch.zeros_like(gradients)
+            self._sums = _Sums(gradients, of_absolute, radii.new_zeros(gradients.shape[:2]))
         camera = part.tile.camera
-        self._radii[camera].index_copy_(0, rows, radii)
-        self._sums[camera].index_add_(0, rows, means2d.grad)
-        if absolute is not None:
-            self._absolute[camera].index_add_(0, rows, absolute)
+        self._sums.radii[camera].index_copy_(0, rows, radii)
+        self._sums.gradients[camera].index_add_(0, rows, means2d.grad)
+        if self._sums.absolute is not None and absolute is not None:
+            self._sums.absolute[camera].index_add_(0, rows, absolute)
 
-    def info(self, ids: Tensor) -> dict[str, object]:
-        """As of one rendering of the view, for `Densification`.
-
-        Args:
-            ids: [V] which Gaussians the rows of the view are.
-        """
+    def info(self) -> dict[str, Any]:
+        """Return what one rendering of the view would have told `Densification`."""
         if not self._needed:
             return {}
         if self._whole is not None:
-            return {**self._whole, "gaussian_ids": ids[self._whole["gaussian_ids"]]}
-        cameras, rows = self._radii.nonzero(as_tuple=True)
+            return dict(self._whole)
+        sums = self._sums
+        if sums is None:
+            raise RuntimeError("no part of the view has been rendered")
+        cameras, rows = sums.radii.nonzero(as_tuple=True)
         return {
             "means2d": SimpleNamespace(
-                grad=self._sums[cameras, rows],
-                absgrad=None if self._absolute is None else self._absolute[cameras, rows],
+                grad=sums.gradients[cameras, rows],
+                absgrad=None if sums.absolute is None else sums.absolute[cameras, rows],
             ),
-            "gaussian_ids": ids[rows],
-            "radii": self._radii[cameras, rows][:, None],
+            "gaussian_ids": rows,
+            "radii": sums.radii[cameras, rows][:, None],
             "width": self._cameras.width,
             "height": self._cameras.height,
             "n_cameras": len(self._cameras.Ks),

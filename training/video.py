@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import torch
@@ -42,6 +43,7 @@ def record_flight(
     K = torch.from_numpy(camera.K).float()[None]
     poses = torch.from_numpy(flight(scene.camtoworlds[scene.train_ids], num_frames))
     try:
+        writer: Any  # of a plugin
         with imageio.get_writer(partial, fps=FRAMES_PER_SECOND, macro_block_size=1) as writer:
             for pose in tqdm(poses, desc="video", unit="frame", leave=False):
                 cameras = posed_cameras(torch.linalg.inv(pose).float()[None], K, camera.width, camera.height, cfg)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.backends import native, num_threads
-from offload.errors import ParameterError
+from offload.errors import MemoryParameterError
 
 PART_BYTES = 256 << 20  # at most this much is registered at once
 HUGE_PAGE_BYTES = 2 << 20
@@ -42,7 +42,7 @@ class HostArray:
             pin: Whether the memory is pinned where there is a GPU.
 
         Raises:
-            ParameterError: There is no address space for so many rows.
+            MemoryParameterError: There is no address space for so many rows.
         """
         self.max_rows = max_rows
         self.rows = 0
@@ -53,7 +53,7 @@ class HostArray:
         try:
             self._mapping = _Mapping.anonymous(num_bytes + HUGE_PAGE_BYTES)
         except OSError as error:
-            raise ParameterError(
+            raise MemoryParameterError(
                 f"This system does not let the process reserve {num_bytes} bytes of address space for {max_rows} "
                 "Gaussians: set {max_gaussians} lower."
             ) from error
@@ -74,10 +74,10 @@ class HostArray:
         Removing pinned rows waits for nothing: no copy of them may be under way.
 
         Raises:
-            ParameterError: More rows than `max_rows`, or memory that CUDA does not pin.
+            MemoryParameterError: More rows than `max_rows`, or memory that CUDA does not pin.
         """
         if rows > self.max_rows:
-            raise ParameterError(
+            raise MemoryParameterError(
                 f"{rows} Gaussians do not fit into the host store, which has address space for {self.max_rows}: "
                 "raise {max_gaussians}."
             )
@@ -150,7 +150,7 @@ class _Mapping(mmap.mmap):
         address = memory.ctypes.data
         status = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
         if int(status) != 0:
-            raise ParameterError(
+            raise MemoryParameterError(
                 f"CUDA cannot pin {memory.nbytes} more bytes of host memory (error {int(status)}): "
                 "set {max_gaussians} lower or free host memory."
             )

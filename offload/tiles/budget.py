@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from offload.errors import ParameterError
+from offload.errors import MemoryParameterError, ParameterError
 from offload.store.layout import num_columns
 from offload.tiles.boxes import Box, Coverage, Numbers, plan_boxes
 
@@ -102,7 +102,7 @@ class MemoryBudget:
         """
         everywhere = row_bytes.everywhere * num_gaussians
         if everywhere > (1 - HEADROOM) * budget:
-            raise ParameterError(
+            raise MemoryParameterError(
                 f"{{device_memory_budget}} is {_mebibytes(budget)}, but the geometry of {num_gaussians} Gaussians "
                 f"alone takes {_mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or {{geometry}} host."
             )
@@ -148,7 +148,7 @@ class MemoryBudget:
             self._cost_of(coverage, box) for coverage, boxes in zip(coverages, plans, strict=True) for box in boxes
         )
         if must_fit and dearest > limit:
-            raise ParameterError(
+            raise MemoryParameterError(
                 f"{{device_memory_budget}} is too small for a view of {num_visible} Gaussians, however it is split: "
                 f"give it at least {_mebibytes(self._smallest(coverages, num_visible))}."
             )

@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +18,8 @@ from offload.backends import num_threads
 PACKAGES = ("torch", "gsplat", "triton", "numpy")
 
 
-def describe_machine() -> dict[str, object]:
-    """Names, sizes (bytes) and versions, for JSON; None for what is not there. Takes no memory on the GPU."""
+def describe_machine() -> dict[str, Any]:
+    """Return names, sizes (bytes) and versions, for JSON; None for what is not there. Takes no memory on the GPU."""
     return {
         "processor": processor(),
         "threads": num_threads(),
@@ -33,7 +35,7 @@ def describe_machine() -> dict[str, object]:
 
 
 def describe_gpu() -> dict[str, object]:
-    """Name, memory in bytes and driver of the first GPU that this process may use.
+    """Return name, memory in bytes and driver of the first GPU that this process may use.
 
     By nvidia-smi where it is there: torch would set up a context, which takes memory from the runs to be measured.
     """
@@ -46,8 +48,8 @@ def describe_gpu() -> dict[str, object]:
     return {"gpu": found[0], "device_memory_bytes": int(found[1]) * 2**20, "driver": found[2]}
 
 
-def sentence(machine: dict[str, object]) -> str:
-    """A machine in one line of text."""
+def sentence(machine: Mapping[str, Any]) -> str:
+    """Return a machine in one line of text."""
     parts = [f"{machine['processor']}, {machine['threads']} threads, {machine['host_memory_bytes'] / 1e9:.0f} GB"]
     if machine["gpu"]:
         memory = machine["device_memory_bytes"] / 1e9
@@ -57,15 +59,15 @@ def sentence(machine: dict[str, object]) -> str:
     return "; ".join([*parts, f"commit {machine['commit']}"])
 
 
-def machine_name(machine: dict[str, object]) -> str:
-    """A short name for file names: the GPU's, or the processor's with its threads."""
+def machine_name(machine: Mapping[str, Any]) -> str:
+    """Return a short name for file names: the GPU's, or the processor's with its threads."""
     name = machine["gpu"] or f"{machine['processor']} {machine['threads']} threads"
     name = re.sub(r"\((r|tm|c)\)|@.*?hz|\b(nvidia|geforce|intel|amd|cpu|processor)\b", " ", name.lower())
     return "_".join(re.findall(r"[a-z0-9.]+", name))
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -74,14 +76,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this source tree, marked where files differ from it."""
+    """Return the commit of this source tree, marked where files differ from it."""
     here = ("git", "-C", str(Path(__file__).parent))
     changed = _output(*here, "status", "--porcelain", "--untracked-files=no")
     return (_output(*here, "rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where it is missing or fails."""
+    """Return what a program prints; nothing where it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,0 +1,123 @@
+"""Options: what values they may have, and what --help says of them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import simple_trainer
+import simple_trainer_hybrid_optimized_split
+import simple_trainer_hybrid_streamed
+from configs import Config
+from errors import InputError
+from training import command_line, run
+from training.command_line import groups_of, parse
+from training.commands import arguments_of
+from training.options import RANGES, check_options
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("simple_trainer*.py"))]
+NUMBERS = {int, float, list[int], float | None}
+
+
+def train(monkeypatch, script, *arguments: object) -> int:
+    """Run a script in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(script.CONFIGS, script.train, "test")
+    return stop.value.code
+
+
+def numbers_of(config: type[Config]) -> set[str]:
+    return {name for name, kind in get_type_hints(config).items() if kind in NUMBERS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_number_has_a_range_and_every_scene_keeps_it(script):
+    assert numbers_of(type(script.CONFIGS["default"])) <= RANGES.keys()
+    for config in script.CONFIGS.values():
+        check_options(config)
+
+
+def test_every_range_is_of_an_option():
+    assert set.union(*(numbers_of(type(script.CONFIGS["default"])) for script in SCRIPTS)) == RANGES.keys()
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(monkeypatch, tmp_path, capsys, name):
+    monkeypatch.setattr(run, "load_scene", lambda *_, **__: pytest.fail("loaded"))
+    script = simple_trainer_hybrid_optimized_split if name == "split_threshold" else simple_trainer
+    kind = get_type_hints(type(script.CONFIGS["default"]))[name]
+    wrong = [-2, 10**13] if kind in (int, list[int]) else ["nan", "inf", "-inf", -1.0, 1e31]
+    bounded = RANGES[name].high < 1e12
+    for value in wrong if bounded or kind not in (int, list[int]) else wrong[:1]:
+        assert train(monkeypatch, script, "default", f"--{name}={value}", "--result_dir", tmp_path / "results") == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"Error: --{name} is ")
+        assert message.endswith(".\n")
+        assert message.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--near_plane", 5, "--far_plane", 2], "--near_plane is 5.0 and --far_plane 2.0"),
+        (["--steps_scaler", 1e-5, "--max_steps", 100], "--steps_scaler 1e-05 makes 0 of the 100 steps of --max_steps"),
+        (["--refine_every", 0], "--refine_every is 0, but must be at least 1."),
+        (["--reset_every", 0], "--reset_every is 0, but must be at least 1."),
+        (["--sh_degree_interval", 0], "--sh_degree_interval is 0, but must be at least 1."),
+        (["--seed", -1], "--seed is -1, but must be at least 0"),
+        (["--num_workers", 100_000], "--num_workers is 100000, but must be at least 0 and at most 256"),
+        (["--position_lr", "1e30"], "--position_lr is 1e+30, but must be at least 0 and at most 10."),
+        (["--init_scale", "nan"], "--init_scale is nan, but must be above 0 and at most 1,000."),
+        (["--ssim_lambda", 2], "--ssim_lambda is 2.0, but must be at least 0 and at most 1."),
+        (["--max_steps", 10, "--profile", 5], "--profile is 5, but must leave 22 of the 10 steps of --max_steps"),
+        (["--save_every", "soon"], "--save_every is 'soon', but must be steps"),
+        (["--ckpt", "a.pt", "--resume"], "--ckpt evaluates a checkpoint and --resume trains on"),
+    ],
+)
+def test_the_sentence_names_option_value_and_range(options, sentence):
+    _, cfg = parse(simple_trainer.CONFIGS, ["default", *map(str, options)], "")
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        check_options(cfg)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_is_in_groups_and_has_a_sentence_for_every_option(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "100")  # wider ones are set in two columns
+    assert train(monkeypatch, script, "default", "--help") == 0
+    printed = capsys.readouterr().out
+    _, *sections = re.split(r"^\W+ ([\w-]+) options \W+$", printed.split(" options ", 1)[1], flags=re.MULTILINE)
+    config = type(script.CONFIGS["default"])
+    own = ["this-script"] if len(fields(config)) > len(fields(Config)) else []
+    assert sections[::2] == ["data", "run", "optimization", "densification", "model", *own]
+    for section, group in zip(sections[1::2], groups_of(config).values(), strict=True):
+        text = " ".join(re.sub(r"^\W (.*) \W$", r"\1", line) for line in section.splitlines())
+        text = " ".join(text.split())
+        for item in fields(group):
+            option = ("--no-" if isinstance(item.default, bool) else "--") + item.name.replace("_", "-")
+            said = re.split(rf"{option} ", text, maxsplit=1)[1].split("(default: ")[0]
+            assert re.search(r"\w+ \w+.*\. $", said), f"{option} {said}"
+
+
+def test_every_option_is_in_one_group():
+    for script in SCRIPTS:
+        config = type(script.CONFIGS["default"])
+        names = [item.name for group in groups_of(config).values() for item in fields(group)]
+        assert sorted(names) == sorted(item.name for item in fields(config))
+
+
+def test_options_that_are_written_down_are_read_again():
+    script = simple_trainer_hybrid_streamed
+    words = ["--geometry", "host", "--antialiased", "--eval_steps", "3", "5", "--position_lr", "1e-05", "--ckpt", "a b"]
+    _, cfg = parse(script.CONFIGS, ["rubble", *words], "")
+    written = arguments_of(cfg, script.CONFIGS["rubble"])
+    assert sorted(written) == sorted(words)
+    assert parse(script.CONFIGS, ["rubble", *written], "")[1] == cfg

@@ -1,0 +1,56 @@
+"""Commands that go on with a run, to be copied into a shell in the same folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import fields, replace
+
+from configs import Config
+from trainers import Smaller
+
+
+def resume_command() -> str:
+    """Return the command that continues this run: the one that started it, and --resume."""
+    return _command([word for word in sys.argv if word != "--resume"])
+
+
+def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
+    """Return the command that continues a run where it needs less memory.
+
+    Args:
+        smaller: The other script, and options that it needs.
+        scene: What is trained on.
+        cfg: The options that were given; those that the other trainer does not have are left out.
+    """
+    default = smaller.trainer.load().CONFIGS[scene]
+    there = {item.name for item in fields(default)}
+    shared = {item.name: getattr(cfg, item.name) for item in fields(cfg) if item.name in there}
+    options = replace(default, **{**shared, **smaller.options, "resume": False})
+    return _command([os.path.relpath(smaller.trainer.path), scene, *arguments_of(options, default)])
+
+
+def arguments_of(cfg: Config, default: Config) -> list[str]:
+    """Return the words of a command line that make these options from a scene's."""
+    words = []
+    for item in fields(cfg):
+        value = getattr(cfg, item.name)
+        if value == getattr(default, item.name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{item.name}" if value else f"--no-{item.name}")
+        else:
+            words += [f"--{item.name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _command(script_and_arguments: list[str]) -> str:
+    return shlex.join([_interpreter(), *script_and_arguments, "--resume"])
+
+
+def _interpreter() -> str:
+    """Return how a shell calls the Python that runs this."""
+    found = shutil.which("python")
+    return "python" if found and os.path.dirname(found) == os.path.dirname(sys.executable) else sys.executable

@@ -1,0 +1,66 @@
+"""How a run ended, said for programs that started it: ended.json in its result folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from errors import NotEnoughMemory
+from offload.errors import ParameterError
+
+ENDED = "ended.json"
+FINISHED, INTERRUPTED, FAILED, OUT_OF_MEMORY = "finished", "interrupted", "failed", "out of memory"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Hold how a run ended: one of the four words above, and the sentence that the user was told."""
+
+    status: str
+    message: str = ""
+
+
+def ending_of(error: BaseException, message: str) -> Ending:
+    """Return the ending that an error makes, with the sentence that the user is told.
+
+    Memory ran out where the error, or one that it was raised from, says so by its type.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError | NotEnoughMemory):
+            return Ending(OUT_OF_MEMORY, message)
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
+            return Ending(OUT_OF_MEMORY, message)
+        cause = cause.__cause__
+    return Ending(FAILED, message)
+
+
+def sentence_of(error: Exception) -> str:
+    """Return what the user is told of an error: options are named as they are on the command line."""
+    return error.of_options() if isinstance(error, ParameterError) else str(error)
+
+
+def write_ending(folder: Path, ending: Ending) -> None:
+    """Write ended.json into a folder that exists; a disk that does not take it changes nothing else."""
+    with contextlib.suppress(OSError):
+        if folder.is_dir():
+            (folder / ENDED).write_text(json.dumps(asdict(ending), indent=2) + "\n")
+
+
+def forget_ending(folder: Path) -> None:
+    """Remove ended.json of the run before: one that is killed leaves none."""
+    with contextlib.suppress(OSError):
+        (folder / ENDED).unlink(missing_ok=True)
+
+
+def read_ending(folder: Path) -> Ending | None:
+    """Return what ended.json says; None where it is missing or damaged, as after a kill."""
+    try:
+        return Ending(**json.loads((folder / ENDED).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,133 @@
+"""What values options may have: one table, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from configs import Config
+from errors import InputError
+from training.checkpoint_folder import SaveSchedule
+from training.checkpoints import MAX_STEPS
+from training.memory import parse_bytes
+from training.profiling import SKIPPED_STEPS, WARM_UP_STEPS
+
+MOST = 10**12  # of what nothing else bounds
+
+
+@dataclass(frozen=True)
+class Range:
+    """Hold the values that an option may have: finite ones from `low` to `high`."""
+
+    low: float
+    high: float = MOST
+    above: bool = False  # `low` itself is too little
+    below: bool = False  # `high` itself is too much
+    meaning: str = ""  # of a value that is no amount
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value lies in the range; nan and infinities never do."""
+        if not math.isfinite(value):
+            return False
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        low = f"above {self.low:,g}" if self.above else f"at least {self.low:,g}"
+        high = "" if self.high >= MOST else f" and {'below' if self.below else 'at most'} {self.high:,g}"
+        return low + high + (f" ({self.meaning})" if self.meaning else "")
+
+
+COUNT, INTERVAL = Range(0), Range(1, MAX_STEPS)
+RATE = Range(0, 10)  # of learning
+SHARE = Range(0, 1e6)  # of a scene or a picture, which may be larger than it
+THRESHOLD = Range(0, 1e6)
+
+# Every option that is a number, of all scripts. tests/test_options.py says that none is missing.
+RANGES: dict[str, Range] = {
+    "data_factor": Range(0, 1000, above=True),
+    "test_every": Range(-1, meaning="-1 where test_after is used"),
+    "test_after": Range(-1, meaning="-1 where test_every is used"),
+    "num_workers": Range(0, 256, meaning="0 takes one per core"),
+    "keep": Range(0, meaning="0 keeps all"),
+    "seed": Range(0, 2**63 - 1),
+    "max_steps": INTERVAL,
+    "eval_steps": COUNT,
+    "save_steps": COUNT,
+    "ply_steps": COUNT,
+    "steps_scaler": Range(0, 1000, above=True),
+    "log_every": Range(1),
+    "profile": Range(0, meaning="0 traces nothing"),
+    "batch_size": Range(1, 256),
+    "view_window": Range(1, 1_000_000),
+    "position_lr": RATE,
+    "scaling_lr": RATE,
+    "quats_lr": RATE,
+    "opacities_lr": RATE,
+    "sh0_lr": RATE,
+    "shN_lr": RATE,
+    "ssim_lambda": Range(0, 1),
+    "grow_grad2d": THRESHOLD,
+    "grow_scale3d": SHARE,
+    "grow_scale2d": SHARE,
+    "prune_opa": Range(0, 0.5, above=True, below=True),
+    "prune_scale3d": SHARE,
+    "prune_scale2d": SHARE,
+    "refine_scale2d_stop_iter": COUNT,
+    "refine_start_iter": COUNT,
+    "refine_stop_iter": COUNT,
+    "refine_every": Range(1),
+    "reset_every": Range(1),
+    "pause_refine_after_reset": COUNT,
+    "max_gaussians": Range(0, meaning="0 sets no bound"),
+    "sh_degree": Range(0, 3),
+    "sh_degree_interval": Range(1),
+    "init_opacity": Range(0, 0.5, above=True, below=True),
+    "init_scale": Range(0, 1000, above=True),
+    "near_plane": Range(0, 1e30, above=True),
+    "far_plane": Range(0, 1e30, above=True),
+    "split_threshold": Range(0, 1, above=True),
+}
+
+
+def check_options(cfg: Config) -> None:
+    """Refuse options that cannot work, before anything is loaded.
+
+    Args:
+        cfg: As they were given, before `steps_scaler` is applied.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    for item in fields(cfg):
+        allowed, given = RANGES.get(item.name), getattr(cfg, item.name)
+        if allowed is None or given is None:
+            continue
+        for value in given if isinstance(given, list) else [given]:
+            if not allowed.holds(value):
+                raise InputError(f"--{item.name} is {value}, but must be {allowed}.")
+    if cfg.near_plane >= cfg.far_plane:
+        raise InputError(
+            f"--near_plane is {cfg.near_plane} and --far_plane {cfg.far_plane}, so nothing would be drawn between "
+            "them: give a larger --far_plane."
+        )
+    scaled = cfg.with_scaled_steps()
+    if not INTERVAL.holds(scaled.max_steps):
+        raise InputError(
+            f"--steps_scaler {cfg.steps_scaler} makes {scaled.max_steps} of the {cfg.max_steps} steps of --max_steps, "
+            f"but they must be {INTERVAL}."
+        )
+    if 0 < cfg.profile > scaled.max_steps - SKIPPED_STEPS - WARM_UP_STEPS:
+        raise InputError(
+            f"--profile is {cfg.profile}, but must leave {SKIPPED_STEPS + WARM_UP_STEPS} of the {scaled.max_steps} "
+            "steps of --max_steps to warm up."
+        )
+    if cfg.ckpt and cfg.resume:
+        raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
+    SaveSchedule(cfg.save_every)
+    budget = getattr(cfg, "device_memory_budget", None)
+    if budget is not None:
+        parse_bytes(budget, "--device_memory_budget")
+        if getattr(cfg, "split_threshold", None) is not None:
+            raise InputError("--split_threshold and --device_memory_budget exclude each other: give one of them.")

@@ -1,0 +1,178 @@
+"""Who watches a run: observers that are told of every step, and show or write something of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+
+from training.evaluation import synchronize
+from training.memory import allocated_bytes, format_bytes, peak_bytes
+from training.per_step import PerStep
+
+if TYPE_CHECKING:
+    from training.run import TrainingRun
+
+LOOKED_AT = 10  # steps; reading the loss waits for the device, so not at every step
+
+
+class Observer(Protocol):
+    """Watch a run; a viewer would be one more."""
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Show or write what is due after a step.
+
+        Args:
+            run: The run, whose model has taken the step.
+            steps_done: Steps so far, this one included.
+            loss: Scalar on the device, detached.
+        """
+
+
+@contextmanager
+def missed_if_unwritable(what: str, folder: Path) -> Iterator[None]:
+    """Go on where a result cannot be written: it is missed, with a warning, and not worth the training."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"Warning: {what} could not be written to {folder} ({error}); training goes on.")
+
+
+class ProgressBar:
+    """Show how far training is."""
+
+    def __init__(self, bar: tqdm) -> None:
+        """
+        Args:
+            bar: Counts steps.
+        """
+        self._bar = bar
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Count the step; now and then show the loss, the size of the model and the memory."""
+        self._bar.update()
+        if (steps_done - 1) % LOOKED_AT == 0 or steps_done == run.cfg.max_steps:
+            self._bar.set_postfix(
+                loss=f"{loss.item():.4f}",
+                GS=f"{run.model.num_gaussians:,}",
+                sh=run.sh_degree,
+                mem=format_bytes(peak_bytes(run.device)["device_allocated"]),
+            )
+
+
+class Counted:
+    """Read the counters of a model, as means per step since this reader asked last."""
+
+    def __init__(self) -> None:
+        self._milliseconds = PerStep()
+        self._traffic = PerStep()
+
+    def since_last(self, run: TrainingRun) -> dict[str, Any]:
+        """Return what the model counts; what it does not is missing.
+
+        Returns:
+            `staging_allocations` so far, constant in the steady state; `offload_ms`, what a step does beside its
+            stages, which overlaps with them and with itself; and `per_step`, the rows and bytes that a step moves.
+        """
+        counters, steps = run.model.counters(), run.steps_of_this_run
+        counted: dict[str, Any] = {}
+        if counters.staging_allocations is not None:
+            counted["staging_allocations"] = counters.staging_allocations
+        if counters.milliseconds is not None:
+            counted["offload_ms"] = self._milliseconds.means("", steps, counters.milliseconds)
+        if counters.traffic is not None:
+            counted["per_step"] = self._traffic.means("", steps, counters.traffic)
+        return counted
+
+
+class TensorBoardLog:
+    """Write scalars to tb/ every `log_every` steps."""
+
+    def __init__(self) -> None:
+        self._counted = Counted()
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Write an entry where it is due."""
+        if steps_done % run.cfg.log_every == 0:
+            with missed_if_unwritable("The log", run.results.path):
+                for tag, value in self._scalars(run, loss):
+                    run.results.tensorboard.add_scalar(tag, value, steps_done)
+
+    def _scalars(self, run: TrainingRun, loss: Tensor) -> Iterator[tuple[str, float]]:
+        yield "train/loss", loss.item()
+        yield "train/num_GS", run.model.num_gaussians
+        yield "train/elapsed_seconds", run.saving.elapsed_seconds
+        for kind, num_bytes in peak_bytes(run.device).items():
+            yield f"memory/{kind}_GiB", num_bytes / 2**30
+        yield "memory/device_allocated_now_GiB", allocated_bytes(run.device) / 2**30
+        counted = self._counted.since_last(run)
+        if "staging_allocations" in counted:
+            yield "memory/staging_allocations", counted.pop("staging_allocations")
+        for kind, values in {"stages_ms": run.times.mean_milliseconds("log"), **counted}.items():
+            for name, value in values.items():
+                yield f"{kind}/{name}", value
+
+
+class TrainStatistics:
+    """Write stats/train_step{N}.json after the steps of `save_steps` and the last."""
+
+    def __init__(self) -> None:
+        self._counted = Counted()
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Write the file where it is due."""
+        if steps_done in run.cfg.save_steps or steps_done == run.cfg.max_steps:
+            with missed_if_unwritable("The statistics", run.results.path):
+                run.results.save_statistics("train", run.model.steps_done, self._statistics(run))
+
+    def _statistics(self, run: TrainingRun) -> dict[str, object]:
+        synchronize(run.device)
+        seconds, peaks = run.saving.elapsed_seconds, peak_bytes(run.device)
+        return {
+            "num_GS": run.model.num_gaussians,
+            "elapsed_seconds": seconds,
+            "steps_per_second": run.model.steps_done / seconds,
+            "peak_device_bytes_allocated": peaks["device_allocated"],
+            "peak_device_bytes_reserved": peaks["device_reserved"],
+            "peak_host_bytes": peaks["host"],
+            "device_bytes_allocated": allocated_bytes(run.device),
+            "longest_save_seconds": run.saving.longest_stall,
+            "stages_ms": run.times.mean_milliseconds("statistics"),
+            **self._counted.since_last(run),
+        }
+
+
+class Export:
+    """Write ply/point_cloud_{N}.ply after the steps of `ply_steps` and the last."""
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Write the file where it is due."""
+        if steps_done in run.cfg.ply_steps or steps_done == run.cfg.max_steps:
+            with missed_if_unwritable("The PLY file", run.results.path):
+                run.results.save_ply(steps_done, run.model.rows, run.model.num_gaussians, run.scene.transform)
+
+
+class Evaluation:
+    """Compare renderings of the held-out views with their photos after the steps of `eval_steps` and the last."""
+
+    def __init__(self, evaluate: Callable[[int], None], record: Callable[[int], None]) -> None:
+        """
+        Args:
+            evaluate: Evaluates the model after so many steps.
+            record: Records its video.
+        """
+        self._evaluate = evaluate
+        self._record = record
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Evaluate where it is due; after the last step record the video, too, that --video asks for."""
+        last = steps_done == run.cfg.max_steps
+        if steps_done in run.cfg.eval_steps or last:
+            with missed_if_unwritable("The evaluation", run.results.path):
+                self._evaluate(steps_done)
+        if run.cfg.video and last:
+            self._record(steps_done)

@@ -1,0 +1,207 @@
+"""What a run goes on from: saved while it trains and at its end, and put in place again when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import Config
+from datasets.scene import Scene
+from errors import InputError, NotSaved
+from offload.adam.state import sh_degree_of
+from offload.models.contract import GaussianModel
+from training.checkpoint_folder import CheckpointFolder, SaveSchedule
+from training.checkpoints import Checkpoint
+from training.commands import resume_command
+
+# Options that say where a run finds and leaves things and what it reports, not what it computes.
+OPTIONS_OF_THE_PLACE = (
+    *("data_dir", "result_dir", "device", "resume", "save_every", "keep"),
+    *("num_workers", "log_every", "profile", "video"),
+)
+
+
+class Stateful(Protocol):
+    """Stand for a part of a run that has a state of its own: densification, a strategy, a module with its optimizer."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return everything that it goes on from, by name."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state; its tensors are views of a file."""
+
+
+class Saving:
+    """Keep a run's checkpoints: each holds the state of the Gaussians and of every part, by name.
+
+    Names of the Gaussians' tensors stand in the file as they are; those of a part begin with its name, as in
+    "densification/count".
+    """
+
+    def __init__(self, cfg: Config, scene: Scene, checkpoints: CheckpointFolder) -> None:
+        """
+        Args:
+            cfg: Options of the run.
+            scene: What is trained on; a checkpoint of another one is refused.
+            checkpoints: Where they lie.
+
+        Raises:
+            InputError: --resume is given, and the newest checkpoint is of another dataset or degree.
+        """
+        self._cfg = cfg
+        self._scene = scene
+        self._checkpoints = checkpoints
+        self._schedule = SaveSchedule(cfg.save_every)
+        self._model: GaussianModel | None = None
+        self._parts: Mapping[str, Stateful] = {}
+        self._began = time.perf_counter()  # earlier by what the run before had taken
+        self._saved_steps = 0  # of the newest checkpoint; -1 where it could not be written
+        self._failure: Exception | None = None  # why
+        self.resumed: Checkpoint | None = self._checkpoint_to_resume() if cfg.resume else None  # until it is in place
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """How long training has taken, pauses left out."""
+        return time.perf_counter() - self._began
+
+    @property
+    def longest_stall(self) -> float:
+        """Seconds that training has waited at most for a checkpoint."""
+        return self._checkpoints.longest_stall
+
+    def begin(self, model: GaussianModel, parts: Mapping[str, Stateful]) -> int:
+        """Keep a model and parts from now on, and put the state that is resumed in place.
+
+        Args:
+            model: The Gaussians that are trained.
+            parts: Whatever else has a state, by the name it has in checkpoints.
+
+        Returns:
+            The number of the first step.
+
+        Raises:
+            InputError: The checkpoint does not hold what the model and the parts need.
+        """
+        self._model, self._parts = model, parts
+        checkpoint, self.resumed = self.resumed, None
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._schedule = SaveSchedule(self._cfg.save_every)  # time begins now
+        return self._saved_steps
+
+    def after_step(self, steps_done: int) -> None:
+        """Save what is due; where that fails, say so and train on."""
+        if steps_done in self._cfg.save_steps or steps_done == self._cfg.max_steps:
+            self._save(periodic=False)
+        elif self._schedule.is_due(steps_done):
+            self._save(periodic=True)
+
+    def look_at_failures(self) -> None:
+        """Tell of a checkpoint that has not reached the disk since this was called last."""
+        failure = self._checkpoints.failure()
+        if failure is not None:
+            self._has_failed(failure)
+
+    def at_the_end(self) -> Path:
+        """Make sure that all steps done are in a checkpoint on disk, and return its file.
+
+        Raises:
+            NotSaved: They cannot be.
+        """
+        checkpoints, steps_done = self._checkpoints, self._steps_done
+        if self._saved_steps != steps_done:
+            self._save(periodic=True)
+        failure = checkpoints.wait()
+        if failure is not None:
+            self._has_failed(failure)
+        if self._saved_steps != steps_done:
+            raise NotSaved(
+                f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path} "
+                f"({self._failure}): make room there or make it writable, and continue from the checkpoint "
+                f"before with: {resume_command()}"
+            )
+        return checkpoints.path / f"ckpt_{steps_done}.pt"
+
+    @property
+    def _steps_done(self) -> int:
+        return 0 if self._model is None else self._model.steps_done
+
+    def _save(self, *, periodic: bool) -> None:
+        assert self._model is not None  # `begin` came before
+        steps_done = self._steps_done
+        parts = {
+            f"{name}/{key}": value for name, part in self._parts.items() for key, value in part.state_dict().items()
+        }
+        elapsed = torch.tensor(self.elapsed_seconds, dtype=torch.float64)
+        checkpoint = Checkpoint(
+            steps=steps_done,
+            transform=self._scene.transform,
+            state={**self._model.state(), **parts, "elapsed_seconds": elapsed},
+            options=asdict(self._cfg),
+            periodic=periodic,
+        )
+        try:
+            self._checkpoints.save(checkpoint, self._model.copied_before_change())
+            self._saved_steps = steps_done
+        except OSError as error:
+            self._has_failed(error)
+
+    def _has_failed(self, error: Exception) -> None:
+        self._saved_steps, self._failure = -1, error
+        tqdm.write(
+            f"Warning: a checkpoint could not be written to {self._checkpoints.path} ({error}). "
+            "Those before it are untouched, and training goes on."
+        )
+
+    # ------------------------------------------------------------------------------------------------------ resuming
+
+    def _checkpoint_to_resume(self) -> Checkpoint | None:
+        checkpoint = self._checkpoints.newest_valid(print)
+        if checkpoint is None:
+            print(f"{self._checkpoints.path} holds no checkpoint to resume from: training starts from the beginning.")
+            return None
+        if sh_degree_of(checkpoint.state) != self._cfg.sh_degree:
+            raise InputError(
+                f"The checkpoint to resume from has harmonics of degree {sh_degree_of(checkpoint.state)}: give this "
+                "--sh_degree, or another --result_dir."
+            )
+        if not np.allclose(checkpoint.transform, self._scene.transform, rtol=1e-4, atol=1e-6):
+            raise InputError(
+                f"The checkpoint to resume from was trained on another dataset than {self._cfg.data_dir}: give its "
+                "--data_dir, or another --result_dir."
+            )
+        return checkpoint
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Put a state in place: each part takes the tensors under its name, and the Gaussians the others."""
+        assert self._model is not None  # `begin` came before
+        state = dict(checkpoint.state)
+        for name, value in json.loads(json.dumps(asdict(self._cfg))).items():
+            before = checkpoint.options.get(name, value)
+            if before != value and name not in OPTIONS_OF_THE_PLACE:
+                print(f"--{name} is now {value}; it was {before}.")
+                state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}  # another view
+        try:
+            self._model.load_state(state)
+            for part_name, part in self._parts.items():
+                prefix = f"{part_name}/"
+                part.load_state_dict(
+                    {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                )
+            self._began -= state["elapsed_seconds"].item()
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"The checkpoint of {checkpoint.steps} steps in {self._checkpoints.path} does not hold what "
+                "resuming needs: remove it."
+            ) from error
+        self._saved_steps = checkpoint.steps
+        print(f"Resuming after {checkpoint.steps} steps with {self._model.num_gaussians} Gaussians.")
