@@ -139,7 +139,7 @@ def run_variant(variant: Variant, num_gaussians: int, picture_scale: float) -> F
     except (InputError, TrainingStopped) as error:
         return Found(Measurement(problem=str(error)))
     found = replace(split_run.measurement(), milliseconds=split_run.mean_over_eight())
-    return Found(found, split_run.steps_above_budget, max(split_run.parts))
+    return Found(found, split_run.steps_above_budget, max(split_run.parts, default=1))
 
 
 COLUMNS = {

@@ -466,16 +466,16 @@ def test_a_worker_that_dies(monkeypatch, city_block, tmp_path, capsys, whole_run
 def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, capsys):
     """The checkpoint before it stays the newest one, and the message says so."""
     script, options = simple_trainer_hybrid_optimized, (*DENSIFYING, "--save_every", 10)
-    update, calls = ForwardedPipeline._update_urgent, [0]
+    update, calls = ForwardedPipeline._update_shared, [0]
 
-    def fails_after_its_work(self, *arguments: object) -> None:
-        update(self, *arguments)
+    def fails_after_its_work(self, *arguments: object, **options: object) -> None:
+        update(self, *arguments, **options)
         calls[0] += 1
         if calls[0] == 15:
             raise torch.cuda.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ForwardedPipeline, "_update_urgent", fails_after_its_work)
+        patch.setattr(ForwardedPipeline, "_update_shared", fails_after_its_work)
         assert run_script(patch, script, city_block, tmp_path, *options) == 1
     assert "could not be saved (the step had been applied in part)" in last_error(capsys)
     assert run_script(monkeypatch, script, city_block, tmp_path, *options, "--resume") == 0
