@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 
 @dataclass
@@ -223,7 +223,15 @@ DATASETS: dict[str, dict[str, object]] = {
 }
 
 
-def scene_config(scene: str, config: type[AnyConfig] = Config, **hyperparameters: object) -> AnyConfig:  # type: ignore[assignment]
+@overload
+def scene_config(scene: str, **hyperparameters: object) -> Config: ...
+
+
+@overload
+def scene_config(scene: str, config: type[AnyConfig], **hyperparameters: object) -> AnyConfig: ...
+
+
+def scene_config(scene: str, config: type[Config] = Config, **hyperparameters: object) -> Config:
     """Return the options of one scene: the facts of its dataset and the script's own hyperparameters.
 
     Args:
