@@ -231,7 +231,7 @@ def scene_config(scene: str, **hyperparameters: object) -> Config: ...
 def scene_config(scene: str, config: type[AnyConfig], **hyperparameters: object) -> AnyConfig: ...
 
 
-def scene_config(scene: str, config: type[Config] = Config, **hyperparameters: object) -> Config:
+def scene_config(scene: str, config: Any = Config, **hyperparameters: object) -> Config:
     """Return the options of one scene: the facts of its dataset and the script's own hyperparameters.
 
     Args:

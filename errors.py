@@ -2,10 +2,11 @@
 
 InputError            the input cannot be used; exit code 2, no traceback
   NotEnoughMemory     it needs more memory than there is
-    ParameterError    for the value of a parameter (offload/errors.py)
   DamagedError        a checkpoint is not what was written
 TrainingStopped       training cannot go on; exit code 1
   NotSaved            and what was trained last could not be saved
+
+offload/errors.py adds those that name a parameter, which the command line calls by its option.
 """
 
 
