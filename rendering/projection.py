@@ -13,7 +13,7 @@ from rendering.native import array, tensor, zeros
 
 @dataclass(frozen=True)
 class Projection:
-    """The Gaussians that each camera sees, camera after camera, Gaussians ascending within a camera.
+    """Hold the Gaussians that each camera sees, camera after camera, Gaussians ascending within a camera.
 
     `means2d`, `depths`, `conics` and `opacities` carry gradients to the Gaussians.
     """

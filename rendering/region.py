@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Region(NamedTuple):
-    """Pixels x to x + width, y to y + height of a picture."""
+    """Name the pixels x to x + width, y to y + height of a picture."""
 
     x: int
     y: int
@@ -16,7 +16,7 @@ class Region(NamedTuple):
     height: int
 
     def relative(self, means2d: Tensor) -> Tensor:
-        """Positions [nnz, 2] in pixels of the picture, in pixels from this region's corner; differentiable."""
+        """Take positions [nnz, 2] in pixels of the picture to pixels from this region's corner; differentiable."""
         if self.x == self.y == 0:
             return means2d
         return means2d - means2d.new_tensor([self.x, self.y])

@@ -36,7 +36,7 @@ class _SphericalHarmonics(torch.autograd.Function):
 def spherical_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coeffs: Tensor, projection: Projection
 ) -> Tensor:
-    """Colours [nnz, 3] of projected Gaussians: 0.5 plus the harmonics, cut at zero as in 3DGS.
+    """Return colours [nnz, 3] of projected Gaussians: 0.5 plus the harmonics, cut at zero as in 3DGS.
 
     Args:
         sh_degree: 0 to 3; coefficients of higher bands are not used.

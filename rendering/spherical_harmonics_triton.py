@@ -25,7 +25,7 @@ ROWS = 16
 
 
 class Harmonics:
-    """Coefficients of spherical harmonics; to be made before the projection, whose backward pass then comes first."""
+    """Hold coefficients of spherical harmonics; made before the projection, whose backward pass then comes first."""
 
     def __init__(self, sh_degree: int, coeffs: Tensor | tuple[Tensor, Tensor]) -> None:
         """
@@ -40,7 +40,7 @@ class Harmonics:
         self._token = _Coefficients.apply(self._owed, self._bands, sh0, shN)
 
     def colors(self, means: Tensor, camera_positions: Tensor, camera_ids: Tensor, gaussian_ids: Tensor) -> Tensor:
-        """Colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
+        """Return colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
 
         Args:
             means: Gaussian centres [N, 3]. camera_positions: [C, 3], not differentiated.

@@ -43,7 +43,7 @@ WINDOW = _gaussian(WINDOW_SIZE, sigma=1.5)
 def weighted_sum(
     rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`l1_weight` * sum |rendered - target| + `ssim_weight` * sum SSIM.
+    """Return `l1_weight` * sum |rendered - target| + `ssim_weight` * sum SSIM.
 
     Args:
         rendered, target: [C, H, W, 3] contiguous, H and W at least 11 px.
@@ -84,7 +84,7 @@ def weighted_sum_gradient(
     ssim_weight: float,
     grad_sum: Tensor,
 ) -> Tensor:
-    """Gradient [C, H, W, 3] of `weighted_sum` by `rendered`, times the scalar `grad_sum`."""
+    """Return the gradient [C, H, W, 3] of `weighted_sum` by `rendered`, times the scalar `grad_sum`."""
     # The window is symmetric, so the transpose of the valid blur is the blur of the zero-padded maps.
     mean, square, cross = _blur(derivatives, padding=WINDOW_SIZE - 1).split(3, dim=-1)
     gradient = torch.addcmul(mean, rendered, square, value=2).addcmul_(target, cross).mul_(ssim_weight)

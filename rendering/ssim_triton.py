@@ -36,7 +36,7 @@ _FALL = tl.constexpr(WINDOW[4] / WINDOW[5])  # a Gaussian falls by this factor t
 def weighted_sum(
     rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `rendering.ssim.weighted_sum`, for float32 on a CUDA device."""
+    """Do as `rendering.ssim.weighted_sum`, for float32 on a CUDA device."""
     n_cameras, height, width, _ = rendered.shape
     grid = _grid(rendered)
     partial_sums = rendered.new_empty(grid)
@@ -66,7 +66,7 @@ def weighted_sum_gradient(
     ssim_weight: float,
     grad_sum: Tensor,
 ) -> Tensor:
-    """As `rendering.ssim.weighted_sum_gradient`, for float32 on a CUDA device."""
+    """Do as `rendering.ssim.weighted_sum_gradient`, for float32 on a CUDA device."""
     _, height, width, _ = rendered.shape
     gradient = torch.empty_like(rendered)
     with torch.cuda.device_of(rendered):
