@@ -50,7 +50,7 @@ class SplitConfig(SplitOptions, Config):
 
     @property
     def largest_part(self) -> float:
-        """Share of all Gaussians above which a view is rendered in tiles; 0 where a budget decides."""
+        """Return the share of all Gaussians above which a view is rendered in tiles; 0 where a budget decides."""
         if self.device_memory_budget is not None:
             return 0.0
         return 0.3 if self.split_threshold is None else self.split_threshold

@@ -40,12 +40,12 @@ class Trainer:
 
     @property
     def path(self) -> Path:
-        """Where the script lies."""
+        """Return where the script lies."""
         return Path(__file__).parent / f"{self.script}.py"
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The arguments that choose the variant."""
+        """Return the arguments that choose the variant."""
         return tuple(_words(self.options))
 
     def load(self) -> ModuleType:

@@ -38,7 +38,7 @@ class AerialCameras:
 def aerial_scene(
     num_gaussians: int, seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0
 ) -> tuple[dict[str, Tensor], AerialCameras]:
-    """Gaussians in Morton order and cameras above them.
+    """Make Gaussians in Morton order and cameras above them.
 
     Needs hardly more memory than the result, 236 bytes per Gaussian.
 
@@ -60,7 +60,7 @@ def aerial_scene(
 
 
 def repeated_normal(shape: tuple[int, ...], deviation: float, generator: torch.Generator) -> Tensor:
-    """Normal random numbers that repeat after `REPEATED_ROWS` rows: drawing one for each of 40 million takes long."""
+    """Draw normal random numbers that repeat after `REPEATED_ROWS` rows: 40 million of them take long."""
     values = torch.empty(shape)
     first = values[:REPEATED_ROWS].normal_(0, deviation, generator=generator)
     for begin in range(REPEATED_ROWS, len(values), REPEATED_ROWS):
@@ -70,7 +70,7 @@ def repeated_normal(shape: tuple[int, ...], deviation: float, generator: torch.G
 
 
 def aerial_geometry(num_gaussians: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The means, scales, quats and opacities of `aerial_scene`, from a generator with its seed."""
+    """Make the means, scales, quats and opacities of `aerial_scene`, from a generator with its seed."""
     cells = round(GROUND / BLOCK)
     heights = torch.rand(cells, cells, generator=generator) * MAX_HEIGHT
     means = torch.rand(num_gaussians, 3, generator=generator)
@@ -92,7 +92,7 @@ def aerial_geometry(num_gaussians: int, generator: torch.Generator) -> dict[str,
 
 
 def aerial_cameras(seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0) -> AerialCameras:
-    """Cameras at one height that look down, each with its heading and tilt."""
+    """Place cameras at one height that look down, each with its heading and tilt."""
     generator = torch.Generator().manual_seed(seed + 1)
     viewmats = torch.eye(4).repeat(NUM_CAMERAS, 1, 1)
     for viewmat in viewmats:
@@ -111,7 +111,7 @@ def aerial_cameras(seed: int, *, focal: float = FOCAL, picture_scale: float = 1.
 
 
 def geometry_rows(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Geometry [N, 12] as the host store keeps it."""
+    """Return geometry [N, 12] as the host store keeps it."""
     rows = torch.zeros(len(parameters["means"]), 12)
     rows[:, 0:3] = parameters["means"]
     rows[:, 3:6] = parameters["scales"]
@@ -121,7 +121,7 @@ def geometry_rows(parameters: Mapping[str, Tensor]) -> Tensor:
 
 
 def one_by_one(cameras: AerialCameras) -> list[Cameras]:
-    """Each camera alone, as culling takes it."""
+    """Return each camera alone, as culling takes it."""
     return [
         Cameras(viewmat[None], K[None], cameras.width, cameras.height, near_plane=cameras.near_plane)
         for viewmat, K in zip(cameras.viewmats, cameras.Ks, strict=True)
@@ -137,12 +137,12 @@ class VisibleCounts:
         self._bounds = BlockBounds(self._geometry)
 
     def mean(self, focal: float) -> float:
-        """Mean over all cameras."""
+        """Return the mean over all cameras."""
         cameras = one_by_one(aerial_cameras(self.seed, focal=focal))
         return sum(len(visible_ids(self._geometry, self._bounds, camera)) for camera in cameras) / len(cameras)
 
     def focal_for(self, visible: float) -> float:
-        """The focal length in pixels at which views see this many Gaussians in the mean, within 1 %."""
+        """Find the focal length in pixels at which views see this many Gaussians in the mean, within 1 %."""
         focal = FOCAL
         for _ in range(30):
             found = self.mean(focal)
@@ -153,12 +153,12 @@ class VisibleCounts:
 
 
 def mean_visible(num_gaussians: int, focal: float, seed: int = 0) -> float:
-    """How many Gaussians a view sees in the mean."""
+    """Count the Gaussians that a view sees in the mean."""
     return VisibleCounts(num_gaussians, seed).mean(focal)
 
 
 def focals_for(num_gaussians: int, visible: Sequence[float], seed: int = 0) -> list[tuple[float, float]]:
-    """For each wanted mean number of visible Gaussians the focal length in pixels, and the number there is then."""
+    """Find the focal length in pixels for each wanted mean number of visible Gaussians, and the number then."""
     counts = VisibleCounts(num_gaussians, seed)
     focals = [counts.focal_for(wanted) for wanted in visible]
     return [(focal, counts.mean(focal)) for focal in focals]

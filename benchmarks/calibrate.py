@@ -81,7 +81,7 @@ def finish(device: torch.device) -> None:
 
 
 def median_seconds(work: Callable[[int], None], device: torch.device) -> float:
-    """Of work that is told the number of its turn, until the device is done."""
+    """Time work that is told the number of its turn, until the device is done."""
     seconds = []
     for turn in range(2 + REPEATS):
         begin = time.perf_counter()
@@ -92,7 +92,7 @@ def median_seconds(work: Callable[[int], None], device: torch.device) -> float:
 
 
 def host_speed(rows: Rows) -> float:
-    """Bytes per second that a turn of forwarding one view's rows and committing another's reads and writes."""
+    """Measure the bytes per second that forwarding one view's rows and committing another's reads and writes."""
     adam = DeferredAdam(torch.ones(1, COLUMNS))
     for _ in range(STEPS_BEFORE):
         adam.begin_step([1e-3])
@@ -111,7 +111,7 @@ def host_speed(rows: Rows) -> float:
 
 
 def copy_speeds(device: torch.device) -> tuple[float, float]:
-    """Bytes per second of pinned copies: to the device, and both ways at once."""
+    """Measure the bytes per second of pinned copies: to the device, and both ways at once."""
     pin = device.type == "cuda"
     hosts = [torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
     devices = [torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -131,7 +131,7 @@ def copy_speeds(device: torch.device) -> tuple[float, float]:
 
 
 def row_speed(rows: Rows, device: torch.device) -> float:
-    """Bytes per second of fetching one view's rows while another's are written back, both together."""
+    """Measure the bytes per second of fetching one view's rows while another's are written back, both together."""
     kernels = kernels_for(device, "offload.adam.rows")
     tables = DeferralTables(torch.ones(1, COLUMNS), (0.9, 0.999), 1e-15, device)
     for _ in range(STEPS_BEFORE):
@@ -152,7 +152,7 @@ def row_speed(rows: Rows, device: torch.device) -> float:
 
 
 def measure(device: torch.device, num_rows: int) -> Speeds:
-    """The speeds of this machine.
+    """Measure the speeds of this machine.
 
     Args:
         device: The GPU, or the CPU where there is none.
@@ -167,7 +167,7 @@ def measure(device: torch.device, num_rows: int) -> Speeds:
 
 
 def rows_that_fit() -> int:
-    """Rows to measure on."""
+    """Make rows to measure on."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(MOST_ROWS, int(MEMORY_SHARE * memory / (3 * 4 * COLUMNS)))
 

@@ -46,7 +46,7 @@ class Options(BenchmarkOptions):
 
 @contextmanager
 def dataset(options: Options) -> Iterator[Path]:
-    """The folder of the dataset, which is removed afterwards if it was made."""
+    """Yield the folder of the dataset, which is removed afterwards if it was made."""
     if options.data_dir is not None:
         yield options.data_dir
         return
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
 
 
 def measure(data_dir: Path, options: Options, report: Report) -> None:
-    """The table."""
+    """Make the table."""
     threads = num_threads()
 
     def load():

@@ -58,12 +58,12 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def every(share: float, n: int) -> Tensor:
-    """Row numbers spread evenly: this share of n."""
+    """Spread row numbers evenly: this share of n."""
     return torch.arange(0, n, round(1 / share))
 
 
 def bytes_moved(n: int) -> dict[str, float | None]:
-    """What each operation must read and write; nothing is said about a whole refinement."""
+    """Count the bytes that each operation must read and write; a whole refinement has no such count."""
     row, parameters = ROW_BYTES, (12 + 48) * 4  # bytes of a Gaussian with moments and last steps, and without
     changed = SHARE * n
     return {
@@ -81,7 +81,7 @@ def bytes_moved(n: int) -> dict[str, float | None]:
 
 
 def one_round(parameters: dict[str, Tensor]) -> list[float]:
-    """Seconds of each operation of `bytes_moved`, one after the other on the stores of geometry and appearance."""
+    """Time each operation of `bytes_moved` in seconds, one after the other on the stores of geometry and appearance."""
     n = len(parameters["means"])
     start = time.perf_counter()
     adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))

@@ -63,7 +63,7 @@ def views(options: Options) -> Iterator[tuple[str, GaussianScene, Tensor]]:
 
 
 def worst(comparison: Comparison) -> dict[str, object]:
-    """The tensor whose gradient differs most, and by how much (relative norm)."""
+    """Find the tensor whose gradient differs most, and by how much (relative norm)."""
     error, name = max((error, name) for name, error in comparison.gradient_errors.items())
     return {"error": error, "tensor": name}
 

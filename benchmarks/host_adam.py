@@ -58,14 +58,14 @@ class Counted:
 
 
 def store_rows(rows: int) -> Tensor:
-    """Zeros float32 [rows, 48] in memory as the host store has it: huge pages, where the system allows them."""
+    """Make zeros float32 [rows, 48] in memory as the host store has it: in huge pages, where there are some."""
     array = HostArray(COLUMNS, max_rows=rows)
     array.resize(rows)
     return array.tensor
 
 
 def threaded_copy(destination: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int) -> None:
-    """The C library's memcpy, on an equal part for each thread."""
+    """Copy by the C library's memcpy, an equal part on each thread."""
     part = source.nbytes // threads
 
     def copy(i: int) -> None:
@@ -75,7 +75,7 @@ def threaded_copy(destination: Tensor, source: Tensor, pool: ThreadPoolExecutor,
 
 
 def visiting_cases(adam: DeferredAdam, rows: RowState, last_step: Tensor, visible: float) -> dict[str, Counted]:
-    """The deferred kernels on rows in runs and at random, other rows at every turn."""
+    """Make cases of the deferred kernels on rows in runs and at random, other rows at every turn."""
     n = len(last_step)
     rng = np.random.default_rng(0)
     cases = {}
@@ -110,7 +110,7 @@ def visiting_cases(adam: DeferredAdam, rows: RowState, last_step: Tensor, visibl
 
 
 def dense_cases(adam: DeferredAdam, rows: RowState, threads: int) -> dict[str, Counted]:
-    """Adam over all rows: torch's and ours, on the same memory."""
+    """Make cases of Adam over all rows: torch's and ours, on the same memory."""
     parameters, exp_avg, exp_avg_sq = rows.tensors()
     torch.set_num_threads(threads)
     gradients = store_rows(len(parameters)).normal_()

@@ -32,7 +32,7 @@ class Options(BenchmarkOptions):
 
 
 def plain_loss(rendered: Tensor, target: Tensor) -> Tensor:
-    """The same loss in the way it is usually written: five 11x11 depthwise convolutions and autograd."""
+    """Compute the same loss as it is usually written: five 11x11 depthwise convolutions and autograd."""
     window = torch.tensor(WINDOW, device=rendered.device)
     window = torch.outer(window, window).expand(3, 1, WINDOW_SIZE, WINDOW_SIZE)
     x, y = rendered.permute(0, 3, 1, 2), target.permute(0, 3, 1, 2)
@@ -53,7 +53,7 @@ def our_loss(rendered: Tensor, target: Tensor) -> Tensor:
 def measure(
     loss: Callable[[Tensor, Tensor], Tensor], size: tuple[int, int], device: torch.device, repeats: int
 ) -> list[Spread]:
-    """Milliseconds of the forward pass, the backward pass and both."""
+    """Time the forward pass, the backward pass and both in milliseconds."""
     width, height = size
     torch.manual_seed(0)
     target = torch.rand(1, height, width, 3, device=device)

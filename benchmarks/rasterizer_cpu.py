@@ -42,7 +42,7 @@ class Options(BenchmarkOptions):
 
 
 def random_gaussians(n: int) -> list[Tensor]:
-    """means, quats, scales, opacities and spherical harmonics of degree 3 in a box before the camera."""
+    """Make means, quats, scales, opacities and spherical harmonics of degree 3 in a box before the camera."""
     generator = torch.Generator().manual_seed(0)
     means = torch.rand(n, 3, generator=generator) * torch.tensor([4.0, 3.0, 4.0]) + torch.tensor([-2.0, -1.5, 2.0])
     quats = torch.randn(n, 4, generator=generator)
@@ -53,7 +53,7 @@ def random_gaussians(n: int) -> list[Tensor]:
 
 
 def torch_blend(projected: Projection, colors: Tensor, width: int, height: int) -> Tensor:
-    """The image [H, W, 3] of projected Gaussians: for each tile all its Gaussians at all its pixels."""
+    """Render the image [H, W, 3] of projected Gaussians: for each tile all its Gaussians at all its pixels."""
     means2d, conics, opacities, radii = projected.means2d, projected.conics, projected.opacities, projected.radii
     order = torch.argsort(projected.depths)
     low, high = (means2d - radii).detach(), (means2d + radii).detach()
@@ -79,7 +79,7 @@ def torch_blend(projected: Projection, colors: Tensor, width: int, height: int) 
 
 
 def milliseconds(repeats: int, forward: Callable[[], tuple[Tensor, list[Tensor]]], weights: Tensor) -> list[Spread]:
-    """Times of the forward pass, the backward pass and both, after one run to warm up."""
+    """Time the forward pass, the backward pass and both, after one run to warm up."""
     clock, marks = Clock(), []
     for _ in range(repeats + 1):
         start = clock.mark()

@@ -37,7 +37,7 @@ class Table:
         self.rows: list[dict[str, object]] = []
 
     def add(self, *values: object) -> None:
-        """One row, printed at once."""
+        """Add a row, and print it at once."""
         if not self.rows:
             print("\n".join(["", *self._head()]))
         self.rows.append(dict(zip(self.columns, values, strict=True)))
@@ -76,12 +76,12 @@ class Report:
         print(f"{sentence(self.machine)}\n")
 
     def say(self, text: str) -> None:
-        """A sentence, printed at once."""
+        """Add a sentence, and print it at once."""
         self._parts.append(text)
         print(text, flush=True)
 
     def table(self, title: str, columns: Mapping[str, Format]) -> Table:
-        """A new table; a column's name says the unit that its format writes."""
+        """Begin a table; a column's name says the unit that its format writes."""
         table = Table(title, columns)
         self._parts.append(table)
         return table

@@ -53,7 +53,7 @@ COLUMNS = {
 
 
 def measure_rows(table: Table, options: Options, scenes: Sequence[tuple[int, float, float]]) -> None:
-    """One row for each scene: its N, the focal length and the mean number of visible Gaussians."""
+    """Make a row for each scene: its N, the focal length and the mean number of visible Gaussians."""
     first = None
     for num_gaussians, focal, visible in scenes:
         found = measure(Job(options.trainer, num_gaussians, focal, options.picture_scale, options.steps))

@@ -67,7 +67,7 @@ class Variant:
 
 
 def wide_camera(num_gaussians: int, seed: int, picture_scale: float) -> AerialCameras:
-    """One camera over the middle of the scene, so high that it sees the wanted share of it."""
+    """Place a camera over the middle of the scene, so high that it sees the wanted share of it."""
     rows = geometry_rows(aerial_geometry(num_gaussians, torch.Generator().manual_seed(seed)))
     bounds = BlockBounds(rows)
     cameras = aerial_cameras(seed, picture_scale=picture_scale)
@@ -102,7 +102,7 @@ class SplitRun(AerialRun):
         self.steps_above_budget += 0 < self.variant.budget < peaks["device_reserved"]
 
     def mean_over_eight(self) -> Spread:
-        """Milliseconds per step."""
+        """Return the milliseconds per step."""
         pairs = pairwise(self._ends[::WIDE_EVERY])
         return Spread.of([self._clock.milliseconds(*pair) / WIDE_EVERY for pair in pairs])
 
@@ -158,7 +158,7 @@ COLUMNS = {
 
 
 def variants(options: Options) -> list[list[Variant]]:
-    """For each place of geometry, the whole views first."""
+    """Run each place of geometry, the whole views first."""
     budget = ("--device_memory_budget", options.budget)
     num_bytes = parse_bytes(options.budget, "--budget")
     return [
@@ -173,7 +173,7 @@ def variants(options: Options) -> list[list[Variant]]:
 
 
 def row_of(variant: Variant, found: Found, whole: Measurement) -> list[object]:
-    """The cells of `COLUMNS`."""
+    """Return the cells of `COLUMNS`."""
     measured = found.measurement
     if measured.memory is None:
         return [variant.name, variant.geometry, *[None] * 8, measured.problem]

@@ -55,14 +55,14 @@ class Options(BenchmarkOptions):
 
 
 def device_geometry(num_gaussians: int, device: torch.device) -> DeviceGeometry:
-    """The geometry of an aerial scene with its moments, on the device."""
+    """Make the geometry of an aerial scene with its moments, on the device."""
     parameters = aerial_geometry(num_gaussians, torch.Generator().manual_seed(0))
     adam = AdamOptions(dict.fromkeys(GEOMETRY, 0.0), lambda step: 0.0, (0.9, 0.999))
     return DeviceGeometry(parameters, adam, device=device)
 
 
 def host_rows(num_rows: int, moments: Moments) -> tuple[RowState, list[HostArray]]:
-    """Rows in pinned memory that is touched by all cores and registered in parts, as the store does it."""
+    """Make rows in pinned memory that is touched by all cores and registered in parts, as the store does it."""
     dtypes = [torch.float32] * 3 if moments == "float32" else [torch.float32, torch.int32]
     arrays = [HostArray(COLUMNS, max_rows=num_rows, dtype=dtype, pin=True) for dtype in dtypes]
     for array in arrays:
@@ -89,7 +89,7 @@ def together(*works: Callable[[], None]) -> Callable[[], None]:
 
 
 def time_beside(work: Callable[[], None], others: Callable[[], None], repeats: int) -> Spread:
-    """Milliseconds of work that begins together with others that take longer."""
+    """Time, in milliseconds, work that begins together with others that take longer."""
     device = torch.device("cuda")
     lane, current, clock, samples = Lane.new(device), Lane.current(device), Clock(device), []
     for _ in range(2 + repeats):
@@ -106,7 +106,7 @@ def time_beside(work: Callable[[], None], others: Callable[[], None], repeats: i
 
 
 def copy_in_runs(source: torch.Tensor, destination: torch.Tensor, rows: int) -> Callable[[], None]:
-    """Copies of consecutive rows, one call for each run."""
+    """Copy consecutive rows, by one call for each run."""
     pairs = list(zip(source.split(rows), destination.split(rows), strict=True))
 
     def work() -> None:

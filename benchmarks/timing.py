@@ -67,7 +67,7 @@ class Clock:
 def time_in_turns(
     cases: Mapping[str, Case], repeats: int, *, warmup: int = 1, device: torch.device = CPU
 ) -> dict[str, Spread]:
-    """Milliseconds of each case. The cases take turns, so that other work on the machine meets each alike.
+    """Time each case in milliseconds. The cases take turns, so that other work on the machine meets each alike.
 
     Args:
         cases: By name.
@@ -88,7 +88,7 @@ def time_in_turns(
 
 
 def copy_bandwidth(device: torch.device = CPU, num_bytes: int = 2**29) -> float:
-    """Bytes per second, read and written, of a large copy: the floor that memory-bound work is held against."""
+    """Measure the bytes per second, read and written, of a large copy, which memory-bound work is held against."""
     source = torch.zeros(num_bytes // 4, device=device)
     destination = torch.zeros_like(source)
     times = time_in_turns({"copy": Case(lambda: destination.copy_(source))}, 9, warmup=2, device=device)
@@ -96,7 +96,7 @@ def copy_bandwidth(device: torch.device = CPU, num_bytes: int = 2**29) -> float:
 
 
 def upload_bandwidth(device: torch.device, num_bytes: int = 2**29) -> float:
-    """Bytes per second of a large copy from pinned memory to a GPU."""
+    """Measure the bytes per second of a large copy from pinned memory to a GPU."""
     source = torch.zeros(num_bytes // 4, pin_memory=True)
     destination = torch.empty_like(source, device=device)
     copy = Case(lambda: destination.copy_(source, non_blocking=True))

@@ -123,12 +123,12 @@ class AerialRun:
 
     @property
     def adam(self) -> AdamOptions:
-        """How Adam updates the Gaussians."""
+        """Say how Adam updates the Gaussians."""
         return schedules.adam_options(self.cfg, self.scene_scale)
 
     @property
     def num_initial_gaussians(self) -> int:
-        """How many Gaussians `initial_gaussians` returns."""
+        """Count the Gaussians that `initial_gaussians` returns."""
         return self.job.num_gaussians
 
     def initial_gaussians(self) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ class AerialRun:
         )
 
     def _mean_offload(self) -> dict[str, float] | None:
-        """Since it was last called."""
+        """Return the means since it was last called."""
         milliseconds = self.model.counters().milliseconds
         if milliseconds is None:
             return None
@@ -193,7 +193,7 @@ def moved_per_step(before: Counters, after: Counters, steps: int) -> float | Non
 
 
 def drawn_cameras(cameras: AerialCameras, means: Tensor, view_window: int) -> Iterator[int]:
-    """Indices of cameras as training draws its views: one permutation after another, arranged within windows."""
+    """Draw indices of cameras as training draws its views: one permutation after another, arranged in windows."""
     viewmats, Ks = cameras.viewmats.numpy(), cameras.Ks.numpy()
     sizes = [(cameras.width, cameras.height)] * len(Ks)
     windows = ViewWindows.of_cameras(means.numpy(), viewmats, Ks, sizes, view_window)
@@ -203,7 +203,7 @@ def drawn_cameras(cameras: AerialCameras, means: Tensor, view_window: int) -> It
 
 
 def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.device) -> list[View]:
-    """Cameras with random photos; all views share 2 of them, as many as training has on the device at a time."""
+    """Make cameras with random photos; all views share 2 of them, as many as training has on the device at a time."""
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(2)]
     views = []
@@ -236,7 +236,7 @@ def run_trainer(job: Job) -> Measurement:
 
 
 def in_fresh_process(function: Callable, *arguments: object):
-    """What the function returns; no process inherits memory, threads or a CUDA context."""
+    """Call a function in a process of its own, which inherits neither memory nor threads nor a CUDA context."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -250,7 +250,7 @@ def measure(job: Job) -> Measurement:
 
 
 def bandwidths() -> Traffic:
-    """Bytes per second of large copies: on the device, from the host to it, and on the host."""
+    """Measure the bytes per second of large copies: on the device, from the host to it, and on the host."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_device, link = (copy_bandwidth(device), upload_bandwidth(device)) if device.type == "cuda" else (0.0, 0.0)
     return Traffic(device=on_device, link=link, host=copy_bandwidth(CPU))
@@ -311,7 +311,7 @@ COLUMNS = {
 
 
 def row_of(job: Job, visible: float, found: Measurement, bandwidth: Traffic) -> list[object]:
-    """The cells of `COLUMNS`."""
+    """Return the cells of `COLUMNS`."""
     floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
     row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, job.view_window, found.milliseconds, floor]
     if found.memory is None:

@@ -48,14 +48,14 @@ class Measured:
 
 
 def pinned_rows(num_rows: int) -> tuple[Tensor, HostArray]:
-    """Rows [num_rows, 48] as the store has them; pinned where there is a GPU. The array keeps the memory."""
+    """Make rows [num_rows, 48] as the store has them, pinned where there is a GPU. The array keeps the memory."""
     array = HostArray(COLUMNS, max_rows=num_rows, pin=True)
     array.resize(num_rows)
     return array.tensor, array
 
 
 def gathers_by_cpu(rows: Tensor, ids: dict[str, Tensor], repeats: int) -> list[Measured]:
-    """Rows into consecutive memory and back."""
+    """Make cases of rows that are copied into consecutive memory and back."""
     most = max(map(len, ids.values()))
     staging, _array = pinned_rows(most)
     cases, num_bytes = {}, {}
@@ -71,7 +71,7 @@ def gathers_by_cpu(rows: Tensor, ids: dict[str, Tensor], repeats: int) -> list[M
 
 
 def copies_over_link(device: torch.device, repeats: int) -> list[Measured]:
-    """Large pinned copies to the device, from it, and both at once."""
+    """Make cases of large pinned copies to the device, from it, and both at once."""
     up, down = (torch.zeros(COPY_BYTES // 4, pin_memory=True) for _ in range(2))
     up_device, down_device = torch.zeros_like(up, device=device), torch.zeros_like(down, device=device)
     streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
@@ -101,7 +101,7 @@ def copies_over_link(device: torch.device, repeats: int) -> list[Measured]:
 def kernels_over_link(
     rows: Tensor, ids: dict[str, Tensor], device: torch.device, repeats: int, one_way: float
 ) -> list[Measured]:
-    """Kernels on the device that read and write pinned rows where they are."""
+    """Make cases of kernels on the device that read and write pinned rows where they are."""
     from benchmarks import row_access
 
     cases, num_bytes = {}, {}

@@ -10,7 +10,7 @@ MEAN_RUN = 50  # rows; in Morton order a view's rows come in runs
 
 
 def runs_of_rows(n: int, visible: float, rng: np.random.Generator) -> Tensor:
-    """Sorted ids: runs and the gaps between them have geometric lengths."""
+    """Draw sorted ids: runs and the gaps between them have geometric lengths."""
     mean_gap = MEAN_RUN * (1 - visible) / visible
     count = int(2 * n / (MEAN_RUN + mean_gap)) + 10  # runs enough to pass n
     lengths = np.stack([rng.geometric(1 / mean_gap, count), rng.geometric(1 / MEAN_RUN, count)], 1)
@@ -19,7 +19,7 @@ def runs_of_rows(n: int, visible: float, rng: np.random.Generator) -> Tensor:
 
 
 def random_rows(n: int, visible: float, rng: np.random.Generator) -> Tensor:
-    """Sorted ids, each row with the same probability."""
+    """Draw sorted ids, each row with the same probability."""
     return torch.from_numpy(np.flatnonzero(rng.random(n) < visible))
 
 

@@ -68,7 +68,7 @@ class Comparison:
 
     @property
     def first(self) -> Run:
-        """The run that the others are compared with."""
+        """Return the run that the others are compared with."""
         return self.runs[0]
 
 

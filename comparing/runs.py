@@ -106,7 +106,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, cfg: Config) -> bool:
-    """Whether the folder holds the whole of a run with these options."""
+    """Tell whether the folder holds the whole of a run with these options."""
     options = read_options(folder)
     return options is not None and is_complete(folder) and not differing_options(options, cfg)
 

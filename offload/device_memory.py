@@ -18,7 +18,7 @@ def bound_memory(num_bytes: int, device: torch.device) -> None:
 
 
 def most_bytes(device: torch.device) -> int:
-    """What torch may have allocated on a GPU at once: all that others leave, or the bound."""
+    """Count the bytes that torch may have allocated on a GPU at once: all that others leave, or the bound."""
     free, _ = torch.cuda.mem_get_info(device)
     most = free + torch.cuda.memory_reserved(device)
     return most if _bound is None else min(most, _bound)
@@ -32,12 +32,12 @@ def begin_stretch(device: torch.device) -> None:
 
 
 def stretch_peak(device: torch.device) -> int:
-    """Most bytes in use at once since the stretch began."""
+    """Return the most bytes that were in use at once since the stretch began."""
     return torch.cuda.max_memory_allocated(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Most bytes that this process has had allocated, and that torch has reserved for it, at once."""
+    """Return the most bytes that this process has had allocated, and that torch has reserved for it, at once."""
     return {
         "allocated": max(_highest["allocated"], torch.cuda.max_memory_allocated(device)),
         "reserved": max(_highest["reserved"], torch.cuda.max_memory_reserved(device)),

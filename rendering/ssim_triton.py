@@ -233,7 +233,7 @@ def _backward_kernel(
 
 @triton.jit
 def _blur_down(row, open1, open2, open3, open4, open5, open6, open7, open8, open9, open10):
-    """Adds one row to the eleven windows it lies in; returns the finished one, then the ten left open."""
+    """Add one row to the eleven windows it lies in; returns the finished one, then the ten left open."""
     return (
         open1 + row * _weight(10),
         open2 + row * _weight(9),
@@ -251,5 +251,5 @@ def _blur_down(row, open1, open2, open3, open4, open5, open6, open7, open8, open
 
 @triton.jit
 def _weight(tap: tl.constexpr):
-    """Weight of one axis of the window, 0 <= tap < 11, folded into a constant by the compiler."""
+    """Return the weight of one axis of the window, 0 <= tap < 11, folded into a constant by the compiler."""
     return _PEAK * _FALL ** ((tap - 5) * (tap - 5))

@@ -98,7 +98,7 @@ class CheckpointFolder:
 
     @property
     def longest_stall(self) -> float:
-        """Seconds that training has waited at most: for `save`, or for rows to be copied before they changed."""
+        """Return the longest wait of training in seconds: for `save`, or for rows to be copied before a change."""
         return max(self._longest_stall, 0.0 if self._partial is None else self._partial.longest_wait)
 
     def save(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore] | None = None) -> Path:

@@ -65,12 +65,12 @@ class Checkpoint:
 
     @property
     def gaussians(self) -> dict[str, Tensor]:
-        """The six parameter tensors as `training.gaussians.initial_gaussians`, after the last step."""
+        """Return the six parameter tensors as `training.gaussians.initial_gaussians`, after the last step."""
         return current_values(self.state)
 
     @property
     def can_resume(self) -> bool:
-        """Whether it holds what training goes on from, not the parameters alone."""
+        """Tell whether it holds what training goes on from, not the parameters alone."""
         return "step_count" in self.state
 
 
@@ -119,7 +119,7 @@ class PartialCheckpoint:
 
     @property
     def longest_wait(self) -> float:
-        """Seconds that a change of rows has waited at most until they were copied."""
+        """Return the seconds that a change of rows has waited at most until they were copied."""
         return max((guard.longest_wait for guard in self._guards), default=0.0)
 
     def copy_all(self) -> None:

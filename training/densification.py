@@ -35,7 +35,7 @@ class GaussianStore(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where geometry and statistics are."""
+        """Return where geometry and statistics are."""
 
     def read(self, name: str) -> Tensor: ...
 

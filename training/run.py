@@ -142,7 +142,7 @@ class TrainingRun(Generic[AnyConfig]):
 
     @property
     def num_initial_gaussians(self) -> int:
-        """How many Gaussians `initial_gaussians` returns."""
+        """Count the Gaussians that `initial_gaussians` returns."""
         if self._evaluated is not None:
             return len(self._evaluated.state["parameters/means"])
         resumed = self.saving.resumed
@@ -173,7 +173,7 @@ class TrainingRun(Generic[AnyConfig]):
 
     @property
     def adam(self) -> AdamOptions:
-        """How Adam updates the Gaussians."""
+        """Say how Adam updates the Gaussians."""
         return schedules.adam_options(self.cfg, self.scene_scale)
 
     def _check_memory(self) -> None:
@@ -191,14 +191,14 @@ class TrainingRun(Generic[AnyConfig]):
 
     @property
     def model(self) -> GaussianModel:
-        """The Gaussians that `steps` was given."""
+        """Return the Gaussians that `steps` was given."""
         if self._model is None:
             raise RuntimeError("a run has no model before `steps`")
         return self._model
 
     @property
     def steps_of_this_run(self) -> int:
-        """Steps done since it was started or resumed."""
+        """Count the steps done since it was started or resumed."""
         return self.model.steps_done - self._first_step
 
     def mark(self, stage: str) -> None:

@@ -70,12 +70,12 @@ class Saving:
 
     @property
     def elapsed_seconds(self) -> float:
-        """How long training has taken, pauses left out."""
+        """Return the seconds that training has taken, pauses left out."""
         return time.perf_counter() - self._began
 
     @property
     def longest_stall(self) -> float:
-        """Seconds that training has waited at most for a checkpoint."""
+        """Return the seconds that training has waited at most for a checkpoint."""
         return self._checkpoints.longest_stall
 
     def begin(self, model: GaussianModel, parts: Mapping[str, Stateful]) -> int:

@@ -20,19 +20,19 @@ _WORD = 0xFFFFFFFF
 
 
 def unpack(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moments, float32, of words int32."""
+    """Unpack both moments, float32, from words int32."""
     return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
 
 
 def pack(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor) -> Tensor:
-    """Words int32 of both moments, float32, rounded with the 32 random bits of each."""
+    """Pack both moments, float32, into words int32, rounded with the 32 random bits of each."""
     first = (exp_avg.contiguous().view(torch.int32) + (random & 0xFFFF).int()) >> 16
     second = (exp_avg_sq.contiguous().view(torch.int32) + (random >> 16).int()) & -65536
     return (first & 0xFFFF) | second
 
 
 def random_bits(ids: Tensor, columns: int, step: int) -> Tensor:
-    """32 random bits for each value of rows `ids` [V] at a step: int64 [V, columns], from 0 to 2^32 - 1."""
+    """Draw 32 random bits for each value of rows `ids` [V] at a step: int64 [V, columns], from 0 to 2^32 - 1."""
     counters = ids[:, None] * columns + torch.arange(columns, device=ids.device)
     x = (counters ^ seed_of(step)) & _WORD
     x = ((x ^ (x >> 16)) * MIX_1) & _WORD
@@ -41,7 +41,7 @@ def random_bits(ids: Tensor, columns: int, step: int) -> Tensor:
 
 
 def seed_of(step: int) -> int:
-    """What the counters of a step are combined with, a 32-bit word as a signed number."""
+    """Return what the counters of a step are combined with, a 32-bit word as a signed number."""
     x = step & _WORD
     x = ((x ^ (x >> 16)) * MIX_1) & _WORD
     x = ((x ^ (x >> 15)) * MIX_2) & _WORD

@@ -12,7 +12,7 @@ from offload.backends import kernels_for
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
-    """Its gradient after the backward pass; zero where nothing was drawn."""
+    """Return its gradient after the backward pass; zero where nothing was drawn."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
@@ -41,7 +41,7 @@ class FiniteGradients:
         self._skipped[1] *= spoiled
 
     def skipped_steps(self) -> tuple[int, int]:
-        """How many steps have been skipped so far, and how many of those were the last in a row; waits."""
+        """Count the steps skipped so far, and those of them that were the last in a row; waits."""
         total, in_a_row = self._skipped.tolist()
         return total, in_a_row
 

@@ -42,7 +42,7 @@ def clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> Tens
 
 @triton.jit
 def _places(ids, num_values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a program's values are [BLOCK] int64, and which of these places it has."""
+    """Return where a program's values are [BLOCK] int64, and which of these places it has."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num_values
     if ids is not None:

@@ -28,17 +28,17 @@ class GeometryState:
     last_step: Tensor  # [N] int32, the step of that update
 
     def flat_rows(self, name: str, ids: Tensor) -> list[Tensor]:
-        """Copies of a parameter and its moments [M, width]."""
+        """Copy the rows of a parameter and its moments, each [M, width]."""
         return [flat(array[name][ids]) for array in (self.parameters, self.exp_avg, self.exp_avg_sq)]
 
     def put_rows(self, name: str, ids: Tensor, *values: Tensor) -> None:
-        """The opposite of `flat_rows`."""
+        """Put back what `flat_rows` has copied."""
         for array, rows in zip((self.parameters, self.exp_avg, self.exp_avg_sq), values, strict=True):
             array[name][ids] = rows.view(len(ids), *array[name].shape[1:])
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> dict[str, Tensor]:
-    """Copies of the parameters of rows after step `tables.step`.
+    """Copy the parameters of rows as they are after step `tables.step`.
 
     Args:
         state: Of N rows.
@@ -57,7 +57,7 @@ def gather_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> di
 def step_rows(
     state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: DeferralTables, step: StepSizes
 ) -> None:
-    """All steps that rows have skipped, and then step `tables.step` + 1 of Adam, in place.
+    """Apply all steps that rows have skipped, and then step `tables.step` + 1 of Adam, in place.
 
     Args:
         state: Of N rows.
@@ -88,5 +88,5 @@ def catch_up_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> 
 
 
 def flat(values: Tensor) -> Tensor:
-    """[M, width] of [M, ...]."""
+    """Return [M, width] of [M, ...]."""
     return values.reshape(len(values), math.prod(values.shape[1:]))

@@ -23,7 +23,7 @@ SCALES, QUATS, OPACITIES = (tl.constexpr(COLUMNS[name].start) for name in ("scal
 
 
 def gather_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> dict[str, Tensor]:
-    """As `offload.adam.geometry.gather_rows`."""
+    """Do as `offload.adam.geometry.gather_rows`."""
     values = {name: value.new_empty(len(ids), *value.shape[1:]) for name, value in state.parameters.items()}
     if len(ids):
         with torch.cuda.device_of(ids):
@@ -44,7 +44,7 @@ def gather_rows(state: GeometryState, ids: Tensor, tables: DeferralTables) -> di
 def step_rows(
     state: GeometryState, ids: Tensor, gradients: Mapping[str, Tensor], tables: DeferralTables, step: StepSizes
 ) -> None:
-    """As `offload.adam.geometry.step_rows`."""
+    """Do as `offload.adam.geometry.step_rows`."""
     if len(ids) == 0:
         return
     with torch.cuda.device_of(ids):
@@ -69,7 +69,7 @@ def step_rows(
 
 
 def _arrays(state: GeometryState) -> list[Tensor]:
-    """Each parameter and its moments."""
+    """Return each parameter and its moments."""
     return [array[name] for name in COLUMNS for array in (state.parameters, state.exp_avg, state.exp_avg_sq)]
 
 
@@ -79,7 +79,7 @@ def _tables(tables: DeferralTables) -> tuple[Tensor, Tensor, int]:
 
 @triton.jit
 def _rows(ids, num_rows, BLOCK: tl.constexpr):
-    """A program's rows [BLOCK] int64, which of them there are, and which Gaussians they are."""
+    """Return a program's rows [BLOCK] int64, which of them there are, and which Gaussians they are."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     return row, inside, tl.load(ids + row, mask=inside, other=0)
@@ -90,8 +90,11 @@ def _load_current(
     parameters, first_moment, second_moment, row_id, last, inside, sums, multipliers, capacity, eps,
     SCHEDULES: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Values [BLOCK, LANES] of one parameter of Gaussians after the skipped steps, and moments as they were before
-    them; where those lie, and which there are. The parameter has one rate, that of the first of `multipliers`."""
+    """Compute the values [BLOCK, LANES] of one parameter of Gaussians after the skipped steps.
+
+    Returned with them are moments as they were before these steps, where they lie, and which there are. The parameter
+    has one rate, that of the first of `multipliers`.
+    """
     sizes = skipped_sizes(sums, multipliers, capacity, last, inside, SCHEDULES, NUM_COLUMNS)
     lane = tl.arange(0, LANES)[None, :]
     used = inside[:, None] & (lane < WIDTH)

@@ -191,19 +191,19 @@ def _fetch(
 
 
 def _grid(num_vectors: int, other: RowState, blocks: int) -> int:
-    """Thread blocks that loop over the tiles, where the other side is the host."""
+    """Count the thread blocks that loop over the tiles, where the other side is the host."""
     tiles = triton.cdiv(num_vectors, LINK_TILE)
     return tiles if other.parameters.is_cuda else min(tiles, blocks)
 
 
 def _padded(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Parameters and two tensors of moments, None where there are fewer."""
+    """Return parameters and two tensors of moments, None where there are fewer."""
     return *tensors, *[None] * (3 - len(tensors))
 
 
 @triton.jit
 def _unpack(words1, words2, second):
-    """Both moments in float32, as in `bfloat16.unpack` where there is no second tensor."""
+    """Return both moments in float32, as in `bfloat16.unpack` where there is no second tensor."""
     if second is None:
         m = (words1 << 16).to(tl.float32, bitcast=True)
         v = (words1 & -65536).to(tl.float32, bitcast=True)
@@ -215,7 +215,7 @@ def _unpack(words1, words2, second):
 
 @triton.jit
 def _random_bits(counter, seed):
-    """`bfloat16.random_bits`, uint32."""
+    """Do as `bfloat16.random_bits`, in uint32."""
     x = counter.to(tl.uint32) ^ seed.to(tl.uint32)
     x = (x ^ (x >> 16)) * tl.full([1], _MIX_1, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full([1], _MIX_2, tl.uint32)
@@ -224,7 +224,7 @@ def _random_bits(counter, seed):
 
 @triton.jit
 def _pack(m, v, random):
-    """`bfloat16.pack`, int32."""
+    """Do as `bfloat16.pack`, in int32."""
     first = (m.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
     second = (v.to(tl.uint32, bitcast=True) + (random >> 16)) & tl.full([1], 0xFFFF0000, tl.uint32)
     return (first | second).to(tl.int32, bitcast=True)
@@ -232,7 +232,7 @@ def _pack(m, v, random):
 
 @triton.jit
 def _is_wanted(wanted, row, inside):
-    """Which rows of the tile to move: those inside, and where `wanted` says so."""
+    """Tell which rows of the tile to move: those inside, and where `wanted` says so."""
     if wanted is not None:
         inside = inside & (tl.load(wanted + row, mask=inside, other=0) != 0)
     return inside
@@ -240,7 +240,7 @@ def _is_wanted(wanted, row, inside):
 
 @triton.jit
 def _load_moments(first, second, offsets, mask):
-    """The words of both moments; the same twice where pairs lie in one tensor."""
+    """Load the words of both moments; the same twice where pairs lie in one tensor."""
     words1 = tl.load(first + offsets, mask=mask, other=0)
     words2 = words1
     if second is not None:
@@ -250,7 +250,7 @@ def _load_moments(first, second, offsets, mask):
 
 @triton.jit
 def _copy(parameters, first, second, there, out_parameters, out_first, out_second, here, mask):
-    """Rows, moments and all where there are any; read before anything is written."""
+    """Copy rows, moments and all where there are any; everything is read before anything is written."""
     w = tl.load(parameters + there, mask=mask, other=0)
     if first is not None:
         words1, words2 = _load_moments(first, second, there, mask)

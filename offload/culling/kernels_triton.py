@@ -131,7 +131,7 @@ _number = _number_of_tuple if _TAKES_TUPLES else _number_of_tensor  # of a packe
 
 @triton.jit
 def _load3(tensor, i, mask):
-    """Rows i of a tensor [N, 3]."""
+    """Load rows i of a tensor [N, 3]."""
     return (
         tl.load(tensor + 3 * i, mask=mask, other=0.0),
         tl.load(tensor + 3 * i + 1, mask=mask, other=0.0),
@@ -151,7 +151,7 @@ def _load_quats(quats, i, mask):
 
 @triton.jit
 def _axis(camera, row: tl.constexpr):
-    """One of the camera's axes in world coordinates: a row of the rotation."""
+    """Load one of the camera's axes in world coordinates: a row of the rotation."""
     w0 = _number(camera, ROTATION + 3 * row)
     w1 = _number(camera, ROTATION + 3 * row + 1)
     w2 = _number(camera, ROTATION + 3 * row + 2)
@@ -160,14 +160,14 @@ def _axis(camera, row: tl.constexpr):
 
 @triton.jit
 def _coordinate(camera, row: tl.constexpr, mx, my, mz):
-    """A coordinate of means in camera space."""
+    """Compute a coordinate of means in camera space."""
     w0, w1, w2 = _axis(camera, row)
     return w0 * mx + w1 * my + w2 * mz + _number(camera, TRANSLATION + row)
 
 
 @triton.jit
 def _between_borders(camera, AXIS: tl.constexpr, x, z, largest_scale, error):
-    """Whether a ball of the largest scale may reach the picture from both of its borders along an axis."""
+    """Tell whether a ball of the largest scale may reach the picture from both of its borders along an axis."""
     ball = _number(camera, REACH + AXIS) * largest_scale + _number(camera, ERROR_REACH + AXIS) * error
     focal = _number(camera, FOCAL + AXIS)
     centre = _number(camera, CENTRE + AXIS)
@@ -180,8 +180,10 @@ def _between_borders(camera, AXIS: tl.constexpr, x, z, largest_scale, error):
 
 @triton.jit
 def _reaches(camera, mx, my, mz, log_s0, log_s1, log_s2, valid):
-    """Which rows may reach the picture by the camera's half spaces, which close to it say more than rectangles; their
-    position in camera space and its error, and their scales."""
+    """Tell which rows may reach the picture by the camera's half spaces, which close to it say more than rectangles.
+
+    Returned with them are their position in camera space and its error, and their scales.
+    """
     x = _coordinate(camera, 0, mx, my, mz)
     y = _coordinate(camera, 1, mx, my, mz)
     z = _coordinate(camera, 2, mx, my, mz)
@@ -200,8 +202,11 @@ def _image_extent(
     camera, AXIS: tl.constexpr, raw_slope, z, relative_move, turn, r00, r01, r02, r10, r11, r12, r20, r21, r22,
     s0, s1, s2,
 ):  # fmt: skip
-    """A row of J W Q S in pixels, its length squared, the rounding error of that, and by how much the length may grow
-    when the centre moves and the axes turn."""
+    """Compute a row of J W Q S in pixels.
+
+    Returned with it are its length squared, the rounding error of that, and by how much the length may grow when the
+    centre moves and the axes turn.
+    """
     low = _number(camera, SLOPE_LOW + AXIS)
     high = _number(camera, SLOPE_HIGH + AXIS)
     w0, w1, w2 = _axis(camera, AXIS)
@@ -225,7 +230,7 @@ def _image_extent(
 
 @triton.jit
 def _interval(camera, AXIS: tl.constexpr, slope, variance, rounding, change, extent, relative_move):
-    """Where the rectangle around the centre begins and ends along one axis, in pixels."""
+    """Compute where the rectangle around the centre begins and ends along one axis, in pixels."""
     focal = _number(camera, FOCAL + AXIS)
     centre = _number(camera, CENTRE + AXIS)
     size = _number(camera, SIZE + AXIS)
@@ -244,7 +249,7 @@ def _interval(camera, AXIS: tl.constexpr, slope, variance, rounding, change, ext
 
 @triton.jit
 def _largest_compensation(camera, x0, x1, x2, xx, rounding_x, change_x, y0, y1, y2, yy, rounding_y, change_y):
-    """The largest factor by which Mip-Splatting lowers opacities, of what `_image_extent` gives along x and y."""
+    """Bound the factor by which Mip-Splatting lowers opacities, from what `_image_extent` gives along x and y."""
     growth = _number(camera, GROWTH)
     eps2d = _number(camera, EPS2D)
     length_x, length_y = tl.sqrt(xx), tl.sqrt(yy)
@@ -262,8 +267,10 @@ def _largest_compensation(camera, x0, x1, x2, xx, rounding_x, change_x, y0, y1, 
 
 @triton.jit
 def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2, ANTIALIASED: tl.constexpr):
-    """Which of the rows that `_reaches` has left may be drawn, and the borders of their rectangles in pixels: left,
-    right, top, bottom."""
+    """Tell which of the rows that `_reaches` has left may be drawn.
+
+    Returned with them are the borders of their rectangles in pixels: left, right, top, bottom.
+    """
     # Of the positions within the error only those behind the near plane can be drawn.
     near = _number(camera, NEAR_PLANE)
     z = tl.maximum(z, near)
@@ -308,7 +315,7 @@ def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2
 
 @triton.jit
 def _current(w, first_moment, second_moment, at, mask, sizes, eps):
-    """A column after the skipped steps, of rows whose moments lie there."""
+    """Compute a column after the skipped steps, of rows whose moments lie there."""
     m = tl.load(first_moment + at, mask=mask, other=0.0)
     v = tl.load(second_moment + at, mask=mask, other=0.0)
     return caught_up(w, m, v, sizes, eps)

@@ -72,7 +72,7 @@ class BaselineGaussians:
 
     @property
     def device(self) -> torch.device:
-        """Where geometry is."""
+        """Return where geometry is."""
         return self.stores["geometry"].device
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -86,7 +86,7 @@ class BaselineGaussians:
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
+        """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
         return self._ids.to(self._rendering_device)
 
     def prefetch(self, cameras: Cameras) -> None:

@@ -109,11 +109,11 @@ class GaussianModel(Protocol):
 
     @property
     def num_gaussians(self) -> int:
-        """N."""
+        """Return N."""
 
     @property
     def device(self) -> torch.device:
-        """Where geometry is; densification keeps its statistics there."""
+        """Return where geometry is; densification keeps its statistics there."""
 
     # ------------------------------------------------------------------------------------------- a training step
 
@@ -128,7 +128,7 @@ class GaussianModel(Protocol):
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians the last `fetch` gave, int64 [V] on the rendering device, until rows are changed."""
+        """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device, until rows are changed."""
 
     # --------------------------------------------------------------------------------------------------- reading
 
@@ -205,7 +205,7 @@ class GeometryPlace(Protocol):
 
     @property
     def stores(self) -> dict[str, HostStore]:
-        """The store by its group, where rows of geometry travel as those of the appearance do; none else."""
+        """Return the store by its group, where rows of geometry travel as those of the appearance do; none else."""
 
     @property
     def steps_done(self) -> int: ...

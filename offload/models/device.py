@@ -67,7 +67,7 @@ class DeviceGaussians:
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians `fetch` gives: all, int64 [N] on the device, made anew each time."""
+        """Return which Gaussians `fetch` gives: all, int64 [N] on the device, made anew each time."""
         return torch.arange(self.num_gaussians, device=self.device)
 
     def prefetch(self, cameras: Cameras) -> None:
@@ -224,7 +224,7 @@ class DeviceGaussians:
 
     @torch.no_grad()
     def _replace_rows(self, of_parameter: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]) -> None:
-        """One tensor after the other, so that only one of them stands twice; an error leaves none without rows."""
+        """Change one tensor after the other, so that only one stands twice; an error leaves none without rows."""
         for group in self.optimizer.param_groups:
             old = self.parameters[group["name"]]
             new = of_parameter(old.detach()).requires_grad_()

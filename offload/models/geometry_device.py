@@ -70,12 +70,12 @@ class DeviceGeometry:
 
     @property
     def last_step(self) -> Tensor:
-        """The step of each row's last update, [N] int32."""
+        """Return the step of each row's last update, [N] int32."""
         return self._state.last_step
 
     @property
     def stores(self) -> dict[str, HostStore]:
-        """No stores: these rows stay."""
+        """Return no stores: these rows stay."""
         return {}
 
     @property

@@ -48,7 +48,7 @@ class HostGeometry(HostStore):
 
     @property
     def stores(self) -> dict[str, HostStore]:
-        """The store by its group."""
+        """Return the store by its group."""
         return {"geometry": self}
 
     def visible_ids(self, cameras: Cameras) -> Tensor:

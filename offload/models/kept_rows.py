@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def kept_rows(value: Tensor, ids: Tensor) -> Tensor:
-    """These rows [M] of a tensor, in this order; where the device has no memory for them, in place of its first rows.
+    """Return these rows [M] of a tensor, in this order; where memory is short, in place of its first rows.
 
     So that rows can be removed from one tensor after the other without the fear that it stops half-way.
     """

@@ -64,7 +64,7 @@ class OffloadedGaussians:
 
     @property
     def device(self) -> torch.device:
-        """Where geometry is."""
+        """Return where geometry is."""
         return self._geometry.device
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -79,7 +79,7 @@ class OffloadedGaussians:
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
+        """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
         return self._ids
 
     def prefetch(self, cameras: Cameras) -> None:

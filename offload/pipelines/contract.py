@@ -21,7 +21,7 @@ class FetchedRows(Protocol):
 
     @property
     def ids(self) -> Tensor:
-        """Which Gaussians they are, int64 [V] on the device, sorted."""
+        """Return which Gaussians they are, int64 [V] on the device, sorted."""
 
     @property
     def values(self) -> dict[str, Tensor]:

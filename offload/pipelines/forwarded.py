@@ -201,7 +201,7 @@ class ForwardedPipeline:
 
     @property
     def upcoming(self) -> VisibleRows | None:
-        """The next view, where it has been found ahead; between steps."""
+        """Return the next view, where it has been found ahead; between steps."""
         ahead = self._ahead.result()
         return self._found if ahead is None or ahead.upcoming is None else ahead.upcoming.rows
 

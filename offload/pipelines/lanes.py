@@ -14,12 +14,12 @@ class Lane:
 
     @staticmethod
     def new(device: torch.device) -> Lane:
-        """A stream whose kernels are placed before those of the default stream."""
+        """Make a stream whose kernels are placed before those of the default stream."""
         return Lane(torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None)
 
     @staticmethod
     def current(device: torch.device) -> Lane:
-        """The stream that is current on this thread."""
+        """Return the stream that is current on this thread."""
         return Lane(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
     def __enter__(self) -> Lane:
@@ -38,7 +38,7 @@ class Lane:
                     self.stream.wait_event(event)
 
     def record(self) -> torch.cuda.Event | None:
-        """The event that everything given so far is done."""
+        """Return the event that everything given so far is done."""
         return None if self.stream is None else self.stream.record_event()
 
     def finish(self) -> None:

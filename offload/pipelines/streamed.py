@@ -187,7 +187,7 @@ class StreamedPipeline:
 
     @property
     def upcoming_ids(self) -> Tensor | None:
-        """The next view's rows [V] on the device, where they have been found ahead; between steps."""
+        """Return the next view's rows [V] on the device, where they have been found ahead; between steps."""
         return self._found_ids if self._upcoming is None else self._upcoming.view.ids
 
     def forget_upcoming(self) -> None:
@@ -221,12 +221,12 @@ class StreamedPipeline:
 
     @property
     def step_count(self) -> int:
-        """The step that has begun last."""
+        """Return the step that has begun last."""
         return next(iter(self._groups.values())).adam.step
 
     @property
     def rows_moved(self) -> dict[str, int]:
-        """How many rows of views have been fetched, retained and written so far; waits for the culling.
+        """Count the rows of views that have been fetched, retained and written so far; waits for the culling.
 
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
         row of the view before the last one is written, but need not be fetched.
@@ -241,7 +241,7 @@ class StreamedPipeline:
 
     @property
     def link_bytes(self) -> int:
-        """Bytes that views have moved between host and device so far, both ways; waits for the culling."""
+        """Count the bytes that views have moved between host and device so far, both ways; waits for the culling."""
         rows = self.rows_moved
         row_bytes = sum(4 * group.adam.columns * len(group.store.rows.tensors()) for group in self._groups.values())
         return row_bytes * (rows["rows_fetched"] + rows["rows_written"])

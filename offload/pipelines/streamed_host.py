@@ -169,7 +169,7 @@ class StreamedHostPipeline:
 
     @property
     def upcoming_ids(self) -> Tensor | None:
-        """The next view's rows [V] on the host, where they have been found ahead; between steps."""
+        """Return the next view's rows [V] on the host, where they have been found ahead; between steps."""
         upcoming = self._ahead.result()
         return self._found_ids if upcoming is None else upcoming.host_ids
 
@@ -215,12 +215,12 @@ class StreamedHostPipeline:
 
     @property
     def step_count(self) -> int:
-        """The step that has begun last."""
+        """Return the step that has begun last."""
         return next(iter(self._groups.values())).adam.step
 
     @property
     def rows_moved(self) -> dict[str, int]:
-        """How many rows of views have been fetched, retained and written so far; waits for the fetching.
+        """Count the rows of views that have been fetched, retained and written so far; waits for the fetching.
 
         A retained row stays on the device from one view to the next and is not fetched in between. All are written.
         """
@@ -235,7 +235,7 @@ class StreamedHostPipeline:
 
     @property
     def link_bytes(self) -> int:
-        """Bytes of rows that views have moved between host and device so far, both ways; waits for the fetching."""
+        """Count the bytes of rows moved between host and device so far, both ways; waits for the fetching."""
         rows = self.rows_moved
         hosts = [group.store.rows for group in self._groups.values()]
         moments = sum(4 * moment.shape[1] for host in hosts for moment in host.moments)
@@ -284,7 +284,7 @@ class StreamedHostPipeline:
     # --------------------------------------------------------------------------------------------------- inside
 
     def _prepare(self, cameras: Cameras, present: InPlaceView) -> _Upcoming:
-        """What the worker does behind the rendering of the present view: find the next one and fetch its rows."""
+        """Find the next view and fetch its rows; the worker does it behind the rendering of the present one."""
         self._note_update()
         with self._times.on_host("worker_cull"):
             host_ids = self._cull(cameras)
@@ -355,7 +355,7 @@ class StreamedHostPipeline:
         return self._to_device(group.store.last_step[host_ids])
 
     def _to_device(self, values: Tensor) -> Tensor:
-        """Values of the host, on the current lane; through pinned memory that torch keeps."""
+        """Bring values from the host, on the current lane, through pinned memory that torch keeps."""
         if self._device.type != "cuda":
             return values
         return values.pin_memory().to(self._device, non_blocking=True)
@@ -381,12 +381,12 @@ class _Arena:
         self._most = 0  # bytes that could be used for all, when space was last looked for
 
     def rows(self, count: int, at_end: bool) -> dict[str, Tensor]:
-        """Space for a view: group -> [count, columns]."""
+        """Return space for a view: group -> [count, columns]."""
         first = self._capacity - count if at_end else 0
         return {name: rows[first : first + count] for name, rows in self._rows.items()}
 
     def has_space_for(self, present: int, upcoming: int) -> bool:
-        """Whether a view of so many rows can be fetched beside the one that is rendered."""
+        """Tell whether a view of so many rows can be fetched beside the one that is rendered."""
         fits = present + upcoming <= self._capacity <= self._most_rows(upcoming)
         self._wanted = max(self._wanted, present + upcoming)
         self._largest = max(self._largest, present)  # by the next time it has been rendered
@@ -412,7 +412,7 @@ class _Arena:
         return True
 
     def _most_rows(self, count: int) -> int:
-        """How many rows there is memory for beside all that rendering a view of so many takes."""
+        """Count the rows that there is memory for beside all that rendering a view of so many takes."""
         if self._device.type != "cuda":
             return sys.maxsize
         taken = self._capacity * self._row_bytes

@@ -48,7 +48,7 @@ class _Progress:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows are rendered together."""
+        """Tell whether all rows are rendered together."""
         return self.tile.rows is None
 
     def replace_tile(self, finer: Sequence[TileRows]) -> None:
@@ -120,12 +120,12 @@ class TiledPipeline(ForwardedPipeline):
 
     @property
     def tile(self) -> TileRows:
-        """The tile of the present view that is to be rendered."""
+        """Return the tile of the present view that is to be rendered."""
         return fetched(self._progress).tile
 
     @property
     def is_last(self) -> bool:
-        """Whether that is the view's last tile."""
+        """Tell whether that is the view's last tile."""
         return fetched(self._progress).is_last
 
     def fetch(self, cameras: Cameras) -> ForwardedRows:

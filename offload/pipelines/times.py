@@ -45,7 +45,7 @@ class OffloadTimes:
             self._read_finished()  # so that no more wait here than are on their way
 
     def milliseconds(self) -> dict[str, float]:
-        """Totals so far by name; what streams have not finished comes next time."""
+        """Return the totals so far by name; what streams have not finished comes next time."""
         with self._lock:
             self._read_finished()
             return dict(sorted(self._totals.items()))

@@ -24,7 +24,7 @@ class Uploaded:
     done: torch.cuda.Event | None
 
     def ready(self) -> Tensor:
-        """The rows, for work on the current stream from now on."""
+        """Return the rows, for work on the current stream from now on."""
         if self.done is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.done)
@@ -40,7 +40,7 @@ class Downloaded:
     done: torch.cuda.Event | None
 
     def ready(self) -> Tensor:
-        """The rows, when they have arrived; waits on the calling thread only."""
+        """Return the rows, when they have arrived; waits on the calling thread only."""
         if self.done is not None:
             self.done.synchronize()
         return self.rows
@@ -121,7 +121,7 @@ class RowTransfer:
     def _filled_blocks(
         self, num_rows: int, fill: Callable[[Tensor, int, int], None]
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Blocks of staging memory that `fill` has written; each is free again when what follows has been copied."""
+        """Yield blocks of staging memory that `fill` has written; each is free when what follows has been copied."""
         for begin in range(0, num_rows, self._block_rows):
             end = min(begin + self._block_rows, num_rows)
             block, sent = self._blocks[self._next_block]

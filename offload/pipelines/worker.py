@@ -43,11 +43,11 @@ class WorkAhead(Generic[Result]):
 
     @property
     def is_under_way(self) -> bool:
-        """Whether `result` would wait."""
+        """Tell whether `result` would wait."""
         return self._work is not None and not self._work.done()
 
     def result(self) -> Result | None:
-        """What has been done, once it has; None where nothing was begun. Raises the thread's error once."""
+        """Return what has been done, once it has; None where nothing was begun. Raises the thread's error once."""
         if self._work is None:
             return None
         try:

@@ -104,12 +104,12 @@ class HostStore:
 
     @property
     def last_step(self) -> Tensor:
-        """The step of each row's last update, [N] int32; 0 before the first one."""
+        """Return the step of each row's last update, [N] int32; 0 before the first one."""
         return self._last_step.tensor[:, 0]
 
     @property
     def rows(self) -> RowState:
-        """All rows; views of the memory, which may be written inside of `changing` only."""
+        """Return all rows; views of the memory, which may be written inside of `changing` only."""
         return RowState(self._parameters.tensor, tuple(moment.tensor for moment in self._moments))
 
     @contextmanager

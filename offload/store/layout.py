@@ -93,12 +93,12 @@ class RowState:
 
     @property
     def exp_avg(self) -> Tensor:
-        """The first moments [rows, columns]: a view of the rows."""
+        """Return the first moments [rows, columns]: a view of the rows."""
         return self._moment(0)
 
     @property
     def exp_avg_sq(self) -> Tensor:
-        """The second moments [rows, columns]: a view of the rows."""
+        """Return the second moments [rows, columns]: a view of the rows."""
         return self._moment(1)
 
     def _moment(self, index: int) -> Tensor:

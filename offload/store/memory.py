@@ -65,7 +65,7 @@ class HostArray:
 
     @property
     def tensor(self) -> Tensor:
-        """All rows [rows, columns]; a view."""
+        """Return all rows [rows, columns]; a view of the memory."""
         return self._all_rows[: self.rows]
 
     def resize(self, rows: int) -> None:
@@ -100,7 +100,7 @@ class HostArray:
 
     @property
     def _taken(self) -> int:
-        """Bytes of memory in use."""
+        """Count the bytes of memory in use."""
         return self._part_ends[-1] if self._part_ends else 0
 
     def _round_up(self, num_bytes: int) -> int:

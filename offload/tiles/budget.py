@@ -121,7 +121,7 @@ class MemoryBudget:
 
     @property
     def factor(self) -> float:
-        """By how much rendering has exceeded the model, at most; 1 before anything is known."""
+        """Return by how much rendering has exceeded the model, at most; 1 before anything is known."""
         return max(self._ratios, default=1.0)
 
     def cost(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
