@@ -38,7 +38,7 @@ class AerialCameras:
 def aerial_scene(
     num_gaussians: int, seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0
 ) -> tuple[dict[str, Tensor], AerialCameras]:
-    """Make Gaussians in Morton order and cameras above them.
+    """Make Make Gaussians in Morton order and cameras above them.
 
     Needs hardly more memory than the result, 236 bytes per Gaussian.
 

@@ -115,8 +115,10 @@ def _grid(gaussian_ids: Tensor) -> tuple[int]:
 
 
 def _rows(sh0: Tensor, shN: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
-    """Where band 0 and the others lie: a tensor and the floats of one Gaussian in it, twice; both in one tensor where
-    shN is None."""
+    """Find where band 0 and the others lie: a tensor and the floats of one Gaussian in it, twice.
+
+    Both lie in one tensor where shN is None.
+    """
     if shN is None:
         rest = sh0.view(-1)[3:] if sh0.shape[1] > 1 else sh0
         return sh0, 3 * sh0.shape[1], rest, 3 * sh0.shape[1]
@@ -125,8 +127,11 @@ def _rows(sh0: Tensor, shN: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
 
 @triton.jit
 def _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS: tl.constexpr):
-    """A program's pairs, all [ROWS, 1]: their numbers and which there are, the Gaussians (int64), the unit vectors
-    towards them, and one over their distance."""
+    """Return a program's pairs, all [ROWS, 1].
+
+    They are their numbers and which of them there are, the Gaussians (int64), the unit vectors towards them, and one
+    over their distance.
+    """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     valid = row < num_pairs
     gaussian = tl.load(gaussian_ids + row, mask=valid, other=0)
@@ -140,7 +145,7 @@ def _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS: t
 
 @triton.jit
 def _basis(x, y, z, band):
-    """Y_band(x, y, z); x, y, z [ROWS, 1], band [1, 64]."""
+    """Compute Y_band(x, y, z); x, y, z [ROWS, 1], band [1, 64]."""
     xx, yy, zz = x * x, y * y, z * z
     b = tl.where(band == 0, 0.28209479177387814, 0.0 * x)
     b = tl.where(band == 1, -0.4886025119029199 * y, b)
@@ -162,7 +167,7 @@ def _basis(x, y, z, band):
 
 @triton.jit
 def _basis_gradient(x, y, z, band):
-    """Derivatives of the polynomials of `_basis` by x, y and z."""
+    """Compute the derivatives of the polynomials of `_basis` by x, y and z."""
     xx, yy, zz = x * x, y * y, z * z
     zero = 0.0 * x * band
     dx = tl.where(band == 3, -0.4886025119029199, zero)
@@ -197,7 +202,7 @@ def _basis_gradient(x, y, z, band):
 
 @triton.jit
 def _load_coeffs(sh0, stride0, shN, strideN, gaussian, column, used):
-    """Coefficients [ROWS, 64] of Gaussians [ROWS, 1]; column = 3 band + channel."""
+    """Load coefficients [ROWS, 64] of Gaussians [ROWS, 1]; column = 3 band + channel."""
     first = tl.load(sh0 + gaussian * stride0 + column, mask=used & (column < 3), other=0.0)
     others = tl.load(shN + gaussian * strideN + column - 3, mask=used & (column >= 3), other=0.0)
     return tl.where(column < 3, first, others)

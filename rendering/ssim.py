@@ -32,7 +32,7 @@ C2 = 0.03**2
 
 
 def _gaussian(size: int, sigma: float) -> list[float]:
-    """Weights of one axis of the window, which is separable; `sigma` in px."""
+    """Return the weights of one axis of the window, which is separable; `sigma` in px."""
     weights = [math.exp(-((i - size // 2) ** 2) / (2 * sigma**2)) for i in range(size)]
     return [weight / sum(weights) for weight in weights]
 
@@ -92,7 +92,7 @@ def weighted_sum_gradient(
 
 
 def _blur(maps: Tensor, padding: int = 0) -> Tensor:
-    """Separable Gaussian blur of [C, H, W, K] maps, each side padded by `padding` zeros and cut by 5 px."""
+    """Blur [C, H, W, K] maps by a separable Gaussian, each side padded by `padding` zeros and cut by 5 px."""
     channels = maps.shape[-1]
     window = maps.new_tensor(WINDOW).expand(channels, 1, WINDOW_SIZE)
     maps = maps.permute(0, 3, 1, 2)  # a view that torch knows as channels-last

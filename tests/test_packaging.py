@@ -70,6 +70,12 @@ def test_kernels_of_other_sources_are_refused(moved_on):
     assert "were built from other sources" in last
     assert f"source {moved_on}/install.sh" in last
 
+    shutil.copy(ROOT / "startup.py", moved_on)  # which every script imports first: a sentence, no traceback
+    stopped = run_python("import startup", moved_on)
+    assert stopped.returncode == 2
+    assert stopped.stderr.startswith("Error: The compiled kernels of this environment were built from other sources")
+    assert len(stopped.stderr.splitlines()) == 1
+
 
 def test_missing_kernels_are_named(moved_on):
     missing = run_python("import sys; sys.modules['gaussian_offload_native'] = None; import native", moved_on)
