@@ -22,6 +22,7 @@ from pathlib import Path
 
 import tyro
 
+import startup  # noqa: F401, before torch is imported
 from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
 from comparing.report import FIGURES, Comparison, write
 from comparing.runs import FINISHED, Run, differing_options, is_finished, read_launch, read_options, read_run
