@@ -17,7 +17,9 @@ class DataOptions:
     """Choose which pictures and cameras to train on."""
 
     data_dir: str = "data/scene"
-    """Dataset folder: images/ and a COLMAP model in sparse/0/ or sparse/."""
+    """Dataset folder: images/, a COLMAP model in sparse/0/ or sparse/, and masks/ where there are any."""
+    model_dir: str = ""
+    """Folder of the COLMAP model, such as sparse/1; if empty, the one in sparse/ that holds the most photos."""
     data_factor: float = 1.0
     """Pictures are scaled down by this factor, which may be fractional, into images_{factor}/."""
     test_every: int = 8
@@ -125,7 +127,7 @@ class DensificationRules:
     revised_opacity: bool = False
     """Opacity of split Gaussians follows arXiv 2404.06109."""
     max_gaussians: int = 0
-    """Never grow beyond this many Gaussians; 0 sets no bound."""
+    """Never start from or grow beyond this many Gaussians; 0 sets no bound."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, time_in_turns
-from datasets.images import decode_image
+from datasets.image_files import decode_image
 from datasets.loader import training_loader
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report
-from datasets.images import decode_image
+from datasets.image_files import decode_image
 from datasets.scene import load_scene
 from errors import InputError
 from rendering.losses import photometric_loss

@@ -77,7 +77,9 @@ class CacheFile:
 
     def __init__(self, folder: Path, data_dir: Path, name: str):
         self._beside = folder / name
-        self._in_user_cache = user_cache_dir(data_dir) / folder.relative_to(data_dir) / name
+        inside = folder.is_relative_to(data_dir)  # a model may lie elsewhere
+        stand_in = user_cache_dir(data_dir) / folder.relative_to(data_dir) if inside else user_cache_dir(folder)
+        self._in_user_cache = stand_in / name
 
     def read(self) -> list[dict[str, np.ndarray]]:
         """What can be read, the file beside the data first; the caller checks that it still holds."""

@@ -6,6 +6,7 @@ from the first pixel's centre; matrices kept here follow the former.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +15,11 @@ from errors import InputError
 
 # Maps take 8 bytes a pixel; datasets with one camera per picture must not keep all of them.
 _CAMERAS_WITH_MAPS = 32
+
+_BORDER_POINTS = 33  # of each side of a picture, that are undistorted to find what is inside
+_LARGEST_RADIUS = 100.0  # at depth 1, as far as undistortion looks: 89.4 degrees
+_HALVINGS = 16  # of that radius, to where Newton's method converges
+_NEWTON_STEPS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +49,42 @@ class Camera:
         return _maps(self)[2] if self.is_distorted else None
 
     def undistort(self, image: np.ndarray) -> np.ndarray:
-        """The picture [source_height, source_width, 3] as the pinhole camera sees it  # [H, W, 3]."""
+        """Return the picture [source_height, source_width, ...] as the pinhole camera sees it  # [H, W, ...]."""
         if not self.is_distorted:
             return image
         map_x, map_y, _ = _maps(self)
         return cv2.remap(image, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
+def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], whose: str) -> None:
+    """Check that a picture is another one, scaled as a whole: whichever is smaller was rounded by a pixel at most.
+
+    A picture that was padded, cropped or turned is of another shape, and its camera's centre and focal length would be
+    taken for places in it that they are not.
+
+    Args:
+        path: The picture.
+        size: Its width and height.
+        shape: Width and height of the other.
+        whose: What the other is, for the sentence.
+
+    Raises:
+        InputError: It cannot be.
+    """
+    low, high = 0.0, np.inf  # factors that take `shape` to `size`
+    for side, wanted in zip(size, shape, strict=True):
+        # Rounding up or down moves the smaller picture's side by less than a pixel.
+        slack = max(1.0, side / wanted)
+        low, high = max(low, (side - slack) / wanted), min(high, (side + slack) / wanted)
+    if low > high:
+        raise InputError(
+            f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of {whose} ({shape[0]}x{shape[1]}): use the "
+            "picture that COLMAP saw, scaled as a whole where it is scaled, and neither cropped, padded nor turned."
+        )
+
+
 def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, source_size: tuple[int, int]) -> Camera:
-    """The camera for pictures of `source_size` taken by a COLMAP camera.
+    """Make the pinhole camera for pictures of `source_size` taken by a COLMAP camera.
 
     Args:
         model_name: COLMAP's name of the camera model.
@@ -73,7 +106,7 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
         return camera
     try:
         camera = _fisheye_pinhole(camera) if fisheye else _perspective_pinhole(camera)
-        usable = camera is not None and np.isfinite(camera.K).all() and _compute_maps(camera)[2].any()
+        usable = camera is not None and np.isfinite(camera.K).all()
     except (cv2.error, np.linalg.LinAlgError):  # parameters so large that nothing can be computed with them
         usable = False
     if not usable:
@@ -85,11 +118,68 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
 
 
 def _perspective_pinhole(camera: Camera) -> Camera | None:
-    """The camera with the widest pinhole picture that has no empty pixels (OpenCV's alpha = 0)."""
-    K, (left, top, width, height) = cv2.getOptimalNewCameraMatrix(
-        _shift_centre(camera.source_K, -0.5), camera.distortion, (camera.width, camera.height), 0
-    )
-    return _cropped(camera, _shift_centre(K, 0.5), left, top, width, height) if width > 0 and height > 0 else None
+    """Return the camera of the widest pinhole picture, of the same size, that has no empty pixels.
+
+    This is what OpenCV's getOptimalNewCameraMatrix(alpha=0) is for. But that inverts the distortion by a fixed number
+    of iterations, which leave ordinary wide-angle calibrations anywhere, such as at a focal length of 5e8 pixels, and
+    does not say so.
+    """
+    K = _shift_centre(camera.source_K, -0.5)  # OpenCV's counting, as all below
+    width, height = camera.width, camera.height
+    along, zero = np.linspace(0, 1, _BORDER_POINTS), np.zeros(_BORDER_POINTS)
+    sides = [(zero, along), (zero + 1, along), (along, zero), (along, zero + 1)]  # left, right, top, bottom
+    pixels = np.array(sides).transpose(0, 2, 1) * [width - 1, height - 1]  # [4, n, 2]
+    with np.errstate(all="ignore"):  # parameters that nothing can be computed with give NaN, which is looked for
+        border = _undistorted((pixels.reshape(-1, 2) - K[:2, 2]) / K[[0, 1], [0, 1]], camera).reshape(pixels.shape)
+        left, right = border[0, :, 0].max(), border[1, :, 0].min()
+        top, bottom = border[2, :, 1].max(), border[3, :, 1].min()
+    if not (left < right and top < bottom):
+        return None
+    fx, fy = (width - 1) / (right - left), (height - 1) / (bottom - top)
+    K = np.array([[fx, 0.0, -fx * left], [0.0, fy, -fy * top], [0.0, 0.0, 1.0]])
+    return replace(camera, K=_shift_centre(K, 0.5))
+
+
+def _undistorted(distorted: np.ndarray, camera: Camera) -> np.ndarray:
+    """Find the points that a perspective camera's distortion takes to these.
+
+    Where a point lies beyond all that the radial polynomial reaches before it folds, the one at the fold stands for it.
+
+    Args:
+        distorted: [n, 2] at depth 1.
+        camera: Whose distortion it is.
+
+    Returns:
+        [n, 2] at depth 1.
+    """
+    k1, k2, p1, p2 = camera.distortion
+    fold = min(_folding_radius(camera), _LARGEST_RADIUS)
+
+    # The radial part is monotonous up to its fold, so halving intervals finds its inverse wherever there is one.
+    wanted = np.hypot(distorted[:, 0], distorted[:, 1])
+    low, high = np.zeros_like(wanted), np.full_like(wanted, fold)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        square = middle * middle
+        below = middle * (1 + square * (k1 + square * k2)) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    x, y = (distorted * (low / np.maximum(wanted, 1e-12))[:, None]).T
+    # The tangential part is small beside it: Newton's method from there, for what the radial part reaches.
+    reached = high < fold
+    for _ in range(_NEWTON_STEPS):
+        square = x * x + y * y
+        radial, slope = 1 + square * (k1 + square * k2), k1 + 2 * k2 * square
+        error_x = x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x) - distorted[:, 0]
+        error_y = y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y - distorted[:, 1]
+        xx = radial + 2 * x * x * slope + 2 * p1 * y + 6 * p2 * x  # the Jacobian, which is symmetric
+        xy = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
+        yy = radial + 2 * y * y * slope + 6 * p1 * y + 2 * p2 * x
+        determinant = xx * yy - xy * xy
+        step_x = (error_x * yy - error_y * xy) / determinant
+        step_y = (error_y * xx - error_x * xy) / determinant
+        usable = reached & (np.hypot(step_x, step_y) < 0.5 * np.hypot(x, y) + 1e-6)
+        x, y = np.where(usable, x - step_x, x), np.where(usable, y - step_y, y)
+    return np.stack([x, y], axis=1)
 
 
 def _fisheye_pinhole(camera: Camera) -> Camera | None:

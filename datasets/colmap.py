@@ -1,17 +1,19 @@
-"""Reads a COLMAP reconstruction through pycolmap, and remembers the result in a cache beside it.
+"""Reads a COLMAP reconstruction, text by itself and binary through pycolmap, and remembers the result beside it.
 
 File formats: https://colmap.github.io/format.html
 """
 
-import mmap
-import struct
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datasets.cache import CacheFile, fingerprint
+from datasets.colmap_binary import check_binary
+from datasets.colmap_text import read_text_model
 from datasets.paths import stays_inside
 from errors import InputError, reason
 
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     import pycolmap
 
 CACHE_NAME = "parsed_scene.npz"
-CACHE_FORMAT = 1  # raised when the arrays of the cache change
+CACHE_FORMAT = 2  # raised when the arrays of the cache change
 LARGEST_SIDE = 1_000_000  # pixels; a camera that claims more is damaged
+PARTS = ("cameras", "images", "points3D")  # the files of a model; newer ones have rigs and frames as well
 
 # Where each camera model keeps fx, fy, cx, cy and its distortion in COLMAP's parameter vector.
 _PARAMETERS = {
@@ -33,9 +36,12 @@ _PARAMETERS = {
 }
 
 
+_TEXTS = ("image_names", "camera_models", "remarks")  # of the fields below
+
+
 @dataclass(frozen=True)
 class SparseModel:
-    """A reconstruction as COLMAP wrote it, in its own world and at its own image size.
+    """Hold a reconstruction as COLMAP wrote it, in its own world and at its own image size.
 
     image_names: registered images, ordered by name. n images, k cameras, P points.
     """
@@ -48,25 +54,45 @@ class SparseModel:
     camera_params: np.ndarray  # [k, 8] float64: fx, fy, cx, cy, then the distortion, zero-padded
     points: np.ndarray  # [P, 3] float64
     points_rgb: np.ndarray  # [P, 3] uint8
+    remarks: list[str] = field(default_factory=list)  # sentences for the user, of what looks wrong and was read
 
 
-def find_model_dir(data_dir: Path) -> Path:
-    """`sparse/0` or `sparse` of a dataset, whichever holds a model; InputError where neither does."""
-    for model_dir in (data_dir / "sparse" / "0", data_dir / "sparse"):
-        if any((model_dir / f"cameras.{suffix}").is_file() for suffix in ("bin", "txt")):
-            return model_dir
-    raise InputError(
-        f"{data_dir} holds no COLMAP model: expected cameras, images and points3D (.bin or .txt) in "
-        f"{data_dir / 'sparse' / '0'} or {data_dir / 'sparse'}."
-    )
+def has_model(folder: Path) -> bool:
+    """Tell whether a folder holds a COLMAP model, or a part of one."""
+    return any((folder / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt"))
 
 
-def load_sparse_model(data_dir: Path) -> SparseModel:
-    """The dataset's reconstruction, from the cache where its files have not changed since.
+def model_suffixes(model_dir: Path) -> list[str]:
+    """Return the formats in which a folder holds a whole model, ".bin" and ".txt", the one to be read first.
 
-    Raises InputError where there is no model, or an unreadable or unsupported one.
+    That is the newer one: whoever edits a model as text leaves the binary files behind it, and whoever refines the
+    binary files leaves the text.
+
+    Raises:
+        InputError: There is no whole model.
     """
-    model_dir = find_model_dir(data_dir)
+    stamps: dict[str, int] = {}
+    for suffix in (".bin", ".txt"):
+        paths = [model_dir / (part + suffix) for part in PARTS]
+        if all(path.is_file() for path in paths):
+            stamps[suffix] = max(path.stat().st_mtime_ns for path in paths)
+    if not stamps:
+        suffix = ".bin" if (model_dir / "cameras.bin").is_file() else ".txt"
+        missing = next(part for part in PARTS if not (model_dir / (part + suffix)).is_file())
+        raise InputError(f"{model_dir / (missing + suffix)} is missing from the COLMAP model: export the model again.")
+    return sorted(stamps, key=lambda suffix: -stamps[suffix])  # stable: binary where both are of one time
+
+
+def load_model(model_dir: Path, data_dir: Path) -> SparseModel:
+    """Load a reconstruction, from the cache where its files have not changed since.
+
+    Args:
+        model_dir: Folder of the model.
+        data_dir: The dataset it belongs to.
+
+    Raises:
+        InputError: There is no model, or an unreadable or unsupported one.
+    """
     files = _model_files(model_dir)
     cache = CacheFile(model_dir, data_dir, CACHE_NAME)
     key = {
@@ -75,7 +101,7 @@ def load_sparse_model(data_dir: Path) -> SparseModel:
         "input_stamps": fingerprint(files),
     }
     for arrays in cache.read():
-        if all(np.array_equal(arrays.get(name), value) for name, value in key.items()):
+        if all(np.array_equal(arrays.get(name, ()), value) for name, value in key.items()):
             model = _from_arrays(arrays)
             if model is not None:
                 _check_names(model_dir, model.image_names)  # the cache may have come with a stranger's dataset
@@ -85,15 +111,16 @@ def load_sparse_model(data_dir: Path) -> SparseModel:
     return model
 
 
-def open_model(model_dir: Path) -> "pycolmap.Reconstruction":
-    """The reconstruction as pycolmap reads it, of files that have been checked first.
+def open_model(model_dir: Path) -> pycolmap.Reconstruction:
+    """Open a reconstruction as pycolmap reads it, of files that have been checked first, and check what comes back.
 
-    Raises InputError for missing, damaged or unreadable files, and for names that lead out of the dataset.
+    Raises:
+        InputError: Files are missing, damaged or unreadable, pycolmap reads other images out of them than they hold,
+            or a name leads out of the dataset.
     """
     files = _model_files(model_dir)
-    if files[0].suffix == ".bin":
-        for path in files:
-            _check_binary(path)
+    is_binary = files[0].suffix == ".bin"
+    expected = {path.stem: check_binary(path) for path in files} if is_binary else {}
     try:
         import pycolmap  # only here: a machine that holds a valid cache does without it
     except ImportError as error:
@@ -103,7 +130,8 @@ def open_model(model_dir: Path) -> "pycolmap.Reconstruction":
         ) from error
     pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value  # the sentence below says it
     try:
-        reconstruction = pycolmap.Reconstruction(str(model_dir))
+        reconstruction = pycolmap.Reconstruction()
+        (reconstruction.read_binary if is_binary else reconstruction.read_text)(str(model_dir))
         names = [image.name for image in reconstruction.images.values()]
     except Exception as error:  # a damaged file shows as ValueError, IndexError, UnicodeDecodeError, ...
         raise InputError(
@@ -111,41 +139,102 @@ def open_model(model_dir: Path) -> "pycolmap.Reconstruction":
             "camera model is unknown; export it again."
         ) from error
     _check_names(model_dir, names)
+    read = {"cameras": reconstruction.cameras, "images": reconstruction.images, "points3D": reconstruction.points3D}
+    for part, records in read.items():
+        if is_binary and len(records) != expected[part]:
+            raise InputError(
+                f"{model_dir / part}.bin holds {expected[part]} records, of which pycolmap reads {len(records)}: "
+                "export the model again."
+            )
+    if not is_binary and sorted(names) != sorted(image.name for image in read_text_model(model_dir).images):
+        raise InputError(
+            f"{model_dir / 'images.txt'} is written in a way that pycolmap does not read whole (names with blanks, or "
+            "no lines for observations): write the model as .bin files."
+        )
     return reconstruction
 
 
 def read_sparse_model(model_dir: Path) -> SparseModel:
-    """Parse a reconstruction with pycolmap. Raises InputError for an unreadable or unsupported model."""
+    """Read a reconstruction. Raises InputError for an unreadable or unsupported model."""
     suffix = _model_files(model_dir)[0].suffix
+    model = _read_binary(model_dir) if suffix == ".bin" else _read_text(model_dir)
+    damage = _damage(model)
+    if damage:
+        part, problem = damage
+        raise InputError(f"{model_dir / (part + suffix)} is damaged ({problem}): export the model again.")
+    return model
+
+
+def _read_binary(model_dir: Path) -> SparseModel:
     reconstruction = open_model(model_dir)
     images = sorted((i for i in reconstruction.images.values() if i.has_pose), key=lambda image: image.name)
     if not images:
         raise InputError(f"{model_dir} holds no image with a pose: run COLMAP's mapper to the end.")
     camera_ids = sorted({image.camera_id for image in images})
     cameras = [reconstruction.cameras[camera_id] for camera_id in camera_ids]
-    for camera in cameras:
-        if camera.model.name not in _PARAMETERS:
-            raise InputError(
-                f"{model_dir} uses the camera model {camera.model.name}, which is not supported: undistort the "
-                f"images with COLMAP, or use one of {', '.join(_PARAMETERS)}."
-            )
+    _check_supported(model_dir, [camera.model.name for camera in cameras])
     points = list(reconstruction.points3D.values())
     bottom_row = np.array([[0.0, 0.0, 0.0, 1.0]])
-    model = SparseModel(
+    return SparseModel(
         image_names=[image.name for image in images],
         worldtocams=np.stack([np.concatenate([image.cam_from_world().matrix(), bottom_row]) for image in images]),
         camera_indices=np.searchsorted(camera_ids, [image.camera_id for image in images]),
         camera_models=[camera.model.name for camera in cameras],
-        camera_sizes=np.array([[min(s, LARGEST_SIDE + 1) for s in (c.width, c.height)] for c in cameras], np.int64),
+        camera_sizes=np.array([_bounded(camera.width, camera.height) for camera in cameras], np.int64),
         camera_params=np.stack([_uniform_params(camera.model.name, camera.params) for camera in cameras]),
         points=np.array([point.xyz for point in points], np.float64).reshape(-1, 3),
         points_rgb=np.array([point.color for point in points], np.uint8).reshape(-1, 3),
     )
-    damage = _damage(model)
-    if damage:
-        part, problem = damage
-        raise InputError(f"{model_dir / (part + suffix)} is damaged ({problem}): export the model again.")
-    return model
+
+
+def _read_text(model_dir: Path) -> SparseModel:
+    text = read_text_model(model_dir)
+    images = sorted(text.images, key=lambda image: image.name)
+    if not images:
+        raise InputError(f"{model_dir / 'images.txt'} holds no image: run COLMAP's mapper to the end.")
+    _check_names(model_dir, [image.name for image in images])
+    camera_ids = sorted({image.camera_id for image in images})
+    cameras = [text.cameras[camera_id] for camera_id in camera_ids]
+    _check_supported(model_dir, [camera.model for camera in cameras])
+    worldtocams = np.tile(np.eye(4), (len(images), 1, 1))
+    worldtocams[:, :3, :3] = _rotations(np.stack([image.rotation for image in images]))
+    worldtocams[:, :3, 3] = np.stack([image.translation for image in images])
+    return SparseModel(
+        image_names=[image.name for image in images],
+        worldtocams=worldtocams,
+        camera_indices=np.searchsorted(camera_ids, [image.camera_id for image in images]),
+        camera_models=[camera.model for camera in cameras],
+        camera_sizes=np.array([_bounded(camera.width, camera.height) for camera in cameras], np.int64),
+        camera_params=np.stack([_uniform_params(camera.model, camera.params) for camera in cameras]),
+        points=text.points,
+        points_rgb=text.points_rgb,
+        remarks=text.remarks,
+    )
+
+
+def _check_supported(model_dir: Path, camera_models: list[str]) -> None:
+    for name in camera_models:
+        if name not in _PARAMETERS:
+            raise InputError(
+                f"{model_dir} uses the camera model {name[:40]}, which is not supported: undistort the images with "
+                f"COLMAP, or use one of {', '.join(_PARAMETERS)}."
+            )
+
+
+def _bounded(*size: int) -> list[int]:
+    """Return a width and a height that an int64 holds; `_damage` refuses what is beyond the largest side."""
+    return [max(-1, min(side, LARGEST_SIDE + 1)) for side in size]
+
+
+def _rotations(quaternions: np.ndarray) -> np.ndarray:
+    """Turn [n, 4] quaternions w x y z of length 1 into rotation matrices  # [n, 3, 3]."""
+    w, x, y, z = quaternions.T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.array(rows).transpose(2, 0, 1)
 
 
 def _damage(model: SparseModel) -> tuple[str, str] | None:
@@ -176,14 +265,10 @@ def _check_names(model_dir: Path, names: list[str]) -> None:
 
 
 def _model_files(model_dir: Path) -> list[Path]:
-    """The files that pycolmap reads, binary before text; InputError where one of the three is missing."""
-    suffix = ".bin" if (model_dir / "cameras.bin").is_file() else ".txt"
-    required = [model_dir / (name + suffix) for name in ("cameras", "images", "points3D")]
-    for path in required:
-        if not path.is_file():
-            raise InputError(f"{path} is missing from the COLMAP model: export the model again.")
-    optional = [model_dir / (name + suffix) for name in ("rigs", "frames")]
-    return required + [path for path in optional if path.is_file()]
+    """Return the files that are read. Raises InputError where the model is not whole."""
+    suffix = model_suffixes(model_dir)[0]
+    names = PARTS if suffix == ".txt" else (*PARTS, "rigs", "frames")  # images.txt holds all poses
+    return [path for path in (model_dir / (name + suffix) for name in names) if path.is_file()]
 
 
 def _uniform_params(model_name: str, params: np.ndarray) -> np.ndarray:
@@ -197,7 +282,7 @@ def _uniform_params(model_name: str, params: np.ndarray) -> np.ndarray:
 def _to_arrays(model: SparseModel) -> dict[str, np.ndarray]:
     arrays = {name: np.asarray(value) for name, value in vars(model).items()}
     # Names as UTF-8 bytes: NumPy's fixed-width strings would drop trailing NULs and need 4 bytes a letter.
-    for name in ("image_names", "camera_models"):
+    for name in _TEXTS:
         arrays[name] = np.frombuffer("\n".join(vars(model)[name]).encode(), np.uint8)
     return arrays
 
@@ -206,8 +291,8 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
     """The model in a cache; None where its arrays do not belong together."""
     try:
         fields = {name: arrays[name] for name in SparseModel.__dataclass_fields__}
-        for name in ("image_names", "camera_models"):
-            fields[name] = fields[name].tobytes().decode().split("\n")
+        for name in _TEXTS:
+            fields[name] = [text for text in fields[name].tobytes().decode().split("\n") if text]
         n, k, num_points = len(fields["image_names"]), len(fields["camera_models"]), len(fields["points"])
         expected = {
             "worldtocams": ((n, 4, 4), np.float64),
@@ -224,66 +309,3 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
         return model if whole and not _damage(model) else None
     except (KeyError, ValueError):  # an array is absent; names are not UTF-8
         return None
-
-
-# pycolmap does not notice the end of a file: a truncated cameras.bin gives made-up parameters, and a damaged
-# points3D.bin or frames.bin asks for all memory or time there is. So the records are walked through first. Each
-# function here takes a record's start to its end.
-
-
-def _camera_end(data: mmap.mmap, start: int) -> int:
-    (model_id,) = struct.unpack_from("<i", data, start + 4)  # id u32, model i32, width u64, height u64
-    params_by_model_id = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16, 4, 5, 3, 4)
-    if model_id not in range(len(params_by_model_id)):
-        raise ValueError
-    return start + 24 + 8 * params_by_model_id[model_id]
-
-
-def _image_end(data: mmap.mmap, start: int) -> int:
-    name_end = data.find(b"\0", start + 64)  # id u32, quaternion 4 f64, translation 3 f64, camera u32
-    (num_points,) = struct.unpack_from("<Q", data, name_end + 1 if name_end > 0 else len(data))
-    return name_end + 9 + 24 * num_points  # x f64, y f64, point id u64
-
-
-def _point_end(data: mmap.mmap, start: int) -> int:
-    (track_length,) = struct.unpack_from("<Q", data, start + 43)  # id u64, xyz 3 f64, rgb 3 u8, error f64
-    return start + 51 + 8 * track_length  # image u32, index u32
-
-
-def _rig_end(data: mmap.mmap, start: int) -> int:
-    (num_sensors,) = struct.unpack_from("<I", data, start + 4)  # id u32, count u32
-    position = start + (16 if num_sensors else 8)  # the reference sensor: type i32, id u32
-    for _ in range(1, num_sensors):
-        (has_pose,) = struct.unpack_from("<B", data, position + 8)  # type i32, id u32, flag u8, pose 7 f64
-        position += 65 if has_pose else 9
-    return position
-
-
-def _frame_end(data: mmap.mmap, start: int) -> int:
-    (num_data,) = struct.unpack_from("<I", data, start + 64)  # id u32, rig u32, pose 7 f64
-    return start + 68 + 16 * num_data  # sensor type i32, sensor u32, data u64
-
-
-_RECORD_ENDS = {
-    "cameras": _camera_end,
-    "images": _image_end,
-    "points3D": _point_end,
-    "rigs": _rig_end,
-    "frames": _frame_end,
-}
-
-
-def _check_binary(path: Path) -> None:
-    """InputError unless the file is a u64 count and as many records, to its last byte."""
-    record_end = _RECORD_ENDS[path.stem]
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            (count,) = struct.unpack_from("<Q", data)
-            position = 8
-            for _ in range(count):
-                position = record_end(data, position)
-            if position == len(data):
-                return
-    except (struct.error, ValueError, OverflowError):  # beyond the end; an empty file; no such camera model
-        pass
-    raise InputError(f"{path} is damaged, or from an unknown version of COLMAP: export the model again.")

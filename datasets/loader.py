@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
 
-from datasets.images import decode_image
+from datasets.camera import Camera
+from datasets.image_files import decode_mask, decode_picture, fitting_workers
+from datasets.images import scaled_mask
 from datasets.scene import Scene
 from datasets.view_order import ViewWindows
 from errors import InputError
@@ -26,7 +29,7 @@ class Batch:
     """C views, in main memory."""
 
     images: torch.Tensor  # [C, H, W, 3] uint8
-    masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source; None where all have one
+    masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source or is hidden; None: nowhere
     Ks: torch.Tensor  # [C, 3, 3] float32, pixels
     camtoworlds: torch.Tensor  # [C, 4, 4] float32, normalized world
     image_ids: torch.Tensor  # [C] int64, into the scene's images
@@ -47,7 +50,8 @@ class BatchLoader:
         num_workers: int | None = None,
         pin_memory: bool = False,
     ):
-        workers = num_workers or min(os.cpu_count() or 1, 16)
+        pixels = max((camera.source_width * camera.source_height for camera in scene.cameras), default=1)
+        workers = fitting_workers(num_workers or min(os.cpu_count() or 1, 16), pixels)
         self._scene = scene
         self._batches_of_ids = batches_of_ids
         self._pin_memory = pin_memory
@@ -164,11 +168,10 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool) -> Batch:
     cameras = [scene.cameras[index] for index in scene.camera_indices[image_ids]]
     images, masks = [], []
     for image_id, camera in zip(image_ids, cameras, strict=True):
-        image = decode_image(scene.image_paths[image_id])
-        if image.shape[:2] != (camera.source_height, camera.source_width):
-            raise InputError(f"{scene.image_paths[image_id]} has changed its size since the scene was loaded.")
+        size = camera.source_width, camera.source_height
+        image, seen = decode_picture(scene.image_paths[image_id], size)
         images.append(camera.undistort(image))
-        masks.append(camera.valid_mask)
+        masks.append(_mask(seen, scene.mask_paths[image_id], camera))
     batch = Batch(
         images=torch.from_numpy(np.stack(images)),
         masks=_stack_masks(masks, images),
@@ -179,6 +182,28 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool) -> Batch:
     if not pin_memory:
         return batch
     return replace(batch, **{name: t.pin_memory() for name, t in vars(batch).items() if t is not None})
+
+
+def _mask(seen: np.ndarray | None, mask_path: Path | None, camera: Camera) -> np.ndarray | None:
+    """Join what hides pixels of a picture: its alpha, its mask, and the undistortion.
+
+    Args:
+        seen: [source_height, source_width] bool, by the picture's alpha; None where it is opaque.
+        mask_path: File of its mask, of any scale.
+        camera: Its camera.
+
+    Returns:
+        [H, W] bool of the undistorted picture; None where nothing is hidden.
+    """
+    if mask_path is not None:
+        by_mask = scaled_mask(decode_mask(mask_path), (camera.source_width, camera.source_height))
+        seen = by_mask if seen is None else seen & by_mask
+    valid = camera.valid_mask
+    if seen is None:
+        return valid
+    # A pixel is a mean of four of the source; it is seen where all of them are.
+    undistorted = camera.undistort(np.where(seen, np.uint8(255), np.uint8(0))) == 255
+    return undistorted if valid is None else undistorted & valid
 
 
 def _stack_masks(masks: list[np.ndarray | None], images: list[np.ndarray]) -> torch.Tensor | None:

@@ -18,7 +18,8 @@ from PIL import Image
 from configs import Config
 from datasets.colmap import open_model
 from datasets.colmap_merge import find_model, merge_models, write_model
-from datasets.images import decode_image, in_threads, save_jpeg
+from datasets.image_files import decode_image
+from datasets.images import in_threads, save_jpeg
 from datasets.links import link_file, write_whole
 from datasets.paths import stays_inside
 from datasets.prepared import check_writable_place, write_test_list

@@ -13,6 +13,8 @@ from errors import InputError, reason
 _LONGEST_LINE = 4096
 _LONGEST_HEADER = 1 << 20
 
+_LARGEST_SHARE = 2.0  # of the full value, which some colours that were computed are a little above
+
 _SCALARS = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
     **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"},
@@ -23,7 +25,8 @@ _SCALARS = {
 def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Points and colours of the `vertex` element of an ASCII or binary PLY file.
 
-    Colours may be integers of 8 or 16 bits, or floats in [0, 1] or [0, 255].
+    Colours may be integers or floats of any size: those up to 255 are 8-bit ones, those beyond are 16-bit ones, and
+    floats up to 1 are shares.
 
     Returns:
         points [P, 3] float64 and colours [P, 3] uint8.
@@ -115,11 +118,17 @@ def _read_ascii(path: Path) -> np.ndarray | None:
 
 
 def _to_uint8(colors: np.ndarray) -> np.ndarray:
+    """Convert colours of any type to 0..255.
+
+    What they range to is told by their largest value, since programs write 8-bit colours into all types: 1 (only of
+    floats), 255, or 65535.
+    """
     if colors.dtype == np.uint8:
         return colors
-    if colors.dtype == np.uint16:
-        return (colors >> 8).astype(np.uint8)
-    if np.issubdtype(colors.dtype, np.floating):
-        colors = np.nan_to_num(colors)
-        colors = colors * 255 if colors.max() <= 1 else colors
-    return np.clip(np.round(colors), 0, 255).astype(np.uint8)
+    values = np.nan_to_num(colors.astype(np.float64))
+    largest = values.max(initial=0.0)
+    if np.issubdtype(colors.dtype, np.floating) and largest <= _LARGEST_SHARE:
+        values = values * 255
+    elif largest > _LARGEST_SHARE * 255:
+        values = values // 256  # the upper byte of 16 bits
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from configs import Config, scene_config
-from datasets.colmap import find_model_dir, load_sparse_model
+from datasets.camera import check_shape
 from datasets.images import picture_sizes
 from datasets.links import write_whole
+from datasets.model_choice import load_sparse_model
 from datasets.ply import read_points
-from datasets.scene import check_shape
 from datasets.splits import split_indices
 from errors import InputError
 
@@ -38,7 +38,7 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
     cfg = scene_config(dataset)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir} does not exist: prepare the dataset first, or name its folder with --data_dir.")
-    model = load_sparse_model(data_dir)
+    model, model_dir = load_sparse_model(data_dir)
     names = model.image_names
     images = data_dir / "images"
     missing = [name for name in names if not (images / name).is_file()]
@@ -49,14 +49,15 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
         )
     sizes = picture_sizes(images, names)
     for name, size, camera in zip(names, sizes, model.camera_indices, strict=True):
-        check_shape(images / name, size, model.camera_sizes[camera])
+        shape = (int(model.camera_sizes[camera, 0]), int(model.camera_sizes[camera, 1]))
+        check_shape(images / name, size, shape, "its camera in the COLMAP model")
     train_ids, test_ids = split_indices(len(names), test_every=cfg.test_every, test_after=cfg.test_after)
     return [
         f"pictures: {len(names)}, {_ranges(sizes)}",
         f"cameras:  {len(model.camera_models)}, {', '.join(sorted(set(model.camera_models)))}, "
         f"{_ranges([tuple(size) for size in model.camera_sizes.tolist()])}",
         f"split:    {len(train_ids)} train, {len(test_ids)} test, {_check_split(data_dir, names, test_ids, cfg)}",
-        f"points:   {_count_points(data_dir, len(model.points), cfg)}",
+        f"points:   {_count_points(model_dir, len(model.points), cfg)}",
     ]
 
 
@@ -87,11 +88,11 @@ def _check_split(data_dir: Path, names: list[str], test_ids: np.ndarray, cfg: Co
     )
 
 
-def _count_points(data_dir: Path, num_model_points: int, cfg: Config) -> str:
+def _count_points(model_dir: Path, num_model_points: int, cfg: Config) -> str:
     if cfg.init_ply:
-        return f"{len(read_points(find_model_dir(data_dir) / 'points.ply')[0])} in points.ply"
+        return f"{len(read_points(model_dir / 'points.ply')[0])} in points.ply"
     if num_model_points == 0:
-        raise InputError(f"The COLMAP model of {data_dir} holds no points to start from: use one that does.")
+        raise InputError(f"{model_dir} holds no points to start from: use one that does.")
     return f"{num_model_points} in points3D"
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.camera import Camera, make_camera
-from datasets.colmap import SparseModel, find_model_dir, load_sparse_model
+from datasets.camera import Camera, check_shape, make_camera
+from datasets.colmap import SparseModel
 from datasets.images import prepare_images
+from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
+from datasets.model_choice import Say, load_sparse_model, quiet
 from datasets.normalize import normalizing_transform, transform_cameras, transform_points
 from datasets.ply import read_points
 from datasets.splits import split_indices
@@ -29,6 +31,7 @@ class Scene:
     data_dir: Path
     image_names: list[str]  # n, relative to the folder of pictures
     image_paths: list[Path]  # n, at the chosen scale
+    mask_paths: list[Path | None]  # n, files that hide parts of pictures
     camtoworlds: np.ndarray  # [n, 4, 4] float64, OpenCV convention
     cameras: list[Camera]
     camera_indices: np.ndarray  # [n] int64, into cameras
@@ -43,20 +46,26 @@ class Scene:
 def load_scene(
     data_dir: Path | str,
     *,
+    model_dir: str = "",
     data_factor: float = 1.0,
     test_every: int = 8,
     test_after: int = -1,
     init_ply: bool = False,
+    max_points: int = 0,
     num_workers: int | None = None,
+    say: Say = quiet,
 ) -> Scene:
     """Read a dataset: its COLMAP model, its pictures (scaled where that has not been done) and initial points.
 
     Args:
-        data_dir: folder that holds `images` and a COLMAP model in `sparse/0` or `sparse`.
+        data_dir: folder that holds `images` and a COLMAP model in `sparse/0`, elsewhere in `sparse`, or `sparse`.
+        model_dir: folder of the COLMAP model; empty for the one of most photos in `sparse`.
         data_factor: how many times smaller than the originals the pictures should be, at least 1.
         test_every, test_after: which images are held out; see `datasets.splits.split_indices`.
         init_ply: take the initial points from `points.ply` in the model's folder, in place of points3D.
+        max_points: take a random subset of so many initial points where there are more; 0 takes all.
         num_workers: threads that check and scale pictures; all processors where None.
+        say: is told what is used of what is there, and what looks wrong.
 
     Raises:
         InputError: the dataset cannot be used.
@@ -64,23 +73,30 @@ def load_scene(
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir} does not exist or is no folder: set data_dir to a dataset's folder.")
-    model = load_sparse_model(data_dir)
+    model, model_path = load_sparse_model(data_dir, model_dir, say)
     train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
     points, points_rgb = model.points, model.points_rgb
     if init_ply:
-        points, points_rgb = read_points(find_model_dir(data_dir) / "points.ply")
+        points, points_rgb = read_points(model_path / "points.ply")
     elif len(points) == 0:
         raise InputError(
-            f"points3D in {find_model_dir(data_dir)} holds no points to start from: put a points.ply beside it and "
-            "set init_ply."
+            f"points3D in {model_path} holds no points to start from: put a points.ply beside it and set init_ply."
         )
     for what, values in (("point", points), ("camera", model.worldtocams[:, :3, 3])):
         if np.abs(values).max(initial=0.0) > LARGEST_COORDINATE:
             raise InputError(
                 f"A {what} of {data_dir} is farther than {LARGEST_COORDINATE:g} from the origin: remove it."
             )
-    paths, sizes = prepare_images(data_dir, model.image_names, data_factor=data_factor, num_workers=num_workers)
-    cameras, camera_indices = _cameras_of(model, paths, sizes)
+    pictures = prepare_images(
+        data_dir,
+        model.image_names,
+        camera_sizes=model.camera_sizes[model.camera_indices],
+        data_factor=data_factor,
+        num_workers=num_workers,
+        say=say,
+    )
+    cameras, camera_indices = _cameras_of(model, pictures.paths, pictures.sizes)
+    train_ids, test_ids = seen_ids(train_ids, test_ids, model.image_names, pictures, say)
 
     camtoworlds = np.linalg.inv(model.worldtocams)
     transform = normalizing_transform(camtoworlds, points)
@@ -89,10 +105,13 @@ def load_scene(
     scene_scale = float(np.linalg.norm(positions - positions.mean(axis=0), axis=1).max())
     if scene_scale < 1e-9:
         raise InputError(f"All cameras of {data_dir} stand at one place: take pictures from several places.")
+    say_what_is_used(data_dir, model_path, model, pictures, len(points), init_ply=init_ply, say=say)
+    points, points_rgb = subset_of_points(points, points_rgb, max_points, say)
     return Scene(
         data_dir=data_dir,
         image_names=model.image_names,
-        image_paths=paths,
+        image_paths=pictures.paths,
+        mask_paths=pictures.masks,
         camtoworlds=camtoworlds,
         cameras=cameras,
         camera_indices=camera_indices,
@@ -112,19 +131,8 @@ def _cameras_of(model: SparseModel, paths: list[Path], sizes: list[tuple[int, in
         if (index, size) in cameras:
             continue
         model_size = model.camera_sizes[index]
-        check_shape(path, size, model_size)
+        check_shape(path, size, (int(model_size[0]), int(model_size[1])), "its camera in the COLMAP model")
         cameras[index, size] = make_camera(model.camera_models[index], model.camera_params[index], model_size, size)
     order = {key: position for position, key in enumerate(cameras)}
     indices = [order[key] for key in zip(model.camera_indices.tolist(), sizes, strict=True)]
     return list(cameras.values()), np.array(indices, np.int64)
-
-
-def check_shape(path: Path, size: tuple[int, int], model_size: np.ndarray) -> None:
-    """InputError unless a picture of `size` may be a scaled one of its camera's `model_size` (width, height)."""
-    # Rounding moves a side by less than a pixel, a picture turned by 90 degrees or cropped by more.
-    scale = np.divide(size, model_size).mean()
-    if np.abs(model_size * scale - size).max() > 2 + 0.01 * max(size):
-        raise InputError(
-            f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of its camera in the COLMAP model "
-            f"({model_size[0]}x{model_size[1]}): use the pictures that COLMAP saw."
-        )

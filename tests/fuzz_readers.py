@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.colmap import load_sparse_model, open_model, read_sparse_model
+from datasets.colmap import open_model, read_sparse_model
 from datasets.colmap_merge import merge_models, write_model
-from datasets.images import decode_image
+from datasets.image_files import decode_image
 from datasets.matrix_city import read_transforms
 from datasets.mega_nerf import read_metadata
+from datasets.model_choice import load_sparse_model
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
@@ -62,7 +63,7 @@ def read_model(data_dir: Path, damaged: str) -> None:
 
 
 def read_cached_model(data_dir: Path, damaged: str) -> None:
-    check_model(load_sparse_model(data_dir))
+    check_model(load_sparse_model(data_dir)[0])
 
 
 def merge(data_dir: Path, damaged: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from datasets import colmap
 from datasets.cache import is_writable, user_cache_dir
-from datasets.colmap import find_model_dir, load_sparse_model
+from datasets.model_choice import load_sparse_model
 from errors import InputError
 from tests.small_scene import camera, camera_poses, write_scene
 
@@ -50,8 +50,8 @@ def test_what_was_written_is_read(tmp_path, text, model_dir):
     names = ["b/2.png", "a.png", "b/10.png", "a/z.png", "Äö.png"]
     cameras = [camera(), camera("SIMPLE_RADIAL", (70, 48, 32, 0.01))]
     write_scene(tmp_path, names, cameras, text=text, model_dir=model_dir, write_pictures=False)
-    model = load_sparse_model(tmp_path)
-    assert find_model_dir(tmp_path) == tmp_path / model_dir
+    model, found = load_sparse_model(tmp_path)
+    assert found == tmp_path / model_dir
     assert model.image_names == sorted(names)
     order = [names.index(name) for name in model.image_names]
     np.testing.assert_allclose(model.worldtocams[:, :3], camera_poses(5)[order], atol=1e-9)
@@ -72,12 +72,12 @@ def test_images_without_a_pose_are_left_out(tmp_path):
     reconstruction = pycolmap.Reconstruction(str(tmp_path / "sparse/0"))
     reconstruction.deregister_frame(reconstruction.images[2].frame_id)
     reconstruction.write_binary(str(tmp_path / "sparse/0"))
-    assert load_sparse_model(tmp_path).image_names == ["000.png", "002.png", "003.png", "004.png"]
+    assert load_sparse_model(tmp_path)[0].image_names == ["000.png", "002.png", "003.png", "004.png"]
 
 
 def test_cache_serves_until_a_file_changes(tmp_path, monkeypatch):
     write_scene(tmp_path, ["z/ü.png", "a.png"], write_pictures=False)
-    first = load_sparse_model(tmp_path)
+    first = load_sparse_model(tmp_path)[0]
     assert (tmp_path / "sparse/0/parsed_scene.npz").is_file()
 
     def no_parsing(model_dir):
@@ -85,7 +85,7 @@ def test_cache_serves_until_a_file_changes(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(colmap, "read_sparse_model", no_parsing)
-        assert_same(load_sparse_model(tmp_path), first)
+        assert_same(load_sparse_model(tmp_path)[0], first)
         for name in ("cameras.bin", "images.bin", "points3D.bin"):
             path = tmp_path / "sparse/0" / name
             before = path.stat()
@@ -100,16 +100,16 @@ def test_cache_serves_until_a_file_changes(tmp_path, monkeypatch):
 
     shutil.rmtree(tmp_path / "sparse")
     write_scene(tmp_path, 3, write_pictures=False)
-    assert len(load_sparse_model(tmp_path).image_names) == 3
+    assert len(load_sparse_model(tmp_path)[0].image_names) == 3
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", "truncated"])
 def test_damaged_cache_is_made_again(tmp_path, damage):
     write_scene(tmp_path, write_pictures=False)
-    first = load_sparse_model(tmp_path)
+    first = load_sparse_model(tmp_path)[0]
     cache = tmp_path / "sparse/0/parsed_scene.npz"
     cache.write_bytes(cache.read_bytes()[:-40] if damage == "truncated" else damage)
-    assert_same(load_sparse_model(tmp_path), first)
+    assert_same(load_sparse_model(tmp_path)[0], first)
     assert len(cache.read_bytes()) > 1000
     assert [path.name for path in cache.parent.glob(".*")] == []
 
@@ -119,18 +119,19 @@ def test_read_only_model_is_cached_for_the_user(tmp_path, monkeypatch):
     model_dir = tmp_path / "sparse/0"
     model_dir.chmod(0o555)
     assert not is_writable(model_dir)  # for root too
-    first = load_sparse_model(tmp_path)
+    first = load_sparse_model(tmp_path)[0]
     assert not (model_dir / "parsed_scene.npz").exists()
     assert (user_cache_dir(tmp_path) / "sparse/0/parsed_scene.npz").is_file()
     monkeypatch.setattr(colmap, "read_sparse_model", None)
-    assert_same(load_sparse_model(tmp_path), first)
+    assert_same(load_sparse_model(tmp_path)[0], first)
 
 
 def test_valid_cache_needs_no_pycolmap(tmp_path):
     write_scene(tmp_path, write_pictures=False)
     program = (
         "import sys; sys.modules['pycolmap'] = None; from pathlib import Path; "
-        "from datasets.colmap import load_sparse_model; print(len(load_sparse_model(Path(sys.argv[1])).image_names))"
+        "from datasets.model_choice import load_sparse_model; "
+        "print(len(load_sparse_model(Path(sys.argv[1]))[0].image_names))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     without_cache = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -165,7 +166,7 @@ def test_damaged_binary_file_is_named(tmp_path, name, damage):
 def test_damaged_text_file_is_one_sentence(tmp_path, name, capfd):
     write_scene(tmp_path, text=True, write_pictures=False)
     (tmp_path / "sparse/0" / f"{name}.txt").write_text("7 hello\n\n")
-    with pytest.raises(InputError, match="cannot be read as a COLMAP model") as error:
+    with pytest.raises(InputError, match=rf"{name}\.txt, line 1 \('7 hello'\) is not") as error:
         load_sparse_model(tmp_path)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""  # nothing beside the sentence

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from datasets.cache import read_npz
-from datasets.colmap import load_sparse_model
-from datasets.images import decode_image
+from datasets.image_files import decode_image
+from datasets.model_choice import load_sparse_model
 from datasets.ply import read_points
 from datasets.scene import load_scene
 from errors import InputError
@@ -62,12 +62,12 @@ def test_nothing_is_unpickled(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     write_scene(tmp_path, write_pictures=False)
-    first = load_sparse_model(tmp_path)
+    first = load_sparse_model(tmp_path)[0]
     cache = tmp_path / "sparse/0/parsed_scene.npz"
     arrays = read_npz(cache)
     np.savez(cache, **arrays | {"points": np.array([Payload()], object)}, allow_pickle=True)
     assert read_npz(cache) is None
-    np.testing.assert_array_equal(load_sparse_model(tmp_path).points, first.points)
+    np.testing.assert_array_equal(load_sparse_model(tmp_path)[0].points, first.points)
     assert not (tmp_path / "executed").exists()
 
 
@@ -120,7 +120,7 @@ def test_sizes_are_checked_before_allocation(tmp_path):
     program = """
 import resource, sys
 from pathlib import Path
-from datasets.images import decode_image
+from datasets.image_files import decode_image
 from datasets.ply import read_points
 from errors import InputError
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -10,9 +10,15 @@ from scipy.ndimage import gaussian_filter
 
 from datasets import images
 from datasets.cache import user_cache_dir
-from datasets.images import decode_image, prepare_images
+from datasets.image_files import decode_image
+from datasets.images import prepare_images
 from errors import InputError
 from tests.small_scene import ramp_picture
+
+
+def prepared(*arguments, **options) -> tuple[list[Path], list[tuple[int, int]]]:
+    pictures = prepare_images(*arguments, **options)
+    return pictures.paths, pictures.sizes
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +77,7 @@ def test_exif_orientation_is_ignored(tmp_path):
 
 @pytest.mark.parametrize(("factor", "suffix", "size"), [(4.0, "4", (38, 25)), (3.4175, "3.4175", (44, 30))])
 def test_scaled_pictures(dataset, factor, suffix, size):
-    paths, sizes = prepare_images(dataset, NAMES, data_factor=factor)
+    paths, sizes = prepared(dataset, NAMES, data_factor=factor)
     assert paths == [dataset / f"images_{suffix}" / name for name in NAMES]
     assert sizes == [size] * 3
     for name, path in zip(NAMES, paths, strict=True):
@@ -94,15 +100,15 @@ def test_downscaling_does_not_alias(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "images/a.png")
-    (path,), _ = prepare_images(tmp_path, ["a.png"], data_factor=4)
+    (path,), _ = prepared(tmp_path, ["a.png"], data_factor=4)
     assert np.abs(decode_image(path)[:, 2:-2].astype(int) - 127).max() < 4
 
 
 def test_scaled_pictures_are_made_once(dataset):
-    paths, _ = prepare_images(dataset, NAMES, data_factor=2)
+    paths, _ = prepared(dataset, NAMES, data_factor=2)
     before = [path.stat().st_mtime_ns for path in paths]
     paths[1].unlink()
-    prepare_images(dataset, NAMES, data_factor=2)
+    prepared(dataset, NAMES, data_factor=2)
     after = [path.stat().st_mtime_ns for path in paths]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
@@ -111,7 +117,7 @@ def test_pictures_rounded_another_way_are_taken_as_they_are(dataset):
     (dataset / "images_4/sub").mkdir(parents=True)
     for name in NAMES:
         Image.new("RGB", (37, 26)).save(dataset / "images_4" / name)
-    paths, sizes = prepare_images(dataset, NAMES, data_factor=4)
+    paths, sizes = prepared(dataset, NAMES, data_factor=4)
     assert sizes == [(37, 26)] * 3
     assert not decode_image(paths[0]).any()
 
@@ -120,7 +126,7 @@ def test_pictures_of_another_scale_are_neither_taken_nor_overwritten(dataset):
     (dataset / "images_4").mkdir()
     Image.new("RGB", (75, 50)).save(dataset / "images_4/a.png")
     with pytest.raises(InputError, match=r"a\.png is 75x50 pixels where data_factor=4 asks for 38x25"):
-        prepare_images(dataset, NAMES, data_factor=4)
+        prepared(dataset, NAMES, data_factor=4)
     assert decode_image(dataset / "images_4/a.png").shape == (50, 75, 3)
 
 
@@ -134,23 +140,23 @@ def test_interrupted_scaling_leaves_nothing_half(dataset, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", dies_half_way)
         with pytest.raises(KeyboardInterrupt):
-            prepare_images(dataset, NAMES, data_factor=2)
+            prepared(dataset, NAMES, data_factor=2)
     folder = dataset / "images_2"
     assert [path.name for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")] == []
     assert list(folder.rglob(".*"))
     (folder / "sub/.gone.jpg.part").parent.mkdir(exist_ok=True)
     (folder / "sub/.gone.jpg.part").write_bytes(b"x")
-    paths, _ = prepare_images(dataset, NAMES, data_factor=2)
+    paths, _ = prepared(dataset, NAMES, data_factor=2)
     assert list(folder.rglob(".*")) == []
     for path in paths:
         decode_image(path)
 
 
 def test_truncated_scaled_picture_is_made_again(dataset):
-    paths, _ = prepare_images(dataset, NAMES, data_factor=2)
+    paths, _ = prepared(dataset, NAMES, data_factor=2)
     whole = paths[1].read_bytes()
     paths[1].write_bytes(whole[: len(whole) // 2])
-    prepare_images(dataset, NAMES, data_factor=2)
+    prepared(dataset, NAMES, data_factor=2)
     assert paths[1].read_bytes() == whole
 
 
@@ -164,7 +170,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(dataset, monkeypatch):
         scale_image(source, target, size)
 
     monkeypatch.setattr(images, "_scale_image", slow_scale_image)
-    runs = [threading.Thread(target=prepare_images, args=(dataset, NAMES), kwargs={"data_factor": 2}) for _ in "ab"]
+    runs = [threading.Thread(target=prepared, args=(dataset, NAMES), kwargs={"data_factor": 2}) for _ in "ab"]
     for run in runs:
         run.start()
     for run in runs:
@@ -175,7 +181,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(dataset, monkeypatch):
 def test_read_only_dataset_uses_the_users_cache(dataset):
     for folder in (dataset, dataset / "images", dataset / "sparse"):
         folder.chmod(0o555)
-    paths, sizes = prepare_images(dataset, NAMES, data_factor=2)
+    paths, sizes = prepared(dataset, NAMES, data_factor=2)
     assert paths[0] == user_cache_dir(dataset) / "images_2/a.png"
     assert sizes == [(75, 50)] * 3
     assert not (dataset / "images_2").exists()
@@ -183,10 +189,10 @@ def test_read_only_dataset_uses_the_users_cache(dataset):
 
 
 def test_complete_scaled_folder_of_a_read_only_dataset_is_used(dataset):
-    prepare_images(dataset, NAMES, data_factor=2)
+    prepared(dataset, NAMES, data_factor=2)
     for folder in (dataset, dataset / "images_2"):
         folder.chmod(0o555)
-    assert prepare_images(dataset, NAMES, data_factor=2)[0][0] == dataset / "images_2/a.png"
+    assert prepared(dataset, NAMES, data_factor=2)[0][0] == dataset / "images_2/a.png"
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -196,7 +202,7 @@ def test_truncated_picture_is_named(dataset, name, keep, factor):
     path = dataset / "images" / name
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(InputError) as error:
-        prepare_images(dataset, NAMES, data_factor=factor)
+        prepared(dataset, NAMES, data_factor=factor)
     assert name in str(error.value)
     assert str(dataset) in str(error.value)
     assert "\n" not in str(error.value)
@@ -204,33 +210,33 @@ def test_truncated_picture_is_named(dataset, name, keep, factor):
 
 def test_pictures_are_checked_once_until_they_change(dataset, monkeypatch):
     checked = []
-    check = images._checked_size
-    monkeypatch.setattr(images, "_checked_size", lambda path: checked.append(path.name) or check(path))
-    prepare_images(dataset, NAMES)
+    check = images.checked_seen_share
+    monkeypatch.setattr(images, "checked_seen_share", lambda path: checked.append(path.name) or check(path))
+    prepared(dataset, NAMES)
     assert sorted(checked) == ["a.png", "b.JPG", "c.jpg"]
     checked.clear()
-    prepare_images(dataset, NAMES)
-    prepare_images(dataset, NAMES[:1])
+    prepared(dataset, NAMES)
+    prepared(dataset, NAMES[:1])
     assert checked == []
     os.utime(dataset / "images/b.JPG", ns=(0, 1))
-    assert prepare_images(dataset, NAMES)[1] == [(150, 101)] * 3
+    assert prepared(dataset, NAMES)[1] == [(150, 101)] * 3
     assert checked == ["b.JPG"]
 
 
 def test_missing_pictures_are_listed_up_to_ten(dataset):
     absent = [f"x{i:02d}.jpg" for i in range(13)]
     with pytest.raises(InputError, match=r"x00\.jpg.*x09\.jpg and 3 more") as error:
-        prepare_images(dataset, NAMES + absent)
+        prepared(dataset, NAMES + absent)
     assert "x10.jpg" not in str(error.value)
     with pytest.raises(InputError) as error:
-        prepare_images(dataset, NAMES + absent[:10])
+        prepared(dataset, NAMES + absent[:10])
     assert all(name in str(error.value) for name in absent[:10])
     assert "more" not in str(error.value)
 
 
 def test_missing_folder_and_bad_factors(dataset, tmp_path):
     with pytest.raises(InputError, match="images does not exist"):
-        prepare_images(tmp_path, NAMES)
+        prepared(tmp_path, NAMES)
     for factor in (0.5, 0, -2, float("nan"), float("inf")):
         with pytest.raises(InputError, match="data_factor"):
-            prepare_images(dataset, NAMES, data_factor=factor)
+            prepared(dataset, NAMES, data_factor=factor)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.images import decode_image
+from datasets.image_files import decode_image
 from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import load_scene
 from errors import InputError

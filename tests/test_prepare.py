@@ -18,8 +18,8 @@ from PIL import Image
 from configs import DATASETS, scene_config
 from datasets import links
 from datasets import mega_nerf as mega_nerf_layout
-from datasets.colmap import load_sparse_model
-from datasets.images import decode_image
+from datasets.image_files import decode_image
+from datasets.model_choice import load_sparse_model
 from datasets.ply import read_points
 from datasets.prepare import INSTRUCTIONS, PUBLISHED_COUNTS, main
 from datasets.scene import load_scene
@@ -43,7 +43,7 @@ def readme_command(dataset: str) -> list[str]:
 def assert_prepared(dataset: str, train: list[View], test: list[View], data_dir: Path | None = None) -> None:
     """The trainers' own options select exactly the test views, and every picture has its own pose."""
     cfg = scene_config(dataset)
-    model = load_sparse_model(data_dir or Path(cfg.data_dir))
+    model = load_sparse_model(data_dir or Path(cfg.data_dir))[0]
     train_ids, test_ids = split_indices(len(model.image_names), test_every=cfg.test_every, test_after=cfg.test_after)
     for ids, views in ((train_ids, train), (test_ids, test)):
         assert len(ids) == len(views)
@@ -132,7 +132,7 @@ def test_gauu_scene_from_elsewhere_with_points_in_a_ply(model_dir):
     main(["lfls", "--source", "download", "--data_dir", "lfls"])
     assert_prepared("lfls", [v for i, v in enumerate(views) if i % 10], views[::10], Path("lfls"))
     points, colors = read_points(Path("download") / model_dir / "points3D.ply")
-    model = load_sparse_model(Path("lfls"))
+    model = load_sparse_model(Path("lfls"))[0]
     order, model_order = np.lexsort(points.T), np.lexsort(model.points.T)
     np.testing.assert_array_equal(model.points[model_order], points[order])
     np.testing.assert_array_equal(model.points_rgb[model_order], colors[order])
@@ -414,7 +414,7 @@ def test_matrix_city_with_colmap_models(monkeypatch):
     colmap_of_matrix_city([train, test])
     main([*AERIAL, "--colmap", "models"])
     assert_prepared("aerial", train, test, Path("aerial"))
-    model = load_sparse_model(Path("aerial"))
+    model = load_sparse_model(Path("aerial"))[0]
     assert len(model.points) == 60
     points, colors = read_points(Path("aerial/sparse/0/points.ply"))
     np.testing.assert_allclose(np.sort(points, axis=0), np.sort(model.points, axis=0), atol=1e-5)

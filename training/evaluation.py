@@ -61,7 +61,9 @@ def evaluate(
 
     Returns:
         Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the
-        values of each. Pixels outside a view's mask count for nothing in PSNR and are black for the others.
+        values of each. Pixels outside a view's mask count for nothing in PSNR, nor do windows around them in SSIM;
+        for LPIPS, and for windows that reach them, they are black in both pictures. Views that are hidden entirely are
+        left out.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -69,6 +71,8 @@ def evaluate(
     written: list[Future[None]] = []
     with ThreadPoolExecutor(max_workers=4) as writers:
         for index, (name, view) in enumerate(tqdm(views, desc="evaluate", unit="view", leave=False)):
+            if view.masks is not None and not view.masks.any():
+                continue
             synchronize(device)
             begin = time.perf_counter()
             rendered = draw(view.cameras)
@@ -85,7 +89,12 @@ def evaluate(
             canvas = (torch.cat([photo, rendered], dim=2)[0] * 255.0).round().byte().cpu().numpy()
             written.append(writers.submit(save_picture, index, canvas))
             rendered, photo = rendered.permute(0, 3, 1, 2), photo.permute(0, 3, 1, 2)  # [1, 3, H, W]
-            ssim = cast(Tensor, structural_similarity_index_measure(rendered, photo, data_range=1.0))
+            ssim, ssim_map = cast(
+                tuple[Tensor, Tensor],
+                structural_similarity_index_measure(rendered, photo, data_range=1.0, return_full_image=True),
+            )
+            if view.masks is not None:
+                ssim = ssim_map.permute(0, 2, 3, 1)[view.masks].mean()  # from [1, 3, H, W]
             images.append(
                 {
                     "name": name,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import resource
 import sys
-from pathlib import Path
 
 import torch
 
+from datasets.free_memory import free_bytes
 from errors import InputError
 from offload.device_memory import most_bytes, peak_memory
 
@@ -28,29 +27,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory in bytes that this process can still take on a device; on the CPU, of the machine."""
     if device.type == "cuda":
         return max(most_bytes(device) - torch.cuda.memory_allocated(device), 0)
-    return int(min(_machine_bytes(), _container_bytes()))
-
-
-def _machine_bytes() -> int:
-    try:
-        with open("/proc/meminfo") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _container_bytes() -> float:
-    """Return what the limit of this process's container leaves (cgroup v2); infinite where there is none."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (folder / "memory.max").read_text(), int((folder / "memory.current").read_text())
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
-        return int(limit) - used + int(cached)
-    except (OSError, ValueError, KeyError):  # no such files, or a limit of "max"
-        return math.inf
+    return free_bytes()
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:

@@ -113,11 +113,14 @@ class TrainingRun(Generic[AnyConfig]):
             ensure_city_block(Path(cfg.data_dir))
         self.scene: Scene = load_scene(
             cfg.data_dir,
+            model_dir=cfg.model_dir,
             data_factor=cfg.data_factor,
             test_every=cfg.test_every,
             test_after=cfg.test_after,
             init_ply=cfg.init_ply,
+            max_points=cfg.max_gaussians,
             num_workers=cfg.num_workers or None,
+            say=print,
         )
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)

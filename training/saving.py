@@ -25,7 +25,7 @@ from training.commands import resume_command
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
-    *("data_dir", "result_dir", "device", "resume", "save_every", "keep"),
+    *("data_dir", "model_dir", "result_dir", "device", "resume", "save_every", "keep"),
     *("num_workers", "log_every", "profile", "video"),
 )
 
