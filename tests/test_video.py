@@ -12,7 +12,7 @@ import simple_trainer
 import simple_trainer_hybrid_optimized_split
 from datasets.synthetic import write_city_block
 from datasets.trajectories import flight
-from training import command_line, run
+from training import command_line, reporting
 
 
 def random_poses(count: int) -> np.ndarray:
@@ -59,8 +59,8 @@ def frames_of(path: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_videos_of_training_of_a_checkpoint_and_of_tiles_are_the_same(monkeypatch, city_block, tmp_path):
-    record = run.record_flight
-    monkeypatch.setattr(run, "record_flight", lambda *arguments: record(*arguments, num_frames=12))
+    record = reporting.record_flight
+    monkeypatch.setattr(reporting, "record_flight", lambda *arguments: record(*arguments, num_frames=12))
     options = ("--data_dir", city_block, "--video")
     train(monkeypatch, simple_trainer, *options, "--max_steps", 30, "--result_dir", tmp_path / "gpu")
     whole = frames_of(tmp_path / "gpu/videos/flight_30.mp4")

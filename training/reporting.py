@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.evaluation import synchronize
+from configs import Config
+from datasets.loader import evaluation_loader
+from training.evaluation import evaluate, load_lpips, synchronize
 from training.memory import allocated_bytes, format_bytes, peak_bytes
 from training.per_step import PerStep
+from training.video import record_flight
+from training.views import View
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -159,20 +164,57 @@ class Export:
 class Evaluation:
     """Compare renderings of the held-out views with their photos after the steps of `eval_steps` and the last."""
 
-    def __init__(self, evaluate: Callable[[int], None], record: Callable[[int], None]) -> None:
+    def __init__(self, cfg: Config, device: torch.device) -> None:
         """
         Args:
-            evaluate: Evaluates the model after so many steps.
-            record: Records its video.
+            cfg: Names the network of LPIPS.
+            device: Where views are rendered.
         """
-        self._evaluate = evaluate
-        self._record = record
+        self._lpips = load_lpips(cfg.lpips_net, device)
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Evaluate where it is due; after the last step record the video, too, that --video asks for."""
         last = steps_done == run.cfg.max_steps
         if steps_done in run.cfg.eval_steps or last:
             with missed_if_unwritable("The evaluation", run.results.path):
-                self._evaluate(steps_done)
-        if run.cfg.video and last:
-            self._record(steps_done)
+                self.evaluate(run, steps_done)
+        if last:
+            self.record_video(run, steps_done)
+
+    def evaluate(self, run: TrainingRun, steps: int) -> None:
+        """Print the means over the views, and write them to stats/.
+
+        Args:
+            run: Whose model is evaluated.
+            steps: Training steps that the model has had.
+        """
+        scene, results = run.scene, run.results
+        with evaluation_loader(scene, scene.test_ids, num_workers=run.cfg.num_workers or None) as loader:
+            views = (
+                (scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, run.cfg, run.device))
+                for batch in loader
+            )
+            found = evaluate(
+                views,
+                run.draw,
+                self._lpips,
+                lambda index, canvas: results.save_rendering(steps, index, canvas),
+                run.device,
+            )
+        statistics: dict[str, Any] = {"num_GS": run.model.num_gaussians, **found}
+        results.save_statistics("val", steps, statistics)
+        for key in ("psnr", "ssim", "lpips"):
+            if statistics[key] is not None:
+                results.tensorboard.add_scalar(f"val/{key}", statistics[key], steps)
+        lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
+        tqdm.write(
+            f"Step {steps}: PSNR {statistics['psnr']:.2f} dB, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
+            f"on {len(statistics['images'])} held-out views, "
+            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {run.model.num_gaussians} Gaussians"
+        )
+
+    def record_video(self, run: TrainingRun, steps: int) -> None:
+        """Write videos/flight_{steps}.mp4 where --video asks for it; as `evaluate`."""
+        if run.cfg.video:
+            with missed_if_unwritable("The video", run.results.path):
+                record_flight(run.scene, run.cfg, run.draw, run.results.path / "videos" / f"flight_{steps}.mp4")

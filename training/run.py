@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import AnyConfig
-from datasets.loader import evaluation_loader, training_loader
+from datasets.loader import training_loader
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError, NotSaved, TrainingStopped
@@ -31,7 +31,6 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.densification import Densification
 from training.ending import FINISHED, INTERRUPTED, Ending, sentence_of
-from training.evaluation import evaluate, load_lpips
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
@@ -45,12 +44,10 @@ from training.reporting import (
     ProgressBar,
     TensorBoardLog,
     TrainStatistics,
-    missed_if_unwritable,
 )
 from training.results import ResultFolder
 from training.saving import Saving
 from training.stages import StageTimes
-from training.video import record_flight
 from training.views import View, render
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
@@ -124,7 +121,7 @@ class TrainingRun(Generic[AnyConfig]):
         )
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)
-        self._lpips = load_lpips(cfg.lpips_net, self.device)
+        self._evaluation = Evaluation(cfg, self.device)
         self._resources = ExitStack()
         self._resources.callback(self.results.close)
         if not cfg.ckpt:
@@ -135,7 +132,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.sh_degree = 0
         self.ending = Ending(FINISHED)
         self._model: GaussianModel | None = None
-        self._draw: Callable[[Cameras], Tensor] = self._draw_view
+        self._draw: Callable[[Cameras], Tensor] | None = None
         self._step = 0
         self._first_step = 0
         self._skipped_steps = 0
@@ -204,6 +201,12 @@ class TrainingRun(Generic[AnyConfig]):
         """Count the steps done since it was started or resumed."""
         return self.model.steps_done - self._first_step
 
+    def draw(self, cameras: Cameras) -> Tensor:
+        """Return the picture [1, H, W, 3] that one camera sees of the model; training is not disturbed."""
+        if self._draw is not None:
+            return self._draw(cameras)
+        return render(self.model.read_view(cameras), cameras, self.cfg, sh_degree=self.cfg.sh_degree)[0]
+
     def mark(self, stage: str) -> None:
         """End a stage of the present step, which began at the mark before."""
         self.times.mark(stage)
@@ -224,11 +227,10 @@ class TrainingRun(Generic[AnyConfig]):
             draw: Makes the picture [1, H, W, 3] of one camera from them, for evaluation; None: all rows at once.
         """
         self._model = model
-        self._draw = draw or self._draw_view
+        self._draw = draw
         if self._evaluated is not None:
-            self._evaluate(self._evaluated.steps)
-            if self.cfg.video:
-                self._record_flight(self._evaluated.steps)
+            self._evaluation.evaluate(self, self._evaluated.steps)
+            self._evaluation.record_video(self, self._evaluated.steps)
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
@@ -252,10 +254,7 @@ class TrainingRun(Generic[AnyConfig]):
         )
         bar = tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
         self._resources.enter_context(bar)
-        self.observers += [
-            *(ProgressBar(bar), TensorBoardLog(), TrainStatistics(), Export()),
-            Evaluation(self._evaluate, self._record_flight),
-        ]
+        self.observers += [ProgressBar(bar), TensorBoardLog(), TrainStatistics(), Export(), self._evaluation]
         following: View | None = View.from_batch(next(loader), self.cfg, self.device)
         step_done = self._resources.enter_context(
             profiled_steps(self.cfg.profile, self.results.path / "profile", self.device)
@@ -311,41 +310,6 @@ class TrainingRun(Generic[AnyConfig]):
         if skipped > self._skipped_steps:
             tqdm.write(f"Warning: {skipped} steps so far had gradients that were not finite; they were skipped.")
         self._skipped_steps = skipped
-
-    # ------------------------------------------------------------------------------------------------------- evaluation
-
-    def _draw_view(self, cameras: Cameras) -> Tensor:
-        return render(self.model.read_view(cameras), cameras, self.cfg, sh_degree=self.cfg.sh_degree)[0]
-
-    def _evaluate(self, steps: int) -> None:
-        """Compare renderings of the test views with the photos, print the means and write them to stats/."""
-        with evaluation_loader(self.scene, self.scene.test_ids, num_workers=self.cfg.num_workers or None) as loader:
-            views = (
-                (self.scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, self.cfg, self.device))
-                for batch in loader
-            )
-            found = evaluate(
-                views,
-                self._draw,
-                self._lpips,
-                lambda index, canvas: self.results.save_rendering(steps, index, canvas),
-                self.device,
-            )
-        statistics: dict[str, Any] = {"num_GS": self.model.num_gaussians, **found}
-        self.results.save_statistics("val", steps, statistics)
-        for key in ("psnr", "ssim", "lpips"):
-            if statistics[key] is not None:
-                self.results.tensorboard.add_scalar(f"val/{key}", statistics[key], steps)
-        lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
-        tqdm.write(
-            f"Step {steps}: PSNR {statistics['psnr']:.2f} dB, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
-            f"on {len(statistics['images'])} held-out views, "
-            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {self.model.num_gaussians} Gaussians"
-        )
-
-    def _record_flight(self, steps: int) -> None:
-        with missed_if_unwritable("The video", self.results.path):
-            record_flight(self.scene, self.cfg, self._draw, self.results.path / "videos" / f"flight_{steps}.mp4")
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
