@@ -175,10 +175,10 @@ def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, 
     made, changed = [], []
     rebuild, after_step = BlockBounds.rebuild, Densification.after_step
 
-    def observed_after_step(self, step: int, *arguments: object) -> bool:
-        refined = after_step(self, step, *arguments)
+    def observed_after_step(self, step: int, info, store, *ids: object) -> bool:
+        refined = after_step(self, step, info, store, *ids)
         if refined or self.resets_at(step):
-            changed.append(arguments[-1].num_gaussians)
+            changed.append(store.num_gaussians)
         return refined
 
     monkeypatch.setattr(BlockBounds, "rebuild", lambda self, rows: (made.append(len(rows)), rebuild(self, rows)))
