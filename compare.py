@@ -23,12 +23,22 @@ from pathlib import Path
 import tyro
 
 import startup  # noqa: F401, before torch is imported
-from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
+from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.report import FIGURES, Comparison, write
-from comparing.runs import FINISHED, Run, differing_options, is_finished, read_launch, read_options, read_run
+from comparing.runs import (
+    FINISHED,
+    Run,
+    check_one_scene,
+    differing_options,
+    is_finished,
+    read_launch,
+    read_options,
+    read_run,
+)
 from errors import InputError
 from reporting.machine import describe_machine
 from trainers import TRAINERS
+from training.streams import unbreakable_output
 
 
 @dataclass
@@ -51,6 +61,11 @@ def main() -> None:
     The exit code is 0 when all runs have finished, 1 when one has not, 2 for bad input, and 130 after Ctrl-C.
     """
     options, passed_on = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    with unbreakable_output():
+        _main(options, passed_on)
+
+
+def _main(options: Options, passed_on: Sequence[str]) -> None:
     try:
         sys.exit(compare_runs(options, passed_on) if options.runs else train_all(options, passed_on))
     except InputError as error:
@@ -64,7 +79,7 @@ def compare_runs(options: Options, passed_on: Sequence[str]) -> int:
     """Report on result folders that are there.
 
     Raises:
-        InputError: Options that only training has a use for, or a folder that is no result folder.
+        InputError: Options that only training has a use for, a folder without a run, or runs of several scenes.
     """
     if options.scene or passed_on:
         raise InputError(f"--runs trains nothing, so {options.scene or passed_on[0]} has no use: leave it out.")
@@ -72,6 +87,7 @@ def compare_runs(options: Options, passed_on: Sequence[str]) -> int:
     if len(set(names)) < len(names):
         names = [str(path) for path in options.runs]
     runs = [read_run(name, path) for name, path in zip(names, options.runs, strict=True)]
+    check_one_scene(runs)
     for run in runs:
         print(f"{run.name}: {outcome(run)}")
     report(f"Comparison of {', '.join(names)}", runs, options.result_dir)
@@ -85,6 +101,7 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
         InputError: Options that cannot be used; nothing has been started.
     """
     plans = plan(options.scene, options.trainers, options.result_dir, passed_on)
+    check_free_folders(plans)
     if not options.force:
         check_nothing_is_lost(plans)
     title = f"Comparison of trainers on {options.scene}"

@@ -42,6 +42,8 @@ class RunOptions:
     """Evaluate this checkpoint instead of training."""
     resume: bool = False
     """Continue from the newest valid checkpoint in result_dir; start from the beginning where there is none."""
+    force: bool = False
+    """Begin anew in a result_dir that holds a run, whose results are removed."""
     save_every: str = "15m"
     """Save a checkpoint to resume from after so many steps (500) or so much time (90s, 15m, 2h); 0 for never."""
     keep: int = 2

@@ -2,6 +2,18 @@
 
 import os
 import sys
+from types import TracebackType
+
+
+def _say_in_short(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Show Ctrl-C that came while modules load, or before or after a program's own handling, without a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("Stopped.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _say_in_short
 
 # Read by OpenMP when torch loads: threads sleep between parallel loops. Spinning, they take the cores that the next
 # loop of another library, and the threads that read pictures, need at that moment.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +21,7 @@ from comparing.runs import (
     LAUNCH,
     Launch,
     differing_options,
-    is_complete,
     is_finished,
-    last_step,
     read_options,
     write_launch,
 )
@@ -33,7 +31,13 @@ from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
 from training.command_line import parse
 from training.ending import FAILED, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Ending, forget_ending, read_ending
+from training.files import open_new
+from training.folder_lock import check_free
+from training.results import holds_run, remove_run
+from training.streams import Unbreakable
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait for a lock
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BAR = re.compile(rb"\d%\|.*\|")  # tqdm's; the last of a bar ends the line
 
@@ -88,6 +92,16 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
     return plans
 
 
+def check_free_folders(plans: Sequence[Plan]) -> None:
+    """Refuse to begin where a run of another process goes on.
+
+    Raises:
+        InputError: Naming the folder and the process.
+    """
+    for wanted in plans:
+        check_free(wanted.folder)
+
+
 def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
     """Refuse to replace runs that had other options.
 
@@ -96,8 +110,13 @@ def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
     """
     for wanted in plans:
         options = read_options(wanted.folder)
-        if options is None or not (is_complete(wanted.folder) or any((wanted.folder / "ckpts").glob("*.pt"))):
+        if not holds_run(wanted.folder):
             continue
+        if options is None:
+            raise InputError(
+                f"{wanted.folder} holds a run whose cfg.yml cannot be read: choose another --result_dir, or give "
+                "--force to replace it."
+            )
         differences = differing_options(options, wanted.cfg)
         if differences:
             said = ", ".join(f"{name} {there} instead of {asked}" for name, (there, asked) in differences.items())
@@ -159,8 +178,8 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     """Run a trainer to its end; everything it prints but its progress goes to log.txt in its result folder.
 
     Args:
-        wanted: What to run. An unfinished run with the same options is continued from its last checkpoint, which is
-            only evaluated if it is that of the last step.
+        wanted: What to run. An unfinished run with the same options is continued from its last checkpoint; after
+            its last step it makes what is missing.
         interruption: Told of the process.
         show: Called with each line of progress.
         anew: Whether to begin anew in any case.
@@ -168,16 +187,14 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     options = read_options(wanted.folder)
     arguments = list(wanted.arguments)
     if anew or options is None or differing_options(options, wanted.cfg):
-        for name in ("stats", "tb", "renders", "ckpts", "ply"):
-            shutil.rmtree(wanted.folder / name, ignore_errors=True)
+        remove_run(wanted.folder)
     else:
-        last = wanted.folder / "ckpts" / f"ckpt_{last_step(options)}.pt"
-        arguments += ["--ckpt", str(last)] if last.is_file() else ["--resume"]
+        arguments += ["--resume"]
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
     forget_ending(wanted.folder)  # a trainer that cannot start leaves it
-    wanted.folder.mkdir(parents=True, exist_ok=True)
     said = ""
-    with open(wanted.folder / "log.txt", "w") as log:
+    with os.fdopen(open_new(wanted.folder / "log.txt"), "w") as file:
+        log = Unbreakable(file)  # a full disk costs the log alone
         process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
@@ -185,6 +202,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         interruption.process = process
         if interruption.requested:  # came between the last check and now
@@ -195,6 +213,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
                 log.write(line + "\n")
                 said = line.strip() or said
         exit_code = process.wait()
+        log.end()
         interruption.process = None
     ending = _ending(exit_code, said, read_ending(wanted.folder), whole=is_finished(wanted.folder, wanted.cfg))
     result = Launch(
@@ -207,6 +226,12 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     )
     write_launch(wanted.folder, result)
     return result
+
+
+def _end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when the one that started it dies: a trainer then saves, and ends."""
+    if sys.platform == "linux":
+        _LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _ending(exit_code: int, said: str, ending: Ending | None, *, whole: bool) -> Ending:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from comparing.pictures import AMPLIFIED, compared_views
 from comparing.runs import FINISHED, VAL_FIGURES, Run
 from reporting.machine import sentence
 from reporting.numbers import number
+from training.files import write_file
 
 NAME = "comparison"
 NO_BREAK = "\u00a0"  # a space where no line ends
@@ -103,15 +104,11 @@ def difference(run: Run, first: Run, key: str) -> Difference | None:
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write all three files; each replaces the one before only when it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {"json": as_json(comparison), "md": as_markdown(comparison), "html": as_html(comparison)}
     paths = []
     for suffix, text in texts.items():
-        path = folder / f"{NAME}.{suffix}"
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-        paths.append(path)
+        paths.append(folder / f"{NAME}.{suffix}")
+        write_file(paths[-1], text)
     return paths
 
 
@@ -177,15 +174,16 @@ def status_of(run: Run) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     heads = ["run", "status", "steps", *(figure.title for figure in FIGURES)]
-    lines = [f"# {comparison.title}", "", comparison.date, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [f"# {_markdown(comparison.title)}", "", comparison.date, ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in comparison.runs:
         steps = f"{run.steps:,}" if run.steps else "-"
-        row = [run.name, status_of(run), steps, *cells(run, comparison.first)]
+        row = [_markdown(run.name), status_of(run), steps, *cells(run, comparison.first)]
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", EXPLANATION]
     for run in comparison.runs:
         if run.message:
-            lines += ["", f"{run.name}: {run.status}. {run.message}"]
+            lines += ["", f"{_markdown(run.name)}: {run.status}. {_markdown(run.message)}"]
     stages = {run.name: run.stages_ms for run in comparison.runs if run.stages_ms}
     if stages:
         names = list(charts.stage_colors(comparison.runs))
@@ -193,10 +191,21 @@ def as_markdown(comparison: Comparison) -> str:
         lines += [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for name, times in stages.items():
             values = (f"{times[stage]:.2f}" if stage in times else "" for stage in names)
-            lines.append(f"| {name} | {' | '.join(values)} |")
-    lines += ["", "## Machine", "", *(f"{machine}\n" for machine in machines(comparison)), "## Commands", "", "```bash"]
-    lines += [comparison.command, *(f"# {run.name}\n{run.command}" for run in comparison.runs if run.command), "```"]
+            lines.append(f"| {_markdown(name)} | {' | '.join(values)} |")
+    lines += ["", "## Machine", "", *(f"{_markdown(machine)}\n" for machine in machines(comparison))]
+    commands = [comparison.command]
+    for run in comparison.runs:
+        if run.command:
+            commands += [f"# {' '.join(run.name.split())}", run.command]
+    fence = "`" * max(3, *(1 + len(ticks) for ticks in re.findall("`+", "\n".join(commands))), 3)
+    lines += ["## Commands", "", f"{fence}bash", *commands, fence]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Return a name or sentence as Markdown that shows it as it is, on one line and in one cell of a table."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]|#~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 EXPLANATION = (

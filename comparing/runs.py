@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from configs import Config
 from errors import InputError
+from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
+from training.files import write_file
 
 NOT_RUN = "not run"
 LAUNCH = "launch.json"  # what compare.py knows of a run that it started
@@ -37,7 +41,7 @@ TRAIN_FIGURES = (
     "peak_host_bytes",
 )
 VAL_FIGURES = ("psnr", "ssim", "lpips")
-NO_OTHER_RUN = ("result_dir", "resume", "save_every", "keep")  # options that make no run another one
+NO_OTHER_RUN = ("result_dir", "resume", "force", "save_every", "keep")  # options that make no run another one
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,7 @@ def read_launch(folder: Path) -> Launch | None:
 
 
 def write_launch(folder: Path, launch: Launch) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LAUNCH).write_text(json.dumps(asdict(launch), indent=2) + "\n")
+    write_file(folder / LAUNCH, json.dumps(asdict(launch), indent=2) + "\n")
 
 
 def read_run(name: str, folder: Path) -> Run:
@@ -188,6 +191,37 @@ def read_run(name: str, folder: Path) -> Run:
             if (path := folder / "renders" / f"val_step{val_step}_{index:04d}.png").is_file()
         },
     )
+
+
+def check_one_scene(runs: Sequence[Run]) -> None:
+    """Refuse to compare runs of different scenes.
+
+    Raises:
+        InputError: Naming two of them.
+    """
+    for run in runs[1:]:
+        if not _is_same_scene(runs[0], run):
+            raise InputError(
+                f"{runs[0].folder} was trained on {runs[0].options.get('data_dir')} and {run.folder} on "
+                f"{run.options.get('data_dir')}: give runs of one scene."
+            )
+
+
+def _is_same_scene(run: Run, other: Run) -> bool:
+    """Return whether two runs read one folder, or one dataset that lay in two: its transform tells."""
+    folders = [Path(str(each.options.get("data_dir", ""))).expanduser().resolve() for each in (run, other)]
+    if folders[0] == folders[1]:
+        return True
+    transforms = [_transform(each.folder) for each in (run, other)]
+    return all(each is not None for each in transforms) and np.allclose(*transforms, rtol=1e-4, atol=1e-6)
+
+
+def _transform(folder: Path) -> np.ndarray | None:
+    """Return the transform [4, 4] that a run's checkpoints hold; None where it has none that can be read."""
+    for path in (folder / "ckpts").glob("ckpt_*.pt"):
+        with contextlib.suppress(InputError):
+            return peek_checkpoint(path).transform
+    return None
 
 
 def _latest(folder: Path, kind: str, last: int) -> tuple[int, dict]:

@@ -38,7 +38,9 @@ from comparing.runs import (
 from errors import InputError, NotEnoughMemory, TrainingStopped
 from trainers import TRAINERS
 from training import command_line
-from training.ending import Ending, read_ending, write_ending
+from training.checkpoints import Checkpoint, save_checkpoint
+from training.ending import ENDED, Ending, read_ending, write_ending
+from training.gaussians import initial_gaussians
 
 ROOT = Path(compare.__file__).parent
 
@@ -239,6 +241,7 @@ def test_a_trainer_says_how_it_ended(monkeypatch, tmp_path, capsys, error, statu
         ending = read_ending(tmp_path)
         assert ending.status == status
         assert str(raised) in ending.message
+        (tmp_path / ENDED).unlink()
 
 
 def caused_by(error: Exception) -> TrainingStopped:
@@ -353,6 +356,8 @@ def test_what_finished_means(tmp_path):
         assert not is_complete(damaged.folder)
         (damaged.folder / "stats" / name).unlink()
         assert not is_complete(damaged.folder)
+    for path in (damaged.folder / "stats").glob("train_*"):
+        path.unlink()
     check_nothing_is_lost([Plan("run", damaged.folder, (), other.cfg)])
 
 
@@ -402,9 +407,41 @@ def test_runs_that_differ_in_everything_are_reported(monkeypatch, tmp_path):
 
 
 def test_names_of_folders_cannot_break_the_page(monkeypatch, tmp_path):
-    folder = write_run(tmp_path / "<script>alert(1)").folder
-    assert run_compare(monkeypatch, "--runs", folder, "--result_dir", tmp_path / "report") == 0
+    names = ("<script>alert(1)", "a | b", "`c` *d* [e](f)\n# g", "_h_")
+    folders = [write_run(tmp_path / name).folder for name in names]
+    assert run_compare(monkeypatch, "--runs", *folders, "--result_dir", tmp_path / "report") == 0
     assert "<script>" not in (tmp_path / "report/comparison.html").read_text()
+    text, _, commands = (tmp_path / "report/comparison.md").read_text().partition("## Commands")
+    assert "<script>" not in text
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [re.split(r"(?<!\\) \| ", line)[0] for line in table[1:5]] == [
+        "| &lt;script>alert(1)",
+        "| a \\| b",
+        "| \\`c\\` \\*d\\* \\[e\\](f) \\# g",
+        "| \\_h\\_",
+    ]
+    assert len({line.count(" | ") for line in table[:5]}) == 1
+    fence = re.search("`+bash", commands)[0].removesuffix("bash")
+    assert commands.count(fence) == 2
+
+
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_runs_of_other_scenes_are_not_compared(monkeypatch, tmp_path, capsys, has_checkpoints):
+    first, moved, other = (write_run(tmp_path / name, data_dir=f"/data/{name}").folder for name in ("a", "b", "c"))
+    if has_checkpoints:
+        for folder, scale in ((first, 2.0), (moved, 2.0), (other, 3.0)):
+            transform = np.diag([scale, scale, scale, 1.0])
+            start = initial_gaussians(
+                np.eye(4, 3), np.zeros((4, 3), np.uint8), sh_degree=1, init_opacity=0.1, init_scale=1.0, seed=0
+            )
+            state = {f"parameters/{name}": value for name, value in start.items()}
+            (folder / "ckpts").mkdir()
+            save_checkpoint(folder / "ckpts/ckpt_30.pt", Checkpoint(30, transform, state))
+    report = ("--result_dir", tmp_path / "report")
+    assert run_compare(monkeypatch, "--runs", first, moved, *report) == (0 if has_checkpoints else 2)
+    capsys.readouterr()
+    assert run_compare(monkeypatch, "--runs", first, other, *report) == 2
+    assert f"{first} was trained on /data/a and {other} on /data/c" in capsys.readouterr().err
 
 
 def test_what_is_left_in_a_folder_before_a_trainer_starts(tmp_path):
@@ -421,7 +458,7 @@ def test_what_is_left_in_a_folder_before_a_trainer_starts(tmp_path):
     assert start(same.folder) == ("--resume", True)
     (same.folder / "ckpts").mkdir()
     (same.folder / "ckpts/ckpt_30.pt").touch()
-    assert start(same.folder) == (f"--ckpt {same.folder}/ckpts/ckpt_30.pt", True)
+    assert start(same.folder) == ("--resume", True)
     assert start(other.folder) == ("", False)
     assert start(same.folder, anew=True) == ("", False)
 

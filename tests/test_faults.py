@@ -109,7 +109,7 @@ def test_the_newest_checkpoint_does_not_depend_on_the_clock(monkeypatch, city_bl
     for step, age in ((4, 0), (8, 3600), (12, 86400)):  # the clock was set back more and more
         os.utime(tmp_path / f"ckpts/ckpt_{step}.pt", (1e9 - age, 1e9 - age))
     # A new run in the same folder supersedes the old one, although its numbers are smaller.
-    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 5, "--save_every", 0) == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 5, "--force") == 0
     capsys.readouterr()
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 6, "--resume") == 0
     assert "Resuming after 5 steps" in capsys.readouterr().out
@@ -291,10 +291,13 @@ def test_results_that_cannot_be_written_cost_no_training(monkeypatch, city_block
     for name in ("save_ply", "save_statistics", "save_rendering"):
         monkeypatch.setattr(f"training.results.ResultFolder.{name}", fail)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
-    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 20, "--log_every", 10) == 0
-    printed = capsys.readouterr().out
-    for what in ("The PLY file", "The evaluation", "The statistics", "The log"):
-        assert f"Warning: {what} could not be written" in printed
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 20, "--log_every", 10) == 1
+    said = capsys.readouterr()
+    for what in ("The PLY file of step 20", "The evaluation of step 20", "The statistics of step 20"):
+        assert f"Warning: {what} could not be written" in said.out
+        assert what in said.err.splitlines()[-1]
+    assert "Warning: The log could not be written" in said.out
+    assert "The log" not in said.err
     assert saved(tmp_path, 20).can_resume
 
 

@@ -76,6 +76,7 @@ def test_videos_of_training_of_a_checkpoint_and_of_tiles_are_the_same(monkeypatc
 def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_path, capsys):
     (tmp_path / "videos").write_text("in the way")
     options = ("--data_dir", city_block, "--video", "--max_steps", 2, "--result_dir", tmp_path)
-    train(monkeypatch, simple_trainer, *options)
-    assert "Warning: The video could not be written" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        train(monkeypatch, simple_trainer, *options)
+    assert "Warning: The video of step 2 could not be written" in capsys.readouterr().out
     assert (tmp_path / "ckpts/ckpt_2.pt").is_file()

@@ -50,7 +50,7 @@ class SaveSchedule:
 
 
 class CheckpointFolder:
-    """Write checkpoints one after the other and keeps the newest of the periodic ones.
+    """Write checkpoints one after the other and keep the newest of the periodic ones.
 
     A thread copies what `save` has left to it, waits for the disk and then gives the file its name. So the newest file
     under its name is always complete.

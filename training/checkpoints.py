@@ -34,6 +34,7 @@ from torch import Tensor
 from errors import DamagedError, InputError
 from offload.adam.state import ARRAYS, check_state, current_values
 from offload.store.host_store import HostStore
+from training.files import open_new
 from training.gaussians import PARAMETER_NAMES
 
 FORMAT_VERSION = 2
@@ -108,7 +109,7 @@ class PartialCheckpoint:
         """
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = open_new(self._partial)
         self._copier = _Copier(self._file)
         self._guards: list[_Guard] = []
         try:

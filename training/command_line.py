@@ -22,8 +22,10 @@ from configs import (
 )
 from errors import InputError, TrainingStopped
 from trainers import trainer_of
-from training.ending import INTERRUPTED, Ending, ending_of, forget_ending, sentence_of, write_ending
+from training.ending import INTERRUPTED, Ending, ending_of, read_ending, sentence_of, write_ending
+from training.folder_lock import FolderTaken
 from training.run import TrainingRun
+from training.streams import unbreakable_output
 
 # The groups of --help in their order, by what they are called there; the options of a script alone come last.
 GROUPS: dict[str, type] = {
@@ -48,16 +50,24 @@ def main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConfi
         train: The training loop, in the file of its script.
         description: Of the script, for --help.
     """
-    folder = None
+    with unbreakable_output():
+        _main(configs, train, description)
+
+
+def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConfig]], None], description: str) -> None:
+    folder: Path | None = None
+    run: TrainingRun[AnyConfig] | None = None
     try:
         scene, cfg = parse(configs, sys.argv[1:], description)
         folder = Path(cfg.result_dir)
-        forget_ending(folder)
         trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
         with TrainingRun(cfg, scene, trainer) as run:
             train(run)
-        write_ending(folder, run.ending)
+        write_ending(run.results.path, run.ending)
         return
+    except FolderTaken as error:  # what lies there is another run's
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
     except InputError as error:
         ending, exit_code = ending_of(error, f"Error: {sentence_of(error)}"), 2
     except TrainingStopped as error:
@@ -65,13 +75,19 @@ def main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConfi
     except KeyboardInterrupt:
         ending, exit_code = Ending(INTERRUPTED, "Stopped at once, without saving."), 130
     except Exception as error:  # a defect: whoever mends it wants to see where
-        if folder is not None:
-            write_ending(folder, ending_of(error, f"{type(error).__name__}: {error}"))
+        _write_ending(folder, run, ending_of(error, f"{type(error).__name__}: {error}"))
         raise
+    _write_ending(folder, run, ending)
     print(ending.message, file=sys.stderr)
-    if folder is not None:
-        write_ending(folder, ending)
     sys.exit(exit_code)
+
+
+def _write_ending(folder: Path | None, run: TrainingRun[AnyConfig] | None, ending: Ending) -> None:
+    """Say how a run ended; one that was refused takes no place of another that says so of itself."""
+    if run is not None and run.results.has_begun:
+        write_ending(run.results.path, ending)
+    elif folder is not None and read_ending(folder) is None:
+        write_ending(folder, ending)
 
 
 def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: str) -> tuple[str, AnyConfig]:

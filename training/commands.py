@@ -14,7 +14,7 @@ from trainers import Smaller
 
 def resume_command() -> str:
     """Return the command that continues this run: the one that started it, and --resume."""
-    return _command([word for word in sys.argv if word != "--resume"])
+    return _command([word for word in sys.argv if word not in ("--resume", "--force")])
 
 
 def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
@@ -28,7 +28,7 @@ def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
     default = smaller.trainer.load().CONFIGS[scene]
     there = {item.name for item in fields(default)}
     shared = {item.name: getattr(cfg, item.name) for item in fields(cfg) if item.name in there}
-    options = replace(default, **{**shared, **smaller.options, "resume": False})
+    options = replace(default, **{**shared, **smaller.options, "resume": False, "force": False})
     return _command([os.path.relpath(smaller.trainer.path), scene, *arguments_of(options, default)])
 
 

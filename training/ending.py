@@ -12,6 +12,7 @@ import torch
 
 from errors import NotEnoughMemory
 from offload.errors import ParameterError
+from training.files import write_file
 
 ENDED = "ended.json"
 FINISHED, INTERRUPTED, FAILED, OUT_OF_MEMORY = "finished", "interrupted", "failed", "out of memory"
@@ -49,7 +50,7 @@ def write_ending(folder: Path, ending: Ending) -> None:
     """Write ended.json into a folder that exists; a disk that does not take it changes nothing else."""
     with contextlib.suppress(OSError):
         if folder.is_dir():
-            (folder / ENDED).write_text(json.dumps(asdict(ending), indent=2) + "\n")
+            write_file(folder / ENDED, json.dumps(asdict(ending), indent=2) + "\n")
 
 
 def forget_ending(folder: Path) -> None:

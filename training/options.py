@@ -125,6 +125,8 @@ def check_options(cfg: Config) -> None:
         )
     if cfg.ckpt and cfg.resume:
         raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
+    if cfg.force and (cfg.ckpt or cfg.resume):
+        raise InputError(f"--force begins anew and --{'ckpt' if cfg.ckpt else 'resume'} does not: give one of them.")
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)
     if budget is not None:

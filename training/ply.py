@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from datasets.ply import check_counts
 from errors import InputError, reason
+from training.files import replacing
 
 MODEL_SHARE = 128  # what is read and written at a time is at most this part of the model, which is never copied whole
 FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 14
@@ -46,17 +46,12 @@ def save_ply(
         *(f"property float {name}" for name in names),
         "end_header",
     ]
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(("\n".join(header) + "\n").encode("ascii"))
-            block_rows = min(max(num_gaussians // MODEL_SHARE, FEWEST_ROWS), MOST_ROWS)
-            for first in range(0, num_gaussians, block_rows):
-                block = rows(first, min(first + block_rows, num_gaussians))
-                file.write(_columns(block).numpy().astype("<f4", copy=False).data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(("\n".join(header) + "\n").encode("ascii"))
+        block_rows = min(max(num_gaussians // MODEL_SHARE, FEWEST_ROWS), MOST_ROWS)
+        for first in range(0, num_gaussians, block_rows):
+            block = rows(first, min(first + block_rows, num_gaussians))
+            file.write(_columns(block).numpy().astype("<f4", copy=False).data)
 
 
 def _columns(block: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
+from training.files import replacing
+
 SKIPPED_STEPS = 20  # before the trace: staging grows, kernels are compiled
 WARM_UP_STEPS = 2  # traced and thrown away: the profiler itself starts
 
@@ -31,9 +33,9 @@ def profiled_steps(num_steps: int, folder: Path, device: torch.device) -> Iterat
         return
 
     def write(profiler: profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "trace.json"
-        profiler.export_chrome_trace(str(path))
+        with replacing(path) as partial:
+            profiler.export_chrome_trace(str(partial))
         tqdm.write(f"A trace of {num_steps} steps is in {path}.")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

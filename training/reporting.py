@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,13 +36,16 @@ class Observer(Protocol):
         """
 
 
-@contextmanager
-def missed_if_unwritable(what: str, folder: Path) -> Iterator[None]:
-    """Go on where a result cannot be written: it is missed, with a warning, and not worth the training."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"Warning: {what} could not be written to {folder} ({error}); training goes on.")
+class Result(Observer, Protocol):
+    """Write something that belongs to the end of every run."""
+
+    def make_missing(self, run: TrainingRun, steps: int) -> None:
+        """Write what is due after the last step and is not there, since the run was killed before it came to that.
+
+        Args:
+            run: The run, resumed after its last step.
+            steps: How many it has done.
+        """
 
 
 class ProgressBar:
@@ -103,7 +104,7 @@ class TensorBoardLog:
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write an entry where it is due."""
         if steps_done % run.cfg.log_every == 0:
-            with missed_if_unwritable("The log", run.results.path):
+            with run.results.missed_if_unwritable("The log", was_asked_for=False):
                 for tag, value in self._scalars(run, loss):
                     run.results.tensorboard.add_scalar(tag, value, steps_done)
 
@@ -131,8 +132,20 @@ class TrainStatistics:
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write the file where it is due."""
         if steps_done in run.cfg.save_steps or steps_done == run.cfg.max_steps:
-            with missed_if_unwritable("The statistics", run.results.path):
-                run.results.save_statistics("train", run.model.steps_done, self._statistics(run))
+            with run.results.missed_if_unwritable(f"The statistics of step {steps_done}"):
+                run.results.save_statistics("train", steps_done, self._statistics(run))
+
+    def make_missing(self, run: TrainingRun, steps: int) -> None:
+        """Write what is still known of the training."""
+        if not run.results.has(f"stats/train_step{steps}.json"):
+            seconds = run.saving.elapsed_seconds
+            known = {
+                "num_GS": run.model.num_gaussians,
+                "elapsed_seconds": seconds,
+                "steps_per_second": steps / seconds,
+            }
+            with run.results.missed_if_unwritable(f"The statistics of step {steps}"):
+                run.results.save_statistics("train", steps, known)
 
     def _statistics(self, run: TrainingRun) -> dict[str, object]:
         synchronize(run.device)
@@ -157,8 +170,16 @@ class Export:
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write the file where it is due."""
         if steps_done in run.cfg.ply_steps or steps_done == run.cfg.max_steps:
-            with missed_if_unwritable("The PLY file", run.results.path):
-                run.results.save_ply(steps_done, run.model.rows, run.model.num_gaussians, run.scene.transform)
+            self._write(run, steps_done)
+
+    def make_missing(self, run: TrainingRun, steps: int) -> None:
+        """Write the file of the last step."""
+        if not run.results.has(f"ply/point_cloud_{steps}.ply"):
+            self._write(run, steps)
+
+    def _write(self, run: TrainingRun, steps: int) -> None:
+        with run.results.missed_if_unwritable(f"The PLY file of step {steps}"):
+            run.results.save_ply(steps, run.model.rows, run.model.num_gaussians, run.scene.transform)
 
 
 class Evaluation:
@@ -176,10 +197,16 @@ class Evaluation:
         """Evaluate where it is due; after the last step record the video, too, that --video asks for."""
         last = steps_done == run.cfg.max_steps
         if steps_done in run.cfg.eval_steps or last:
-            with missed_if_unwritable("The evaluation", run.results.path):
-                self.evaluate(run, steps_done)
+            self.evaluate(run, steps_done)
         if last:
             self.record_video(run, steps_done)
+
+    def make_missing(self, run: TrainingRun, steps: int) -> None:
+        """Evaluate the model after its last step, and record the video, where that has not been done."""
+        if not run.results.has(f"stats/val_step{steps}.json"):
+            self.evaluate(run, steps)
+        if not run.results.has(f"videos/flight_{steps}.mp4"):
+            self.record_video(run, steps)
 
     def evaluate(self, run: TrainingRun, steps: int) -> None:
         """Print the means over the views, and write them to stats/.
@@ -188,6 +215,10 @@ class Evaluation:
             run: Whose model is evaluated.
             steps: Training steps that the model has had.
         """
+        with run.results.missed_if_unwritable(f"The evaluation of step {steps}"):
+            self._evaluate(run, steps)
+
+    def _evaluate(self, run: TrainingRun, steps: int) -> None:
         scene, results = run.scene, run.results
         with evaluation_loader(scene, scene.test_ids, num_workers=run.cfg.num_workers or None) as loader:
             views = (
@@ -216,5 +247,5 @@ class Evaluation:
     def record_video(self, run: TrainingRun, steps: int) -> None:
         """Write videos/flight_{steps}.mp4 where --video asks for it; as `evaluate`."""
         if run.cfg.video:
-            with missed_if_unwritable("The video", run.results.path):
+            with run.results.missed_if_unwritable(f"The video of step {steps}"):
                 record_flight(run.scene, run.cfg, run.draw, run.results.path / "videos" / f"flight_{steps}.mp4")

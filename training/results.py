@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,47 +14,171 @@ import numpy as np
 import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from configs import Config
-from errors import InputError
+from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
+from training.ending import forget_ending
+from training.files import replacing, write_file
+from training.folder_lock import FolderLock, FolderTaken
 from training.ply import save_ply
+
+FOLDERS = ("ckpts", "stats", "renders", "ply", "tb")
+# What only a run writes. A folder that holds some of the first is a run's; the others come with them.
+RESULTS = ("ckpts/ckpt_*.pt", "stats/train_step*.json", "ply/point_cloud_*.ply")
+BESIDE_RESULTS = (
+    *("ckpts/ckpt_*.pt.partial", "stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
+    *("videos/flight_*.mp4", "tb/events.out.tfevents.*", "*/partial_*"),
+)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether there is anything of a run in a folder that would be lost if another began there."""
+    return next(_found(folder, RESULTS), None) is not None
+
+
+def remove_run(folder: Path) -> None:
+    """Remove all results of a run; what others have put into its folder stays."""
+    for file in list(_found(folder, RESULTS + BESIDE_RESULTS)):
+        file.unlink(missing_ok=True)
+
+
+def _found(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    return (file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir())
 
 
 class ResultFolder:
-    """Hold ckpts/ stats/ renders/ videos/ ply/ tb/ cfg.yml of one run.
+    """Hold ckpts/ stats/ renders/ videos/ ply/ tb/ cfg.yml of one run, which no other run can have meanwhile.
 
     N in file names counts the training steps done.
+
+    Attributes:
+        path: The folder.
+        checkpoints: Those in ckpts/.
+        tensorboard: Writes to tb/; there since `begin`.
+        has_begun: Whether the run may change what lies there.
+        missed: What could not be written, and why.
     """
 
+    tensorboard: SummaryWriter
+
     def __init__(self, cfg: Config) -> None:
-        """Make the folders, and write cfg.yml.
+        """Take the folder; nothing that lies in it changes before `begin`.
 
         Raises:
+            FolderTaken: Another run is in it, or has been and the options do not say what to do with that.
             InputError: The folder cannot be made or written.
         """
         self.path = Path(cfg.result_dir)
+        self._cfg = cfg
+        self._made: list[Path] = []
+        self._is_missing = False
+        self.has_begun = False
+        self.missed: list[str] = []
         try:
-            for name in ("ckpts", "stats", "renders", "ply", "tb"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-            if not cfg.ckpt:  # evaluating a checkpoint leaves the options it was trained with
-                (self.path / "cfg.yml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+            self._lock = self._take()
         except OSError as error:
             raise InputError(
                 f"result_dir {self.path} cannot be written ({error.strerror}): choose another --result_dir."
             ) from error
+        if not (cfg.resume or cfg.ckpt or cfg.force) and holds_run(self.path):
+            self._give_back()
+            raise FolderTaken(
+                f"{self.path} holds a run already: give --resume to go on with it, --force to begin anew in its place, "
+                "or another --result_dir."
+            )
         self.checkpoints = CheckpointFolder(self.path / "ckpts", keep=cfg.keep)
-        self.tensorboard = SummaryWriter(str(self.path / "tb"))
 
-    def purge_log(self, first_step: int) -> None:
-        """Let TensorBoard forget what was logged from this step on, by a run that is resumed before it."""
-        self.tensorboard.close()
-        self.tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=first_step)
+    def begin(self, first_step: int | None) -> None:
+        """Write cfg.yml, and remove what the run replaces: all that could be refused has been checked.
+
+        Args:
+            first_step: From 0; None where nothing is trained, so that the options of the training before stay.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self.has_begun = True
+        forget_ending(self.path)
+        if not self._cfg.ckpt:
+            self.checkpoints.remove_unfinished()
+        if self._cfg.force:
+            remove_run(self.path)
+        if first_step is not None:
+            self._write_options()
+        # What the run before had logged from this step on is forgotten: it is done once more.
+        self.tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=first_step + 1 if first_step else None)
+
+    def make_again(self) -> bool:
+        """Make the folder again where it has been removed or renamed meanwhile, and say so.
+
+        Returns:
+            Whether it had to be. Where it cannot be made, that is said, and what is written fails, too.
+        """
+        if self._lock.is_in_place():
+            return False
+        said = f"Warning: {self.path} has been removed or renamed while training went on"
+        try:
+            before = self._lock
+            try:
+                self._lock = self._take()
+            except FolderTaken:
+                self.path = self.path.with_name(f"{self.path.name}_{os.getpid()}")
+                self._lock = self._take()
+            before.release()
+            self.checkpoints.path = self.path / "ckpts"
+            self._write_options()
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
+            self.tensorboard = SummaryWriter(str(self.path / "tb"))
+        except OSError as error:
+            if not self._is_missing:
+                tqdm.write(f"{said}, and cannot be made again ({error}).")
+            self._is_missing = True
+            return False
+        self._is_missing = False
+        tqdm.write(f"{said}: from now on results go to {self.path}, made anew.")
+        return True
 
     def close(self) -> None:
+        """Let the checkpoints be written to their end, and give the folder back."""
         self.checkpoints.close()
-        with contextlib.suppress(OSError):  # the log is not worth an error at the very end
-            self.tensorboard.close()
+        if self.has_begun:
+            with contextlib.suppress(OSError):  # the log is not worth an error at the very end
+                self.tensorboard.close()
+        self._give_back()
+
+    @contextlib.contextmanager
+    def missed_if_unwritable(self, what: str, *, was_asked_for: bool = True) -> Iterator[None]:
+        """Go on where a result cannot be written: it is missed, with a warning, and not worth the training.
+
+        Args:
+            what: It is called in sentences.
+            was_asked_for: Whether a run that misses it has not done all that it should.
+        """
+        try:
+            yield
+        except OSError as error:
+            if was_asked_for:
+                self.missed.append(f"{what} ({error})")
+            tqdm.write(f"Warning: {what} could not be written to {self.path} ({error}).")
+
+    def check_none_missed(self) -> None:
+        """Stop at the end of a run that has not written all that it was asked for.
+
+        Raises:
+            TrainingStopped: Naming what is missed.
+        """
+        if self.missed:
+            raise TrainingStopped(
+                f"Of what was asked for, this could not be written to {self.path}: {', '.join(self.missed)}. Make room "
+                "there or make it writable."
+            )
+
+    def has(self, name: str) -> bool:
+        """Return whether a result is there, by its path in the folder."""
+        return (self.path / name).is_file()
 
     def save_ply(
         self,
@@ -67,10 +192,36 @@ class ResultFolder:
 
     def save_statistics(self, kind: str, steps: int, statistics: Mapping[str, object]) -> None:
         """Write stats/{kind}_step{steps}.json."""
-        path = self.path / "stats" / f"{kind}_step{steps}.json"
-        path.write_text(json.dumps(statistics, indent=2) + "\n")
+        write_file(self.path / "stats" / f"{kind}_step{steps}.json", json.dumps(statistics, indent=2) + "\n")
 
     def save_rendering(self, steps: int, index: int, canvas: np.ndarray) -> None:
         """Write one picture [H, W, 3] uint8 as renders/val_step{steps}_{index}.png."""
-        path = self.path / "renders" / f"val_step{steps}_{index:04d}.png"
-        imageio.imwrite(path, canvas, compress_level=1)
+        with replacing(self.path / "renders" / f"val_step{steps}_{index:04d}.png") as partial:
+            imageio.imwrite(partial, canvas, compress_level=1)
+
+    def _take(self) -> FolderLock:
+        self._make(self.path)
+        lock = FolderLock(self.path)
+        try:
+            for name in FOLDERS:
+                self._make(self.path / name)
+        except OSError:
+            lock.release()
+            raise
+        return lock
+
+    def _make(self, folder: Path) -> None:
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            self._made.append(folder)
+
+    def _give_back(self) -> None:
+        """Release the lock; a run that has not begun leaves nothing."""
+        self._lock.release(remove=not self.has_begun)
+        if not self.has_begun:
+            for folder in reversed(self._made):
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+
+    def _write_options(self) -> None:
+        write_file(self.path / "cfg.yml", yaml.safe_dump(asdict(self._cfg), sort_keys=False))

@@ -27,6 +27,7 @@ from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
+from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.densification import Densification
@@ -80,6 +81,7 @@ class TrainingRun(Generic[AnyConfig]):
         results: The folder that receives everything.
         saving: What the run goes on from.
         observers: Who is told of every step; append to it before `steps`.
+        view: While `steps` runs, the view of the present step.
         upcoming: While `steps` runs, the view of the step after the present one; None at the last, and where
             densification will change rows before it.
         sh_degree: Degree of the spherical harmonics that the present step uses.
@@ -105,29 +107,30 @@ class TrainingRun(Generic[AnyConfig]):
         self.device = select_device(cfg.device)
         self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
         torch.manual_seed(cfg.seed)
-        self.results = ResultFolder(cfg)
-        if scene_name == "demo":
-            ensure_city_block(Path(cfg.data_dir))
-        self.scene: Scene = load_scene(
-            cfg.data_dir,
-            model_dir=cfg.model_dir,
-            data_factor=cfg.data_factor,
-            test_every=cfg.test_every,
-            test_after=cfg.test_after,
-            init_ply=cfg.init_ply,
-            max_points=cfg.max_gaussians,
-            num_workers=cfg.num_workers or None,
-            say=print,
-        )
+        with ExitStack() as resources:
+            self.results = ResultFolder(cfg)
+            resources.callback(self.results.close)
+            if scene_name == "demo":
+                ensure_city_block(Path(cfg.data_dir))
+            self.scene: Scene = load_scene(
+                cfg.data_dir,
+                model_dir=cfg.model_dir,
+                data_factor=cfg.data_factor,
+                test_every=cfg.test_every,
+                test_after=cfg.test_after,
+                init_ply=cfg.init_ply,
+                max_points=cfg.max_gaussians,
+                num_workers=cfg.num_workers or None,
+                say=print,
+            )
+            self._evaluation = Evaluation(cfg, self.device)
+            self.saving = Saving(self.cfg, self.scene, self.results.checkpoints)
+            self._resources = resources.pop_all()  # which an error above closes
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)
-        self._evaluation = Evaluation(cfg, self.device)
-        self._resources = ExitStack()
-        self._resources.callback(self.results.close)
-        if not cfg.ckpt:
-            self.results.checkpoints.remove_unfinished()
-        self.saving = Saving(self.cfg, self.scene, self.results.checkpoints)
+        self._results_of_the_end = (TrainStatistics(), Export(), self._evaluation)
         self.observers: list[Observer] = []
+        self.view: View | None = None
         self.upcoming: View | None = None
         self.sh_degree = 0
         self.ending = Ending(FINISHED)
@@ -229,17 +232,23 @@ class TrainingRun(Generic[AnyConfig]):
         self._model = model
         self._draw = draw
         if self._evaluated is not None:
+            self._begin(None)
             self._evaluation.evaluate(self, self._evaluated.steps)
             self._evaluation.record_video(self, self._evaluated.steps)
+            self.results.check_none_missed()
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self.saving.begin(model, {"densification": densification})
-        if first:
-            self.results.purge_log(first + 1)
         if first >= self.cfg.max_steps:
             tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
+            self._begin(None)
+            for result in self._results_of_the_end:
+                result.make_missing(self, first)
+            self.results.check_none_missed()
             return
+        self._begin(first)
         loader = self._resources.enter_context(
             training_loader(
                 self.scene,
@@ -254,7 +263,7 @@ class TrainingRun(Generic[AnyConfig]):
         )
         bar = tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
         self._resources.enter_context(bar)
-        self.observers += [ProgressBar(bar), TensorBoardLog(), TrainStatistics(), Export(), self._evaluation]
+        self.observers += [ProgressBar(bar), BlankPictures(), TensorBoardLog(), *self._results_of_the_end]
         following: View | None = View.from_batch(next(loader), self.cfg, self.device)
         step_done = self._resources.enter_context(
             profiled_steps(self.cfg.profile, self.results.path / "profile", self.device)
@@ -268,7 +277,9 @@ class TrainingRun(Generic[AnyConfig]):
                 following = View.from_batch(next(loader), self.cfg, self.device)
             self.upcoming = None if densification.changes_rows_after(step) else following
             self.times.mark("load")
+            self.view = view
             yield step, view
+            self.view = None
             del view
             step_done()
             if self._interrupted:
@@ -277,6 +288,16 @@ class TrainingRun(Generic[AnyConfig]):
                 tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
                 return
         self.saving.at_the_end()
+        self.results.check_none_missed()
+
+    def _begin(self, first_step: int | None) -> None:
+        """Let the run write to its folder; as `ResultFolder.begin`."""
+        try:
+            self.results.begin(first_step)
+        except OSError as error:
+            raise InputError(
+                f"result_dir {self.results.path} cannot be written ({error.strerror}): choose another --result_dir."
+            ) from error
 
     def backgrounds(self, view: View) -> Tensor | None:
         """Return colours [C, 3] behind a training view: random ones where the options ask for them, None for black."""
@@ -295,6 +316,8 @@ class TrainingRun(Generic[AnyConfig]):
         """
         if step % LOOKED_AT == 0 or step + 1 == self.cfg.max_steps:
             self._look_at_skipped_steps()
+        if self.results.make_again():
+            self.saving.now()
         self.saving.after_step(step + 1)
         for observer in self.observers:
             observer.after_step(self, step + 1, loss.detach())
@@ -326,7 +349,7 @@ class TrainingRun(Generic[AnyConfig]):
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
             if isinstance(error, NotSaved) or not isinstance(error, Exception):
                 return
-            if self._evaluated is None and self._model is not None and self._model.steps_done > 0:
+            if self._evaluated is None and self.results.has_begun and self.model.steps_done > 0:
                 raise self._stopped(error) from error
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
@@ -337,7 +360,7 @@ class TrainingRun(Generic[AnyConfig]):
 
     def _stopped(self, error: Exception) -> TrainingStopped:
         """Return the sentence for an error that ends training, with everything trained so far saved."""
-        message = sentence_of(error)
+        message, is_defect = sentence_of(error), False
         command = resume_command()
         if isinstance(error, torch.cuda.OutOfMemoryError):
             clear_frames(error.__traceback__)  # which hold what the step had allocated
@@ -349,8 +372,7 @@ class TrainingRun(Generic[AnyConfig]):
             smaller = smaller_trainer(self._trainer, self.cfg, "device")
             command = command if smaller is None else smaller_command(smaller, self._scene_name, self._given)
         elif not isinstance(error, TrainingStopped | InputError):
-            print_exception(error)  # a defect: whoever mends it wants to see where
-            message = f"An error ended training after {self.model.steps_done} steps."
+            message, is_defect = f"An error ended training after {self.model.steps_done} steps.", True
         try:
             self.model.undo_step()
             return TrainingStopped(
@@ -360,3 +382,6 @@ class TrainingRun(Generic[AnyConfig]):
             return TrainingStopped(f"{message} {failure}")
         except Exception as failure:  # of whatever kind: the user gets the sentence
             return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
+        finally:
+            if is_defect:  # whoever mends it wants to see where
+                print_exception(error)

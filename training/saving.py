@@ -25,7 +25,7 @@ from training.commands import resume_command
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
-    *("data_dir", "model_dir", "result_dir", "device", "resume", "save_every", "keep"),
+    *("data_dir", "model_dir", "result_dir", "device", "resume", "force", "save_every", "keep"),
     *("num_workers", "log_every", "profile", "video"),
 )
 
@@ -105,6 +105,10 @@ class Saving:
         elif self._schedule.is_due(steps_done):
             self._save(periodic=True)
 
+    def now(self) -> None:
+        """Save a periodic checkpoint; where that fails, say so and train on."""
+        self._save(periodic=True)
+
     def look_at_failures(self) -> None:
         """Tell of a checkpoint that has not reached the disk since this was called last."""
         failure = self._checkpoints.failure()
@@ -118,11 +122,12 @@ class Saving:
             NotSaved: They cannot be.
         """
         checkpoints, steps_done = self._checkpoints, self._steps_done
-        if self._saved_steps != steps_done:
-            self._save(periodic=True)
-        failure = checkpoints.wait()
-        if failure is not None:
-            self._has_failed(failure)
+        for _ in range(2):  # what has just failed may succeed in a folder that was made again
+            if self._saved_steps != steps_done:
+                self._save(periodic=True)
+            failure = checkpoints.wait()
+            if failure is not None:
+                self._has_failed(failure)
         if self._saved_steps != steps_done:
             raise NotSaved(
                 f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path} "

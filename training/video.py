@@ -15,6 +15,7 @@ from configs import Config
 from datasets.scene import Scene
 from datasets.trajectories import flight
 from offload.culling.cameras import Cameras
+from training.files import replacing
 from training.views import posed_cameras
 
 NUM_FRAMES = 240
@@ -37,18 +38,13 @@ def record_flight(
     Raises:
         OSError: The file cannot be written.
     """
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name("partial_" + path.name)
     camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
     K = torch.from_numpy(camera.K).float()[None]
     poses = torch.from_numpy(flight(scene.camtoworlds[scene.train_ids], num_frames))
-    try:
+    with replacing(path) as partial:
         writer: Any  # of a plugin
         with imageio.get_writer(partial, fps=FRAMES_PER_SECOND, macro_block_size=1) as writer:
             for pose in tqdm(poses, desc="video", unit="frame", leave=False):
                 cameras = posed_cameras(torch.linalg.inv(pose).float()[None], K, camera.width, camera.height, cfg)
                 frame = (draw(cameras)[0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
                 writer.append_data(frame[: camera.height // 2 * 2, : camera.width // 2 * 2])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
