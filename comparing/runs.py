@@ -212,8 +212,8 @@ def _is_same_scene(run: Run, other: Run) -> bool:
     folders = [Path(str(each.options.get("data_dir", ""))).expanduser().resolve() for each in (run, other)]
     if folders[0] == folders[1]:
         return True
-    transforms = [_transform(each.folder) for each in (run, other)]
-    return all(each is not None for each in transforms) and np.allclose(*transforms, rtol=1e-4, atol=1e-6)
+    transform, others = _transform(run.folder), _transform(other.folder)
+    return transform is not None and others is not None and np.allclose(transform, others, rtol=1e-4, atol=1e-6)
 
 
 def _transform(folder: Path) -> np.ndarray | None:
