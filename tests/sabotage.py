@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
 from offload.adam.host import DeferredAdam
@@ -64,9 +65,9 @@ def smaller_gradients_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let densification see gradients on the screen that are a twentieth too small."""
     observe = Densification.observe
 
-    def observe_less(self: Densification, info: Mapping[str, object]) -> None:
+    def observe_less(self: Densification, info: Mapping[str, object], ids: Tensor | None = None) -> None:
         before = self.statistics.grad2d.clone()
-        observe(self, info)
+        observe(self, info, ids)
         self.statistics.grad2d -= 0.05 * (self.statistics.grad2d - before)
 
     monkeypatch.setattr(Densification, "observe", observe_less)
