@@ -6,12 +6,13 @@ import os
 import stat
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether new files may be put into `folder`.
+    """Tell whether new files may be put into `folder`.
 
     The mode bits are asked as well as the system: root may write into a folder that its owner has made
     read-only, and must not.
@@ -21,19 +22,19 @@ def is_writable(folder: Path) -> bool:
 
 
 def user_cache_dir(data_dir: Path) -> Path:
-    """The folder that stands in for a dataset folder that cannot be written to (not created here)."""
+    """Return the folder that stands in for a dataset folder that cannot be written to (not created here)."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     digest = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
     return Path(root) / "gaussian-offload" / digest
 
 
 def fingerprint(paths: list[Path]) -> np.ndarray:
-    """Size in bytes and time of last change in nanoseconds of each file.  # [n, 2] int64"""
+    """Return the size in bytes and time of last change in nanoseconds of each file.  # [n, 2] int64"""
     return np.array([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)], np.int64).reshape(-1, 2)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an .npz file; None where it is absent or damaged, since a cache can always be rebuilt.
+    """Read the arrays of an .npz file; None where it is absent or damaged, since a cache can always be rebuilt.
 
     Nothing in it is unpickled, and no array is allocated that the file is too small to hold.
     """
@@ -63,17 +64,18 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz file that is whole or absent; a full disk is no reason to stop, so errors are ignored."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    contents: dict[str, Any] = dict(arrays)  # the stubs know of no names but their own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **contents)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
 
 
 class CacheFile:
-    """One .npz beside the files that it describes, or in the user's cache where that folder is read-only."""
+    """Keep one .npz beside the files that it describes, or in the user's cache where that folder is read-only."""
 
     def __init__(self, folder: Path, data_dir: Path, name: str):
         self._beside = folder / name
@@ -82,7 +84,7 @@ class CacheFile:
         self._in_user_cache = stand_in / name
 
     def read(self) -> list[dict[str, np.ndarray]]:
-        """What can be read, the file beside the data first; the caller checks that it still holds."""
+        """Return what can be read, the file beside the data first; the caller checks that it still holds."""
         found = (read_npz(path) for path in (self._beside, self._in_user_cache))
         return [arrays for arrays in found if arrays is not None]
 

@@ -24,7 +24,7 @@ _NEWTON_STEPS = 5
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """A pinhole camera, with what is needed to undistort its pictures.
+    """Hold a pinhole camera, with what is needed to undistort its pictures.
 
     The `source_*` fields describe the picture file, the others the picture that `undistort` makes of it.
     """
@@ -40,12 +40,12 @@ class Camera:
 
     @property
     def is_distorted(self) -> bool:
-        """Whether pictures of this camera must be undistorted."""
+        """Tell whether pictures of this camera must be undistorted."""
         return self.fisheye or bool(self.distortion.any())
 
     @property
     def valid_mask(self) -> np.ndarray | None:
-        """[H, W] bool, false where the undistorted picture has no source; None where every pixel has one."""
+        """Return [H, W] bool, false where the undistorted picture has no source; None where every pixel has one."""
         return _maps(self)[2] if self.is_distorted else None
 
     def undistort(self, image: np.ndarray) -> np.ndarray:
@@ -105,16 +105,15 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
     if not camera.is_distorted:
         return camera
     try:
-        camera = _fisheye_pinhole(camera) if fisheye else _perspective_pinhole(camera)
-        usable = camera is not None and np.isfinite(camera.K).all()
+        pinhole = _fisheye_pinhole(camera) if fisheye else _perspective_pinhole(camera)
     except (cv2.error, np.linalg.LinAlgError):  # parameters so large that nothing can be computed with them
-        usable = False
-    if not usable:
+        pinhole = None
+    if pinhole is None or not np.isfinite(pinhole.K).all():
         raise InputError(
             f"A camera of the COLMAP model cannot be undistorted ({model_name} with {params.tolist()}): calibrate it "
             "again, or undistort the pictures with COLMAP."
         )
-    return camera
+    return pinhole
 
 
 def _perspective_pinhole(camera: Camera) -> Camera | None:
@@ -183,7 +182,7 @@ def _undistorted(distorted: np.ndarray, camera: Camera) -> np.ndarray:
 
 
 def _fisheye_pinhole(camera: Camera) -> Camera | None:
-    """The camera with its own focal length, so that the centre of the picture keeps its resolution.
+    """Return the camera with its own focal length, so that the centre of the picture keeps its resolution.
 
     What has no source is cut off as far as a rectangle can, and left to the mask where it cannot.
     """
@@ -206,7 +205,7 @@ def _maps(camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 
 
 def _compute_maps(camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each undistorted pixel comes from (x and y, [H, W] float32, OpenCV's counting) and whether it does."""
+    """Find where each undistorted pixel comes from (x and y, [H, W] float32, OpenCV's counting) and whether it does."""
     source_K, K = _shift_centre(camera.source_K, -0.5), _shift_centre(camera.K, -0.5)
     make_maps = cv2.fisheye.initUndistortRectifyMap if camera.fisheye else cv2.initUndistortRectifyMap
     map_x, map_y = make_maps(source_K, camera.distortion, np.eye(3), K, (camera.width, camera.height), cv2.CV_32FC1)
@@ -221,7 +220,7 @@ def _compute_maps(camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _folding_radius(camera: Camera) -> float:
-    """The radius (of a fisheye: the angle) from which the radial polynomial turns back into the picture."""
+    """Find the radius (of a fisheye: the angle) from which the radial polynomial turns back into the picture."""
     radial = camera.distortion if camera.fisheye else camera.distortion[:2]
     slope = np.zeros(2 * len(radial) + 1)  # coefficients of d/dr (r + k1 r^3 + k2 r^5 + ...), constant first
     slope[0] = 1.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -139,11 +139,15 @@ def open_model(model_dir: Path) -> pycolmap.Reconstruction:
             "camera model is unknown; export it again."
         ) from error
     _check_names(model_dir, names)
-    read = {"cameras": reconstruction.cameras, "images": reconstruction.images, "points3D": reconstruction.points3D}
-    for part, records in read.items():
-        if is_binary and len(records) != expected[part]:
+    read = {
+        "cameras": len(reconstruction.cameras),
+        "images": len(reconstruction.images),
+        "points3D": len(reconstruction.points3D),
+    }
+    for part, count in read.items():
+        if is_binary and count != expected[part]:
             raise InputError(
-                f"{model_dir / part}.bin holds {expected[part]} records, of which pycolmap reads {len(records)}: "
+                f"{model_dir / part}.bin holds {expected[part]} records, of which pycolmap reads {count}: "
                 "export the model again."
             )
     if not is_binary and sorted(names) != sorted(image.name for image in read_text_model(model_dir).images):
@@ -238,7 +242,7 @@ def _rotations(quaternions: np.ndarray) -> np.ndarray:
 
 
 def _damage(model: SparseModel) -> tuple[str, str] | None:
-    """The part of a model that no reconstruction can contain, and why; None where there is none."""
+    """Find the part of a model that no reconstruction can contain, and why; None where there is none."""
     sizes, focal_lengths = model.camera_sizes, model.camera_params[:, :2]
     if not ((sizes > 0).all() and (sizes <= LARGEST_SIDE).all() and (focal_lengths > 0).all()):
         return "cameras", "a camera has no usable size or focal length"
@@ -253,7 +257,7 @@ def _damage(model: SparseModel) -> tuple[str, str] | None:
 
 
 def _check_names(model_dir: Path, names: list[str]) -> None:
-    """InputError unless every name is a relative path that stays in the folder of pictures, and no two are equal."""
+    """Raise InputError unless every name is a path that stays in the folder of pictures, and no two are equal."""
     for name in names:
         if not stays_inside(name):
             raise InputError(
@@ -288,9 +292,9 @@ def _to_arrays(model: SparseModel) -> dict[str, np.ndarray]:
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
-    """The model in a cache; None where its arrays do not belong together."""
+    """Return the model in a cache; None where its arrays do not belong together."""
     try:
-        fields = {name: arrays[name] for name in SparseModel.__dataclass_fields__}
+        fields: dict[str, Any] = {name: arrays[name] for name in SparseModel.__dataclass_fields__}
         for name in _TEXTS:
             fields[name] = [text for text in fields[name].tobytes().decode().split("\n") if text]
         n, k, num_points = len(fields["image_names"]), len(fields["camera_models"]), len(fields["points"])

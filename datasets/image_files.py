@@ -170,7 +170,7 @@ def to_rgb(path: Path, image: Image.Image) -> Image.Image:
             raise PictureFault(
                 path, f"its colours are {image.mode}, which cannot be converted", "save it as RGB, under the same name"
             ) from error
-    if deep and not image.mode.startswith("I") and all(high == 0 for _, high in _extrema(rgb)):
+    if deep and not image.mode.startswith("I") and not np.asarray(rgb).any():
         _check_range(path, 1)  # the upper bytes are all 0
     return rgb
 
@@ -217,15 +217,11 @@ def _check_range(path: Path, high: int) -> None:
 
 def _has_16_bits(image: Image.Image) -> bool:
     """Tell whether a picture that is not decoded yet has 16 bits a channel, of which Pillow keeps the upper 8."""
-    for tile in image.tile:
+    for tile in getattr(image, "tile", ()):
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any((isinstance(a, str) and ";16" in a) or (image.format == "PPM" and a == 65535) for a in arguments):
             return True
     return False
-
-
-def _extrema(image: Image.Image) -> list[tuple[int, int]]:
-    return [channel.getextrema() for channel in image.split()]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def link_file(source: Path, target: Path) -> None:
     raise InputError(f"{target} cannot be written ({reason(failure)}).") from failure
 
 
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under another name, and give it its own when it is complete.
 
     Raises InputError where it cannot be written.

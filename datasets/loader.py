@@ -26,7 +26,7 @@ from errors import InputError
 
 @dataclass(frozen=True)
 class Batch:
-    """C views, in main memory."""
+    """Hold C views, in main memory."""
 
     images: torch.Tensor  # [C, H, W, 3] uint8
     masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source or is hidden; None: nowhere
@@ -36,7 +36,7 @@ class Batch:
 
 
 class BatchLoader:
-    """Iterates over batches that a pool of threads prepares ahead; use it in a `with` block.
+    """Iterate over batches that a pool of threads prepares ahead; use it in a `with` block.
 
     At most twice as many batches as threads are held ready. A picture that cannot be decoded surfaces as InputError
     when its batch is asked for.
@@ -100,7 +100,7 @@ def training_loader(
     num_workers: int | None = None,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """An endless stream of training batches in an order that the seed alone decides.
+    """Make an endless stream of training batches in an order that the seed alone decides.
 
     Args:
         scene: where pictures and cameras come from.
@@ -135,7 +135,7 @@ def training_loader(
 def evaluation_loader(
     scene: Scene, image_ids: np.ndarray, *, num_workers: int | None = None, pin_memory: bool = False
 ) -> BatchLoader:
-    """One pass over the given images in their order, one view in a batch."""
+    """Make one pass over the given images in their order, one view in a batch."""
     order = (np.array([image_id]) for image_id in image_ids)
     return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
 
@@ -147,7 +147,7 @@ def _training_order(
     start_step: int,
     arrange: Callable[[np.ndarray], np.ndarray] | None,
 ) -> Iterator[np.ndarray]:
-    """Consecutive runs of `batch_size` out of one permutation after another; a batch may lie across two.
+    """Yield consecutive runs of `batch_size` out of one permutation after another; a batch may lie across two.
 
     Where `arrange` is given, each permutation [n] is drawn at random and then changed by it.
     """

@@ -141,6 +141,12 @@ def _worldtocams(camtoworlds: np.ndarray) -> np.ndarray:
     return np.concatenate([rotations, -rotations @ camtoworlds[:, :, 3:]], axis=2)
 
 
+def _agree(a: np.ndarray, b: np.ndarray) -> bool:
+    """Tell whether two poses [3 or 4, 4] differ by at most 1 degree and 2 m, in the units of 100 m."""
+    distance = np.linalg.norm(_centers(a[None]) - _centers(b[None]))
+    return bool(np.abs(a[:, :3] - b[:, :3]).max() < 0.02 and distance <= 0.02)
+
+
 def _centers(worldtocams: np.ndarray) -> np.ndarray:
     return -np.einsum("nij,ni->nj", worldtocams[:, :, :3], worldtocams[:, :, 3])
 
@@ -173,8 +179,7 @@ def _open_part(colmap: Path, part: str, half: Transforms, names: list[str]) -> p
         index = int(stem) if stem.isascii() and stem.isdigit() and len(stem) < 9 else len(names)
         pose = half.worldtocams[index] if index < len(names) else None
         found = image.cam_from_world().matrix() if image.has_pose else None
-        agrees = pose is not None and found is not None and np.abs(found[:, :3] - pose[:, :3]).max() < 0.02
-        if not agrees or np.linalg.norm(_centers(found[None]) - _centers(pose[None])) > 0.02:  # 1 degree, 2 m
+        if pose is None or found is None or not _agree(found, pose):
             raise InputError(
                 f"The image {image.name} of {model_dir} is not the picture of this number in transforms_{part}.json: "
                 "the model was made of other pictures; leave --colmap out to take the poses from the JSON files."

@@ -94,15 +94,17 @@ def _match_pictures(model: pycolmap.Reconstruction, folder: Path, part: str) -> 
     by_stem: dict[str, list[str]] = {}
     for name in present:
         by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
-    found, missing, taken = {}, [], set()
+    found: dict[str, Path] = {}
+    missing: list[str] = []
+    taken: set[str] = set()
     for wanted in sorted(image.name for image in model.images.values()):
         same_stem = by_stem.get(str(PurePosixPath(wanted).with_suffix("")), [])
-        name = wanted if wanted in present else same_stem[0] if len(same_stem) == 1 else None
-        if name is None or name in taken:
+        file = wanted if wanted in present else same_stem[0] if len(same_stem) == 1 else None
+        if file is None or file in taken:
             missing.append(wanted)
         else:
-            found[wanted] = present[name]
-            taken.add(name)
+            found[wanted] = present[file]
+            taken.add(file)
     if missing:
         raise InputError(
             f"{len(missing)} of {model.num_images()} pictures of the {part} model are missing from {folder} "

@@ -23,7 +23,7 @@ _SCALARS = {
 
 
 def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Points and colours of the `vertex` element of an ASCII or binary PLY file.
+    """Read points and colours of the `vertex` element of an ASCII or binary PLY file.
 
     Colours may be integers or floats of any size: those up to 255 are 8-bit ones, those beyond are 16-bit ones, and
     floats up to 1 are shares.
@@ -62,7 +62,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_header(file: BinaryIO) -> list[list[str]]:
-    """The words of each line to end_header, where the file then stands."""
+    """Return the words of each line to end_header, where the file then stands."""
     header: list[list[str]] = []
     while not header or header[-1] != ["end_header"]:
         line = file.readline(_LONGEST_LINE)
@@ -75,7 +75,7 @@ def _read_header(file: BinaryIO) -> list[list[str]]:
 
 
 def check_counts(path: Path) -> None:
-    """ValueError where the header promises more than the file can hold, before memory is set aside for it."""
+    """Raise ValueError where the header promises more than the file can hold, before memory is set aside for it."""
     with open(path, "rb") as file:
         header = _read_header(file)
         remaining = path.stat().st_size - file.tell()
@@ -96,7 +96,7 @@ def check_counts(path: Path) -> None:
 
 
 def _read_ascii(path: Path) -> np.ndarray | None:
-    """The vertices of an ASCII file that begins with them, as a structured array; None for any other file.
+    """Read the vertices of an ASCII file that begins with them, as a structured array; None for any other file.
 
     plyfile reads these too, at 7 seconds for a million points.
     """

@@ -1,4 +1,4 @@
-"""Loads a COLMAP dataset into one normalized scene."""
+"""Load a COLMAP dataset into one normalized scene."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ LARGEST_COORDINATE = 1e12
 
 @dataclass(frozen=True)
 class Scene:
-    """Pictures, cameras and initial points of a dataset, in the normalized world.
+    """Hold pictures, cameras and initial points of a dataset, in the normalized world.
 
     n images ordered by name, P points. A point x of the input world is at `transform @ [x, 1]`; the inverse takes
     an export back to the input's coordinates.
@@ -125,7 +125,7 @@ def load_scene(
 
 
 def _cameras_of(model: SparseModel, paths: list[Path], sizes: list[tuple[int, int]]) -> tuple[list[Camera], np.ndarray]:
-    """One camera for each COLMAP camera and true size of its pictures, and each picture's index among them."""
+    """Make one camera for each COLMAP camera and true size of its pictures, and each picture's index among them."""
     cameras: dict[tuple[int, tuple[int, int]], Camera] = {}
     for index, path, size in zip(model.camera_indices.tolist(), paths, sizes, strict=True):
         if (index, size) in cameras:

@@ -228,14 +228,14 @@ def build_city(size: float, rng: np.random.Generator) -> City:
                     side=rng.uniform([0.12, 0.30, 0.1], [0.25, 0.42, 0.18]),
                 )
         elif rng.random() < 0.55:
-            add_building((x, y), tuple(rng.uniform(9.5, 12.5, 2)), rng.integers(3, 7))
+            add_building((x, y), tuple(rng.uniform(9.5, 12.5, 2)), int(rng.integers(3, 7)))
         else:
             split = rng.uniform(-1.0, 1.0)
             along_x = rng.random() < 0.5
             for sign in (-1, 1):
                 shift, long = sign * 3.4 + split * 0.5, 5.4 - sign * split
                 center, extent = ((x + shift, y), (long, 12.0)) if along_x else ((x, y + shift), (12.0, long))
-                add_building(center, extent, rng.integers(2, 5))
+                add_building(center, extent, int(rng.integers(2, 5)))
 
     for street in range(lots + 1):
         for lot in range(lots):

@@ -56,7 +56,7 @@ class ViewWindows:
         cameras = [scene.cameras[index] for index in scene.camera_indices]
         sizes = [(camera.width, camera.height) for camera in cameras]
         Ks = [camera.K for camera in cameras]
-        return ViewWindows.of_cameras(scene.points, np.linalg.inv(scene.camtoworlds), Ks, sizes, window)
+        return ViewWindows.of_cameras(scene.points, list(np.linalg.inv(scene.camtoworlds)), Ks, sizes, window)
 
     @staticmethod
     def of_cameras(
