@@ -41,7 +41,7 @@ MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 # next view needs too, here taken for a fifth.
 STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
-NUMBERS_BYTES = 40  # ids, stamps and places of a row in two views
+NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
 
