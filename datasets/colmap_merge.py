@@ -11,7 +11,7 @@ from errors import InputError, reason
 
 
 def find_model(folder: Path) -> Path | None:
-    """`sparse/0`, `sparse` or the folder itself, whichever holds a COLMAP model."""
+    """Return `sparse/0`, `sparse` or the folder itself, whichever holds a COLMAP model."""
     for model_dir in (folder / "sparse" / "0", folder / "sparse", folder):
         if any((model_dir / f"cameras.{suffix}").is_file() for suffix in ("bin", "txt")):
             return model_dir
@@ -56,7 +56,7 @@ def merge_models(first: pycolmap.Reconstruction, second: pycolmap.Reconstruction
 
 
 def model_of_poses(camera: pycolmap.Camera, poses: dict[str, np.ndarray]) -> pycolmap.Reconstruction:
-    """A model without points, of one camera and [3, 4] world-to-camera poses by image name (OpenCV convention)."""
+    """Make a model without points, of one camera and [3, 4] world-to-camera poses by image name (as OpenCV's)."""
     model = pycolmap.Reconstruction()
     camera.camera_id = 1
     model.add_camera_with_trivial_rig(camera)
@@ -87,7 +87,7 @@ def write_model(model: pycolmap.Reconstruction, data_dir: Path) -> Path:
 
 
 def _matching_camera(model: pycolmap.Reconstruction, camera: pycolmap.Camera) -> int:
-    """The id of an equal camera that is alone in the rig of its id; the camera is added where there is none."""
+    """Return the id of an equal camera that is alone in the rig of its id; it is added where there is none."""
 
     def facts(item: pycolmap.Camera) -> tuple:
         return item.model.name, item.width, item.height, *item.params.tolist()
@@ -106,7 +106,7 @@ def _matching_camera(model: pycolmap.Reconstruction, camera: pycolmap.Camera) ->
 
 
 def _check_same_world(first: pycolmap.Reconstruction, added: list[pycolmap.Image]) -> None:
-    """InputError where an added camera is farther from the box around the first model's cameras than its diagonal."""
+    """Raise InputError where an added camera is farther from the box around the first model's than its diagonal."""
     centers = np.array([image.projection_center() for image in first.images.values() if image.has_pose])
     new_centers = np.array([image.projection_center() for image in added])
     if not len(centers) or not len(new_centers):

@@ -147,12 +147,12 @@ def _image_of(line: bytes) -> tuple[int, TextImage] | None:
 
 
 def _is_surely_image(image: TextImage, cameras: dict[int, TextCamera]) -> bool:
-    """Whether a line that could be observations too has a known camera and a rotation."""
+    """Tell whether a line that could be observations too has a known camera and a rotation."""
     return image.camera_id in cameras and abs(float(np.linalg.norm(image.rotation)) - 1) < 0.01
 
 
 def _is_observations(line: bytes) -> bool:
-    """Whether a line is made of X Y POINT3D_ID; of a long line the first ones are looked at."""
+    """Tell whether a line is made of X Y POINT3D_ID; of a long line the first ones are looked at."""
     words = line.split()
     try:
         for word in words[:30]:
@@ -210,7 +210,7 @@ class _Lines:
 
 
 def _decoded(name: bytes) -> str:
-    """A name as text: UTF-8, or what Windows programs write in its place."""
+    """Decode a name: UTF-8, or what Windows programs write in its place."""
     try:
         return name.decode()
     except UnicodeDecodeError:

@@ -93,7 +93,7 @@ def prepare(source: Path, colmap: Path | None, points: Path | None, data_dir: Pa
 
 
 def read_transforms(path: Path, source: Path) -> Transforms:
-    """One half of the dataset from its JSON file, its pictures found in `source`.
+    """Read one half of the dataset from its JSON file, its pictures found in `source`.
 
     Raises InputError where the file or a picture is missing or unusable.
     """
@@ -135,7 +135,7 @@ def read_transforms(path: Path, source: Path) -> Transforms:
 
 
 def _worldtocams(camtoworlds: np.ndarray) -> np.ndarray:
-    """[n, 3, 4] of [n, 3, 4] poses with OpenGL's axes."""
+    """Turn camera-to-world poses [n, 3, 4] with OpenGL's axes into world-to-camera ones [n, 3, 4] with OpenCV's."""
     left, _, right = np.linalg.svd(camtoworlds[:, :, :3] * np.array([1.0, -1.0, -1.0]))  # the nearest rotation
     rotations = (left @ right).transpose(0, 2, 1)
     return np.concatenate([rotations, -rotations @ camtoworlds[:, :, 3:]], axis=2)
@@ -152,7 +152,7 @@ def _centers(worldtocams: np.ndarray) -> np.ndarray:
 
 
 def _find_picture(json_path: Path, name: str, source: Path) -> Path:
-    """The picture that a frame names: relative to the JSON file, where it lies or in `input` beside it."""
+    """Find the picture that a frame names: relative to the JSON file, where it lies or in `input` beside it."""
     relative = posixpath.normpath(posixpath.join(json_path.parent.relative_to(source).as_posix(), name))
     if not stays_inside(relative):
         raise InputError(f"{json_path} names a picture {name[:100]!r}, which is outside {source}: download it again.")
@@ -166,7 +166,7 @@ def _find_picture(json_path: Path, name: str, source: Path) -> Path:
 
 
 def _open_part(colmap: Path, part: str, half: Transforms, names: list[str]) -> pycolmap.Reconstruction:
-    """A COLMAP model of one half, its images renamed; InputError unless its poses are those of the JSON file."""
+    """Make a COLMAP model of one half, its images renamed; InputError unless its poses are the JSON file's."""
     model_dir = find_model(colmap / part)
     if model_dir is None:
         raise InputError(
@@ -194,7 +194,7 @@ def _open_part(colmap: Path, part: str, half: Transforms, names: list[str]) -> p
 
 
 def _check_points(path: Path, centers: np.ndarray) -> None:
-    """InputError where the point cloud cannot be read or has other units than the poses."""
+    """Raise InputError where the point cloud cannot be read or has other units than the poses."""
     points, _ = read_points(path)
     extent, cameras = (np.linalg.norm(np.ptp(values, axis=0)) for values in (points, centers))
     if not 0.05 < extent / cameras < 20:

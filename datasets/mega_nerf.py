@@ -85,7 +85,7 @@ def _picture_folder(source: Path, part: str) -> Path | None:
 
 
 def _match_pictures(model: pycolmap.Reconstruction, folder: Path, part: str) -> dict[str, Path]:
-    """The file of each image of a model: of its name, or of its name but for the suffix.
+    """Find the file of each image of a model: of its name, or of its name but for the suffix.
 
     Raises InputError where one has no file, and where a test picture has no place in the model.
     """
@@ -164,7 +164,7 @@ def _undistort(photo: Path, metadata: Path, target: Path) -> None:
 
 
 def read_metadata(path: Path) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """Width and height, [3, 3] intrinsics as OpenCV takes them, and OpenCV's distortion coefficients."""
+    """Read width and height, [3, 3] intrinsics as OpenCV takes them, and OpenCV's distortion coefficients."""
     import torch  # the files are its checkpoints
 
     try:

@@ -6,7 +6,7 @@ _LONGEST_NAME = 255  # bytes, of a file on Linux
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a path is relative, leads no level up, and can be the path of a file."""
+    """Tell whether a path is relative, leads no level up, and can be the path of a file."""
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts or any(c in name for c in "\0\n\r"):
         return False

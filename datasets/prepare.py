@@ -80,7 +80,7 @@ PUBLISHED_COUNTS = {
 
 
 def instructions(dataset: str) -> str:
-    """What to download from where."""
+    """Say what to download from where."""
     data_dir = Path(str(scene_config(dataset).data_dir))
     return INSTRUCTIONS[dataset].format(dataset=dataset, data_dir=data_dir, parent=data_dir.parent, name=data_dir.name)
 

@@ -22,7 +22,7 @@ def write_test_list(data_dir: Path, names: list[str]) -> None:
 
 
 def check_writable_place(data_dir: Path) -> None:
-    """InputError where `data_dir` holds a COLMAP model that was not made by preparing it."""
+    """Raise InputError where `data_dir` holds a COLMAP model that was not made by preparing it."""
     if (data_dir / "sparse").exists() and not (data_dir / TEST_LIST).is_file():
         raise InputError(
             f"{data_dir / 'sparse'} exists and was not made by this command: move it away, or name another --data_dir."
@@ -30,7 +30,7 @@ def check_writable_place(data_dir: Path) -> None:
 
 
 def check_prepared(dataset: str, data_dir: Path) -> list[str]:
-    """The lines of a short report on a dataset that can be trained on as it is.
+    """Return the lines of a short report on a dataset that can be trained on as it is.
 
     Raises InputError where pictures are missing, without a picture's header or of another shape than their camera,
     where there are no initial points, or where the trainers would hold out other pictures than the published ones.
@@ -62,7 +62,7 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
 
 
 def _check_split(data_dir: Path, names: list[str], test_ids: np.ndarray, cfg: Config) -> str:
-    """How the split came about. InputError where it holds out other pictures than the published ones."""
+    """Say how the split came about. InputError where it holds out other pictures than the published ones."""
     rule = f"test_after={cfg.test_after}" if cfg.test_after >= 0 else f"test_every={cfg.test_every}"
     test_list = data_dir / TEST_LIST
     if not test_list.is_file():

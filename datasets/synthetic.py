@@ -93,13 +93,13 @@ class Camera:
         return max(self.width, self.height) / (2 * np.tan(HALF_FOV))
 
     def rays(self, columns: Floats, rows: Floats) -> Floats:
-        """Directions [3, ...] in camera axes, with z = 1, through image positions in pixels."""
+        """Return directions [3, ...] in camera axes, with z = 1, through image positions in pixels."""
         x = (columns - self.width / 2) / self.focal
         y = (rows - self.height / 2) / self.focal
         return np.stack([x, y, np.ones_like(x)])
 
     def project(self, points: Floats) -> Floats:
-        """Image positions [2, ...] in pixels of points [3, ...] in camera axes."""
+        """Return image positions [2, ...] in pixels of points [3, ...] in camera axes."""
         return self.focal * points[:2] / points[2] + np.array([self.width / 2, self.height / 2])[:, None]
 
 
@@ -190,7 +190,7 @@ def ensure_city_block(data_dir: Path) -> None:
 
 
 def build_city(size: float, rng: np.random.Generator) -> City:
-    """Buildings, parks and parked cars on a square of about `size` metres."""
+    """Build buildings, parks and parked cars on a square of about `size` metres."""
     lots = max(1, round(size / LOT_PITCH))
     half = lots * LOT_PITCH / 2
     is_park = rng.random((lots, lots)) < 0.12
@@ -266,7 +266,7 @@ def build_city(size: float, rng: np.random.Generator) -> City:
 
 
 def plan_flight(num_views: int, half_size: float, rng: np.random.Generator) -> list[View]:
-    """Oblique circles that look inwards, then a nadir grid flown to and fro; every leg in flying order."""
+    """Fly oblique circles that look inwards, then a nadir grid to and fro; every leg in flying order."""
     num_nadir = num_views // 4
     reach = half_size - LOT_PITCH / 2  # to the centres of the outer lots
     # A view 45 degrees down looks at the ground FLIGHT_HEIGHT ahead: each circle watches one of these radii.
@@ -292,7 +292,7 @@ def plan_flight(num_views: int, half_size: float, rng: np.random.Generator) -> l
 
 
 def look_at(position: Floats, target: Floats, up: Floats, rng: np.random.Generator) -> View:
-    """A view from about `position` [3] to about `target` [3], the picture's upper edge towards `up` [3]."""
+    """Place a view from about `position` [3] to about `target` [3], the picture's upper edge towards `up` [3]."""
     position = position + rng.uniform(-2, 2, 3)
     forward = target + rng.uniform(-2, 2, 3) * [1, 1, 0] - position
     forward /= np.linalg.norm(forward)
@@ -305,7 +305,7 @@ def look_at(position: Floats, target: Floats, up: Floats, rng: np.random.Generat
 
 
 def slab(low: Floats, high: Floats, origin: Floats, inverse: Floats) -> tuple[Floats, Floats]:
-    """Where rays enter and leave a box, per axis (Kay and Kajiya 1986).
+    """Find where rays enter and leave a box, per axis (Kay and Kajiya 1986).
 
     Args:
         low, high, origin: [3, ...], broadcast against `inverse`.
@@ -320,7 +320,7 @@ def slab(low: Floats, high: Floats, origin: Floats, inverse: Floats) -> tuple[Fl
 
 
 def screen_windows(city: City, camera: Camera, view: View) -> list[tuple[int, slice, slice]]:
-    """The boxes that can be in the picture, each with the rows and columns that enclose its outline."""
+    """Find the boxes that can be in the picture, each with the rows and columns that enclose its outline."""
     corners = np.stack([city.low, city.high])  # [2, B, 3]
     corners = np.stack([corners[pick, :, axis] for axis, pick in enumerate(np.indices((2, 2, 2)).reshape(3, 8))])
     corners = np.moveaxis(corners, 0, -1) - view.position  # [8, B, 3]
@@ -337,7 +337,7 @@ def screen_windows(city: City, camera: Camera, view: View) -> list[tuple[int, sl
 
 
 def cast(city: City, origin: Floats, rays: Floats, windows: list[tuple[int, slice, slice]]) -> tuple[Floats, Ints]:
-    """The first surface on each ray.
+    """Find the first surface on each ray.
 
     Args:
         origin: [3] of all rays.
@@ -366,7 +366,7 @@ def cast(city: City, origin: Floats, rays: Floats, windows: list[tuple[int, slic
 
 
 def in_shadow(city: City, points: Floats) -> NDArray[np.bool_]:
-    """Whether a box stands between points [3, M] and the sun, [M]."""
+    """Tell whether a box stands between points [3, M] and the sun, [M]."""
     shadow = np.zeros(points.shape[1], bool)
     if not shadow.size:
         return shadow
@@ -389,7 +389,7 @@ def in_shadow(city: City, points: Floats) -> NDArray[np.bool_]:
 
 
 def shade(city: City, origin: Floats, rays: Floats, distance: Floats, hit: Ints) -> Floats:
-    """Colours [3, M] in 0..1 of the surfaces that `cast` found: texture, Lambert's law, hard shadows.
+    """Compute colours [3, M] in 0..1 of the surfaces that `cast` found: texture, Lambert's law, hard shadows.
 
     Args:
         origin: [3]; rays: [3, M]; distance, hit: [M].
@@ -418,7 +418,7 @@ def shade(city: City, origin: Floats, rays: Floats, distance: Floats, hit: Ints)
 
 
 def render(city: City, camera: Camera, view: View) -> NDArray[np.uint8]:
-    """The picture [height, width, 3] of a view, averaged over `SUBPIXELS`."""
+    """Render the picture [height, width, 3] of a view, averaged over `SUBPIXELS`."""
     windows = screen_windows(city, camera, view)
     origin = view.position.astype(np.float32)
     total = np.zeros((3, camera.height * camera.width), np.float32)
@@ -437,23 +437,23 @@ def render(city: City, camera: Camera, view: View) -> NDArray[np.uint8]:
 
 
 def step_up(x: Floats, edge: Floats | float, ramp: float = 0.25) -> Floats:
-    """0 below `edge`, 1 above it, linear over `ramp` metres around it."""
+    """Return 0 below `edge`, 1 above it, linear over `ramp` metres around it."""
     return np.clip((x - edge) / ramp + 0.5, 0, 1)
 
 
 def bump(x: Floats, first: Floats | float, last: Floats | float, ramp: float = 0.25) -> Floats:
-    """1 between `first` and `last`, 0 outside, with ramps of `ramp` metres."""
+    """Return 1 between `first` and `last`, 0 outside, with ramps of `ramp` metres."""
     return np.minimum(step_up(x, first, ramp), 1 - step_up(x, last, ramp))
 
 
 def mix(color: Floats, other: Floats, share: Floats) -> Floats:
-    """`color` [3, M] with `share` [M] of it replaced by `other` [3] or [3, M]."""
+    """Return `color` [3, M] with `share` [M] of it replaced by `other` [3] or [3, M]."""
     other = np.asarray(other, np.float32)
     return color + share * ((other[:, None] if other.ndim == 1 else other) - color)
 
 
 def noise_at(city: City, x: Floats, y: Floats, wavelength: float) -> Floats:
-    """Smooth value noise in -1..1 whose knots stand `wavelength` metres apart."""
+    """Draw smooth value noise in -1..1 whose knots stand `wavelength` metres apart."""
     x, y = x / wavelength, y / wavelength
     column, row = np.floor(x), np.floor(y)
     u, v = x - column, y - row
@@ -465,7 +465,7 @@ def noise_at(city: City, x: Floats, y: Floats, wavelength: float) -> Floats:
 
 
 def ground_color(city: City, points: Floats) -> Floats:
-    """Streets with markings, sidewalks, lots of grass or paving, meadows around; [2, M] to [3, M]."""
+    """Paint streets with markings, sidewalks, lots of grass or paving, meadows around; [2, M] to [3, M]."""
     x, y = points
     half = city.half_size
     # The fine noise is turned against the axes, which hides its lattice.
@@ -499,7 +499,7 @@ def ground_color(city: City, points: Floats) -> Floats:
 
 
 def top_color(city: City, box: Ints, points: Floats) -> Floats:
-    """Roofs with a parapet, crowns of trees, tops of cars and machines; boxes [M] and [3, M] to [3, M]."""
+    """Paint roofs with a parapet, crowns of trees, tops of cars and machines; boxes [M] and [3, M] to [3, M]."""
     x, y, _ = points
     kind = city.kind[box]
     color = city.top[box].T
@@ -514,7 +514,7 @@ def top_color(city: City, box: Ints, points: Floats) -> Floats:
 
 
 def side_color(city: City, box: Ints, axis: Ints, points: Floats) -> Floats:
-    """Facades, sides of trees and cars; boxes [M], axes of their normals [M] and [3, M] to [3, M]."""
+    """Paint facades, sides of trees and cars; boxes [M], axes of their normals [M] and [3, M] to [3, M]."""
     low, high = city.low[box].T, city.high[box].T
     kind, facade = city.kind[box], city.facade[box]
     here = np.arange(len(box))
@@ -545,7 +545,7 @@ def side_color(city: City, box: Ints, axis: Ints, points: Floats) -> Floats:
 def sample_points(
     city: City, camera: Camera, views: list[View], count: int, rng: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Points under random pixels of random views: positions [count, 3] and colours [count, 3] in 0..1."""
+    """Draw points under random pixels of random views: positions [count, 3] and colours [count, 3] in 0..1."""
     owner = np.sort(rng.integers(len(views), size=count))
     columns, rows = rng.uniform(0, camera.width, count), rng.uniform(0, camera.height, count)
     points, colors = [], []
@@ -578,7 +578,7 @@ def shoot_views(city: City, camera: Camera, views: list[View], points: Floats, f
 
 
 def points_in_view(city: City, camera: Camera, view: View, points: Floats) -> Ints:
-    """Indices of the surface points [P, 3] that the view sees: in the picture and behind no box."""
+    """Find the indices of the surface points [P, 3] that the view sees: in the picture and behind no box."""
     in_camera = view.rotation @ (points - view.position).T
     ahead = np.flatnonzero(in_camera[2] > 0.1)
     x, y = camera.project(in_camera[:, ahead])

@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation, RotationSpline
 
 
 def flight(camtoworlds: np.ndarray, num_frames: int, num_keys: int = 12) -> np.ndarray:
-    """A smooth path past some of the cameras, in their order, at about even speed.
+    """Lay a smooth path past some of the cameras, in their order, at about even speed.
 
     Args:
         camtoworlds: [M, 4, 4] rigid poses.

@@ -18,7 +18,7 @@ ONES = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshape
 
 
 def sees(points: np.ndarray, worldtocam: np.ndarray, K: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Which points a camera has in its picture.
+    """Tell which points a camera has in its picture.
 
     Args:
         points: [S, 3] in world units.
@@ -39,7 +39,7 @@ def sees(points: np.ndarray, worldtocam: np.ndarray, K: np.ndarray, width: int, 
 
 
 def sample_of(points: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the points [P, 3], evenly from all of them, as float64."""
+    """Take at most `count` of the points [P, 3], evenly from all of them, as float64."""
     return points[:: len(points) // count + 1].astype(np.float64)
 
 
@@ -52,7 +52,7 @@ class ViewWindows:
 
     @staticmethod
     def of_scene(scene: Scene, window: int) -> ViewWindows:
-        """Of a dataset's pictures, by their indices."""
+        """Make windows of a dataset's pictures, by their indices."""
         cameras = [scene.cameras[index] for index in scene.camera_indices]
         sizes = [(camera.width, camera.height) for camera in cameras]
         Ks = [camera.K for camera in cameras]
@@ -66,7 +66,7 @@ class ViewWindows:
         sizes: Sequence[tuple[int, int]],
         window: int,
     ) -> ViewWindows:
-        """Of n cameras.
+        """Make windows of n cameras.
 
         Args:
             points: [P, 3] in world units, of which a sample is taken.
@@ -82,7 +82,7 @@ class ViewWindows:
         return ViewWindows(np.packbits(seen, axis=1).view(np.uint16), window)
 
     def arrange(self, drawn: np.ndarray) -> np.ndarray:
-        """The views of an epoch with each window arranged; the last window may be shorter.
+        """Arrange each window of an epoch's views; the last window may be shorter.
 
         Args:
             drawn: [n] indices of views in the order in which they were drawn.
@@ -99,14 +99,14 @@ class ViewWindows:
         return arranged
 
     def _overlaps(self, views: np.ndarray) -> np.ndarray:
-        """How many points each two of the views have in common, [W, W] int64."""
+        """Count the points that each two of the views have in common, [W, W] int64."""
         # Not as a product of matrices: its threads would wait for the cores that other threads keep busy.
         seen = self.seen[views]
         return np.stack([ONES[seen & one].sum(axis=1, dtype=np.int64) for one in seen])
 
 
 def path(overlaps: np.ndarray) -> np.ndarray:
-    """An order of views, from the first one on, in which neighbours overlap much.
+    """Find an order of views, from the first one on, in which neighbours overlap much.
 
     Each is followed by the one left that overlaps most with it; then parts of the path are turned round as long as
     that adds to the sum of overlaps (2-opt, Croes 1958).
