@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets.colmap import SparseModel, has_model, load_model, model_suffixes
+from datasets.colmap import PARTS, SparseModel, has_model, load_model, model_suffixes
 from datasets.image_files import PHOTO_SUFFIXES
 from errors import InputError
 
@@ -66,6 +66,8 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
             f"Warning: {_name(chosen, data_dir)} holds a model as {suffixes[0]} and as older {suffixes[1]} files: the "
             f"{suffixes[0]} files are used; remove those that are out of date."
         )
+    else:
+        _name_newer_parts(chosen, suffixes[0], data_dir, say)
     for remark in models[chosen].remarks:
         say(f"Warning: {remark}")
     return models[chosen], chosen
@@ -119,6 +121,16 @@ def _comparison(chosen: Path, photos: dict[Path, set[str]], data_dir: Path) -> s
         + f" (--model_dir {_name(next(folder for folder in photos if folder != chosen), data_dir)} takes "
         + ("the other)." if len(photos) == 2 else "that one).")
     )
+
+
+def _name_newer_parts(model_dir: Path, suffix: str, data_dir: Path, say: Say) -> None:
+    """Warn of parts of a model in another format that are newer than those in use, and no whole model."""
+    for part in PARTS:
+        used = model_dir / (part + suffix)
+        for other in (".bin", ".txt", ".ply"):
+            path = used.with_suffix(other)
+            if other != suffix and path.is_file() and path.stat().st_mtime_ns > used.stat().st_mtime_ns:
+                say(f"Warning: {_name(path, data_dir)} is newer than {used.name}, which is used in its place.")
 
 
 def _look_elsewhere(chosen: Path, num_photos: int, data_dir: Path, say: Say) -> None:

@@ -119,6 +119,17 @@ def test_the_newer_of_text_and_binary_files_is_used(tmp_path):
         assert any(f"as {path.suffix} and as older {older} files" in s for s in sentences)
 
 
+@pytest.mark.parametrize("name", ["points3D.txt", "points3D.ply", "images.txt"])
+def test_a_newer_part_in_another_format_is_named(tmp_path, name):
+    write_scene(tmp_path, NAMES)
+    path = tmp_path / "sparse/0" / name
+    path.write_text("")
+    for seconds, expected in ((10, True), (-10, False)):
+        when = path.with_suffix(".bin").stat().st_mtime_ns + seconds * 10**9
+        os.utime(path, ns=(when, when))
+        assert any(f"sparse/0/{name} is newer than" in s for s in said(tmp_path)[1]) == expected
+
+
 # ------------------------------------------------------------------------------------------ text of other programs
 
 HARD_NAMES = [
