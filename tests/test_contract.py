@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,9 @@ from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
+from offload.pipelines.streamed import StreamedPipeline
+from offload.pipelines.streamed_host import StreamedHostPipeline
+from offload.pipelines.transfer import RowTransfer
 from offload.tiles.budget import RowLimit
 
 CPU = torch.device("cpu")
@@ -223,7 +227,7 @@ def test_a_view_in_tiles_is_a_fetch_and_a_prefetch(kind):
     model = MODELS[kind](start())
 
     def train_tile(tile: ViewTile) -> TileResult:
-        refused(lambda: model.rows(0, 3), "rows", "between fetch() and update()")
+        refused(lambda: model.rows(0, 3), "rows", "before train_view() has succeeded")
         backward(tile.rows)
         return TileResult(torch.zeros(()), 1, 1)
 
@@ -242,8 +246,8 @@ def test_a_view_in_tiles_is_a_fetch_and_a_prefetch(kind):
 
 def test_the_table_names_every_verb_and_leads_back_between_steps():
     assert {verb for _, verb in ORDER} == set(PLACES)
-    phases = {phase for phase, _ in ORDER}
-    assert set(ORDER.values()) == phases
+    phases = set(ORDER.values())
+    assert {phase for phase, _ in ORDER} == phases | {"before fetch() has succeeded"}
     for phase in phases - {"between steps"}:
         assert ORDER[phase, "update"] == "between steps"
 
@@ -263,3 +267,141 @@ def test_counters_may_be_asked_at_any_time(kind):
         assert counters.traffic["rows_written"] > 0
     if kind == "GPU only":
         assert counters.staging_allocations is None
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+    """Let device memory run out once, in the next call of a method."""
+    method = getattr(owner, name)
+
+    def fail(*arguments: object, **named: object) -> None:
+        monkeypatch.setattr(owner, name, method)
+        raise torch.cuda.OutOfMemoryError("on purpose")
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+def travel_of(kind: str) -> tuple[type, str]:
+    """Return what allocates the rows of a view on the device."""
+    if kind == "streamed":
+        return StreamedPipeline, "_new_view"
+    return (StreamedHostPipeline, "_new_view") if kind == "streamed, host" else (RowTransfer, "upload")
+
+
+TRAVELLING = pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "GPU only"])  # there nothing can fail
+
+
+@TRAVELLING
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("where", ["travel", "rendering"])
+def test_a_fetch_that_fails_may_be_repeated_or_undone(kind, begun, where, monkeypatch):
+    model, repeating, twin, repeating_twin = (MODELS[kind](start()) for _ in range(4))
+    for gaussians in (model, repeating, twin, repeating_twin):
+        if begun:
+            step(gaussians, A)
+    for gaussians in (model, repeating):
+        fail_once(monkeypatch, *(travel_of(kind) if where == "travel" else (gaussians, "_to_render")))
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            gaussians.fetch(B)
+        for method, call in {**READING, **CHANGING, "update": lambda model: model.update()}.items():
+            refused(lambda call=call, it=gaussians: call(it), method, "before fetch() has succeeded")
+        with pytest.raises(WrongOrder, match="other cameras than the fetch\\(\\) before it"):
+            gaussians.fetch(C)
+    model.undo_step()
+    rows, expected = model.fetch(C), twin.fetch(C)
+    assert torch.equal(model.ids, twin.ids)
+    assert all(torch.equal(value, expected[name]) for name, value in rows.items())
+    for gaussians, got in ((model, rows), (twin, expected)):
+        backward(got)
+        gaussians.update()
+    step(repeating, B)
+    step(repeating_twin, B)
+    for one, other in ((model, twin), (repeating, repeating_twin)):
+        expected = values_of(other)
+        assert all(torch.equal(value, expected[name]) for name, value in values_of(one).items())
+
+
+@TRAVELLING
+def test_a_prefetch_that_fails_may_be_undone(kind, monkeypatch):
+    model, twin = MODELS[kind](start()), MODELS[kind](start())
+    for gaussians in (model, twin):
+        step(gaussians, A)
+    rows = model.fetch(B)
+    fail_once(monkeypatch, *travel_of(kind))
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):  # where no worker has it
+        model.prefetch(A)
+    backward(rows)
+    model.undo_step()
+    monkeypatch.undo()
+    step(model, C)
+    step(twin, C)
+    assert torch.equal(model.ids, twin.ids)
+    expected = values_of(twin)
+    assert all(torch.equal(value, expected[name]) for name, value in values_of(model).items())
+
+
+@pytest.mark.parametrize("geometry", ["device", "host"])
+@pytest.mark.parametrize("good_tiles", [0, 1])
+def test_a_view_that_fails_in_a_tile_can_only_be_undone(geometry, good_tiles):
+    model, twin = (TiledGaussians(start(), ADAM, limit=RowLimit(0.05), geometry=geometry, **BOUND) for _ in range(2))
+    wide = scaled(A, 8)
+
+    def train_tile(tile: ViewTile) -> TileResult:
+        backward(tile.rows)
+        return TileResult(torch.zeros(()), 1, 1)
+
+    def fail_later(tile: ViewTile) -> TileResult:
+        tiles.append(tile)
+        if len(tiles) > good_tiles:
+            raise ValueError("on purpose")
+        return train_tile(tile)
+
+    tiles: list[ViewTile] = []
+    with pytest.raises(ValueError, match="on purpose"):
+        model.train_view(wide, B, fail_later)
+    assert len(tiles) == good_tiles + 1
+    for method, call in {**READING, **CHANGING, "update": lambda model: model.update()}.items():
+        refused(lambda call=call: call(model), method, "before train_view() has succeeded")
+    for method, call in {
+        "fetch": lambda: model.fetch(wide),
+        "prefetch": lambda: model.prefetch(B),
+        "train_view": lambda: model.train_view(wide, B, train_tile),
+    }.items():
+        refused(call, method, "before train_view() has succeeded")
+    if good_tiles:
+        with pytest.raises(RuntimeError, match="applied in part"):
+            model.undo_step()
+        return
+    model.undo_step()
+    for gaussians in (model, twin):
+        gaussians.train_view(wide, None, train_tile)
+        gaussians.update()
+    expected = values_of(twin)
+    assert all(torch.equal(value, expected[name]) for name, value in values_of(model).items())
+
+
+def scaled(cameras: Cameras, factor: int) -> Cameras:
+    """Return the same cameras with pictures of as many times the pixels a side."""
+    Ks = cameras.Ks.clone()
+    Ks[:, :2] *= factor
+    return replace(cameras, width=factor * cameras.width, height=factor * cameras.height, Ks=Ks)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("sources", "targets", "sentence"),
+    [
+        ([1, 2, 3], [10, 11], "3 rows cannot be copied onto 2"),
+        ([1, 2], [10, 11, 12], "2 rows cannot be copied onto 3"),
+        ([1, 2, 3], [3, 4, 5], "the source and the target"),
+        ([1, 2, 3], [10, 11, 10], "the target of several"),
+    ],
+)
+def test_a_relocation_that_is_none_is_refused_and_changes_nothing(kind, sources, targets, sentence):
+    model = MODELS[kind](start())
+    step(model, A, B)
+    before = values_of(model)
+    with pytest.raises(ValueError, match=sentence):
+        model.relocate(torch.tensor(sources), torch.tensor(targets))
+    assert all(torch.equal(value, before[name]) for name, value in values_of(model).items())
+    model.relocate(torch.tensor([1, 1, 2]), torch.tensor([10, 11, 12]))
+    assert torch.equal(model.rows(11, 12)["means"], before["means"][1:2])

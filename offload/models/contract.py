@@ -15,6 +15,9 @@ Gaussians and counters, may be asked at any time.
 
 `ORDER` says the same as a table, and `StepOrder` keeps a model to it: whatever is asked in a wrong order is refused by
 one sentence, before anything has changed.
+
+A `fetch` that has failed, as where device memory has run out, may be repeated with the same cameras. Anything else,
+and anything at all after a `train_view` that has failed, needs `undo_step` first.
 """
 
 from __future__ import annotations
@@ -32,16 +35,27 @@ from offload.culling.cells import CoveredCells
 from offload.pipelines.contract import Counters
 from offload.store.host_store import HostStore
 
-Phase = Literal["between steps", "between fetch() and update()", "between prefetch() and update()"]
+Phase = Literal[
+    "between steps",
+    "before fetch() has succeeded",
+    "before train_view() has succeeded",
+    "between fetch() and update()",
+    "between prefetch() and update()",
+]
 Verb = Literal["fetch", "prefetch", "update", "read", "change"]
 
 ORDER: Mapping[tuple[Phase, Verb], Phase] = {
     ("between steps", "read"): "between steps",
     ("between steps", "change"): "between steps",
     ("between steps", "fetch"): "between fetch() and update()",
+    ("before fetch() has succeeded", "fetch"): "between fetch() and update()",
     ("between fetch() and update()", "prefetch"): "between prefetch() and update()",
     ("between fetch() and update()", "update"): "between steps",
     ("between prefetch() and update()", "update"): "between steps",
+}
+BEGUN: Mapping[str, Phase] = {
+    "fetch": "before fetch() has succeeded",
+    "train_view": "before train_view() has succeeded",
 }
 PLACES: Mapping[Verb, str] = {
     "fetch": "between steps, once before each update()",
@@ -61,13 +75,16 @@ class StepOrder:
 
     def __init__(self) -> None:
         self._phase: Phase = "between steps"
-        self._present: Cameras | None = None  # of the step, from `fetch` on
+        self._present: Cameras | None = None  # of the step, from the beginning of `fetch` on
         self._upcoming: Cameras | None = None  # that have been prefetched
         self._undone: Cameras | None = None  # of the step that was undone, whose rows are known
 
     @contextmanager
     def taking(self, verb: Verb, method: str = "", cameras: Cameras | None = None) -> Iterator[None]:
-        """Do what a method does, and then be in the phase that follows; where that fails, in the same one.
+        """Do what a method does, and then be in the phase that follows.
+
+        Where that fails, the phase is the same as before; a fetch that fails has begun a step, though, which may be on
+        the device in part.
 
         Args:
             verb: The kind of the method.
@@ -80,16 +97,31 @@ class StepOrder:
         following = ORDER.get((self._phase, verb))
         if following is None:
             raise WrongOrder(f"{method or verb}() was called {self._phase}, but belongs {PLACES[verb]}.")
-        if verb == "fetch" and self._upcoming is not None and cameras is not self._upcoming:
-            raise WrongOrder("fetch() was given other cameras than prefetch() before it: give it the same object.")
-        if verb == "change":
+        if verb == "fetch":
+            self._begin(method or verb, cameras)
+        elif verb == "change":
             self._upcoming = self._undone = None
         yield
         self._phase = following
         if verb == "fetch":
-            self._present, self._upcoming, self._undone = cameras, None, None
+            self._upcoming = self._undone = None
         elif verb == "prefetch":
             self._upcoming = cameras
+
+    def _begin(self, method: str, cameras: Cameras | None) -> None:
+        """Be in a step on these cameras, whose rows are not yet there.
+
+        Raises:
+            WrongOrder: Those of other cameras are on the way.
+        """
+        if self._phase != "between steps" and cameras is not self._present:
+            raise WrongOrder(
+                f"{method}() was given other cameras than the fetch() before it, which has failed: "
+                "give it the same object, or call undo_step() first."
+            )
+        if self._upcoming is not None and cameras is not self._upcoming:
+            raise WrongOrder(f"{method}() was given other cameras than prefetch() before it: give it the same object.")
+        self._phase, self._present = BEGUN[method], cameras
 
     def knows_rows_of_other(self, cameras: Cameras) -> bool:
         """Tell whether the rows known for the next step are those of a step undone, and not of these cameras."""

@@ -14,7 +14,7 @@ from offload.culling.cameras import Cameras
 from offload.models.contract import StepOrder
 from offload.models.kept_rows import kept_rows
 from offload.pipelines.contract import Counters
-from offload.store.host_store import HostStore
+from offload.store.host_store import HostStore, check_relocation
 
 BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
 
@@ -185,6 +185,7 @@ class DeviceGaussians:
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
         with self._order.taking("change", "relocate"):
+            check_relocation(source_ids, target_ids)
             self._overwrite(target_ids, {name: value[source_ids] for name, value in self.parameters.items()})
 
     def keep(self, ids: Tensor) -> None:

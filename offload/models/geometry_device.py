@@ -25,7 +25,7 @@ from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
 from offload.culling.margins import margin_ahead
 from offload.models.kept_rows import kept_rows
-from offload.store.host_store import HostStore
+from offload.store.host_store import HostStore, check_relocation
 from offload.store.layout import LAST_STEP_BYTES
 
 GEOMETRY = tuple(COLUMNS)
@@ -164,6 +164,7 @@ class DeviceGeometry:
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero; all of them have been caught up."""
+        check_relocation(source_ids, target_ids)
         self.overwrite(target_ids, {name: value[source_ids] for name, value in self._state.parameters.items()})
 
     def keep(self, ids: Tensor) -> None:

@@ -106,22 +106,7 @@ class TiledGaussians(OffloadedGaussians):
         with self._order.taking("fetch", "train_view", cameras):
             self._forget_other_rows(cameras)
             _once_more(self._begin, cameras)
-        losses = []
-        while True:
-            try:
-                result = self._train_tile(upcoming, train_tile)
-            except torch.cuda.OutOfMemoryError:
-                result = None
-            if result is None:  # here, where what the failed tile held is free
-                self._refine_tile()
-                continue
-            losses.append(result.loss)
-            if self._tiles.is_last:
-                break
-            self._keep_finite()
-            self._sum_geometry_gradients()
-            self._rows = None
-            _once_more(self._tiles.next_tile)
+            losses = self._train_tiles(upcoming, train_tile)
         if upcoming is not None:
             with self._order.taking("prefetch", "train_view", upcoming):
                 pass  # it has been done behind the last tile
@@ -159,6 +144,25 @@ class TiledGaussians(OffloadedGaussians):
         view = self._tiles.begin(cameras)
         self._present = cameras, view
         self._ids = view.ids.to(self._rendering_device)
+
+    def _train_tiles(self, upcoming: Cameras | None, train_tile: Callable[[ViewTile], TileResult]) -> list[Tensor]:
+        """Render all tiles of the present view; return the loss of each."""
+        losses = []
+        while True:
+            try:
+                result = self._train_tile(upcoming, train_tile)
+            except torch.cuda.OutOfMemoryError:
+                result = None
+            if result is None:  # here, where what the failed tile held is free
+                self._refine_tile()
+                continue
+            losses.append(result.loss)
+            if self._tiles.is_last:
+                return losses
+            self._keep_finite()
+            self._sum_geometry_gradients()
+            self._rows = None
+            _once_more(self._tiles.next_tile)
 
     def _train_tile(self, upcoming: Cameras | None, train_tile: Callable[[ViewTile], TileResult]) -> TileResult:
         fetched_rows = self._tiles.fetch_tile()

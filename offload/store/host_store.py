@@ -175,6 +175,7 @@ class HostStore:
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
         source_ids, target_ids = self._checked(source_ids), self._checked(target_ids)
+        check_relocation(source_ids, target_ids)
         with self.changing(target_ids):
             native.copy_rows(_words(self._parameters), source_ids.numpy(), target_ids.numpy(), num_threads())
             self._forget(target_ids)
@@ -249,6 +250,21 @@ class HostStore:
         if lowest < 0 or highest >= self.num_gaussians:
             raise IndexError(f"rows {lowest} to {highest} of {self.num_gaussians}")
         return ids
+
+
+def check_relocation(source_ids: Tensor, target_ids: Tensor) -> None:
+    """Check that rows can be copied onto others in any order; sources may repeat.
+
+    Raises:
+        ValueError: There are not as many of both, a target repeats, or a row is a source and a target.
+    """
+    if source_ids.shape != target_ids.shape:
+        raise ValueError(f"{len(source_ids)} rows cannot be copied onto {len(target_ids)}: each target has one source.")
+    targets = target_ids.unique()
+    if len(targets) < len(target_ids):
+        raise ValueError("A row cannot be the target of several copies: name each target once.")
+    if bool(torch.isin(targets, source_ids).any()):
+        raise ValueError("A row cannot be the source and the target of copies: choose other targets.")
 
 
 def _words(array: HostArray) -> np.ndarray:
