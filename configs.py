@@ -63,7 +63,7 @@ class RunOptions:
     video: bool = False
     """After the last step, or of an evaluated checkpoint, render a flight past the training cameras to videos/."""
     steps_scaler: float = 1.0
-    """Every schedule given in steps is multiplied by this factor."""
+    """Multiply every schedule given in steps by this factor, but for --save_every and --log_every."""
     log_every: int = 100
     """TensorBoard gets an entry every so many steps."""
     profile: int = 0

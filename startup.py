@@ -1,4 +1,4 @@
-"""What must be done before torch is imported; every program of the suite imports this first."""
+"""What must be done before torch is imported; every program that trains or measures imports this first."""
 
 import os
 import sys

@@ -37,6 +37,8 @@ class Trainer:
     # What needs less device, or host, memory next: other options of the same script, or another entry, by its name.
     less_device: Mapping[str, str] | str = ""  # empty: nothing does
     less_host: Mapping[str, str] | str = ""
+    smaller_views_help: bool = True  # where device memory is too small: rows come there view by view
+    few_steps: bool = False  # it is so slow that a benchmark measures a tenth of the steps
 
     @property
     def path(self) -> Path:
@@ -75,6 +77,7 @@ TRAINERS: dict[str, Trainer] = {
         footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree),
         traffic=lambda n, v: Traffic(device=28 * 59 * n),
         less_device="optimized",
+        smaller_views_help=False,  # all Gaussians lie there
     ),
     "baseline": Trainer(
         "simple_trainer_hybrid_baseline",
@@ -82,6 +85,7 @@ TRAINERS: dict[str, Trainer] = {
         traffic=lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
         less_device="split_geometry_on_host",
         less_host="optimized",
+        few_steps=True,
     ),
     "optimized": Trainer(
         "simple_trainer_hybrid_optimized",
@@ -167,7 +171,7 @@ def remedy(trainer: Trainer, cfg: object, memory: Literal["device", "host"]) -> 
     if smaller is not None:
         command = " ".join([smaller.trainer.path.name, *_words(smaller.options)])
         remedies.append(f"use {command}, which needs less of it")
-    if memory == "device" and trainer.script != "simple_trainer":
+    if memory == "device" and trainer.smaller_views_help:
         remedies += ["raise --data_factor", "lower --batch_size"]
     else:
         remedies += ["lower --sh_degree", *([] if smaller else ["free memory"])]

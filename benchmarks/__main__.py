@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def benchmarks() -> dict[str, str]:
-    """Name and first line of every module here that can be run; they are read, not imported."""
+    """Return the name and first line of every module here that can be run; they are read, not imported."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         module = ast.parse(path.read_text())

@@ -38,13 +38,13 @@ class AerialCameras:
 def aerial_scene(
     num_gaussians: int, seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0
 ) -> tuple[dict[str, Tensor], AerialCameras]:
-    """Make Make Gaussians in Morton order and cameras above them.
+    """Make Gaussians in Morton order and cameras above them.
 
     Needs hardly more memory than the result, 236 bytes per Gaussian.
 
     Args:
         num_gaussians: N.
-        seed: Of everything random.
+        seed: Everything random is drawn from it.
         focal: Focal length in pixels; the longer, the smaller the part of the scene that a view sees.
         picture_scale: Factor on the pictures' sides and on the focal length.
 

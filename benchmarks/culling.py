@@ -39,7 +39,7 @@ class Options(BenchmarkOptions):
     views: int = 16
     """Cameras of the scene to cull for."""
     torch_views: int = 4
-    """Of these, cameras for the torch versions, which are slow."""
+    """How many of these cameras the torch versions, which are slow, are given."""
 
 
 def culling_on(device: torch.device, parameters: Mapping[str, Tensor]) -> Callable[[Cameras], Tensor]:

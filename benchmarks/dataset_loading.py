@@ -39,7 +39,7 @@ class Options(BenchmarkOptions):
     views: int = 24
     """Pictures of the dataset that is made."""
     width: int = 640
-    """Of its pictures, in pixels; they are 3/4 as high."""
+    """Width of its pictures in pixels; they are 3/4 as high."""
     repeats: int = 5
     """Timed turns."""
 

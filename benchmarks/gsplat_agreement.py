@@ -39,7 +39,7 @@ class Options(BenchmarkOptions):
 
 
 def views(options: Options) -> Iterator[tuple[str, GaussianScene, Tensor]]:
-    """Name, scene and photo [1, H, W, 3] of each view."""
+    """Yield the name, scene and photo [1, H, W, 3] of each view."""
     if options.quick:
         scene = random_scene(2000, seed=0, width=160, height=120)
         yield "random", scene, torch.rand(1, 120, 160, 3, generator=torch.Generator().manual_seed(1))

@@ -46,7 +46,7 @@ class Options(BenchmarkOptions):
     repeats: int = 20
     """Timed turns."""
     threads: int = 0
-    """Of all cases; 0: the cores of this process."""
+    """Threads of all cases; 0: as many as this process has cores."""
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ class Options(BenchmarkOptions):
     gaussians: int = 100_000
     """Random ones, in a box before the camera."""
     width: int = 320
-    """Of the picture, in pixels."""
+    """Width of the picture in pixels."""
     height: int = 240
-    """Of the picture, in pixels."""
+    """Height of the picture in pixels."""
     repeats: int = 15
     """Timed runs of the native rasterizer."""
     torch_repeats: int = 3

@@ -49,7 +49,7 @@ class Options(BenchmarkOptions):
     tiles: tuple[int, ...] = (256, 1024)
     """16-byte vectors that a block moves at a time."""
     warps: tuple[int, ...] = (8,)
-    """Of a block."""
+    """Warps in a block."""
     repeats: int = 9
     """Timed turns."""
 

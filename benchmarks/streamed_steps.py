@@ -43,14 +43,14 @@ class Options(BenchmarkOptions):
     tiles: tuple[int, ...] = (256, 1024)
     """16-byte vectors that a block moves at a time."""
     warps: tuple[int, ...] = (8,)
-    """Of a block."""
+    """Warps in a block."""
     steps: int = 24
-    """To measure with each shape."""
+    """Steps to measure with each shape."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the kernels that cross the link."""
+    """Hold the sizes with which the kernels that cross the link are launched."""
 
     tile: int
     warps: int

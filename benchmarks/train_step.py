@@ -47,7 +47,6 @@ from training.stages import StageTimes
 from training.views import View
 
 SCENE_SCALE = 3.2  # world units: how far the cameras stand apart
-FEW_STEPS = ("baseline",)  # trainers so slow that a tenth of the steps is enough
 
 # Options of every trainer here: nothing is refined or reset, and all spherical harmonics are in use at once.
 OPTIONS = ("--refine_stop_iter", "0", "--sh_degree_interval", "1")
@@ -58,7 +57,7 @@ class Options(BenchmarkOptions):
     num_gaussians: tuple[int, ...] = (4_000_000,)
     """Sizes of the scene."""
     steps: int = 100
-    """Steps to measure, after a fifth of them to warm up; the baseline takes a tenth."""
+    """Steps to measure, after a fifth of them to warm up; slow trainers take a tenth of them."""
     trainers: tuple[str, ...] = tuple(TRAINERS)
     """Which trainers."""
     picture_scale: float = 1.0
@@ -338,7 +337,7 @@ def main(options: Options) -> None:
     for num_gaussians in options.num_gaussians:
         visible = in_fresh_process(mean_visible, num_gaussians, FOCAL)
         for trainer, window in product(options.trainers, options.view_window):
-            steps = max(options.steps // 10, 3) if trainer in FEW_STEPS else options.steps
+            steps = max(options.steps // 10, 3) if TRAINERS[trainer].few_steps else options.steps
             job = Job(trainer, num_gaussians, FOCAL, options.picture_scale, steps, cap, window)
             table.add(*row_of(job, visible, measure(job), bandwidth))
     report.write()

@@ -128,7 +128,7 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
 
     Args:
         folder: Where masks lie, in the same subfolders as the pictures; it need not exist.
-        names: Of the pictures.
+        names: Names of the pictures.
         say: Is told of masks that belong to no picture, and of pictures without a mask.
 
     Returns:

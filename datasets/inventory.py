@@ -19,7 +19,7 @@ def seen_ids(
 
     Args:
         train_ids, test_ids: The split, int64.
-        names: Of all images.
+        names: Names of all images.
         pictures: Their files.
         say: Is told what is left out.
 

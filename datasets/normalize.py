@@ -7,7 +7,7 @@ import numpy as np
 
 
 def normalizing_transform(camtoworlds: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The similarity that takes the input world to the normalized world.
+    """Return the similarity that takes the input world to the normalized world.
 
     Args:
         camtoworlds: [n, 4, 4] poses in the OpenCV convention (x right, y down, z forward).
@@ -27,7 +27,7 @@ def normalizing_transform(camtoworlds: np.ndarray, points: np.ndarray) -> np.nda
 
 
 def similarity_from_cameras(camtoworlds: np.ndarray) -> np.ndarray:
-    """[4, 4] similarity that levels the cameras, centres what they look at and scales their distance to 1."""
+    """Return the [4, 4] similarity that levels cameras, centres what they look at and scales their distance to 1."""
     rotations, positions = camtoworlds[:, :3, :3], camtoworlds[:, :3, 3]
     level = _rotation_between(-rotations[:, :, 1].mean(axis=0), np.array([0.0, -1.0, 0.0]))
     positions = positions @ level.T  # [n, 3]
@@ -45,7 +45,7 @@ def similarity_from_cameras(camtoworlds: np.ndarray) -> np.ndarray:
 
 
 def principal_axes(points: np.ndarray) -> np.ndarray:
-    """[4, 4] rigid motion that takes the points' median to the origin, their widest spread to x, least to z."""
+    """Return the [4, 4] rigid motion that takes the points' median to 0, their widest spread to x, least to z."""
     centre = np.median(points, axis=0)
     _, axes = np.linalg.eigh(np.cov(points, rowvar=False))  # columns, the widest last
     axes = axes[:, ::-1].copy()
@@ -58,19 +58,19 @@ def principal_axes(points: np.ndarray) -> np.ndarray:
 
 
 def transform_points(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """[P, 3] points under a [4, 4] similarity."""
+    """Move points [P, 3] by a [4, 4] similarity  # [P, 3]."""
     return points @ transform[:3, :3].T + transform[:3, 3]
 
 
 def transform_cameras(transform: np.ndarray, camtoworlds: np.ndarray) -> np.ndarray:
-    """[n, 4, 4] poses in the world that a [4, 4] similarity leads to; their rotations stay rotations."""
+    """Move poses [n, 4, 4] to the world that a [4, 4] similarity leads to; their rotations stay rotations."""
     moved = transform @ camtoworlds
     moved[:, :3, :3] /= np.cbrt(np.linalg.det(transform[:3, :3]))
     return moved
 
 
 def _rotation_between(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """[3, 3] smallest rotation that turns the direction `source` to the unit vector `target` (Rodrigues)."""
+    """Return the smallest rotation [3, 3] from the direction `source` to the unit vector `target` (Rodrigues)."""
     length = np.linalg.norm(source)
     if length < 1e-12:  # cameras in all orientations: no up direction is better than another
         return np.eye(3)

@@ -24,8 +24,8 @@ def sees(points: np.ndarray, worldtocam: np.ndarray, K: np.ndarray, width: int, 
         points: [S, 3] in world units.
         worldtocam: [4, 4].
         K: [3, 3], pixels.
-        width: Of the picture in pixels, as is the height.
-        height: The same.
+        width: Width of the picture in pixels.
+        height: Height of the picture in pixels.
 
     Returns:
         [S] bool.

@@ -25,7 +25,7 @@ class FetchedRows(Protocol):
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Group -> [V, columns], leaves that receive gradients; empty once these have been taken in."""
+        """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class HostStore:
     `last_step`; geometry 12 x 3 x 4 = 144 and 4; 728 in two stores. Up to 1/64 more is taken when a store grows. With
     moments in bfloat16 it is two thirds of that; with `pad_to_cache_line` geometry is 16 x 3 x 4 = 192.
 
-    The operations are those of `training.gaussians.DeviceGaussians`, with the same results row for row. They work on
+    The operations are those of `offload.models.device.DeviceGaussians`, with the same results row for row. They work on
     stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
     moments of zero and `step` as their last step, which the trainer keeps at the number of steps done.
 
