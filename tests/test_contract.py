@@ -211,7 +211,7 @@ def test_relocated_rows_start_as_copies_without_moments(kind):
     for name in before:
         assert not state[f"exp_avg/{name}"][target].any()
         assert not state[f"exp_avg_sq/{name}"][target].any()
-        assert state[f"exp_avg/{name}"][model.ids].any()
+        assert state[f"exp_avg/{name}"][drawn[-1]].any()
     reference.load_state(state)
     for gaussians in (model, reference):
         step(gaussians, B)
@@ -233,7 +233,7 @@ def test_a_view_in_tiles_is_a_fetch_and_a_prefetch(kind):
 
     model.train_view(A, B, train_tile)
     refused(lambda: model.train_view(B, None, train_tile), "train_view", "between prefetch() and update()")
-    refused(lambda: list(model.view_tiles(A)), "view_tiles", "between prefetch() and update()")
+    refused(lambda: model.view_tiles(A), "view_tiles", "between prefetch() and update()")
     model.update()
     with pytest.raises(WrongOrder, match="other cameras"):
         model.train_view(C, None, train_tile)
@@ -405,3 +405,50 @@ def test_a_relocation_that_is_none_is_refused_and_changes_nothing(kind, sources,
     assert all(torch.equal(value, before[name]) for name, value in values_of(model).items())
     model.relocate(torch.tensor([1, 1, 2]), torch.tensor([10, 11, 12]))
     assert torch.equal(model.rows(11, 12)["means"], before["means"][1:2])
+
+
+@pytest.mark.parametrize("geometry", ["device", "host"])
+def test_tiles_are_read_while_rows_stay(geometry):
+    model = TiledGaussians(start(), ADAM, limit=RowLimit(0.05), geometry=geometry, **BOUND)
+    wide = scaled(A, 8)
+    tiles = model.view_tiles(wide)
+    next(tiles)
+    model.rows(0, 3)
+    model.fetch(B)
+    refused(lambda: next(tiles), "view_tiles", "between fetch() and update()")
+    model.undo_step()
+    for change in (lambda: model.keep(all_ids(model)), lambda: step(model, B)):
+        tiles = model.view_tiles(wide)
+        next(tiles)
+        change()
+        with pytest.raises(WrongOrder, match="view_tiles\\(\\) was read on after rows had changed"):
+            next(tiles)
+    assert len(list(model.view_tiles(wide))) > 1
+
+
+@KINDS
+@pytest.mark.parametrize("change", [name for name in CHANGING if name != "load_state"])
+def test_ids_are_those_of_the_last_fetch_until_rows_are_changed(kind, change):
+    model = MODELS[kind](start())
+    step(model, A, B)
+    ids = model.ids
+    model.rows(0, 3)
+    assert torch.equal(model.ids, ids)
+    CHANGING[change](model)
+    with pytest.raises(WrongOrder, match="ids was asked for after rows had changed"):
+        _ = model.ids
+    model.fetch(B)
+    assert len(model.ids) > 0
+
+
+@KINDS
+def test_names_and_rows_that_there_are_not_are_refused(kind):
+    model = MODELS[kind](start())
+    before = values_of(model)
+    for first, last in ((0, N + 1), (-1, 3), (3, 2), (N + 1, N + 1)):
+        with pytest.raises(IndexError, match=f"rows {first} to {last - 1} of {N}"):
+            model.rows(first, last)
+    with pytest.raises(ValueError, match='"colors" is no parameter of Gaussians'):
+        model.overwrite(torch.arange(2), {"opacities": torch.zeros(2), "colors": torch.zeros(2, 3)})
+    assert all(torch.equal(value, before[name]) for name, value in values_of(model).items())
+    assert len(model.rows(N, N)["means"]) == 0

@@ -14,7 +14,7 @@ from offload.adam.schedules import schedules_of
 from offload.adam.state import State, copy_current
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
-from offload.models.contract import StepOrder
+from offload.models.contract import StepOrder, check_names, check_rows
 from offload.pipelines.contract import Counters
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import RowTransfer
@@ -87,6 +87,7 @@ class BaselineGaussians:
     @property
     def ids(self) -> Tensor:
         """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
+        self._order.check_ids()
         return self._ids.to(self._rendering_device)
 
     def prefetch(self, cameras: Cameras) -> None:
@@ -125,6 +126,7 @@ class BaselineGaussians:
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Return slices of the stores: these rows of the six parameter tensors."""
         with self._order.taking("read", "rows"):
+            check_rows(first, last, self.num_gaussians)
             stored = {name: values for store in self.stores.values() for name, values in store.snapshot().items()}
             return {name: values[first:last] for name, values in stored.items()}
 
@@ -191,6 +193,7 @@ class BaselineGaussians:
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero."""
         with self._order.taking("change", "overwrite"):
+            check_names(values)
             for store in self.stores.values():
                 store.overwrite(ids, values)
 

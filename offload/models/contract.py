@@ -18,11 +18,14 @@ one sentence, before anything has changed.
 
 A `fetch` that has failed, as where device memory has run out, may be repeated with the same cameras. Anything else,
 and anything at all after a `train_view` that has failed, needs `undo_step` first.
+
+What is given is checked alike in every model: `overwrite` refuses names that are no parameters (ValueError), `rows`
+refuses rows that there are not (IndexError), and `relocate` what its sentence rules out (ValueError).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
@@ -34,6 +37,7 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.pipelines.contract import Counters
 from offload.store.host_store import HostStore
+from offload.store.layout import GROUP_NAMES, group_shapes
 
 Phase = Literal[
     "between steps",
@@ -77,6 +81,8 @@ class StepOrder:
         self._phase: Phase = "between steps"
         self._present: Cameras | None = None  # of the step, from the beginning of `fetch` on
         self._upcoming: Cameras | None = None  # that have been prefetched
+        self._ids_are_good = True  # whether no rows have been changed since `fetch`
+        self._changes = 0  # how often values of rows may have changed, in steps and between them
         self._undone: Cameras | None = None  # of the step that was undone, whose rows are known
 
     @contextmanager
@@ -101,6 +107,9 @@ class StepOrder:
             self._begin(method or verb, cameras)
         elif verb == "change":
             self._upcoming = self._undone = None
+            self._ids_are_good = False
+        if verb in ("update", "change"):
+            self._changes += 1
         yield
         self._phase = following
         if verb == "fetch":
@@ -121,7 +130,33 @@ class StepOrder:
             )
         if self._upcoming is not None and cameras is not self._upcoming:
             raise WrongOrder(f"{method}() was given other cameras than prefetch() before it: give it the same object.")
-        self._phase, self._present = BEGUN[method], cameras
+        self._phase, self._present, self._ids_are_good = BEGUN[method], cameras, True
+
+    def check_ids(self) -> None:
+        """Check that the ids of the last view still name its rows.
+
+        Raises:
+            WrongOrder: Rows have been changed.
+        """
+        if not self._ids_are_good:
+            raise WrongOrder("ids was asked for after rows had changed: it names those of the last fetch() until then.")
+
+    @contextmanager
+    def reading_on(self, method: str, changes: int) -> Iterator[None]:
+        """Go on reading what `method` had begun to read after so many `changes`.
+
+        Raises:
+            WrongOrder: It may not be read now, or rows have changed.
+        """
+        with self.taking("read", method):
+            if changes != self._changes:
+                raise WrongOrder(f"{method}() was read on after rows had changed: call it again.")
+            yield
+
+    @property
+    def changes(self) -> int:
+        """Return how often values of rows may have changed."""
+        return self._changes
 
     def knows_rows_of_other(self, cameras: Cameras) -> bool:
         """Tell whether the rows known for the next step are those of a step undone, and not of these cameras."""
@@ -132,6 +167,28 @@ class StepOrder:
         if self._phase != "between steps":
             self._undone, self._upcoming = self._present, None
         self._phase = "between steps"
+
+
+def check_rows(first: int, last: int, num_gaussians: int) -> None:
+    """Check that there are rows `first` to `last - 1`.
+
+    Raises:
+        IndexError: There are not.
+    """
+    if not 0 <= first <= last <= num_gaussians:
+        raise IndexError(f"rows {first} to {last - 1} of {num_gaussians}")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check that these are names of parameters.
+
+    Raises:
+        ValueError: One is not.
+    """
+    known = [name for group in GROUP_NAMES for name in group_shapes(group, 0)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f'"{name}" is no parameter of Gaussians: they have {", ".join(known)}.')
 
 
 class GaussianModel(Protocol):
@@ -160,7 +217,11 @@ class GaussianModel(Protocol):
 
     @property
     def ids(self) -> Tensor:
-        """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device, until rows are changed."""
+        """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device.
+
+        Raises:
+            WrongOrder: Rows have been changed since.
+        """
 
     # --------------------------------------------------------------------------------------------------- reading
 

@@ -11,7 +11,7 @@ from offload.adam.finite import FiniteGradients
 from offload.adam.options import AdamOptions
 from offload.adam.state import ARRAYS, State, copy_current
 from offload.culling.cameras import Cameras
-from offload.models.contract import StepOrder
+from offload.models.contract import StepOrder, check_names, check_rows
 from offload.models.kept_rows import kept_rows
 from offload.pipelines.contract import Counters
 from offload.store.host_store import HostStore, check_relocation
@@ -68,6 +68,7 @@ class DeviceGaussians:
     @property
     def ids(self) -> Tensor:
         """Return which Gaussians `fetch` gives: all, int64 [N] on the device, made anew each time."""
+        self._order.check_ids()
         return torch.arange(self.num_gaussians, device=self.device)
 
     def prefetch(self, cameras: Cameras) -> None:
@@ -153,6 +154,7 @@ class DeviceGaussians:
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Return the current values of these rows of the six parameter tensors, detached; not copied."""
         with self._order.taking("read", "rows"):
+            check_rows(first, last, self.num_gaussians)
             return {name: parameter.detach()[first:last] for name, parameter in self.parameters.items()}
 
     # --------------------------------------------------------------------------------------------- densification
@@ -179,6 +181,7 @@ class DeviceGaussians:
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero, named or not."""
         with self._order.taking("change", "overwrite"):
+            check_names(values)
             self._overwrite(ids, values)
 
     @torch.no_grad()

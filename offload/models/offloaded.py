@@ -15,7 +15,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State, load_deferred
 from offload.culling.cameras import Cameras
-from offload.models.contract import GeometryPlace, StepOrder
+from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.pipelines.contract import Counters, FetchedRows, Pipeline
@@ -80,6 +80,7 @@ class OffloadedGaussians:
     @property
     def ids(self) -> Tensor:
         """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device."""
+        self._order.check_ids()
         return self._ids
 
     def prefetch(self, cameras: Cameras) -> None:
@@ -109,6 +110,7 @@ class OffloadedGaussians:
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Return copies of the current values of these rows of the six parameter tensors."""
         with self._order.taking("read", "rows"):
+            check_rows(first, last, self.num_gaussians)
             ids = torch.arange(first, last)
             values = self._geometry.gather(ids.to(self.device))
             for name, group in self._groups.items():
@@ -138,6 +140,7 @@ class OffloadedGaussians:
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give these rows [M] new values; all moments of the rows become zero."""
         with self._changing("overwrite", ids):
+            check_names(values)
             for place in self._places():
                 place.overwrite(ids, values)
 

@@ -118,8 +118,7 @@ class TiledGaussians(OffloadedGaussians):
             self._pipeline.finish()
             # What can be trained can be rendered, which takes less: no view is refused here.
             view = self._planner.find(cameras, must_fit=False)
-        for tile in view.tiles:
-            yield ViewTile(tile.tile, self._copies_to_render(view.of_tile(tile).ids), None)
+            return self._copies_of_tiles(view, self._order.changes)
 
     def update(self) -> None:
         """Take Adam's step on the gradients of the view, of which every Gaussian has one, however many its tiles."""
@@ -136,6 +135,13 @@ class TiledGaussians(OffloadedGaussians):
         self._sums, self._present = {}, None
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _copies_of_tiles(self, view: TiledRows, changes: int) -> Iterator[ViewTile]:
+        """Give copies of the rows of each tile of a view, which was found after so many `changes`."""
+        for tile in view.tiles:
+            with self._order.reading_on("view_tiles", changes):
+                rows = self._copies_to_render(view.of_tile(tile).ids)
+            yield ViewTile(tile.tile, rows, None)
 
     def _begin(self, cameras: Cameras) -> None:
         if self._budget is not None:
