@@ -41,7 +41,9 @@ class RunOptions:
     ckpt: str = ""
     """Evaluate this checkpoint instead of training."""
     resume: bool = False
-    """Continue from the newest valid checkpoint in result_dir; start from the beginning where there is none."""
+    """Continue from the newest valid checkpoint in result_dir; start from the beginning where none was written."""
+    new_photos: bool = False
+    """With --resume: train on although photos were added to the dataset or removed, in the checkpoint's coordinates."""
     force: bool = False
     """Begin anew in a result_dir that holds a run, whose results are removed."""
     save_every: str = "15m"

@@ -7,16 +7,23 @@ import numpy as np
 
 from datasets.camera import Camera, check_shape, make_camera
 from datasets.colmap import SparseModel
+from datasets.consistency import check_points, far_camera_warnings
 from datasets.images import prepare_images
 from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
 from datasets.model_choice import Say, load_sparse_model, quiet
-from datasets.normalize import normalizing_transform, transform_cameras, transform_points
+from datasets.normalize import (
+    far_cameras,
+    normalizing_transform,
+    place_tolerance,
+    transform_cameras,
+    transform_points,
+)
 from datasets.ply import read_points
 from datasets.splits import split_indices
 from errors import InputError
 
-# Survey coordinates stay below 1e8 m. Squares and sums of what is below this bound stay finite, and in the normalized
-# world float32 is fine enough.
+# Survey coordinates stay below 1e8 m. Squares and sums of what is below this bound stay finite, and float64 is fine
+# enough for them.
 LARGEST_COORDINATE = 1e12
 
 
@@ -25,7 +32,8 @@ class Scene:
     """Hold pictures, cameras and initial points of a dataset, in the normalized world.
 
     n images ordered by name, P points. A point x of the input world is at `transform @ [x, 1]`; the inverse takes
-    an export back to the input's coordinates.
+    an export back to the input's coordinates. A scene that is trained further stays where it was trained, so
+    `transform` is then the checkpoint's and `own_transform` that which the dataset as it is now would have.
     """
 
     data_dir: Path
@@ -40,7 +48,9 @@ class Scene:
     points: np.ndarray  # [P, 3] float32
     points_rgb: np.ndarray  # [P, 3] uint8
     transform: np.ndarray  # [4, 4] float64, input world -> normalized world
-    scene_scale: float  # largest distance of a camera from the cameras' mean position
+    own_transform: np.ndarray  # [4, 4] float64, as `normalizing_transform` makes it of these cameras and points
+    far_ids: np.ndarray  # int64, pictures whose cameras stand far off the scene
+    scene_scale: float  # largest distance of a camera from the cameras' mean position, without those far off
 
 
 def load_scene(
@@ -53,6 +63,7 @@ def load_scene(
     init_ply: bool = False,
     max_points: int = 0,
     num_workers: int | None = None,
+    transform: np.ndarray | None = None,
     say: Say = quiet,
 ) -> Scene:
     """Read a dataset: its COLMAP model, its pictures (scaled where that has not been done) and initial points.
@@ -65,6 +76,8 @@ def load_scene(
         init_ply: take the initial points from `points.ply` in the model's folder, in place of points3D.
         max_points: take a random subset of so many initial points where there are more; 0 takes all.
         num_workers: threads that check and scale pictures; all processors where None.
+        transform: [4, 4] similarity from the input world to that in which the scene has been trained; None to
+            normalize it.
         say: is told what is used of what is there, and what looks wrong.
 
     Raises:
@@ -76,8 +89,11 @@ def load_scene(
     model, model_path = load_sparse_model(data_dir, model_dir, say)
     train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
     points, points_rgb = model.points, model.points_rgb
+    warnings = []
     if init_ply:
-        points, points_rgb = read_points(model_path / "points.ply")
+        path = model_path / "points.ply"
+        points, points_rgb = read_points(path)
+        warnings += check_points(path, points, model.points)
     elif len(points) == 0:
         raise InputError(
             f"points3D in {model_path} holds no points to start from: put a points.ply beside it and set init_ply."
@@ -99,13 +115,20 @@ def load_scene(
     train_ids, test_ids = seen_ids(train_ids, test_ids, model.image_names, pictures, say)
 
     camtoworlds = np.linalg.inv(model.worldtocams)
-    transform = normalizing_transform(camtoworlds, points)
-    camtoworlds = transform_cameras(transform, camtoworlds)
-    positions = camtoworlds[:, :3, 3]
-    scene_scale = float(np.linalg.norm(positions - positions.mean(axis=0), axis=1).max())
-    if scene_scale < 1e-9:
+    own_transform = normalizing_transform(camtoworlds, points)
+    if np.ptp(camtoworlds[:, :3, 3], axis=0).max() <= place_tolerance(camtoworlds):
         raise InputError(f"All cameras of {data_dir} stand at one place: take pictures from several places.")
     say_what_is_used(data_dir, model_path, model, pictures, len(points), init_ply=init_ply, say=say)
+    transform = own_transform if transform is None else transform
+    camtoworlds = transform_cameras(transform, camtoworlds)
+    points = transform_points(transform, points)
+    positions = camtoworlds[:, :3, 3]
+    is_far = far_cameras(positions, points)
+    near_positions = positions[~is_far]
+    scene_scale = float(np.linalg.norm(near_positions - near_positions.mean(axis=0), axis=1).max())
+    warnings += far_camera_warnings(model.image_names, positions, is_far, scene_scale)
+    for warning in warnings:
+        say(f"Warning: {warning}")
     points, points_rgb = subset_of_points(points, points_rgb, max_points, say)
     return Scene(
         data_dir=data_dir,
@@ -117,9 +140,11 @@ def load_scene(
         camera_indices=camera_indices,
         train_ids=train_ids,
         test_ids=test_ids,
-        points=transform_points(transform, points).astype(np.float32),
+        points=points.astype(np.float32),
         points_rgb=points_rgb,
         transform=transform,
+        own_transform=own_transform,
+        far_ids=np.flatnonzero(is_far),
         scene_scale=scene_scale,
     )
 

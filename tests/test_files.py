@@ -1,5 +1,6 @@
 """Checkpoints and PLY files: what is read is what was written, and damaged files are refused in a sentence."""
 
+import json
 import os
 import struct
 import sys
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from plyfile import PlyData
+from scipy.spatial.transform import Rotation
 
+from datasets.normalize import transform_points
 from errors import InputError
 from offload.adam.state import ARRAYS
 from tests.aerial_training import rows_of
@@ -46,13 +49,34 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(actual[name], expected[name]), name
 
 
-@pytest.mark.parametrize("sh_degree", [0, 1, 3])
-def test_ply_round_trip(tmp_path, monkeypatch, sh_degree):
+@pytest.mark.parametrize("num_gaussians", [50, 1])
+@pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
+def test_ply_round_trip(tmp_path, monkeypatch, num_gaussians, sh_degree):
     monkeypatch.setattr(ply, "MOST_ROWS", 7)
-    gaussians = some_gaussians(sh_degree=sh_degree)
-    save_ply(tmp_path / "a.ply", rows_of(gaussians), 50, TRANSFORM)
+    gaussians = some_gaussians(num_gaussians, sh_degree)
+    save_ply(tmp_path / "a.ply", rows_of(gaussians), num_gaussians, TRANSFORM)
     assert_same(load_ply(tmp_path / "a.ply"), gaussians)
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.ply"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "a.json", tmp_path / "a.ply"]
+
+
+def test_a_ply_file_says_how_to_come_back_to_coordinates_that_float32_cannot_hold(tmp_path):
+    """Georeferenced ones: what the file and its JSON give is within a tenth of a millimetre of the input's points."""
+    offset = np.array([476123.25, 5429876.5, 187.125])
+    points = np.random.default_rng(0).normal(size=(50, 3)) * 100 + offset  # metres
+    turn = Rotation.from_rotvec([0.3, -0.2, 0.5]).as_matrix()
+    transform = np.eye(4)
+    transform[:3, :3], transform[:3, 3] = 0.01 * turn, -0.01 * turn @ (offset + 50)
+    gaussians = some_gaussians() | {"means": torch.from_numpy(transform_points(transform, points)).float()}
+    save_ply(tmp_path / "a.ply", rows_of(gaussians), 50, transform)
+    means = load_ply(tmp_path / "a.ply")["means"].double().numpy()
+    way_back = json.loads((tmp_path / "a.json").read_text())
+    found = way_back["offset"] + way_back["scale"] * means @ np.array(way_back["rotation"]).T
+    assert np.abs(found - points).max() < 1e-4
+    assert np.abs(points.astype(np.float32) - points).max() > 0.1
+    comments = PlyData.read(tmp_path / "a.ply").comments
+    assert any("a.json" in line for line in comments)
+    numbers = next(line for line in comments if line.startswith("offset_of_input")).split()[1:]
+    assert [float(number) for number in numbers] == way_back["offset"]
 
 
 def test_ply_has_the_layout_of_the_3dgs_viewers(tmp_path):
@@ -67,13 +91,15 @@ def test_ply_has_the_layout_of_the_3dgs_viewers(tmp_path):
     # f_rest holds 15 coefficients of red, then of green, then of blue.
     assert vertex["f_rest_17"][3] == gaussians["shN"][3, 2, 1].item()
     assert vertex["scale_1"][3] == gaussians["scales"][3, 1].item()
-    words = file.comments[0].split()
-    assert words[0] == "transform_from_input"
+    words = next(line for line in file.comments if line.startswith("transform_from_input")).split()
     assert np.array(words[1:], float).reshape(4, 4).tolist() == TRANSFORM.tolist()
 
 
-def test_checkpoint_round_trip(tmp_path):
-    gaussians = some_gaussians()
+@pytest.mark.parametrize("num_gaussians", [50, 1])
+@pytest.mark.parametrize("sh_degree", [0, 1, 2, 3])
+def test_checkpoint_round_trip(tmp_path, num_gaussians, sh_degree):
+    """Without harmonics shN has no bytes, and rows all the same."""
+    gaussians = some_gaussians(num_gaussians, sh_degree)
     save_checkpoint(tmp_path / "a.pt", with_parameters(7, gaussians))
     loaded = load_checkpoint(tmp_path / "a.pt")
     assert_same(loaded.gaussians, gaussians)

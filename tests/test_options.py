@@ -62,7 +62,7 @@ def test_numbers_out_of_range_are_refused(name):
 
 
 def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "load_scene", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
     results = tmp_path / "results"
     assert train(monkeypatch, simple_trainer, "default", "--position_lr=nan", "--result_dir", results) == 2
     assert capsys.readouterr().err == "Error: --position_lr is nan, but must be at least 0 and at most 10.\n"

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
-from errors import InputError
+from errors import DamagedError, InputError
 from offload.store.host_store import HostStore
 from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
 
@@ -73,27 +73,41 @@ class CheckpointFolder:
         self._sequence = max((checkpoint.sequence for _, checkpoint in self._readable()), default=0)
 
     def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """Return the checkpoint to go on from, compared with its checksums; None where there is none.
+        """Return the checkpoint to go on from, compared with its checksums; None where the folder holds none at all.
 
         Args:
-            say: Takes a sentence on each file that is passed over.
+            say: Takes a sentence on each file that is passed over for an older one.
+
+        Raises:
+            InputError: There are checkpoints, but none to go on from, or one of a newer version of this suite: whoever
+                went on all the same would write over them.
         """
-        for file in self._files():
-            if isinstance(_peek(file), InputError):
-                say(f"Skipped: {_peek(file)}")
+        skipped = 0
+        for error in map(_peek, self._files()):
+            if isinstance(error, DamagedError):
+                say(f"Skipped: {error}")
+                skipped += 1
+            elif isinstance(error, InputError):
+                raise error
         candidates = sorted(self._readable(), key=lambda found: (found[1].sequence, found[1].steps))
         while candidates:
             file, peeked = candidates[-1]
-            if not peeked.can_resume:
-                say(f"Skipped: {file} was written by an earlier version, without what resuming needs.")
-            else:
-                try:
-                    checkpoint = load_checkpoint(file)
-                    self._periodic = [path for path, other in candidates if other.periodic]
-                    return checkpoint
-                except InputError as error:
-                    say(f"Skipped: {error}")
-            candidates.pop()
+            try:
+                if not peeked.can_resume:
+                    raise DamagedError(f"{file} was written by an earlier version, without what resuming needs.")
+                checkpoint = load_checkpoint(file)
+            except DamagedError as error:
+                say(f"Skipped: {error}")
+                skipped += 1
+                candidates.pop()
+                continue
+            self._periodic = [path for path, other in candidates if other.periodic]
+            return checkpoint
+        if skipped > 0:
+            raise InputError(
+                f"Training cannot go on from any checkpoint in {self.path} ({skipped} found), and a new run would "
+                "write over them: to begin anew, move them away or give another --result_dir."
+            )
         return None
 
     @property

@@ -3,8 +3,10 @@
     16 bytes   MAGIC
     28 bytes   version uint32, place and length of the header uint64, CRC-32 of the header, CRC-32 of all before this
     ...        the tensors, one after the other, each from a multiple of 64 bytes on; little-endian
-    ...        the header, JSON: steps, sequence, periodic, transform, options and, of each tensor, its dtype, shape,
-               place, rows per block and the CRC-32 of each block
+    ...        the header, JSON: steps, sequence, periodic, transform, options, photos and, of each tensor, its dtype,
+               shape, place, rows per block and the CRC-32 of each block; a tensor of no bytes has no blocks
+
+Files of earlier versions lack the photos.
 
 Files of version 1, which hold the six parameters only, are torch's own archives; they can still be evaluated.
 """
@@ -19,7 +21,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,9 @@ class Checkpoint:
     options: Mapping[str, object] = field(default_factory=dict)  # of the run
     sequence: int = 0  # larger than that of all checkpoints that lay in the folder before
     periodic: bool = False  # whether later ones may take its place
+    photos: Mapping[str, Sequence[float]] = field(
+        default_factory=dict
+    )  # of the dataset: positions in the model's world
 
     @property
     def gaussians(self) -> dict[str, Tensor]:
@@ -157,7 +162,7 @@ class PartialCheckpoint:
         os.close(self._file)
         self._partial.unlink(missing_ok=True)
 
-    def _begin(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore]) -> dict[str, object]:
+    def _begin(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore]) -> dict[str, Any]:
         """Give all tensors their places, copy those that no store tells of; returns the header, without checksums."""
         state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
         _check_rows(state)
@@ -195,6 +200,7 @@ class PartialCheckpoint:
             "periodic": checkpoint.periodic,
             "transform": np.asarray(checkpoint.transform, np.float64).tolist(),
             "options": dict(checkpoint.options),
+            "photos": {name: list(position) for name, position in checkpoint.photos.items()},
             "tensors": entries,
         }
 
@@ -415,7 +421,8 @@ def _parse(header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Che
         num_values, place, block_rows = math.prod(shape), _count(entry["place"]), _count(entry["block_rows"])
         num_bytes = num_values * dtype.itemsize
         rows = shape[0] if shape else 1
-        if len(shape) > 8 or place + num_bytes > end or -(-rows // block_rows) != len(entry["crc32"]):
+        num_blocks = -(-rows // block_rows) if num_bytes else 0
+        if len(shape) > 8 or place + num_bytes > end or num_blocks != len(entry["crc32"]):
             raise ValueError(name)
         if num_values:
             state[name] = torch.frombuffer(content, dtype=dtype, count=num_values, offset=place).view(shape)
@@ -431,9 +438,19 @@ def _parse(header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Che
     if steps > MAX_STEPS or any(count != steps for count in counts):
         raise ValueError("steps")
     _check_gaussians(state, transform)
-    return Checkpoint(
-        steps, transform, state, dict(header["options"]), _count(header["sequence"]), header["periodic"] is True
-    ), blocks
+    photos = {str(name): [float(x) for x in position] for name, position in header.get("photos", {}).items()}
+    if any(len(position) != 3 or not np.isfinite(position).all() for position in photos.values()):
+        raise ValueError("photos")
+    checkpoint = Checkpoint(
+        steps,
+        transform,
+        state,
+        options=dict(header["options"]),
+        sequence=_count(header["sequence"]),
+        periodic=header["periodic"] is True,
+        photos=photos,
+    )
+    return checkpoint, blocks
 
 
 def _count(value: object) -> int:

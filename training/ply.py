@@ -1,9 +1,15 @@
-"""Gaussians as a PLY file in the layout of the 3DGS reference implementation, which viewers read."""
+"""Gaussians as a PLY file in the layout of the 3DGS reference implementation, which viewers read.
+
+The file holds the normalized coordinates that were trained: float32 has no room for georeferenced ones. Its header, and
+a JSON file of the same name beside it, say how to come back: input = offset + scale * rotation @ (x, y, z).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +18,7 @@ from torch import Tensor
 
 from datasets.ply import check_counts
 from errors import InputError, reason
-from training.files import replacing
+from training.files import replacing, write_file
 
 MODEL_SHARE = 128  # what is read and written at a time is at most this part of the model, which is never copied whole
 FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 14
@@ -24,10 +30,11 @@ def save_ply(
     """Write Gaussians in the model's (normalized) coordinates.
 
     Args:
-        path: File to write; it appears under its name only when it is complete.
+        path: File to write; it appears under its name only when it is complete. The way back to the dataset's
+            coordinates goes into a file beside it, with the suffix .json.
         rows: Gives the rows from one number up to another of the six stored parameter tensors, on any device.
         num_gaussians: How many there are.
-        transform: [4, 4] similarity from the dataset's coordinates to the model's; kept as a comment.
+        transform: [4, 4] similarity from the dataset's coordinates to the model's; kept as a comment as well.
     """
     num_rest = 3 * rows(0, 0)["shN"].shape[1]
     names = [
@@ -38,9 +45,12 @@ def save_ply(
         *(f"scale_{i}" for i in range(3)),
         *(f"rot_{i}" for i in range(4)),
     ]
+    way_back, side_file = _way_back(transform), path.with_suffix(".json")
     header = [
         "ply",
         "format binary_little_endian 1.0",
+        f"comment input = offset + scale * rotation @ (x, y, z), see {ascii(side_file.name)[1:-1]}",
+        "comment offset_of_input " + " ".join(map(repr, way_back["offset"])),
         "comment transform_from_input " + " ".join(repr(float(x)) for x in np.ravel(transform)),
         f"element vertex {num_gaussians}",
         *(f"property float {name}" for name in names),
@@ -52,6 +62,18 @@ def save_ply(
         for first in range(0, num_gaussians, block_rows):
             block = rows(first, min(first + block_rows, num_gaussians))
             file.write(_columns(block).numpy().astype("<f4", copy=False).data)
+    write_file(side_file, json.dumps(way_back, indent=2) + "\n")
+
+
+def _way_back(transform: np.ndarray) -> dict[str, Any]:
+    """Return offset [3], scale and rotation [3][3] from the model's coordinates to the dataset's."""
+    inverse = np.linalg.inv(transform)
+    scale = np.cbrt(np.linalg.det(inverse[:3, :3]))
+    return {
+        "offset": inverse[:3, 3].tolist(),
+        "scale": float(scale),
+        "rotation": (inverse[:3, :3] / scale).tolist(),
+    }
 
 
 def _columns(block: Mapping[str, Tensor]) -> Tensor:

@@ -187,7 +187,7 @@ class ResultFolder:
         num_gaussians: int,
         transform: np.ndarray,
     ) -> None:
-        """Write ply/point_cloud_{steps}.ply; as `training.ply.save_ply`."""
+        """Write ply/point_cloud_{steps}.ply, and .json beside it; as `training.ply.save_ply`."""
         save_ply(self.path / "ply" / f"point_cloud_{steps}.ply", rows, num_gaussians, transform)
 
     def save_statistics(self, kind: str, steps: int, statistics: Mapping[str, object]) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from configs import AnyConfig
 from datasets.loader import training_loader
-from datasets.scene import Scene, load_scene
+from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError, NotSaved, TrainingStopped
 from offload.adam.options import AdamOptions
@@ -30,6 +30,7 @@ from training import schedules
 from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
+from training.dataset import load_dataset
 from training.densification import Densification
 from training.ending import FINISHED, INTERRUPTED, Ending, sentence_of
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
@@ -47,7 +48,7 @@ from training.reporting import (
     TrainStatistics,
 )
 from training.results import ResultFolder
-from training.saving import Saving
+from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.views import View, render
 
@@ -112,19 +113,11 @@ class TrainingRun(Generic[AnyConfig]):
             resources.callback(self.results.close)
             if scene_name == "demo":
                 ensure_city_block(Path(cfg.data_dir))
-            self.scene: Scene = load_scene(
-                cfg.data_dir,
-                model_dir=cfg.model_dir,
-                data_factor=cfg.data_factor,
-                test_every=cfg.test_every,
-                test_after=cfg.test_after,
-                init_ply=cfg.init_ply,
-                max_points=cfg.max_gaussians,
-                num_workers=cfg.num_workers or None,
-                say=print,
-            )
+            resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
+            dataset = load_dataset(self.cfg, self._evaluated or resumed, print)
+            self.scene: Scene = dataset.scene
             self._evaluation = Evaluation(cfg, self.device)
-            self.saving = Saving(self.cfg, self.scene, self.results.checkpoints)
+            self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed)
             self._resources = resources.pop_all()  # which an error above closes
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)

@@ -9,23 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
-from datasets.scene import Scene
 from errors import InputError, NotSaved
 from offload.adam.state import sh_degree_of
 from offload.models.contract import GaussianModel
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint
 from training.commands import resume_command
+from training.dataset import Dataset, photos_of
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
-    *("data_dir", "model_dir", "result_dir", "device", "resume", "force", "save_every", "keep"),
+    *("data_dir", "model_dir", "result_dir", "device", "resume", "force", "new_photos", "save_every", "keep"),
     *("num_workers", "log_every", "profile", "video"),
 )
 
@@ -47,18 +46,18 @@ class Saving:
     "densification/count".
     """
 
-    def __init__(self, cfg: Config, scene: Scene, checkpoints: CheckpointFolder) -> None:
+    def __init__(
+        self, cfg: Config, dataset: Dataset, checkpoints: CheckpointFolder, resumed: Checkpoint | None
+    ) -> None:
         """
         Args:
             cfg: Options of the run.
-            scene: What is trained on; a checkpoint of another one is refused.
+            dataset: What is trained on.
             checkpoints: Where they lie.
-
-        Raises:
-            InputError: --resume is given, and the newest checkpoint is of another dataset or degree.
+            resumed: What training goes on from, as `checkpoint_to_resume` found it; None where it begins anew.
         """
         self._cfg = cfg
-        self._scene = scene
+        self._dataset = dataset
         self._checkpoints = checkpoints
         self._schedule = SaveSchedule(cfg.save_every)
         self._model: GaussianModel | None = None
@@ -66,7 +65,7 @@ class Saving:
         self._began = time.perf_counter()  # earlier by what the run before had taken
         self._saved_steps = 0  # of the newest checkpoint; -1 where it could not be written
         self._failure: Exception | None = None  # why
-        self.resumed: Checkpoint | None = self._checkpoint_to_resume() if cfg.resume else None  # until it is in place
+        self.resumed = resumed  # until it is in place
 
     @property
     def elapsed_seconds(self) -> float:
@@ -149,10 +148,11 @@ class Saving:
         elapsed = torch.tensor(self.elapsed_seconds, dtype=torch.float64)
         checkpoint = Checkpoint(
             steps=steps_done,
-            transform=self._scene.transform,
+            transform=self._dataset.scene.transform,
             state={**self._model.state(), **parts, "elapsed_seconds": elapsed},
             options=asdict(self._cfg),
             periodic=periodic,
+            photos=photos_of(self._dataset.scene),
         )
         try:
             self._checkpoints.save(checkpoint, self._model.copied_before_change())
@@ -169,32 +169,18 @@ class Saving:
 
     # ------------------------------------------------------------------------------------------------------ resuming
 
-    def _checkpoint_to_resume(self) -> Checkpoint | None:
-        checkpoint = self._checkpoints.newest_valid(print)
-        if checkpoint is None:
-            print(f"{self._checkpoints.path} holds no checkpoint to resume from: training starts from the beginning.")
-            return None
-        if sh_degree_of(checkpoint.state) != self._cfg.sh_degree:
-            raise InputError(
-                f"The checkpoint to resume from has harmonics of degree {sh_degree_of(checkpoint.state)}: give this "
-                "--sh_degree, or another --result_dir."
-            )
-        if not np.allclose(checkpoint.transform, self._scene.transform, rtol=1e-4, atol=1e-6):
-            raise InputError(
-                f"The checkpoint to resume from was trained on another dataset than {self._cfg.data_dir}: give its "
-                "--data_dir, or another --result_dir."
-            )
-        return checkpoint
-
     def _load(self, checkpoint: Checkpoint) -> None:
         """Put a state in place: each part takes the tensors under its name, and the Gaussians the others."""
         assert self._model is not None  # `begin` came before
         state = dict(checkpoint.state)
+        view_has_changed = self._dataset.has_changed
         for name, value in json.loads(json.dumps(asdict(self._cfg))).items():
             before = checkpoint.options.get(name, value)
             if before != value and name not in OPTIONS_OF_THE_PLACE:
                 print(f"--{name} is now {value}; it was {before}.")
-                state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}  # another view
+                view_has_changed = True
+        if view_has_changed:
+            state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}
         try:
             self._model.load_state(state)
             for part_name, part in self._parts.items():
@@ -210,3 +196,21 @@ class Saving:
             ) from error
         self._saved_steps = checkpoint.steps
         print(f"Resuming after {checkpoint.steps} steps with {self._model.num_gaussians} Gaussians.")
+
+
+def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:
+    """Return the checkpoint to go on from; None, with a sentence, where none has been written.
+
+    Raises:
+        InputError: None of those there are can be used, or it has harmonics of another degree.
+    """
+    checkpoint = checkpoints.newest_valid(print)
+    if checkpoint is None:
+        print(f"{checkpoints.path} holds no checkpoint to resume from: training starts from the beginning.")
+        return None
+    if sh_degree_of(checkpoint.state) != cfg.sh_degree:
+        raise InputError(
+            f"The checkpoint to resume from has harmonics of degree {sh_degree_of(checkpoint.state)}: give this "
+            "--sh_degree, or another --result_dir."
+        )
+    return checkpoint

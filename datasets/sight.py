@@ -1,0 +1,75 @@
+"""Checks that the training views see what is trained, before anything expensive begins."""
+
+import numpy as np
+
+from datasets.scene import Scene
+from datasets.view_order import SAMPLE, sample_of, sees
+from errors import InputError
+
+FEWEST_VIEWS = 0.2  # must see one of many points: cameras turned away see some by chance
+MANY_POINTS = 1000  # of fewer than this, those in view may be few
+LEAST_DRAWN = 0.05  # of what is in the pictures
+TOO_FEW = 0.5  # of either: a warning
+VIEWS, VIEWS_OF_ALL = 256, 16  # looked at, evenly from all; on a sample of the points, on all of them
+
+
+def check_views(scene: Scene, means: np.ndarray, near_plane: float, far_plane: float) -> list[str]:
+    """Check that the training views see the Gaussians that training starts from.
+
+    Args:
+        scene: Gives the cameras.
+        means: [N, 3] of the Gaussians, in the scene's world; a sample of them is looked at.
+        near_plane: Depth, in the same units, before which nothing is drawn.
+        far_plane: Depth beyond which nothing is drawn.
+
+    Returns:
+        Sentences to warn with.
+
+    Raises:
+        InputError: No training view, or hardly any, sees a Gaussian.
+    """
+    depths = _depths_in_views(scene, means)
+    seeing = _share_seeing(depths)
+    if seeing == 0 or (seeing < FEWEST_VIEWS and len(means) >= MANY_POINTS):
+        raise InputError(
+            f"{'No' if seeing == 0 else 'Hardly any'} training picture of {scene.data_dir} sees any of the "
+            f"{len(means)} points that training starts from: they are of another world than the cameras, or the poses "
+            "do not map world to camera as COLMAP's do; take points and poses from one reconstruction."
+        )
+    everything = np.concatenate(depths)
+    drawn = np.mean((everything > near_plane) & (everything < far_plane))
+    least, most = np.quantile(everything, [0.05, 0.95])
+    planes = (
+        f"--near_plane {near_plane:g} and --far_plane {far_plane:g} hide {1 - drawn:.0%} of what the training pictures "
+        f"see, which lies at depths of {least:.3g} to {most:.3g} in the normalized scene: set them around these."
+    )
+    if drawn < LEAST_DRAWN:
+        raise InputError(planes)
+    warnings = [planes] if drawn < TOO_FEW else []
+    if seeing < TOO_FEW:
+        warnings.append(
+            f"Only {seeing:.0%} of the training pictures see any of the {len(means)} points that training starts from: "
+            "they may be of another world than the cameras."
+        )
+    return warnings
+
+
+def _depths_in_views(scene: Scene, means: np.ndarray) -> list[np.ndarray]:
+    """Return the depths of the points [N, 3] that each training view has in it, of a sample of views and points."""
+    ids = scene.train_ids[:: -(-len(scene.train_ids) // VIEWS)]
+    depths = [_depths(scene, index, sample_of(means, SAMPLE)) for index in ids]
+    if _share_seeing(depths) < TOO_FEW:  # what is in view may have fallen through the sample
+        depths = [_depths(scene, index, means.astype(np.float64)) for index in ids[:: -(-len(ids) // VIEWS_OF_ALL)]]
+    return depths
+
+
+def _share_seeing(depths: list[np.ndarray]) -> float:
+    return float(np.mean([len(of_view) > 0 for of_view in depths]))
+
+
+def _depths(scene: Scene, index: int, points: np.ndarray) -> np.ndarray:
+    """Return the depths of those of the points [S, 3] that a picture has in it."""
+    camera = scene.cameras[scene.camera_indices[index]]
+    worldtocam = np.linalg.inv(scene.camtoworlds[index])
+    depths = points @ worldtocam[2, :3] + worldtocam[2, 3]  # [S]
+    return depths[sees(points, worldtocam, camera.K, camera.width, camera.height)]

@@ -1,0 +1,141 @@
+"""Loads the dataset of a run; what goes on from a checkpoint stays in the world in which that was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs import Config
+from datasets.consistency import some_names
+from datasets.model_choice import Say
+from datasets.normalize import is_similarity, same_axes
+from datasets.scene import Scene, load_scene
+from datasets.sight import check_views
+from datasets.splits import split_indices
+from errors import InputError
+from training.checkpoints import Checkpoint
+
+SAME_PLACE = 1e-4  # of the scene's extent: reading a model again moves no camera as far
+SAME_WORLD = 1e-2  # of the same: another adjustment of the same cameras moves most of them less far
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Hold a scene and whether it differs from that of the checkpoint it goes on from."""
+
+    scene: Scene
+    has_changed: bool
+
+
+def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Dataset:
+    """Load the scene that the options name and check that it can be trained on, or evaluated, as they say.
+
+    Args:
+        cfg: The options.
+        checkpoint: What training goes on from, or what is evaluated; None where training begins anew.
+        say: Takes sentences on what the user should know.
+
+    Raises:
+        InputError: The dataset cannot be used, or is not that of the checkpoint.
+    """
+    if checkpoint is not None and not is_similarity(checkpoint.transform):
+        raise InputError(f"The checkpoint of {checkpoint.steps} steps holds no usable transform: choose another.")
+    scene = load_scene(
+        cfg.data_dir,
+        model_dir=cfg.model_dir,
+        data_factor=cfg.data_factor,
+        test_every=cfg.test_every,
+        test_after=cfg.test_after,
+        init_ply=cfg.init_ply,
+        max_points=cfg.max_gaussians if checkpoint is None else 0,
+        num_workers=cfg.num_workers or None,
+        say=say,
+        transform=None if checkpoint is None else checkpoint.transform,
+    )
+    has_changed = checkpoint is not None and _compare(cfg, checkpoint, scene, say)
+    offset = np.linalg.inv(scene.transform)[:3, 3]
+    if np.spacing(np.abs(offset).max().astype(np.float32)) > 1e-5 * np.cbrt(1 / np.linalg.det(scene.transform[:3, :3])):
+        say(
+            f"The scene lies around {', '.join(f'{x:.8g}' for x in offset)}, where float32 is too coarse for it: PLY "
+            "files stay in normalized coordinates; their header and a .json beside each hold the offset and the way "
+            "back."
+        )
+    means = scene.points if checkpoint is None else checkpoint.state["parameters/means"].numpy()
+    for warning in check_views(scene, means, cfg.near_plane, cfg.far_plane):
+        say(f"Warning: {warning}")
+    return Dataset(scene, has_changed)
+
+
+def photos_of(scene: Scene) -> dict[str, list[float]]:
+    """Return the names of a scene's photos and the positions [3] of their cameras, for a checkpoint to keep."""
+    positions = scene.camtoworlds[:, :3, 3].tolist()
+    return dict(zip(scene.image_names, positions, strict=True))
+
+
+def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> bool:
+    """Say how the scene differs from that of the checkpoint; returns whether it does.
+
+    Raises:
+        InputError: It is another scene, or has other photos, and the options do not say to train on with those.
+    """
+    what = "evaluate" if cfg.ckpt else "resume from"
+    another = InputError(
+        f"The checkpoint to {what} was trained on another dataset than {cfg.data_dir}: give its --data_dir, or another "
+        + ("--ckpt." if cfg.ckpt else "--result_dir.")
+    )
+    if not checkpoint.photos:
+        say(
+            f"The checkpoint to {what} was written by an earlier version, which did not keep the names of its photos: "
+            "whether any were added or removed cannot be told."
+        )
+        if not same_axes(checkpoint.transform, scene.own_transform) and not cfg.new_photos:
+            raise another
+        return cfg.new_photos
+    photos = photos_of(scene)
+    common = [name for name in photos if name in checkpoint.photos]
+    added = [name for name in photos if name not in checkpoint.photos]
+    removed = [name for name in checkpoint.photos if name not in photos]
+    if not common:
+        raise another
+    shifts = np.array([np.subtract(photos[name], checkpoint.photos[name]) for name in common])  # [c, 3]
+    shift = float(np.median(np.linalg.norm(shifts, axis=1))) / scene.scene_scale
+    if shift > SAME_WORLD:
+        raise InputError(
+            f"The cameras of {len(common)} photos that the checkpoint to {what} was trained on stand elsewhere in "
+            f"{cfg.data_dir}, by {shift:.2g} of the scene's extent: give the model of the world in which it was "
+            "trained (COLMAP's image_registrator adds photos to it), or another "
+            + ("--ckpt." if cfg.ckpt else "--result_dir.")
+        )
+    changes = [
+        f"{len(names)} photos {how} ({some_names(names)})"
+        for names, how in ((added, "added"), (removed, "removed"))
+        if names
+    ]
+    if shift > SAME_PLACE:
+        changes.append(f"cameras moved by {shift:.2g} of the scene's extent")
+    if not changes:
+        return False
+    sentence = f"Since the checkpoint was written, {cfg.data_dir} has changed: {', '.join(changes)}."
+    if not cfg.new_photos and not cfg.ckpt:
+        raise InputError(
+            f"{sentence} Give --new_photos to train on with what is there now, in the coordinates of the checkpoint, "
+            "or another --result_dir to begin anew."
+        )
+    say(sentence)
+    trained = _training_photos(checkpoint) & {scene.image_names[index] for index in scene.test_ids}
+    if trained:
+        say(
+            f"Warning: {len(trained)} of the {len(scene.test_ids)} held-out photos were trained on before "
+            f"({some_names(sorted(trained))}), so that their figures flatter the model."
+        )
+    return True
+
+
+def _training_photos(checkpoint: Checkpoint) -> set[str]:
+    """Return the names of the photos that a checkpoint was trained on."""
+    names, every, after = sorted(checkpoint.photos), *map(checkpoint.options.get, ("test_every", "test_after"))
+    if not isinstance(every, int) or not isinstance(after, int):
+        return set()
+    train_ids, _ = split_indices(len(names), test_every=every, test_after=after)
+    return {names[index] for index in train_ids}
