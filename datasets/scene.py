@@ -89,11 +89,8 @@ def load_scene(
     model, model_path = load_sparse_model(data_dir, model_dir, say)
     train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
     points, points_rgb = model.points, model.points_rgb
-    warnings = []
     if init_ply:
-        path = model_path / "points.ply"
-        points, points_rgb = read_points(path)
-        warnings += check_points(path, points, model.points)
+        points, points_rgb = read_points(model_path / "points.ply")
     elif len(points) == 0:
         raise InputError(
             f"points3D in {model_path} holds no points to start from: put a points.ply beside it and set init_ply."
@@ -103,6 +100,7 @@ def load_scene(
             raise InputError(
                 f"A {what} of {data_dir} is farther than {LARGEST_COORDINATE:g} from the origin: remove it."
             )
+    warnings = check_points(model_path / "points.ply", points, model.points) if init_ply else []
     pictures = prepare_images(
         data_dir,
         model.image_names,
