@@ -189,15 +189,6 @@ def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, 
     assert made == [600, *changed]
 
 
-@pytest.mark.parametrize(
-    "script", [simple_trainer_hybrid_optimized, simple_trainer_hybrid_streamed], ids=lambda s: s.__name__
-)
-def test_views_that_see_nothing(monkeypatch, city_block, tmp_path, script):
-    options = ("--max_steps", 4, "--near_plane", 1e6)
-    trained = train(monkeypatch, script, city_block, tmp_path, *options)
-    assert all(value.isfinite().all() for value in trained.values())
-
-
 def test_a_checkpoint_is_evaluated_as_by_gpu_only(monkeypatch, city_block, tmp_path, capsys):
     train(monkeypatch, simple_trainer, city_block, tmp_path / "run", "--max_steps", 30)
     lines = []

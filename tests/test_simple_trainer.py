@@ -168,8 +168,9 @@ def test_a_picture_that_vanishes_during_training_costs_nothing(monkeypatch, city
     assert load_checkpoint(tmp_path / f"results/ckpts/ckpt_{steps + 5}.pt").steps == steps + 5
 
 
-def test_views_that_see_nothing_train(monkeypatch, city_block, tmp_path):
-    assert train(monkeypatch, city_block, tmp_path, "--max_steps", 3, "--near_plane", 1e6) == 0
+def test_views_that_see_nothing_are_refused(monkeypatch, city_block, tmp_path, capsys):
+    assert train(monkeypatch, city_block, tmp_path, "--max_steps", 3, "--near_plane", 1e6) == 2
+    assert "--near_plane 1e+06" in capsys.readouterr().err
 
 
 def remove_model(data_dir: Path) -> None:
