@@ -12,7 +12,7 @@ BLOCK = 1024  # values
 
 @triton.jit
 def _gather(rows, ids, out, num_values, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gather rows: out[i] = rows[ids[i]]"""
+    """Gather rows, out[i] = rows[ids[i]]."""
     value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = value < num_values
     source = tl.load(ids + value // COLUMNS, mask=inside) * COLUMNS + value % COLUMNS
@@ -21,7 +21,7 @@ def _gather(rows, ids, out, num_values, COLUMNS: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _scatter(values, ids, rows, num_values, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Scatter rows: rows[ids[i]] = values[i]"""
+    """Scatter rows, rows[ids[i]] = values[i]."""
     value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = value < num_values
     target = tl.load(ids + value // COLUMNS, mask=inside) * COLUMNS + value % COLUMNS

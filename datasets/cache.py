@@ -29,7 +29,7 @@ def user_cache_dir(data_dir: Path) -> Path:
 
 
 def fingerprint(paths: list[Path]) -> np.ndarray:
-    """Return the size in bytes and time of last change in nanoseconds of each file.  # [n, 2] int64"""
+    """Return the size in bytes and time of last change in nanoseconds of each file, [n, 2] int64."""
     return np.array([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)], np.int64).reshape(-1, 2)
 
 
