@@ -51,7 +51,7 @@ _gso_install() {
     _gso_activate || return 1
     environment="${VIRTUAL_ENV:-$CONDA_PREFIX}"
     stamp="$environment/.gaussian_offload_installed"
-    installed=$(cat "$stamp" 2>/dev/null)
+    installed=$(cat "$stamp" 2>/dev/null || true) # a shell may have `set -e`
     if [ "$installed" = "dev $(_gso_fingerprint)" ] || [ "$installed" = "$dev $(_gso_fingerprint)" ]; then
         echo "Already installed in $environment"
         return 0
