@@ -4,8 +4,8 @@ How near can two runs be? What two trainers may compute differently are rounding
 bit-equal to rendering all of them (tested below), but torch rounds exp() and sigmoid() by where a number stands, the
 host's Adam evaluates its formula in another order, and deferred steps are applied at once. Training multiplies
 roundings: Adam scales the smallest gradient to a full step, and a pixel that passes the threshold of alpha (1/255)
-changes the gradients of all that it shows. How much, GPU-only training tells about itself, from a start in which every
-number is one float off. A trainer may differ from it by a few times that, and by no less than 1e-4.
+changes the gradients of all that it shows. How much, GPU-only training tells about itself, from three starts in which
+every number is one float off. A trainer may differ from it by a few times that, and by no less than 1e-4.
 
 tests/test_one_algorithm.py takes the rendering out, and with it the chaos: there the bound is 1e-6.
 """
@@ -80,9 +80,13 @@ def reference(request, city_block, tmp_path_factory) -> Reference:
     results = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as monkeypatch:
         gaussians = train_by_name(monkeypatch, "gpu_only", city_block, results / "gpu_only", *request.param)
-        monkeypatch.setattr("training.run.initial_gaussians", start_one_ulp_off)
-        moved = train_by_name(monkeypatch, "gpu_only", city_block, results / "one_ulp_off", *request.param)
-    chaos = relative_differences(moved, gaussians)
+        chaos = dict.fromkeys(gaussians, 0.0)  # the largest of several: whether one pixel falls the other way is chance
+        for draw in STARTS:
+            start = functools.partial(start_one_ulp_off, draw=draw)
+            monkeypatch.setattr("training.run.initial_gaussians", start)
+            moved = train_by_name(monkeypatch, "gpu_only", city_block, results / f"one_ulp_off_{draw}", *request.param)
+            differences = relative_differences(moved, gaussians)
+            chaos = {name: max(value, differences[name]) for name, value in chaos.items()}
     assert 1e-7 < min(chaos.values()) < max(chaos.values()) < 1e-2  # not so much that anything would pass
     return Reference(request.param, gaussians, {name: max(1e-4, 4 * value) for name, value in chaos.items()})
 
