@@ -28,11 +28,14 @@ def test_a_ply_file_written_block_by_block_is_that_of_all_rows_at_once(monkeypat
     gaussians = gaussians_of(kind, parameters, CPU)
     train_on_random_gradients(gaussians, views_of(cameras), range(8))
     all_rows = {name: value.clone() for name, value in gaussians.rows(0, 5000).items()}
-    save_ply(tmp_path / "once.ply", rows_of(all_rows), 5000, np.eye(4))
+    once, blocks = tmp_path / "once" / "points.ply", tmp_path / "blocks" / "points.ply"  # each names its side file
+    once.parent.mkdir()
+    blocks.parent.mkdir()
+    save_ply(once, rows_of(all_rows), 5000, np.eye(4))
     monkeypatch.setattr("training.ply.MOST_ROWS", 999)
-    save_ply(tmp_path / "blocks.ply", gaussians.rows, 5000, np.eye(4))
-    assert (tmp_path / "blocks.ply").read_bytes() == (tmp_path / "once.ply").read_bytes()
-    assert torch.equal(load_ply(tmp_path / "blocks.ply")["shN"], all_rows["shN"])
+    save_ply(blocks, gaussians.rows, 5000, np.eye(4))
+    assert blocks.read_bytes() == once.read_bytes()
+    assert torch.equal(load_ply(blocks)["shN"], all_rows["shN"])
     if kind.startswith(("geometry", "streamed")):
         assert not torch.equal(gaussians.state()["parameters/shN"], all_rows["shN"])  # some rows lag behind
 
