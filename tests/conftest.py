@@ -4,6 +4,7 @@ import startup  # noqa: F401, before torch is imported
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 from datasets.synthetic import write_city_block
 from tests.training_scripts import anisotropic_start
+
+# What a program started in the background, or by nohup, ignores, its children would ignore too: tests send both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
