@@ -1,18 +1,24 @@
 """Flights past the cameras, and the videos that trainers make of them."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
+from configs import Config
+from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
 from datasets.trajectories import flight
+from offload.culling.cameras import Cameras
 from training import command_line, reporting
+from training.video import record_flight
 
 
 def random_poses(count: int) -> np.ndarray:
@@ -80,3 +86,20 @@ def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_p
         train(monkeypatch, simple_trainer, *options)
     assert "Warning: The video of step 2 could not be written" in capsys.readouterr().out
     assert (tmp_path / "ckpts/ckpt_2.pt").is_file()
+
+
+def test_no_flight_goes_to_a_camera_that_stands_far_off(city_block, tmp_path):
+    scene = load_scene(city_block)
+    camtoworlds, far = scene.camtoworlds.copy(), scene.train_ids[3]
+    camtoworlds[far, :3, 3] += 3e5
+    scene = replace(scene, camtoworlds=camtoworlds, far_ids=np.array([far]))
+    seen: list[Cameras] = []
+
+    def draw(cameras: Cameras) -> torch.Tensor:
+        seen.append(cameras)
+        return torch.zeros(1, cameras.height, cameras.width, 3)
+
+    (tmp_path / "videos").mkdir()
+    record_flight(scene, Config(), draw, tmp_path / "videos/flight.mp4", num_frames=20)
+    assert len(seen) == 20
+    assert max(torch.linalg.inv(cameras.viewmats)[0, :3, 3].norm().item() for cameras in seen) < 100

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -40,7 +41,9 @@ def record_flight(
     """
     camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
     K = torch.from_numpy(camera.K).float()[None]
-    poses = torch.from_numpy(flight(scene.camtoworlds[scene.train_ids], num_frames))
+    near_ids = np.setdiff1d(scene.train_ids, scene.far_ids)
+    passed = near_ids if len(near_ids) else scene.train_ids
+    poses = torch.from_numpy(flight(scene.camtoworlds[passed], num_frames))
     with replacing(path) as partial:
         writer: Any  # of a plugin
         with imageio.get_writer(partial, fps=FRAMES_PER_SECOND, macro_block_size=1) as writer:
