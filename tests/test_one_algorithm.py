@@ -24,13 +24,14 @@ from offload import backends
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
+from offload.models.contract import GaussianModel
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from tests import sabotage
 from tests.triton_places import INTERPRETED
 from training import schedules
-from training.densification import GaussianStore, grow
+from training.densification import grow
 from training.gaussians import initial_gaussians
 from training.views import View
 
@@ -190,7 +191,7 @@ def random_gradients(step: int, num_rows: int) -> dict[str, Tensor]:
     return {"means": means, "scales": scales, "quats": quats, "opacities": opacities[:, 0], "colors": colors}
 
 
-def refine(gaussians: GaussianStore, step: int) -> None:
+def refine(gaussians: GaussianModel, step: int) -> None:
     """At some steps duplicate, split, remove and re-order rows, or reset opacities; which rows, the step decides."""
     if step in REFINED:
         generator = torch.Generator().manual_seed(step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,36 +20,12 @@ from tqdm import tqdm
 
 from configs import DensificationRules
 from errors import InputError, TrainingStopped
+from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from training.ending import sentence_of
 from training.memory import available_bytes, format_bytes
 
 SORTED_AGAIN = 0.25  # share of rows that may be appended before all are sorted
-
-
-class GaussianStore(Protocol):
-    """Say what densification asks of the place where Gaussians and their Adam moments live."""
-
-    @property
-    def num_gaussians(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device:
-        """Return where geometry and statistics are."""
-
-    def read(self, name: str) -> Tensor: ...
-
-    def append_copies(self, ids: Tensor) -> None: ...
-
-    def truncate(self, num_gaussians: int) -> None: ...
-
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None: ...
-
-    def keep(self, ids: Tensor) -> None: ...
-
-    def clamp_opacities(self, max_logit: float) -> None: ...
-
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]: ...
 
 
 @dataclass
@@ -90,7 +66,7 @@ class Densification:
         """Return whether rows may be added, removed or overwritten after this step, counted from 0."""
         return self.refines_at(step) or self.resets_at(step)
 
-    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianStore, ids: Tensor | None = None) -> bool:
+    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
 
         Args:
@@ -171,7 +147,7 @@ class Densification:
             statistics.radii.scatter_reduce_(0, ids, share, "amax")
 
     @torch.no_grad()
-    def refine(self, step: int, store: GaussianStore) -> None:
+    def refine(self, step: int, store: GaussianModel) -> None:
         """Duplicate, split and remove by the statistics so far, then start them anew."""
         statistics, rules = self._gathered(), self.rules
         self.statistics = None  # whatever happens below, they will not fit the rows
@@ -302,7 +278,7 @@ def select_removal(
 
 
 def grow(
-    store: GaussianStore,
+    store: GaussianModel,
     duplicate_ids: Tensor,
     split_ids: Tensor,
     revised_opacity: bool,
@@ -354,7 +330,7 @@ def rotation_matrices(quats: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
-def lacking_memory(store: GaussianStore, num_new: int) -> str | None:
+def lacking_memory(store: GaussianModel, num_new: int) -> str | None:
     """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
     if num_new == 0:
         return None
