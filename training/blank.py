@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rendering.losses import count_windows, photometric_sum
-from training.reporting import LOOKED_AT
+from training.reporting import is_looked_at
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -63,7 +63,7 @@ class BlankPictures:
         is_last = steps_done == run.cfg.max_steps
         if self._is_told or steps_done > LAST_LOOK or run.steps_of_this_run < steps_done or run.view is None:
             return
-        if (steps_done - 1) % LOOKED_AT != 0 and not is_last:
+        if not is_looked_at(steps_done, run.cfg.max_steps):
             return
         blank = blank_loss(run.view.images, run.cfg.ssim_lambda, run.backgrounds(run.view), run.view.masks)
         self._losses.append((loss.item(), blank.item()))

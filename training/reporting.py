@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 LOOKED_AT = 10  # steps; reading the loss waits for the device, so not at every step
 
 
+def is_looked_at(steps_done: int, max_steps: int) -> bool:
+    """Tell whether the loss of a step is read: of one in `LOOKED_AT`, and of the last.
+
+    Args:
+        steps_done: Steps that are done with it, from 1.
+        max_steps: Steps of the run.
+    """
+    return (steps_done - 1) % LOOKED_AT == 0 or steps_done == max_steps
+
+
 class Observer(Protocol):
     """Watch a run; a viewer would be one more."""
 
@@ -61,7 +71,7 @@ class ProgressBar:
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Count the step; now and then show the loss, the size of the model and the memory."""
         self._bar.update()
-        if (steps_done - 1) % LOOKED_AT == 0 or steps_done == run.cfg.max_steps:
+        if is_looked_at(steps_done, run.cfg.max_steps):
             self._bar.set_postfix(
                 loss=f"{loss.item():.4f}",
                 GS=f"{run.model.num_gaussians:,}",

@@ -39,13 +39,13 @@ from training.memory_estimate import check_memory, needs, share_in_largest_view
 from training.options import check_options
 from training.profiling import profiled_steps
 from training.reporting import (
-    LOOKED_AT,
     Evaluation,
     Export,
     Observer,
     ProgressBar,
     TensorBoardLog,
     TrainStatistics,
+    is_looked_at,
 )
 from training.results import ResultFolder
 from training.saving import Saving, checkpoint_to_resume
@@ -307,7 +307,7 @@ class TrainingRun(Generic[AnyConfig]):
             step: Its number, from 0.
             loss: Scalar.
         """
-        if step % LOOKED_AT == 0 or step + 1 == self.cfg.max_steps:
+        if is_looked_at(step + 1, self.cfg.max_steps):
             self._look_at_skipped_steps()
         if self.results.make_again():
             self.saving.now()
