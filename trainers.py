@@ -66,6 +66,8 @@ class Smaller:
 # Traffic. Rows are 48 (appearance) and 12 (geometry) float32.
 # - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Culling on the
 #   device reads 24 bytes of each Gaussian.
+# - A row on the device whose steps are deferred is gathered before, which reads parameter and moments and writes the
+#   value: 16 bytes of each more.
 # - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
 #   once more for Adam, and all 768 go: by far the most is read.
@@ -74,10 +76,19 @@ class Smaller:
 TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree),
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam),
         traffic=lambda n, v: Traffic(device=28 * 59 * n),
-        less_device="optimized",
+        options={"adam": "dense"},
+        less_device={"adam": "deferred"},
         smaller_views_help=False,  # all Gaussians lie there
+    ),
+    "gpu_only_deferred": Trainer(
+        "simple_trainer",
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam),
+        traffic=lambda n, v: Traffic(device=24 * n + (16 + 28) * 59 * v),
+        options={"adam": "deferred"},
+        less_device="optimized",
+        smaller_views_help=False,
     ),
     "baseline": Trainer(
         "simple_trainer_hybrid_baseline",

@@ -12,6 +12,7 @@ from configs import Config
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
+from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
@@ -21,10 +22,12 @@ from training import schedules
 
 CONFIG = Config(sh_degree_interval=1)
 KINDS = (
-    *("gpu_only", "baseline", "geometry on device", "geometry on host"),
+    *("gpu_only", "gpu_only, deferred", "baseline", "geometry on device", "geometry on host"),
     *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
 )
-Gaussians = DeviceGaussians | BaselineGaussians | ForwardedGaussians | StreamedGaussians | TiledGaussians
+Gaussians = (
+    DeviceGaussians | DeferredGaussians | BaselineGaussians | ForwardedGaussians | StreamedGaussians | TiledGaussians
+)
 
 
 def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device) -> Gaussians:
@@ -33,6 +36,8 @@ def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device)
     bound = {"device": device, "max_gaussians": 2 * len(parameters["means"])}
     if kind == "gpu_only":
         gaussians = DeviceGaussians(parameters, adam, device=device)
+    elif kind == "gpu_only, deferred":
+        gaussians = DeferredGaussians(parameters, adam, device=device)
     elif kind == "baseline":
         gaussians = BaselineGaussians(parameters, adam, **bound)
     elif kind.startswith("streamed"):

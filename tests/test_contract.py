@@ -16,10 +16,12 @@ from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
 from offload.models.contract import ORDER, PLACES, GaussianModel, WrongOrder
+from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
+from offload.pipelines.resident import ResidentPipeline
 from offload.pipelines.streamed import StreamedPipeline
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from offload.pipelines.transfer import RowTransfer
@@ -32,6 +34,7 @@ ADAM = AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999))
 BOUND = {"device": CPU, "max_gaussians": 2 * N}
 MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
     "GPU only": lambda start: DeviceGaussians(start, ADAM, device=CPU),
+    "GPU only, deferred": lambda start: DeferredGaussians(start, ADAM, device=CPU),
     "baseline": lambda start: BaselineGaussians(start, ADAM, **BOUND),
     "forwarded": lambda start: ForwardedGaussians(start, ADAM, **BOUND),
     "forwarded, host": lambda start: ForwardedGaussians(start, ADAM, geometry="host", **BOUND),
@@ -282,9 +285,11 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None
 
 def travel_of(kind: str) -> tuple[type, str]:
     """Return what allocates the rows of a view on the device."""
-    if kind == "streamed":
-        return StreamedPipeline, "_new_view"
-    return (StreamedHostPipeline, "_new_view") if kind == "streamed, host" else (RowTransfer, "upload")
+    return {
+        "GPU only, deferred": (ResidentPipeline, "_new_view"),
+        "streamed": (StreamedPipeline, "_new_view"),
+        "streamed, host": (StreamedHostPipeline, "_new_view"),
+    }.get(kind, (RowTransfer, "upload"))
 
 
 TRAVELLING = pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "GPU only"])  # there nothing can fail

@@ -404,7 +404,15 @@ def test_a_step_that_device_memory_cannot_hold_is_undone(
 @pytest.mark.parametrize(
     ("first", "expected"),
     [
-        ("gpu_only", ["optimized", "optimized --geometry host", "optimized_split --geometry host"]),
+        (
+            "gpu_only",
+            [
+                "simple_trainer --adam deferred",
+                "optimized",
+                "optimized --geometry host",
+                "optimized_split --geometry host",
+            ],
+        ),
         ("baseline", ["optimized_split --geometry host"]),
         ("split", ["optimized_split --geometry host"]),
         (

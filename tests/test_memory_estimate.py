@@ -27,7 +27,8 @@ from training.memory_estimate import Need, check_memory, needs, share_in_largest
 
 GIB = 2**30
 FOOTPRINTS = {
-    "gpu_only": memory_estimate.gpu_only(3),
+    "gpu_only": memory_estimate.gpu_only(3, "dense"),
+    "gpu_only, deferred": memory_estimate.gpu_only(3, "deferred"),
     "baseline": memory_estimate.baseline(3),
     "geometry on device": memory_estimate.optimized(3, "device"),
     "geometry on host": memory_estimate.optimized(3, "host"),
@@ -91,13 +92,14 @@ def test_estimate_is_what_the_device_allocates(trainer):
 def test_bytes_per_gaussian():
     """README.md and the store's docstring name the sizes of stores, which may take a tenth more while they change."""
     assert FOOTPRINTS["gpu_only"].device == 4 * 236 + 32
+    assert FOOTPRINTS["gpu_only, deferred"].device == FOOTPRINTS["gpu_only, deferred"].device_at_start == 716
     assert FOOTPRINTS["baseline"].host_at_start == 728 + 236
     assert FOOTPRINTS["baseline"].host == 800 + 240  # gradients
     assert FOOTPRINTS["geometry on device"].host_at_start == 580 + 236
     assert FOOTPRINTS["geometry on device"].host == 638
     assert FOOTPRINTS["geometry on host"].host == 800
     assert FOOTPRINTS["streamed, bfloat16"].host == 426
-    assert memory_estimate.gpu_only(0).host_at_start == 14 * 4
+    assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4
 
 
 def test_gpu_only_training_is_not_bound_by_host_memory(monkeypatch):
@@ -171,7 +173,8 @@ def test_device_memory_names_what_takes_less_of_it(monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB if device.type == "cuda" else 999 * GIB)
     split = "use simple_trainer_hybrid_optimized_split.py --geometry host, which needs less of it, raise --data_factor"
     remedies = {
-        "gpu_only": "use simple_trainer_hybrid_optimized.py, which needs less of it or lower --sh_degree",
+        "gpu_only": "give --adam deferred",
+        "gpu_only_deferred": "use simple_trainer_hybrid_optimized.py, which needs less of it or lower --sh_degree",
         "baseline": split,
         "optimized": "give --geometry host",
         "optimized_geometry_on_host": split,

@@ -25,6 +25,7 @@ from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
 from offload.models.contract import GaussianModel
+from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
@@ -51,7 +52,7 @@ ROW_KERNELS = (
     "move_rows",
     "write_rows",
 )
-OFFLOADING = ("baseline", "geometry on device", "geometry on host", "streamed", "streamed from host")
+OFFLOADING = ("baseline", "deferred", "geometry on device", "geometry on host", "streamed", "streamed from host")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_same_gradients_give_the_same_gaussians(views_and_points, gpu_only, trai
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; other tests run the kernels on a GPU")
-@pytest.mark.parametrize("trainer", ["geometry on device", "streamed", "streamed from host"])
+@pytest.mark.parametrize("trainer", ["deferred", "geometry on device", "streamed", "streamed from host"])
 def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
     """All of `offload` as it runs on a GPU, but for streams and memory."""
     from offload.adam import finite_triton as gradients_triton
@@ -142,6 +143,8 @@ def train(trainer: str, views: list[Cameras], scene: Scene, drawn: list[Tensor],
     """The Gaussians of an offloading trainer after all steps, of which `drawn` says which rows have gradients."""
     if trainer == "baseline":
         gaussians = BaselineGaussians(*start(scene), device=CPU)
+    elif trainer == "deferred":
+        gaussians = DeferredGaussians(*start(scene), device=CPU)
     elif trainer.startswith("streamed"):
         place = "host" if trainer.endswith("host") else "device"
         gaussians = StreamedGaussians(*start(scene), geometry=place, device=CPU)

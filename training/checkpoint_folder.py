@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import DamagedError, InputError
-from offload.store.host_store import HostStore
+from offload.store.contract import RowStore
 from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -115,7 +115,7 @@ class CheckpointFolder:
         """Return the longest wait of training in seconds: for `save`, or for rows to be copied before a change."""
         return max(self._longest_stall, 0.0 if self._partial is None else self._partial.longest_wait)
 
-    def save(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore] | None = None) -> Path:
+    def save(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, RowStore] | None = None) -> Path:
         """Begin to copy a checkpoint into a file; its name appears when it is on disk.
 
         Args:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from errors import DamagedError, InputError
 from offload.adam.state import ARRAYS, check_state, current_values
-from offload.store.host_store import HostStore
+from offload.store.contract import RowStore
 from training.files import open_new
 from training.gaussians import PARAMETER_NAMES
 
@@ -96,7 +96,7 @@ class PartialCheckpoint:
     """Write a file that receives a checkpoint but does not bear its name yet, since it is not complete and on disk."""
 
     def __init__(
-        self, path: Path, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore] | None = None
+        self, path: Path, checkpoint: Checkpoint, copied_before_change: Mapping[str, RowStore] | None = None
     ) -> None:
         """Begin the file beside the final one.
 
@@ -162,7 +162,7 @@ class PartialCheckpoint:
         os.close(self._file)
         self._partial.unlink(missing_ok=True)
 
-    def _begin(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, HostStore]) -> dict[str, Any]:
+    def _begin(self, checkpoint: Checkpoint, copied_before_change: Mapping[str, RowStore]) -> dict[str, Any]:
         """Give all tensors their places, copy those that no store tells of; returns the header, without checksums."""
         state = {name: torch.atleast_1d(tensor.detach()) for name, tensor in checkpoint.state.items()}
         _check_rows(state)
@@ -173,7 +173,7 @@ class PartialCheckpoint:
         block_bytes = min(max(total // MEMORY_SHARE // THREADS, SMALLEST_BLOCK), LARGEST_BLOCK)
         self._copier.start(block_bytes)
         entries, copies, end = {}, [], PROLOGUE_BYTES
-        of_stores: dict[HostStore, list[tuple[Tensor, int]]] = {}
+        of_stores: dict[RowStore, list[tuple[Tensor, int]]] = {}
         for name, tensor in state.items():
             place = -(-end // ALIGNMENT) * ALIGNMENT
             end = place + tensor.nbytes
@@ -252,7 +252,7 @@ class _Guard:
     were in the beginning, whatever happens to them meanwhile.
     """
 
-    def __init__(self, store: HostStore, tensors: list[tuple[Tensor, int]], copier: _Copier, block_bytes: int) -> None:
+    def __init__(self, store: RowStore, tensors: list[tuple[Tensor, int]], copier: _Copier, block_bytes: int) -> None:
         """
         Args:
             store: From now on it tells which rows will change.
@@ -277,6 +277,9 @@ class _Guard:
         if ids is not None:
             blocks = torch.bincount(ids // self._block_rows).nonzero().squeeze(1).tolist()
         wait(self._submit(blocks))  # an error has been, or will be, raised by `copy_rest`
+        if ids is None:
+            with self._lock:
+                self._tensors = []  # nothing is left to be copied: a store on a device wants their memory back
         self.longest_wait = max(self.longest_wait, time.perf_counter() - begin)
 
     def copy_rest(self) -> None:

@@ -41,6 +41,7 @@ MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 # next view needs too, here taken for a fifth.
 STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
+ID_BYTES = 8
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
@@ -55,6 +56,7 @@ class Footprint:
     host_in_view: int  # more, if the largest view shows it
     device: int
     device_in_view: int
+    device_while_changed: int = 0  # more, while Gaussians are added or removed and no view is rendered
     largest_part: float = 1.0  # share of the Gaussians above which a view is rendered in parts
 
 
@@ -84,9 +86,24 @@ class Need:
         return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
 
 
-def gpu_only(sh_degree: int) -> Footprint:
-    """Return that of simple_trainer.py: parameters, gradients, moments; activated scales and opacities with theirs."""
+def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"]) -> Footprint:
+    """Return that of simple_trainer.py.
+
+    With dense Adam: parameters, gradients, moments; activated scales and opacities with theirs. With deferred Adam:
+    parameters and moments; values and gradients of the rows in view, and their ids and those of the next view.
+    """
     parameters = parameter_bytes(sh_degree)
+    if adam == "deferred":
+        row, rows = _row_bytes(("appearance",), sh_degree), GEOMETRY_BYTES + row_bytes("appearance", sh_degree)
+        return Footprint(
+            host_at_start=parameters,  # as read
+            device_at_start=rows,
+            host=0,
+            host_in_view=0,
+            device=rows,
+            device_in_view=2 * row + 3 * 44 + 2 * ID_BYTES + RENDERING_BYTES,
+            device_while_changed=row,
+        )
     return Footprint(
         host_at_start=parameters,  # as read
         device_at_start=parameters,
@@ -204,7 +221,7 @@ def needs(
     """
     share_in_view = min(share_in_view, footprint.largest_part)
     of_host = footprint.host + share_in_view * footprint.host_in_view
-    of_device = footprint.device + share_in_view * footprint.device_in_view
+    of_device = footprint.device + max(share_in_view * footprint.device_in_view, footprint.device_while_changed)
     pictures = num_pixels * PIXEL_BYTES
     free = available_bytes(torch.device("cpu"))
     if device.type == "cpu":

@@ -18,6 +18,7 @@ from offload.models.contract import StepOrder, check_names, check_rows
 from offload.pipelines.contract import Counters
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import RowTransfer
+from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
 from offload.store.layout import GROUP_NAMES
 from offload.store.memory import HostArray
@@ -137,7 +138,7 @@ class BaselineGaussians:
         with self._order.taking("read", "state"):
             return {"step_count": torch.tensor(self.steps_done), **self._arrays_by_name()}
 
-    def copied_before_change(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, RowStore]:
         """Name no tensors of `state`: every step changes all rows."""
         return {}
 

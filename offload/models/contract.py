@@ -36,6 +36,7 @@ from offload.adam.state import State
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.pipelines.contract import Counters
+from offload.store.contract import RowStore
 from offload.store.host_store import HostStore
 from offload.store.layout import GROUP_NAMES, group_shapes
 
@@ -262,7 +263,7 @@ class GaussianModel(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Return everything that training goes on from, as `offload.adam.state` describes it; not copied."""
 
-    def copied_before_change(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, RowStore]:
         """Name the tensors of `state` that change only after `before_change` of their store has been called.
 
         All others may change as soon as training goes on.

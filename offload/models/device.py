@@ -12,9 +12,10 @@ from offload.adam.options import AdamOptions
 from offload.adam.state import ARRAYS, State, copy_current
 from offload.culling.cameras import Cameras
 from offload.models.contract import StepOrder, check_names, check_rows
-from offload.models.kept_rows import kept_rows
 from offload.pipelines.contract import Counters
-from offload.store.host_store import HostStore, check_relocation
+from offload.store.contract import RowStore
+from offload.store.host_store import check_relocation
+from offload.store.kept_rows import kept_rows
 
 BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
 
@@ -107,7 +108,7 @@ class DeviceGaussians:
             state.update({f"{moment}/{name}": value.detach() for moment, value in moments.items()})
         return state
 
-    def copied_before_change(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, RowStore]:
         """Name no tensors of `state`: every step changes all rows."""
         return {}
 

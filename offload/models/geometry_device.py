@@ -24,8 +24,8 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
 from offload.culling.margins import margin_ahead
-from offload.models.kept_rows import kept_rows
 from offload.store.host_store import HostStore, check_relocation
+from offload.store.kept_rows import kept_rows
 from offload.store.layout import LAST_STEP_BYTES
 
 GEOMETRY = tuple(COLUMNS)

@@ -1,4 +1,4 @@
-"""Gaussians of which appearance, or all, is in host memory: where they are, and what works on all of it."""
+"""Gaussians whose rows of a view are brought to where it is rendered: where they are, and what works on all of it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.pipelines.contract import Counters, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
+from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
 from offload.store.layout import Moments
 
@@ -28,7 +29,7 @@ Adam = TypeVar("Adam", bound=DeferralTables)
 
 
 class OffloadedGaussians:
-    """Gaussians whose geometry has a place, and whose rows on the host travel through a pipeline.
+    """Gaussians whose geometry has a place, and whose other rows travel through a pipeline.
 
     The verbs, and the order in which they may be called, are those of `offload.models.contract.GaussianModel`.
     """
@@ -179,7 +180,7 @@ class OffloadedGaussians:
                 state.update({f"deferral/{name}/{key}": table for key, table in group.adam.tables().items()})
             return {**state, **self._pipeline.state()}
 
-    def copied_before_change(self) -> dict[str, HostStore]:
+    def copied_before_change(self) -> dict[str, RowStore]:
         """Name the tensors of `state` that change only after their store has been told; others may at any time."""
         copied = {key: group.store for group in self._groups.values() for key in group.store.arrays_by_name()}
         if self._pipeline.last_step_in_store:
@@ -277,7 +278,7 @@ class OffloadedGaussians:
             self._pipeline.catch_up(name, None)
         return self._geometry.catch_up(None)
 
-    def _places(self) -> list[GeometryPlace | HostStore]:
+    def _places(self) -> list[GeometryPlace | RowStore]:
         """Return geometry and the stores of all else."""
         others = [group.store for name, group in self._groups.items() if name not in self._geometry.stores]
         return [self._geometry, *others]
@@ -336,8 +337,21 @@ def groups_beside(
     """
     pin = device.type == "cuda"
     appearance = HostStore(parameters, "appearance", moments=moments, max_gaussians=max_gaussians, pin=pin)
+    return row_groups({**geometry.stores, "appearance": appearance}, adam, tables)
+
+
+def row_groups(
+    stores: Mapping[str, RowStore], adam: AdamOptions, tables: Callable[[Tensor], Adam]
+) -> dict[str, RowGroup[Adam]]:
+    """Give each store, named by its group, the optimizer of its rows.
+
+    Args:
+        stores: Rows by the name of their group.
+        adam: Learning rates, decay rates and epsilon.
+        tables: Makes what updates the rows of a group from its multipliers [schedules, columns].
+    """
     groups = {}
-    for name, store in {**geometry.stores, "appearance": appearance}.items():
+    for name, store in stores.items():
         multipliers, learning_rates = schedules_of(name, store.sh_degree, adam)
         groups[name] = RowGroup(store, tables(multipliers), learning_rates)
     return groups

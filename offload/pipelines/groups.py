@@ -1,4 +1,4 @@
-"""What the pipelines share: groups of rows in host memory, and how rows of views relate."""
+"""What the pipelines share: groups of rows in their stores, and how rows of views relate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
-from offload.store.host_store import HostStore
+from offload.store.contract import RowStore
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
@@ -25,7 +25,7 @@ class RowGroup(Generic[Adam]):
     Whoever updates rows of it writes them inside of `store.changing`, which tells others before and after.
     """
 
-    store: HostStore
+    store: RowStore
     adam: Adam  # `DeferredAdam` where the host updates rows
     learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
 

@@ -17,7 +17,6 @@ from offload.store.layout import Moments, RowLayout, RowState, num_columns, row_
 from offload.store.memory import HostArray
 
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
-COPY_ROWS = 1 << 20  # rows converted at once when the store is filled
 
 
 class GrowingPlace(Protocol):
@@ -90,9 +89,7 @@ class HostStore:
         self._parameters, self._moments = array(torch.float32), [array(dtype) for dtype in dtypes]
         self._last_step = array(torch.int32, columns=1)
         self._resize(num_gaussians)
-        for name, stored in self.snapshot().items():
-            for first in range(0, num_gaussians, COPY_ROWS):
-                stored[first : first + COPY_ROWS] = parameters[name][first : first + COPY_ROWS].detach()
+        self.layout.fill(self._parameters.tensor, parameters)
 
     @property
     def num_gaussians(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 GROUP_NAMES = ("geometry", "appearance")
 Moments = Literal["float32", "bfloat16"]
 LAST_STEP_BYTES = 4  # of the step of a row's last update
+COPY_ROWS = 1 << 20  # copied at once when rows are filled
 
 
 def group_shapes(group: str, sh_degree: int) -> dict[str, tuple[int, ...]]:
@@ -68,6 +70,12 @@ class RowLayout:
         widths = [columns.stop - columns.start for columns in self.columns.values()]
         parts = rows.split_with_sizes([*widths, rows.shape[1] - sum(widths)], dim=1)
         return {name: part.view(len(rows), *self.shapes[name]) for name, part in zip(self.columns, parts, strict=False)}
+
+    def fill(self, rows: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Write parameters [N, ...], on any device, into rows [N, columns], block by block."""
+        for name, stored in self.named(rows).items():
+            for first in range(0, len(rows), COPY_ROWS):
+                stored[first : first + COPY_ROWS] = parameters[name][first : first + COPY_ROWS].detach()
 
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
         """Name rows [M, columns] as rendering takes them: sh0 and shN are one `colors` [M, K, 3]; views of the rows."""

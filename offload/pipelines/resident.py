@@ -1,0 +1,176 @@
+"""Rows that stay on the device: each view's are gathered there and updated where they lie.
+
+A step reads and writes the rows of its view alone, so its time and its memory do not grow with N, but for culling. The
+values of a view are gathered as they are after the steps that its rows have skipped, and receive gradients; the update
+reads the moments from the store and writes all three back.
+
+The next view is culled while the present one is rendered, on a lane of its own, with a margin for what geometry may
+change until then (`offload/pipelines/forwarded.py`): the number of visible rows, for which the host has to wait, is
+known before the device has nothing left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from offload.adam.finite import gradient_of
+from offload.backends import kernels_for
+from offload.culling.cameras import Cameras
+from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.groups import RowGroup, chunks_of
+from offload.pipelines.lanes import Lane
+from offload.store.layout import RowState
+
+
+@dataclass
+class ResidentRows:
+    """Hold the rows of a view: which they are and, once they have been fetched, their values."""
+
+    ids: Tensor  # [V] int64 on the device, sorted
+    found: torch.cuda.Event | None = None  # that the ids are there
+    values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
+
+
+class ResidentPipeline:
+    """Gathers each view's rows from stores on the device and updates them there; see the head of this file."""
+
+    last_step_in_store: ClassVar[bool] = True
+
+    def __init__(self, groups: Mapping[str, RowGroup], cull: Callable[[Cameras], Tensor], device: torch.device) -> None:
+        """
+        Args:
+            groups: Rows on the device.
+            cull: Gives the sorted ids [V], on the device, of what cameras may draw after one more step.
+            device: Where everything is.
+        """
+        self._groups = groups
+        self._cull = cull
+        self._device = device
+        self._kernels = kernels_for(device, "offload.adam.rows")
+        self._cull_lane = Lane.new(device)
+        self._present: ResidentRows | None = None
+        self._upcoming: ResidentRows | None = None  # known of the next view, or of the present one before it is fetched
+        self._ready: torch.cuda.Event | None = None  # when the next view may be culled
+        self._applied = False  # whether gradients of the present view may have reached its rows
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> ResidentRows:
+        """Return the rows of a view, with the values they have after the last step."""
+        compute = Lane.current(self._device)
+        if self._upcoming is None:
+            self._upcoming = self._new_view(cameras)
+        view = self._upcoming
+        compute.wait(view.found)
+        compute.uses(view.ids)
+        view.values = {name: self.read(name, view.ids).requires_grad_() for name in self._groups}
+        self._present, self._upcoming, self._applied = view, None, False
+        self._ready = compute.record()  # what has moved geometry was given before
+        return view
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Cull the next view, best when the device has been given all that it draws; waits for the culling alone."""
+        with self._cull_lane as lane:
+            lane.wait(self._ready)
+            self._upcoming = self._new_view(cameras)
+            self._upcoming.found = lane.record()
+
+    def update(self) -> None:
+        """Take Adam's step on the gradients of the view that `fetch` gave, in the stores."""
+        view = fetched(self._present)
+        gradients = {name: gradient_of(values) for name, values in view.values.items()}
+        for group in self._groups.values():
+            group.begin_step()
+        self._applied = True
+        for name, group in self._groups.items():
+            values, last_step = view.values[name].detach(), group.store.last_step
+            with group.store.changing(view.ids) as rows:
+                self._kernels.step_host_rows(values, view.ids, last_step[view.ids], gradients[name], rows, group.adam)
+                last_step.index_fill_(0, view.ids, group.adam.step)
+        for values in view.values.values():
+            values.grad = None  # whoever still holds the values has no use for it
+        view.values, self._present = {}, None
+
+    def geometry_moved(self) -> None:
+        """Do nothing: culling waits for the next `fetch`, which comes later on the same stream."""
+
+    # ------------------------------------------------------------------------------------- reading, changing, state
+
+    def finish(self) -> None:
+        """Wait until what has been found ahead is there; the stores hold everything at any time."""
+        self._cull_lane.finish()
+
+    def forget_upcoming(self) -> None:
+        """Drop what is known of the next view, since rows will be changed."""
+        self.finish()
+        self._upcoming = None
+
+    def read(self, name: str, ids: Tensor) -> Tensor:
+        """Return copies of the current values of rows [V, columns] of a group; the store is left as it is.
+
+        Args:
+            name: Of the group.
+            ids: int64 [V] on any device.
+        """
+        group, ids = self._groups[name], ids.to(self._device)
+        store, out = group.store, torch.empty(len(ids), group.adam.columns, device=self._device)
+        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), group.adam)
+        return out
+
+    def catch_up(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store hold the current values of rows, so that others may read and change them.
+
+        Args:
+            name: Of the group.
+            ids: int64 [M] on any device, sorted, the rows; None: all. Others keep the steps they have skipped.
+        """
+        self.forget_upcoming()
+        group = self._groups[name]
+        last_step = group.store.last_step
+        chosen = None if ids is None else ids.to(self._device)
+        with group.store.changing(ids) as rows:
+            for first, last in chunks_of(group.store.num_gaussians if chosen is None else len(chosen)):
+                chunk = torch.arange(first, last, device=self._device) if chosen is None else chosen[first:last]
+                stale = chunk[last_step[chunk] < group.adam.step]
+                values = self.read(name, stale)
+                self._kernels.step_host_rows(values, stale, last_step[stale], None, rows, group.adam)
+                last_step.index_fill_(0, stale, group.adam.step)
+
+    def last_step(self, name: str) -> Tensor:
+        """Return the step of each row's last update in a group, [N] int32 on the device."""
+        return self._groups[name].store.last_step
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is known of the next view, as `offload.adam.state` names it; between steps, after `finish`."""
+        return {} if self._upcoming is None else {"upcoming/ids": self._upcoming.ids}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
+        ids = upcoming_ids_of(state, self._device)
+        self._upcoming = None if ids is None else ResidentRows(ids)
+
+    def undo_step(self, steps_done: int) -> None:
+        """Forget the step after so many, which an error has ended; the next one begins with the same view.
+
+        Raises:
+            RuntimeError: Gradients have reached some rows already.
+        """
+        if self._present is None:
+            return
+        if self._applied:
+            raise RuntimeError("the step had been applied in part")
+        self._upcoming, self._present = ResidentRows(self._present.ids), None
+        for group in self._groups.values():
+            group.undo_step(steps_done)
+
+    def _new_view(self, cameras: Cameras) -> ResidentRows:
+        return ResidentRows(self._cull(cameras))
+
+    def counters(self) -> Counters:
+        """Return nothing: nothing travels."""
+        return Counters()

@@ -1,0 +1,157 @@
+"""A group of the Gaussians' parameters and their Adam moments in a device's own memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from offload.store.host_store import check_relocation
+from offload.store.kept_rows import kept_rows
+from offload.store.layout import RowLayout, RowState, row_bytes
+
+
+class DeviceStore:
+    """One group of the Gaussians' parameters, with Adam moments and the step of each row's last update.
+
+    Bytes of device memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
+    `last_step`, and no gradients. While rows are added or removed, one of the three arrays stands twice.
+
+    The verbs are those of `offload.store.contract.RowStore`. What changes rows does so on the current stream.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], group: str, *, device: torch.device) -> None:
+        """
+        Args:
+            parameters: means [N, 3], scales [N, 3], quats [N, 4], opacities [N], sh0 [N, 1, 3] and shN [N, K - 1, 3]
+                on any device. They are read in blocks: no second copy of them is made on the way.
+            group: Which of them to hold: "geometry" or "appearance".
+            device: Where.
+        """
+        self.step = 0
+        self.before_change: Callable[[Tensor | None], None] | None = None
+        self.on_change: Callable[[Tensor | None], None] | None = None
+        self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
+        self.layout = RowLayout.of(group, self.sh_degree)
+        self._row_bytes = row_bytes(group, self.sh_degree)
+        shape = len(parameters["means"]), self.layout.num_columns
+        self._arrays = [torch.zeros(shape, device=device) for _ in range(3)]  # parameters and both moments
+        self._last_step = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        self.layout.fill(self._arrays[0], parameters)
+
+    @property
+    def num_gaussians(self) -> int:
+        return len(self._last_step)
+
+    @property
+    def device(self) -> torch.device:
+        return self._last_step.device
+
+    @property
+    def last_step(self) -> Tensor:
+        """Return the step of each row's last update, [N] int32; 0 before the first one."""
+        return self._last_step
+
+    @property
+    def rows(self) -> RowState:
+        """Return all rows, which may be written inside of `changing` only."""
+        parameters, *moments = self._arrays
+        return RowState(parameters, tuple(moments))
+
+    @contextmanager
+    def changing(self, ids: Tensor | None) -> Iterator[RowState]:
+        """Change rows, as `RowStore.changing`; it waits for the device where somebody listens to `before_change`.
+
+        Args:
+            ids: int64 [M] on any device, the rows; None: all of them.
+        """
+        if self.before_change is not None:
+            self.before_change(None if ids is None else ids.cpu())
+        yield self.rows
+        if self.on_change is not None:
+            self.on_change(ids)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return the stored parameters by name: views of the rows."""
+        return self.layout.named(self._arrays[0])
+
+    def read(self, name: str) -> Tensor:
+        """Return the stored values of one parameter: a view of the rows."""
+        return self.snapshot()[name]
+
+    def arrays_by_name(self) -> dict[str, Tensor]:
+        """Return views of the stored parameters and moments, under the names of `offload.adam.state`."""
+        return {
+            f"{array}/{name}": view
+            for array, values in zip(("parameters", "exp_avg", "exp_avg_sq"), self._arrays, strict=True)
+            for name, view in self.layout.named(values).items()
+        }
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M]; the copies start without Adam moments.
+
+        Where memory runs out, some arrays may have the new rows and others not, until `truncate` is called.
+        """
+        ids, num_before = ids.to(self.device), self.num_gaussians
+        with self.changing(None):
+            for index, array in enumerate(self._arrays):
+                grown = array.new_zeros(num_before + len(ids), array.shape[1])
+                grown[:num_before] = array
+                if index == 0:
+                    torch.index_select(array, 0, ids, out=grown[num_before:])
+                self._arrays[index] = grown
+            self._last_step = torch.cat([self._last_step, self._last_step.new_full((len(ids),), self.step)])
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows, also where some arrays have them only, since appending has failed."""
+        with self.changing(None):
+            self._arrays = [array[:num_gaussians] for array in self._arrays]
+            self._last_step = self._last_step[:num_gaussians]
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all moments of the rows become zero, named or not.
+
+        Names of parameters that the store does not hold are passed over.
+        """
+        ids = ids.to(self.device)
+        with self.changing(ids):
+            for name, stored in self.snapshot().items():
+                if name in values:
+                    stored[ids] = values[name].detach().to(stored)
+            self._forget(ids)
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
+        check_relocation(source_ids, target_ids)
+        source_ids, target_ids = source_ids.to(self.device), target_ids.to(self.device)
+        with self.changing(target_ids) as rows:
+            rows.parameters[target_ids] = rows.parameters[source_ids]
+            self._forget(target_ids)
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        ids = ids.to(self.device)
+        with self.changing(None):
+            for index in range(len(self._arrays)):
+                self._arrays[index] = kept_rows(self._arrays[index], ids)
+            self._last_step = kept_rows(self._last_step, ids)
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        opacities = self.layout.columns["opacities"]
+        with self.changing(None) as rows:
+            rows.parameters[:, opacities].clamp_(max=max_logit)
+            for moments in rows.moments:
+                moments[:, opacities].zero_()
+
+    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
+        """Count the bytes of memory that appending this many Gaussians takes at its peak: one array stands twice."""
+        return {self.device: num_new * self._row_bytes + self._arrays[0].nbytes}
+
+    def _forget(self, ids: Tensor) -> None:
+        for moments in self._arrays[1:]:
+            moments.index_fill_(0, ids, 0)
+        self._last_step.index_fill_(0, ids, self.step)
