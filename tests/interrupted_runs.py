@@ -23,6 +23,7 @@ from training.run import TrainingRun
 # A script and the options that choose its variant.
 SCRIPTS = [
     pytest.param(simple_trainer, (), id="gpu-only"),
+    pytest.param(simple_trainer, ("--adam", "deferred"), id="gpu-only, deferred"),
     pytest.param(simple_trainer_hybrid_baseline, (), id="baseline"),
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "device"), id="optimized"),
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "host"), id="optimized, geometry on host"),

@@ -63,7 +63,7 @@ def test_saving_changes_nothing(monkeypatch, city_block, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("after_script", "after_place"), SCRIPTS)
-@pytest.mark.parametrize(("before_script", "before_place"), [SCRIPTS[0], SCRIPTS[3], SCRIPTS[4]])
+@pytest.mark.parametrize(("before_script", "before_place"), [SCRIPTS[0], SCRIPTS[1], SCRIPTS[4], SCRIPTS[5]])
 def test_another_trainer_goes_on(
     monkeypatch, city_block, tmp_path, before_script, before_place, after_script, after_place
 ):

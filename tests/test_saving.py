@@ -1,5 +1,6 @@
 """Saving while training goes on: what it takes of memory, and that the files hold what one moment had."""
 
+import gc
 import sys
 from concurrent.futures import wait
 from contextlib import nullcontext
@@ -9,8 +10,10 @@ from threading import Semaphore, current_thread
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.aerial_scene import aerial_scene
+from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.aerial_training import KINDS, gaussians_of, rows_of, train_on_random_gradients, views_of
 from tests.resident_memory import resident_bytes
@@ -60,7 +63,7 @@ def test_writing_a_ply_file_takes_little_memory(tmp_path, kind):
 # ------------------------------------------------------------------------------------------- checkpoints, meanwhile
 
 GUARDED = (
-    *("geometry on device", "geometry on host", "split"),
+    *("gpu_only, deferred", "geometry on device", "geometry on host", "split"),
     *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
 )
 
@@ -146,17 +149,36 @@ def test_a_checkpoint_holds_one_moment_while_training_goes_on_on_the_gpu(monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GUARDED)
 def test_rows_that_change_without_a_word_are_noticed(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(HostStore, "changing", lambda store, ids: nullcontext(store.rows))
+    for store_type in (HostStore, DeviceStore):
+        monkeypatch.setattr(store_type, "changing", lambda store, ids: nullcontext(store.rows))
     save_while_training(monkeypatch, tmp_path, kind)
     assert not is_of_one_moment(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["geometry on host", "streamed", "streamed, geometry on host"])
+@pytest.mark.parametrize("kind", ["gpu_only, deferred", "geometry on host", "streamed", "streamed, geometry on host"])
 def test_a_refinement_lets_a_checkpoint_be_copied_first(monkeypatch, tmp_path, kind):
     copied = save_while_training(monkeypatch, tmp_path, kind, densify=True)
     assert is_of_one_moment(tmp_path)
     assert copied > 20_000 // 64 // 2
+
+
+def test_a_refinement_on_the_device_gives_the_old_rows_back_while_a_checkpoint_is_written(monkeypatch, tmp_path):
+    parameters, cameras = aerial_scene(20_000, seed=0)
+    gaussians = gaussians_of("gpu_only, deferred", parameters, CPU)
+    train_on_random_gradients(gaussians, views_of(cameras), range(3))
+    saver, saving = SlowSaver(monkeypatch), CheckpointFolder(tmp_path, keep=0)
+    saving.save(Checkpoint(3, np.eye(4), gaussians.state()), gaussians.copied_before_change())
+    (store,) = {*gaussians.copied_before_change().values()}
+    old = [StorageWeakRef(tensor.untyped_storage()) for tensor in store.rows.tensors()]
+    try:
+        gaussians.keep(torch.arange(19_000))
+        gc.collect()
+        assert all(storage.expired() for storage in old)
+    finally:
+        saver.copy(blocks=10_000)
+        assert saving.wait() is None
+        saving.close()
 
 
 def test_a_disk_that_fails_behind_training_costs_that_checkpoint_alone(monkeypatch, tmp_path):
