@@ -35,6 +35,7 @@ from comparing.runs import (
     read_run,
     write_launch,
 )
+from configs import Config
 from errors import InputError, NotEnoughMemory, TrainingStopped
 from trainers import TRAINERS
 from training import command_line
@@ -107,7 +108,8 @@ def test_all_trainers_on_the_demo_scene(monkeypatch, city_block, tmp_path, capsy
     runs = (tmp_path / "gpu_only", tmp_path / "baseline")
     assert run_compare(monkeypatch, "--runs", *runs, "--result_dir", tmp_path / "again") == 0
     again = report_of(tmp_path / "again")["runs"]
-    assert [run["figures"] for run in again] == [run["figures"] for run in report["runs"][:2]]
+    named = {run["name"]: run["figures"] for run in report["runs"]}
+    assert [run["figures"] for run in again] == [named["gpu_only"], named["baseline"]]
 
 
 @pytest.mark.slow
@@ -313,7 +315,7 @@ def test_bad_input_is_one_sentence(monkeypatch, tmp_path, capsys, arguments, sai
 
 def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
     """A result folder as a trainer writes it, with two statistics."""
-    cfg = simple_trainer.CONFIGS["default"].__class__(max_steps=steps, result_dir=str(folder), **options)
+    cfg = Config(max_steps=steps, result_dir=str(folder), **options)
     (folder / "stats").mkdir(parents=True)
     (folder / "renders").mkdir()
     (folder / "cfg.yml").write_text(yaml.safe_dump(dataclasses.asdict(cfg)))
