@@ -34,6 +34,7 @@ MOST_PIXELS = 1_000_000_000
 _LEAST_BYTES = 4  # that a pixel takes while it is decoded
 _MOST_BYTES = 16  # with the coefficients of a progressive JPEG, and a copy
 _HALF_SEEN = 128  # of 255
+_FEWEST_VALUES = 4096  # that a picture of 16 bits reaches: where it has 12 bits in truth, it would be nearly black
 _SUBFILE_TYPE = 254  # the TIFF tag whose lowest bit says "a smaller version of another picture in this file"
 
 
@@ -170,8 +171,8 @@ def to_rgb(path: Path, image: Image.Image) -> Image.Image:
             raise PictureFault(
                 path, f"its colours are {image.mode}, which cannot be converted", "save it as RGB, under the same name"
             ) from error
-    if deep and not image.mode.startswith("I") and not np.asarray(rgb).any():
-        _check_range(path, 1)  # the upper bytes are all 0
+    if deep and not image.mode.startswith("I"):
+        _check_range(path, int(np.asarray(rgb).max()) << 8 | 1)  # of the upper bytes, which are all that is left
     return rgb
 
 
@@ -212,6 +213,13 @@ def _check_range(path: Path, high: int) -> None:
             path,
             "its values of 16 bits are all below 256, so it would be black",
             "save it with 8 bits a channel, or with values up to 65535, under the same name",
+        )
+    if 0 < high < _FEWEST_VALUES:
+        raise PictureFault(
+            path,
+            f"its values of 16 bits are all below {_FEWEST_VALUES}, as those of a 12-bit sensor are, so it would be "
+            "nearly black",
+            "multiply its values by 16, or save it with 8 bits a channel, under the same name",
         )
 
 

@@ -37,6 +37,7 @@ Size = tuple[int, int]  # width and height in pixels
 Stamp = tuple[int, int]  # bytes of a file, and the time of its last change in nanoseconds
 
 _LISTED = 10  # files named in one message
+_RULES = 1  # to be raised with each rule that files are newly refused by, so that those checked before are looked at
 # Largest difference of brightness, of 255, between blurred pictures of one photo that two programs have scaled. On 20
 # photos, scaled by 2 and 4, it was at most 3.9 between filters against aliasing and with JPEG of quality 80, 8 and more
 # with filters that alias; where an area a twelfth of the width was blurred before, half were above 15.
@@ -261,6 +262,12 @@ class _Folder:
             return plan
         sizes = self._headers(originals, rest, shapes)
         plan.targets.update({name: _scaled_size(sizes[name], factor) for name in rest})
+        tiny = next((name for name, size in plan.targets.items() if min(size) < 2), None)
+        if tiny is not None:
+            raise InputError(
+                f"data_factor={factor:g} leaves {plan.targets[tiny][0]}x{plan.targets[tiny][1]} pixels of {tiny}: "
+                "choose a smaller one."
+            )
         plan.source_sizes.update(sizes)
         for name, entry in self._sound(folder, {n: names[n] for n in rest if n in present}).items():
             # Files that came with the dataset may have been rounded another way.
@@ -429,6 +436,8 @@ class _Folder:
         known: dict[tuple[str, int, int], _Checked] = {}
         for arrays in self._record(folder).read():
             try:
+                if folder.name == self._kind and int(arrays["rules"]) != _RULES:
+                    continue  # but what scaled files were made of holds
                 names = arrays["names"].tobytes().decode().split("\n")
                 columns = (arrays[column].tolist() for column in ("stamps", "sizes", "seen_shares", "sources"))
                 for name, stamp, size, share, source in zip(names, *columns, strict=True):
@@ -442,6 +451,7 @@ class _Folder:
     def _remember(self, folder: Path, checked: dict[tuple[str, int, int], _Checked]) -> None:
         self._record(folder).write(
             {
+                "rules": np.array(_RULES),
                 "names": np.frombuffer("\n".join(name for name, *_ in checked).encode(), np.uint8),
                 "stamps": np.array([key[1:] for key in checked], np.int64).reshape(-1, 2),
                 "sizes": np.array([entry.size for entry in checked.values()], np.int64).reshape(-1, 2),
@@ -538,6 +548,10 @@ def _hint(folder: Path, missing: list[str]) -> str:
     for place, _, files in os.walk(folder):
         for file in files:
             present.setdefault(plain(file), (Path(place).relative_to(folder) / file).as_posix())
+    stands = next((name for name in missing if (folder / name).exists() or (folder / name).is_symlink()), None)
+    if stands is not None:
+        kind = "a link to nothing" if (folder / stands).is_symlink() else "no file"
+        return f" What is called {stands} there is {kind}: put the picture in its place."
     similar = next(((name, present[plain(name)]) for name in missing if plain(name) in present), None)
     if similar is None:
         return " Put them there, or use the COLMAP model that belongs to these pictures."

@@ -127,6 +127,13 @@ def load_scene(
     warnings += far_camera_warnings(model.image_names, positions, is_far, scene_scale)
     for warning in warnings:
         say(f"Warning: {warning}")
+    if not points_rgb.any():
+        # A channel that begins at 0 is clamped there and learns of half of its pixels at best.
+        say(
+            "Warning: all points are black, as those of a model are whose colours were never extracted: training "
+            "starts from gray ones (colmap color_extractor finds their colours)."
+        )
+        points_rgb = np.full_like(points_rgb, 128)
     points, points_rgb = subset_of_points(points, points_rgb, max_points, say)
     return Scene(
         data_dir=data_dir,

@@ -59,6 +59,12 @@ def test_a_run_that_learns_nothing_says_so(monkeypatch, city_block, tmp_path, ca
     assert "learning rates" in printed
 
 
+def test_a_run_that_draws_hardly_anything_says_so(monkeypatch, city_block, tmp_path, capsys):
+    options = (*QUIET, "--max_steps", 301, *FROZEN, "--init_opacity", 0.006)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert "is hardly below that of an empty picture" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [(), ("--random_background",)], ids=str)
 def test_a_run_that_learns_is_not_disturbed(monkeypatch, city_block, tmp_path, capsys, options):
     options = (*options, *QUIET, "--max_steps", 302)

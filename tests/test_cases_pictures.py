@@ -470,6 +470,16 @@ FAULTS = {
         "below 256",
         "8 bits a channel",
     ),
+    "16 bits that hold 12": (
+        lambda path: Image.fromarray(ramp_picture()[..., 0].astype(np.uint16) * 16).save(path, "PNG"),
+        "below 4096",
+        "multiply its values by 16",
+    ),
+    "16 bits a channel that hold 12": (
+        lambda path: path.write_bytes(cv2.imencode(".tiff", ramp_picture().astype(np.uint16) * 16)[1].tobytes()),
+        "below 4096",
+        "multiply its values by 16",
+    ),
     "HEIC": (write_text(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)), "a HEIC picture", "convert it to JPEG"),
     "JPEG XL": (write_text(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99)), "a JPEG XL picture", "convert it to JPEG"),
     "OpenEXR": (write_text(b"\x76\x2f\x31\x01" + bytes(99)), "an OpenEXR picture", "convert it to JPEG"),
@@ -517,6 +527,38 @@ def test_several_faults_are_told_by_their_causes(tmp_path):
         load_scene(tmp_path)
     assert "001.png, 004.png, since its values are floating-point numbers (save it with" in str(error.value)
     assert "003.png, since it is a HEIC picture (convert it" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "no file"])
+def test_what_stands_in_a_pictures_place_is_named(tmp_path, kind):
+    """A dataset of links was moved: the name is there, and a picture is not."""
+    write_scene(tmp_path, 4)
+    picture = tmp_path / "images/002.png"
+    picture.unlink()
+    if kind == "no file":
+        picture.mkdir()
+    else:
+        picture.symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(InputError, match=rf"What is called 002\.png there is {kind}"):
+        load_scene(tmp_path)
+
+
+def test_a_factor_that_leaves_no_picture_is_named_before_anything_is_scaled(tmp_path):
+    write_scene(tmp_path, 4)
+    with pytest.raises(InputError, match=r"data_factor=500 leaves 1x1 pixels of 000\.png"):
+        load_scene(tmp_path, data_factor=500)
+    assert not (tmp_path / "images_500").exists()
+
+
+def test_pictures_that_an_earlier_version_has_checked_are_checked_by_the_rules_of_this_one(tmp_path, monkeypatch):
+    write_scene(tmp_path, 4)
+    FAULTS["16 bits that hold 12"][0](tmp_path / "images/002.png")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("datasets.image_files._FEWEST_VALUES", 256)
+        earlier.setattr("datasets.images._RULES", 0)
+        load_scene(tmp_path)
+    with pytest.raises(InputError, match="below 4096"):
+        load_scene(tmp_path)
 
 
 def test_names_that_differ_a_little_are_named(tmp_path):

@@ -1,8 +1,10 @@
 """Inputs that do not belong together, or that nothing is seen of, are refused or named before training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 import pytest
 from plyfile import PlyData, PlyElement
 
@@ -11,7 +13,7 @@ from datasets.normalize import transform_points
 from datasets.scene import Scene, load_scene
 from datasets.sight import check_views
 from errors import InputError
-from tests.small_scene import camera_poses, write_scene
+from tests.small_scene import camera, camera_poses, write_scene
 
 NEAR, FAR = 0.01, 1e10
 UTM = np.array([476123.0, 5429876.0, 187.0])
@@ -74,6 +76,76 @@ def test_cameras_that_look_away_are_refused(tmp_path, num_points):
     scene = load_scene(write_scene(tmp_path, 9, poses=poses, num_points=num_points))
     with pytest.raises(InputError, match=r"training picture .* sees any of"):
         check_views(scene, scene.points, NEAR, FAR)
+
+
+def other_reading(how: str, poses: np.ndarray) -> np.ndarray:
+    """[n, 3, 4] of which COLMAP's poses are what a program that writes them in another way means."""
+    poses = np.concatenate([poses, np.tile([[[0.0, 0.0, 0.0, 1.0]]], (len(poses), 1, 1))], axis=1)
+    turned = np.diag([1.0, -1.0, -1.0, 1.0])
+    written = {
+        "camera to world, where": np.linalg.inv(poses),
+        "with OpenGL's axes": turned @ poses,
+        "camera to world, with OpenGL's axes": np.linalg.inv(poses) @ turned,
+    }
+    return written[how][:, :3]
+
+
+@pytest.mark.parametrize("how", ["camera to world, where", "with OpenGL's axes", "camera to world, with OpenGL's axes"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_poses_of_another_convention_are_named(tmp_path, how, offset):
+    poses = camera_poses(24)
+    poses[:, :, 3] -= poses[:, :, :3] @ np.full(3, offset)
+    data_dir = write_scene(tmp_path, 24, poses=other_reading(how, poses), num_points=5000)
+    sound = load_scene(write_scene(tmp_path / "sound", 24, poses=camera_poses(24), num_points=5000))
+    world = np.linalg.inv(sound.transform)
+    points = transform_points(world, sound.points.astype(np.float64)) + offset
+    scene = load_scene(data_dir)
+    try:
+        said = check_views(scene, transform_points(scene.transform, points), NEAR, FAR)
+    except InputError as error:
+        said = [str(error)]
+    assert any(f"written {how}" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_many_points_before_sound_cameras_are_not_taken_for_another_convention(tmp_path, offset):
+    poses = camera_poses(24)
+    data_dir = write_scene(tmp_path, 24, poses=poses, num_points=5000)
+    scene = load_scene(data_dir)
+    moved = np.eye(4)
+    moved[:3, 3] = offset
+    scene = replace(scene, transform=scene.transform @ moved)  # the input's origin lies elsewhere
+    assert check_views(scene, scene.points, NEAR, FAR) == []
+
+
+def test_pictures_that_surround_the_cameras_are_not_taken_for_another_convention(tmp_path):
+    """A room: the cameras stand near its middle and look outwards, at points all around."""
+    poses = camera_poses(24)
+    centres = np.random.default_rng(0).normal(size=(24, 3))
+    poses[:, :, 3] = -(poses[:, :, :3] @ centres[:, :, None])[:, :, 0]
+    scene = load_scene(write_scene(tmp_path, 24, poses=poses))
+    points = np.random.default_rng(1).normal(size=(5000, 3))
+    points *= 8 / np.linalg.norm(points, axis=1, keepdims=True)
+    assert check_views(scene, transform_points(scene.transform, points), NEAR, FAR) == []
+
+
+def test_a_principal_point_outside_the_picture_is_named_where_nothing_is_seen(tmp_path):
+    """As of photos that were scaled down, and their camera's size with them, but not its parameters."""
+    scene = load_scene(write_scene(tmp_path, 9, [camera(params=(80, 82, 48, 640))]))
+    with pytest.raises(InputError, match=r"principal point 48, 640 of a camera lies outside its pictures of 96x64"):
+        check_views(scene, scene.points, NEAR, FAR)
+
+
+def test_points_without_colours_start_gray(tmp_path):
+    data_dir = write_scene(tmp_path, 5)
+    model = pycolmap.Reconstruction(str(data_dir / "sparse/0"))
+    for point in model.points3D.values():
+        point.color = np.zeros(3, np.uint8)
+    model.write_binary(str(data_dir / "sparse/0"))
+    said: list[str] = []
+    scene = load_scene(data_dir, say=said.append)
+    assert (scene.points_rgb == 128).all()
+    assert any("all points are black" in line for line in said)
 
 
 def test_one_camera_far_off_is_named_and_sets_no_scale(tmp_path):

@@ -18,6 +18,7 @@ FIRST_LOOK, LAST_LOOK = 101, 301  # steps: the first tells whether anything is d
 FEWEST_STEPS = 21  # of a shorter run nothing can be said
 RECENT = 10  # losses, of views in their order, of which the mean counts in the end
 SAME = 1e-5  # relative: two sums of the same numbers
+BARELY_LESS = 0.97  # of an empty picture's loss: a dot in some views makes a little less of it
 DARK = 1e-3  # a loss of the empty picture below this leaves nothing to learn
 STRIP_ROWS = 512  # of a picture at a time, so that large ones take little memory
 HALO = 10  # rows: an SSIM window less one
@@ -75,9 +76,10 @@ class BlankPictures:
             )
         if steps_done == LAST_LOOK or (is_last and steps_done >= FIRST_LOOK):
             drawn, empty = (sum(values) / RECENT for values in zip(*self._losses[-RECENT:], strict=True))
-            if drawn >= empty > DARK:
+            if drawn >= BARELY_LESS * empty and empty > DARK:
+                how = "hardly" if drawn < empty else "not"
                 self._tell(
-                    f"after {steps_done} steps the loss, {drawn:.4f}, is not below that of an empty picture, "
+                    f"after {steps_done} steps the loss, {drawn:.4f}, is {how} below that of an empty picture, "
                     f"{empty:.4f}, so nothing is learned. Look at the learning rates and --init_scale, and whether "
                     "points, cameras and pictures belong together."
                 )
