@@ -14,6 +14,7 @@ import numpy as np
 from datasets.cache import CacheFile, fingerprint
 from datasets.colmap_binary import check_binary
 from datasets.colmap_text import read_text_model
+from datasets.observations import misplaced_points
 from datasets.paths import stays_inside
 from errors import InputError, reason
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pycolmap
 
 CACHE_NAME = "parsed_scene.npz"
-CACHE_FORMAT = 2  # raised when the arrays of the cache change
+CACHE_FORMAT = 3  # raised when the arrays of the cache change, or what a model is checked for
 LARGEST_SIDE = 1_000_000  # pixels; a camera that claims more is damaged
 PARTS = ("cameras", "images", "points3D")  # the files of a model; newer ones have rigs and frames as well
 
@@ -188,6 +189,7 @@ def _read_binary(model_dir: Path) -> SparseModel:
         camera_params=np.stack([_uniform_params(camera.model.name, camera.params) for camera in cameras]),
         points=np.array([point.xyz for point in points], np.float64).reshape(-1, 3),
         points_rgb=np.array([point.color for point in points], np.uint8).reshape(-1, 3),
+        remarks=misplaced_points(model_dir, reconstruction),
     )
 
 

@@ -15,6 +15,8 @@ _LONGEST_HEADER = 1 << 20
 
 _LARGEST_SHARE = 2.0  # of the full value, which some colours that were computed are a little above
 
+_BELOW = 0.1  # of the largest: colours that were computed are a little below 0
+
 _SCALARS = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
     **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"},
@@ -25,14 +27,15 @@ _SCALARS = {
 def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read points and colours of the `vertex` element of an ASCII or binary PLY file.
 
-    Colours may be integers or floats of any size: those up to 255 are 8-bit ones, those beyond are 16-bit ones, and
-    floats up to 1 are shares.
+    Colours may be integers or floats of any size: those up to 255 are 8-bit ones, up to 4095 12-bit ones, those beyond
+    are 16-bit ones, and floats up to 1 are shares.
 
     Returns:
         points [P, 3] float64 and colours [P, 3] uint8.
 
     Raises:
-        InputError: the file is absent or damaged, has no points, no colours, or a point that is not finite.
+        InputError: the file is absent or damaged, has no points, no colours, a point or
+            colour that is not finite, or colours below 0.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: put the initial points there, or train without init_ply.")
@@ -58,6 +61,10 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not_finite:
         raise InputError(f"{path} holds {not_finite} points that are not finite: remove them.")
     colors = np.stack([vertices[name] for name in ("red", "green", "blue")], axis=1)
+    if not np.isfinite(colors).all():
+        raise InputError(f"{path} holds colours that are not finite: remove their points.")
+    if colors.min() < -_BELOW * max(1.0, float(colors.max())):
+        raise InputError(f"{path} holds colours below 0, down to {colors.min():g}: write them as 0 to 255.")
     return points, _to_uint8(colors)
 
 
@@ -121,14 +128,14 @@ def _to_uint8(colors: np.ndarray) -> np.ndarray:
     """Convert colours of any type to 0..255.
 
     What they range to is told by their largest value, since programs write 8-bit colours into all types: 1 (only of
-    floats), 255, or 65535.
+    floats), 255, 4095, or 65535.
     """
     if colors.dtype == np.uint8:
         return colors
-    values = np.nan_to_num(colors.astype(np.float64))
+    values = colors.astype(np.float64)
     largest = values.max(initial=0.0)
     if np.issubdtype(colors.dtype, np.floating) and largest <= _LARGEST_SHARE:
         values = values * 255
     elif largest > _LARGEST_SHARE * 255:
-        values = values // 256  # the upper byte of 16 bits
+        values = values // (16 if largest < 4096 else 256)  # the upper byte of 12 bits, or of 16
     return np.clip(np.round(values), 0, 255).astype(np.uint8)

@@ -34,6 +34,7 @@ def binary_ply(order: str) -> bytes:
         ascii_ply("double", "float", COLORS),
         ascii_ply("float", "int"),
         ascii_ply("float", "ushort", [[c * 256 + 99 for c in color] for color in COLORS]),
+        ascii_ply("float", "ushort", [[c * 16 + 9 for c in color] for color in COLORS]),  # 12 bits
         binary_ply("<"),
         binary_ply(">"),
         # A comment, other properties, and another element after and before the vertices.
@@ -58,6 +59,8 @@ def test_points_and_colors(tmp_path, content):
     ("content", "message"),
     [
         (None, "does not exist"),
+        (ascii_ply("float", "float", [[0.5, float("nan"), 0.2], [1, 1, 1]]), "colours that are not finite"),
+        (ascii_ply("float", "short", [[c - 128 for c in color] for color in COLORS]), "colours below 0, down to -128"),
         (b"hello", "cannot be read"),
         (b"\x00\xff" * 50, "cannot be read"),
         (binary_ply("<")[:-5], "cannot be read"),
