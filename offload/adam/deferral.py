@@ -27,6 +27,16 @@ NEGLIGIBLE = 1e-12
 FIRST_CAPACITY = 4096  # steps
 
 
+def largest_step(betas: tuple[float, float]) -> float:
+    """Bound the change of a parameter by one Adam step without bias correction, in units of the learning rate.
+
+    By Cauchy-Schwarz on the sums of gradients in both moments:
+    |m| / sqrt(v) <= (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2).
+    """
+    b1, b2 = betas
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2))
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """What one Adam step needs: w -= sizes * m / (sqrt(v) + eps), bias corrections included."""
@@ -79,6 +89,11 @@ class DeferralTables:
     @property
     def columns(self) -> int:
         return self.multipliers.shape[1]
+
+    @property
+    def reach(self) -> float:
+        """Return the bound of m / sqrt(v)."""
+        return largest_step(self.betas)
 
     @property
     def schedules(self) -> int:

@@ -5,13 +5,18 @@ mathematics of skipped steps is explained in `offload/adam/deferral.py`.
 
 A row that has skipped steps has its parameters caught up when it is fetched. Its moments stay as they were after its
 last update until the next one, which decays them: so they are rounded once per update, and reading rounds nothing.
+
+Where moments are codes, values are rounded with them, to what a float16 holds, and are float32 on the device. A view
+sees them as they were caught up, not rounded.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from offload.adam.bfloat16 import pack, random_bits, unpack
+from offload.adam.codes import decode_moments, encode_moments, random_fractions, round_to_half
 from offload.adam.deferral import DeferralTables, adam_step, caught_up, decayed
 from offload.store.layout import RowState
 
@@ -55,7 +60,7 @@ def fetch_dated_rows(
     places = places[chosen]
     moments = [moment[places, : tables.columns] for moment in source.moments]
     w = source.parameters[places, : tables.columns]
-    out.parameters[chosen] = caught_up(w, *_moments(moments), last_step[chosen], tables)
+    out.parameters[chosen] = caught_up(w.float(), *_moments(moments, tables), last_step[chosen], tables)
     for moment, fetched in zip(out.moments, moments, strict=False):
         moment[chosen] = fetched
 
@@ -74,7 +79,7 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
         chunk = slice(first, first + STEP_ROWS)
         block, block_ids = rows[chunk], ids[chunk]
         m, v = _stepped(block, last_step[block_ids], gradients[chunk], tables)
-        _store_moments(block, m, v, block_ids, tables.step)
+        _store(block, m, v, block_ids, tables)
     last_step[ids] = tables.step
 
 
@@ -93,17 +98,15 @@ def step_host_rows(
     """
     rows = RowState(parameters, tuple(moment[ids, : tables.columns] for moment in host.moments))
     if gradients is None:
-        m, v = decayed(*_moments(rows.moments), tables.step - last_step, tables)
+        _catch_up(rows, ids, last_step, tables)
     else:
-        m, v = _stepped(rows, last_step, gradients, tables)
-    _store_moments(rows, m, v, ids, tables.step)
+        _store(rows, *_stepped(rows, last_step, gradients, tables), ids, tables)
     write_rows(rows, ids, None, host)
 
 
 def catch_up_rows(rows: RowState, ids: Tensor, last_step: Tensor, tables: DeferralTables) -> None:
     """Bring the moments of fetched rows to the step of their parameters, without a gradient, as `step_rows` does."""
-    m, v = decayed(*_moments(rows.moments), tables.step - last_step[ids], tables)
-    _store_moments(rows, m, v, ids, tables.step)
+    _catch_up(rows, ids, last_step[ids], tables)
     last_step[ids] = tables.step
 
 
@@ -139,22 +142,39 @@ def _chosen(wanted: Tensor | None) -> Tensor | slice:
     return slice(None) if wanted is None else wanted.nonzero().squeeze(1)
 
 
-def _moments(stored: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, Tensor]:
+def _moments(stored: tuple[Tensor, ...] | list[Tensor], tables: DeferralTables) -> tuple[Tensor, Tensor]:
     """Return both moments in float32."""
-    return (stored[0], stored[1]) if len(stored) == 2 else unpack(stored[0])
+    if len(stored) == 2:
+        return stored[0], stored[1]
+    return decode_moments(stored[0], tables.reach) if stored[0].dtype == torch.int16 else unpack(stored[0])
 
 
 def _stepped(rows: RowState, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> tuple[Tensor, Tensor]:
     """Apply Adam's step `tables.step` to parameters in place; return both moments [V, columns] float32 after it."""
     step = tables.step_sizes()
-    m, v = decayed(*_moments(rows.moments), tables.step - 1 - last_step, tables)
+    m, v = decayed(*_moments(rows.moments, tables), tables.step - 1 - last_step, tables)
     adam_step(rows.parameters, m, v, gradients, step.sizes, step)
     return m, v
 
 
-def _store_moments(rows: RowState, m: Tensor, v: Tensor, ids: Tensor, step: int) -> None:
+def _catch_up(rows: RowState, ids: Tensor, last_step: Tensor, tables: DeferralTables) -> None:
+    """Bring moments from `last_step` [V] to step `tables.step`, where parameters are; codes that lag by none stay."""
+    lag = (last_step < tables.step).nonzero().squeeze(1)
+    lagging = RowState(*(tensor[lag] for tensor in rows.tensors()[:1]), tuple(moment[lag] for moment in rows.moments))
+    _store(lagging, *decayed(*_moments(lagging.moments, tables), tables.step - last_step[lag], tables), ids[lag], tables)
+    for tensor, changed in zip(rows.tensors(), lagging.tensors(), strict=True):
+        tensor[lag] = changed
+
+
+def _store(rows: RowState, m: Tensor, v: Tensor, ids: Tensor, tables: DeferralTables) -> None:
+    """Keep moments after step `tables.step` in the form that rows have, and what values become with them."""
     if len(rows.moments) == 2:
         rows.moments[0].copy_(m)
         rows.moments[1].copy_(v)
+        return
+    random = random_bits(ids, m.shape[1], tables.step)
+    if rows.moments[0].dtype == torch.int16:
+        rows.parameters.copy_(round_to_half(rows.parameters, random_fractions(random)[0]))
+        rows.moments[0].copy_(encode_moments(m, v, tables.reach, random))
     else:
-        rows.moments[0].copy_(pack(m, v, random_bits(ids, m.shape[1], step)))
+        rows.moments[0].copy_(pack(m, v, random))

@@ -5,21 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Margin
 from offload.store.layout import group_columns
 
 _ROUNDING = 1.01  # what float32 arithmetic adds to the exact bounds
-
-
-def largest_step(betas: tuple[float, float]) -> float:
-    """Bound the change of a parameter by one Adam step without bias correction, in units of the learning rate.
-
-    By Cauchy-Schwarz on the sums of gradients in both moments:
-    |m| / sqrt(v) <= (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2).
-    """
-    b1, b2 = betas
-    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2))
 
 
 def largest_drift(betas: tuple[float, float]) -> float:

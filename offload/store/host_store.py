@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offload.backends import native, num_threads
-from offload.store.layout import Moments, RowLayout, RowState, num_columns, row_bytes
+from offload.store.layout import Moments, RowLayout, RowState, StateFormat, num_columns, packed_rows, row_bytes
 from offload.store.memory import HostArray
 
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
@@ -30,7 +30,8 @@ class HostStore:
 
     Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
     `last_step`; geometry 12 x 3 x 4 = 144 and 4; 728 in two stores. Up to 1/64 more is taken when a store grows. With
-    moments in bfloat16 it is two thirds of that; with `pad_to_cache_line` geometry is 16 x 3 x 4 = 192.
+    moments in bfloat16 it is two thirds of that; with `pad_to_cache_line` geometry is 16 x 3 x 4 = 192. In a compact
+    state it is 192 and 128 (`offload.store.layout.packed_rows`).
 
     The operations are those of `offload.models.device.DeviceGaussians`, with the same results row for row. They work on
     stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
@@ -55,6 +56,7 @@ class HostStore:
         group: str,
         *,
         moments: Moments = "float32",
+        state: StateFormat = "float32",
         max_gaussians: int = 0,
         pin: bool = False,
         pad_to_cache_line: bool = False,
@@ -64,7 +66,8 @@ class HostStore:
             parameters: means [N, 3], scales [N, 3], quats [N, 4], opacities [N], sh0 [N, 1, 3] and shN [N, K - 1, 3]
                 on any device. They are read in blocks: no second copy of them is made on the way.
             group: Which of them to hold: "geometry" or "appearance".
-            moments: The precision of their Adam moments.
+            moments: The precision of their Adam moments, where the state is float32.
+            state: The form of rows.
             max_gaussians: Bound of growth; 0 allows what the machine's memory could hold.
             pin: Whether the memory is pinned where there is a GPU.
             pad_to_cache_line: Whether rows of geometry fill whole cache lines, for a device that writes them.
@@ -76,17 +79,22 @@ class HostStore:
         self.before_change: Callable[[Tensor | None], None] | None = None
         self.on_change: Callable[[Tensor | None], None] | None = None
         self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
-        self.layout = RowLayout.of(group, self.sh_degree)
+        self.layout = RowLayout.of(group, self.sh_degree, state)
         num_gaussians = len(parameters["means"])
-        self._row_bytes = row_bytes(group, self.sh_degree, moments, pad_to_cache_line)
+        self._group, self._format = group, state
+        self._row_bytes = row_bytes(group, self.sh_degree, moments, state, pad_to_cache_line=pad_to_cache_line)
         self.max_rows = max(num_gaussians, max_gaussians or _physical_bytes() // self._row_bytes)
-        columns = num_columns(group, self.sh_degree, pad_to_cache_line)
+        columns = num_columns(group, self.sh_degree, state, pad_to_cache_line=pad_to_cache_line)
 
         def array(dtype: torch.dtype, columns: int = columns) -> HostArray:
             return HostArray(columns, max_rows=self.max_rows, dtype=dtype, pin=pin)
 
-        dtypes = (torch.float32, torch.float32) if moments == "float32" else (torch.int32,)
-        self._parameters, self._moments = array(torch.float32), [array(dtype) for dtype in dtypes]
+        # What rows are kept in: an array each of parameters and moments; or one of whole rows, where they are packed.
+        if state == "compact":
+            self._values = [array(torch.int32, columns * (2 if group == "geometry" else 1))]
+        else:
+            dtypes = (torch.float32, torch.float32) if moments == "float32" else (torch.int32,)
+            self._values = [array(dtype) for dtype in (torch.float32, *dtypes)]
         self._last_step = array(torch.int32, columns=1)
         self._resize(num_gaussians)
         self.layout.fill(self._parameters.tensor, parameters)
@@ -107,7 +115,10 @@ class HostStore:
     @property
     def rows(self) -> RowState:
         """Return all rows; views of the memory, which may be written inside of `changing` only."""
-        return RowState(self._parameters.tensor, tuple(moment.tensor for moment in self._moments))
+        if self._format == "compact":
+            return packed_rows(self._values[0].tensor, self._group)
+        parameters, *moments = (array.tensor for array in self._values)
+        return RowState(parameters, tuple(moments))
 
     @contextmanager
     def changing(self, ids: Tensor | None) -> Iterator[RowState]:
@@ -127,10 +138,12 @@ class HostStore:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return the stored parameters by name: views of the rows."""
-        return self.layout.named(self._parameters.tensor)
+        return self.layout.named(self.rows.parameters)
 
     def arrays_by_name(self) -> dict[str, Tensor]:
-        """Return views of the stored parameters and moments, under the names of `offload.adam.state`."""
+        """Return views of what is stored, under the names of `offload.adam.state`."""
+        if self._format == "compact":
+            return {f"packed/{self._group}": self._values[0].tensor}
         rows = self.rows
         arrays = {"parameters": rows.parameters, "exp_avg": rows.exp_avg, "exp_avg_sq": rows.exp_avg_sq}
         return {
@@ -149,7 +162,9 @@ class HostStore:
         with self.changing(None):
             num_before = self.num_gaussians
             self._resize(num_before + len(ids))
-            native.append_rows(_words(self._parameters), ids.numpy(), num_before, num_threads())
+            native.append_rows(_words(self._values[0]), ids.numpy(), num_before, num_threads())
+            if self._format == "compact":
+                self.rows.moments[0][num_before:] = 0  # which were appended with the values
             self.last_step[num_before:] = self.step
 
     def truncate(self, num_gaussians: int) -> None:
@@ -174,7 +189,7 @@ class HostStore:
         source_ids, target_ids = self._checked(source_ids), self._checked(target_ids)
         check_relocation(source_ids, target_ids)
         with self.changing(target_ids):
-            native.copy_rows(_words(self._parameters), source_ids.numpy(), target_ids.numpy(), num_threads())
+            native.copy_rows(_words(self._values[0]), source_ids.numpy(), target_ids.numpy(), num_threads())
             self._forget(target_ids)
 
     def keep(self, ids: Tensor) -> None:
@@ -205,7 +220,7 @@ class HostStore:
         opacities = self.layout.columns["opacities"]
         with self.changing(None) as rows:
             rows.parameters[:, opacities].clamp_(max=max_logit)
-            for moments in (rows.exp_avg, rows.exp_avg_sq):
+            for moments in rows.moments:
                 moments[:, opacities].zero_()
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
@@ -215,7 +230,7 @@ class HostStore:
 
     @property
     def _arrays(self) -> list[HostArray]:
-        return [self._parameters, *self._moments, self._last_step]
+        return [*self._values, self._last_step]
 
     def _resize(self, num_gaussians: int) -> None:
         """Give all arrays this many rows, or leave them all as they are."""
@@ -233,10 +248,11 @@ class HostStore:
         for array in self._arrays:
             permutation.apply(_words(array))
 
-    def _forget(self, ids: Tensor) -> None:
-        for moment in self._moments:
-            moment.tensor.index_fill_(0, ids, 0)
-        self.last_step.index_fill_(0, ids, self.step)
+    def _forget(self, rows: Tensor | slice) -> None:
+        """Leave rows without moments, as if they had been updated at the last step."""
+        for moments in self.rows.moments:
+            moments[rows] = 0
+        self.last_step[rows] = self.step
 
     def _checked(self, ids: Tensor) -> Tensor:
         """Return row numbers as the native code takes them, which does not look where it writes."""

@@ -12,43 +12,65 @@ from torch import Tensor
 
 GROUP_NAMES = ("geometry", "appearance")
 Moments = Literal["float32", "bfloat16"]
+StateFormat = Literal["float32", "compact"]
 LAST_STEP_BYTES = 4  # of the step of a row's last update
 COPY_ROWS = 1 << 20  # copied at once when rows are filled
 
 
-def group_shapes(group: str, sh_degree: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one Gaussian's values of each parameter of a group, in the order of their columns."""
-    if group == "geometry":
-        return {"means": (3,), "scales": (3,), "quats": (4,), "opacities": ()}
-    return {"sh0": (1, 3), "shN": ((sh_degree + 1) ** 2 - 1, 3)}
+def group_shapes(group: str, sh_degree: int, state: StateFormat = "float32") -> dict[str, tuple[int, ...]]:
+    """Return the shape of one Gaussian's values of each parameter of a group, in the order of their columns.
+
+    In a compact state the constant colour goes with geometry, whose values are kept whole.
+    """
+    geometry: dict[str, tuple[int, ...]] = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": ()}
+    constant, others = {"sh0": (1, 3)}, {"shN": ((sh_degree + 1) ** 2 - 1, 3)}
+    if state == "compact":
+        return {**geometry, **constant} if group == "geometry" else {**others}
+    return geometry if group == "geometry" else {**constant, **others}
 
 
-def group_columns(group: str, sh_degree: int) -> dict[str, slice]:
+def group_columns(group: str, sh_degree: int, state: StateFormat = "float32") -> dict[str, slice]:
     """Return the columns of each parameter in a group's rows."""
     columns, first = {}, 0
-    for name, shape in group_shapes(group, sh_degree).items():
+    for name, shape in group_shapes(group, sh_degree, state).items():
         columns[name] = slice(first, first + math.prod(shape))
         first = columns[name].stop
     return columns
 
 
-def num_columns(group: str, sh_degree: int, pad_to_cache_line: bool = False) -> int:
+def num_columns(
+    group: str, sh_degree: int, state: StateFormat = "float32", *, pad_to_cache_line: bool = False
+) -> int:
     """Count the columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes.
 
-    With `pad_to_cache_line` geometry fills a line as well, of which it uses the first 48 bytes.
+    With `pad_to_cache_line` geometry fills a line as well, of which it uses the first 48 bytes. In a compact state both
+    groups have 16 columns or a multiple of them, and the appearance one for the scale of each degree
+    (`offload/adam/codes.py`).
     """
-    values = sum(math.prod(shape) for shape in group_shapes(group, sh_degree).values())
+    values = sum(math.prod(shape) for shape in group_shapes(group, sh_degree, state).values())
+    if state == "compact":
+        return max(1, -(-(values + (0 if group == "geometry" else sh_degree)) // 16)) * 16
     multiple = 4 if group == "geometry" and not pad_to_cache_line else 16
     return -(-values // multiple) * multiple
 
 
-def row_bytes(group: str, sh_degree: int, moments: Moments = "float32", pad_to_cache_line: bool = False) -> int:
+def row_bytes(
+    group: str,
+    sh_degree: int,
+    moments: Moments = "float32",
+    state: StateFormat = "float32",
+    *,
+    pad_to_cache_line: bool = False,
+) -> int:
     """Count the bytes of host memory that a store of a group takes for each Gaussian.
 
     While the store changes, it takes up to `host_store.PEAK` times as much.
     """
-    value_bytes = 4 + (8 if moments == "float32" else 4)  # of a parameter and two moments
-    return num_columns(group, sh_degree, pad_to_cache_line) * value_bytes + LAST_STEP_BYTES
+    if state == "compact":
+        value_bytes = 8 if group == "geometry" else 4  # of a parameter and two moments
+    else:
+        value_bytes = 4 + (8 if moments == "float32" else 4)
+    return num_columns(group, sh_degree, state, pad_to_cache_line=pad_to_cache_line) * value_bytes + LAST_STEP_BYTES
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,10 @@ class RowLayout:
     num_columns: int  # that optimizers work on; rows in memory may have more, which are zero
 
     @classmethod
-    def of(cls, group: str, sh_degree: int) -> RowLayout:
+    def of(cls, group: str, sh_degree: int, state: StateFormat = "float32") -> RowLayout:
         """Return the layout of a group."""
-        return cls(group_shapes(group, sh_degree), group_columns(group, sh_degree), num_columns(group, sh_degree))
+        of_group = group, sh_degree, state
+        return cls(group_shapes(*of_group), group_columns(*of_group), num_columns(*of_group))
 
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """Name the parameters in rows [M, columns] of values, moments or gradients: views of the rows."""
@@ -78,8 +101,11 @@ class RowLayout:
                 stored[first : first + COPY_ROWS] = parameters[name][first : first + COPY_ROWS].detach()
 
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
-        """Name rows [M, columns] as rendering takes them: sh0 and shN are one `colors` [M, K, 3]; views of the rows."""
-        if "sh0" not in self.shapes:
+        """Name rows [M, columns] as rendering takes them: views of the rows.
+
+        Where sh0 and shN lie side by side they are one `colors` [M, K, 3].
+        """
+        if not {"sh0", "shN"} <= self.shapes.keys():
             return self.named(rows)
         num_values = self.columns["shN"].stop
         return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
@@ -87,14 +113,19 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class RowState:
-    """Parameters and Adam moments of rows, 32-bit words [rows, columns] each, contiguous.
+    """Parameters and Adam moments of rows, [rows, columns] each; the values of a row are contiguous.
 
-    Rows on the host may have more columns than those on the device; the others are zero.
+    Rows in a store may have more columns than those of a view; the others are zero. In a compact store parameters and
+    moments of a row lie side by side (`packed_rows`).
+
+    Attributes:
+        parameters: float32; or float16, in the appearance of a compact store.
+        moments: The first and the second, float32; or both in one tensor, as pairs (int32, `offload/adam/bfloat16.py`)
+            or as codes (int16, `offload/adam/codes.py`); or none, where they are left on the host.
     """
 
-    parameters: Tensor  # float32
-    moments: tuple[Tensor, ...]  # the first and the second, float32; or int32 pairs (`offload/adam/bfloat16.py`);
-    # or none, where they are left on the host
+    parameters: Tensor
+    moments: tuple[Tensor, ...]
 
     def __getitem__(self, rows: slice) -> RowState:
         return RowState(self.parameters[rows], tuple(moment[rows] for moment in self.moments))
@@ -118,7 +149,37 @@ class RowState:
         """Return the parameters and the one or two tensors of moments."""
         return self.parameters, *self.moments
 
+    @property
+    def moments_bytes(self) -> int:
+        """Count the bytes of a row's moments."""
+        return sum(moment.shape[1] * moment.element_size() for moment in self.moments)
+
+    @property
+    def row_bytes(self) -> int:
+        """Count the bytes of a row."""
+        return self.parameters.shape[1] * self.parameters.element_size() + self.moments_bytes
+
     def new_empty(self, rows: int, device: torch.device) -> RowState:
-        """Allocate space for rows like these."""
-        parameters, *moments = (tensor.new_empty(rows, tensor.shape[1], device=device) for tensor in self.tensors())
-        return RowState(parameters, tuple(moments))
+        """Allocate space for rows like these, with parameters in float32."""
+        parameters = self.parameters.new_empty(rows, self.parameters.shape[1], device=device, dtype=torch.float32)
+        return RowState(parameters, tuple(moment.new_empty(rows, moment.shape[1], device=device) for moment in self.moments))
+
+
+def packed_rows(words: Tensor, group: str) -> RowState:
+    """Return the rows of a group in a compact store, whose parameters and moments lie side by side.
+
+        geometry    128 bytes: 16 columns of float32, and as many pairs of moments in bfloat16
+        appearance  192 bytes (at degree 3): 48 columns of float16, and as many of codes
+
+    Args:
+        words: int32 [N, words], contiguous.
+        group: "geometry" or "appearance".
+
+    Returns:
+        Views of the words.
+    """
+    if group == "geometry":
+        half = words.shape[1] // 2
+        return RowState(words.view(torch.float32)[:, :half], (words[:, half:],))
+    columns = words.shape[1]
+    return RowState(words.view(torch.float16)[:, :columns], (words.view(torch.int16)[:, columns:],))
