@@ -40,6 +40,8 @@ MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
     "forwarded, host": lambda start: ForwardedGaussians(start, ADAM, geometry="host", **BOUND),
     "streamed": lambda start: StreamedGaussians(start, ADAM, **BOUND),
     "streamed, host": lambda start: StreamedGaussians(start, ADAM, geometry="host", **BOUND),
+    "streamed, compact": lambda start: StreamedGaussians(start, ADAM, state="compact", **BOUND),
+    "streamed, host, compact": lambda start: StreamedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
     "tiled": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), **BOUND),
     "tiled, host": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), geometry="host", **BOUND),
 }

@@ -442,7 +442,7 @@ def test_more_rows_than_reserved_name_the_option():
 
 def test_a_failure_half_way_leaves_all_arrays_as_they_were(monkeypatch):
     store = HostStore(random_parameters(8), "appearance", max_gaussians=10)
-    monkeypatch.setattr(store._moments[-1], "max_rows", 8)
+    monkeypatch.setattr(store._values[-1], "max_rows", 8)
     with pytest.raises(InputError):
         store.append_copies(torch.arange(1))
     lengths = {*map(len, store.rows.tensors())}

@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 
 from errors import DamagedError, InputError
-from offload.adam.state import ARRAYS, check_state, current_values
+from offload.adam.state import ARRAYS, check_state, current_values, format_of, num_gaussians_of, sh_degree_of
 from offload.store.contract import RowStore
+from offload.store.layout import GROUP_NAMES, packed_words
 from training.files import open_new
 from training.gaussians import PARAMETER_NAMES
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # of compact states; of others 2, which earlier versions of this suite can read
 MAGIC = b"3DGS checkpoint\n"
 PROLOGUE = struct.Struct("<16sIQQI")  # magic, version, place of the header, its length, its CRC-32
 PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
@@ -333,13 +334,15 @@ def _seal(file: int, header: dict[str, Any]) -> None:
         entry["crc32"] = [zlib.crc32(os.pread(file, min(step, end - place), place)) for place in places]
     content = json.dumps(header).encode()
     _write_all(file, content, end)
-    prologue = PROLOGUE.pack(MAGIC, FORMAT_VERSION, end, len(content), zlib.crc32(content))
+    version = FORMAT_VERSION if format_of(header["tensors"]) == "compact" else 2
+    prologue = PROLOGUE.pack(MAGIC, version, end, len(content), zlib.crc32(content))
     _write_all(file, prologue + struct.pack("<I", zlib.crc32(prologue)), 0)
 
 
 def _check_rows(state: Mapping[str, Tensor]) -> None:
     """Refuse to write Gaussians of which a failed change has reached some tensors only."""
-    arrays = (f"{array}/{name}" for array in ARRAYS for name in PARAMETER_NAMES)
+    arrays = [f"{array}/{name}" for array in ARRAYS for name in PARAMETER_NAMES]
+    arrays += [f"packed/{group}" for group in GROUP_NAMES]
     if len({len(state[array]) for array in arrays if array in state}) > 1:
         raise RuntimeError("the Gaussians' tensors have different numbers of rows")
 
@@ -464,6 +467,16 @@ def _count(value: object) -> int:
 
 def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None:
     """Raise ValueError or KeyError unless there are Gaussians and all that belongs to them has their shapes."""
+    if format_of(state) == "compact":
+        for group in GROUP_NAMES:
+            rows = state[f"packed/{group}"]
+            if rows.shape != (num_gaussians_of(state), packed_words(group, sh_degree_of(state))):
+                raise ValueError(group)
+            if rows.dtype != torch.int32:
+                raise ValueError(group)
+        if num_gaussians_of(state) == 0 or sh_degree_of(state) not in range(4) or transform.shape != (4, 4):
+            raise ValueError("no Gaussians")
+        return
     num_gaussians, num_rest = state["parameters/shN"].shape[:2]
     rest = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (num_rest, 3)}
     arrays = ARRAYS if "step_count" in state else ARRAYS[:1]

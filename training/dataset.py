@@ -14,6 +14,7 @@ from datasets.scene import Scene, load_scene
 from datasets.sight import check_views
 from datasets.splits import split_indices
 from errors import InputError
+from offload.adam.state import stored_values
 from training.checkpoints import Checkpoint
 
 SAME_PLACE = 1e-4  # of the scene's extent: reading a model again moves no camera as far
@@ -61,7 +62,7 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
             "files stay in normalized coordinates; their header and a .json beside each hold the offset and the way "
             "back."
         )
-    means = scene.points if checkpoint is None else checkpoint.state["parameters/means"].numpy()
+    means = scene.points if checkpoint is None else stored_values(checkpoint.state, "means").numpy()
     for warning in check_views(scene, means, cfg.near_plane, cfg.far_plane):
         say(f"Warning: {warning}")
     return Dataset(scene, has_changed)

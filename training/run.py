@@ -21,6 +21,7 @@ from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
 from errors import InputError, NotSaved, TrainingStopped
 from offload.adam.options import AdamOptions
+from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
@@ -140,9 +141,9 @@ class TrainingRun(Generic[AnyConfig]):
     def num_initial_gaussians(self) -> int:
         """Count the Gaussians that `initial_gaussians` returns."""
         if self._evaluated is not None:
-            return len(self._evaluated.state["parameters/means"])
+            return num_gaussians_of(self._evaluated.state)
         resumed = self.saving.resumed
-        return len(self.scene.points if resumed is None else resumed.state["parameters/means"])
+        return len(self.scene.points) if resumed is None else num_gaussians_of(resumed.state)
 
     def initial_gaussians(self) -> dict[str, Tensor]:
         """Return one Gaussian per point of the scene, in Morton order; those of the checkpoint, where there is one.
@@ -156,7 +157,7 @@ class TrainingRun(Generic[AnyConfig]):
             return self._evaluated.gaussians
         self._check_memory()
         if self.saving.resumed is not None:
-            return {name: self.saving.resumed.state[f"parameters/{name}"] for name in PARAMETER_NAMES}
+            return {name: stored_values(self.saving.resumed.state, name) for name in PARAMETER_NAMES}
         order = morton_order(torch.from_numpy(self.scene.points)).numpy()
         return initial_gaussians(
             self.scene.points[order],

@@ -28,9 +28,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offload.store.layout import HALF_MAX
+
 OCTAVE_STEPS = 16  # codes of the root of the second moment in an octave
 LARGEST_ROOT, LARGEST_RATIO = 255, 127  # codes
-HALF_MAX = 65504.0  # the largest float16
 SECOND_HASH = 0x9E3779B1  # 2^32 over the golden ratio: makes other bits of random ones (Knuth, TAOCP 6.4)
 # The roots of the codes over their scale, [256].
 ROOTS = torch.exp2((torch.arange(256, dtype=torch.float64) - LARGEST_ROOT) / OCTAVE_STEPS).float()

@@ -12,6 +12,8 @@ sees them as they were caught up, not rounded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def fetch_dated_rows(
     places = places[chosen]
     moments = [moment[places, : tables.columns] for moment in source.moments]
     w = source.parameters[places, : tables.columns]
-    out.parameters[chosen] = caught_up(w.float(), *_moments(moments, tables), last_step[chosen], tables)
+    out.parameters[chosen] = caught_up(w.float(), *float_moments(moments, tables.reach), last_step[chosen], tables)
     for moment, fetched in zip(out.moments, moments, strict=False):
         moment[chosen] = fetched
 
@@ -135,46 +137,61 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
     chosen = _chosen(wanted)
     ids = ids[chosen]
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
-        destination[ids, : tensor.shape[1]] = tensor[chosen]
+        destination[ids, : tensor.shape[1]] = tensor[chosen].to(destination.dtype)
 
 
 def _chosen(wanted: Tensor | None) -> Tensor | slice:
     return slice(None) if wanted is None else wanted.nonzero().squeeze(1)
 
 
-def _moments(stored: tuple[Tensor, ...] | list[Tensor], tables: DeferralTables) -> tuple[Tensor, Tensor]:
-    """Return both moments in float32."""
-    if len(stored) == 2:
-        return stored[0], stored[1]
-    return decode_moments(stored[0], tables.reach) if stored[0].dtype == torch.int16 else unpack(stored[0])
-
-
 def _stepped(rows: RowState, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> tuple[Tensor, Tensor]:
     """Apply Adam's step `tables.step` to parameters in place; return both moments [V, columns] float32 after it."""
     step = tables.step_sizes()
-    m, v = decayed(*_moments(rows.moments, tables), tables.step - 1 - last_step, tables)
+    m, v = decayed(*float_moments(rows.moments, tables.reach), tables.step - 1 - last_step, tables)
     adam_step(rows.parameters, m, v, gradients, step.sizes, step)
     return m, v
 
 
 def _catch_up(rows: RowState, ids: Tensor, last_step: Tensor, tables: DeferralTables) -> None:
-    """Bring moments from `last_step` [V] to step `tables.step`, where parameters are; codes that lag by none stay."""
+    """Bring moments from `last_step` [V] to step `tables.step`, where parameters are; rows that do not lag stay."""
     lag = (last_step < tables.step).nonzero().squeeze(1)
-    lagging = RowState(*(tensor[lag] for tensor in rows.tensors()[:1]), tuple(moment[lag] for moment in rows.moments))
-    _store(lagging, *decayed(*_moments(lagging.moments, tables), tables.step - last_step[lag], tables), ids[lag], tables)
+    lagging = RowState(rows.parameters[lag], tuple(moment[lag] for moment in rows.moments))
+    moments = decayed(*float_moments(lagging.moments, tables.reach), tables.step - last_step[lag], tables)
+    _store(lagging, *moments, ids[lag], tables)
     for tensor, changed in zip(rows.tensors(), lagging.tensors(), strict=True):
         tensor[lag] = changed
 
 
 def _store(rows: RowState, m: Tensor, v: Tensor, ids: Tensor, tables: DeferralTables) -> None:
-    """Keep moments after step `tables.step` in the form that rows have, and what values become with them."""
+    store_moments(rows, m, v, random_bits(ids, m.shape[1], tables.step), tables.reach)
+
+
+def float_moments(stored: Sequence[Tensor], reach: float) -> tuple[Tensor, Tensor]:
+    """Return both moments in float32, from the form that `RowState` has them in.
+
+    Args:
+        stored: `RowState.moments`.
+        reach: `largest_step` of Adam's betas.
+    """
+    if len(stored) == 2:
+        return stored[0], stored[1]
+    return decode_moments(stored[0], reach) if stored[0].dtype == torch.int16 else unpack(stored[0])
+
+
+def store_moments(rows: RowState, m: Tensor, v: Tensor, random: Tensor, reach: float) -> None:
+    """Keep moments in the form that rows have, in place; with codes, values become what a float16 holds.
+
+    Args:
+        rows: [V, columns].
+        m, v: float32 [V, columns].
+        random: int64 [V, columns], 32 random bits each.
+        reach: `largest_step` of Adam's betas.
+    """
     if len(rows.moments) == 2:
         rows.moments[0].copy_(m)
         rows.moments[1].copy_(v)
-        return
-    random = random_bits(ids, m.shape[1], tables.step)
-    if rows.moments[0].dtype == torch.int16:
+    elif rows.moments[0].dtype == torch.int16:
         rows.parameters.copy_(round_to_half(rows.parameters, random_fractions(random)[0]))
-        rows.moments[0].copy_(encode_moments(m, v, tables.reach, random))
+        rows.moments[0].copy_(encode_moments(m, v, reach, random))
     else:
         rows.moments[0].copy_(pack(m, v, random))

@@ -10,19 +10,35 @@ A trainer that defers steps adds, for each group of parameters ("geometry", "app
     deferral/GROUP/...              small      the tables (`DeferralTables.tables`), with which the rows are caught up
 
 and rows of such a group stand as they were after their last update. Without these a group's rows are current.
+
+A compact state has, in place of parameters and moments, the rows of its groups as they are stored, all deferred:
+
+    packed/GROUP                    [N, words] int32, as `offload.store.layout.packed_rows`
+    packed/sh_degree                []         int64
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import DeferralTables
+from offload.adam.bfloat16 import random_bits
+from offload.adam.deferral import DeferralTables, largest_step
 from offload.adam.host import DeferredAdam
-from offload.store.layout import GROUP_NAMES, RowState, group_columns, num_columns
+from offload.adam.rows import float_moments, store_moments
+from offload.store.layout import (
+    GROUP_NAMES,
+    RowLayout,
+    RowState,
+    StateFormat,
+    group_columns,
+    group_shapes,
+    num_columns,
+    packed_rows,
+)
 
 State = Mapping[str, Tensor]
 
@@ -36,14 +52,45 @@ class DeferredPlace(Protocol):
     def arrays_by_name(self) -> dict[str, Tensor]: ...
 
 
+class PackedPlace(DeferredPlace, Protocol):
+    """Holds rows of one group, and may be compact."""
+
+    @property
+    def layout(self) -> RowLayout: ...
+
+    @property
+    def rows(self) -> RowState: ...
+
+
 ARRAYS = ("parameters", "exp_avg", "exp_avg_sq")
 MOST_MEMORY = 0.999  # of b1 / sqrt(b2): the tables that follow a step are some 30,000 steps long then
 BLOCK_ROWS = 1 << 18  # rows that are copied at once
 
 
+def format_of(state: Mapping[str, object]) -> StateFormat:
+    """Return the form of its rows, as the names of its tensors tell it."""
+    return "compact" if "packed/geometry" in state else "float32"
+
+
+def num_gaussians_of(state: State) -> int:
+    """Return N."""
+    return len(state["packed/geometry" if format_of(state) == "compact" else "parameters/means"])
+
+
 def sh_degree_of(state: State) -> int:
     """Return the degree of the spherical harmonics."""
+    if format_of(state) == "compact":
+        return int(state["packed/sh_degree"])
     return round((state["parameters/shN"].shape[1] + 1) ** 0.5) - 1
+
+
+def stored_values(state: State, name: str) -> Tensor:
+    """Return a parameter [N, ...] as it is stored: before the steps that rows have skipped; not copied."""
+    if format_of(state) == "float32":
+        return state[f"parameters/{name}"]
+    group, _ = _place_of(state, name)
+    rows = packed_rows(state[f"packed/{group}"], group)
+    return RowLayout.of(group, sh_degree_of(state), "compact").named(rows.parameters)[name]
 
 
 def is_deferred(state: State, group: str) -> bool:
@@ -57,15 +104,17 @@ def check_state(state: State) -> None:
     Raises:
         ValueError, KeyError: Something is missing or does not fit the rest.
     """
-    num_gaussians, degree = len(state["parameters/means"]), sh_degree_of(state)
+    num_gaussians, degree, its_format = num_gaussians_of(state), sh_degree_of(state), format_of(state)
     for group in GROUP_NAMES:
         if not is_deferred(state, group):
+            if its_format == "compact":
+                raise ValueError("last_step")
             continue
         tables, last_step = deferral_tables(state, group), state[f"last_step/{group}"]
         b1, b2 = tables["betas"].tolist()
         if not (0 <= b1 < MOST_MEMORY * b2**0.5 < 1):
             raise ValueError("betas")
-        if tables["multipliers"].ndim != 2 or tables["multipliers"].shape[1] != num_columns(group, degree):
+        if tables["multipliers"].ndim != 2 or tables["multipliers"].shape[1] != num_columns(group, degree, its_format):
             raise ValueError("multipliers")
         DeferredAdam.from_tables(tables)
         if last_step.shape != (num_gaussians,) or last_step.dtype != torch.int32:
@@ -88,13 +137,12 @@ def check_state(state: State) -> None:
 def current_values(state: State) -> dict[str, Tensor]:
     """Return the six parameters [N, ...] with all steps applied; those that never lag behind are not copied."""
     values = {}
-    for group in GROUP_NAMES:
-        for name in group_columns(group, sh_degree_of(state)):
-            values[name] = state[f"parameters/{name}"]
-            if is_deferred(state, group):
-                values[name] = torch.empty_like(values[name])
-                for rows, block in current_rows(state, name):
-                    values[name][rows] = block["parameters"]
+    for name in (name for group in GROUP_NAMES for name in group_shapes(group, sh_degree_of(state))):
+        values[name] = stored_values(state, name)
+        if is_deferred(state, _place_of(state, name)[0]):
+            values[name] = torch.empty(values[name].shape)
+            for rows, block in current_rows(state, name):
+                values[name][rows] = block["parameters"]
     return values
 
 
@@ -109,19 +157,33 @@ def current_rows(state: State, name: str) -> Iterator[tuple[slice, dict[str, Ten
         Which rows, and of each of `ARRAYS` the values [M, ...]; copies where steps were deferred.
     """
     group, columns = _place_of(state, name)
-    adam = None
-    if is_deferred(state, group):
-        adam = DeferredAdam.from_tables(deferral_tables(state, group), columns)
-    for first in range(0, len(state[f"parameters/{name}"]), BLOCK_ROWS):
+    adam = DeferredAdam.from_tables(deferral_tables(state, group), columns) if is_deferred(state, group) else None
+    for first in range(0, num_gaussians_of(state), BLOCK_ROWS):
         rows = slice(first, first + BLOCK_ROWS)
-        block = {array: state[f"{array}/{name}"][rows] for array in ARRAYS}
+        block = _float_block(state, name, rows)
         if adam is not None:
-            block = {array: torch.empty(value.shape).copy_(value) for array, value in block.items()}  # float32
             parameters, *moments = (value.view(len(value), -1) for value in block.values())
             last_step = state[f"last_step/{group}"][rows].clone()
             stale = (last_step < adam.step).nonzero().squeeze(1)
             adam.commit(RowState(parameters, tuple(moments)), last_step, stale, None)
         yield rows, block
+
+
+def _float_block(state: State, name: str, rows: slice) -> dict[str, Tensor]:
+    """Return some rows of a parameter and its moments as they are stored; float32 copies where steps were deferred."""
+    group, columns = _place_of(state, name)
+    if format_of(state) == "float32":
+        block = {array: state[f"{array}/{name}"][rows] for array in ARRAYS}
+        if is_deferred(state, group):
+            block = {array: torch.empty(value.shape).copy_(value) for array, value in block.items()}
+        return block
+    packed = packed_rows(state[f"packed/{group}"][rows], group)
+    reach = largest_step(tuple(deferral_tables(state, group)["betas"].tolist()))
+    shape = group_shapes(group, sh_degree_of(state), "compact")[name]
+    values = [packed.parameters, *float_moments(packed.moments, reach)]
+    return {
+        array: value[:, columns].float().reshape(len(value), *shape) for array, value in zip(ARRAYS, values, strict=True)
+    }
 
 
 def deferral_tables(state: State, group: str) -> dict[str, Tensor]:
@@ -158,20 +220,42 @@ def load_deferred(place: DeferredPlace, group: str, adam: DeferralTables, state:
     were trained with.
     """
     stored, tables = place.arrays_by_name(), deferral_tables(state, group)
-    if is_deferred(state, group) and adam.matches(tables):
+    if is_deferred(state, group) and adam.matches(tables) and all(key in state for key in stored):
         for key, rows in stored.items():
             copy_blocks(rows, state[key])
         place.last_step.copy_(state[f"last_step/{group}"])
         adam.load_state(tables)
+        return
+    if f"packed/{group}" in stored:
+        _pack_current(cast(PackedPlace, place), adam.reach, state)
     else:
         copy_current(stored, state)
-        place.last_step.fill_(int(state["step_count"]))
-        adam.load_state({"step_count": state["step_count"]})
+    place.last_step.fill_(int(state["step_count"]))
+    adam.load_state({"step_count": state["step_count"]})
+
+
+def _pack_current(place: PackedPlace, reach: float, state: State) -> None:
+    """Fill a compact place with parameters and moments with all steps applied."""
+    columns = place.rows.parameters.shape[1]
+    blocks = {name: current_rows(state, name) for name in place.layout.columns}
+    for found in zip(*blocks.values(), strict=True):
+        rows, count = found[0][0], len(found[0][1]["parameters"])
+        w, m, v = (torch.zeros(count, columns) for _ in ARRAYS)
+        for (name, where), (_, block) in zip(place.layout.columns.items(), found, strict=True):
+            for values, array in ((w, "parameters"), (m, "exp_avg"), (v, "exp_avg_sq")):
+                values[:, where] = block[array].reshape(count, -1)
+        stored, first = place.rows[rows], rows.start
+        packed = stored.new_empty(count, torch.device("cpu"))
+        packed.parameters.copy_(w)
+        random = random_bits(torch.arange(first, first + count), columns, int(state["step_count"]))
+        store_moments(packed, m, v, random, reach)
+        for tensor, values in zip(stored.tensors(), packed.tensors(), strict=True):
+            tensor.copy_(values)
 
 
 def _place_of(state: State, name: str) -> tuple[str, slice]:
     for group in GROUP_NAMES:
-        columns = group_columns(group, sh_degree_of(state))
+        columns = group_columns(group, sh_degree_of(state), format_of(state))
         if name in columns:
             return group, columns[name]
     raise KeyError(name)

@@ -43,10 +43,29 @@ def visible_ids(
     Returns:
         Sorted int64 [V], where the geometry is.
     """
-    candidates = _reachable_ids(state, pack(cameras, lag_margin))
+    means, scales, opacities = (state.parameters[name] for name in ("means", "scales", "opacities"))
+    candidates = _reachable_ids(means, scales, opacities, pack(cameras, lag_margin))
     rows = _rows(gather_rows(state, candidates, tables)).cpu()
     drawn = rows_on_host.visible_ids(rows, rows_on_host.BlockBounds(rows), cameras, margin)
     return candidates[drawn.to(candidates.device)]
+
+
+def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    """Find the rows that any of the cameras may draw, from the ball around each; on a GPU this waits for the device.
+
+    Some more than `visible_ids` finds: a row is taken for as large in every direction as in its largest, so it may pass
+    beside the picture.
+
+    Args:
+        balls: float32 [5, N]: the three coordinates of means, the largest log scale and the logit opacity.
+        cameras: The pictures to be drawn.
+        margin: How much rows may still move.
+
+    Returns:
+        Sorted int64 [V], where the balls are.
+    """
+    means, log_scales, logits = balls[:3].T, balls[3][:, None], balls[4]
+    return _reachable_ids(means, log_scales, logits, pack(cameras, margin))
 
 
 def covered_cells(parameters: Mapping[str, Tensor], cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
@@ -86,11 +105,13 @@ def _rows(parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([*columns, columns[0].new_zeros(len(columns[0]), 1)], dim=1)
 
 
-def _reachable_ids(state: GeometryState, packed: np.ndarray) -> Tensor:
+def _reachable_ids(means: Tensor, log_scales: Tensor, logits: Tensor, packed: np.ndarray) -> Tensor:
     """Find the rows whose ball of the largest scale may meet any camera's picture.
 
     Args:
-        state: Of N rows.
+        means: [N, 3].
+        log_scales: [N, 3], or [N, 1] where only the largest is known.
+        logits: [N] of the opacities.
         packed: Cameras [C, native.CAMERA_FLOATS], with the margin of rows that lag behind.
 
     Returns:
@@ -98,12 +119,11 @@ def _reachable_ids(state: GeometryState, packed: np.ndarray) -> Tensor:
     """
     half_spaces = np.empty((len(packed), 6, 6))
     native.half_spaces(packed, half_spaces)
-    means, scales, opacities = (state.parameters[name] for name in ("means", "scales", "opacities"))
     near = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     for first in range(0, len(means), _CHUNK_ROWS):
         part = slice(first, first + _CHUNK_ROWS)
         for camera, its_half_spaces in zip(packed, half_spaces, strict=True):
-            near[part] |= _may_reach(camera, its_half_spaces, means[part], scales[part], opacities[part])
+            near[part] |= _may_reach(camera, its_half_spaces, means[part], log_scales[part], logits[part])
     return near.nonzero().squeeze(1)
 
 

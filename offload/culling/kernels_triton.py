@@ -7,6 +7,7 @@ The formulas and what each bound is for stand in `offload/csrc/culling_kernels.c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,6 +51,7 @@ OPAQUE_EXTENT = tl.constexpr(native.OPAQUE_EXTENT)
 POSITION_ERROR = tl.constexpr(native.POSITION_ERROR)
 COVARIANCE_ERROR = tl.constexpr(native.COVARIANCE_ERROR)
 RELATIVE_ERROR = tl.constexpr(native.RELATIVE_ERROR)
+LOGIT_THRESHOLD = tl.constexpr(-math.log(254))  # of an opacity of 1/255
 
 
 def visible_ids(
@@ -69,6 +71,16 @@ def visible_ids(
                 tables.sums.shape[1], tables.eps, len(means), lagging, camera, drawn, *tables.multipliers.shape,
                 ANTIALIASED=cameras.antialiased, BLOCK=BLOCK,
             )  # fmt: skip
+    return drawn.nonzero().squeeze(1)
+
+
+def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    """Find the rows whose balls any of the cameras may draw, as `offload.culling.kernels.visible_balls`."""
+    num_rows = balls.shape[1]
+    drawn = torch.zeros(num_rows, dtype=torch.uint8, device=balls.device)
+    if num_rows:
+        for camera in _as_arguments(pack(cameras, margin), balls.device):
+            _mark_balls[(triton.cdiv(num_rows, BLOCK),)](balls, balls.stride(0), num_rows, camera, drawn, BLOCK=BLOCK)
     return drawn.nonzero().squeeze(1)
 
 
@@ -195,6 +207,27 @@ def _reaches(camera, mx, my, mz, log_s0, log_s1, log_s2, valid):
     drawn &= _between_borders(camera, 0, x, z, largest_scale, error)
     drawn &= _between_borders(camera, 1, y, z, largest_scale, error)
     return drawn, x, y, z, error, s0, s1, s2
+
+
+@triton.jit(do_not_specialize=["stride", "num_rows"])
+def _mark_balls(
+    balls,  # [5, N]: x, y, z, the largest log scale, the logit opacity
+    stride,  # between two of these five
+    num_rows,  # N
+    camera,
+    drawn,  # [N] uint8
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < num_rows
+    mx = tl.load(balls + i, mask=valid, other=0.0)
+    my = tl.load(balls + stride + i, mask=valid, other=0.0)
+    mz = tl.load(balls + 2 * stride + i, mask=valid, other=0.0)
+    log_scale = tl.load(balls + 3 * stride + i, mask=valid, other=0.0)
+    logit = tl.load(balls + 4 * stride + i, mask=valid, other=0.0)
+    reaches, _x, _y, _z, _error, _s0, _s1, _s2 = _reaches(camera, mx, my, mz, log_scale, log_scale, log_scale, valid)
+    reaches &= logit >= LOGIT_THRESHOLD - RELATIVE_ERROR - _number(camera, LOGIT_GAIN)
+    tl.store(drawn + i, 1, mask=reaches)
 
 
 @triton.jit

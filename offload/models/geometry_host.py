@@ -14,6 +14,9 @@ from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.culling.native import BlockBounds, visible_ids
 from offload.store.host_store import HostStore
+from offload.store.layout import StateFormat
+
+CULLED_COLUMNS = 12  # of a row: its geometry, and one that fills 48 bytes
 
 
 class HostGeometry(HostStore):
@@ -30,16 +33,22 @@ class HostGeometry(HostStore):
         *,
         max_gaussians: int,
         pin: bool,
-        pad_to_cache_line: bool,
+        state: StateFormat = "float32",
+        pad_to_cache_line: bool = False,
     ) -> None:
         """
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`.
             adam: How the rows are updated, which says how far they can move.
-            max_gaussians, pin, pad_to_cache_line: As for `HostStore`.
+            max_gaussians, pin, state, pad_to_cache_line: As for `HostStore`.
         """
         super().__init__(
-            parameters, "geometry", max_gaussians=max_gaussians, pin=pin, pad_to_cache_line=pad_to_cache_line
+            parameters,
+            "geometry",
+            state=state,
+            max_gaussians=max_gaussians,
+            pin=pin,
+            pad_to_cache_line=pad_to_cache_line,
         )
         self.on_change = self._follow_change
         self.steps_done = 0  # `step` is ahead of it while a step is under way
@@ -102,7 +111,7 @@ class HostGeometry(HostStore):
 
     def _culled_rows(self) -> Tensor:
         """Return rows [N, 12] as culling takes them."""
-        return self.rows.parameters[:, : self.layout.num_columns]
+        return self.rows.parameters[:, :CULLED_COLUMNS]
 
     def _follow_change(self, ids: Tensor | None) -> None:
         """Bring the bounds up to date with rows (sorted, on the host; None: all) that have changed."""

@@ -16,13 +16,14 @@ from offload.adam.schedules import schedules_of
 from offload.adam.state import State, load_deferred
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
+from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.pipelines.contract import Counters, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
-from offload.store.layout import Moments
+from offload.store.layout import Moments, StateFormat
 
 Place = Literal["device", "host"]
 Adam = TypeVar("Adam", bound=DeferralTables)
@@ -123,7 +124,7 @@ class OffloadedGaussians:
     def read(self, name: str) -> Tensor:
         """Return the current values of one geometry parameter; not copied."""
         with self._order.taking("change", "read"):
-            return self._geometry_caught_up()[name]
+            return self._geometry_caught_up()[name].to(self.device)
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""
@@ -178,6 +179,9 @@ class OffloadedGaussians:
                 state.update(group.store.arrays_by_name())
                 state[f"last_step/{name}"] = self._pipeline.last_step(name)
                 state.update({f"deferral/{name}/{key}": table for key, table in group.adam.tables().items()})
+            appearance = self._groups["appearance"].store
+            if appearance.layout.state == "compact":
+                state["packed/sh_degree"] = torch.tensor(appearance.sh_degree)
             return {**state, **self._pipeline.state()}
 
     def copied_before_change(self) -> dict[str, RowStore]:
@@ -291,6 +295,7 @@ def geometry_in(
     *,
     device: torch.device,
     max_gaussians: int,
+    state: StateFormat = "float32",
     pad_to_cache_line: bool = False,
 ) -> GeometryPlace:
     """Put geometry into its place.
@@ -301,13 +306,18 @@ def geometry_in(
         adam: Learning rates, decay rates and epsilon.
         device: Where views are rendered.
         max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+        state: The form of rows. Where it is compact rows of geometry travel in either place, and the device has what
+            culling needs of them, or nothing.
         pad_to_cache_line: As for `HostStore`, where it is on the host.
     """
+    if place == "device" and state == "compact":
+        return CulledGeometry(parameters, adam, device=device, max_gaussians=max_gaussians)
     if place == "device":
         return DeviceGeometry(parameters, adam, device=device)
     return HostGeometry(
         parameters,
         adam,
+        state=state,
         max_gaussians=max_gaussians,
         pin=device.type == "cuda",
         pad_to_cache_line=pad_to_cache_line,
@@ -323,6 +333,7 @@ def groups_beside(
     device: torch.device,
     max_gaussians: int,
     moments: Moments = "float32",
+    state: StateFormat = "float32",
 ) -> dict[str, RowGroup[Adam]]:
     """Make the groups of rows that travel: the appearance, and geometry where it is on the host.
 
@@ -333,10 +344,13 @@ def groups_beside(
         tables: Makes what updates the rows of a group from its multipliers [schedules, columns].
         device: Where views are rendered.
         max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
-        moments: The precision in which Adam's moments of the appearance are kept.
+        moments: The precision in which Adam's moments of the appearance are kept, where the state is float32.
+        state: The form of rows.
     """
     pin = device.type == "cuda"
-    appearance = HostStore(parameters, "appearance", moments=moments, max_gaussians=max_gaussians, pin=pin)
+    appearance = HostStore(
+        parameters, "appearance", moments=moments, state=state, max_gaussians=max_gaussians, pin=pin
+    )
     return row_groups({**geometry.stores, "appearance": appearance}, adam, tables)
 
 
@@ -352,6 +366,6 @@ def row_groups(
     """
     groups = {}
     for name, store in stores.items():
-        multipliers, learning_rates = schedules_of(name, store.sh_degree, adam)
+        multipliers, learning_rates = schedules_of(name, store.sh_degree, adam, store.layout.state)
         groups[name] = RowGroup(store, tables(multipliers), learning_rates)
     return groups

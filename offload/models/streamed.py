@@ -9,11 +9,12 @@ from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
+from offload.models.geometry_culled import CulledGeometry
 from offload.models.offloaded import OffloadedGaussians, Place, geometry_in, groups_beside
 from offload.pipelines.contract import Pipeline
 from offload.pipelines.streamed import StreamedPipeline
 from offload.pipelines.streamed_host import StreamedHostPipeline
-from offload.store.layout import Moments
+from offload.store.layout import Moments, StateFormat
 
 
 class StreamedGaussians(OffloadedGaussians):
@@ -27,6 +28,7 @@ class StreamedGaussians(OffloadedGaussians):
         device: torch.device,
         geometry: Place = "device",
         moments: Moments = "float32",
+        state: StateFormat = "float32",
         max_gaussians: int = 0,
     ) -> None:
         """
@@ -36,14 +38,22 @@ class StreamedGaussians(OffloadedGaussians):
             adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered and rows are updated.
             geometry: Where means, scales, quats and opacities are. On the host they go the way of the appearance, and
-                device memory depends on the largest views alone.
+                device memory depends on the largest views alone. In a compact state they do so in either place, and
+                on the device is a copy of what culling needs.
             moments: The precision in which Adam's moments of the appearance are kept, and travel. Those of geometry
                 are always float32, so that the option means the same wherever geometry is.
+            state: The form of rows; a compact one has its own form of moments.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
         on_host = geometry == "host"
         place = geometry_in(
-            geometry, parameters, adam, device=device, max_gaussians=max_gaussians, pad_to_cache_line=on_host
+            geometry,
+            parameters,
+            adam,
+            device=device,
+            max_gaussians=max_gaussians,
+            state=state,
+            pad_to_cache_line=on_host,
         )
         groups = groups_beside(
             place,
@@ -53,7 +63,10 @@ class StreamedGaussians(OffloadedGaussians):
             device=device,
             max_gaussians=max_gaussians,
             moments=moments,
+            state=state,
         )
+        if isinstance(place, CulledGeometry):
+            groups["geometry"].on_step = place.follow
         pipeline: Pipeline
         if on_host:
             pipeline = StreamedHostPipeline(groups, place.visible_ids, device)

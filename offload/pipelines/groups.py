@@ -28,6 +28,9 @@ class RowGroup(Generic[Adam]):
     store: RowStore
     adam: Adam  # `DeferredAdam` where the host updates rows
     learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
+    # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
+    # and before they are in the store.
+    on_step: Callable[[Tensor, Tensor], None] | None = None
 
     def begin_step(self) -> None:
         """Begin the next step, on the current stream."""

@@ -161,6 +161,8 @@ class StreamedPipeline:
             gradients = gradient_of(view.values[name])
             self._kernels.step_rows(view.state(name), view.ids, self.last_step(name), gradients, group.adam)
             compute.uses(group.adam.decays)
+            if group.on_step is not None:
+                group.on_step(view.ids, view.state(name).parameters)
         view.values = {}
         self._rows_updated += len(view.ids)
         if upcoming is not None:
@@ -243,7 +245,7 @@ class StreamedPipeline:
     def link_bytes(self) -> int:
         """Count the bytes that views have moved between host and device so far, both ways; waits for the culling."""
         rows = self.rows_moved
-        row_bytes = sum(4 * group.adam.columns * len(group.store.rows.tensors()) for group in self._groups.values())
+        row_bytes = sum(group.store.rows.row_bytes for group in self._groups.values())
         return row_bytes * (rows["rows_fetched"] + rows["rows_written"])
 
     def counters(self) -> Counters:

@@ -238,8 +238,7 @@ class StreamedHostPipeline:
         """Count the bytes of rows moved between host and device so far, both ways; waits for the fetching."""
         rows = self.rows_moved
         hosts = [group.store.rows for group in self._groups.values()]
-        moments = sum(4 * moment.shape[1] for host in hosts for moment in host.moments)
-        whole = moments + sum(4 * host.parameters.shape[1] for host in hosts)
+        moments, whole = sum(host.moments_bytes for host in hosts), sum(host.row_bytes for host in hosts)
         return whole * rows["rows_fetched"] + (moments + whole) * rows["rows_written"]
 
     # ------------------------------------------------------------------------------------ reading and changing rows

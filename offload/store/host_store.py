@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offload.backends import native, num_threads
-from offload.store.layout import Moments, RowLayout, RowState, StateFormat, num_columns, packed_rows, row_bytes
+from offload.store.layout import Moments, RowLayout, RowState, StateFormat, num_columns, packed_rows, packed_words, row_bytes, storable
 from offload.store.memory import HostArray
 
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
@@ -81,7 +81,7 @@ class HostStore:
         self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
         self.layout = RowLayout.of(group, self.sh_degree, state)
         num_gaussians = len(parameters["means"])
-        self._group, self._format = group, state
+        self._group = group
         self._row_bytes = row_bytes(group, self.sh_degree, moments, state, pad_to_cache_line=pad_to_cache_line)
         self.max_rows = max(num_gaussians, max_gaussians or _physical_bytes() // self._row_bytes)
         columns = num_columns(group, self.sh_degree, state, pad_to_cache_line=pad_to_cache_line)
@@ -91,13 +91,13 @@ class HostStore:
 
         # What rows are kept in: an array each of parameters and moments; or one of whole rows, where they are packed.
         if state == "compact":
-            self._values = [array(torch.int32, columns * (2 if group == "geometry" else 1))]
+            self._values = [array(torch.int32, packed_words(group, self.sh_degree))]
         else:
             dtypes = (torch.float32, torch.float32) if moments == "float32" else (torch.int32,)
             self._values = [array(dtype) for dtype in (torch.float32, *dtypes)]
         self._last_step = array(torch.int32, columns=1)
         self._resize(num_gaussians)
-        self.layout.fill(self._parameters.tensor, parameters)
+        self.layout.fill(self.rows.parameters, parameters)
 
     @property
     def num_gaussians(self) -> int:
@@ -115,7 +115,7 @@ class HostStore:
     @property
     def rows(self) -> RowState:
         """Return all rows; views of the memory, which may be written inside of `changing` only."""
-        if self._format == "compact":
+        if self.layout.state == "compact":
             return packed_rows(self._values[0].tensor, self._group)
         parameters, *moments = (array.tensor for array in self._values)
         return RowState(parameters, tuple(moments))
@@ -142,7 +142,7 @@ class HostStore:
 
     def arrays_by_name(self) -> dict[str, Tensor]:
         """Return views of what is stored, under the names of `offload.adam.state`."""
-        if self._format == "compact":
+        if self.layout.state == "compact":
             return {f"packed/{self._group}": self._values[0].tensor}
         rows = self.rows
         arrays = {"parameters": rows.parameters, "exp_avg": rows.exp_avg, "exp_avg_sq": rows.exp_avg_sq}
@@ -163,7 +163,7 @@ class HostStore:
             num_before = self.num_gaussians
             self._resize(num_before + len(ids))
             native.append_rows(_words(self._values[0]), ids.numpy(), num_before, num_threads())
-            if self._format == "compact":
+            if self.layout.state == "compact":
                 self.rows.moments[0][num_before:] = 0  # which were appended with the values
             self.last_step[num_before:] = self.step
 
@@ -181,7 +181,7 @@ class HostStore:
         with self.changing(ids):
             for name, stored in self.snapshot().items():
                 if name in values:
-                    stored[ids] = values[name].detach().to(stored)
+                    stored[ids] = storable(values[name], stored)
             self._forget(ids)
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
@@ -226,7 +226,7 @@ class HostStore:
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Count the bytes of memory that appending this many Gaussians takes at its peak, re-ordering included."""
         peak = int(PEAK * (self.num_gaussians + num_new) * self._row_bytes)
-        return {self.device: peak - self.num_gaussians * self._row_bytes}
+        return {torch.device("cpu"): peak - self.num_gaussians * self._row_bytes}
 
     @property
     def _arrays(self) -> list[HostArray]:

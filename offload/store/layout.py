@@ -13,6 +13,7 @@ from torch import Tensor
 GROUP_NAMES = ("geometry", "appearance")
 Moments = Literal["float32", "bfloat16"]
 StateFormat = Literal["float32", "compact"]
+HALF_MAX = 65504.0  # the largest float16
 LAST_STEP_BYTES = 4  # of the step of a row's last update
 COPY_ROWS = 1 << 20  # copied at once when rows are filled
 
@@ -67,10 +68,9 @@ def row_bytes(
     While the store changes, it takes up to `host_store.PEAK` times as much.
     """
     if state == "compact":
-        value_bytes = 8 if group == "geometry" else 4  # of a parameter and two moments
-    else:
-        value_bytes = 4 + (8 if moments == "float32" else 4)
-    return num_columns(group, sh_degree, state, pad_to_cache_line=pad_to_cache_line) * value_bytes + LAST_STEP_BYTES
+        return 4 * packed_words(group, sh_degree) + LAST_STEP_BYTES
+    value_bytes = 4 + (8 if moments == "float32" else 4)  # of a parameter and two moments
+    return num_columns(group, sh_degree, pad_to_cache_line=pad_to_cache_line) * value_bytes + LAST_STEP_BYTES
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ class RowLayout:
     shapes: dict[str, tuple[int, ...]]  # of one Gaussian's values
     columns: dict[str, slice]
     num_columns: int  # that optimizers work on; rows in memory may have more, which are zero
+    state: StateFormat = "float32"  # the form of rows
 
     @classmethod
     def of(cls, group: str, sh_degree: int, state: StateFormat = "float32") -> RowLayout:
         """Return the layout of a group."""
         of_group = group, sh_degree, state
-        return cls(group_shapes(*of_group), group_columns(*of_group), num_columns(*of_group))
+        return cls(group_shapes(*of_group), group_columns(*of_group), num_columns(*of_group), state)
 
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """Name the parameters in rows [M, columns] of values, moments or gradients: views of the rows."""
@@ -98,7 +99,7 @@ class RowLayout:
         """Write parameters [N, ...], on any device, into rows [N, columns], block by block."""
         for name, stored in self.named(rows).items():
             for first in range(0, len(rows), COPY_ROWS):
-                stored[first : first + COPY_ROWS] = parameters[name][first : first + COPY_ROWS].detach()
+                stored[first : first + COPY_ROWS] = storable(parameters[name][first : first + COPY_ROWS], stored)
 
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
         """Name rows [M, columns] as rendering takes them: views of the rows.
@@ -163,6 +164,17 @@ class RowState:
         """Allocate space for rows like these, with parameters in float32."""
         parameters = self.parameters.new_empty(rows, self.parameters.shape[1], device=device, dtype=torch.float32)
         return RowState(parameters, tuple(moment.new_empty(rows, moment.shape[1], device=device) for moment in self.moments))
+
+
+def storable(values: Tensor, stored: Tensor) -> Tensor:
+    """Return values in the number format of a store; those beyond the range of float16 become the largest."""
+    values = values.detach()
+    return (values.clamp(-HALF_MAX, HALF_MAX) if stored.dtype == torch.float16 else values).to(stored)
+
+
+def packed_words(group: str, sh_degree: int) -> int:
+    """Count the 32-bit words of a group's rows in a compact store."""
+    return num_columns(group, sh_degree, "compact") * (2 if group == "geometry" else 1)
 
 
 def packed_rows(words: Tensor, group: str) -> RowState:
