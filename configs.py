@@ -164,6 +164,14 @@ class HostOptions:
     """Where means, scales, quaternions and opacities are; on the host they cost no device memory."""
 
 
+@dataclass
+class StateOptions:
+    """Choose the form that Gaussians and Adam's moments are kept in."""
+
+    state: Literal["float32", "compact"] = "float32"
+    """compact: 320 bytes a Gaussian, rounded at random, in place of 708 or more that are exact."""
+
+
 # dataclass takes fields of the last base first.
 @dataclass
 class Config(ModelOptions, OptimizationOptions, RunOptions, DataOptions, DensificationRules):

@@ -1,6 +1,6 @@
 """Host offloading for fast links: appearance, or everything, lives in host memory, and the device itself updates it.
 
-    python simple_trainer_hybrid_streamed.py SCENE --data_dir D --result_dir R [--geometry host] [--moments bfloat16]
+    python simple_trainer_hybrid_streamed.py SCENE --data_dir D --result_dir R [--state compact] [--geometry host]
 
 The rows that a view needs are read by the device from pinned host memory, moments and all, while the view before is
 rendered; steps that they have skipped are caught up on the way. After the backward pass the device applies Adam, hands
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import startup  # noqa: F401, before torch is imported
-from configs import Config, HostOptions, scenes
+from configs import Config, HostOptions, StateOptions, scenes
 from offload.models.streamed import StreamedGaussians
 from rendering.losses import photometric_loss
 from training.calibration import print_last_verdict
@@ -27,11 +27,11 @@ from training.views import render
 
 
 @dataclass
-class StreamedOptions(HostOptions):
+class StreamedOptions(StateOptions, HostOptions):
     """Choose what lies in host memory, and how."""
 
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Precision of Adam's moments of the appearance; bfloat16, rounded at random, is a third less to move."""
+    """Precision of the appearance's moments in a float32 state; bfloat16, rounded at random, is a third less to move."""
 
 
 @dataclass
@@ -53,6 +53,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         device=run.device,
         geometry=cfg.geometry,
         moments=cfg.moments,
+        state=cfg.state,
         max_gaussians=cfg.max_gaussians,
     )
     densification = Densification(cfg, run.scene_scale, cfg.seed)

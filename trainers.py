@@ -70,7 +70,8 @@ class Smaller:
 #   value: 16 bytes of each more.
 # - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
-#   once more for Adam, and all 768 go: by far the most is read.
+#   once more for Adam, and all 768 go: by far the most is read. In a compact state all rows have 320 bytes, of which
+#   160 are moments, and culling reads 20 of each.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
 #   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
 TRAINERS: dict[str, Trainer] = {
@@ -127,25 +128,40 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "streamed": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments),
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
         traffic=lambda n, v: Traffic(device=24 * n + 28 * 59 * v, host=2 * 576 * v, link=576 * v),
         less_device={"geometry": "host"},
-        less_host={"moments": "bfloat16"},
+        less_host={"state": "compact"},
     ),
     "streamed_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments),
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
         traffic=lambda n, v: Traffic(device=4 * 256 * v, host=(1280 + 768) * v, link=1280 * v),
         options={"geometry": "host"},
         less_device="split_geometry_on_host",
-        less_host={"moments": "bfloat16"},
+        less_host={"state": "compact"},
     ),
     "streamed_bfloat16": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments),
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
         traffic=lambda n, v: Traffic(device=24 * n + (28 * 11 + 20 * 48) * v, host=2 * 384 * v, link=384 * v),
         options={"moments": "bfloat16"},
         less_device={"geometry": "host"},
+        less_host={"state": "compact"},
+    ),
+    "streamed_compact": Trainer(
+        "simple_trainer_hybrid_streamed",
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        traffic=lambda n, v: Traffic(device=20 * n + 10 * 320 * v, host=2 * 320 * v, link=320 * v),
+        options={"state": "compact"},
+        less_device={"geometry": "host"},
+    ),
+    "streamed_compact_geometry_on_host": Trainer(
+        "simple_trainer_hybrid_streamed",
+        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        traffic=lambda n, v: Traffic(device=4 * 256 * v, host=(480 + 320) * v, link=480 * v),
+        options={"state": "compact", "geometry": "host"},
+        less_device="split_geometry_on_host",
     ),
 }
 

@@ -13,6 +13,7 @@ from test_culling import random_cameras, random_geometry
 from torch import Tensor
 
 from offload.adam.options import AdamOptions
+from offload.adam.state import current_rows
 from offload.culling.cameras import Cameras
 from offload.models.baseline import BaselineGaussians
 from offload.models.contract import ORDER, PLACES, GaussianModel, WrongOrder
@@ -208,15 +209,18 @@ def test_relocated_rows_start_as_copies_without_moments(kind):
     source, target = torch.randperm(N, generator=generator)[:40].view(2, 20)
     model.relocate(source, target)
     after = values_of(model)
+    rounding = 2**-10 if "compact" in kind else 0.0  # of values that are caught up to be copied
     for name, value in after.items():
-        assert torch.equal(value[target], before[name][source])
-        others = torch.ones(N, dtype=torch.bool).index_fill(0, target, False)
+        assert torch.equal(value[target], value[source])
+        assert torch.allclose(value[source], before[name][source], rtol=rounding, atol=rounding * 2**-14)
+        others = torch.ones(N, dtype=torch.bool).index_fill(0, torch.cat([source, target]), False)
         assert torch.allclose(value[others], before[name][others], rtol=1e-6, atol=1e-7)
     state = model.state()
     for name in before:
-        assert not state[f"exp_avg/{name}"][target].any()
-        assert not state[f"exp_avg_sq/{name}"][target].any()
-        assert state[f"exp_avg/{name}"][drawn[-1]].any()
+        moments = next(current_rows(state, name))[1]
+        assert not moments["exp_avg"][target].any()
+        assert not moments["exp_avg_sq"][target].any()
+        assert moments["exp_avg"][drawn[-1]].any()
     reference.load_state(state)
     for gaussians in (model, reference):
         step(gaussians, B)
@@ -224,7 +228,8 @@ def test_relocated_rows_start_as_copies_without_moments(kind):
     assert moved.any()
     expected = values_of(reference)
     for name, value in values_of(model).items():
-        assert torch.allclose(value[target[moved]], expected[name][target[moved]], rtol=1e-5, atol=1e-6)
+        step_on = expected[name][target[moved]]
+        assert torch.allclose(value[target[moved]], step_on, rtol=1e-5 + rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tiled", "tiled, host"])
@@ -291,7 +296,7 @@ def travel_of(kind: str) -> tuple[type, str]:
         "GPU only, deferred": (ResidentPipeline, "_new_view"),
         "streamed": (StreamedPipeline, "_new_view"),
         "streamed, host": (StreamedHostPipeline, "_new_view"),
-    }.get(kind, (RowTransfer, "upload"))
+    }.get(kind.removesuffix(", compact"), (RowTransfer, "upload"))
 
 
 TRAVELLING = pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "GPU only"])  # there nothing can fail

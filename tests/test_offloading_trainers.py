@@ -35,6 +35,12 @@ STREAMED = [
     pytest.param(simple_trainer_hybrid_streamed, ("--geometry", place), id=f"streamed, geometry on {place}")
     for place in ("device", "host")
 ]
+COMPACT = [
+    pytest.param(
+        simple_trainer_hybrid_streamed, ("--state", "compact", "--geometry", place), id=f"streamed, compact, {place}"
+    )
+    for place in ("device", "host")
+]
 ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
 
 
@@ -55,7 +61,7 @@ def test_moments_in_bfloat16_stay_close(monkeypatch, city_block, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, *STREAMED, ROUNDED])
+@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED, *STREAMED, *COMPACT, ROUNDED])
 def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFICATION, "--max_steps", 60, *place)
     hybrid = (script, city_block)

@@ -23,6 +23,10 @@ ROUNDED = [
     )
     for place in ("device", "host")
 ]
+COMPACT = [
+    pytest.param(simple_trainer_hybrid_streamed, ("--state", "compact", "--geometry", place), id=f"compact, {place}")
+    for place in ("device", "host")
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ ARRANGED = pytest.param(simple_trainer_hybrid_streamed, ("--view_window", 5), id
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "place"), [*SCRIPTS, *ROUNDED, ARRANGED])
+@pytest.mark.parametrize(("script", "place"), [*SCRIPTS, *ROUNDED, *COMPACT, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFYING, "--keep", 0, *place)
     assert run_script(monkeypatch, script, city_block, tmp_path / "whole", *options) == 0

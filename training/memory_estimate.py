@@ -28,10 +28,11 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import NotEnoughMemory
+from offload.models.geometry_culled import BALL_BYTES
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
-from offload.store.layout import GROUP_NAMES, LAST_STEP_BYTES, Moments, num_columns, row_bytes
+from offload.store.layout import GROUP_NAMES, LAST_STEP_BYTES, Moments, StateFormat, num_columns, row_bytes
 from training.memory import available_bytes, format_bytes
 
 RENDERING_BYTES = 200  # of a Gaussian in view
@@ -154,13 +155,29 @@ def split(sh_degree: int, geometry: Literal["device", "host"], largest_part: flo
     return replace(optimized(sh_degree, geometry), largest_part=largest_part)
 
 
-def streamed(sh_degree: int, geometry: Literal["device", "host"], moments: Moments) -> Footprint:
+def streamed(
+    sh_degree: int, geometry: Literal["device", "host"], moments: Moments, state: StateFormat = "float32"
+) -> Footprint:
     """Return that of simple_trainer_hybrid_streamed.py.
 
     With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
-    parameters of two views, gradients, and numbers of rows.
+    parameters of two views, gradients, and numbers of rows. A compact state has all rows on the host in either place,
+    parameters of views in float32, and on the device the balls that culling needs or nothing.
     """
     on_device = geometry == "device"
+    if state == "compact":
+        row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
+        store = sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
+        moved = row + 4 * num_columns("geometry", sh_degree, state) + 2 * num_columns("appearance", sh_degree, state)
+        everywhere = BALL_BYTES + len(GROUP_NAMES) * LAST_STEP_BYTES if on_device else 0
+        return Footprint(
+            host_at_start=store + parameter_bytes(sh_degree),
+            device_at_start=everywhere,
+            host=int(PEAK * store),
+            host_in_view=0,
+            device=everywhere,
+            device_in_view=(int(SLOTS * moved) if on_device else 2 * row + NUMBERS_BYTES) + row + RENDERING_BYTES,
+        )
     groups = ("appearance",) if on_device else GROUP_NAMES
     row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)
     store = appearance if on_device else appearance + row_bytes("geometry", sh_degree, pad_to_cache_line=True)

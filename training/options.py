@@ -127,6 +127,11 @@ def check_options(cfg: Config) -> None:
         raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
     if cfg.force and (cfg.ckpt or cfg.resume):
         raise InputError(f"--force begins anew and --{'ckpt' if cfg.ckpt else 'resume'} does not: give one of them.")
+    if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "moments", "float32") != "float32":
+        raise InputError(
+            f"--state compact has moments of a form of its own, so --moments {getattr(cfg, 'moments', '')} says nothing "
+            "there: leave it out."
+        )
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)
     if budget is not None:

@@ -182,7 +182,8 @@ def _float_block(state: State, name: str, rows: slice) -> dict[str, Tensor]:
     shape = group_shapes(group, sh_degree_of(state), "compact")[name]
     values = [packed.parameters, *float_moments(packed.moments, reach)]
     return {
-        array: value[:, columns].float().reshape(len(value), *shape) for array, value in zip(ARRAYS, values, strict=True)
+        array: torch.empty(len(value), *shape).copy_(value[:, columns].reshape(len(value), *shape))
+        for array, value in zip(ARRAYS, values, strict=True)
     }
 
 

@@ -68,7 +68,9 @@ class CulledGeometry(HostStore):
             for first in range(0, self.num_gaussians, COPIED_ROWS):
                 rows = slice(first, first + COPIED_ROWS)
                 self._balls[:, rows] = self._balls_of(self.rows.parameters[rows, :CULLED_COLUMNS]).to(self._device)
-        return self._culling.visible_balls(self._balls, cameras, margin_ahead(self._adam, self.steps_done, lagging=True))
+        return self._culling.visible_balls(
+            self._balls, cameras, margin_ahead(self._adam, self.steps_done, lagging=True)
+        )
 
     def follow(self, ids: Tensor, values: Tensor) -> None:
         """Take the values [V, columns] that rows [V] have after a step, both on the device."""

@@ -39,9 +39,7 @@ def group_columns(group: str, sh_degree: int, state: StateFormat = "float32") ->
     return columns
 
 
-def num_columns(
-    group: str, sh_degree: int, state: StateFormat = "float32", *, pad_to_cache_line: bool = False
-) -> int:
+def num_columns(group: str, sh_degree: int, state: StateFormat = "float32", *, pad_to_cache_line: bool = False) -> int:
     """Count the columns of a group's rows: geometry fills 48 bytes, appearance whole cache lines of 64 bytes.
 
     With `pad_to_cache_line` geometry fills a line as well, of which it uses the first 48 bytes. In a compact state both
@@ -163,7 +161,9 @@ class RowState:
     def new_empty(self, rows: int, device: torch.device) -> RowState:
         """Allocate space for rows like these, with parameters in float32."""
         parameters = self.parameters.new_empty(rows, self.parameters.shape[1], device=device, dtype=torch.float32)
-        return RowState(parameters, tuple(moment.new_empty(rows, moment.shape[1], device=device) for moment in self.moments))
+        return RowState(
+            parameters, tuple(moment.new_empty(rows, moment.shape[1], device=device) for moment in self.moments)
+        )
 
 
 def storable(values: Tensor, stored: Tensor) -> Tensor:
