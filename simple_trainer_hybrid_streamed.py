@@ -31,7 +31,7 @@ class StreamedOptions(StateOptions, HostOptions):
     """Choose what lies in host memory, and how."""
 
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the appearance's moments in a float32 state; bfloat16, rounded at random, is a third less to move."""
+    """Precision of the appearance's moments; bfloat16, rounded at random, is a third less to move."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
+from offload.adam.deferral import largest_step
 from offload.culling.margins import largest_correction, largest_drift
 from offload.culling.native import BlockBounds
 from offload.pipelines.forwarded import ForwardedPipeline, shared_positions

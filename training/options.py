@@ -129,8 +129,8 @@ def check_options(cfg: Config) -> None:
         raise InputError(f"--force begins anew and --{'ckpt' if cfg.ckpt else 'resume'} does not: give one of them.")
     if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "moments", "float32") != "float32":
         raise InputError(
-            f"--state compact has moments of a form of its own, so --moments {getattr(cfg, 'moments', '')} says nothing "
-            "there: leave it out."
+            f"--state compact has its own form of moments and --moments {getattr(cfg, 'moments', '')} is another: give "
+            "one of them."
         )
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)

@@ -242,7 +242,7 @@ def _pack_current(place: PackedPlace, reach: float, state: State) -> None:
     for found in zip(*blocks.values(), strict=True):
         rows, count = found[0][0], len(found[0][1]["parameters"])
         w, m, v = (torch.zeros(count, columns) for _ in ARRAYS)
-        for (name, where), (_, block) in zip(place.layout.columns.items(), found, strict=True):
+        for where, (_, block) in zip(place.layout.columns.values(), found, strict=True):
             for values, array in ((w, "parameters"), (m, "exp_avg"), (v, "exp_avg_sq")):
                 values[:, where] = block[array].reshape(count, -1)
         stored, first = place.rows[rows], rows.start

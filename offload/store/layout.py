@@ -102,12 +102,16 @@ class RowLayout:
     def to_render(self, rows: Tensor) -> dict[str, Tensor]:
         """Name rows [M, columns] as rendering takes them: views of the rows.
 
-        Where sh0 and shN lie side by side they are one `colors` [M, K, 3].
+        Where sh0 and shN lie side by side they are one `colors` [M, K, 3]. Where shN is alone and rows are as long as
+        whole coefficients it is all of them, [M, columns / 3, 3], whose last one no degree uses: its gradient is that
+        of the rows then, and need not be copied there.
         """
-        if not {"sh0", "shN"} <= self.shapes.keys():
+        if "shN" not in self.shapes:
             return self.named(rows)
         num_values = self.columns["shN"].stop
-        return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
+        if "sh0" in self.shapes:
+            return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
+        return {"shN": rows.view(len(rows), -1, 3)} if rows.shape[1] % 3 == 0 else self.named(rows)
 
 
 @dataclass(frozen=True)
