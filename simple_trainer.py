@@ -1,10 +1,11 @@
 """GPU-only 3D Gaussian Splatting: all Gaussians and their Adam moments live on the device.
 
-    python simple_trainer.py SCENE --data_dir D --result_dir R [--adam deferred] [--any_option ...]
+    python simple_trainer.py SCENE --data_dir D --result_dir R [--adam deferred] [--state compact]
 
 Dense Adam visits every Gaussian at each step, although all but those in view have a gradient of zero. With --adam
 deferred a step culls first, reads and writes the rows in view alone, and there are no gradients of others; what a row
-has skipped is applied at once, exactly, when it is seen again. The model is the same up to float rounding.
+has skipped is applied at once, exactly, when it is seen again. The model is the same up to float rounding. With --state
+compact as well a Gaussian takes half the memory, rounded at random.
 
 The training loop is `train`; the options of each scene stand at the end of this file, to be edited.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import startup  # noqa: F401, before torch is imported
-from configs import Config, scenes
+from configs import Config, StateOptions, scenes
 from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from rendering.losses import photometric_loss
@@ -24,8 +25,8 @@ from training.views import render
 
 
 @dataclass
-class DeviceOptions:
-    """Choose which rows Adam visits."""
+class DeviceOptions(StateOptions):
+    """Choose which rows Adam visits, and the form they have."""
 
     adam: Literal["dense", "deferred"] = "dense"
     """Whether each step visits every Gaussian, or those in view alone: a quarter less memory, and the same model."""
@@ -45,8 +46,11 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
     """
     cfg = run.cfg
     deferred = cfg.adam == "deferred"
-    model = DeferredGaussians if deferred else DeviceGaussians
-    gaussians = model(run.initial_gaussians(), run.adam, device=run.device)
+    gaussians: DeferredGaussians | DeviceGaussians
+    if deferred:
+        gaussians = DeferredGaussians(run.initial_gaussians(), run.adam, device=run.device, state=cfg.state)
+    else:
+        gaussians = DeviceGaussians(run.initial_gaussians(), run.adam, device=run.device)
     densification = Densification(cfg, run.scene_scale, cfg.seed)
 
     for step, view in run.steps(gaussians, densification):

@@ -77,7 +77,7 @@ class Smaller:
 TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam),
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
         traffic=lambda n, v: Traffic(device=28 * 59 * n),
         options={"adam": "dense"},
         less_device={"adam": "deferred"},
@@ -85,10 +85,18 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "gpu_only_deferred": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam),
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
         traffic=lambda n, v: Traffic(device=24 * n + (16 + 28) * 59 * v),
         options={"adam": "deferred"},
         less_device="optimized",
+        smaller_views_help=False,
+    ),
+    "gpu_only_compact": Trainer(
+        "simple_trainer",
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
+        traffic=lambda n, v: Traffic(device=20 * n + (3 * 320 + 4 * 256) * v),
+        options={"adam": "deferred", "state": "compact"},
+        less_device="streamed_compact",
         smaller_views_help=False,
     ),
     "baseline": Trainer(

@@ -41,6 +41,7 @@ MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
     "forwarded, host": lambda start: ForwardedGaussians(start, ADAM, geometry="host", **BOUND),
     "streamed": lambda start: StreamedGaussians(start, ADAM, **BOUND),
     "streamed, host": lambda start: StreamedGaussians(start, ADAM, geometry="host", **BOUND),
+    "GPU only, compact": lambda start: DeferredGaussians(start, ADAM, device=CPU, state="compact"),
     "streamed, compact": lambda start: StreamedGaussians(start, ADAM, state="compact", **BOUND),
     "streamed, host, compact": lambda start: StreamedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
     "tiled": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), **BOUND),
@@ -294,6 +295,7 @@ def travel_of(kind: str) -> tuple[type, str]:
     """Return what allocates the rows of a view on the device."""
     return {
         "GPU only, deferred": (ResidentPipeline, "_new_view"),
+        "GPU only": (ResidentPipeline, "_new_view"),  # compact
         "streamed": (StreamedPipeline, "_new_view"),
         "streamed, host": (StreamedHostPipeline, "_new_view"),
     }.get(kind.removesuffix(", compact"), (RowTransfer, "upload"))

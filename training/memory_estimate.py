@@ -87,13 +87,25 @@ class Need:
         return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
 
 
-def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"]) -> Footprint:
+def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"], state: StateFormat = "float32") -> Footprint:
     """Return that of simple_trainer.py.
 
     With dense Adam: parameters, gradients, moments; activated scales and opacities with theirs. With deferred Adam:
     parameters and moments; values and gradients of the rows in view, and their ids and those of the next view.
     """
     parameters = parameter_bytes(sh_degree)
+    if state == "compact":
+        row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
+        rows = BALL_BYTES + sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
+        return Footprint(
+            host_at_start=parameters,  # as read
+            device_at_start=rows,
+            host=0,
+            host_in_view=0,
+            device=rows,
+            device_in_view=2 * row + 2 * ID_BYTES + RENDERING_BYTES,
+            device_while_changed=row_bytes("appearance", sh_degree, state=state),
+        )
     if adam == "deferred":
         row, rows = _row_bytes(("appearance",), sh_degree), GEOMETRY_BYTES + row_bytes("appearance", sh_degree)
         return Footprint(

@@ -132,6 +132,11 @@ def check_options(cfg: Config) -> None:
             f"--state compact has its own form of moments and --moments {getattr(cfg, 'moments', '')} is another: give "
             "one of them."
         )
+    if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "adam", "deferred") == "dense":
+        raise InputError(
+            "--state compact cannot be had with --adam dense, which visits every Gaussian at each step: "
+            "give --adam deferred."
+        )
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)
     if budget is not None:

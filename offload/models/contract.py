@@ -37,7 +37,6 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.pipelines.contract import Counters
 from offload.store.contract import RowStore
-from offload.store.host_store import HostStore
 from offload.store.layout import GROUP_NAMES, group_shapes
 
 Phase = Literal[
@@ -289,7 +288,7 @@ class GaussianModel(Protocol):
 
 
 class GeometryPlace(Protocol):
-    """Where means, scales, quats and opacities are: `DeviceGeometry` or `HostGeometry`."""
+    """Where means, scales, quats and opacities are: `DeviceGeometry`, `HostGeometry` or `CulledGeometry`."""
 
     @property
     def num_gaussians(self) -> int: ...
@@ -298,7 +297,7 @@ class GeometryPlace(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def stores(self) -> dict[str, HostStore]:
+    def stores(self) -> Mapping[str, RowStore]:
         """Return the store by its group, where rows of geometry travel as those of the appearance do; none else."""
 
     @property

@@ -1,7 +1,7 @@
-"""Geometry of a compact state whose rows are in host memory, and of which the device has what culling needs.
+"""Geometry of a compact state: rows that travel as those of the appearance do, and balls by which a device culls them.
 
-Rows travel to the device and back as those of the appearance do. What stays there is a ball around each Gaussian: the
-mean, the largest scale and the opacity, 20 bytes (selective offloading, GS-Scale, arXiv 2509.15645, without moments).
+What stays on the device is a ball around each Gaussian: the mean, the largest scale and the opacity, 20 bytes
+(selective offloading, GS-Scale, arXiv 2509.15645, without moments).
 """
 
 from __future__ import annotations
@@ -19,37 +19,36 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.models.geometry_host import CULLED_COLUMNS
-from offload.store.host_store import HostStore
+from offload.store.contract import RowStore
 
 BALL_BYTES = 5 * 4
-COPIED_ROWS = 1 << 20  # at once, from the host
+COPIED_ROWS = 1 << 20  # at once, from the store
 
 
-class CulledGeometry(HostStore):
-    """Holds the geometry of N Gaussians in a host store, and a ball around each on the device, where it is culled.
+class CulledGeometry:
+    """Holds geometry of N Gaussians in a store, and a ball around each on the device, where it is culled.
 
     Balls are those of the stored values, which lag behind by the steps since each row's last update; culling allows for
     that. Whoever steps rows tells of their new values (`follow`), since the store may have them later.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], adam: AdamOptions, *, device: torch.device, max_gaussians: int
-    ) -> None:
+    def __init__(self, store: RowStore, adam: AdamOptions, *, device: torch.device) -> None:
         """
         Args:
-            parameters: The six tensors of `training.gaussians.initial_gaussians`.
+            store: Of the group "geometry".
             adam: How the rows are updated, which says how far they can move.
             device: Where balls are.
-            max_gaussians: As for `HostStore`.
         """
-        super().__init__(
-            parameters, "geometry", state="compact", max_gaussians=max_gaussians, pin=device.type == "cuda"
-        )
-        self.steps_done = 0  # `step` is ahead of it while a step is under way
+        self.steps_done = 0  # the store's `step` is ahead of it while a step is under way
+        self._store = store
         self._adam = adam
         self._device = device
         self._culling = kernels_for(device, "offload.culling.kernels")
         self._balls: Tensor | None = None  # [5, N] on the device; None until they are next needed
+
+    @property
+    def num_gaussians(self) -> int:
+        return self._store.num_gaussians
 
     @property
     def device(self) -> torch.device:
@@ -57,25 +56,25 @@ class CulledGeometry(HostStore):
         return self._device
 
     @property
-    def stores(self) -> dict[str, HostStore]:
+    def stores(self) -> dict[str, RowStore]:
         """Return the store by its group."""
-        return {"geometry": self}
+        return {"geometry": self._store}
 
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
         if self._balls is None:  # once after a refinement, whose operations are several
-            self._balls = torch.empty(5, self.num_gaussians, device=self._device)
-            for first in range(0, self.num_gaussians, COPIED_ROWS):
-                rows = slice(first, first + COPIED_ROWS)
-                self._balls[:, rows] = self._balls_of(self.rows.parameters[rows, :CULLED_COLUMNS]).to(self._device)
-        return self._culling.visible_balls(
-            self._balls, cameras, margin_ahead(self._adam, self.steps_done, lagging=True)
-        )
+            rows, num_rows = self._store.rows.parameters, self._store.num_gaussians
+            self._balls = torch.empty(5, num_rows, device=self._device)
+            for first in range(0, num_rows, COPIED_ROWS):
+                chunk = slice(first, first + COPIED_ROWS)
+                self._balls[:, chunk] = _balls_of(rows[chunk]).to(self._device)
+        margin = margin_ahead(self._adam, self.steps_done, lagging=True)
+        return self._culling.visible_balls(self._balls, cameras, margin)
 
     def follow(self, ids: Tensor, values: Tensor) -> None:
         """Take the values [V, columns] that rows [V] have after a step, both on the device."""
         if self._balls is not None:
-            self._balls[:, ids] = self._balls_of(values)
+            self._balls[:, ids] = _balls_of(values)
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
         """Find in which cells of each camera's picture rows [V] may draw after one more step.
@@ -87,7 +86,7 @@ class CulledGeometry(HostStore):
             cell: Pixels of a cell's side.
         """
         margin = replace(margin_ahead(self._adam, self.steps_done, lagging=True), pixels=halo)
-        return covered_cells(self.rows.parameters[:, :CULLED_COLUMNS], ids.cpu(), cameras, margin, cell)
+        return covered_cells(self._store.rows.parameters[:, :CULLED_COLUMNS].cpu(), ids.cpu(), cameras, margin, cell)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copy nothing: rows travel."""
@@ -100,23 +99,49 @@ class CulledGeometry(HostStore):
     def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
         """Return the parameters [N, ...] by name, not copied; their pipeline has applied the skipped steps."""
         self._balls = None
-        return self.snapshot()
+        return self._store.layout.named(self._store.rows.parameters)
+
+    def append_copies(self, ids: Tensor) -> None:
+        """Append a copy of each of these rows [M], without moments."""
+        self._store.append_copies(ids)
+
+    def truncate(self, num_gaussians: int) -> None:
+        """Keep only the first rows."""
+        self._balls = None
+        self._store.truncate(num_gaussians)
+
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give these rows [M] new values; all their moments become zero."""
+        self._store.overwrite(ids, values)
+
+    def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
+        """Copy rows [M] onto other rows [M], whose moments become zero."""
+        self._store.relocate(source_ids, target_ids)
+
+    def keep(self, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order."""
+        self._store.keep(ids)
+
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        self._store.clamp_opacities(max_logit)
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of host and device memory that appending this many Gaussians takes at its peak."""
-        growth = super().growth_bytes(num_new)
+        """Count the bytes of memory that appending this many Gaussians takes at its peak; balls are made anew."""
+        growth = dict(self._store.growth_bytes(num_new))
         growth[self._device] = growth.get(self._device, 0) + BALL_BYTES * num_new
         return growth
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: the store has all."""
+        return {}
 
     def load_state(self, state: State) -> None:
         """Go on from a state; the store has been filled from it."""
         self.steps_done = int(state["step_count"])
         self._balls = None
 
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: the store has all."""
-        return {}
 
-    def _balls_of(self, rows: Tensor) -> Tensor:
-        """Return [5, M] of rows [M, at least 11] of geometry."""
-        return torch.stack([*rows[:, :3].unbind(1), rows[:, 3:6].amax(1), rows[:, 10]])
+def _balls_of(rows: Tensor) -> Tensor:
+    """Return balls [5, M] of rows [M, columns] of geometry: the mean, the largest log scale and the logit opacity."""
+    return torch.stack([*rows[:, :3].unbind(1), rows[:, 3:6].amax(1), rows[:, 10]])

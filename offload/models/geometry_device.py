@@ -24,7 +24,8 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
 from offload.culling.margins import margin_ahead
-from offload.store.host_store import HostStore, check_relocation
+from offload.store.contract import RowStore
+from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
 from offload.store.layout import LAST_STEP_BYTES
 
@@ -74,7 +75,7 @@ class DeviceGeometry:
         return self._state.last_step
 
     @property
-    def stores(self) -> dict[str, HostStore]:
+    def stores(self) -> dict[str, RowStore]:
         """Return no stores: these rows stay."""
         return {}
 

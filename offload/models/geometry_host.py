@@ -13,6 +13,7 @@ from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.culling.native import BlockBounds, visible_ids
+from offload.store.contract import RowStore
 from offload.store.host_store import HostStore
 from offload.store.layout import StateFormat
 
@@ -56,7 +57,7 @@ class HostGeometry(HostStore):
         self._bounds: BlockBounds | None = None  # None until they are next needed
 
     @property
-    def stores(self) -> dict[str, HostStore]:
+    def stores(self) -> dict[str, RowStore]:
         """Return the store by its group."""
         return {"geometry": self}
 

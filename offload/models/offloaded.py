@@ -311,7 +311,8 @@ def geometry_in(
         pad_to_cache_line: As for `HostStore`, where it is on the host.
     """
     if place == "device" and state == "compact":
-        return CulledGeometry(parameters, adam, device=device, max_gaussians=max_gaussians)
+        store = HostStore(parameters, "geometry", state=state, max_gaussians=max_gaussians, pin=device.type == "cuda")
+        return CulledGeometry(store, adam, device=device)
     if place == "device":
         return DeviceGeometry(parameters, adam, device=device)
     return HostGeometry(
@@ -348,24 +349,24 @@ def groups_beside(
         state: The form of rows.
     """
     pin = device.type == "cuda"
-    appearance = HostStore(
-        parameters, "appearance", moments=moments, state=state, max_gaussians=max_gaussians, pin=pin
-    )
-    return row_groups({**geometry.stores, "appearance": appearance}, adam, tables)
+    appearance = HostStore(parameters, "appearance", moments=moments, state=state, max_gaussians=max_gaussians, pin=pin)
+    return row_groups(geometry, appearance, adam, tables)
 
 
 def row_groups(
-    stores: Mapping[str, RowStore], adam: AdamOptions, tables: Callable[[Tensor], Adam]
+    geometry: GeometryPlace, appearance: RowStore, adam: AdamOptions, tables: Callable[[Tensor], Adam]
 ) -> dict[str, RowGroup[Adam]]:
-    """Give each store, named by its group, the optimizer of its rows.
+    """Give each store of rows that travel, named by its group, the optimizer of its rows.
 
     Args:
-        stores: Rows by the name of their group.
+        geometry: In its place.
+        appearance: Rows of the group "appearance".
         adam: Learning rates, decay rates and epsilon.
         tables: Makes what updates the rows of a group from its multipliers [schedules, columns].
     """
     groups = {}
-    for name, store in stores.items():
+    for name, store in {**geometry.stores, "appearance": appearance}.items():
         multipliers, learning_rates = schedules_of(name, store.sh_degree, adam, store.layout.state)
-        groups[name] = RowGroup(store, tables(multipliers), learning_rates)
+        follow = geometry.follow if name == "geometry" and isinstance(geometry, CulledGeometry) else None
+        groups[name] = RowGroup(store, tables(multipliers), learning_rates, follow)
     return groups

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
-from offload.models.geometry_culled import CulledGeometry
 from offload.models.offloaded import OffloadedGaussians, Place, geometry_in, groups_beside
 from offload.pipelines.contract import Pipeline
 from offload.pipelines.streamed import StreamedPipeline
@@ -65,8 +64,6 @@ class StreamedGaussians(OffloadedGaussians):
             moments=moments,
             state=state,
         )
-        if isinstance(place, CulledGeometry):
-            groups["geometry"].on_step = place.follow
         pipeline: Pipeline
         if on_host:
             pipeline = StreamedHostPipeline(groups, place.visible_ids, device)

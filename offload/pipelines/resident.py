@@ -92,6 +92,8 @@ class ResidentPipeline:
             with group.store.changing(view.ids) as rows:
                 self._kernels.step_host_rows(values, view.ids, last_step[view.ids], gradients[name], rows, group.adam)
                 last_step.index_fill_(0, view.ids, group.adam.step)
+            if group.on_step is not None:
+                group.on_step(view.ids, values)
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it
         view.values, self._present = {}, None

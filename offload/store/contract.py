@@ -80,5 +80,8 @@ class RowStore(Protocol):
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
 
+    def clamp_opacities(self, max_logit: float) -> None:
+        """Lower every logit opacity to at most this, and forget the moments of all opacities; of geometry only."""
+
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Count the bytes of memory that appending this many Gaussians takes at its peak."""

@@ -11,36 +11,46 @@ from torch import Tensor
 
 from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
-from offload.store.layout import RowLayout, RowState, row_bytes
+from offload.store.layout import RowLayout, RowState, StateFormat, packed_rows, packed_words, row_bytes, storable
 
 
 class DeviceStore:
     """One group of the Gaussians' parameters, with Adam moments and the step of each row's last update.
 
     Bytes of device memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
-    `last_step`, and no gradients. While rows are added or removed, one of the three arrays stands twice.
+    `last_step`, and no gradients. While rows are added or removed, one of the three arrays stands twice. In a compact
+    state rows are whole, 192 bytes and 128 of geometry (`offload.store.layout.packed_rows`).
 
     The verbs are those of `offload.store.contract.RowStore`. What changes rows does so on the current stream.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], group: str, *, device: torch.device) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], group: str, *, device: torch.device, state: StateFormat = "float32"
+    ) -> None:
         """
         Args:
             parameters: means [N, 3], scales [N, 3], quats [N, 4], opacities [N], sh0 [N, 1, 3] and shN [N, K - 1, 3]
                 on any device. They are read in blocks: no second copy of them is made on the way.
             group: Which of them to hold: "geometry" or "appearance".
             device: Where.
+            state: The form of rows.
         """
         self.step = 0
         self.before_change: Callable[[Tensor | None], None] | None = None
         self.on_change: Callable[[Tensor | None], None] | None = None
         self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
-        self.layout = RowLayout.of(group, self.sh_degree)
-        self._row_bytes = row_bytes(group, self.sh_degree)
-        shape = len(parameters["means"]), self.layout.num_columns
-        self._arrays = [torch.zeros(shape, device=device) for _ in range(3)]  # parameters and both moments
-        self._last_step = torch.zeros(shape[0], dtype=torch.int32, device=device)
-        self.layout.fill(self._arrays[0], parameters)
+        self.layout = RowLayout.of(group, self.sh_degree, state)
+        self._group = group
+        self._row_bytes = row_bytes(group, self.sh_degree, state=state)
+        num_gaussians = len(parameters["means"])
+        if state == "compact":  # whole rows
+            words = packed_words(group, self.sh_degree)
+            self._arrays = [torch.zeros(num_gaussians, words, dtype=torch.int32, device=device)]
+        else:  # parameters and both moments
+            shape = num_gaussians, self.layout.num_columns
+            self._arrays = [torch.zeros(shape, device=device) for _ in range(3)]
+        self._last_step = torch.zeros(num_gaussians, dtype=torch.int32, device=device)
+        self.layout.fill(self.rows.parameters, parameters)
 
     @property
     def num_gaussians(self) -> int:
@@ -58,6 +68,8 @@ class DeviceStore:
     @property
     def rows(self) -> RowState:
         """Return all rows, which may be written inside of `changing` only."""
+        if self.layout.state == "compact":
+            return packed_rows(self._arrays[0], self._group)
         parameters, *moments = self._arrays
         return RowState(parameters, tuple(moments))
 
@@ -76,14 +88,16 @@ class DeviceStore:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return the stored parameters by name: views of the rows."""
-        return self.layout.named(self._arrays[0])
+        return self.layout.named(self.rows.parameters)
 
     def read(self, name: str) -> Tensor:
         """Return the stored values of one parameter: a view of the rows."""
         return self.snapshot()[name]
 
     def arrays_by_name(self) -> dict[str, Tensor]:
-        """Return views of the stored parameters and moments, under the names of `offload.adam.state`."""
+        """Return views of what is stored, under the names of `offload.adam.state`."""
+        if self.layout.state == "compact":
+            return {f"packed/{self._group}": self._arrays[0]}
         return {
             f"{array}/{name}": view
             for array, values in zip(("parameters", "exp_avg", "exp_avg_sq"), self._arrays, strict=True)
@@ -104,6 +118,8 @@ class DeviceStore:
                     torch.index_select(array, 0, ids, out=grown[num_before:])
                 self._arrays[index] = grown
             self._last_step = torch.cat([self._last_step, self._last_step.new_full((len(ids),), self.step)])
+            if self.layout.state == "compact":
+                self.rows.moments[0][num_before:] = 0  # which were appended with the values
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where some arrays have them only, since appending has failed."""
@@ -120,7 +136,7 @@ class DeviceStore:
         with self.changing(ids):
             for name, stored in self.snapshot().items():
                 if name in values:
-                    stored[ids] = values[name].detach().to(stored)
+                    stored[ids] = storable(values[name], stored)
             self._forget(ids)
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
@@ -152,6 +168,6 @@ class DeviceStore:
         return {self.device: num_new * self._row_bytes + self._arrays[0].nbytes}
 
     def _forget(self, ids: Tensor) -> None:
-        for moments in self._arrays[1:]:
+        for moments in self.rows.moments:
             moments.index_fill_(0, ids, 0)
         self._last_step.index_fill_(0, ids, self.step)

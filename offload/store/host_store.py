@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from offload.backends import native, num_threads
-from offload.store.layout import Moments, RowLayout, RowState, StateFormat, num_columns, packed_rows, packed_words, row_bytes, storable
+from offload.store.layout import (
+    Moments,
+    RowLayout,
+    RowState,
+    StateFormat,
+    num_columns,
+    packed_rows,
+    packed_words,
+    row_bytes,
+    storable,
+)
 from offload.store.memory import HostArray
 
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
