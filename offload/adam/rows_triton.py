@@ -3,7 +3,10 @@
 Rows are seen as a sequence of 16-byte vectors, VECTORS to a row, and a tile is TILE consecutive vectors [TILE, 4]:
 every thread moves whole vectors, and a warp's 32 of them touch whole lines of 64 bytes, which writes over PCIe must
 (rows of 196 bytes took 8 times as long as rows of 192). What a row needs beside its values (id, last step, table
-entries) is loaded once per vector; the caches of the device serve that.
+entries) is loaded once per vector; the caches of the device serve that. Rows on the host lie PITCH vectors apart, those
+on the device one after another.
+
+Where moments are codes, whole rows belong together: those kernels are in `codes_triton.py`.
 
 Kernels that cross PCIe run on a few thread blocks, which loop over the tiles. That is enough to fill the link, and
 leaves room for a kernel in the other direction and for rendering; kernels with a full grid would take turns.
@@ -16,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.adam.bfloat16 import MIX_1, MIX_2, seed_of
+from offload.adam import codes_triton
+from offload.adam.bfloat16 import seed_of
+from offload.adam.bfloat16_triton import pack, random_bits, unpack
+from offload.adam.codes_triton import has_codes
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.adam.rows import catch_up_rows
@@ -34,8 +40,6 @@ LINK_TILE = 256  # 16-byte vectors, of both
 LINK_WARPS = 8
 TILE = 512  # of kernels that stay on the device
 WARPS = 8
-
-_MIX_1, _MIX_2 = tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 
 
 def fetch_rows(
@@ -60,30 +64,13 @@ def fetch_dated_rows(
 
 def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> None:
     """Do as `offload.adam.rows.step_rows`."""
-    count, columns = gradients.shape
-    if count == 0:
+    if len(ids) == 0:
         return
-    step, num_vectors = tables.step_sizes(), count * columns // 4
-    with torch.cuda.device_of(gradients):
-        _step_kernel[(triton.cdiv(num_vectors, TILE),)](
-            *_padded(rows.tensors()),
-            ids,
-            last_step,
-            gradients.contiguous(),
-            step.sizes,
-            tables.decays,
-            tables.decays.shape[1],
-            tables.step,
-            seed_of(tables.step),
-            1 - step.betas[0],
-            1 - step.betas[1],
-            step.eps,
-            num_vectors,
-            VECTORS=columns // 4,
-            TILE=TILE,
-            num_warps=WARPS,
-        )
-    last_step.index_fill_(0, ids, tables.step)  # when all vectors of a row have read it
+    if has_codes(rows):
+        codes_triton.step(rows, ids, last_step, gradients, tables)
+    else:
+        _step(rows, ids, last_step, gradients, tables)
+    last_step.index_fill_(0, ids, tables.step)  # when all threads of a row have read it
 
 
 def step_host_rows(
@@ -92,6 +79,9 @@ def step_host_rows(
     """Do as `offload.adam.rows.step_host_rows`."""
     count, columns = parameters.shape
     if count == 0:
+        return
+    if has_codes(host):
+        codes_triton.step_host(parameters, ids, last_step, gradients, host, tables, STEP_BLOCKS)
         return
     host_columns = host.parameters.shape[1]
     step, num_vectors = tables.step_sizes(), count * host_columns // 4
@@ -113,6 +103,7 @@ def step_host_rows(
             num_vectors,
             VECTORS=columns // 4,
             HOST_VECTORS=host_columns // 4,
+            HOST_PITCH=_pitch(host),
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
@@ -122,6 +113,9 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
     """Do as `offload.adam.rows.move_rows`."""
     count, columns = out.parameters.shape
     if count == 0:
+        return
+    if has_codes(rows):
+        codes_triton.move(rows, sources, out)
         return
     num_vectors = count * columns // 4
     with torch.cuda.device_of(sources):
@@ -141,6 +135,9 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
     columns = rows.parameters.shape[1]
     if len(ids) == 0:
         return
+    if has_codes(rows):
+        codes_triton.write(rows, ids, wanted, host, WRITE_BLOCKS)
+        return
     num_vectors = len(ids) * columns // 4
     with torch.cuda.device_of(ids):
         _write_kernel[(_grid(num_vectors, host, WRITE_BLOCKS),)](
@@ -150,6 +147,7 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
             *_padded(host.tensors()),
             num_vectors,
             VECTORS=columns // 4,
+            HOST_PITCH=_pitch(host),
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
@@ -164,8 +162,11 @@ def _fetch(
     out: RowState,
     tables: DeferralTables,
 ) -> None:
-    """Launch the kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
+    """Launch a kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
     if len(places) == 0:
+        return
+    if has_codes(source):
+        codes_triton.fetch(source, places, ids, last_step, wanted, out, tables, FETCH_BLOCKS)
         return
     schedules, columns = tables.multipliers.shape
     num_vectors = len(places) * columns // 4
@@ -183,11 +184,48 @@ def _fetch(
             tables.eps,
             num_vectors,
             VECTORS=columns // 4,
-            SOURCE_VECTORS=source.parameters.shape[1] // 4,
+            PITCH=_pitch(source),
             SCHEDULES=schedules,
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
+
+
+def _step(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> None:
+    """Launch the kernel; `last_step` stays."""
+    count, columns = gradients.shape
+    step, num_vectors = tables.step_sizes(), count * columns // 4
+    with torch.cuda.device_of(gradients):
+        _step_kernel[(triton.cdiv(num_vectors, TILE),)](
+            *_padded(rows.tensors()),
+            ids,
+            last_step,
+            gradients.contiguous(),
+            step.sizes,
+            tables.decays,
+            tables.decays.shape[1],
+            tables.step,
+            seed_of(tables.step),
+            1 - step.betas[0],
+            1 - step.betas[1],
+            step.eps,
+            num_vectors,
+            VECTORS=columns // 4,
+            TILE=TILE,
+            num_warps=WARPS,
+        )
+
+
+def _pitch(rows: RowState) -> int:
+    """Return the distance between two rows, in vectors: more than a row where parameters and moments are packed.
+
+    Raises:
+        ValueError: It is not the same everywhere, or not whole vectors.
+    """
+    pitches = {tensor.stride(0) for tensor in rows.tensors()}
+    if len(pitches) != 1 or max(pitches) % 4:
+        raise ValueError(f"rows that lie {sorted(pitches)} values apart, where one multiple of 4 is needed")
+    return max(pitches) // 4
 
 
 def _grid(num_vectors: int, other: RowState, blocks: int) -> int:
@@ -203,31 +241,13 @@ def _padded(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 @triton.jit
 def _unpack(words1, words2, second):
-    """Return both moments in float32, as in `bfloat16.unpack` where there is no second tensor."""
+    """Return both moments in float32; where there is no second tensor, words are pairs."""
     if second is None:
-        m = (words1 << 16).to(tl.float32, bitcast=True)
-        v = (words1 & -65536).to(tl.float32, bitcast=True)
+        m, v = unpack(words1)
     else:
         m = words1
         v = words2
     return m, v
-
-
-@triton.jit
-def _random_bits(counter, seed):
-    """Do as `bfloat16.random_bits`, in uint32."""
-    x = counter.to(tl.uint32) ^ seed.to(tl.uint32)
-    x = (x ^ (x >> 16)) * tl.full([1], _MIX_1, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full([1], _MIX_2, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _pack(m, v, random):
-    """Do as `bfloat16.pack`, in int32."""
-    first = (m.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
-    second = (v.to(tl.uint32, bitcast=True) + (random >> 16)) & tl.full([1], 0xFFFF0000, tl.uint32)
-    return (first | second).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -263,7 +283,7 @@ def _copy(parameters, first, second, there, out_parameters, out_first, out_secon
 
 @triton.jit(do_not_specialize=["capacity", "num_vectors"])
 def _fetch_kernel(
-    parameters,  # [rows, SOURCE_VECTORS * 4] on the host or on the device, as the next two
+    parameters,  # [rows, VECTORS * 4 or more] on the host or on the device, PITCH vectors apart, as the next two
     first_moment,  # or both as pairs
     second_moment,  # or None
     places,  # [V]
@@ -279,7 +299,7 @@ def _fetch_kernel(
     eps,
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
-    SOURCE_VECTORS: tl.constexpr,
+    PITCH: tl.constexpr,
     SCHEDULES: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -290,7 +310,7 @@ def _fetch_kernel(
         fetched = _is_wanted(wanted, row, vector < num_vectors)
         place = tl.load(places + row, mask=fetched, other=0)
         here = vector[:, None].to(tl.int64) * 4 + lane
-        there = (place * SOURCE_VECTORS + part)[:, None] * 4 + lane
+        there = (place * PITCH + part)[:, None] * 4 + lane
         words1, words2 = _load_moments(first_moment, second_moment, there, fetched[:, None])
         w = tl.load(parameters + there, mask=fetched[:, None], other=0)
 
@@ -349,8 +369,8 @@ def _step_kernel(
     w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
     tl.store(parameters + here, w, mask=inside[:, None])
     if second_moment is None:
-        random = _random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
-        tl.store(first_moment + here, _pack(m, v, random), mask=inside[:, None])
+        random = random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
+        tl.store(first_moment + here, pack(m, v, random), mask=inside[:, None])
     else:
         tl.store(first_moment + here, m, mask=inside[:, None])
         tl.store(second_moment + here, v, mask=inside[:, None])
@@ -362,7 +382,7 @@ def _step_host_kernel(
     ids,  # [V]
     last_step,  # [V]
     gradients,  # [V, VECTORS * 4] or None
-    host_parameters,  # [N, HOST_VECTORS * 4] on the host, as the next two
+    host_parameters,  # [N, HOST_VECTORS * 4] on the host, HOST_PITCH vectors apart, as the next two
     host_first,  # or both as pairs
     host_second,  # or None
     sizes,  # [VECTORS * 4]
@@ -376,6 +396,7 @@ def _step_host_kernel(
     num_vectors,  # V * HOST_VECTORS
     VECTORS: tl.constexpr,
     HOST_VECTORS: tl.constexpr,
+    HOST_PITCH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     lane = tl.arange(0, 4)[None, :]
@@ -386,7 +407,7 @@ def _step_host_kernel(
         used = (inside & (part < VECTORS))[:, None]  # the others of a row fill its last line, and stay zero
         row_id = tl.load(ids + row, mask=inside, other=0)
         here = (row.to(tl.int64) * VECTORS + part)[:, None] * 4 + lane
-        there = (row_id * HOST_VECTORS + part)[:, None] * 4 + lane
+        there = (row_id * HOST_PITCH + part)[:, None] * 4 + lane
         column = part[:, None] * 4 + lane
         words1, words2 = _load_moments(host_first, host_second, there, inside[:, None])
         w = tl.load(parameters + here, mask=used, other=0.0)
@@ -400,8 +421,8 @@ def _step_host_kernel(
             tl.store(parameters + here, w, mask=used)
         tl.store(host_parameters + there, w, mask=inside[:, None])
         if host_second is None:
-            random = _random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
-            tl.store(host_first + there, _pack(m, v, random), mask=inside[:, None])
+            random = random_bits(row_id[:, None] * (VECTORS * 4) + column, seed)
+            tl.store(host_first + there, pack(m, v, random), mask=inside[:, None])
         else:
             tl.store(host_first + there, m, mask=inside[:, None])
             tl.store(host_second + there, v, mask=inside[:, None])
@@ -436,11 +457,12 @@ def _write_kernel(
     second_moment,  # or None
     ids,  # [V]
     wanted,  # [V] or None
-    out_parameters,  # [N, columns] on the host, as the next two
+    out_parameters,  # [N, columns or more] on the host, HOST_PITCH vectors apart, as the next two
     out_first,
     out_second,  # or None
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
+    HOST_PITCH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     lane = tl.arange(0, 4)[None, :]
@@ -450,7 +472,7 @@ def _write_kernel(
         written = _is_wanted(wanted, row, vector < num_vectors)
         row_id = tl.load(ids + row, mask=written, other=0)
         here = vector[:, None].to(tl.int64) * 4 + lane
-        there = (row_id * VECTORS + part)[:, None] * 4 + lane
+        there = (row_id * HOST_PITCH + part)[:, None] * 4 + lane
         _copy(
             parameters, first_moment, second_moment, here, out_parameters, out_first, out_second, there,
             written[:, None],
