@@ -52,6 +52,7 @@ ROW_KERNELS = (
     "move_rows",
     "write_rows",
 )
+WITH_KERNELS = ("deferred", "geometry on device", "streamed", "streamed from host")
 OFFLOADING = ("baseline", "deferred", "geometry on device", "geometry on host", "streamed", "streamed from host")
 
 
@@ -115,7 +116,9 @@ def test_compact_trainers_round_alike(views_and_points, gpu_only):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; other tests run the kernels on a GPU")
-@pytest.mark.parametrize("trainer", ["deferred", "geometry on device", "streamed", "streamed from host"])
+@pytest.mark.parametrize(
+    "trainer", [*WITH_KERNELS, "deferred, compact", "streamed, compact", "streamed from host, compact"]
+)
 def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
     """All of `offload` as it runs on a GPU, but for streams and memory."""
     from offload.adam import finite_triton as gradients_triton
