@@ -3,10 +3,8 @@
 Rows are seen as a sequence of 16-byte vectors, VECTORS to a row, and a tile is TILE consecutive vectors [TILE, 4]:
 every thread moves whole vectors, and a warp's 32 of them touch whole lines of 64 bytes, which writes over PCIe must
 (rows of 196 bytes took 8 times as long as rows of 192). What a row needs beside its values (id, last step, table
-entries) is loaded once per vector; the caches of the device serve that. Rows on the host lie PITCH vectors apart, those
-on the device one after another.
-
-Where moments are codes, whole rows belong together: those kernels are in `codes_triton.py`.
+entries) is loaded once per vector; the caches of the device serve that. Rows of a compact store have kernels of their
+own, in `packed_rows_triton.py`.
 
 Kernels that cross PCIe run on a few thread blocks, which loop over the tiles. That is enough to fill the link, and
 leaves room for a kernel in the other direction and for rendering; kernels with a full grid would take turns.
@@ -19,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.adam import codes_triton
+from offload.adam import packed_rows_triton as packed_rows
 from offload.adam.bfloat16 import seed_of
 from offload.adam.bfloat16_triton import pack, random_bits, unpack
-from offload.adam.codes_triton import has_codes
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
+from offload.adam.packed_rows_triton import is_wanted
 from offload.adam.rows import catch_up_rows
 from offload.store.layout import RowState
 
@@ -66,8 +64,8 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
     """Do as `offload.adam.rows.step_rows`."""
     if len(ids) == 0:
         return
-    if has_codes(rows):
-        codes_triton.step(rows, ids, last_step, gradients, tables)
+    if packed_rows.takes(rows):
+        packed_rows.step(rows, ids, last_step, gradients, tables)
     else:
         _step(rows, ids, last_step, gradients, tables)
     last_step.index_fill_(0, ids, tables.step)  # when all threads of a row have read it
@@ -80,8 +78,8 @@ def step_host_rows(
     count, columns = parameters.shape
     if count == 0:
         return
-    if has_codes(host):
-        codes_triton.step_host(parameters, ids, last_step, gradients, host, tables, STEP_BLOCKS)
+    if packed_rows.takes(host):
+        packed_rows.step_host(parameters, ids, last_step, gradients, host, tables, STEP_BLOCKS)
         return
     host_columns = host.parameters.shape[1]
     step, num_vectors = tables.step_sizes(), count * host_columns // 4
@@ -91,7 +89,7 @@ def step_host_rows(
             ids,
             last_step,
             None if gradients is None else gradients.contiguous(),
-            *_padded(host.tensors()),
+            *_arrays(host),
             step.sizes,
             tables.decays,
             tables.decays.shape[1],
@@ -103,7 +101,6 @@ def step_host_rows(
             num_vectors,
             VECTORS=columns // 4,
             HOST_VECTORS=host_columns // 4,
-            HOST_PITCH=_pitch(host),
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
@@ -114,15 +111,15 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
     count, columns = out.parameters.shape
     if count == 0:
         return
-    if has_codes(rows):
-        codes_triton.move(rows, sources, out)
+    if packed_rows.takes(rows):
+        packed_rows.move(rows, sources, out)
         return
     num_vectors = count * columns // 4
     with torch.cuda.device_of(sources):
         _move_kernel[(triton.cdiv(num_vectors, TILE),)](
-            *_padded(rows.tensors()),
+            *_arrays(rows),
             sources,
-            *_padded(out.tensors()),
+            *_arrays(out),
             num_vectors,
             VECTORS=columns // 4,
             TILE=TILE,
@@ -135,19 +132,18 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
     columns = rows.parameters.shape[1]
     if len(ids) == 0:
         return
-    if has_codes(rows):
-        codes_triton.write(rows, ids, wanted, host, WRITE_BLOCKS)
+    if packed_rows.takes(host):
+        packed_rows.write(rows, ids, wanted, host, WRITE_BLOCKS)
         return
     num_vectors = len(ids) * columns // 4
     with torch.cuda.device_of(ids):
         _write_kernel[(_grid(num_vectors, host, WRITE_BLOCKS),)](
-            *_padded(rows.tensors()),
+            *_arrays(rows),
             ids,
             wanted,
-            *_padded(host.tensors()),
+            *_arrays(host),
             num_vectors,
             VECTORS=columns // 4,
-            HOST_PITCH=_pitch(host),
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
@@ -165,26 +161,26 @@ def _fetch(
     """Launch a kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
     if len(places) == 0:
         return
-    if has_codes(source):
-        codes_triton.fetch(source, places, ids, last_step, wanted, out, tables, FETCH_BLOCKS)
+    if packed_rows.takes(source):
+        packed_rows.fetch(source, places, ids, last_step, wanted, out, tables, FETCH_BLOCKS)
         return
     schedules, columns = tables.multipliers.shape
     num_vectors = len(places) * columns // 4
     with torch.cuda.device_of(places):
         _fetch_kernel[(_grid(num_vectors, source, FETCH_BLOCKS),)](
-            *_padded(source.tensors()),
+            *_arrays(source),
             places,
             ids,
             last_step,
             wanted,
-            *_padded(out.tensors()),
+            *_arrays(out),
             tables.sums,
             tables.multipliers,
             tables.sums.shape[1],
             tables.eps,
             num_vectors,
             VECTORS=columns // 4,
-            PITCH=_pitch(source),
+            SOURCE_VECTORS=source.parameters.shape[1] // 4,
             SCHEDULES=schedules,
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
@@ -197,7 +193,7 @@ def _step(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor, tab
     step, num_vectors = tables.step_sizes(), count * columns // 4
     with torch.cuda.device_of(gradients):
         _step_kernel[(triton.cdiv(num_vectors, TILE),)](
-            *_padded(rows.tensors()),
+            *_arrays(rows),
             ids,
             last_step,
             gradients.contiguous(),
@@ -216,26 +212,21 @@ def _step(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor, tab
         )
 
 
-def _pitch(rows: RowState) -> int:
-    """Return the distance between two rows, in vectors: more than a row where parameters and moments are packed.
-
-    Raises:
-        ValueError: It is not the same everywhere, or not whole vectors.
-    """
-    pitches = {tensor.stride(0) for tensor in rows.tensors()}
-    if len(pitches) != 1 or max(pitches) % 4:
-        raise ValueError(f"rows that lie {sorted(pitches)} values apart, where one multiple of 4 is needed")
-    return max(pitches) // 4
-
-
 def _grid(num_vectors: int, other: RowState, blocks: int) -> int:
     """Count the thread blocks that loop over the tiles, where the other side is the host."""
     tiles = triton.cdiv(num_vectors, LINK_TILE)
     return tiles if other.parameters.is_cuda else min(tiles, blocks)
 
 
-def _padded(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Return parameters and two tensors of moments, None where there are fewer."""
+def _arrays(rows: RowState) -> tuple[Tensor | None, ...]:
+    """Return parameters and two tensors of moments, None where there are fewer.
+
+    Raises:
+        ValueError: Rows do not lie one after another.
+    """
+    tensors = rows.tensors()
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("rows must be contiguous, or packed with their moments")
     return *tensors, *[None] * (3 - len(tensors))
 
 
@@ -248,14 +239,6 @@ def _unpack(words1, words2, second):
         m = words1
         v = words2
     return m, v
-
-
-@triton.jit
-def _is_wanted(wanted, row, inside):
-    """Tell which rows of the tile to move: those inside, and where `wanted` says so."""
-    if wanted is not None:
-        inside = inside & (tl.load(wanted + row, mask=inside, other=0) != 0)
-    return inside
 
 
 @triton.jit
@@ -283,7 +266,7 @@ def _copy(parameters, first, second, there, out_parameters, out_first, out_secon
 
 @triton.jit(do_not_specialize=["capacity", "num_vectors"])
 def _fetch_kernel(
-    parameters,  # [rows, VECTORS * 4 or more] on the host or on the device, PITCH vectors apart, as the next two
+    parameters,  # [rows, SOURCE_VECTORS * 4] on the host or on the device, as the next two
     first_moment,  # or both as pairs
     second_moment,  # or None
     places,  # [V]
@@ -299,7 +282,7 @@ def _fetch_kernel(
     eps,
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
-    PITCH: tl.constexpr,
+    SOURCE_VECTORS: tl.constexpr,
     SCHEDULES: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -307,10 +290,10 @@ def _fetch_kernel(
     for first in range(tl.program_id(0) * TILE, num_vectors, tl.num_programs(0) * TILE):
         vector = first + tl.arange(0, TILE)
         row, part = vector // VECTORS, vector % VECTORS
-        fetched = _is_wanted(wanted, row, vector < num_vectors)
+        fetched = is_wanted(wanted, row, vector < num_vectors)
         place = tl.load(places + row, mask=fetched, other=0)
         here = vector[:, None].to(tl.int64) * 4 + lane
-        there = (place * PITCH + part)[:, None] * 4 + lane
+        there = (place * SOURCE_VECTORS + part)[:, None] * 4 + lane
         words1, words2 = _load_moments(first_moment, second_moment, there, fetched[:, None])
         w = tl.load(parameters + there, mask=fetched[:, None], other=0)
 
@@ -382,7 +365,7 @@ def _step_host_kernel(
     ids,  # [V]
     last_step,  # [V]
     gradients,  # [V, VECTORS * 4] or None
-    host_parameters,  # [N, HOST_VECTORS * 4] on the host, HOST_PITCH vectors apart, as the next two
+    host_parameters,  # [N, HOST_VECTORS * 4] on the host, as the next two
     host_first,  # or both as pairs
     host_second,  # or None
     sizes,  # [VECTORS * 4]
@@ -396,7 +379,6 @@ def _step_host_kernel(
     num_vectors,  # V * HOST_VECTORS
     VECTORS: tl.constexpr,
     HOST_VECTORS: tl.constexpr,
-    HOST_PITCH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     lane = tl.arange(0, 4)[None, :]
@@ -407,7 +389,7 @@ def _step_host_kernel(
         used = (inside & (part < VECTORS))[:, None]  # the others of a row fill its last line, and stay zero
         row_id = tl.load(ids + row, mask=inside, other=0)
         here = (row.to(tl.int64) * VECTORS + part)[:, None] * 4 + lane
-        there = (row_id * HOST_PITCH + part)[:, None] * 4 + lane
+        there = (row_id * HOST_VECTORS + part)[:, None] * 4 + lane
         column = part[:, None] * 4 + lane
         words1, words2 = _load_moments(host_first, host_second, there, inside[:, None])
         w = tl.load(parameters + here, mask=used, other=0.0)
@@ -457,22 +439,21 @@ def _write_kernel(
     second_moment,  # or None
     ids,  # [V]
     wanted,  # [V] or None
-    out_parameters,  # [N, columns or more] on the host, HOST_PITCH vectors apart, as the next two
+    out_parameters,  # [N, columns] on the host, as the next two
     out_first,
     out_second,  # or None
     num_vectors,  # V * VECTORS
     VECTORS: tl.constexpr,
-    HOST_PITCH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     lane = tl.arange(0, 4)[None, :]
     for first in range(tl.program_id(0) * TILE, num_vectors, tl.num_programs(0) * TILE):
         vector = first + tl.arange(0, TILE)
         row, part = vector // VECTORS, vector % VECTORS
-        written = _is_wanted(wanted, row, vector < num_vectors)
+        written = is_wanted(wanted, row, vector < num_vectors)
         row_id = tl.load(ids + row, mask=written, other=0)
         here = vector[:, None].to(tl.int64) * 4 + lane
-        there = (row_id * HOST_PITCH + part)[:, None] * 4 + lane
+        there = (row_id * VECTORS + part)[:, None] * 4 + lane
         _copy(
             parameters, first_moment, second_moment, here, out_parameters, out_first, out_second, there,
             written[:, None],
