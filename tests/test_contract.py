@@ -22,6 +22,7 @@ from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
+from offload.pipelines.packed import PackedPipeline
 from offload.pipelines.resident import ResidentPipeline
 from offload.pipelines.streamed import StreamedPipeline
 from offload.pipelines.streamed_host import StreamedHostPipeline
@@ -295,10 +296,12 @@ def travel_of(kind: str) -> tuple[type, str]:
     """Return what allocates the rows of a view on the device."""
     return {
         "GPU only, deferred": (ResidentPipeline, "_new_view"),
-        "GPU only": (ResidentPipeline, "_new_view"),  # compact
         "streamed": (StreamedPipeline, "_new_view"),
         "streamed, host": (StreamedHostPipeline, "_new_view"),
-    }.get(kind.removesuffix(", compact"), (RowTransfer, "upload"))
+        "streamed, compact": (PackedPipeline, "_new_view"),
+        "streamed, host, compact": (PackedPipeline, "_new_view"),
+        "GPU only, compact": (ResidentPipeline, "_new_view"),
+    }.get(kind, (RowTransfer, "upload"))
 
 
 TRAVELLING = pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "GPU only"])  # there nothing can fail

@@ -18,6 +18,7 @@ or is re-ordered takes up to a tenth more.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,7 +29,8 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import NotEnoughMemory
-from offload.models.geometry_culled import BALL_BYTES
+from offload.culling.balls import Balls
+from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
@@ -96,7 +98,7 @@ def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"], state: StateFor
     parameters = parameter_bytes(sh_degree)
     if state == "compact":
         row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
-        rows = BALL_BYTES + sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
+        rows = Balls.BYTES + sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
         return Footprint(
             host_at_start=parameters,  # as read
             device_at_start=rows,
@@ -174,21 +176,20 @@ def streamed(
 
     With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
     parameters of two views, gradients, and numbers of rows. A compact state has all rows on the host in either place,
-    parameters of views in float32, and on the device the balls that culling needs or nothing.
+    and on the device those of two views, values and gradients of one, and what culling needs.
     """
     on_device = geometry == "device"
     if state == "compact":
         row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
         store = sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
-        moved = row + 4 * num_columns("geometry", sh_degree, state) + 2 * num_columns("appearance", sh_degree, state)
-        everywhere = BALL_BYTES + len(GROUP_NAMES) * LAST_STEP_BYTES if on_device else 0
+        bounds = Balls.BYTES if on_device else math.ceil(Boxes.BYTES)
         return Footprint(
             host_at_start=store + parameter_bytes(sh_degree),
-            device_at_start=everywhere,
+            device_at_start=bounds,
             host=int(PEAK * store),
             host_in_view=0,
-            device=everywhere,
-            device_in_view=(int(SLOTS * moved) if on_device else 2 * row + NUMBERS_BYTES) + row + RENDERING_BYTES,
+            device=bounds,
+            device_in_view=2 * store + 2 * row + NUMBERS_BYTES + RENDERING_BYTES,
         )
     groups = ("appearance",) if on_device else GROUP_NAMES
     row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)

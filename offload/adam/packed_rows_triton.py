@@ -23,6 +23,7 @@ from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.store.layout import RowState
 
 TILE = 2048  # lanes, so that a thread has 16 bytes of its codes
+COPY_TILE = 1024  # 16-byte vectors, of kernels that only copy: each thread has four under way
 WARPS = 8
 
 
@@ -94,8 +95,13 @@ def step_host(
     host: RowState,
     tables: DeferralTables,
     blocks: int,
+    *,
+    in_order: bool = False,
 ) -> None:
-    """Do as `offload.adam.rows.step_host_rows`; without gradients rows that do not lag are not written."""
+    """Do as `offload.adam.rows.step_host_rows`; without gradients rows that do not lag are not written.
+
+    With `in_order` the packed rows are those of the view, in its order, as for `step_view_rows`.
+    """
     sizes, (count, columns) = tables.step_sizes(), parameters.shape
     with torch.cuda.device_of(parameters):
         _step_host_kernel[(_grid(count, columns, host, blocks),)](
@@ -114,6 +120,7 @@ def step_host(
             sizes.eps,
             tables.reach,
             count,
+            IN_ORDER=in_order,
             **_tile(columns, host),
         )
 
@@ -134,6 +141,56 @@ def write(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState, bl
         _write_kernel[(_grid(len(ids), columns, host, blocks),)](
             *_arrays(rows), ids, wanted, _packed(host), len(ids), **_tile(columns, host)
         )
+
+
+def read(
+    host: Tensor,
+    host_last_step: Tensor,
+    ids: Tensor,
+    wanted: Tensor | None,
+    words: Tensor,
+    last_step: Tensor,
+    blocks: int,
+) -> None:
+    """Do as `offload.adam.rows.read_packed_rows`."""
+    _copy(host, host_last_step, ids, wanted, words, last_step, blocks, to_view=True)
+
+
+def write_words(
+    words: Tensor,
+    last_step: Tensor,
+    ids: Tensor,
+    wanted: Tensor | None,
+    host: Tensor,
+    host_last_step: Tensor,
+    blocks: int,
+) -> None:
+    """Do as `offload.adam.rows.write_packed_rows`."""
+    _copy(words, last_step, ids, wanted, host, host_last_step, blocks, to_view=False)
+
+
+def _copy(
+    source: Tensor,
+    source_last_step: Tensor,
+    ids: Tensor,
+    wanted: Tensor | None,
+    target: Tensor,
+    target_last_step: Tensor,
+    blocks: int,
+    *,
+    to_view: bool,
+) -> None:
+    """Copy rows `ids` of one side to or from the rows of a view, which are in order."""
+    vectors = source.shape[1] // 4
+    with torch.cuda.device_of(ids):
+        _copy_kernel[(min(triton.cdiv(len(ids) * vectors, COPY_TILE), blocks),)](
+            source, target, ids, wanted, len(ids) * vectors,
+            TO_VIEW=to_view, VECTORS=vectors, TILE=COPY_TILE, num_warps=WARPS,
+        )  # fmt: skip
+        _copy_steps_kernel[(min(triton.cdiv(len(ids), COPY_TILE), blocks),)](
+            source_last_step, target_last_step, ids, wanted, len(ids),
+            TO_VIEW=to_view, TILE=COPY_TILE, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def _tile(columns: int, rows: RowState) -> dict[str, int]:
@@ -339,7 +396,7 @@ def _step_host_kernel(
     ids,  # [V]
     last_step,  # [V]
     gradients,  # [V, COLUMNS] or None
-    packed,  # [N, 2 * COLUMNS] on the host
+    packed,  # [N, 2 * COLUMNS] on the host; or [V, ...], in order
     sizes,  # [COLUMNS]
     decays,  # [2, capacity] float64
     capacity,
@@ -350,6 +407,7 @@ def _step_host_kernel(
     eps,
     reach,
     num_rows,  # V
+    IN_ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -363,7 +421,8 @@ def _step_host_kernel(
         skipped = step - 1 - tl.load(last_step + row, mask=changed, other=0)
         if gradients is None:
             changed = changed & (skipped > 0)
-        there = (row_id * (2 * COLUMNS) + COLUMNS)[:, None] + lane[None, :]  # of the moments
+        place = row.to(tl.int64) if IN_ORDER else row_id
+        there = (place * (2 * COLUMNS) + COLUMNS)[:, None] + lane[None, :]  # of the moments
         here, used = _places(row, changed, COLUMNS, LANES)
         words = tl.load(packed + there, mask=used, other=0)
         w = tl.load(parameters + here, mask=used, other=0.0)
@@ -375,7 +434,7 @@ def _step_host_kernel(
             w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
         w, words = _pack(w, m, v, row_id, seed, reach, COLUMNS, LANES, CODES)
         tl.store(parameters + here, w, mask=used)
-        _store_packed(packed, row_id, changed, w, words, COLUMNS, LANES, CODES)
+        _store_packed(packed, place, changed, w, words, COLUMNS, LANES, CODES)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -418,3 +477,44 @@ def _write_kernel(
         row_id = tl.load(ids + row, mask=written, other=0)
         w, words = _load(parameters, moments, row, written, COLUMNS, LANES, CODES)
         _store_packed(packed, row_id, written, w, words, COLUMNS, LANES, CODES)
+
+
+@triton.jit(do_not_specialize=["num_vectors"])
+def _copy_kernel(
+    source,  # int32 [rows, VECTORS * 4]
+    target,  # int32 [rows, VECTORS * 4]
+    ids,  # [V], of the side that is not a view
+    wanted,  # [V] or None
+    num_vectors,  # V * VECTORS
+    TO_VIEW: tl.constexpr,
+    VECTORS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    lane = tl.arange(0, 4)[None, :]
+    for first in range(tl.program_id(0) * TILE, num_vectors, tl.num_programs(0) * TILE):
+        vector = first + tl.arange(0, TILE)
+        row, part = vector // VECTORS, vector % VECTORS
+        copied = is_wanted(wanted, row, vector < num_vectors)
+        row_id = tl.load(ids + row, mask=copied, other=0)
+        here = vector[:, None].to(tl.int64) * 4 + lane
+        there = (row_id * VECTORS + part)[:, None] * 4 + lane
+        words = tl.load(source + (there if TO_VIEW else here), mask=copied[:, None], other=0)
+        tl.store(target + (here if TO_VIEW else there), words, mask=copied[:, None])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _copy_steps_kernel(
+    source,  # int32 [rows]
+    target,  # int32 [rows]
+    ids,  # [V]
+    wanted,  # [V] or None
+    num_rows,  # V
+    TO_VIEW: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    for first in range(tl.program_id(0) * TILE, num_rows, tl.num_programs(0) * TILE):
+        row = first + tl.arange(0, TILE)
+        copied = is_wanted(wanted, row, row < num_rows)
+        row_id = tl.load(ids + row, mask=copied, other=0)
+        steps = tl.load(source + (row_id if TO_VIEW else row), mask=copied, other=0)
+        tl.store(target + (row if TO_VIEW else row_id), steps, mask=copied)

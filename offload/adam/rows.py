@@ -106,6 +106,58 @@ def step_host_rows(
     write_rows(rows, ids, None, host)
 
 
+def step_view_rows(
+    values: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, rows: RowState, tables: DeferralTables
+) -> None:
+    """Step rows of a view that lie packed and in its order.
+
+    Args:
+        values: [V, columns] on the device, as `fetch_dated_rows` gives them; receives the new values.
+        ids: [V] int64 on the device, which Gaussians they are.
+        last_step: [V] int32 on the device, the step of each row's last update; stays.
+        gradients: [V, columns]; None: there are none, and moments are brought to the step of the values.
+        rows: V packed rows on the device.
+        tables: As for `step_rows`; without gradients as for `catch_up_rows`.
+    """
+    state = RowState(values, tuple(moment.clone() for moment in rows.moments))
+    if gradients is None:
+        _catch_up(state, ids, last_step, tables)
+    else:
+        _store(state, *_stepped(state, last_step, gradients, tables), ids, tables)
+    for tensor, destination in zip(state.tensors(), rows.tensors(), strict=True):
+        destination.copy_(tensor)
+
+
+def read_packed_rows(
+    host: Tensor, host_last_step: Tensor, ids: Tensor, wanted: Tensor | None, words: Tensor, last_step: Tensor
+) -> None:
+    """Copy packed rows, and the steps of their last updates, from a compact store to the device.
+
+    Args:
+        host: int32 [N, words], pinned.
+        host_last_step: int32 [N], pinned.
+        ids: [V] int64 on the device, which rows.
+        wanted: [V] bool; where it is False nothing is read. None: all are wanted.
+        words: int32 [V, words] on the device.
+        last_step: int32 [V] on the device.
+    """
+    chosen = _chosen(wanted)
+    words[chosen], last_step[chosen] = host[ids[chosen]], host_last_step[ids[chosen]]
+
+
+def write_packed_rows(
+    words: Tensor, last_step: Tensor, ids: Tensor, wanted: Tensor | None, host: Tensor, host_last_step: Tensor
+) -> None:
+    """Copy packed rows, and the steps of their last updates, from the device to a compact store.
+
+    Args:
+        words, last_step, ids, host, host_last_step: As for `read_packed_rows`.
+        wanted: [V] bool; where it is False nothing is written. None: all are wanted.
+    """
+    chosen = _chosen(wanted)
+    host[ids[chosen]], host_last_step[ids[chosen]] = words[chosen], last_step[chosen]
+
+
 def catch_up_rows(rows: RowState, ids: Tensor, last_step: Tensor, tables: DeferralTables) -> None:
     """Bring the moments of fetched rows to the step of their parameters, without a gradient, as `step_rows` does."""
     _catch_up(rows, ids, last_step[ids], tables)

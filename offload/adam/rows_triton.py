@@ -23,15 +23,18 @@ from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.adam.packed_rows_triton import is_wanted
-from offload.adam.rows import catch_up_rows
 from offload.store.layout import RowState
 
 # catch_up_rows is torch
-__all__ = ["catch_up_rows", "fetch_dated_rows", "fetch_rows", "move_rows", "step_host_rows", "step_rows", "write_rows"]
+__all__ = [
+    *("catch_up_rows", "fetch_dated_rows", "fetch_rows", "move_rows", "read_packed_rows", "step_host_rows"),
+    *("step_rows", "step_view_rows", "write_packed_rows", "write_rows"),
+]
 
 # By benchmarks/streamed_steps.py on an H200. More blocks that write fill the link no better, but what they have under
 # way stands before the memory traffic of everything else on the device.
 FETCH_BLOCKS = 64  # of a kernel that reads over PCIe
+READ_BLOCKS = 32  # of one that only copies what it reads
 WRITE_BLOCKS = 8  # of one that writes
 STEP_BLOCKS = 32  # of one that reads and writes, while nothing is rendered; 16 to 128 differ less than two runs do
 LINK_TILE = 256  # 16-byte vectors, of both
@@ -104,6 +107,30 @@ def step_host_rows(
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
+
+
+def step_view_rows(
+    values: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, rows: RowState, tables: DeferralTables
+) -> None:
+    """Do as `offload.adam.rows.step_view_rows`."""
+    if len(ids):
+        packed_rows.step_host(values, ids, last_step, gradients, rows, tables, 0, in_order=True)
+
+
+def read_packed_rows(
+    host: Tensor, host_last_step: Tensor, ids: Tensor, wanted: Tensor | None, words: Tensor, last_step: Tensor
+) -> None:
+    """Do as `offload.adam.rows.read_packed_rows`."""
+    if len(ids):
+        packed_rows.read(host, host_last_step, ids, wanted, words, last_step, READ_BLOCKS)
+
+
+def write_packed_rows(
+    words: Tensor, last_step: Tensor, ids: Tensor, wanted: Tensor | None, host: Tensor, host_last_step: Tensor
+) -> None:
+    """Do as `offload.adam.rows.write_packed_rows`."""
+    if len(ids):
+        packed_rows.write_words(words, last_step, ids, wanted, host, host_last_step, WRITE_BLOCKS)
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:

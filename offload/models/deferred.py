@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
+from offload.culling.balls import Balls
 from offload.models.contract import GeometryPlace
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
@@ -42,7 +43,8 @@ class DeferredGaussians(OffloadedGaussians):
         """
         place: GeometryPlace
         if state == "compact":
-            place = CulledGeometry(DeviceStore(parameters, "geometry", state=state, device=device), adam, device=device)
+            store = DeviceStore(parameters, "geometry", state=state, device=device)
+            place = CulledGeometry(store, adam, Balls(device), device=device)
         else:
             place = DeviceGeometry(parameters, adam, device=device)
         groups = row_groups(

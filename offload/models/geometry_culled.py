@@ -1,12 +1,12 @@
-"""Geometry of a compact state: rows that travel as those of the appearance do, and balls by which a device culls them.
+"""Geometry of a compact state: rows that travel as those of the appearance do, and what a device culls them by.
 
-What stays on the device is a ball around each Gaussian: the mean, the largest scale and the opacity, 20 bytes
-(selective offloading, GS-Scale, arXiv 2509.15645, without moments).
+What stays on the device is a ball around each Gaussian, or a box around each block of them (selective offloading,
+GS-Scale, arXiv 2509.15645, without moments).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,36 +15,40 @@ from torch import Tensor
 from offload.adam.options import AdamOptions
 from offload.adam.state import State
 from offload.backends import kernels_for
+from offload.culling.balls import Balls
+from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.store.contract import RowStore
+from offload.store.layout import packed_rows
 
-BALL_BYTES = 5 * 4
-COPIED_ROWS = 1 << 20  # at once, from the store
+COPIED_ROWS = 1 << 20  # at once, from the store; whole blocks
 
 
 class CulledGeometry:
-    """Holds geometry of N Gaussians in a store, and a ball around each on the device, where it is culled.
+    """Holds geometry of N Gaussians in a store, and bounds of it on the device, where it is culled.
 
-    Balls are those of the stored values, which lag behind by the steps since each row's last update; culling allows for
-    that. Whoever steps rows tells of their new values (`follow`), since the store may have them later.
+    Bounds are those of the stored values, which lag behind by the steps since each row's last update; culling allows
+    for that. Whoever steps rows tells of their new values (`follow`), since the store may have them later.
     """
 
-    def __init__(self, store: RowStore, adam: AdamOptions, *, device: torch.device) -> None:
+    def __init__(self, store: RowStore, adam: AdamOptions, bounds: Balls | Boxes, *, device: torch.device) -> None:
         """
         Args:
-            store: Of the group "geometry".
+            store: Of the group "geometry", compact.
             adam: How the rows are updated, which says how far they can move.
-            device: Where balls are.
+            bounds: On the device.
+            device: Where views are rendered.
         """
         self.steps_done = 0  # the store's `step` is ahead of it while a step is under way
         self._store = store
         self._adam = adam
         self._device = device
-        self._culling = kernels_for(device, "offload.culling.kernels")
-        self._balls: Tensor | None = None  # [5, N] on the device; None until they are next needed
+        self._kernels = kernels_for(device, "offload.adam.rows")
+        self._bounds = bounds
+        self._bounds_are_good = False  # whether they are those of the store; they are made when they are next needed
 
     @property
     def num_gaussians(self) -> int:
@@ -52,7 +56,7 @@ class CulledGeometry:
 
     @property
     def device(self) -> torch.device:
-        """Return where balls are."""
+        """Return where bounds are."""
         return self._device
 
     @property
@@ -62,19 +66,18 @@ class CulledGeometry:
 
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
-        if self._balls is None:  # once after a refinement, whose operations are several
-            rows, num_rows = self._store.rows.parameters, self._store.num_gaussians
-            self._balls = torch.empty(5, num_rows, device=self._device)
-            for first in range(0, num_rows, COPIED_ROWS):
-                chunk = slice(first, first + COPIED_ROWS)
-                self._balls[:, chunk] = _balls_of(rows[chunk]).to(self._device)
-        margin = margin_ahead(self._adam, self.steps_done, lagging=True)
-        return self._culling.visible_balls(self._balls, cameras, margin)
+        self._make_bounds()
+        return self._bounds.visible_ids(cameras, margin_ahead(self._adam, self.steps_done, lagging=True))
+
+    def whole(self, ids: Tensor) -> Tensor:
+        """Return these sorted ids [V] with those that are fetched whenever they are, sorted."""
+        self._make_bounds()
+        return self._bounds.whole(ids)
 
     def follow(self, ids: Tensor, values: Tensor) -> None:
         """Take the values [V, columns] that rows [V] have after a step, both on the device."""
-        if self._balls is not None:
-            self._balls[:, ids] = _balls_of(values)
+        if self._bounds_are_good:
+            self._bounds.follow(ids, values)
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
         """Find in which cells of each camera's picture rows [V] may draw after one more step.
@@ -98,7 +101,7 @@ class CulledGeometry:
 
     def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
         """Return the parameters [N, ...] by name, not copied; their pipeline has applied the skipped steps."""
-        self._balls = None
+        self._bounds_are_good = False
         return self._store.layout.named(self._store.rows.parameters)
 
     def append_copies(self, ids: Tensor) -> None:
@@ -107,7 +110,7 @@ class CulledGeometry:
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows."""
-        self._balls = None
+        self._bounds_are_good = False
         self._store.truncate(num_gaussians)
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -127,9 +130,9 @@ class CulledGeometry:
         self._store.clamp_opacities(max_logit)
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of memory that appending this many Gaussians takes at its peak; balls are made anew."""
+        """Count the bytes of memory that appending this many Gaussians takes at its peak."""
         growth = dict(self._store.growth_bytes(num_new))
-        growth[self._device] = growth.get(self._device, 0) + BALL_BYTES * num_new
+        growth[self._device] = growth.get(self._device, 0) + int(self._bounds.BYTES * num_new)
         return growth
 
     def state(self) -> dict[str, Tensor]:
@@ -139,9 +142,19 @@ class CulledGeometry:
     def load_state(self, state: State) -> None:
         """Go on from a state; the store has been filled from it."""
         self.steps_done = int(state["step_count"])
-        self._balls = None
+        self._bounds_are_good = False
 
+    def _make_bounds(self) -> None:
+        """Make bounds of the stored values, where they are not; once after a refinement, whose operations are many."""
+        if not self._bounds_are_good:
+            self._bounds.rebuild(self._store.num_gaussians, self._stored_rows())
+            self._bounds_are_good = True
 
-def _balls_of(rows: Tensor) -> Tensor:
-    """Return balls [5, M] of rows [M, columns] of geometry: the mean, the largest log scale and the logit opacity."""
-    return torch.stack([*rows[:, :3].unbind(1), rows[:, 3:6].amax(1), rows[:, 10]])
+    def _stored_rows(self) -> Iterator[Tensor]:
+        """Give all stored values [M, columns] on the device, some at a time."""
+        packed, last_step = self._store.packed, self._store.last_step
+        for first in range(0, self._store.num_gaussians, COPIED_ROWS):
+            ids = torch.arange(first, min(first + COPIED_ROWS, self._store.num_gaussians), device=self._device)
+            words = torch.empty(len(ids), packed.shape[1], dtype=torch.int32, device=self._device)
+            self._kernels.read_packed_rows(packed, last_step, ids, None, words, words.new_empty(len(ids)))
+            yield packed_rows(words, "geometry").parameters

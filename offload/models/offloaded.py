@@ -306,13 +306,9 @@ def geometry_in(
         adam: Learning rates, decay rates and epsilon.
         device: Where views are rendered.
         max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
-        state: The form of rows. Where it is compact rows of geometry travel in either place, and the device has what
-            culling needs of them, or nothing.
+        state: The form of rows, where it is on the host.
         pad_to_cache_line: As for `HostStore`, where it is on the host.
     """
-    if place == "device" and state == "compact":
-        store = HostStore(parameters, "geometry", state=state, max_gaussians=max_gaussians, pin=device.type == "cuda")
-        return CulledGeometry(store, adam, device=device)
     if place == "device":
         return DeviceGeometry(parameters, adam, device=device)
     return HostGeometry(

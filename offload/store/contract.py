@@ -46,6 +46,10 @@ class RowStore(Protocol):
         """Return all rows; views of the memory, which may be written inside of `changing` only."""
 
     @property
+    def packed(self) -> Tensor:
+        """Return all rows of a compact store as words, int32 [N, words]; written as `rows`."""
+
+    @property
     def last_step(self) -> Tensor:
         """Return the step of each row's last update, [N] int32 where the rows are; 0 before the first one."""
 

@@ -73,6 +73,11 @@ class DeviceStore:
         parameters, *moments = self._arrays
         return RowState(parameters, tuple(moments))
 
+    @property
+    def packed(self) -> Tensor:
+        """Return all rows of a compact store as words, int32 [N, words]; written as `rows`."""
+        return self._arrays[0]
+
     @contextmanager
     def changing(self, ids: Tensor | None) -> Iterator[RowState]:
         """Change rows, as `RowStore.changing`; it waits for the device where somebody listens to `before_change`.

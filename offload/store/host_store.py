@@ -130,6 +130,11 @@ class HostStore:
         parameters, *moments = (array.tensor for array in self._values)
         return RowState(parameters, tuple(moments))
 
+    @property
+    def packed(self) -> Tensor:
+        """Return all rows of a compact store as words, int32 [N, words]; written as `rows`."""
+        return self._values[0].tensor
+
     @contextmanager
     def changing(self, ids: Tensor | None) -> Iterator[RowState]:
         """Change rows of the store: it gives all rows, of which those of `ids` may be written until it is left.

@@ -1,0 +1,391 @@
+"""Rows of a compact store, updated by the device: they cross the link as they are stored, and are decoded there.
+
+Three lanes of work run at the same time. While view j is rendered,
+
+- the fetch lane copies the rows of view j + 1 from the host;
+- the write lane copies the rows of view j - 1 to the host.
+
+Neither computes anything, so both leave the device's processors to the rendering. When a view begins its rows are
+decoded into values, caught up with the steps that they have skipped. After its backward pass they are stepped and coded
+again where they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
+
+Packed rows of two views are on the device at once, in one arena, at either end. View j + 1 takes the end of view j - 1,
+part by part as that is written; rows that both have come last, when the host has them. Where two views do not fit
+together, the next one is fetched when it is rendered, and the arena grows then, as far as there is memory.
+
+The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
+rendered, so the host's processors have nothing to do.
+
+Bytes over the link for each row of a view that its neighbours do not share: 328 to fetch it and 328 to write it. On the
+device a row takes 328 bytes in each of the two views, and 256 of values and as many of gradients in the present one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from offload.adam.finite import gradient_of
+from offload.backends import kernels_for
+from offload.culling.cameras import Cameras
+from offload.pipelines.arena import Arena
+from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.groups import RowGroup, chunks_of, positions_among
+from offload.pipelines.lanes import Lane
+from offload.store.layout import RowState, packed_rows
+
+PARTS = 8  # that a view is written in, so that the view after the next can come behind
+SMALLEST_PART = 1 << 16  # rows
+STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
+
+
+@dataclass
+class PackedView:
+    """The rows of one view on the device."""
+
+    ids: Tensor  # [V] int64 on the device, sorted
+    first_row: int  # in the arena
+    at_end: bool  # of the arena
+    space: dict[str, Tensor]  # in the arena: group -> words int32 [V, words]; STEPS + group -> int32 [V, 1]
+    values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
+    fetched: torch.cuda.Event | None = None
+    written: torch.cuda.Event | None = None
+
+    def words(self, group: str) -> Tensor:
+        return self.space[group]
+
+    def last_step(self, group: str) -> Tensor:
+        """Return the step of each row's last update, int32 [V]."""
+        return self.space[STEPS + group][:, 0]
+
+
+@dataclass
+class _Upcoming:
+    """The next view, found ahead."""
+
+    ids: Tensor  # [V] int64 on the device
+    view: PackedView | None = None  # whose rows are on their way but for those of the present view; None: no space
+    sources: Tensor | None = None  # [V] int64, where its rows are in the present view; -1 where they are not
+    leaving: Tensor | None = None  # [V of the present view] bool, which rows of that it does not need
+    found: torch.cuda.Event | None = None  # that these two are there
+
+
+class PackedPipeline:
+    """Brings each view's packed rows to the device, updates them and brings them back; see the head of this file."""
+
+    last_step_in_store: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        groups: Mapping[str, RowGroup],
+        cull: Callable[[Cameras], Tensor],
+        whole: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            groups: All parameters, in compact stores.
+            cull: Gives the sorted ids [V], on the device, of what cameras may draw after one more step.
+            whole: Adds to sorted ids [V] those that `cull` never gives without them.
+            device: Where views are rendered and rows are updated.
+        """
+        self._groups = groups
+        self._cull = cull
+        self._whole = whole
+        self._device = device
+        self._kernels = kernels_for(device, "offload.adam.rows")
+        self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
+        columns = {name: group.store.packed.shape[1] for name, group in groups.items()}
+        self._arena = Arena(columns | {STEPS + name: 1 for name in groups}, device, torch.int32)
+        self._writing: dict[bool, list[tuple[int, int, torch.cuda.Event | None]]] = {False: [], True: []}
+        self._previous: PackedView | None = None  # updated last
+        self._present: PackedView | None = None
+        self._upcoming: _Upcoming | None = None
+        self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
+        self._lacking: PackedView | None = None  # has rows that the host has not, and that are not written now
+        self._ready: torch.cuda.Event | None = None  # when the next view may be culled
+        self._applied = False  # whether gradients of the present view may have reached its rows
+        self._rows_found, self._rows_updated = 0, 0
+        self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
+        self.staging_allocations = 0
+
+    # ------------------------------------------------------------------------------------------- a training step
+
+    def fetch(self, cameras: Cameras) -> PackedView:
+        """Return the rows of a view, with the values they have after the last step."""
+        compute = Lane.current(self._device)
+        upcoming, self._upcoming = self._upcoming, None
+        if upcoming is not None and upcoming.view is not None:
+            view = upcoming.view
+            compute.wait(view.fetched)
+            compute.uses(view.ids)
+        else:
+            view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
+        view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
+        self._ready = compute.record()
+        self._present, self._applied = view, False
+        return view
+
+    def prefetch(self, cameras: Cameras) -> None:
+        """Let the next view's rows travel while the present one is rendered; waits for the culling alone."""
+        present, previous = fetched(self._present), self._previous
+        with self._cull_lane as lane:
+            lane.wait(self._ready)
+            ids = self._cull(cameras)
+            sources, leaving = positions_among(present.ids, ids), positions_among(ids, present.ids) < 0
+            on_host = sources < 0  # [V]
+            late = torch.zeros_like(on_host)  # whose last update is being written
+            if previous is not None:
+                late = on_host & (positions_among(previous.ids, ids) >= 0)
+                on_host &= ~late
+            found = lane.record()
+        if not self._arena.has_space_for(len(present.ids), len(ids)):
+            self._upcoming = _Upcoming(ids)
+            return
+        view = self._new_view(ids, at_end=not present.at_end)
+        with self._fetch_lane as lane:
+            lane.wait(found)
+            self._rows_retained += (sources >= 0).sum()
+            self._read_behind_writing(view, on_host)
+            if previous is not None:
+                lane.wait(previous.written)
+                self._read(view, late)
+            view.fetched = lane.record()
+            lane.uses(ids, sources, on_host, late)
+        self._upcoming = _Upcoming(ids, view, sources, leaving, found)
+
+    def update(self) -> None:
+        """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
+        view, upcoming = fetched(self._present), self._upcoming
+        for group in self._groups.values():
+            group.begin_step()
+        self._applied = True
+        for name, group in self._groups.items():
+            values, gradients = view.values[name].detach(), gradient_of(view.values[name])
+            rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
+            self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
+            last_step.fill_(group.adam.step)
+            if group.on_step is not None:
+                group.on_step(view.ids, values)
+        for values in view.values.values():
+            values.grad = None  # whoever still holds the values has no use for it
+        view.values = {}
+        self._rows_updated += len(view.ids)
+        leaving = None
+        if upcoming is not None and upcoming.view is not None and upcoming.sources is not None:
+            self._hand_on(view, upcoming.view, upcoming.sources, upcoming.found)
+            leaving = upcoming.leaving
+        self._write(view, leaving)
+        self._lacking = None if leaving is None else view
+        self._previous, self._present = view, None
+
+    def geometry_moved(self) -> None:
+        """Do nothing: geometry is among the rows."""
+
+    def finish(self) -> None:
+        """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
+        if self._lacking is not None:
+            self._write(self._lacking, None)
+            self._lacking = None
+        self._fetch_lane.finish()
+        self._write_lane.finish()
+
+    # ------------------------------------------------------------------------------------- reading, changing, state
+
+    @property
+    def upcoming_ids(self) -> Tensor | None:
+        """Return the next view's rows [V] on the device, where they have been found ahead; between steps."""
+        return self._found_ids if self._upcoming is None else self._upcoming.ids
+
+    def forget_upcoming(self) -> None:
+        """Drop what is known of the next view, since rows will be changed."""
+        self.finish()  # rows may live in the upcoming view only
+        self._found_ids = self._upcoming = self._previous = None
+
+    def read(self, name: str, ids: Tensor) -> Tensor:
+        """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
+        self.finish()
+        group, ids = self._groups[name], ids.to(self._device)
+        out = torch.empty(len(ids), group.adam.columns, device=self._device)
+        for first, last in chunks_of(len(ids)):
+            out[first:last] = self._values_of(name, *self._rows_of(name, ids[first:last]))
+        return out
+
+    def catch_up(self, name: str, ids: Tensor | None) -> None:
+        """Let a group's store hold the current values of rows, so that others may read and change them.
+
+        Args:
+            name: Of the group.
+            ids: int64 [M] on any device, sorted, the rows; None: all. Others keep the steps they have skipped.
+        """
+        self.forget_upcoming()
+        group = self._groups[name]
+        host_last_step = group.store.last_step
+        if ids is None:
+            stale = (host_last_step < group.adam.step).nonzero().squeeze(1)
+        else:
+            stale = ids.cpu()
+            stale = stale[host_last_step[stale] < group.adam.step]
+        with group.store.changing(stale):
+            for first, last in chunks_of(len(stale)):
+                chunk = stale[first:last].to(self._device)
+                words, last_step = self._rows_of(name, chunk)
+                values = self._values_of(name, words, last_step)
+                self._kernels.step_view_rows(values, chunk, last_step, None, packed_rows(words, name), group.adam)
+                last_step.fill_(group.adam.step)
+                self._kernels.write_packed_rows(words, last_step, chunk, None, group.store.packed, host_last_step)
+            Lane.current(self._device).finish()
+
+    def last_step(self, name: str) -> Tensor:
+        """Return the step of each row's last update in a group, [N] int32; after `finish`."""
+        return self._groups[name].store.last_step
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is known of the next view, as `offload.adam.state` names it; between steps."""
+        return {} if self.upcoming_ids is None else {"upcoming/ids": self.upcoming_ids}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
+        ids = upcoming_ids_of(state, self._device)
+        self._found_ids, self._upcoming, self._previous = None if ids is None else self._whole(ids), None, None
+
+    def undo_step(self, steps_done: int) -> None:
+        """Forget the step after so many, which an error has ended; the next one begins with the same view.
+
+        Raises:
+            RuntimeError: Gradients have reached some rows already.
+        """
+        if self._present is None:
+            return
+        if self._applied:
+            raise RuntimeError("the step had been applied in part")
+        if self._lacking is not None:
+            self._lacking = self._present  # what the host lacks has been handed on to it
+        self.finish()
+        self._found_ids, self._present, self._upcoming, self._previous = self._present.ids, None, None, None
+        for group in self._groups.values():
+            group.undo_step(steps_done)
+
+    @property
+    def rows_moved(self) -> dict[str, int]:
+        """Count the rows of views that have been fetched, retained and written so far; waits for the fetching.
+
+        A retained row stays on the device from one view to the next: it is neither written nor fetched in between.
+        """
+        self._fetch_lane.finish()
+        retained = int(self._rows_retained)
+        return {
+            "rows_fetched": self._rows_found - retained,
+            "rows_retained": retained,
+            "rows_written": self._rows_updated - retained,
+        }
+
+    def counters(self) -> Counters:
+        """Count allocations of space for views, and rows and bytes that have travelled; waits for the fetching."""
+        rows = self.rows_moved
+        row_bytes = sum(group.store.rows.row_bytes + 4 for group in self._groups.values())
+        link_bytes = row_bytes * (rows["rows_fetched"] + rows["rows_written"])
+        return Counters(self.staging_allocations, {}, {**rows, "link_bytes": link_bytes})
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
+        """Fetch a view that has not been fetched ahead; there is no other on the device."""
+        self.finish()
+        if ids is None:
+            ids = self._cull(cameras) if self._found_ids is None else self._found_ids
+        self._found_ids = self._previous = None
+        if self._arena.make_space_for(len(ids)):
+            self.staging_allocations += 1
+            self._writing = {False: [], True: []}
+        view = self._new_view(ids, at_end=False)
+        self._read(view, None)
+        return view
+
+    def _new_view(self, ids: Tensor, at_end: bool) -> PackedView:
+        count = len(ids)
+        self._rows_found += count
+        return PackedView(ids, self._arena.first_row(count, at_end), at_end, self._arena.rows(count, at_end))
+
+    def _read(self, view: PackedView, wanted: Tensor | None, rows: slice = slice(None)) -> None:
+        for name, group in self._groups.items():
+            self._kernels.read_packed_rows(
+                group.store.packed,
+                group.store.last_step,
+                view.ids[rows],
+                None if wanted is None else wanted[rows],
+                view.words(name)[rows],
+                view.last_step(name)[rows],
+            )
+
+    def _read_behind_writing(self, view: PackedView, wanted: Tensor) -> None:
+        """Read rows part by part, each when what lay there is on the host."""
+        writing = self._writing[view.at_end]
+        for first, last in _parts_of(len(view.ids)):
+            lower, upper = view.first_row + first, view.first_row + last
+            self._fetch_lane.wait(*(event for begin, end, event in writing if begin < upper and lower < end))
+            self._read(view, wanted, slice(first, last))
+
+    def _write(self, view: PackedView, wanted: Tensor | None) -> None:
+        """Write rows part by part, as they will be when what the current lane has been given is done."""
+        parts: list[tuple[int, int, torch.cuda.Event | None]] = []
+        with ExitStack() as changes:
+            for group in self._groups.values():
+                changes.enter_context(group.store.changing(view.ids))
+            updated = Lane.current(self._device).record()
+            with self._write_lane as lane:
+                lane.wait(updated)
+                for first, last in _parts_of(len(view.ids)):
+                    rows = slice(first, last)
+                    for name, group in self._groups.items():
+                        self._kernels.write_packed_rows(
+                            view.words(name)[rows],
+                            view.last_step(name)[rows],
+                            view.ids[rows],
+                            None if wanted is None else wanted[rows],
+                            group.store.packed,
+                            group.store.last_step,
+                        )
+                    parts.append((view.first_row + first, view.first_row + last, lane.record()))
+                lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+                view.written = lane.record()
+        self._writing[view.at_end] = parts
+
+    def _hand_on(self, view: PackedView, upcoming: PackedView, sources: Tensor, found: torch.cuda.Event | None) -> None:
+        """Move rows that both views have from the present one to the next."""
+        compute = Lane.current(self._device)
+        compute.wait(found, None if self._previous is None else self._previous.written)  # which was there before
+        for name, group in self._groups.items():
+            self._kernels.move_rows(RowState(view.words(name), ()), sources, RowState(upcoming.words(name), ()))
+            upcoming.last_step(name).masked_fill_(sources >= 0, group.adam.step)
+        compute.uses(sources)
+
+    def _decoded(self, name: str, view: PackedView) -> Tensor:
+        return self._values_of(name, view.words(name), view.last_step(name))
+
+    def _values_of(self, name: str, words: Tensor, last_step: Tensor) -> Tensor:
+        """Compute the current values [V, columns] of packed rows on the device."""
+        adam, count = self._groups[name].adam, len(words)
+        out = torch.empty(count, adam.columns, device=self._device)
+        places = torch.arange(count, device=self._device)
+        self._kernels.fetch_dated_rows(packed_rows(words, name), places, last_step, None, RowState(out, ()), adam)
+        return out
+
+    def _rows_of(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy packed rows from the store to the device, and the steps of their last updates."""
+        store = self._groups[name].store
+        words = torch.empty(len(ids), store.packed.shape[1], dtype=torch.int32, device=self._device)
+        last_step = torch.empty(len(ids), dtype=torch.int32, device=self._device)
+        self._kernels.read_packed_rows(store.packed, store.last_step, ids, None, words, last_step)
+        return words, last_step
+
+
+def _parts_of(count: int) -> list[tuple[int, int]]:
+    """Cut so many rows into parts: the first row of each, and the one behind it."""
+    size = max(SMALLEST_PART, -(-count // PARTS))
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
