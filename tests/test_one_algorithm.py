@@ -123,6 +123,7 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     """All of `offload` as it runs on a GPU, but for streams and memory."""
     from offload.adam import finite_triton as gradients_triton
     from offload.adam import geometry_triton as geometry_kernels_triton
+    from offload.adam import packed_rows_triton
     from offload.adam import rows_triton as row_kernels_triton
     from offload.culling import kernels_triton as culling_triton
 
@@ -135,6 +136,7 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     blocks = [(culling_triton, "BLOCK"), (geometry_kernels_triton, "BLOCK")]
     for module, size in [*blocks, (row_kernels_triton, "LINK_TILE"), (row_kernels_triton, "TILE")]:
         monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one
+    monkeypatch.setattr(packed_rows_triton, "TILE", 1 << 14)
     monkeypatch.setattr(backends, "_takes_triton", lambda device: True)
     for module, names in ((row_kernels_triton, ROW_KERNELS), (gradients_triton, ["clear_unless_finite"])):
         for name in names:
