@@ -10,6 +10,8 @@ Rows on the device have an array of parameters and one of moments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +22,12 @@ from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.codes_triton import decode_moments, encode_moments, round_to_half
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
-from offload.store.layout import RowState
+from offload.store.layout import PackedRows, RowState
 
 TILE = 2048  # lanes, so that a thread has 16 bytes of its codes
-COPY_TILE = 1024  # 16-byte vectors, of kernels that only copy: each thread has four under way
+COPIED_ROWS = 256  # at once by a thread block that only copies
+COPY_TILE = 1024  # 16-byte vectors of these under way: four to a thread
+NONE = None, None  # no other group
 WARPS = 8
 
 
@@ -143,53 +147,33 @@ def write(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState, bl
         )
 
 
-def read(
-    host: Tensor,
-    host_last_step: Tensor,
+def copy(
+    source: Sequence[PackedRows],
+    target: Sequence[PackedRows],
     ids: Tensor,
     wanted: Tensor | None,
-    words: Tensor,
-    last_step: Tensor,
-    blocks: int,
-) -> None:
-    """Do as `offload.adam.rows.read_packed_rows`."""
-    _copy(host, host_last_step, ids, wanted, words, last_step, blocks, to_view=True)
-
-
-def write_words(
-    words: Tensor,
-    last_step: Tensor,
-    ids: Tensor,
-    wanted: Tensor | None,
-    host: Tensor,
-    host_last_step: Tensor,
-    blocks: int,
-) -> None:
-    """Do as `offload.adam.rows.write_packed_rows`."""
-    _copy(words, last_step, ids, wanted, host, host_last_step, blocks, to_view=False)
-
-
-def _copy(
-    source: Tensor,
-    source_last_step: Tensor,
-    ids: Tensor,
-    wanted: Tensor | None,
-    target: Tensor,
-    target_last_step: Tensor,
     blocks: int,
     *,
     to_view: bool,
 ) -> None:
-    """Copy rows `ids` of one side to or from the rows of a view, which are in order."""
-    vectors = source.shape[1] // 4
+    """Copy rows `ids` of one group or both to or from the rows of a view, which are in order.
+
+    Args:
+        source, target: Rows of the groups, and the steps of their last updates.
+        ids, wanted: As for `offload.adam.rows.read_packed_rows`.
+        blocks: Thread blocks, which loop over the tiles.
+        to_view: Whether the view is the target.
+    """
+    if len(ids) == 0:
+        return
+    (words, steps), (out, out_steps) = source[0], target[0]
+    (other_words, other_steps), (other_out, other_out_steps) = (source[1], target[1]) if source[1:] else (NONE, NONE)
     with torch.cuda.device_of(ids):
-        _copy_kernel[(min(triton.cdiv(len(ids) * vectors, COPY_TILE), blocks),)](
-            source, target, ids, wanted, len(ids) * vectors,
-            TO_VIEW=to_view, VECTORS=vectors, TILE=COPY_TILE, num_warps=WARPS,
-        )  # fmt: skip
-        _copy_steps_kernel[(min(triton.cdiv(len(ids), COPY_TILE), blocks),)](
-            source_last_step, target_last_step, ids, wanted, len(ids),
-            TO_VIEW=to_view, TILE=COPY_TILE, num_warps=WARPS,
+        _copy_kernel[(min(triton.cdiv(len(ids), COPIED_ROWS), blocks),)](
+            words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, len(ids),
+            TO_VIEW=to_view, VECTORS=words.shape[1] // 4,
+            OTHER_VECTORS=0 if other_words is None else other_words.shape[1] // 4,
+            ROWS=COPIED_ROWS, TILE=COPY_TILE, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -479,42 +463,50 @@ def _write_kernel(
         _store_packed(packed, row_id, written, w, words, COLUMNS, LANES, CODES)
 
 
-@triton.jit(do_not_specialize=["num_vectors"])
-def _copy_kernel(
-    source,  # int32 [rows, VECTORS * 4]
-    target,  # int32 [rows, VECTORS * 4]
-    ids,  # [V], of the side that is not a view
-    wanted,  # [V] or None
-    num_vectors,  # V * VECTORS
-    TO_VIEW: tl.constexpr,
-    VECTORS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+@triton.jit
+def _copy_words(
+    source, target, ids, wanted, first_row, num_rows,
+    TO_VIEW: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Copy ROWS rows from `first_row` on of a view, as 16-byte vectors, TILE at a time."""
     lane = tl.arange(0, 4)[None, :]
-    for first in range(tl.program_id(0) * TILE, num_vectors, tl.num_programs(0) * TILE):
-        vector = first + tl.arange(0, TILE)
-        row, part = vector // VECTORS, vector % VECTORS
-        copied = is_wanted(wanted, row, vector < num_vectors)
-        row_id = tl.load(ids + row, mask=copied, other=0)
-        here = vector[:, None].to(tl.int64) * 4 + lane
-        there = (row_id * VECTORS + part)[:, None] * 4 + lane
-        words = tl.load(source + (there if TO_VIEW else here), mask=copied[:, None], other=0)
-        tl.store(target + (here if TO_VIEW else there), words, mask=copied[:, None])
+    for part in tl.static_range(ROWS * VECTORS // TILE):
+        vector = part * TILE + tl.arange(0, TILE)
+        row = first_row + vector // VECTORS
+        copied = is_wanted(wanted, row, row < num_rows)
+        here = row.to(tl.int64) * VECTORS + vector % VECTORS
+        there = tl.load(ids + row, mask=copied, other=0) * VECTORS + vector % VECTORS
+        from_there = there if TO_VIEW else here
+        to_there = here if TO_VIEW else there
+        words = tl.load(source + from_there[:, None] * 4 + lane, mask=copied[:, None], other=0)
+        tl.store(target + to_there[:, None] * 4 + lane, words, mask=copied[:, None])
+
+
+@triton.jit
+def _copy_steps(source, target, row, row_id, copied, TO_VIEW: tl.constexpr):
+    steps = tl.load(source + (row_id if TO_VIEW else row), mask=copied, other=0)
+    tl.store(target + (row if TO_VIEW else row_id), steps, mask=copied)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _copy_steps_kernel(
-    source,  # int32 [rows]
-    target,  # int32 [rows]
-    ids,  # [V]
+def _copy_kernel(
+    source, source_steps, target, target_steps,  # of a group: int32 [rows, VECTORS * 4], [rows]
+    other_source, other_source_steps, other_target, other_target_steps,  # of another, or None
+    ids,  # [V], of the side that is not a view
     wanted,  # [V] or None
     num_rows,  # V
     TO_VIEW: tl.constexpr,
+    VECTORS: tl.constexpr,
+    OTHER_VECTORS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
-):
-    for first in range(tl.program_id(0) * TILE, num_rows, tl.num_programs(0) * TILE):
-        row = first + tl.arange(0, TILE)
+):  # fmt: skip
+    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
         copied = is_wanted(wanted, row, row < num_rows)
         row_id = tl.load(ids + row, mask=copied, other=0)
-        steps = tl.load(source + (row_id if TO_VIEW else row), mask=copied, other=0)
-        tl.store(target + (row if TO_VIEW else row_id), steps, mask=copied)
+        _copy_words(source, target, ids, wanted, first, num_rows, TO_VIEW, VECTORS, ROWS, TILE)
+        _copy_steps(source_steps, target_steps, row, row_id, copied, TO_VIEW)
+        if OTHER_VECTORS > 0:
+            _copy_words(other_source, other_target, ids, wanted, first, num_rows, TO_VIEW, OTHER_VECTORS, ROWS, TILE)
+            _copy_steps(other_source_steps, other_target_steps, row, row_id, copied, TO_VIEW)

@@ -20,7 +20,7 @@ from torch import Tensor
 from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.codes import decode_moments, encode_moments, random_fractions, round_to_half
 from offload.adam.deferral import DeferralTables, adam_step, caught_up, decayed
-from offload.store.layout import RowState
+from offload.store.layout import PackedRows, RowState
 
 STEP_ROWS = 1 << 12  # updated at once; what that takes, moments in float32 and their changes, stays small
 
@@ -129,33 +129,33 @@ def step_view_rows(
 
 
 def read_packed_rows(
-    host: Tensor, host_last_step: Tensor, ids: Tensor, wanted: Tensor | None, words: Tensor, last_step: Tensor
+    host: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, view: Sequence[PackedRows]
 ) -> None:
-    """Copy packed rows, and the steps of their last updates, from a compact store to the device.
+    """Copy packed rows, and the steps of their last updates, from compact stores to a view.
 
     Args:
-        host: int32 [N, words], pinned.
-        host_last_step: int32 [N], pinned.
+        host: N rows of one group or both, pinned or on the device.
         ids: [V] int64 on the device, which rows.
         wanted: [V] bool; where it is False nothing is read. None: all are wanted.
-        words: int32 [V, words] on the device.
-        last_step: int32 [V] on the device.
+        view: V rows of the same groups on the device.
     """
     chosen = _chosen(wanted)
-    words[chosen], last_step[chosen] = host[ids[chosen]], host_last_step[ids[chosen]]
+    for (stored, stored_last_step), (words, last_step) in zip(host, view, strict=True):
+        words[chosen], last_step[chosen] = stored[ids[chosen]], stored_last_step[ids[chosen]]
 
 
 def write_packed_rows(
-    words: Tensor, last_step: Tensor, ids: Tensor, wanted: Tensor | None, host: Tensor, host_last_step: Tensor
+    view: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, host: Sequence[PackedRows]
 ) -> None:
-    """Copy packed rows, and the steps of their last updates, from the device to a compact store.
+    """Copy packed rows, and the steps of their last updates, from a view to compact stores.
 
     Args:
-        words, last_step, ids, host, host_last_step: As for `read_packed_rows`.
+        view, ids, host: As for `read_packed_rows`.
         wanted: [V] bool; where it is False nothing is written. None: all are wanted.
     """
     chosen = _chosen(wanted)
-    host[ids[chosen]], host_last_step[ids[chosen]] = words[chosen], last_step[chosen]
+    for (stored, stored_last_step), (words, last_step) in zip(host, view, strict=True):
+        stored[ids[chosen]], stored_last_step[ids[chosen]] = words[chosen], last_step[chosen]
 
 
 def catch_up_rows(rows: RowState, ids: Tensor, last_step: Tensor, tables: DeferralTables) -> None:

@@ -12,6 +12,8 @@ leaves room for a kernel in the other direction and for rendering; kernels with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.adam.packed_rows_triton import is_wanted
-from offload.store.layout import RowState
+from offload.store.layout import PackedRows, RowState
 
 # catch_up_rows is torch
 __all__ = [
@@ -118,19 +120,17 @@ def step_view_rows(
 
 
 def read_packed_rows(
-    host: Tensor, host_last_step: Tensor, ids: Tensor, wanted: Tensor | None, words: Tensor, last_step: Tensor
+    host: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, view: Sequence[PackedRows]
 ) -> None:
     """Do as `offload.adam.rows.read_packed_rows`."""
-    if len(ids):
-        packed_rows.read(host, host_last_step, ids, wanted, words, last_step, READ_BLOCKS)
+    packed_rows.copy(host, view, ids, wanted, READ_BLOCKS, to_view=True)
 
 
 def write_packed_rows(
-    words: Tensor, last_step: Tensor, ids: Tensor, wanted: Tensor | None, host: Tensor, host_last_step: Tensor
+    view: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, host: Sequence[PackedRows]
 ) -> None:
     """Do as `offload.adam.rows.write_packed_rows`."""
-    if len(ids):
-        packed_rows.write_words(words, last_step, ids, wanted, host, host_last_step, WRITE_BLOCKS)
+    packed_rows.copy(view, host, ids, wanted, WRITE_BLOCKS, to_view=False)
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:

@@ -156,5 +156,5 @@ class CulledGeometry:
         for first in range(0, self._store.num_gaussians, COPIED_ROWS):
             ids = torch.arange(first, min(first + COPIED_ROWS, self._store.num_gaussians), device=self._device)
             words = torch.empty(len(ids), packed.shape[1], dtype=torch.int32, device=self._device)
-            self._kernels.read_packed_rows(packed, last_step, ids, None, words, words.new_empty(len(ids)))
+            self._kernels.read_packed_rows([(packed, last_step)], ids, None, [(words, words.new_empty(len(ids)))])
             yield packed_rows(words, "geometry").parameters

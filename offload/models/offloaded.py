@@ -19,6 +19,7 @@ from offload.models.contract import GeometryPlace, StepOrder, check_names, check
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
+from offload.models.named_rows import named_rows
 from offload.pipelines.contract import Counters, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
@@ -241,11 +242,12 @@ class OffloadedGaussians:
 
     def _named_to_render(self, travelled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name rows [V, columns] of groups as rendering takes them."""
-        return {
-            key: value
-            for name, group in self._groups.items()
-            for key, value in group.store.layout.to_render(travelled[name]).items()
-        }
+        named = {}
+        for name, group in self._groups.items():
+            layout, rows = group.store.layout, travelled[name]
+            several = layout.state == "compact" and len(layout.columns) > 1
+            named.update(named_rows(layout, rows) if several else layout.to_render(rows))
+        return named
 
     def _copies_to_render(self, ids: Tensor) -> dict[str, Tensor]:
         """Return copies of rows [V], whose ids are where geometry is, on the rendering device."""

@@ -10,18 +10,20 @@ decoded into values, caught up with the steps that they have skipped. After its 
 again where they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
 
 Packed rows of two views are on the device at once, in one arena, at either end. View j + 1 takes the end of view j - 1,
-part by part as that is written; rows that both have come last, when the host has them. Where two views do not fit
+part by part as that is written, with the rows that both have, which are set aside before. Where two views do not fit
 together, the next one is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
 The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
-rendered, so the host's processors have nothing to do.
+rendered. A worker thread waits for the number of rows that this finds, so that neither the device nor the main thread
+does, and the link is in use from the beginning of a step on. The host's processors move no row.
 
-Bytes over the link for each row of a view that its neighbours do not share: 328 to fetch it and 328 to write it. On the
-device a row takes 328 bytes in each of the two views, and 256 of values and as many of gradients in the present one.
+Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
+the device a row takes 328 bytes in each of two views, and 256 of values and as many of gradients in the present one.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,10 +39,12 @@ from offload.pipelines.arena import Arena
 from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
-from offload.store.layout import RowState, packed_rows
+from offload.pipelines.times import OffloadTimes
+from offload.pipelines.worker import WorkAhead
+from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
-SMALLEST_PART = 1 << 16  # rows
+SMALLEST_PART = 1 << 17  # rows
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
 
@@ -105,12 +109,13 @@ class PackedPipeline:
         self._writing: dict[bool, list[tuple[int, int, torch.cuda.Event | None]]] = {False: [], True: []}
         self._previous: PackedView | None = None  # updated last
         self._present: PackedView | None = None
-        self._upcoming: _Upcoming | None = None
+        self._times = OffloadTimes()
+        self._ahead: WorkAhead[_Upcoming] = WorkAhead(self._times)
         self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
         self._lacking: PackedView | None = None  # has rows that the host has not, and that are not written now
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
         self._applied = False  # whether gradients of the present view may have reached its rows
-        self._rows_found, self._rows_updated = 0, 0
+        self._rows_found, self._rows_updated, self._rows_kept = 0, 0, 0
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
 
@@ -118,8 +123,8 @@ class PackedPipeline:
 
     def fetch(self, cameras: Cameras) -> PackedView:
         """Return the rows of a view, with the values they have after the last step."""
-        compute = Lane.current(self._device)
-        upcoming, self._upcoming = self._upcoming, None
+        compute, upcoming = Lane.current(self._device), self._ahead.result()
+        self._ahead.forget()
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
@@ -132,36 +137,12 @@ class PackedPipeline:
         return view
 
     def prefetch(self, cameras: Cameras) -> None:
-        """Let the next view's rows travel while the present one is rendered; waits for the culling alone."""
-        present, previous = fetched(self._present), self._previous
-        with self._cull_lane as lane:
-            lane.wait(self._ready)
-            ids = self._cull(cameras)
-            sources, leaving = positions_among(present.ids, ids), positions_among(ids, present.ids) < 0
-            on_host = sources < 0  # [V]
-            late = torch.zeros_like(on_host)  # whose last update is being written
-            if previous is not None:
-                late = on_host & (positions_among(previous.ids, ids) >= 0)
-                on_host &= ~late
-            found = lane.record()
-        if not self._arena.has_space_for(len(present.ids), len(ids)):
-            self._upcoming = _Upcoming(ids)
-            return
-        view = self._new_view(ids, at_end=not present.at_end)
-        with self._fetch_lane as lane:
-            lane.wait(found)
-            self._rows_retained += (sources >= 0).sum()
-            self._read_behind_writing(view, on_host)
-            if previous is not None:
-                lane.wait(previous.written)
-                self._read(view, late)
-            view.fetched = lane.record()
-            lane.uses(ids, sources, on_host, late)
-        self._upcoming = _Upcoming(ids, view, sources, leaving, found)
+        """Let the next view's rows travel while the present one is rendered; waits for nothing."""
+        self._ahead.begin(self._prepare, cameras, fetched(self._present), self._previous)
 
     def update(self) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
-        view, upcoming = fetched(self._present), self._upcoming
+        view, upcoming = fetched(self._present), self._ahead.result()
         for group in self._groups.values():
             group.begin_step()
         self._applied = True
@@ -189,6 +170,7 @@ class PackedPipeline:
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
+        self._ahead.result()
         if self._lacking is not None:
             self._write(self._lacking, None)
             self._lacking = None
@@ -200,12 +182,14 @@ class PackedPipeline:
     @property
     def upcoming_ids(self) -> Tensor | None:
         """Return the next view's rows [V] on the device, where they have been found ahead; between steps."""
-        return self._found_ids if self._upcoming is None else self._upcoming.ids
+        upcoming = self._ahead.result()
+        return self._found_ids if upcoming is None else upcoming.ids
 
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()  # rows may live in the upcoming view only
-        self._found_ids = self._upcoming = self._previous = None
+        self._ahead.forget()
+        self._found_ids = self._previous = None
 
     def read(self, name: str, ids: Tensor) -> Tensor:
         """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
@@ -238,7 +222,7 @@ class PackedPipeline:
                 values = self._values_of(name, words, last_step)
                 self._kernels.step_view_rows(values, chunk, last_step, None, packed_rows(words, name), group.adam)
                 last_step.fill_(group.adam.step)
-                self._kernels.write_packed_rows(words, last_step, chunk, None, group.store.packed, host_last_step)
+                self._kernels.write_packed_rows([(words, last_step)], chunk, None, [_stored(group)])
             Lane.current(self._device).finish()
 
     def last_step(self, name: str) -> Tensor:
@@ -252,7 +236,8 @@ class PackedPipeline:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
         ids = upcoming_ids_of(state, self._device)
-        self._found_ids, self._upcoming, self._previous = None if ids is None else self._whole(ids), None, None
+        self._ahead.forget()
+        self._found_ids, self._previous = None if ids is None else self._whole(ids), None
 
     def undo_step(self, steps_done: int) -> None:
         """Forget the step after so many, which an error has ended; the next one begins with the same view.
@@ -260,14 +245,17 @@ class PackedPipeline:
         Raises:
             RuntimeError: Gradients have reached some rows already.
         """
+        with contextlib.suppress(Exception):
+            self._ahead.result()
         if self._present is None:
             return
         if self._applied:
             raise RuntimeError("the step had been applied in part")
+        self._ahead.forget()
         if self._lacking is not None:
             self._lacking = self._present  # what the host lacks has been handed on to it
         self.finish()
-        self._found_ids, self._present, self._upcoming, self._previous = self._present.ids, None, None, None
+        self._found_ids, self._present, self._previous = self._present.ids, None, None
         for group in self._groups.values():
             group.undo_step(steps_done)
 
@@ -275,24 +263,56 @@ class PackedPipeline:
     def rows_moved(self) -> dict[str, int]:
         """Count the rows of views that have been fetched, retained and written so far; waits for the fetching.
 
-        A retained row stays on the device from one view to the next: it is neither written nor fetched in between.
+        A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
+        row of the view before the last one is written, but need not be fetched.
         """
+        self._ahead.result()
         self._fetch_lane.finish()
         retained = int(self._rows_retained)
         return {
-            "rows_fetched": self._rows_found - retained,
+            "rows_fetched": self._rows_found - retained - self._rows_kept,
             "rows_retained": retained,
             "rows_written": self._rows_updated - retained,
         }
 
     def counters(self) -> Counters:
-        """Count allocations of space for views, and rows and bytes that have travelled; waits for the fetching."""
+        """Count allocations of space for views, rows and bytes that have travelled, and milliseconds that the worker
+        has culled and sent kernels, and that the main thread has waited for it; waits for the fetching."""
         rows = self.rows_moved
         row_bytes = sum(group.store.rows.row_bytes + 4 for group in self._groups.values())
         link_bytes = row_bytes * (rows["rows_fetched"] + rows["rows_written"])
-        return Counters(self.staging_allocations, {}, {**rows, "link_bytes": link_bytes})
+        return Counters(self.staging_allocations, self._times.milliseconds(), {**rows, "link_bytes": link_bytes})
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _prepare(self, cameras: Cameras, present: PackedView, previous: PackedView | None) -> _Upcoming:
+        """Find the next view and fetch its rows; the worker does it behind the rendering of the present one."""
+        with self._cull_lane as lane, self._times.on_host("worker_cull"):
+            lane.wait(self._ready)
+            ids = self._cull(cameras)
+            sources, leaving = positions_among(present.ids, ids), positions_among(ids, present.ids) < 0
+            on_host = sources < 0  # [V]
+            kept, places = ids[:0], ids[:0]  # rows of the view before the present one, and where they are there
+            if previous is not None:
+                places = positions_among(previous.ids, ids)
+                kept = (on_host & (places >= 0)).nonzero().squeeze(1)
+                places = places[kept]
+                on_host[kept] = False
+            found = lane.record()
+        if not self._arena.has_space_for(len(present.ids), len(ids)):
+            return _Upcoming(ids)
+        view = self._new_view(ids, at_end=not present.at_end)
+        with self._fetch_lane as lane, self._times.on_host("worker_send"):
+            lane.wait(found)
+            self._rows_retained += (sources >= 0).sum()
+            self._rows_kept += len(kept)
+            aside = {} if previous is None else {key: space[places] for key, space in previous.space.items()}
+            self._read_behind_writing(view, on_host)
+            for key, rows in aside.items():
+                view.space[key].index_copy_(0, kept, rows)
+            view.fetched = lane.record()
+            lane.uses(ids, sources, on_host, kept, places)
+        return _Upcoming(ids, view, sources, leaving, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
         """Fetch a view that has not been fetched ahead; there is no other on the device."""
@@ -313,15 +333,13 @@ class PackedPipeline:
         return PackedView(ids, self._arena.first_row(count, at_end), at_end, self._arena.rows(count, at_end))
 
     def _read(self, view: PackedView, wanted: Tensor | None, rows: slice = slice(None)) -> None:
-        for name, group in self._groups.items():
-            self._kernels.read_packed_rows(
-                group.store.packed,
-                group.store.last_step,
-                view.ids[rows],
-                None if wanted is None else wanted[rows],
-                view.words(name)[rows],
-                view.last_step(name)[rows],
-            )
+        stored = [_stored(group) for group in self._groups.values()]
+        wanted = None if wanted is None else wanted[rows]
+        self._kernels.read_packed_rows(stored, view.ids[rows], wanted, self._packed(view, rows))
+
+    def _packed(self, view: PackedView, rows: slice) -> list[PackedRows]:
+        """Return some rows of a view in each group."""
+        return [(view.words(name)[rows], view.last_step(name)[rows]) for name in self._groups]
 
     def _read_behind_writing(self, view: PackedView, wanted: Tensor) -> None:
         """Read rows part by part, each when what lay there is on the host."""
@@ -337,20 +355,14 @@ class PackedPipeline:
         with ExitStack() as changes:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(view.ids))
+            stored = [_stored(group) for group in self._groups.values()]
             updated = Lane.current(self._device).record()
             with self._write_lane as lane:
                 lane.wait(updated)
                 for first, last in _parts_of(len(view.ids)):
                     rows = slice(first, last)
-                    for name, group in self._groups.items():
-                        self._kernels.write_packed_rows(
-                            view.words(name)[rows],
-                            view.last_step(name)[rows],
-                            view.ids[rows],
-                            None if wanted is None else wanted[rows],
-                            group.store.packed,
-                            group.store.last_step,
-                        )
+                    those = None if wanted is None else wanted[rows]
+                    self._kernels.write_packed_rows(self._packed(view, rows), view.ids[rows], those, stored)
                     parts.append((view.first_row + first, view.first_row + last, lane.record()))
                 lane.uses(view.ids, *(() if wanted is None else (wanted,)))
                 view.written = lane.record()
@@ -381,8 +393,13 @@ class PackedPipeline:
         store = self._groups[name].store
         words = torch.empty(len(ids), store.packed.shape[1], dtype=torch.int32, device=self._device)
         last_step = torch.empty(len(ids), dtype=torch.int32, device=self._device)
-        self._kernels.read_packed_rows(store.packed, store.last_step, ids, None, words, last_step)
+        self._kernels.read_packed_rows([(store.packed, store.last_step)], ids, None, [(words, last_step)])
         return words, last_step
+
+
+def _stored(group: RowGroup) -> PackedRows:
+    """Return all rows of a group, as its store has them."""
+    return group.store.packed, group.store.last_step
 
 
 def _parts_of(count: int) -> list[tuple[int, int]]:

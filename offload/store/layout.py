@@ -13,6 +13,7 @@ from torch import Tensor
 GROUP_NAMES = ("geometry", "appearance")
 Moments = Literal["float32", "bfloat16"]
 StateFormat = Literal["float32", "compact"]
+PackedRows = tuple[torch.Tensor, torch.Tensor]  # words int32 [rows, words]; the step of each row's last update [rows]
 HALF_MAX = 65504.0  # the largest float16
 LAST_STEP_BYTES = 4  # of the step of a row's last update
 COPY_ROWS = 1 << 20  # copied at once when rows are filled
