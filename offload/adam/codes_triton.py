@@ -38,7 +38,7 @@ def encode_moments(m, v, reach, random, COLUMNS: tl.constexpr, LANES: tl.constex
     DEGREE: tl.constexpr = COLUMNS // 16
     VALUES: tl.constexpr = 3 * ((DEGREE + 1) * (DEGREE + 1) - 1)
     lane = tl.arange(0, LANES)[None, :]
-    roots = tl.sqrt(v)
+    roots = tl.sqrt_rn(v)
     scale = tl.zeros_like(v)
     scale_codes = tl.zeros_like(v).to(tl.int32)
     for number in tl.static_range(DEGREE):
@@ -89,11 +89,11 @@ def _relative_root(code):
 @triton.jit
 def _encode_roots(roots, scale, fraction):
     """Return k, with the second moment right on average."""
-    share = roots / tl.where(scale > 0, scale, 1.0)  # 0 ... 1
+    share = tl.div_rn(roots, tl.where(scale > 0, scale, 1.0))  # 0 ... 1
     octaves = tl.log2(tl.maximum(share, _SMALLEST_SHARE))
     lower = tl.maximum(tl.floor(octaves * _OCTAVE_STEPS + _LARGEST_ROOT).to(tl.int32), 1)
     lower = tl.minimum(lower, _LARGEST_ROOT)
-    over = share / _relative_root(lower)
+    over = tl.div_rn(share, _relative_root(lower))
     goes_up = fraction * _STEP_UP < over * over - 1
     return tl.where(share > 0, tl.minimum(lower + goes_up.to(tl.int32), _LARGEST_ROOT), 0)
 
@@ -101,9 +101,9 @@ def _encode_roots(roots, scale, fraction):
 @triton.jit
 def _encode_ratios(m, largest, fraction):
     """Return sign and c, with the first moment right on average; c is zero where `largest` is."""
-    share = tl.where(largest > 0, tl.abs(m) / tl.where(largest > 0, largest, 1.0), 0.0)
+    share = tl.where(largest > 0, tl.div_rn(tl.abs(m), tl.where(largest > 0, largest, 1.0)), 0.0)
     share = tl.minimum(share, 1.0) * (_LARGEST_RATIO * _LARGEST_RATIO)
-    lower = tl.floor(tl.sqrt(share))
+    lower = tl.floor(tl.sqrt_rn(share))
     goes_up = fraction * (2 * lower + 1) < share - lower * lower
     code = tl.minimum(lower.to(tl.int32) + goes_up.to(tl.int32), _LARGEST_RATIO)
     return code | tl.where(m.to(tl.int32, bitcast=True) < 0, 0x80, 0)

@@ -25,12 +25,21 @@ from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.adam.packed_rows_triton import is_wanted
+from offload.adam.rows import catch_up_rows
 from offload.store.layout import PackedRows, RowState
 
 # catch_up_rows is torch
 __all__ = [
-    *("catch_up_rows", "fetch_dated_rows", "fetch_rows", "move_rows", "read_packed_rows", "step_host_rows"),
-    *("step_rows", "step_view_rows", "write_packed_rows", "write_rows"),
+    "catch_up_rows",
+    "fetch_dated_rows",
+    "fetch_rows",
+    "move_rows",
+    "read_packed_rows",
+    "step_host_rows",
+    "step_rows",
+    "step_view_rows",
+    "write_packed_rows",
+    "write_rows",
 ]
 
 # By benchmarks/streamed_steps.py on an H200. More blocks that write fill the link no better, but what they have under

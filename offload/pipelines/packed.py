@@ -76,7 +76,7 @@ class _Upcoming:
     view: PackedView | None = None  # whose rows are on their way but for those of the present view; None: no space
     sources: Tensor | None = None  # [V] int64, where its rows are in the present view; -1 where they are not
     leaving: Tensor | None = None  # [V of the present view] bool, which rows of that it does not need
-    found: torch.cuda.Event | None = None  # that these two are there
+    found: torch.cuda.Event | None = None  # that these two are there, and its space may be written to
 
 
 class PackedPipeline:
@@ -307,6 +307,7 @@ class PackedPipeline:
             self._rows_retained += (sources >= 0).sum()
             self._rows_kept += len(kept)
             aside = {} if previous is None else {key: space[places] for key, space in previous.space.items()}
+            found = lane.record()
             self._read_behind_writing(view, on_host)
             for key, rows in aside.items():
                 view.space[key].index_copy_(0, kept, rows)
