@@ -14,8 +14,7 @@ part by part as that is written, with the rows that both have, which are set asi
 together, the next one is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
 The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
-rendered. A worker thread waits for the number of rows that this finds, so that neither the device nor the main thread
-does, and the link is in use from the beginning of a step on. The host's processors move no row.
+rendered, so the host's processors have nothing to do.
 
 Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
 the device a row takes 328 bytes in each of two views, and 256 of values and as many of gradients in the present one.
@@ -23,7 +22,6 @@ the device a row takes 328 bytes in each of two views, and 256 of values and as 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,8 +37,6 @@ from offload.pipelines.arena import Arena
 from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
-from offload.pipelines.times import OffloadTimes
-from offload.pipelines.worker import WorkAhead
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
@@ -109,8 +105,7 @@ class PackedPipeline:
         self._writing: dict[bool, list[tuple[int, int, torch.cuda.Event | None]]] = {False: [], True: []}
         self._previous: PackedView | None = None  # updated last
         self._present: PackedView | None = None
-        self._times = OffloadTimes()
-        self._ahead: WorkAhead[_Upcoming] = WorkAhead(self._times)
+        self._upcoming: _Upcoming | None = None
         self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
         self._lacking: PackedView | None = None  # has rows that the host has not, and that are not written now
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
@@ -123,8 +118,8 @@ class PackedPipeline:
 
     def fetch(self, cameras: Cameras) -> PackedView:
         """Return the rows of a view, with the values they have after the last step."""
-        compute, upcoming = Lane.current(self._device), self._ahead.result()
-        self._ahead.forget()
+        compute, upcoming = Lane.current(self._device), self._upcoming
+        self._upcoming = None
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
@@ -137,12 +132,12 @@ class PackedPipeline:
         return view
 
     def prefetch(self, cameras: Cameras) -> None:
-        """Let the next view's rows travel while the present one is rendered; waits for nothing."""
-        self._ahead.begin(self._prepare, cameras, fetched(self._present), self._previous)
+        """Let the next view's rows travel while the present one is rendered; waits for the culling alone."""
+        self._upcoming = self._prepare(cameras, fetched(self._present), self._previous)
 
     def update(self) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
-        view, upcoming = fetched(self._present), self._ahead.result()
+        view, upcoming = fetched(self._present), self._upcoming
         for group in self._groups.values():
             group.begin_step()
         self._applied = True
@@ -170,7 +165,6 @@ class PackedPipeline:
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
-        self._ahead.result()
         if self._lacking is not None:
             self._write(self._lacking, None)
             self._lacking = None
@@ -182,14 +176,12 @@ class PackedPipeline:
     @property
     def upcoming_ids(self) -> Tensor | None:
         """Return the next view's rows [V] on the device, where they have been found ahead; between steps."""
-        upcoming = self._ahead.result()
-        return self._found_ids if upcoming is None else upcoming.ids
+        return self._found_ids if self._upcoming is None else self._upcoming.ids
 
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()  # rows may live in the upcoming view only
-        self._ahead.forget()
-        self._found_ids = self._previous = None
+        self._found_ids = self._previous = self._upcoming = None
 
     def read(self, name: str, ids: Tensor) -> Tensor:
         """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
@@ -236,8 +228,8 @@ class PackedPipeline:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
         ids = upcoming_ids_of(state, self._device)
-        self._ahead.forget()
-        self._found_ids, self._previous = None if ids is None else self._whole(ids), None
+        self._found_ids = None if ids is None else self._whole(ids)
+        self._previous = self._upcoming = None
 
     def undo_step(self, steps_done: int) -> None:
         """Forget the step after so many, which an error has ended; the next one begins with the same view.
@@ -245,13 +237,11 @@ class PackedPipeline:
         Raises:
             RuntimeError: Gradients have reached some rows already.
         """
-        with contextlib.suppress(Exception):
-            self._ahead.result()
         if self._present is None:
             return
         if self._applied:
             raise RuntimeError("the step had been applied in part")
-        self._ahead.forget()
+        self._upcoming = None
         if self._lacking is not None:
             self._lacking = self._present  # what the host lacks has been handed on to it
         self.finish()
@@ -266,7 +256,6 @@ class PackedPipeline:
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
         row of the view before the last one is written, but need not be fetched.
         """
-        self._ahead.result()
         self._fetch_lane.finish()
         retained = int(self._rows_retained)
         return {
@@ -276,18 +265,17 @@ class PackedPipeline:
         }
 
     def counters(self) -> Counters:
-        """Count allocations of space for views, rows and bytes that have travelled, and milliseconds that the worker
-        has culled and sent kernels, and that the main thread has waited for it; waits for the fetching."""
+        """Count allocations of space for views, and rows and bytes that have travelled; waits for the fetching."""
         rows = self.rows_moved
         row_bytes = sum(group.store.rows.row_bytes + 4 for group in self._groups.values())
         link_bytes = row_bytes * (rows["rows_fetched"] + rows["rows_written"])
-        return Counters(self.staging_allocations, self._times.milliseconds(), {**rows, "link_bytes": link_bytes})
+        return Counters(self.staging_allocations, {}, {**rows, "link_bytes": link_bytes})
 
     # --------------------------------------------------------------------------------------------------- inside
 
     def _prepare(self, cameras: Cameras, present: PackedView, previous: PackedView | None) -> _Upcoming:
-        """Find the next view and fetch its rows; the worker does it behind the rendering of the present one."""
-        with self._cull_lane as lane, self._times.on_host("worker_cull"):
+        """Find the next view and let its rows travel, but for those of the present one."""
+        with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
             sources, leaving = positions_among(present.ids, ids), positions_among(ids, present.ids) < 0
@@ -302,7 +290,7 @@ class PackedPipeline:
         if not self._arena.has_space_for(len(present.ids), len(ids)):
             return _Upcoming(ids)
         view = self._new_view(ids, at_end=not present.at_end)
-        with self._fetch_lane as lane, self._times.on_host("worker_send"):
+        with self._fetch_lane as lane:
             lane.wait(found)
             self._rows_retained += (sources >= 0).sum()
             self._rows_kept += len(kept)
