@@ -8,19 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.adam.bfloat16 import seed_of
 from offload.adam.deferral import DeferralTables, checked_table
 from offload.backends import native, num_threads
 from offload.store.layout import RowState
 
 
+CODED_COLUMNS = (16, 32, 48)  # of rows whose moments are codes
+
+
 class DeferredAdam(DeferralTables):
     """The optimizer of one store of rows: its step, its tables and the native kernels that visit rows.
 
-    It holds no rows. Those are passed to each call as CPU tensors: `rows` with parameters and both moments float32
-    [N, columns], and `last_step` int32 [N]; a row that has never been updated, or whose optimizer state is reset, has
+    It holds no rows. Those are passed to each call as CPU tensors: `rows` [N, columns] in any of the forms of
+    `RowState`, and `last_step` int32 [N]; a row that has never been updated, or whose optimizer state is reset, has
     moments of zero and last_step = step. `ids` int64 [V] are the rows to visit, strictly increasing, or None for all of
     them. Row i of the visit reads its gradient from row i of `gradients`, or from row gradient_rows[i], and writes its
-    value to row i of `out`, or to row out_rows[i].
+    value, float32, to row i of `out`, or to row out_rows[i].
+
+    Where moments are pairs or codes they are rounded at random when rows are committed, and values with codes; a row
+    that does not lag and has no gradient stays as it is. The value after a step with a gradient is the one that is
+    stored, rounded; the value of a row that is only caught up is not rounded in `out`. So it is on a device
+    (`offload/adam/rows.py`).
 
     Each method passes over the memory of the visited rows once. Methods that write different rows may run at the same
     time in several threads; `begin_step` may not run beside any other.
@@ -153,7 +162,7 @@ class DeferredAdam(DeferralTables):
         """Apply ordinary Adam, step t, in place to all rows, none of which has ever skipped a step.
 
         Args:
-            rows: See the class.
+            rows: See the class; both moments float32.
             gradients: float32 [N, columns].
 
         Raises:
@@ -176,13 +185,12 @@ class DeferredAdam(DeferralTables):
     ) -> None:
         if self.step == 0 and gradients is not None:
             raise ValueError("begin_step comes before the first gradients")
-        parameters, exp_avg, exp_avg_sq = rows.tensors()
-        n = parameters.shape[0]
+        n = rows.parameters.shape[0]
         v = n if ids is None else ids.shape[0]
         any_size = -1
-        _check("parameters", parameters, torch.float32, (n, self.columns))
-        _check("exp_avg", exp_avg, torch.float32, (n, self.columns))
-        _check("exp_avg_sq", exp_avg_sq, torch.float32, (n, self.columns))
+        self._check_rows(rows, n)
+        if last_step is None and len(rows.moments) != 2:
+            raise ValueError("dense steps take float32 rows alone")
         _check("last_step", last_step, torch.int32, (n,))
         _check("ids", ids, torch.int64, (v,))
         _check("gradients", gradients, torch.float32, (v if gradient_rows is None else any_size, self.columns))
@@ -192,9 +200,8 @@ class DeferredAdam(DeferralTables):
         if v == 0:  # empty buffers may have no address, which the kernels would take for an absent one
             return
         native.adam_rows(
-            parameters=parameters.detach(),
-            exp_avg=exp_avg,
-            exp_avg_sq=exp_avg_sq,
+            parameters=rows.parameters.detach(),
+            moments=list(rows.moments),
             last_step=last_step,
             ids=ids,
             gradients=gradients,
@@ -210,8 +217,25 @@ class DeferredAdam(DeferralTables):
             gradient_weight=1 - self.betas[0],
             square_weight=1 - self.betas[1],
             eps=self._corrected_eps(self.step - previous),
+            reach=self.reach,
+            seed=seed_of(self.step) & 0xFFFFFFFF,
             threads=self.threads,
         )
+
+    def _check_rows(self, rows: RowState, n: int) -> None:
+        """Raise ValueError unless rows [n, columns] have a form that the kernels know."""
+        if len(rows.moments) == 2:
+            names, dtypes = ("parameters", "exp_avg", "exp_avg_sq"), (torch.float32,) * 3
+        elif len(rows.moments) == 1 and rows.moments[0].dtype == torch.int32:
+            names, dtypes = ("parameters", "moments"), (torch.float32, torch.int32)
+        elif len(rows.moments) == 1:
+            names, dtypes = ("parameters", "moments"), (torch.float16, torch.int16)
+            if self.columns not in CODED_COLUMNS:
+                raise ValueError(f"rows of codes have 16, 32 or 48 columns; these have {self.columns}")
+        else:
+            raise ValueError("rows have no moments")
+        for name, tensor, dtype in zip(names, rows.tensors(), dtypes, strict=True):
+            _check(name, tensor, dtype, (n, self.columns), rows_apart=True)
 
     def _corrected_rates(self, t: int, learning_rates: Sequence[float]) -> list[float]:
         correction = self._root_correction(t) / (1 - self.betas[0] ** t)
@@ -252,12 +276,23 @@ def _longer(table: np.ndarray, capacity: int) -> np.ndarray:
     return longer
 
 
-def _check(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the tensor is None or as the kernels need it; -1 in `shape` stands for any size."""
+def _check(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], *, rows_apart: bool = False
+) -> None:
+    """Raise ValueError unless the tensor is None or as the kernels need it; -1 in `shape` stands for any size.
+
+    Args:
+        rows_apart: The values of a row are contiguous, and the rows may stand apart.
+    """
     if tensor is None:
         return
     fits = tensor.ndim == len(shape) and all(b in (a, -1) for a, b in zip(tensor.shape, shape, strict=True))
-    if not fits or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    contiguous = tensor.is_contiguous() or (rows_apart and fits and _are_rows(tensor))
+    if not fits or tensor.dtype != dtype or tensor.device.type != "cpu" or not contiguous:
         found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        layout = "" if tensor.is_contiguous() else ", not contiguous"
+        layout = "" if contiguous else ", not contiguous"
         raise ValueError(f"{name} must be contiguous {dtype} {list(shape)} on the CPU; it is {found}{layout}")
+
+
+def _are_rows(tensor: Tensor) -> bool:
+    return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]

@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 #include "adam_kernels.h"
 #include "instruction_set.h"
@@ -14,7 +16,7 @@ namespace nb = nanobind;
 
 namespace offload {
 
-IN_EACH_BUILD(AdamKernel kernel_for(const AdamRows&);)
+IN_EACH_BUILD(AdamKernel kernel_for(const AdamRows&, int64_t columns);)
 
 namespace {
 
@@ -22,6 +24,8 @@ template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// Rows of any type that may stand apart from one another.
+using Rows = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 
 template <class Array>
 auto data_or_null(const std::optional<Array>& array) {
@@ -71,12 +75,37 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> exp_avg_sq,
-               std::optional<Vector<int32_t>> last_step, std::optional<Vector<const int64_t>> ids,
-               std::optional<Matrix<const float>> gradients, std::optional<Vector<const int64_t>> gradient_rows,
-               std::optional<Matrix<float>> out, std::optional<Vector<const int64_t>> out_rows, bool store,
-               int32_t step, Matrix<const float> skipped, Matrix<const float> decays, Matrix<const float> multipliers,
-               Vector<const float> rates, float gradient_weight, float square_weight, float eps, int64_t threads) {
+bool has_type(const Rows& rows, nb::dlpack::dtype_code code, int bits) {
+  return rows.dtype().code == static_cast<uint8_t>(code) && rows.dtype().bits == bits && rows.dtype().lanes == 1;
+}
+
+Moments format_of(const Rows& parameters, const std::vector<Rows>& moments) {
+  using Code = nb::dlpack::dtype_code;
+  require(!moments.empty() && moments.size() <= 2, "rows have one or two arrays of moments");
+  const int64_t columns = parameters.shape(1);
+  const bool float32 = has_type(parameters, Code::Float, 32);
+  if (moments.size() == 2) {
+    require(float32 && has_type(moments[0], Code::Float, 32) && has_type(moments[1], Code::Float, 32),
+            "two arrays of moments are float32, as are their parameters");
+    return Moments::float32;
+  }
+  if (float32 && has_type(moments[0], Code::Int, 32)) return Moments::pairs;
+  require(has_type(parameters, Code::Float, 16) && has_type(moments[0], Code::Int, 16) &&
+              (columns == 16 || columns == 32 || columns == 48),
+          "one array of moments is int32 beside float32, or int16 beside float16 in 16, 32 or 48 columns");
+  return Moments::codes;
+}
+
+RowArray row_array(const Rows& rows) {
+  return {static_cast<char*>(rows.data()), static_cast<int64_t>(rows.stride(0)) * rows.dtype().bits / 8};
+}
+
+void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<int32_t>> last_step,
+               std::optional<Vector<const int64_t>> ids, std::optional<Matrix<const float>> gradients,
+               std::optional<Vector<const int64_t>> gradient_rows, std::optional<Matrix<float>> out,
+               std::optional<Vector<const int64_t>> out_rows, bool store, int32_t step, Matrix<const float> skipped,
+               Matrix<const float> decays, Matrix<const float> multipliers, Vector<const float> rates,
+               float gradient_weight, float square_weight, float eps, float reach, uint32_t seed, int64_t threads) {
   const int64_t total = parameters.shape(0), columns = parameters.shape(1);
   const int64_t count = ids ? ids->shape(0) : total;
   const auto has_columns = [&](const auto& array) { return static_cast<int64_t>(array.shape(1)) == columns; };
@@ -85,9 +114,13 @@ void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> ex
   };
 
   // The Python side says which argument is wrong; these only keep every access inside its array.
-  require(has_columns(exp_avg) && has_columns(exp_avg_sq) && has_columns(multipliers) && has_length(exp_avg, total) &&
-              has_length(exp_avg_sq, total) && has_length(rates, columns) &&
-              (!last_step || has_length(*last_step, total)) && (!gradients || has_columns(*gradients)) &&
+  const Moments format = format_of(parameters, moments);
+  const auto is_rows = [&](const Rows& rows) {
+    const bool apart = total < 2 || rows.stride(0) >= columns;
+    return has_length(rows, total) && has_columns(rows) && apart && (columns < 2 || rows.stride(1) == 1);
+  };
+  require(is_rows(parameters) && is_rows(moments.front()) && is_rows(moments.back()) && has_columns(multipliers) &&
+              has_length(rates, columns) && (last_step || format == Moments::float32) && (!last_step || has_length(*last_step, total)) && (!gradients || has_columns(*gradients)) &&
               (!out || has_columns(*out)) && (!gradient_rows || has_length(*gradient_rows, count)) &&
               (!out_rows || has_length(*out_rows, count)) && skipped.shape(1) == multipliers.shape(0) &&
               decays.shape(1) == 3 && step >= 0 && static_cast<int64_t>(skipped.shape(0)) > step &&
@@ -104,10 +137,19 @@ void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> ex
                            rates.data(),
                            gradient_weight,
                            square_weight,
-                           eps};
-  const AdamRows rows{parameters.data(),       exp_avg.data(),   exp_avg_sq.data(),
-                      data_or_null(last_step), data_or_null(ids), data_or_null(gradients),
-                      data_or_null(gradient_rows), data_or_null(out), data_or_null(out_rows), store};
+                           eps,
+                           reach,
+                           seed};
+  const AdamRows rows{format,
+                      row_array(parameters),
+                      {row_array(moments.front()), row_array(moments.back())},
+                      data_or_null(last_step),
+                      data_or_null(ids),
+                      data_or_null(gradients),
+                      data_or_null(gradient_rows),
+                      data_or_null(out),
+                      data_or_null(out_rows),
+                      store};
   const int64_t gradient_count = gradients ? gradients->shape(0) : 0, out_count = out ? out->shape(0) : 0;
 
   int64_t refused = 0;
@@ -120,7 +162,7 @@ void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> ex
             "every row needs a row of gradients");
     require(!out || (rows.out_rows ? within(rows.out_rows, count, out_count, threads) : out_count == count),
             "every row needs a row of out");
-    const AdamKernel kernel = OF_BEST_BUILD(kernel_for)(rows);
+    const AdamKernel kernel = OF_BEST_BUILD(kernel_for)(rows, columns);
     refused = sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
       return kernel(adam_step, rows, begin, end);
     });
@@ -132,9 +174,9 @@ void adam_rows(Matrix<float> parameters, Matrix<float> exp_avg, Matrix<float> ex
 }  // namespace offload
 
 void bind_adam(nb::module_& module) {
-  module.def("adam_rows", &offload::adam_rows, nb::arg("parameters"), nb::arg("exp_avg"), nb::arg("exp_avg_sq"),
-             nb::arg("last_step").none(), nb::arg("ids").none(), nb::arg("gradients").none(),
+  module.def("adam_rows", &offload::adam_rows, nb::arg("parameters"), nb::arg("moments"), nb::arg("last_step").none(), nb::arg("ids").none(), nb::arg("gradients").none(),
              nb::arg("gradient_rows").none(), nb::arg("out").none(), nb::arg("out_rows").none(), nb::arg("store"),
              nb::arg("step"), nb::arg("skipped"), nb::arg("decays"), nb::arg("multipliers"), nb::arg("rates"),
-             nb::arg("gradient_weight"), nb::arg("square_weight"), nb::arg("eps"), nb::arg("threads"));
+             nb::arg("gradient_weight"), nb::arg("square_weight"), nb::arg("eps"), nb::arg("reach"),
+             nb::arg("seed"), nb::arg("threads"));
 }

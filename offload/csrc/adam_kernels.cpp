@@ -3,9 +3,13 @@
 #include "adam_kernels.h"
 
 #include <cmath>
+#include <utility>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
+
+#include "bfloat16.h"
+#include "codes.h"
 
 namespace offload {
 namespace KERNEL_ISA {
@@ -30,9 +34,8 @@ class FlushDenormals {
 
 // Into the second-level cache (locality 2), which can wait for more lines at a time than the first: random rows take a
 // fifth less time than with prefetching into the first.
-inline void prefetch_row(const float* row, int64_t columns) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < columns * 4; b += kCacheLine) __builtin_prefetch(bytes + b, 0, 2);
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
 }
 
 // Past the caches where possible: `out` is read later, by another device or after much else, and a cached write would
@@ -56,53 +59,205 @@ inline void finish_streaming() {
 }
 
 // What all columns of one row share.
-struct RowState {
-  const float* skipped;  // [schedules]
-  const float* decays;   // [3]
+struct Row {
+  int64_t id;
+  const float* skipped;   // [schedules]
+  const float* decays;    // [3]
+  const float* gradient;  // [columns]
+  float* out;             // [columns]
+  bool streaming;         // `out` is aligned to 16 bytes
 };
 
-// `kLength` columns from `column` on, of one row.
-template <int kLength, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-inline void update_columns(const AdamStep& step, const RowState& row, int64_t column, float* __restrict w,
-                           float* __restrict m, float* __restrict v, const float* __restrict gradient,
-                           float* __restrict out, bool streaming) {
-  alignas(64) float values[kLength];
-  float skipped[kLength] = {};
-  if (kCatchUp) {
-    for (int64_t j = 0; j < step.schedules; ++j) {
-      const float* multipliers = step.multipliers + j * step.columns + column;
+// skipped[i] = C of column `column + i`
+template <int kLength>
+inline void skipped_sizes(const AdamStep& step, const Row& row, int64_t column, float* skipped) {
+  for (int i = 0; i < kLength; ++i) skipped[i] = 0.0f;
+  for (int64_t j = 0; j < step.schedules; ++j) {
+    const float* multipliers = step.multipliers + j * step.columns + column;
 #pragma omp simd
-      for (int i = 0; i < kLength; ++i) skipped[i] += row.skipped[j] * multipliers[i];
-    }
+    for (int i = 0; i < kLength; ++i) skipped[i] += row.skipped[j] * multipliers[i];
   }
-  const float* __restrict rates = step.rates + column;
-  const float eps = step.eps, gradient_weight = step.gradient_weight, square_weight = step.square_weight;
-  const float decay = row.decays[0], square_decay = row.decays[1], square_decay_rest = row.decays[2];
-#pragma omp simd
-  for (int i = 0; i < kLength; ++i) {
-    float value = w[column + i], mean = m[column + i], square = v[column + i];
-    // eps also keeps a parameter that never had a gradient (0 / 0) where it is.
-    if (kCatchUp) value -= skipped[i] * (mean / (std::sqrt(square) + eps));
-    if (kGradient) {
-      const float g = gradient[column + i];
-      mean = decay * mean + gradient_weight * g;
-      square = square_decay * square + (square_decay_rest * square + square_weight * (g * g));
-      value -= rates[i] * (mean / (std::sqrt(square) + eps));
-    } else if (kStore) {
-      mean *= decay;
-      square = square_decay * square + square_decay_rest * square;
-    }
-    if (kStore) {
-      w[column + i] = value;
-      m[column + i] = mean;
-      v[column + i] = square;
-    }
-    if (kOut) values[i] = value;
-  }
-  if (kOut) write_out<kLength>(out + column, values, streaming);
 }
 
-template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+// Brings the moments of a value to step t, with its gradient where it has one.
+template <bool kGradient>
+inline void update_moments(const AdamStep& step, const Row& row, float gradient, float& mean, float& square) {
+  const float decay = row.decays[0], square_decay = row.decays[1], square_decay_rest = row.decays[2];
+  if (kGradient) {
+    mean = decay * mean + step.gradient_weight * gradient;
+    square = square_decay * square + (square_decay_rest * square + step.square_weight * (gradient * gradient));
+  } else {
+    mean *= decay;
+    square = square_decay * square + square_decay_rest * square;
+  }
+}
+
+// ------------------------------------------------------------------ rows that keep values, and moments as the type says
+
+struct Float32Moments {
+  static constexpr bool exact = true;  // storing a row that does not lag changes nothing
+  float *first, *second;
+
+  Float32Moments(const AdamStep&, const AdamRows& rows, int64_t id)
+      : first(rows.moments[0].row<float>(id)), second(rows.moments[1].row<float>(id)) {}
+  static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
+    prefetch_row(rows.moments[0].row<float>(id), columns * 4);
+    prefetch_row(rows.moments[1].row<float>(id), columns * 4);
+  }
+  void load(int64_t i, float& mean, float& square) const { mean = first[i], square = second[i]; }
+  void store(int64_t i, float mean, float square) const { first[i] = mean, second[i] = square; }
+};
+
+struct PairMoments {
+  static constexpr bool exact = false;
+  uint32_t* pairs;
+  uint32_t counter, seed;
+
+  PairMoments(const AdamStep& step, const AdamRows& rows, int64_t id)
+      : pairs(rows.moments[0].row<uint32_t>(id)), counter(static_cast<uint32_t>(id * step.columns)), seed(step.seed) {}
+  static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
+    prefetch_row(rows.moments[0].row<uint32_t>(id), columns * 4);
+  }
+  void load(int64_t i, float& mean, float& square) const {
+    mean = first_of_pair(pairs[i]), square = second_of_pair(pairs[i]);
+  }
+  void store(int64_t i, float mean, float square) const {
+    pairs[i] = pair_of(mean, square, random_bits(counter + static_cast<uint32_t>(i), seed));
+  }
+};
+
+template <class Kept>
+struct Float32Rows {
+  static constexpr bool exact = Kept::exact;
+
+  static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
+    prefetch_row(rows.parameters.row<float>(id), columns * 4);
+    Kept::prefetch(rows, id, columns);
+  }
+
+  template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+  static void update(const AdamStep& step, const AdamRows& rows, const Row& row) {
+    float* w = rows.parameters.row<float>(row.id);
+    const Kept moments(step, rows, row.id);
+    int64_t column = 0;
+    for (; column + 16 <= step.columns; column += 16)
+      update_columns<16, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, moments);
+    for (; column + 4 <= step.columns; column += 4)
+      update_columns<4, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, moments);
+    for (; column < step.columns; ++column)
+      update_columns<1, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, moments);
+  }
+
+ private:
+  // `kLength` columns from `column` on.
+  template <int kLength, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+  static void update_columns(const AdamStep& step, const Row& row, int64_t column, float* __restrict w,
+                             const Kept moments) {
+    alignas(64) float values[kLength];
+    float skipped[kLength];
+    if (kCatchUp) skipped_sizes<kLength>(step, row, column, skipped);
+    const float* __restrict rates = step.rates + column;
+    const float* __restrict gradient = row.gradient;
+    const float eps = step.eps;
+#pragma omp simd
+    for (int i = 0; i < kLength; ++i) {
+      float value = w[column + i], mean, square;
+      moments.load(column + i, mean, square);
+      // eps also keeps a parameter that never had a gradient (0 / 0) where it is.
+      if (kCatchUp) value -= skipped[i] * (mean / (std::sqrt(square) + eps));
+      if (kGradient || kStore)
+        update_moments<kGradient>(step, row, kGradient ? gradient[column + i] : 0.0f, mean, square);
+      if (kGradient) value -= rates[i] * (mean / (std::sqrt(square) + eps));
+      if (kStore) {
+        w[column + i] = value;
+        moments.store(column + i, mean, square);
+      }
+      if (kOut) values[i] = value;
+    }
+    if (kOut) write_out<kLength>(row.out + column, values, row.streaming);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------- rows of codes
+
+template <int kColumns>
+struct CodedRows {
+  static constexpr bool exact = false;
+  static constexpr int kDegree = degree_of(kColumns);
+
+  static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
+    prefetch_row(rows.parameters.row<uint16_t>(id), columns * 2);
+    prefetch_row(rows.moments[0].row<uint16_t>(id), columns * 2);
+  }
+
+  template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+  static void update(const AdamStep& step, const AdamRows& rows, const Row& row) {
+    update<kCatchUp, kGradient, kStore, kOut>(step, rows, row, std::make_integer_sequence<int, kDegree>());
+  }
+
+ private:
+  struct Moved {  // moments, and random bits, [kColumns]
+    alignas(64) float first[kColumns], second[kColumns];
+    alignas(64) uint32_t random[kColumns];
+  };
+
+  template <bool kCatchUp, bool kGradient, bool kStore, bool kOut, int... kBlocks>
+  static void update(const AdamStep& step, const AdamRows& rows, const Row& row,
+                     std::integer_sequence<int, kBlocks...>) {
+    uint16_t *halves = rows.parameters.row<uint16_t>(row.id), *codes = rows.moments[0].row<uint16_t>(row.id);
+    Moved moved;
+    (update_block<kBlocks * kBlock, kCatchUp, kGradient, kStore, kOut>(step, row, halves, codes, moved), ...);
+    if (!kStore) return;
+    const float largest[] = {largest_of_degree<kColumns, kBlocks + 1>(moved.second)...};
+    uint32_t scale_bits[kDegree];
+    float inverse_scales[kDegree];
+    for (int i = 0; i < kDegree; ++i) {
+      scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;
+      inverse_scales[i] = scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f;
+    }
+    (encode_block<kColumns, kBlocks * kBlock>(moved.first, moved.second, step.reach, moved.random, inverse_scales,
+                                              codes),
+     ...);
+    for (int i = 0; i < kDegree; ++i) codes[num_values(kDegree) + i] = static_cast<uint16_t>(scale_bits[i] >> 16);
+  }
+
+  template <int kFirst, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+  static void update_block(const AdamStep& step, const Row& row, uint16_t* halves, const uint16_t* codes,
+                           Moved& moved) {
+    alignas(64) float values[kBlock], mean[kBlock], root[kBlock];
+    alignas(64) uint32_t words[kBlock];
+    float skipped[kBlock];
+    widen(halves + kFirst, words);
+    decode_moments<kColumns, kFirst>(codes, step.reach, mean, root);
+    if (kCatchUp) skipped_sizes<kBlock>(step, row, kFirst, skipped);
+    const float* __restrict rates = step.rates + kFirst;
+    const float* __restrict gradient = row.gradient + kFirst;
+    const float eps = step.eps;
+    const uint32_t counter = static_cast<uint32_t>(row.id * kColumns + kFirst), seed = step.seed;
+#pragma omp simd
+    for (int i = 0; i < kBlock; ++i) {
+      float value = float_of_half(words[i]), first = mean[i], second = root[i] * root[i];
+      if (kCatchUp) value -= skipped[i] * (first / (root[i] + eps));
+      if (kGradient || kStore) {
+        update_moments<kGradient>(step, row, kGradient ? gradient[i] : 0.0f, first, second);
+        if (kGradient) value -= rates[i] * (first / (std::sqrt(second) + eps));
+        const uint32_t random = random_bits(counter + static_cast<uint32_t>(i), seed);
+        words[i] = rounded_half(value, random);
+        if (kOut) value = float_of_half(words[i]);
+        moved.first[kFirst + i] = first;
+        moved.second[kFirst + i] = second;
+        moved.random[kFirst + i] = random;
+      }
+      values[i] = value;
+    }
+    if (kStore) narrow(words, halves + kFirst);
+    if (kOut) write_out<kBlock>(row.out + kFirst, values, row.streaming);
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------- visits
+
+template <class Rows, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
 int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t columns = step.columns;
@@ -111,12 +266,10 @@ int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, i
   for (int64_t i = begin; i < end; ++i) {
     if (rows.ids && i + kPrefetchRows < end) {
       const int64_t ahead = rows.ids[i + kPrefetchRows];
-      prefetch_row(rows.parameters + ahead * columns, columns);
-      prefetch_row(rows.exp_avg + ahead * columns, columns);
-      prefetch_row(rows.exp_avg_sq + ahead * columns, columns);
+      Rows::prefetch(rows, ahead, columns);
       if (kCatchUp) __builtin_prefetch(rows.last_step + ahead, 0, 2);
       if (kGradient && rows.gradient_rows)
-        prefetch_row(rows.gradients + rows.gradient_rows[i + kPrefetchRows] * columns, columns);
+        prefetch_row(rows.gradients + rows.gradient_rows[i + kPrefetchRows] * columns, columns * 4);
     }
     const int64_t id = rows.ids ? rows.ids[i] : i;
     const int32_t last = kCatchUp ? rows.last_step[id] : step.largest_last_step;
@@ -124,32 +277,35 @@ int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, i
       ++refused;
       continue;
     }
-    const RowState row{kCatchUp ? step.skipped + last * step.schedules : nullptr,
-                       step.decays + 3 * (step.step - last)};
-    float* w = rows.parameters + id * columns;
-    float* m = rows.exp_avg + id * columns;
-    float* v = rows.exp_avg_sq + id * columns;
-    const float* gradient =
-        kGradient ? rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns : nullptr;
-    float* out = kOut ? rows.out + (rows.out_rows ? rows.out_rows[i] : i) * columns : nullptr;
-    int64_t column = 0;
-    for (; column + 16 <= columns; column += 16)
-      update_columns<16, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, m, v, gradient, out, streaming);
-    for (; column + 4 <= columns; column += 4)
-      update_columns<4, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, m, v, gradient, out, streaming);
-    for (; column < columns; ++column)
-      update_columns<1, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, m, v, gradient, out, streaming);
+    if (kStore && !kGradient && !Rows::exact && last == step.step) continue;  // nothing is rounded twice
+    const Row row{id,
+                  kCatchUp ? step.skipped + last * step.schedules : nullptr,
+                  step.decays + 3 * (step.step - last),
+                  kGradient ? rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns : nullptr,
+                  kOut ? rows.out + (rows.out_rows ? rows.out_rows[i] : i) * columns : nullptr,
+                  streaming};
+    Rows::template update<kCatchUp, kGradient, kStore, kOut>(step, rows, row);
     if (kCatchUp && kStore) rows.last_step[id] = step.step;
   }
   if (streaming) finish_streaming();
   return refused;
 }
 
-AdamKernel kernel_for(const AdamRows& rows) {
-  if (!rows.last_step) return update_rows<false, true, true, false>;  // dense
-  if (!rows.store) return rows.gradients ? update_rows<true, true, false, true> : update_rows<true, false, false, true>;
-  if (!rows.gradients) return update_rows<true, false, true, false>;
-  return rows.out ? update_rows<true, true, true, true> : update_rows<true, true, true, false>;
+template <class Rows>
+AdamKernel deferred_kernel_for(const AdamRows& rows) {
+  if (!rows.store)
+    return rows.gradients ? update_rows<Rows, true, true, false, true> : update_rows<Rows, true, false, false, true>;
+  if (!rows.gradients) return update_rows<Rows, true, false, true, false>;
+  return rows.out ? update_rows<Rows, true, true, true, true> : update_rows<Rows, true, true, true, false>;
+}
+
+AdamKernel kernel_for(const AdamRows& rows, int64_t columns) {
+  if (!rows.last_step) return update_rows<Float32Rows<Float32Moments>, false, true, true, false>;  // dense
+  if (rows.format == Moments::float32) return deferred_kernel_for<Float32Rows<Float32Moments>>(rows);
+  if (rows.format == Moments::pairs) return deferred_kernel_for<Float32Rows<PairMoments>>(rows);
+  if (columns == 16) return deferred_kernel_for<CodedRows<16>>(rows);
+  if (columns == 32) return deferred_kernel_for<CodedRows<32>>(rows);
+  return deferred_kernel_for<CodedRows<48>>(rows);
 }
 
 }  // namespace KERNEL_ISA

@@ -18,19 +18,38 @@ struct AdamStep {
   float gradient_weight;    // 1 - b1
   float square_weight;      // 1 - b2
   float eps;                // eps sqrt(1 - b2^t)
+  float reach;              // the bound of m / sqrt(v) by which codes measure m
+  uint32_t seed;            // of the random bits of step t
+};
+
+// How rows keep their moments: both in float32; as pairs of bfloat16, one word each; or as codes, which have 16, 32 or
+// 48 columns, and parameters in float16.
+enum class Moments { float32, pairs, codes };
+
+// Rows [N, columns] whose values are contiguous.
+struct RowArray {
+  char* data;
+  int64_t stride;  // bytes from one row to the next
+
+  template <class T>
+  T* row(int64_t i) const {
+    return reinterpret_cast<T*>(data + i * stride);
+  }
 };
 
 // The rows to visit; those of `out` and `gradients` are numbered 0, 1, 2 ... unless out_rows or gradient_rows say
 // otherwise.
 struct AdamRows {
-  float *parameters, *exp_avg, *exp_avg_sq;  // [N, columns]
-  int32_t* last_step;                        // [N], or null: every row has been updated at every step before t
-  const int64_t* ids;                        // [V], or null: all rows
-  const float* gradients;                    // [rows, columns], or null: no gradient at step t
-  const int64_t* gradient_rows;              // [V] or null
-  float* out;                                // [rows, columns], or null
-  const int64_t* out_rows;                   // [V] or null
-  bool store;                                // write the new state back
+  Moments format;
+  RowArray parameters;
+  RowArray moments[2];           // first and second; pairs and codes have both in the first of these
+  int32_t* last_step;            // [N], or null: every row has been updated at every step before t; float32 only
+  const int64_t* ids;            // [V], or null: all rows
+  const float* gradients;        // [rows, columns], or null: no gradient at step t
+  const int64_t* gradient_rows;  // [V] or null
+  float* out;                    // [rows, columns], or null
+  const int64_t* out_rows;       // [V] or null
+  bool store;                    // write the new state back
 };
 
 // Visits rows [begin, end) of the V; returns how many were left alone because of an impossible last_step.
