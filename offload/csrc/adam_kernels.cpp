@@ -215,8 +215,8 @@ struct CodedRows {
       scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;
       inverse_scales[i] = scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f;
     }
-    (encode_block<kColumns, kBlocks * kBlock>(moved.first, moved.second, step.reach, moved.random, inverse_scales,
-                                              codes),
+    (encode_block<kColumns, kBlocks * kBlock>(moved.first + kBlocks * kBlock, moved.second + kBlocks * kBlock, step.reach,
+                                              moved.random + kBlocks * kBlock, inverse_scales, codes),
      ...);
     for (int i = 0; i < kDegree; ++i) codes[num_values(kDegree) + i] = static_cast<uint16_t>(scale_bits[i] >> 16);
   }
