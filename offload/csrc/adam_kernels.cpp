@@ -206,29 +206,29 @@ struct CodedRows {
                      std::integer_sequence<int, kBlocks...>) {
     uint16_t *halves = rows.parameters.row<uint16_t>(row.id), *codes = rows.moments[0].row<uint16_t>(row.id);
     Moved moved;
-    (update_block<kBlocks * kBlock, kCatchUp, kGradient, kStore, kOut>(step, row, halves, codes, moved), ...);
+    const Factors scales = scales_of<kDegree>(codes);
+    (update_block<kBlocks * kBlock, kCatchUp, kGradient, kStore, kOut>(step, row, halves, codes, scales, moved), ...);
     if (!kStore) return;
-    const float largest[] = {largest_of_degree<kColumns, kBlocks + 1>(moved.second)...};
+    const float largest[] = {largest_of_degree<kBlocks + 1>(moved.second)...};
     uint32_t scale_bits[kDegree];
-    float inverse_scales[kDegree];
-    for (int i = 0; i < kDegree; ++i) {
-      scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;
-      inverse_scales[i] = scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f;
-    }
-    (encode_block<kColumns, kBlocks * kBlock>(moved.first + kBlocks * kBlock, moved.second + kBlocks * kBlock, step.reach,
+    for (int i = 0; i < kDegree; ++i) scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;
+    const Factors inverse_scales =
+        factors_of<kDegree>([&](int i) { return scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f; });
+    (encode_block<kBlocks * kBlock>(moved.first + kBlocks * kBlock, moved.second + kBlocks * kBlock, step.reach,
                                               moved.random + kBlocks * kBlock, inverse_scales, codes),
      ...);
-    for (int i = 0; i < kDegree; ++i) codes[num_values(kDegree) + i] = static_cast<uint16_t>(scale_bits[i] >> 16);
+    for (int column = num_values(kDegree), i = 0; column < kColumns; ++column, ++i)
+      codes[column] = i < kDegree ? static_cast<uint16_t>(scale_bits[i] >> 16) : 0;
   }
 
   template <int kFirst, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  static void update_block(const AdamStep& step, const Row& row, uint16_t* halves, const uint16_t* codes,
+  static void update_block(const AdamStep& step, const Row& row, uint16_t* halves, const uint16_t* codes, Factors scales,
                            Moved& moved) {
     alignas(64) float values[kBlock], mean[kBlock], root[kBlock];
     alignas(64) uint32_t words[kBlock];
     float skipped[kBlock];
     widen(halves + kFirst, words);
-    decode_moments<kColumns, kFirst>(codes, step.reach, mean, root);
+    decode_moments<kFirst>(codes, scales, step.reach, mean, root);
     if (kCatchUp) skipped_sizes<kBlock>(step, row, kFirst, skipped);
     const float* __restrict rates = step.rates + kFirst;
     const float* __restrict gradient = row.gradient + kFirst;

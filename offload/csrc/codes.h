@@ -16,8 +16,7 @@ namespace offload {
 namespace KERNEL_ISA {
 
 constexpr int kBlock = 16;              // columns
-constexpr int kLargestRoot = 255;       // codes
-constexpr float kLargestRatio = 127.0f;
+constexpr int kLargestRoot = 255, kLargestRatio = 127;  // codes
 constexpr float kHalfMax = 65504.0f;
 constexpr uint32_t kHalfMaxBits = 0x7BFF;
 constexpr float kStepUp = 0.0905077327f;    // 2^(2/16) - 1: what a code's second moment grows by to the next, over itself
@@ -111,47 +110,57 @@ inline uint32_t rounded_half(float value, uint32_t random) {
 
 // ----------------------------------------------------------------------------------------------------- moments
 
-// Which block of its row a column is in: that of its degree; or none, behind the values.
-constexpr bool in_degree(int column, int degree) { return column >= num_values(degree - 1) && column < num_values(degree); }
+// A factor of each degree; 0 for degrees that the rows do not have.
+struct Factors {
+  float first = 0.0f, second = 0.0f, third = 0.0f;
 
-// The factor of each column's degree. scales [kDegree].
+  // Of a column; 0 behind the values. By value, since compilers do not choose between addresses in vectors.
+  float of(int column) const {
+    return column < num_values(1) ? first : column < num_values(2) ? second : column < num_values(3) ? third : 0.0f;
+  }
+};
+
+// factors of what f(degree - 1) gives
+template <int kDegree, class Function>
+inline Factors factors_of(const Function& f) {
+  Factors factors{f(0)};
+  if constexpr (kDegree > 1) factors.second = f(1);
+  if constexpr (kDegree > 2) factors.third = f(2);
+  return factors;
+}
+
+// The scales of the degrees of a row.
 template <int kDegree>
-inline float of_degree(int column, const float* scales) {
-  float scale = 0.0f;
-  for (int degree = 1; degree <= kDegree; ++degree)
-    scale = column >= num_values(degree - 1) && column < num_values(kDegree) ? scales[degree - 1] : scale;
-  return scale;
+inline Factors scales_of(const uint16_t* codes) {
+  return factors_of<kDegree>(
+      [&](int i) { return float_of(static_cast<uint32_t>(codes[num_values(kDegree) + i]) << 16); });
 }
 
 // Decodes the first moments and the roots of the second of the block of columns `kFirst`.
-template <int kColumns, int kFirst>
-inline void decode_moments(const uint16_t* codes, float reach, float* first, float* root) {
-  constexpr int degree = degree_of(kColumns);
+template <int kFirst>
+inline void decode_moments(const uint16_t* codes, Factors scales, float reach, float* first, float* root) {
   alignas(64) uint32_t words[kBlock];
   alignas(64) int32_t sixteenths[kBlock];
   alignas(64) float powers[kBlock];
-  float scales[degree];
-  for (int i = 0; i < degree; ++i) scales[i] = float_of(static_cast<uint32_t>(codes[num_values(degree) + i]) << 16);
   widen(codes + kFirst, words);
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) sixteenths[i] = static_cast<int32_t>(words[i] >> 8) - kLargestRoot;
   exp2_sixteenths(sixteenths, powers);
-  const float of_ratio = reach / (kLargestRatio * kLargestRatio);
+  const float of_ratio = reach / static_cast<float>(kLargestRatio * kLargestRatio);
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
-    const float scale = of_degree<degree>(kFirst + i, scales);
-    root[i] = words[i] > 0xFFu ? scale * powers[i] : 0.0f;
+    root[i] = words[i] > 0xFFu ? scales.of(kFirst + i) * powers[i] : 0.0f;
     const float ratio = static_cast<float>(static_cast<int32_t>(words[i] & 0x7Fu));
     first[i] = float_of(bits_of(ratio * ratio * of_ratio * root[i]) | (words[i] & 0x80u) << 24);
   }
 }
 
-// The largest second moment of each degree, of a row's [kColumns].
-template <int kColumns, int kDegree>
+// The largest second moment of the columns of a degree.
+template <int kDegree>
 inline float largest_of_degree(const float* second) {
   float largest = 0.0f;
 #pragma omp simd reduction(max : largest)
-  for (int i = 0; i < kColumns; ++i) largest = std::max(largest, in_degree(i, kDegree) ? second[i] : 0.0f);
+  for (int i = num_values(kDegree - 1); i < num_values(kDegree); ++i) largest = std::max(largest, second[i]);
   return largest;
 }
 
@@ -161,17 +170,16 @@ inline float rough_log2(float f) {
 }
 
 // Encodes the block of columns `kFirst`; the scales of the row's degrees are given, and their inverses or zero.
-template <int kColumns, int kFirst>
+template <int kFirst>
 inline void encode_block(const float* first, const float* second, float reach, const uint32_t* random,
-                         const float* inverse_scales, uint16_t* codes) {
-  constexpr int degree = degree_of(kColumns);
+                         Factors inverse_scales, uint16_t* codes) noexcept {
   alignas(64) uint32_t words[kBlock];
   alignas(64) int32_t lower[kBlock], above[kBlock];
-  alignas(64) float shares[kBlock], inverse_roots[kBlock];
+  alignas(64) float inverses[kBlock], shares[kBlock], inverse_roots[kBlock];
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
-    const float inverse = of_degree<degree>(kFirst + i, inverse_scales);
-    shares[i] = second[i] * inverse * inverse;  // 0 ... 1, of the second moment; its root has half the logarithm
+    inverses[i] = inverse_scales.of(kFirst + i);
+    shares[i] = second[i] * inverses[i] * inverses[i];  // 0 ... 1, of the second moment; its root has half the logarithm
     const uint32_t bits = bits_of(shares[i]);
     const int32_t octaves = static_cast<int32_t>(bits >> 23) - 127;
     const float rest = rough_log2(float_of((bits & 0x7FFFFFu) | 0x3F800000u) - 1.0f) * 8.0f;
@@ -179,7 +187,7 @@ inline void encode_block(const float* first, const float* second, float reach, c
     above[i] = kLargestRoot - lower[i];
   }
   exp2_sixteenths(above, inverse_roots);
-  const float of_ratio = kLargestRatio * kLargestRatio / reach;
+  const float of_ratio = static_cast<float>(kLargestRatio * kLargestRatio) / reach;
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
     const uint32_t other = random[i] * 0x9E3779B1u;
@@ -187,19 +195,19 @@ inline void encode_block(const float* first, const float* second, float reach, c
     const float for_first = static_cast<float>(static_cast<int32_t>(other >> 16)) * 0x1p-16f;
 
     const float over = shares[i] * inverse_roots[i] * inverse_roots[i];  // the second moment over that of `lower`
-    const bool up = for_second * kStepUp < over - 1.0f && lower[i] < kLargestRoot;
-    const int32_t root_code = second[i] > 0.0f ? lower[i] + up : 0;
+    const int32_t root = std::min(lower[i] + static_cast<int32_t>(for_second * kStepUp < over - 1.0f), kLargestRoot);
+    const float step = 1.0f - (1.0f - kPreviousRoot) * static_cast<float>(root - lower[i]);
 
-    const float inverse = of_degree<degree>(kFirst + i, inverse_scales) * inverse_roots[i] * (up ? kPreviousRoot : 1.0f);
+    const float inverse = inverses[i] * inverse_roots[i] * step;  // of the root as it will be decoded
     const float size = float_of(bits_of(first[i]) & 0x7FFFFFFFu);
-    const float squares = second[i] > 0.0f ? std::min(size * inverse * of_ratio, kLargestRatio * kLargestRatio) : 0.0f;
-    const int32_t ratio = static_cast<int32_t>(std::sqrt(squares));
-    const float lower_ratio = static_cast<float>(ratio);
-    const bool ratio_up =
-        for_first * (2.0f * lower_ratio + 1.0f) < squares - lower_ratio * lower_ratio && lower_ratio < kLargestRatio;
-    words[i] = static_cast<uint32_t>(root_code) << 8 | (bits_of(first[i]) >> 24 & 0x80u) |
-               static_cast<uint32_t>(ratio + ratio_up);
-    words[i] = kFirst + i < num_values(degree) ? words[i] : 0u;
+    const float squares = size * inverse * of_ratio;
+    const float floor = static_cast<float>(static_cast<int32_t>(std::sqrt(squares)));
+    const bool ratio_up = for_first * (2.0f * floor + 1.0f) < squares - floor * floor;
+    const int32_t ratio = std::min(static_cast<int32_t>(floor) + static_cast<int32_t>(ratio_up), kLargestRatio);
+
+    const uint32_t word = static_cast<uint32_t>(root) << 8 | static_cast<uint32_t>(ratio);
+    const uint32_t sign = bits_of(first[i]) >> 24 & 0x80u;
+    words[i] = (word & (second[i] > 0.0f ? ~0u : 0u)) | sign;
   }
   narrow(words, codes + kFirst);
 }
