@@ -10,6 +10,7 @@
 
 #include "bfloat16.h"
 #include "codes.h"
+#include "quick_math.h"
 
 namespace offload {
 namespace KERNEL_ISA {
@@ -191,7 +192,7 @@ struct CodedRows {
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  static void update(const AdamStep& step, const AdamRows& rows, const Row& row) {
+  static ALWAYS_INLINE void update(const AdamStep& step, const AdamRows& rows, const Row& row) {
     update<kCatchUp, kGradient, kStore, kOut>(step, rows, row, std::make_integer_sequence<int, kDegree>());
   }
 
@@ -202,14 +203,14 @@ struct CodedRows {
   };
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut, int... kBlocks>
-  static void update(const AdamStep& step, const AdamRows& rows, const Row& row,
+  static ALWAYS_INLINE void update(const AdamStep& step, const AdamRows& rows, const Row& row,
                      std::integer_sequence<int, kBlocks...>) {
     uint16_t *halves = rows.parameters.row<uint16_t>(row.id), *codes = rows.moments[0].row<uint16_t>(row.id);
     Moved moved;
     const Factors scales = scales_of<kDegree>(codes);
     (update_block<kBlocks * kBlock, kCatchUp, kGradient, kStore, kOut>(step, row, halves, codes, scales, moved), ...);
     if (!kStore) return;
-    const float largest[] = {largest_of_degree<kBlocks + 1>(moved.second)...};
+    const float largest[] = {largest_of_degree<kDegree, kBlocks + 1>(moved.second)...};
     uint32_t scale_bits[kDegree];
     for (int i = 0; i < kDegree; ++i) scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;
     const Factors inverse_scales =
@@ -222,12 +223,12 @@ struct CodedRows {
   }
 
   template <int kFirst, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  static void update_block(const AdamStep& step, const Row& row, uint16_t* halves, const uint16_t* codes, Factors scales,
+  static ALWAYS_INLINE void update_block(const AdamStep& step, const Row& row, uint16_t* halves, const uint16_t* codes, Factors scales,
                            Moved& moved) {
     alignas(64) float values[kBlock], mean[kBlock], root[kBlock];
     alignas(64) uint32_t words[kBlock];
     float skipped[kBlock];
-    widen(halves + kFirst, words);
+    load_halves(halves + kFirst, values);
     decode_moments<kFirst>(codes, scales, step.reach, mean, root);
     if (kCatchUp) skipped_sizes<kBlock>(step, row, kFirst, skipped);
     const float* __restrict rates = step.rates + kFirst;
@@ -236,14 +237,13 @@ struct CodedRows {
     const uint32_t counter = static_cast<uint32_t>(row.id * kColumns + kFirst), seed = step.seed;
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) {
-      float value = float_of_half(words[i]), first = mean[i], second = root[i] * root[i];
-      if (kCatchUp) value -= skipped[i] * (first / (root[i] + eps));
+      float value = values[i], first = mean[i], second = root[i] * root[i];
+      if (kCatchUp) value -= skipped[i] * (first * reciprocal(root[i] + eps));
       if (kGradient || kStore) {
         update_moments<kGradient>(step, row, kGradient ? gradient[i] : 0.0f, first, second);
-        if (kGradient) value -= rates[i] * (first / (std::sqrt(second) + eps));
+        if (kGradient) value -= rates[i] * (first * reciprocal(root_of(second) + eps));
         const uint32_t random = random_bits(counter + static_cast<uint32_t>(i), seed);
-        words[i] = rounded_half(value, random);
-        if (kOut) value = float_of_half(words[i]);
+        words[i] = round_to_half(value, random);
         moved.first[kFirst + i] = first;
         moved.second[kFirst + i] = second;
         moved.random[kFirst + i] = random;
@@ -257,9 +257,10 @@ struct CodedRows {
 
 // ----------------------------------------------------------------------------------------------------------- visits
 
+// A function of its own, without anything to destroy: compilers make no vectors of what an exception might leave.
 template <class Rows, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, int64_t end) {
-  const FlushDenormals flush;
+__attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRows& rows, int64_t begin,
+                                             int64_t end) noexcept {
   const int64_t columns = step.columns;
   const bool streaming = kOut && columns % 4 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
   int64_t refused = 0;
@@ -289,6 +290,12 @@ int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, i
   }
   if (streaming) finish_streaming();
   return refused;
+}
+
+template <class Rows, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  return visit_rows<Rows, kCatchUp, kGradient, kStore, kOut>(step, rows, begin, end);
 }
 
 template <class Rows>

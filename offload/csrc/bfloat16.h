@@ -3,22 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "quick_math.h"
 
 namespace offload {
 namespace KERNEL_ISA {
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // lowbias32 of C. Wellons, https://nullprogram.com/blog/2018/07/31/
 inline uint32_t mixed(uint32_t x) {

@@ -12,13 +12,15 @@
 
 #include "bfloat16.h"
 
+// Row loops keep constants in registers where all of a row's work stands in them.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace offload {
 namespace KERNEL_ISA {
 
 constexpr int kBlock = 16;              // columns
 constexpr int kLargestRoot = 255, kLargestRatio = 127;  // codes
-constexpr float kHalfMax = 65504.0f;
-constexpr uint32_t kHalfMaxBits = 0x7BFF;
+constexpr int32_t kHalfMaxBits = 0x477FE000;  // of 65504 in float32
 constexpr float kStepUp = 0.0905077327f;    // 2^(2/16) - 1: what a code's second moment grows by to the next, over itself
 constexpr float kPreviousRoot = 0.957603281f;  // 2^(-1/16)
 // 2^(j/16)
@@ -88,24 +90,34 @@ inline void exp2_sixteenths(const int32_t* sixteenths, float* powers) {
 
 // ------------------------------------------------------------------------------------------------------ values
 
-// No arithmetic with denormal float32, which kernels flush to zero.
-inline float float_of_half(uint32_t half) {
-  const uint32_t size = half & 0x7FFFu;
-  const float normal = float_of((size << 13) + (112u << 23));
-  const float denormal = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
-  return float_of(bits_of(size < 0x400u ? denormal : normal) | (half & 0x8000u) << 16);
+// Reads 16 halves. No arithmetic with denormal float32, which kernels flush to zero.
+inline void load_halves(const uint16_t* halves, float* values) {
+#if defined(__AVX512F__)
+  _mm512_store_ps(values, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves))));
+#else
+  alignas(64) uint32_t words[kBlock];
+  widen(halves, words);
+#pragma omp simd
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t size = words[i] & 0x7FFFu;
+    const float normal = float_of((size << 13) + (112u << 23));
+    const float denormal = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
+    values[i] = float_of(bits_of(size < 0x400u ? denormal : normal) | (words[i] & 0x8000u) << 16);
+  }
+#endif
 }
 
-// The bits of the half below `value` in size, or of the one above; with random bits right on average. Values beyond
-// the range of halves become the largest.
-inline uint32_t rounded_half(float value, uint32_t random) {
-  const uint32_t bits = bits_of(value), size = bits & 0x7FFFFFFFu;
-  const int32_t exponent = std::max(static_cast<int32_t>(size >> 23), 127 - 14);  // smaller ones have its spacing
-  // In 8192ths of the spacing of halves: exact, but for what is smaller.
-  const float spacings = float_of(size) * float_of(static_cast<uint32_t>(254 - exponent + 10 + 13) << 23);
-  const int32_t steps = (static_cast<int32_t>(spacings) + static_cast<int32_t>(random & 0x1FFFu)) >> 13;
-  const int32_t half = std::min((exponent - 113) * 1024 + steps, static_cast<int32_t>(kHalfMaxBits));
-  return static_cast<uint32_t>(half) | (bits >> 16 & 0x8000u);
+// Rounds to the half below in size or the one above; with random bits right on average. What is beyond the range of
+// halves becomes the largest. Returns the half and makes `value` what it is.
+inline uint32_t round_to_half(float& value, uint32_t random) {
+  const uint32_t sign = bits_of(value) & 0x80000000u, size = bits_of(value) & 0x7FFFFFFFu;
+  // Below 2^-14 all halves are equally far apart, as float32 are from there to 2^-13.
+  const bool denormal = size < 113u << 23;
+  const float base = denormal ? 0x1p-14f : 0.0f;
+  uint32_t bits = (bits_of(float_of(size) + base) + (random & 0x1FFFu)) & ~0x1FFFu;
+  bits = static_cast<uint32_t>(std::min(static_cast<int32_t>(bits), kHalfMaxBits));
+  value = float_of(bits_of(float_of(bits) - base) | sign);
+  return ((bits >> 13) - (denormal ? 113u << 10 : 112u << 10)) | sign >> 16;
 }
 
 // ----------------------------------------------------------------------------------------------------- moments
@@ -138,7 +150,7 @@ inline Factors scales_of(const uint16_t* codes) {
 
 // Decodes the first moments and the roots of the second of the block of columns `kFirst`.
 template <int kFirst>
-inline void decode_moments(const uint16_t* codes, Factors scales, float reach, float* first, float* root) {
+ALWAYS_INLINE void decode_moments(const uint16_t* codes, Factors scales, float reach, float* first, float* root) {
   alignas(64) uint32_t words[kBlock];
   alignas(64) int32_t sixteenths[kBlock];
   alignas(64) float powers[kBlock];
@@ -155,24 +167,31 @@ inline void decode_moments(const uint16_t* codes, Factors scales, float reach, f
   }
 }
 
-// The largest second moment of the columns of a degree.
-template <int kDegree>
-inline float largest_of_degree(const float* second) {
-  float largest = 0.0f;
-#pragma omp simd reduction(max : largest)
-  for (int i = num_values(kDegree - 1); i < num_values(kDegree); ++i) largest = std::max(largest, second[i]);
-  return largest;
-}
-
-// log2(1 + f), off by at most 2e-5, 0 <= f < 1.
-inline float rough_log2(float f) {
-  return f + f * (1 - f) * (0.44191704f + f * (-0.26717937f + f * (0.14842658f - 0.045149f * f)));
+// The largest second moment of the columns of a degree, of a row of `kBlocks` blocks.
+template <int kBlocks, int kDegree>
+ALWAYS_INLINE float largest_of_degree(const float* second) {
+  alignas(64) float largest[kBlock];
+#pragma omp simd
+  for (int i = 0; i < kBlock; ++i) {
+    largest[i] = 0.0f;
+    for (int block = 0; block < kBlocks; ++block) {
+      const int column = block * kBlock + i;
+      const bool inside = column >= num_values(kDegree - 1) && column < num_values(kDegree);
+      const float value = inside ? second[column] : 0.0f;
+      largest[i] = value > largest[i] ? value : largest[i];
+    }
+  }
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int i = 0; i < half; ++i) largest[i] = largest[half + i] > largest[i] ? largest[half + i] : largest[i];
+  }
+  return largest[0];
 }
 
 // Encodes the block of columns `kFirst`; the scales of the row's degrees are given, and their inverses or zero.
 template <int kFirst>
-inline void encode_block(const float* first, const float* second, float reach, const uint32_t* random,
-                         Factors inverse_scales, uint16_t* codes) noexcept {
+ALWAYS_INLINE void encode_block(const float* first, const float* second, float reach, const uint32_t* random,
+                         Factors inverse_scales, uint16_t* codes) {
   alignas(64) uint32_t words[kBlock];
   alignas(64) int32_t lower[kBlock], above[kBlock];
   alignas(64) float inverses[kBlock], shares[kBlock], inverse_roots[kBlock];
@@ -190,24 +209,24 @@ inline void encode_block(const float* first, const float* second, float reach, c
   const float of_ratio = static_cast<float>(kLargestRatio * kLargestRatio) / reach;
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
-    const uint32_t other = random[i] * 0x9E3779B1u;
-    const float for_second = static_cast<float>(static_cast<int32_t>(random[i] >> 16)) * 0x1p-16f;
-    const float for_first = static_cast<float>(static_cast<int32_t>(other >> 16)) * 0x1p-16f;
+    // 0 ... 65535, below 65536 times the probability of being rounded up
+    const float for_second = static_cast<float>(static_cast<int32_t>(random[i] >> 16));
+    const float for_first = static_cast<float>(static_cast<int32_t>(random[i] * 0x9E3779B1u >> 16));
 
     const float over = shares[i] * inverse_roots[i] * inverse_roots[i];  // the second moment over that of `lower`
-    const int32_t root = std::min(lower[i] + static_cast<int32_t>(for_second * kStepUp < over - 1.0f), kLargestRoot);
+    const bool up = for_second < over * (65536.0f / kStepUp) - 65536.0f / kStepUp;
+    const int32_t root = std::min(lower[i] + static_cast<int32_t>(up), kLargestRoot);
     const float step = 1.0f - (1.0f - kPreviousRoot) * static_cast<float>(root - lower[i]);
 
     const float inverse = inverses[i] * inverse_roots[i] * step;  // of the root as it will be decoded
-    const float size = float_of(bits_of(first[i]) & 0x7FFFFFFFu);
-    const float squares = size * inverse * of_ratio;
-    const float floor = static_cast<float>(static_cast<int32_t>(std::sqrt(squares)));
-    const bool ratio_up = for_first * (2.0f * floor + 1.0f) < squares - floor * floor;
-    const int32_t ratio = std::min(static_cast<int32_t>(floor) + static_cast<int32_t>(ratio_up), kLargestRatio);
+    const float squares = float_of(bits_of(first[i]) & 0x7FFFFFFFu) * of_ratio * inverse;
+    const int32_t floor = static_cast<int32_t>(squares * rough_inverse_root(squares));
+    const float lower_ratio = static_cast<float>(floor);
+    const bool ratio_up = for_first * (2.0f * lower_ratio + 1.0f) < (squares - lower_ratio * lower_ratio) * 65536.0f;
+    const int32_t ratio = std::min(floor + static_cast<int32_t>(ratio_up), kLargestRatio);
 
     const uint32_t word = static_cast<uint32_t>(root) << 8 | static_cast<uint32_t>(ratio);
-    const uint32_t sign = bits_of(first[i]) >> 24 & 0x80u;
-    words[i] = (word & (second[i] > 0.0f ? ~0u : 0u)) | sign;
+    words[i] = (word & (second[i] > 0.0f ? ~0u : 0u)) | (bits_of(first[i]) >> 24 & 0x80u);
   }
   narrow(words, codes + kFirst);
 }
