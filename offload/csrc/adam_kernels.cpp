@@ -197,8 +197,8 @@ struct CodedRows {
   }
 
  private:
-  struct Moved {  // moments, and random bits, [kColumns]
-    alignas(64) float first[kColumns], second[kColumns];
+  struct Moved {  // [kColumns]
+    alignas(64) float skipped[kColumns], first[kColumns], second[kColumns];
     alignas(64) uint32_t random[kColumns];
   };
 
@@ -207,6 +207,7 @@ struct CodedRows {
                      std::integer_sequence<int, kBlocks...>) {
     uint16_t *halves = rows.parameters.row<uint16_t>(row.id), *codes = rows.moments[0].row<uint16_t>(row.id);
     Moved moved;
+    if (kCatchUp) skipped_sizes<kColumns>(step, row, 0, moved.skipped);
     const Factors scales = scales_of<kDegree>(codes);
     (update_block<kBlocks * kBlock, kCatchUp, kGradient, kStore, kOut>(step, row, halves, codes, scales, moved), ...);
     if (!kStore) return;
@@ -227,10 +228,9 @@ struct CodedRows {
                            Moved& moved) {
     alignas(64) float values[kBlock], mean[kBlock], root[kBlock];
     alignas(64) uint32_t words[kBlock];
-    float skipped[kBlock];
     load_halves(halves + kFirst, values);
     decode_moments<kFirst>(codes, scales, step.reach, mean, root);
-    if (kCatchUp) skipped_sizes<kBlock>(step, row, kFirst, skipped);
+    const float* skipped = moved.skipped + kFirst;
     const float* __restrict rates = step.rates + kFirst;
     const float* __restrict gradient = row.gradient + kFirst;
     const float eps = step.eps;
@@ -259,7 +259,7 @@ struct CodedRows {
 
 // A function of its own, without anything to destroy: compilers make no vectors of what an exception might leave.
 template <class Rows, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-__attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRows& rows, int64_t begin,
+__attribute__((noinline)) int64_t visit_rows(const AdamStep step, const AdamRows rows, int64_t begin,
                                              int64_t end) noexcept {
   const int64_t columns = step.columns;
   const bool streaming = kOut && columns % 4 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;

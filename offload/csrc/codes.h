@@ -167,25 +167,33 @@ ALWAYS_INLINE void decode_moments(const uint16_t* codes, Factors scales, float r
   }
 }
 
-// The largest second moment of the columns of a degree, of a row of `kBlocks` blocks.
+// All bits where a column of a row belongs to a degree.
+struct DegreeMasks {
+  alignas(64) uint32_t of[3][48];
+  constexpr DegreeMasks() : of() {
+    for (int degree = 1; degree <= 3; ++degree)
+      for (int i = num_values(degree - 1); i < num_values(degree); ++i) of[degree - 1][i] = ~0u;
+  }
+};
+constexpr DegreeMasks kMasks;
+
+// The largest second moment of a degree, of a row of `kBlocks` blocks.
 template <int kBlocks, int kDegree>
 ALWAYS_INLINE float largest_of_degree(const float* second) {
-  alignas(64) float largest[kBlock];
+  alignas(64) int32_t largest[kBlock];  // bits: those of numbers that are not negative have their order
+  for (int i = 0; i < kBlock; ++i) largest[i] = 0;
+  for (int first = 0; first < kBlocks * kBlock; first += kBlock) {
 #pragma omp simd
-  for (int i = 0; i < kBlock; ++i) {
-    largest[i] = 0.0f;
-    for (int block = 0; block < kBlocks; ++block) {
-      const int column = block * kBlock + i;
-      const bool inside = column >= num_values(kDegree - 1) && column < num_values(kDegree);
-      const float value = inside ? second[column] : 0.0f;
-      largest[i] = value > largest[i] ? value : largest[i];
+    for (int i = 0; i < kBlock; ++i) {
+      const uint32_t inside = bits_of(second[first + i]) & kMasks.of[kDegree - 1][first + i];
+      largest[i] = std::max(largest[i], static_cast<int32_t>(inside));
     }
   }
   for (int half = kBlock / 2; half > 0; half /= 2) {
 #pragma omp simd
-    for (int i = 0; i < half; ++i) largest[i] = largest[half + i] > largest[i] ? largest[half + i] : largest[i];
+    for (int i = 0; i < half; ++i) largest[i] = std::max(largest[i], largest[half + i]);
   }
-  return largest[0];
+  return float_of(static_cast<uint32_t>(largest[0]));
 }
 
 // Encodes the block of columns `kFirst`; the scales of the row's degrees are given, and their inverses or zero.
