@@ -128,8 +128,11 @@ struct PairMoments {
 };
 
 template <class Kept>
-struct Float32Rows {
+class Float32Rows {
+ public:
   static constexpr bool exact = Kept::exact;
+
+  Float32Rows(const AdamStep& step, const AdamRows& rows) : step_(step), rows_(rows) {}
 
   static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
     prefetch_row(rows.parameters.row<float>(id), columns * 4);
@@ -137,17 +140,20 @@ struct Float32Rows {
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  static void update(const AdamStep& step, const AdamRows& rows, const Row& row) {
-    float* w = rows.parameters.row<float>(row.id);
-    const Kept moments(step, rows, row.id);
+  void update(const Row& row) const {
+    float* w = rows_.parameters.row<float>(row.id);
+    const Kept moments(step_, rows_, row.id);
     int64_t column = 0;
-    for (; column + 16 <= step.columns; column += 16)
-      update_columns<16, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, moments);
-    for (; column + 4 <= step.columns; column += 4)
-      update_columns<4, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, moments);
-    for (; column < step.columns; ++column)
-      update_columns<1, kCatchUp, kGradient, kStore, kOut>(step, row, column, w, moments);
+    for (; column + 16 <= step_.columns; column += 16)
+      update_columns<16, kCatchUp, kGradient, kStore, kOut>(step_, row, column, w, moments);
+    for (; column + 4 <= step_.columns; column += 4)
+      update_columns<4, kCatchUp, kGradient, kStore, kOut>(step_, row, column, w, moments);
+    for (; column < step_.columns; ++column)
+      update_columns<1, kCatchUp, kGradient, kStore, kOut>(step_, row, column, w, moments);
   }
+
+  template <bool kStore>
+  void finish() const {}
 
  private:
   // `kLength` columns from `column` on.
@@ -177,14 +183,19 @@ struct Float32Rows {
     }
     if (kOut) write_out<kLength>(row.out + column, values, row.streaming);
   }
+
+  const AdamStep& step_;
+  const AdamRows& rows_;
 };
 
 // ------------------------------------------------------------------------------------------------- rows of codes
 
 template <int kColumns>
-struct CodedRows {
+class CodedRows {
+ public:
   static constexpr bool exact = false;
-  static constexpr int kDegree = degree_of(kColumns);
+
+  CodedRows(const AdamStep& step, const AdamRows& rows) : step_(step), rows_(rows) {}
 
   static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
     prefetch_row(rows.parameters.row<uint16_t>(id), columns * 2);
@@ -192,77 +203,109 @@ struct CodedRows {
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  static ALWAYS_INLINE void update(const AdamStep& step, const AdamRows& rows, const Row& row) {
-    update<kCatchUp, kGradient, kStore, kOut>(step, rows, row, std::make_integer_sequence<int, kDegree>());
+  ALWAYS_INLINE void update(const Row& row) {
+    uint16_t *halves = rows_.parameters.row<uint16_t>(row.id), *codes = rows_.moments[0].row<uint16_t>(row.id);
+    Decoded& decoded = decoded_[count_];
+    decoded.codes = codes;
+    float scales[kDegree];
+    for (int i = 0; i < kDegree; ++i) scales[i] = float_of(static_cast<uint32_t>(codes[kScales + i]) << 16);
+    spread<kDegree>(scales, decoded.scales);
+    if (kCatchUp) skipped_sizes<kColumns>(step_, row, 0, skipped_);
+    for (int first = 0; first < kColumns; first += kBlock)
+      update_block<kCatchUp, kGradient, kStore, kOut>(row, halves, codes, first, decoded);
+    if (kStore && ++count_ == kBatch) encode();
+  }
+
+  template <bool kStore>
+  void finish() {
+    if (kStore) encode();
   }
 
  private:
-  struct Moved {  // [kColumns]
-    alignas(64) float skipped[kColumns], first[kColumns], second[kColumns];
+  static constexpr int kDegree = degree_of(kColumns), kScales = num_values(kDegree);
+  static constexpr int kBatch = 8;  // rows that are encoded at once: a single one is a long chain of operations
+
+  struct Decoded {
+    alignas(64) float first[kColumns], second[kColumns], scales[kColumns];
     alignas(64) uint32_t random[kColumns];
+    uint16_t* codes;
   };
 
-  template <bool kCatchUp, bool kGradient, bool kStore, bool kOut, int... kBlocks>
-  static ALWAYS_INLINE void update(const AdamStep& step, const AdamRows& rows, const Row& row,
-                     std::integer_sequence<int, kBlocks...>) {
-    uint16_t *halves = rows.parameters.row<uint16_t>(row.id), *codes = rows.moments[0].row<uint16_t>(row.id);
-    Moved moved;
-    if (kCatchUp) skipped_sizes<kColumns>(step, row, 0, moved.skipped);
-    const Factors scales = scales_of<kDegree>(codes);
-    (update_block<kBlocks * kBlock, kCatchUp, kGradient, kStore, kOut>(step, row, halves, codes, scales, moved), ...);
-    if (!kStore) return;
-    const float largest[] = {largest_of_degree<kDegree, kBlocks + 1>(moved.second)...};
-    uint32_t scale_bits[kDegree];
-    for (int i = 0; i < kDegree; ++i) scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;
-    const Factors inverse_scales =
-        factors_of<kDegree>([&](int i) { return scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f; });
-    (encode_block<kBlocks * kBlock>(moved.first + kBlocks * kBlock, moved.second + kBlocks * kBlock, step.reach,
-                                              moved.random + kBlocks * kBlock, inverse_scales, codes),
-     ...);
-    for (int column = num_values(kDegree), i = 0; column < kColumns; ++column, ++i)
-      codes[column] = i < kDegree ? static_cast<uint16_t>(scale_bits[i] >> 16) : 0;
-  }
-
-  template <int kFirst, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  static ALWAYS_INLINE void update_block(const AdamStep& step, const Row& row, uint16_t* halves, const uint16_t* codes, Factors scales,
-                           Moved& moved) {
+  template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
+  ALWAYS_INLINE void update_block(const Row& row, uint16_t* halves, const uint16_t* codes, int column,
+                                  Decoded& decoded) {
     alignas(64) float values[kBlock], mean[kBlock], root[kBlock];
     alignas(64) uint32_t words[kBlock];
-    load_halves(halves + kFirst, values);
-    decode_moments<kFirst>(codes, scales, step.reach, mean, root);
-    const float* skipped = moved.skipped + kFirst;
-    const float* __restrict rates = step.rates + kFirst;
-    const float* __restrict gradient = row.gradient + kFirst;
-    const float eps = step.eps;
-    const uint32_t counter = static_cast<uint32_t>(row.id * kColumns + kFirst), seed = step.seed;
+    uint16_t rounded[kBlock];
+    load_halves(halves + column, values);
+    decode_moments(codes + column, decoded.scales + column, step_.reach, mean, root);
+    const float* skipped = skipped_ + column;
+    const float* __restrict rates = step_.rates + column;
+    const float* __restrict gradient = row.gradient + column;
+    const float eps = step_.eps;
+    const uint32_t counter = static_cast<uint32_t>(row.id * kColumns + column), seed = step_.seed;
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) {
       float value = values[i], first = mean[i], second = root[i] * root[i];
       if (kCatchUp) value -= skipped[i] * (first * reciprocal(root[i] + eps));
       if (kGradient || kStore) {
-        update_moments<kGradient>(step, row, kGradient ? gradient[i] : 0.0f, first, second);
+        update_moments<kGradient>(step_, row, kGradient ? gradient[i] : 0.0f, first, second);
         if (kGradient) value -= rates[i] * (first * reciprocal(root_of(second) + eps));
         const uint32_t random = random_bits(counter + static_cast<uint32_t>(i), seed);
-        words[i] = round_to_half(value, random);
-        moved.first[kFirst + i] = first;
-        moved.second[kFirst + i] = second;
-        moved.random[kFirst + i] = random;
+        words[i] = rounded_half(value, random);
+        decoded.first[column + i] = first;
+        decoded.second[column + i] = second;
+        decoded.random[column + i] = random;
       }
       values[i] = value;
     }
-    if (kStore) narrow(words, halves + kFirst);
-    if (kOut) write_out<kBlock>(row.out + kFirst, values, row.streaming);
+    if (kGradient || kStore) {
+      uint16_t* destination = kStore ? halves + column : rounded;
+      narrow(words, destination);
+      if (kOut) load_halves(destination, values);
+    }
+    if (kOut) write_out<kBlock>(row.out + column, values, row.streaming);
   }
+
+  __attribute__((noinline)) void encode() {
+    float largest[kBatch * kDegree], inverse_scales[kBatch * kDegree];
+    uint32_t scale_bits[kBatch * kDegree];
+    for (int i = 0; i < count_; ++i) {
+      for (int degree = 0; degree < kDegree; ++degree)
+        largest[i * kDegree + degree] = largest_of_degree<kDegree>(decoded_[i].second, degree + 1);
+    }
+    for (int i = 0; i < count_ * kDegree; ++i) {
+      scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;  // rounded upwards
+      inverse_scales[i] = scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f;
+    }
+    for (int i = 0; i < count_; ++i) {
+      Decoded& decoded = decoded_[i];
+      spread<kDegree>(inverse_scales + i * kDegree, decoded.scales);
+      for (int first = 0; first < kColumns; first += kBlock)
+        encode_moments(decoded.first + first, decoded.second + first, step_.reach, decoded.random + first,
+                       decoded.scales + first, decoded.codes + first);
+      for (int j = 0; j < kColumns - kScales; ++j)
+        decoded.codes[kScales + j] = j < kDegree ? static_cast<uint16_t>(scale_bits[i * kDegree + j] >> 16) : 0;
+    }
+    count_ = 0;
+  }
+
+  const AdamStep step_;
+  const AdamRows rows_;
+  alignas(64) float skipped_[kColumns];
+  Decoded decoded_[kBatch];
+  int count_ = 0;
 };
 
 // ----------------------------------------------------------------------------------------------------------- visits
 
 // A function of its own, without anything to destroy: compilers make no vectors of what an exception might leave.
 template <class Rows, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-__attribute__((noinline)) int64_t visit_rows(const AdamStep step, const AdamRows rows, int64_t begin,
+__attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRows& rows, int64_t begin,
                                              int64_t end) noexcept {
   const int64_t columns = step.columns;
   const bool streaming = kOut && columns % 4 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
+  Rows visited(step, rows);
   int64_t refused = 0;
   for (int64_t i = begin; i < end; ++i) {
     if (rows.ids && i + kPrefetchRows < end) {
@@ -285,9 +328,10 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep step, const AdamRows
                   kGradient ? rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns : nullptr,
                   kOut ? rows.out + (rows.out_rows ? rows.out_rows[i] : i) * columns : nullptr,
                   streaming};
-    Rows::template update<kCatchUp, kGradient, kStore, kOut>(step, rows, row);
+    visited.template update<kCatchUp, kGradient, kStore, kOut>(row);
     if (kCatchUp && kStore) rows.last_step[id] = step.step;
   }
+  visited.template finish<kStore>();
   if (streaming) finish_streaming();
   return refused;
 }

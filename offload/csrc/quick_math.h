@@ -42,9 +42,11 @@ inline float root_of(float x) {
   return root + 0.5f * root * (1.0f - root * y);
 }
 
-// log2(1 + f), off by at most 1.2e-4, 0 <= f < 1.
-inline float rough_log2(float f) {
-  return f + f * (1.0f - f) * (0.43872572f + f * (-0.23905816f + f * 0.08213062f));
+// log2(x), off by 1.2e-4 and by 2^-23 of it; some negative number below -126 for 0.
+inline float rough_log2(float x) {
+  const float f = float_of((bits_of(x) & 0x7FFFFFu) | 0x3F800000u) - 1.0f;
+  const float line = static_cast<float>(static_cast<int32_t>(bits_of(x))) * 0x1p-23f - 127.0f;
+  return line + (f - f * f) * (0.43872572f + f * (-0.23905816f + f * 0.08213062f));
 }
 
 }  // namespace KERNEL_ISA
