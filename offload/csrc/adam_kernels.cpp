@@ -152,7 +152,7 @@ class Float32Rows {
       update_columns<1, kCatchUp, kGradient, kStore, kOut>(step_, row, column, w, moments);
   }
 
-  template <bool kStore>
+  template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
   void finish() const {}
 
  private:
@@ -203,97 +203,100 @@ class CodedRows {
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  ALWAYS_INLINE void update(const Row& row) {
-    uint16_t *halves = rows_.parameters.row<uint16_t>(row.id), *codes = rows_.moments[0].row<uint16_t>(row.id);
-    Decoded& decoded = decoded_[count_];
-    decoded.codes = codes;
-    float scales[kDegree];
-    for (int i = 0; i < kDegree; ++i) scales[i] = float_of(static_cast<uint32_t>(codes[kScales + i]) << 16);
-    spread<kDegree>(scales, decoded.scales);
-    if (kCatchUp) skipped_sizes<kColumns>(step_, row, 0, skipped_);
-    for (int first = 0; first < kColumns; first += kBlock)
-      update_block<kCatchUp, kGradient, kStore, kOut>(row, halves, codes, first, decoded);
-    if (kStore && ++count_ == kBatch) encode();
+  void update(const Row& row) {
+    batch_[count_] = row;
+    halves_[count_] = rows_.parameters.row<uint16_t>(row.id);
+    codes_[count_] = rows_.moments[0].row<uint16_t>(row.id);
+    if (++count_ == kBatch) finish<kCatchUp, kGradient, kStore, kOut>();
   }
-
-  template <bool kStore>
-  void finish() {
-    if (kStore) encode();
-  }
-
- private:
-  static constexpr int kDegree = degree_of(kColumns), kScales = num_values(kDegree);
-  static constexpr int kBatch = 8;  // rows that are encoded at once: a single one is a long chain of operations
-
-  struct Decoded {
-    alignas(64) float first[kColumns], second[kColumns], scales[kColumns];
-    alignas(64) uint32_t random[kColumns];
-    uint16_t* codes;
-  };
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  ALWAYS_INLINE void update_block(const Row& row, uint16_t* halves, const uint16_t* codes, int column,
-                                  Decoded& decoded) {
-    alignas(64) float values[kBlock], mean[kBlock], root[kBlock];
-    alignas(64) uint32_t words[kBlock];
-    uint16_t rounded[kBlock];
-    load_halves(halves + column, values);
-    decode_moments(codes + column, decoded.scales + column, step_.reach, mean, root);
-    const float* skipped = skipped_ + column;
-    const float* __restrict rates = step_.rates + column;
-    const float* __restrict gradient = row.gradient + column;
-    const float eps = step_.eps;
-    const uint32_t counter = static_cast<uint32_t>(row.id * kColumns + column), seed = step_.seed;
-#pragma omp simd
-    for (int i = 0; i < kBlock; ++i) {
-      float value = values[i], first = mean[i], second = root[i] * root[i];
-      if (kCatchUp) value -= skipped[i] * (first * reciprocal(root[i] + eps));
-      if (kGradient || kStore) {
-        update_moments<kGradient>(step_, row, kGradient ? gradient[i] : 0.0f, first, second);
-        if (kGradient) value -= rates[i] * (first * reciprocal(root_of(second) + eps));
-        const uint32_t random = random_bits(counter + static_cast<uint32_t>(i), seed);
-        words[i] = rounded_half(value, random);
-        decoded.first[column + i] = first;
-        decoded.second[column + i] = second;
-        decoded.random[column + i] = random;
-      }
-      values[i] = value;
+  void finish() {
+    for (int i = 0; i < count_; ++i) load<kCatchUp>(i);
+    if (kCatchUp)
+      for (int i = 0; i < count_; ++i) catch_up(i);
+    if (kGradient || kStore)
+      for (int i = 0; i < count_; ++i) move<kGradient>(i);
+    if (kGradient) {
+      for (int i = 0; i < count_; ++i) find_roots(i);
+      for (int i = 0; i < count_; ++i) apply(i);
     }
-    if (kGradient || kStore) {
-      uint16_t* destination = kStore ? halves + column : rounded;
-      narrow(words, destination);
-      if (kOut) load_halves(destination, values);
-    }
-    if (kOut) write_out<kBlock>(row.out + column, values, row.streaming);
-  }
-
-  __attribute__((noinline)) void encode() {
-    float largest[kBatch * kDegree], inverse_scales[kBatch * kDegree];
-    uint32_t scale_bits[kBatch * kDegree];
-    for (int i = 0; i < count_; ++i) {
-      for (int degree = 0; degree < kDegree; ++degree)
-        largest[i * kDegree + degree] = largest_of_degree<kDegree>(decoded_[i].second, degree + 1);
-    }
-    for (int i = 0; i < count_ * kDegree; ++i) {
-      scale_bits[i] = (bits_of(std::sqrt(largest[i])) + 0xFFFFu) & 0xFFFF0000u;  // rounded upwards
-      inverse_scales[i] = scale_bits[i] ? 1.0f / float_of(scale_bits[i]) : 0.0f;
-    }
-    for (int i = 0; i < count_; ++i) {
-      Decoded& decoded = decoded_[i];
-      spread<kDegree>(inverse_scales + i * kDegree, decoded.scales);
-      for (int first = 0; first < kColumns; first += kBlock)
-        encode_moments(decoded.first + first, decoded.second + first, step_.reach, decoded.random + first,
-                       decoded.scales + first, decoded.codes + first);
-      for (int j = 0; j < kColumns - kScales; ++j)
-        decoded.codes[kScales + j] = j < kDegree ? static_cast<uint16_t>(scale_bits[i * kDegree + j] >> 16) : 0;
-    }
+    if (kGradient || kStore)
+      for (int i = 0; i < count_; ++i) round<kStore, kOut>(i);
+    if (kOut)
+      for (int i = 0; i < count_; ++i) write_out<kColumns>(batch_[i].out, values_[i], batch_[i].streaming);
+    if (kStore) encode_moments<kColumns>(count_, first_, second_, step_.reach, random_, codes_);
     count_ = 0;
   }
 
-  const AdamStep step_;
-  const AdamRows rows_;
-  alignas(64) float skipped_[kColumns];
-  Decoded decoded_[kBatch];
+ private:
+  template <bool kCatchUp>
+  void load(int row) {
+    for (int i = 0; i < kColumns; i += kBlock) load_halves(halves_[row] + i, values_[row] + i);
+    decode_moments<kColumns>(codes_[row], step_.reach, first_[row], roots_[row]);
+    if (kCatchUp) skipped_sizes<kColumns>(step_, batch_[row], 0, second_[row]);
+  }
+
+  void catch_up(int row) {
+    float* value = values_[row];
+    const float *first = first_[row], *root = roots_[row], *skipped = second_[row];
+    const float eps = step_.eps;
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) value[i] -= skipped[i] * (first[i] * reciprocal(root[i] + eps));
+  }
+
+  template <bool kGradient>
+  void move(int row) {
+    float *first = first_[row], *second = second_[row];
+    const float *root = roots_[row], *gradient = batch_[row].gradient;
+    uint32_t* random = random_[row];
+    const uint32_t counter = static_cast<uint32_t>(batch_[row].id * kColumns), seed = step_.seed;
+    const Row of_row = batch_[row];
+    const AdamStep step = step_;
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) {
+      second[i] = root[i] * root[i];
+      update_moments<kGradient>(step, of_row, kGradient ? gradient[i] : 0.0f, first[i], second[i]);
+      random[i] = random_bits(counter + static_cast<uint32_t>(i), seed);
+    }
+  }
+
+  void find_roots(int row) {
+    float* root = roots_[row];
+    const float* second = second_[row];
+    const float eps = step_.eps;
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) root[i] = root_of(second[i]) + eps;
+  }
+
+  void apply(int row) {
+    float* value = values_[row];
+    const float *first = first_[row], *root = roots_[row], *rates = step_.rates;
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) value[i] -= rates[i] * (first[i] * reciprocal(root[i]));
+  }
+
+  template <bool kStore, bool kOut>
+  void round(int row) {
+    alignas(64) uint32_t words[kColumns];
+    uint16_t rounded[kColumns];
+    const float* value = values_[row];
+    const uint32_t* random = random_[row];
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) words[i] = rounded_half(value[i], random[i]);
+    uint16_t* halves = kStore ? halves_[row] : rounded;
+    for (int i = 0; i < kColumns; i += kBlock) {
+      narrow(words + i, halves + i);
+      if (kOut) load_halves(halves + i, values_[row] + i);
+    }
+  }
+
+  const AdamStep& step_;
+  const AdamRows& rows_;
+  Row batch_[kBatch];
+  uint16_t *halves_[kBatch], *codes_[kBatch];
+  Batch<float, kColumns> values_, first_, second_, roots_;
+  Batch<uint32_t, kColumns> random_;
   int count_ = 0;
 };
 
@@ -331,7 +334,7 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
     visited.template update<kCatchUp, kGradient, kStore, kOut>(row);
     if (kCatchUp && kStore) rows.last_step[id] = step.step;
   }
-  visited.template finish<kStore>();
+  visited.template finish<kCatchUp, kGradient, kStore, kOut>();
   if (streaming) finish_streaming();
   return refused;
 }

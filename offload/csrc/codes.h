@@ -130,53 +130,68 @@ inline uint32_t rounded_half(float value, uint32_t random) {
 
 // ----------------------------------------------------------------------------------------------------- moments
 
-// Decodes the first moments and the roots of the second of 16 columns, which have these scales.
-ALWAYS_INLINE void decode_moments(const uint16_t* codes, const float* scales, float reach, float* first, float* root) {
-  alignas(64) uint32_t words[kBlock], roots[kBlock];
-  alignas(64) float powers[kBlock];
-  widen(codes, words);
-#pragma omp simd
-  for (int i = 0; i < kBlock; ++i) roots[i] = words[i] >> 8;
-  exp2_sixteenths(kRoots, roots, powers);
-  const float of_ratio = reach / static_cast<float>(kLargestRatio * kLargestRatio);
-#pragma omp simd
-  for (int i = 0; i < kBlock; ++i) {
-    root[i] = scales[i] * (words[i] > 0xFFu ? powers[i] : 0.0f);
-    const float ratio = static_cast<float>(static_cast<int32_t>(words[i] & 0x7Fu));
-    first[i] = float_of(bits_of(ratio * ratio * of_ratio * root[i]) | (words[i] & 0x80u) << 24);
-  }
-}
+// Rows that are worked on at once. Each does one short chain of operations after another, in loops of their own: a
+// processor looks too few operations ahead to find the next row's work behind a long chain.
+constexpr int kBatch = 8;
+
+template <class T, int kColumns>
+struct Batch {
+  alignas(64) T rows[kBatch][kColumns];
+  T* operator[](int row) { return rows[row]; }
+  const T* operator[](int row) const { return rows[row]; }
+};
 
 // All bits where a column of a row belongs to a degree.
 struct DegreeMasks {
   alignas(64) uint32_t of[3][48];
   constexpr DegreeMasks() : of() {
-    for (int degree = 1; degree <= 3; ++degree)
-      for (int i = num_values(degree - 1); i < num_values(degree); ++i) of[degree - 1][i] = ~0u;
+    for (int degree = 0; degree < 3; ++degree)
+      for (int i = num_values(degree); i < num_values(degree + 1); ++i) of[degree][i] = ~0u;
   }
 };
 constexpr DegreeMasks kMasks;
 
-// Gives each column of a row the factor of its degree; 0 behind the values.
-template <int kDegree>
+// Gives each column of a row the factor of its degree, and 0 to those behind the values.
+template <int kColumns>
 ALWAYS_INLINE void spread(const float* factors, float* of_columns) {
-  const float first = factors[0], second = kDegree > 1 ? factors[1] : 0.0f, third = kDegree > 2 ? factors[2] : 0.0f;
-  for (int from = 0; from < kDegree * kBlock; from += kBlock) {
+  constexpr int degree = degree_of(kColumns);
+  const float first = factors[0], second = degree > 1 ? factors[1] : 0.0f, third = degree > 2 ? factors[2] : 0.0f;
 #pragma omp simd
-    for (int i = from; i < from + kBlock; ++i)
-      of_columns[i] = i < num_values(1) ? first : i < num_values(2) ? second : i < num_values(3) ? third : 0.0f;
+  for (int i = 0; i < kColumns; ++i)
+    of_columns[i] = i < num_values(1) ? first : i < num_values(2) ? second : i < num_values(3) ? third : 0.0f;
+}
+
+// Decodes the first moments of a row and the roots of the second.
+template <int kColumns>
+ALWAYS_INLINE void decode_moments(const uint16_t* codes, float reach, float* first, float* root) {
+  constexpr int degree = degree_of(kColumns);
+  alignas(64) uint32_t words[kColumns], roots[kColumns];
+  alignas(64) float powers[kColumns], of_columns[kColumns];
+  float scales[degree];
+  for (int i = 0; i < degree; ++i) scales[i] = float_of(static_cast<uint32_t>(codes[num_values(degree) + i]) << 16);
+  spread<kColumns>(scales, of_columns);
+  for (int i = 0; i < kColumns; i += kBlock) widen(codes + i, words + i);
+#pragma omp simd
+  for (int i = 0; i < kColumns; ++i) roots[i] = words[i] >> 8;
+  for (int i = 0; i < kColumns; i += kBlock) exp2_sixteenths(kRoots, roots + i, powers + i);
+  const float of_ratio = reach / static_cast<float>(kLargestRatio * kLargestRatio);
+#pragma omp simd
+  for (int i = 0; i < kColumns; ++i) {
+    root[i] = of_columns[i] * (words[i] > 0xFFu ? powers[i] : 0.0f);
+    const float ratio = static_cast<float>(static_cast<int32_t>(words[i] & 0x7Fu));
+    first[i] = float_of(bits_of(ratio * ratio * of_ratio * root[i]) | (words[i] & 0x80u) << 24);
   }
 }
 
-// The largest second moment of a degree, of a row of `kBlocks` blocks.
-template <int kBlocks>
+// The largest second moment of a degree of a row.
+template <int kColumns>
 ALWAYS_INLINE float largest_of_degree(const float* second, int degree) {
   alignas(64) int32_t largest[kBlock];  // bits: those of numbers that are not negative have their order
   for (int i = 0; i < kBlock; ++i) largest[i] = 0;
-  for (int from = 0; from < kBlocks * kBlock; from += kBlock) {
+  for (int from = 0; from < kColumns; from += kBlock) {
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) {
-      const uint32_t inside = bits_of(second[from + i]) & kMasks.of[degree - 1][from + i];
+      const uint32_t inside = bits_of(second[from + i]) & kMasks.of[degree][from + i];
       largest[i] = std::max(largest[i], static_cast<int32_t>(inside));
     }
   }
@@ -187,45 +202,85 @@ ALWAYS_INLINE float largest_of_degree(const float* second, int degree) {
   return float_of(static_cast<uint32_t>(largest[0]));
 }
 
-// Encodes 16 columns; their scales are given, inverted, or zero where these are.
-ALWAYS_INLINE void encode_moments(const float* first, const float* second, float reach, const uint32_t* random,
-                                  const float* inverse_scales, uint16_t* codes) {
-  alignas(64) uint32_t words[kBlock], lower[kBlock], above[kBlock];
-  alignas(64) float shares[kBlock], inverse_roots[kBlock];
-#pragma omp simd
-  for (int i = 0; i < kBlock; ++i) {
-    // Of the second moment, whose logarithm is twice that of its root: an octave of it has 8 codes.
-    const float share = second[i] * inverse_scales[i] * inverse_scales[i];
-    shares[i] = share < 1.0f ? share : 1.0f;
-    const int32_t code = static_cast<int32_t>(kLargestRoot + 8.0f * rough_log2(shares[i]));
-    lower[i] = static_cast<uint32_t>(std::max(code, 1));
-    above[i] = kLargestRoot - lower[i];
+// Encodes the moments of `count` rows.
+template <int kColumns>
+void encode_moments(int count, const Batch<float, kColumns>& first, const Batch<float, kColumns>& second, float reach,
+                    const Batch<uint32_t, kColumns>& random, uint16_t* const* codes) {
+  constexpr int degrees = degree_of(kColumns);
+  Batch<float, kColumns> inverses, shares, inverse_roots;
+  Batch<uint32_t, kColumns> words, above;
+  float largest[kBatch][degrees], inverse_scales[kBatch][degrees];
+  uint32_t scale_bits[kBatch][degrees];
+
+  for (int row = 0; row < count; ++row)
+    for (int i = 0; i < degrees; ++i) largest[row][i] = largest_of_degree<kColumns>(second[row], i);
+  for (int row = 0; row < count; ++row) {
+    for (int i = 0; i < degrees; ++i) {
+      scale_bits[row][i] = (bits_of(std::sqrt(largest[row][i])) + 0xFFFFu) & 0xFFFF0000u;  // rounded upwards
+      inverse_scales[row][i] = scale_bits[row][i] ? 1.0f / float_of(scale_bits[row][i]) : 0.0f;
+    }
   }
-  exp2_sixteenths(kPowers, above, inverse_roots);
+  for (int row = 0; row < count; ++row) {
+    spread<kColumns>(inverse_scales[row], inverses[row]);
+    const float *v = second[row], *inverse = inverses[row];
+    float* share = shares[row];
+    uint32_t *lower = words[row], *steps_above = above[row];
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) {
+      // Of the second moment, whose logarithm is twice that of its root: an octave of it has 8 codes.
+      const float part = v[i] * inverse[i] * inverse[i];
+      share[i] = part < 1.0f ? part : 1.0f;
+      const int32_t code = std::max(static_cast<int32_t>(kLargestRoot + 8.0f * rough_log2(share[i])), 1);
+      lower[i] = static_cast<uint32_t>(code);
+      steps_above[i] = static_cast<uint32_t>(kLargestRoot - code);
+    }
+  }
+  for (int row = 0; row < count; ++row) {
+    float *inverse_root = inverse_roots[row], *inverse = inverses[row];
+    for (int i = 0; i < kColumns; i += kBlock) exp2_sixteenths(kPowers, above[row] + i, inverse_root + i);
+    const float* share = shares[row];
+    const uint32_t* bits = random[row];
+    uint32_t* code = words[row];
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) {
+      const float over = share[i] * inverse_root[i] * inverse_root[i];  // the second moment over that of the code
+      const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] >> 16));  // times 65536
+      const int32_t up = static_cast<int32_t>(fraction < over * (65536.0f / kStepUp) - 65536.0f / kStepUp);
+      code[i] += static_cast<uint32_t>(up);
+      // Of the root that will be decoded.
+      inverse[i] = inverse[i] * inverse_root[i] * (1.0f - (1.0f - kPreviousRoot) * static_cast<float>(up));
+    }
+  }
   const float of_ratio = static_cast<float>(kLargestRatio * kLargestRatio) / reach;
+  for (int row = 0; row < count; ++row) {
+    const float *m = first[row], *inverse = inverses[row];
+    float *squares = shares[row], *root = inverse_roots[row];
 #pragma omp simd
-  for (int i = 0; i < kBlock; ++i) {
-    // 0 ... 65535; below 65536 times the probability of being rounded up
-    const float for_second = static_cast<float>(static_cast<int32_t>(random[i] >> 16));
-    const float for_first = static_cast<float>(static_cast<int32_t>(random[i] * 0x9E3779B1u >> 16));
-
-    const float over = shares[i] * inverse_roots[i] * inverse_roots[i];  // the second moment over that of `lower`
-    const bool up = for_second < over * (65536.0f / kStepUp) - 65536.0f / kStepUp;
-    const uint32_t root = lower[i] + static_cast<uint32_t>(up);
-    const float step = 1.0f - (1.0f - kPreviousRoot) * static_cast<float>(static_cast<int32_t>(up));
-    const float inverse = inverse_scales[i] * inverse_roots[i] * step;  // of what is decoded
-
-    const float squares = float_of(bits_of(first[i]) & 0x7FFFFFFFu) * of_ratio * inverse;
-    const int32_t floor = static_cast<int32_t>(squares * rough_inverse_root(squares));
-    const float lower_ratio = static_cast<float>(floor);
-    const bool ratio_up = for_first * (lower_ratio * 0x1p-15f + 0x1p-16f) < squares - lower_ratio * lower_ratio;
-    const int32_t ratio = std::min(floor + static_cast<int32_t>(ratio_up), kLargestRatio);
-
-    const uint32_t word = root << 8 | static_cast<uint32_t>(ratio);
-    const uint32_t present = second[i] > 0.0f ? ~0u : 0u;  // no choice between words: that would become a branch
-    words[i] = (bits_of(first[i]) >> 24 & 0x80u) | (word & present);
+    for (int i = 0; i < kColumns; ++i) {
+      squares[i] = float_of(bits_of(m[i]) & 0x7FFFFFFFu) * of_ratio * inverse[i];
+      root[i] = squares[i] * rough_inverse_root(squares[i]);
+    }
   }
-  narrow(words, codes);
+  for (int row = 0; row < count; ++row) {
+    const float *m = first[row], *v = second[row], *squares = shares[row], *root = inverse_roots[row];
+    const uint32_t* bits = random[row];
+    uint32_t* code = words[row];
+#pragma omp simd
+    for (int i = 0; i < kColumns; ++i) {
+      const int32_t lower = static_cast<int32_t>(root[i]);
+      const float floor = static_cast<float>(lower), over = squares[i] - floor * floor;
+      const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] * 0x9E3779B1u >> 16));  // times 65536
+      const bool up = fraction * (floor * 0x1p-15f + 0x1p-16f) < over;
+      const int32_t ratio = std::min(lower + static_cast<int32_t>(up), kLargestRatio);
+      const uint32_t present = v[i] > 0.0f ? ~0u : 0u;  // a choice between words would become a branch
+      code[i] = (bits_of(m[i]) >> 24 & 0x80u) | ((code[i] << 8 | static_cast<uint32_t>(ratio)) & present);
+    }
+  }
+  for (int row = 0; row < count; ++row) {
+    for (int i = 0; i < kColumns; i += kBlock) narrow(words[row] + i, codes[row] + i);
+    for (int i = num_values(degrees), degree = 0; i < kColumns; ++i, ++degree)
+      codes[row][i] = degree < degrees ? static_cast<uint16_t>(scale_bits[row][degree] >> 16) : 0;
+  }
 }
 
 }  // namespace KERNEL_ISA
