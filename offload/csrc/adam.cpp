@@ -122,7 +122,7 @@ void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<
   require(is_rows(parameters) && is_rows(moments.front()) && is_rows(moments.back()) && has_columns(multipliers) &&
               has_length(rates, columns) && (last_step || format == Moments::float32) && (!last_step || has_length(*last_step, total)) && (!gradients || has_columns(*gradients)) &&
               (!out || has_columns(*out)) && (!gradient_rows || has_length(*gradient_rows, count)) &&
-              (!out_rows || has_length(*out_rows, count)) && skipped.shape(1) == multipliers.shape(0) &&
+              (!out_rows || has_length(*out_rows, count)) && skipped.shape(1) == multipliers.shape(0) && multipliers.shape(0) > 0 &&
               decays.shape(1) == 3 && step >= 0 && static_cast<int64_t>(skipped.shape(0)) > step &&
               static_cast<int64_t>(decays.shape(0)) > step,
           "arrays do not fit together");

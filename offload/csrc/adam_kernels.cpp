@@ -72,11 +72,15 @@ struct Row {
 // skipped[i] = C of column `column + i`
 template <int kLength>
 inline void skipped_sizes(const AdamStep& step, const Row& row, int64_t column, float* skipped) {
-  for (int i = 0; i < kLength; ++i) skipped[i] = 0.0f;
-  for (int64_t j = 0; j < step.schedules; ++j) {
-    const float* multipliers = step.multipliers + j * step.columns + column;
+  const float* multipliers = step.multipliers + column;
+  const float first = row.skipped[0];
 #pragma omp simd
-    for (int i = 0; i < kLength; ++i) skipped[i] += row.skipped[j] * multipliers[i];
+  for (int i = 0; i < kLength; ++i) skipped[i] = first * multipliers[i];
+  for (int64_t j = 1; j < step.schedules; ++j) {
+    const float* others = multipliers + j * step.columns;
+    const float other = row.skipped[j];
+#pragma omp simd
+    for (int i = 0; i < kLength; ++i) skipped[i] += other * others[i];
   }
 }
 
@@ -93,7 +97,7 @@ inline void update_moments(const AdamStep& step, const Row& row, float gradient,
   }
 }
 
-// ------------------------------------------------------------------ rows that keep values, and moments as the type says
+// --------------------------------------------------------------- rows of float32, with moments in float32 or in pairs
 
 struct Float32Moments {
   static constexpr bool exact = true;  // storing a row that does not lag changes nothing
@@ -190,6 +194,7 @@ class Float32Rows {
 
 // ------------------------------------------------------------------------------------------------- rows of codes
 
+// Works on batches of rows.
 template <int kColumns>
 class CodedRows {
  public:
@@ -212,68 +217,67 @@ class CodedRows {
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
   void finish() {
-    for (int i = 0; i < count_; ++i) load<kCatchUp>(i);
-    if (kCatchUp)
-      for (int i = 0; i < count_; ++i) catch_up(i);
-    if (kGradient || kStore)
-      for (int i = 0; i < count_; ++i) move<kGradient>(i);
-    if (kGradient) {
-      for (int i = 0; i < count_; ++i) find_roots(i);
-      for (int i = 0; i < count_; ++i) apply(i);
-    }
-    if (kGradient || kStore)
+    static_assert(kCatchUp, "rows of codes are never updated densely");
+    for (int i = 0; i < count_; ++i) load(i);
+    for (int i = 0; i < count_; ++i) catch_up(i);
+    if (kGradient || kStore) {
+      for (int i = 0; i < count_; ++i) update_moments_of<kGradient>(i);
+      if (kGradient) {
+        for (int i = 0; i < count_; ++i) find_divisors(i);
+        for (int i = 0; i < count_; ++i) apply_gradient(i);
+      }
       for (int i = 0; i < count_; ++i) round<kStore, kOut>(i);
+    }
     if (kOut)
       for (int i = 0; i < count_; ++i) write_out<kColumns>(batch_[i].out, values_[i], batch_[i].streaming);
-    if (kStore) encode_moments<kColumns>(count_, first_, second_, step_.reach, random_, codes_);
+    if (kStore) moments_.encode(count_, step_.reach, codes_);
     count_ = 0;
   }
 
  private:
-  template <bool kCatchUp>
   void load(int row) {
     for (int i = 0; i < kColumns; i += kBlock) load_halves(halves_[row] + i, values_[row] + i);
-    decode_moments<kColumns>(codes_[row], step_.reach, first_[row], roots_[row]);
-    if (kCatchUp) skipped_sizes<kColumns>(step_, batch_[row], 0, second_[row]);
+    decode_moments<kColumns>(codes_[row], step_.reach, moments_.first[row], roots_[row]);
+    skipped_sizes<kColumns>(step_, batch_[row], 0, skipped_[row]);
   }
 
   void catch_up(int row) {
     float* value = values_[row];
-    const float *first = first_[row], *root = roots_[row], *skipped = second_[row];
+    const float *first = moments_.first[row], *root = roots_[row], *skipped = skipped_[row];
     const float eps = step_.eps;
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) value[i] -= skipped[i] * (first[i] * reciprocal(root[i] + eps));
   }
 
   template <bool kGradient>
-  void move(int row) {
-    float *first = first_[row], *second = second_[row];
-    const float *root = roots_[row], *gradient = batch_[row].gradient;
-    uint32_t* random = random_[row];
-    const uint32_t counter = static_cast<uint32_t>(batch_[row].id * kColumns), seed = step_.seed;
+  void update_moments_of(int row) {
+    float *first = moments_.first[row], *second = moments_.second[row];
+    uint32_t* random = moments_.random[row];
+    const float* root = roots_[row];
+    const AdamStep step = step_;  // copies, which nothing that is written may change
     const Row of_row = batch_[row];
-    const AdamStep step = step_;
+    const uint32_t counter = static_cast<uint32_t>(of_row.id * kColumns);
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) {
       second[i] = root[i] * root[i];
-      update_moments<kGradient>(step, of_row, kGradient ? gradient[i] : 0.0f, first[i], second[i]);
-      random[i] = random_bits(counter + static_cast<uint32_t>(i), seed);
+      update_moments<kGradient>(step, of_row, kGradient ? of_row.gradient[i] : 0.0f, first[i], second[i]);
+      random[i] = random_bits(counter + static_cast<uint32_t>(i), step.seed);
     }
   }
 
-  void find_roots(int row) {
+  void find_divisors(int row) {
     float* root = roots_[row];
-    const float* second = second_[row];
+    const float* second = moments_.second[row];
     const float eps = step_.eps;
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) root[i] = root_of(second[i]) + eps;
   }
 
-  void apply(int row) {
+  void apply_gradient(int row) {
     float* value = values_[row];
-    const float *first = first_[row], *root = roots_[row], *rates = step_.rates;
+    const float *first = moments_.first[row], *divisor = roots_[row], *rates = step_.rates;
 #pragma omp simd
-    for (int i = 0; i < kColumns; ++i) value[i] -= rates[i] * (first[i] * reciprocal(root[i]));
+    for (int i = 0; i < kColumns; ++i) value[i] -= rates[i] * (first[i] * reciprocal(divisor[i]));
   }
 
   template <bool kStore, bool kOut>
@@ -281,7 +285,7 @@ class CodedRows {
     alignas(64) uint32_t words[kColumns];
     uint16_t rounded[kColumns];
     const float* value = values_[row];
-    const uint32_t* random = random_[row];
+    const uint32_t* random = moments_.random[row];
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) words[i] = rounded_half(value[i], random[i]);
     uint16_t* halves = kStore ? halves_[row] : rounded;
@@ -293,16 +297,16 @@ class CodedRows {
 
   const AdamStep& step_;
   const AdamRows& rows_;
+  int count_ = 0;
   Row batch_[kBatch];
   uint16_t *halves_[kBatch], *codes_[kBatch];
-  Batch<float, kColumns> values_, first_, second_, roots_;
-  Batch<uint32_t, kColumns> random_;
-  int count_ = 0;
+  Batch<float, kColumns> values_, roots_, skipped_;
+  CodedMoments<kColumns> moments_;
 };
 
 // ----------------------------------------------------------------------------------------------------------- visits
 
-// A function of its own, without anything to destroy: compilers make no vectors of what an exception might leave.
+// Apart from FlushDenormals, which an exception would destroy: compilers make no vectors of what might throw one.
 template <class Rows, bool kCatchUp, bool kGradient, bool kStore, bool kOut>
 __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRows& rows, int64_t begin,
                                              int64_t end) noexcept {

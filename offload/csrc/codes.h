@@ -1,6 +1,6 @@
-// Values in 16 bits and both Adam moments in 8 bits each: offload/adam/codes.py has the format and its reasons. One
-// row at a time, in blocks of 16 columns, whose loops the compiler turns into vector instructions; included by kernels,
-// once per instruction set (KERNEL_ISA).
+// Values in 16 bits and both Adam moments in 8 bits each: offload/adam/codes.py has the format and its reasons. Its
+// loops are written so that compilers turn them into vector instructions: over whole rows, simple, without branches.
+// Included by kernels, once per instruction set (KERNEL_ISA).
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,12 @@
 
 #include "bfloat16.h"
 
-// Row loops keep constants in registers where all of a row's work stands in them.
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
 namespace offload {
 namespace KERNEL_ISA {
 
-constexpr int kBlock = 16;              // columns
-constexpr int kLargestRoot = 255, kLargestRatio = 127;  // codes
+constexpr int kBlock = 16;  // columns; rows are one, two or three of them
+constexpr int kLargestRoot = 255, kLargestRatio = 127;
+constexpr uint32_t kSecondHash = 0x9E3779B1;
 constexpr int32_t kHalfMaxBits = 0x477FE000;   // of 65504, the largest half, in float32
 constexpr float kStepUp = 0.0905077327f;       // 2^(2/16) - 1: from one code's second moment to the next's, over itself
 constexpr float kPreviousRoot = 0.957603281f;  // 2^(-1/16)
@@ -41,8 +39,8 @@ struct Sixteenths {
 constexpr Sixteenths<kLargestRoot> kRoots;
 constexpr Sixteenths<0> kPowers;
 
-// How many values a row of so many columns has, 3 ((degree + 1)^2 - 1); the scales of the degrees follow them.
-constexpr int degree_of(int columns) { return columns / 16; }
+constexpr int degree_of(int columns) { return columns / kBlock; }
+// The scales of the degrees follow the values.
 constexpr int num_values(int degree) { return 3 * ((degree + 1) * (degree + 1) - 1); }
 
 // ---------------------------------------------------------------------------------- what compilers need help with
@@ -130,8 +128,8 @@ inline uint32_t rounded_half(float value, uint32_t random) {
 
 // ----------------------------------------------------------------------------------------------------- moments
 
-// Rows that are worked on at once. Each does one short chain of operations after another, in loops of their own: a
-// processor looks too few operations ahead to find the next row's work behind a long chain.
+// Rows that are worked on at once, each with one short chain of operations after another: a processor does not look
+// ahead far enough to find the work of the next row behind a long one.
 constexpr int kBatch = 8;
 
 template <class T, int kColumns>
@@ -141,9 +139,9 @@ struct Batch {
   const T* operator[](int row) const { return rows[row]; }
 };
 
-// All bits where a column of a row belongs to a degree.
+// All bits where a column belongs to a degree.
 struct DegreeMasks {
-  alignas(64) uint32_t of[3][48];
+  alignas(64) uint32_t of[3][3 * kBlock];
   constexpr DegreeMasks() : of() {
     for (int degree = 0; degree < 3; ++degree)
       for (int i = num_values(degree); i < num_values(degree + 1); ++i) of[degree][i] = ~0u;
@@ -153,9 +151,9 @@ constexpr DegreeMasks kMasks;
 
 // Gives each column of a row the factor of its degree, and 0 to those behind the values.
 template <int kColumns>
-ALWAYS_INLINE void spread(const float* factors, float* of_columns) {
-  constexpr int degree = degree_of(kColumns);
-  const float first = factors[0], second = degree > 1 ? factors[1] : 0.0f, third = degree > 2 ? factors[2] : 0.0f;
+inline void spread(const float* factors, float* of_columns) {
+  constexpr int degrees = degree_of(kColumns);
+  const float first = factors[0], second = degrees > 1 ? factors[1] : 0.0f, third = degrees > 2 ? factors[2] : 0.0f;
 #pragma omp simd
   for (int i = 0; i < kColumns; ++i)
     of_columns[i] = i < num_values(1) ? first : i < num_values(2) ? second : i < num_values(3) ? third : 0.0f;
@@ -163,125 +161,149 @@ ALWAYS_INLINE void spread(const float* factors, float* of_columns) {
 
 // Decodes the first moments of a row and the roots of the second.
 template <int kColumns>
-ALWAYS_INLINE void decode_moments(const uint16_t* codes, float reach, float* first, float* root) {
-  constexpr int degree = degree_of(kColumns);
-  alignas(64) uint32_t words[kColumns], roots[kColumns];
-  alignas(64) float powers[kColumns], of_columns[kColumns];
-  float scales[degree];
-  for (int i = 0; i < degree; ++i) scales[i] = float_of(static_cast<uint32_t>(codes[num_values(degree) + i]) << 16);
-  spread<kColumns>(scales, of_columns);
+inline void decode_moments(const uint16_t* codes, float reach, float* first, float* root) {
+  constexpr int degrees = degree_of(kColumns);
+  alignas(64) uint32_t words[kColumns], root_codes[kColumns];
+  alignas(64) float powers[kColumns], scales[kColumns];
+  float of_degrees[degrees];
+  for (int i = 0; i < degrees; ++i)
+    of_degrees[i] = float_of(static_cast<uint32_t>(codes[num_values(degrees) + i]) << 16);
+  spread<kColumns>(of_degrees, scales);
   for (int i = 0; i < kColumns; i += kBlock) widen(codes + i, words + i);
 #pragma omp simd
-  for (int i = 0; i < kColumns; ++i) roots[i] = words[i] >> 8;
-  for (int i = 0; i < kColumns; i += kBlock) exp2_sixteenths(kRoots, roots + i, powers + i);
-  const float of_ratio = reach / static_cast<float>(kLargestRatio * kLargestRatio);
+  for (int i = 0; i < kColumns; ++i) root_codes[i] = words[i] >> 8;
+  for (int i = 0; i < kColumns; i += kBlock) exp2_sixteenths(kRoots, root_codes + i, powers + i);
+  const float of_squares = reach / static_cast<float>(kLargestRatio * kLargestRatio);
 #pragma omp simd
   for (int i = 0; i < kColumns; ++i) {
-    root[i] = of_columns[i] * (words[i] > 0xFFu ? powers[i] : 0.0f);
+    root[i] = scales[i] * (words[i] > 0xFFu ? powers[i] : 0.0f);
     const float ratio = static_cast<float>(static_cast<int32_t>(words[i] & 0x7Fu));
-    first[i] = float_of(bits_of(ratio * ratio * of_ratio * root[i]) | (words[i] & 0x80u) << 24);
+    first[i] = float_of(bits_of(ratio * ratio * of_squares * root[i]) | (words[i] & 0x80u) << 24);
   }
 }
 
-// The largest second moment of a degree of a row.
+// Moments of a batch of rows, and random bits to encode them with.
 template <int kColumns>
-ALWAYS_INLINE float largest_of_degree(const float* second, int degree) {
-  alignas(64) int32_t largest[kBlock];  // bits: those of numbers that are not negative have their order
-  for (int i = 0; i < kBlock; ++i) largest[i] = 0;
-  for (int from = 0; from < kColumns; from += kBlock) {
+class CodedMoments {
+ public:
+  Batch<float, kColumns> first, second;
+  Batch<uint32_t, kColumns> random;
+
+  void encode(int count, float reach, uint16_t* const* codes) {
+    for (int row = 0; row < count; ++row) find_largest(row);
+    for (int row = 0; row < count; ++row) find_scales(row);
+    for (int row = 0; row < count; ++row) find_lower_roots(row);
+    for (int row = 0; row < count; ++row) round_roots(row);
+    for (int row = 0; row < count; ++row) find_ratios(row, static_cast<float>(kLargestRatio * kLargestRatio) / reach);
+    for (int row = 0; row < count; ++row) round_ratios(row);
+    for (int row = 0; row < count; ++row) store(row, codes[row]);
+  }
+
+ private:
+  static constexpr int kDegrees = degree_of(kColumns);
+
+  // The largest second moment of each degree.
+  void find_largest(int row) {
+    const float* v = second[row];
+    for (int degree = 0; degree < kDegrees; ++degree) {
+      alignas(64) int32_t largest[kBlock] = {};  // bits: those of numbers that are not negative have their order
+      for (int from = 0; from < kColumns; from += kBlock) {
 #pragma omp simd
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32_t inside = bits_of(second[from + i]) & kMasks.of[degree][from + i];
-      largest[i] = std::max(largest[i], static_cast<int32_t>(inside));
+        for (int i = 0; i < kBlock; ++i) {
+          const uint32_t inside = bits_of(v[from + i]) & kMasks.of[degree][from + i];
+          largest[i] = std::max(largest[i], static_cast<int32_t>(inside));
+        }
+      }
+      for (int half = kBlock / 2; half > 0; half /= 2) {
+#pragma omp simd
+        for (int i = 0; i < half; ++i) largest[i] = std::max(largest[i], largest[half + i]);
+      }
+      largest_[row][degree] = float_of(static_cast<uint32_t>(largest[0]));
     }
   }
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-#pragma omp simd
-    for (int i = 0; i < half; ++i) largest[i] = std::max(largest[i], largest[half + i]);
-  }
-  return float_of(static_cast<uint32_t>(largest[0]));
-}
 
-// Encodes the moments of `count` rows.
-template <int kColumns>
-void encode_moments(int count, const Batch<float, kColumns>& first, const Batch<float, kColumns>& second, float reach,
-                    const Batch<uint32_t, kColumns>& random, uint16_t* const* codes) {
-  constexpr int degrees = degree_of(kColumns);
-  Batch<float, kColumns> inverses, shares, inverse_roots;
-  Batch<uint32_t, kColumns> words, above;
-  float largest[kBatch][degrees], inverse_scales[kBatch][degrees];
-  uint32_t scale_bits[kBatch][degrees];
-
-  for (int row = 0; row < count; ++row)
-    for (int i = 0; i < degrees; ++i) largest[row][i] = largest_of_degree<kColumns>(second[row], i);
-  for (int row = 0; row < count; ++row) {
-    for (int i = 0; i < degrees; ++i) {
-      scale_bits[row][i] = (bits_of(std::sqrt(largest[row][i])) + 0xFFFFu) & 0xFFFF0000u;  // rounded upwards
-      inverse_scales[row][i] = scale_bits[row][i] ? 1.0f / float_of(scale_bits[row][i]) : 0.0f;
+  void find_scales(int row) {
+    float inverse_scales[kDegrees];
+    for (int i = 0; i < kDegrees; ++i) {
+      scale_bits_[row][i] = (bits_of(std::sqrt(largest_[row][i])) + 0xFFFFu) & 0xFFFF0000u;  // rounded upwards
+      inverse_scales[i] = scale_bits_[row][i] ? 1.0f / float_of(scale_bits_[row][i]) : 0.0f;
     }
+    spread<kColumns>(inverse_scales, inverses_[row]);
   }
-  for (int row = 0; row < count; ++row) {
-    spread<kColumns>(inverse_scales[row], inverses[row]);
-    const float *v = second[row], *inverse = inverses[row];
-    float* share = shares[row];
-    uint32_t *lower = words[row], *steps_above = above[row];
+
+  // The codes at or below the roots, at least 1.
+  void find_lower_roots(int row) {
+    const float *v = second[row], *inverse = inverses_[row];
+    float* share = shares_[row];
+    uint32_t *code = codes_[row], *above = above_[row];
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) {
-      // Of the second moment, whose logarithm is twice that of its root: an octave of it has 8 codes.
       const float part = v[i] * inverse[i] * inverse[i];
       share[i] = part < 1.0f ? part : 1.0f;
-      const int32_t code = std::max(static_cast<int32_t>(kLargestRoot + 8.0f * rough_log2(share[i])), 1);
-      lower[i] = static_cast<uint32_t>(code);
-      steps_above[i] = static_cast<uint32_t>(kLargestRoot - code);
+      // An octave of second moments is half of one of roots.
+      const float position = kLargestRoot + 8.0f * rough_log2(share[i]);
+      const int32_t lower = std::max(static_cast<int32_t>(position), 1);
+      code[i] = static_cast<uint32_t>(lower);
+      above[i] = static_cast<uint32_t>(kLargestRoot - lower);
     }
   }
-  for (int row = 0; row < count; ++row) {
-    float *inverse_root = inverse_roots[row], *inverse = inverses[row];
-    for (int i = 0; i < kColumns; i += kBlock) exp2_sixteenths(kPowers, above[row] + i, inverse_root + i);
-    const float* share = shares[row];
+
+  // Up or not, with second moments right on average, though the logarithm is a rough one.
+  void round_roots(int row) {
+    for (int i = 0; i < kColumns; i += kBlock) exp2_sixteenths(kPowers, above_[row] + i, roots_[row] + i);
+    const float *share = shares_[row], *inverse_root = roots_[row];
+    float* inverse = inverses_[row];
     const uint32_t* bits = random[row];
-    uint32_t* code = words[row];
+    uint32_t* code = codes_[row];
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) {
-      const float over = share[i] * inverse_root[i] * inverse_root[i];  // the second moment over that of the code
-      const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] >> 16));  // times 65536
-      const int32_t up = static_cast<int32_t>(fraction < over * (65536.0f / kStepUp) - 65536.0f / kStepUp);
+      const float over = share[i] * inverse_root[i] * inverse_root[i] - 1.0f;
+      const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] >> 16));  // times 2^16
+      const int32_t up = static_cast<int32_t>(fraction * (kStepUp * 0x1p-16f) < over);
       code[i] += static_cast<uint32_t>(up);
-      // Of the root that will be decoded.
+      // Now of the roots that will be decoded.
       inverse[i] = inverse[i] * inverse_root[i] * (1.0f - (1.0f - kPreviousRoot) * static_cast<float>(up));
     }
   }
-  const float of_ratio = static_cast<float>(kLargestRatio * kLargestRatio) / reach;
-  for (int row = 0; row < count; ++row) {
-    const float *m = first[row], *inverse = inverses[row];
-    float *squares = shares[row], *root = inverse_roots[row];
+
+  // The squares of the ratios' codes, not rounded, and their roots, roughly.
+  void find_ratios(int row, float of_squares) {
+    const float *m = first[row], *inverse = inverses_[row];
+    float *square = shares_[row], *root = roots_[row];
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) {
-      squares[i] = float_of(bits_of(m[i]) & 0x7FFFFFFFu) * of_ratio * inverse[i];
-      root[i] = squares[i] * rough_inverse_root(squares[i]);
+      square[i] = float_of(bits_of(m[i]) & 0x7FFFFFFFu) * of_squares * inverse[i];
+      root[i] = square[i] * rough_inverse_root(square[i]);
     }
   }
-  for (int row = 0; row < count; ++row) {
-    const float *m = first[row], *v = second[row], *squares = shares[row], *root = inverse_roots[row];
+
+  void round_ratios(int row) {
+    const float *m = first[row], *v = second[row], *square = shares_[row], *root = roots_[row];
     const uint32_t* bits = random[row];
-    uint32_t* code = words[row];
+    uint32_t* code = codes_[row];
 #pragma omp simd
     for (int i = 0; i < kColumns; ++i) {
       const int32_t lower = static_cast<int32_t>(root[i]);
-      const float floor = static_cast<float>(lower), over = squares[i] - floor * floor;
-      const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] * 0x9E3779B1u >> 16));  // times 65536
+      const float floor = static_cast<float>(lower), over = square[i] - floor * floor;
+      const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] * kSecondHash >> 16));  // times 2^16
       const bool up = fraction * (floor * 0x1p-15f + 0x1p-16f) < over;
       const int32_t ratio = std::min(lower + static_cast<int32_t>(up), kLargestRatio);
-      const uint32_t present = v[i] > 0.0f ? ~0u : 0u;  // a choice between words would become a branch
+      const uint32_t present = v[i] > 0.0f ? ~0u : 0u;
       code[i] = (bits_of(m[i]) >> 24 & 0x80u) | ((code[i] << 8 | static_cast<uint32_t>(ratio)) & present);
     }
   }
-  for (int row = 0; row < count; ++row) {
-    for (int i = 0; i < kColumns; i += kBlock) narrow(words[row] + i, codes[row] + i);
-    for (int i = num_values(degrees), degree = 0; i < kColumns; ++i, ++degree)
-      codes[row][i] = degree < degrees ? static_cast<uint16_t>(scale_bits[row][degree] >> 16) : 0;
+
+  void store(int row, uint16_t* codes) {
+    for (int i = 0; i < kColumns; i += kBlock) narrow(codes_[row] + i, codes + i);
+    for (int i = num_values(kDegrees), degree = 0; i < kColumns; ++i, ++degree)
+      codes[i] = degree < kDegrees ? static_cast<uint16_t>(scale_bits_[row][degree] >> 16) : 0;
   }
-}
+
+  float largest_[kBatch][kDegrees];
+  uint32_t scale_bits_[kBatch][kDegrees];
+  Batch<float, kColumns> inverses_, shares_, roots_;
+  Batch<uint32_t, kColumns> codes_, above_;
+};
 
 }  // namespace KERNEL_ISA
 }  // namespace offload
