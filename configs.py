@@ -172,6 +172,11 @@ class StateOptions:
     """compact: 320 bytes a Gaussian, rounded at random, in place of 708 or more that are exact."""
 
 
+@dataclass
+class ForwardedOptions(StateOptions, HostOptions):
+    """Choose what lies in host memory, and its form, where the CPU updates it; compact is what lies there whole."""
+
+
 # dataclass takes fields of the last base first.
 @dataclass
 class Config(ModelOptions, OptimizationOptions, RunOptions, DataOptions, DensificationRules):

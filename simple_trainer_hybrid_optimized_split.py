@@ -20,7 +20,7 @@ from functools import partial
 
 from torch import Tensor
 
-from configs import Config, HostOptions, scenes
+from configs import Config, ForwardedOptions, scenes
 from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
@@ -35,7 +35,7 @@ from training.views import View
 
 
 @dataclass
-class SplitOptions(HostOptions):
+class SplitOptions(ForwardedOptions):
     """Choose what lies in host memory, and when a view is rendered in tiles."""
 
     split_threshold: float | None = None
@@ -71,7 +71,7 @@ def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:
             f"--device_memory_budget is {format_bytes(budget)}, but the GPU has only "
             f"{format_bytes(available_bytes(run.device))} free: give at most that."
         )
-    limit = MemoryBudget(budget, RowBytes.of(cfg.geometry, cfg.sh_degree), run.num_initial_gaussians)
+    limit = MemoryBudget(budget, RowBytes.of(cfg.geometry, cfg.sh_degree, cfg.state), run.num_initial_gaussians)
     bound_memory(budget, run.device)
     return limit
 
@@ -90,6 +90,7 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         run.adam,
         device=run.device,
         geometry=cfg.geometry,
+        state=cfg.state,
         max_gaussians=cfg.max_gaussians,
         limit=limit,
         halo=halo,

@@ -43,10 +43,14 @@ MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
     "streamed": lambda start: StreamedGaussians(start, ADAM, **BOUND),
     "streamed, host": lambda start: StreamedGaussians(start, ADAM, geometry="host", **BOUND),
     "GPU only, compact": lambda start: DeferredGaussians(start, ADAM, device=CPU, state="compact"),
+    "forwarded, compact": lambda start: ForwardedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
     "streamed, compact": lambda start: StreamedGaussians(start, ADAM, state="compact", **BOUND),
     "streamed, host, compact": lambda start: StreamedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
     "tiled": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), **BOUND),
     "tiled, host": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), geometry="host", **BOUND),
+    "tiled, compact": lambda start: TiledGaussians(
+        start, ADAM, limit=RowLimit(1.0), geometry="host", state="compact", **BOUND
+    ),
 }
 KINDS = pytest.mark.parametrize("kind", MODELS)
 A, B, C = (random_cameras(seed, count=1, fov=50) for seed in (3, 7, 11))

@@ -142,12 +142,12 @@ def baseline(sh_degree: int) -> Footprint:
     )
 
 
-def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
+def optimized(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32") -> Footprint:
     """Return that of simple_trainer_hybrid_optimized.py."""
     groups = ("appearance",) if geometry == "device" else GROUP_NAMES
-    row = _row_bytes(groups, sh_degree)
+    row = 4 * sum(num_columns(group, sh_degree, state) for group in groups)
     on_device = geometry == "device"
-    store = sum(row_bytes(group, sh_degree) for group in groups)
+    store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=GEOMETRY_BYTES if on_device else 0,
@@ -158,15 +158,18 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"]) -> Footprint:
     )
 
 
-def split(sh_degree: int, geometry: Literal["device", "host"], largest_part: float) -> Footprint:
+def split(
+    sh_degree: int, geometry: Literal["device", "host"], largest_part: float, state: StateFormat = "float32"
+) -> Footprint:
     """Return that of simple_trainer_hybrid_optimized_split.py.
 
     Args:
         sh_degree: Degree of the spherical harmonics.
         geometry: Where it is.
         largest_part: Share of the Gaussians above which a view is rendered in parts.
+        state: The form of rows.
     """
-    return replace(optimized(sh_degree, geometry), largest_part=largest_part)
+    return replace(optimized(sh_degree, geometry, state), largest_part=largest_part)
 
 
 def streamed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from configs import Config
+from configs import Config, ForwardedOptions
 from errors import InputError
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import MAX_STEPS
@@ -136,6 +136,10 @@ def check_options(cfg: Config) -> None:
         raise InputError(
             "--state compact cannot be had with --adam dense, which visits every Gaussian at each step: "
             "give --adam deferred."
+        )
+    if isinstance(cfg, ForwardedOptions) and cfg.state == "compact" and cfg.geometry == "device":
+        raise InputError(
+            "--state compact has geometry in host memory where the CPU updates it: give --geometry host too."
         )
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)

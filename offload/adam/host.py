@@ -13,7 +13,6 @@ from offload.adam.deferral import DeferralTables, checked_table
 from offload.backends import native, num_threads
 from offload.store.layout import RowState
 
-
 CODED_COLUMNS = (16, 32, 48)  # of rows whose moments are codes
 
 
@@ -224,6 +223,8 @@ class DeferredAdam(DeferralTables):
 
     def _check_rows(self, rows: RowState, n: int) -> None:
         """Raise ValueError unless rows [n, columns] have a form that the kernels know."""
+        names: tuple[str, ...]
+        dtypes: tuple[torch.dtype, ...]
         if len(rows.moments) == 2:
             names, dtypes = ("parameters", "exp_avg", "exp_avg_sq"), (torch.float32,) * 3
         elif len(rows.moments) == 1 and rows.moments[0].dtype == torch.int32:

@@ -11,6 +11,7 @@ from offload.adam.host import DeferredAdam
 from offload.adam.options import AdamOptions
 from offload.models.offloaded import OffloadedGaussians, Place, geometry_in, groups_beside
 from offload.pipelines.forwarded import ForwardedPipeline
+from offload.store.layout import StateFormat
 
 
 class ForwardedGaussians(OffloadedGaussians):
@@ -23,6 +24,7 @@ class ForwardedGaussians(OffloadedGaussians):
         *,
         device: torch.device,
         geometry: Place = "device",
+        state: StateFormat = "float32",
         max_gaussians: int = 0,
     ) -> None:
         """
@@ -31,10 +33,11 @@ class ForwardedGaussians(OffloadedGaussians):
                 view's rows come in runs.
             adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
-            geometry: Where means, scales, quats and opacities are.
+            geometry: Where means, scales, quats and opacities are; on the host where the state is compact.
+            state: The form of rows.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """
-        place = geometry_in(geometry, parameters, adam, device=device, max_gaussians=max_gaussians)
+        place = geometry_in(geometry, parameters, adam, device=device, max_gaussians=max_gaussians, state=state)
         groups = groups_beside(
             place,
             parameters,
@@ -42,5 +45,6 @@ class ForwardedGaussians(OffloadedGaussians):
             lambda multipliers: DeferredAdam(multipliers, adam.betas, adam.eps),
             device=device,
             max_gaussians=max_gaussians,
+            state=state,
         )
         super().__init__(place, groups, ForwardedPipeline(groups, place.visible_ids, device), device)

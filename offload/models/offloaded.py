@@ -312,6 +312,8 @@ def geometry_in(
         pad_to_cache_line: As for `HostStore`, where it is on the host.
     """
     if place == "device":
+        if state == "compact":
+            raise ValueError("rows of geometry that a device updates alone have no compact form")
         return DeviceGeometry(parameters, adam, device=device)
     return HostGeometry(
         parameters,

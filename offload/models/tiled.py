@@ -16,6 +16,7 @@ from offload.device_memory import begin_stretch, stretch_peak
 from offload.models.offloaded import OffloadedGaussians, Place, geometry_in, groups_beside
 from offload.pipelines.contract import fetched
 from offload.pipelines.tiled import TiledPipeline
+from offload.store.layout import StateFormat
 from offload.tiles.boxes import HALO, Tile
 from offload.tiles.budget import MemoryBudget, RowLimit
 from offload.tiles.planner import TiledRows, TilePlanner
@@ -54,6 +55,7 @@ class TiledGaussians(OffloadedGaussians):
         device: torch.device,
         limit: RowLimit | MemoryBudget,
         geometry: Place = "device",
+        state: StateFormat = "float32",
         max_gaussians: int = 0,
         halo: int = HALO,
     ) -> None:
@@ -64,11 +66,12 @@ class TiledGaussians(OffloadedGaussians):
             adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
             limit: How large a tile may be.
-            geometry: Where means, scales, quats and opacities are.
+            geometry: Where means, scales, quats and opacities are; on the host where the state is compact.
+            state: The form of rows.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
             halo: Pixels around a tile that are rendered with it.
         """
-        place = geometry_in(geometry, parameters, adam, device=device, max_gaussians=max_gaussians)
+        place = geometry_in(geometry, parameters, adam, device=device, max_gaussians=max_gaussians, state=state)
         groups = groups_beside(
             place,
             parameters,
@@ -76,6 +79,7 @@ class TiledGaussians(OffloadedGaussians):
             lambda multipliers: DeferredAdam(multipliers, adam.betas, adam.eps),
             device=device,
             max_gaussians=max_gaussians,
+            state=state,
         )
         self._planner = TilePlanner(limit, place, halo)
         self._tiles = TiledPipeline(groups, self._planner.find, device)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from offload.errors import MemoryParameterError, ParameterError
-from offload.store.layout import num_columns
+from offload.store.layout import StateFormat, num_columns
 from offload.tiles.boxes import Box, Coverage, Numbers, plan_boxes
 
 HEADROOM = 0.08  # share of a budget that plans leave free, for fragments and for what the model does not know
@@ -69,9 +69,9 @@ class RowBytes:
     everywhere: int  # of every Gaussian
 
     @staticmethod
-    def of(geometry: Literal["device", "host"], sh_degree: int) -> RowBytes:
+    def of(geometry: Literal["device", "host"], sh_degree: int, state: StateFormat = "float32") -> RowBytes:
         """Return what rows of `TiledGaussians` take."""
-        appearance, host_geometry = (4 * num_columns(group, sh_degree) for group in ("appearance", "geometry"))
+        appearance, host_geometry = (4 * num_columns(group, sh_degree, state) for group in ("appearance", "geometry"))
         view = 32  # ids, those of the next view, positions in it, gradients on the screen
         if geometry == "host":
             return RowBytes(appearance + host_geometry, 0, view, 0)
