@@ -175,6 +175,7 @@ def test_device_memory_names_what_takes_less_of_it(monkeypatch):
     remedies = {
         "gpu_only": "give --adam deferred",
         "gpu_only_deferred": "use simple_trainer_hybrid_optimized.py, which needs less of it or lower --sh_degree",
+        "gpu_only_compact": "use simple_trainer_hybrid_streamed.py --state compact, which needs less of it or lower",
         "baseline": split,
         "optimized": "give --geometry host",
         "optimized_geometry_on_host": split,
@@ -183,6 +184,8 @@ def test_device_memory_names_what_takes_less_of_it(monkeypatch):
         "streamed": "give --geometry host",
         "streamed_bfloat16": "give --geometry host",
         "streamed_geometry_on_host": split,
+        "streamed_compact": "give --geometry host",
+        "streamed_compact_geometry_on_host": split,
     }
     assert remedies.keys() == TRAINERS.keys()
     for name, words in remedies.items():

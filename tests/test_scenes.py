@@ -36,7 +36,7 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[StreamedConfig]) -> None:",
             "gaussians = StreamedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, moments=cfg.moments, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.max_gaussians)",
         ],
     ),
     "simple_trainer_hybrid_baseline": (
@@ -70,8 +70,11 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[DeviceConfig]) -> None:",
             "deferred = cfg.adam == 'deferred'",
-            "model = DeferredGaussians if deferred else DeviceGaussians",
-            "gaussians = model(run.initial_gaussians(), run.adam, device=run.device)",
+            "gaussians: DeferredGaussians | DeviceGaussians",
+            "if deferred:",
+            "gaussians = DeferredGaussians(run.initial_gaussians(), run.adam, device=run.device, state=cfg.state)",
+            "else:",
+            "gaussians = DeviceGaussians(run.initial_gaussians(), run.adam, device=run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras)",
             "ids = gaussians.ids if deferred else None",
