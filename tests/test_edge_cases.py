@@ -15,13 +15,13 @@ from datasets.loader import evaluation_loader
 from datasets.scene import load_scene
 from offload.culling.native import BlockBounds, visible_ids
 from offload.store.host_store import HostStore
-from tests.training_scripts import anisotropic_start, train
+from tests.training_scripts import ROUNDED, anisotropic_start, train
 from trainers import TRAINERS
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
 from training.views import View
 
-OFFLOADING = [name for name in TRAINERS if name not in ("gpu_only", "streamed_bfloat16")]  # that keep all in float32
+OFFLOADING = [name for name in TRAINERS if name != "gpu_only"]
 NO_DENSIFICATION = ("--refine_start_iter", 10**6, "--max_steps", 30, "--sh_degree_interval", 10)
 EVERYWHERE, ONCE, NOWHERE = range(3)  # rows of `in_all_views_in_one_and_in_none`
 
@@ -34,9 +34,15 @@ def train_from(monkeypatch, start: dict[str, Tensor], trainer: str, data_dir: Pa
     return train(monkeypatch, way.load(), data_dir, result_dir, *options, *way.arguments)
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(trainer: str, actual: dict[str, Tensor], reference: Reference) -> None:
+    """Rounded states may differ by a share of the way that training has gone."""
     for name in PARAMETER_NAMES:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4)
+        expected = reference.trained[name]
+        if trainer in ROUNDED:
+            way = (expected - reference.start[name]).norm()
+            assert (actual[name] - expected).norm() <= 0.05 * way, name
+        else:
+            torch.testing.assert_close(actual[name], expected, rtol=1e-3, atol=1e-4)
 
 
 def first_gaussians(data_dir: Path, num_gaussians: int) -> dict[str, Tensor]:
@@ -109,7 +115,7 @@ def starting_from(make_start) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("trainer", OFFLOADING)
 def test_one_gaussian(monkeypatch, city_block, tmp_path, reference, trainer):
     actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
-    assert_same(actual, reference.trained)
+    assert_same(trainer, actual, reference)
 
 
 @starting_from(in_all_views_in_one_and_in_none)
@@ -117,7 +123,7 @@ def test_one_gaussian(monkeypatch, city_block, tmp_path, reference, trainer):
 def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path, reference, trainer):
     start = reference.start
     actual = train_from(monkeypatch, start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
-    assert_same(actual, reference.trained)
+    assert_same(trainer, actual, reference)
     for name in PARAMETER_NAMES:
         assert torch.equal(actual[name][NOWHERE], start[name][NOWHERE])
     for row in (EVERYWHERE, ONCE):
@@ -131,7 +137,7 @@ def test_every_view_shows_all_rows(monkeypatch, city_block, tmp_path, reference,
     """With more threads than rows, and than blocks of rows, as well."""
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
-    assert_same(actual, reference.trained)
+    assert_same(trainer, actual, reference)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

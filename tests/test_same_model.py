@@ -33,12 +33,12 @@ from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
 from rendering.rasterize import rasterize
 from tests import sabotage
-from tests.training_scripts import anisotropic_start, start_one_ulp_off, train
+from tests.training_scripts import EXACT, anisotropic_start, start_one_ulp_off, train
 from trainers import TRAINERS
 from training.gaussians import activate
 from training.views import View
 
-OFFLOADING = [name for name in TRAINERS if name not in ("gpu_only", "streamed_bfloat16")]  # that keep all in float32
+OFFLOADING = [name for name in EXACT if name != "gpu_only"]
 DEFERRING = [name for name in OFFLOADING if name != "baseline"]
 
 AS_MANY_ROWS = ("--refine_start_iter", 10**6, "--max_steps", 200, "--sh_degree_interval", 50)

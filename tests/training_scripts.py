@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainers import TRAINERS
 from training import command_line
 from training.checkpoints import load_checkpoint
 from training.gaussians import initial_gaussians
+
+ROUNDED_OPTIONS = {("moments", "bfloat16"), ("state", "compact")}
+ROUNDED = [name for name, way in TRAINERS.items() if ROUNDED_OPTIONS & set(way.options.items())]
+EXACT = [name for name in TRAINERS if name not in ROUNDED]  # that keep all in float32
 
 
 def train(

@@ -112,7 +112,9 @@ class RowLayout:
         num_values = self.columns["shN"].stop
         if "sh0" in self.shapes:
             return {"colors": rows[:, :num_values].view(len(rows), num_values // 3, 3)}
-        return {"shN": rows.view(len(rows), -1, 3)} if rows.shape[1] % 3 == 0 else self.named(rows)
+        if rows.shape[1] % 3:
+            return self.named(rows)
+        return {"shN": rows.view(len(rows), rows.shape[1] // 3, 3)}  # also where there are no rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,357 @@
+"""Lanes that refuse work which does not wait for what it reads or overwrites.
+
+Everything is done at once, on the CPU, in the order in which it is given. Beside that it is noted, of each byte, which
+lane has read and written it last and when; and of each lane what it has waited for, directly or through others (vector
+clocks: Fidge 1988, Mattern 1989). Work that touches a byte without having waited for who wrote it, or that overwrites
+one without having waited for who read it, could be done in another order on a device: it raises `Race`, in every run,
+however unlikely that order is. So does memory that is freed while a lane may still use it that has not said so (`uses`).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from offload.adam import rows as row_kernels
+from offload.adam.deferral import DeferralTables
+from offload.store.layout import PackedRows, RowState
+
+ops = torch.ops.aten
+MADE_EMPTY = {ops.empty, ops.empty_strided, ops.empty_like, ops.new_empty, ops.new_empty_strided}
+WAITS_FOR_A_NUMBER = {ops.nonzero, ops._local_scalar_dense, ops.equal}  # the host does, on the current lane
+MOST_ACTORS = 12
+Rows = Tensor | None  # int64, of a tensor's first dimension; None: all
+
+
+class Race(AssertionError):
+    """Work could be done in another order than it was given."""
+
+
+class Actor:
+    """A lane, or a thread of the host: `seen` is how far it knows of each actor, `[itself]` how much it has done."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
+        self.seen = np.zeros(MOST_ACTORS, np.int64)
+
+    def learn(self, seen: np.ndarray) -> None:
+        np.maximum(self.seen, seen, out=self.seen)
+
+
+class Memory:
+    """Who has touched each byte of a tensor's storage."""
+
+    def __init__(self, num_bytes: int, maker: Actor | None) -> None:
+        self.read, self.written = np.zeros((2, MOST_ACTORS, num_bytes), np.int64)
+        self.maker = maker  # whose order of work its memory is taken and given back in
+        self.used = np.zeros(MOST_ACTORS, np.int64)  # when each lane did last
+        self.told = np.zeros(MOST_ACTORS, np.int64)  # up to when each lane has said so
+
+
+class OrderedLane:
+    """In place of `offload.pipelines.lanes.Lane`."""
+
+    def __init__(self, lanes: OrderedLanes, name: str) -> None:
+        self.lanes, self.actor = lanes, lanes.new_actor(name)
+
+    def __enter__(self) -> OrderedLane:
+        self.lanes.stack.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.lanes.stack.pop()
+
+    def wait(self, *events: np.ndarray | None) -> None:
+        for index, event in enumerate(events):
+            if event is not None and not self.lanes.leaves_out("wait", index):
+                self.actor.learn(event)
+
+    def record(self) -> np.ndarray:
+        self.actor.learn(self.lanes.host.seen)
+        return self.actor.seen.copy()
+
+    def finish(self) -> None:
+        if not self.lanes.leaves_out("finish", 0):
+            self.lanes.host.learn(self.actor.seen)
+
+    def uses(self, *tensors: Tensor) -> None:
+        for index, tensor in enumerate(tensors):
+            memory = self.lanes.memory_of(tensor)
+            if memory is not None and not self.lanes.leaves_out("uses", index):
+                memory.told[self.actor.number] = self.actor.seen[self.actor.number]
+
+
+class OrderedLanes(TorchDispatchMode):
+    """Keeps to the order all that is done within; `new` and `current` are those of `Lane`."""
+
+    def __init__(self, left_out: tuple[str, int, int] | None = None) -> None:
+        """
+        Args:
+            left_out: The wait, finish or use that is not done: which of these, the line, and which of its arguments.
+        """
+        super().__init__()
+        self.left_out = left_out
+        self.places: set[tuple[str, int, int]] = set()  # where such are done
+        self.num_actors = 0
+        self.host = self.new_actor("the host")
+        self.stack = [OrderedLane(self, "rendering")]
+        self.num_lanes = 0
+        self.on_host: set[int] = set()  # addresses of storages in host memory
+        self.refused: list[str] = []
+        self._memories: dict[int, Memory] = {}
+        self._ends: dict[int, weakref.ref] = {}
+
+    def new_actor(self, name: str) -> Actor:
+        self.num_actors += 1
+        return Actor(self.num_actors - 1, name)
+
+    def new(self, device: torch.device) -> OrderedLane:
+        self.num_lanes += 1
+        return OrderedLane(self, f"lane {self.num_lanes}")
+
+    def current(self, device: torch.device) -> OrderedLane:
+        return self.stack[-1]
+
+    def leaves_out(self, kind: str, index: int) -> bool:
+        place = kind, sys._getframe(2).f_lineno, index
+        self.places.add(place)
+        return place == self.left_out
+
+    @contextmanager
+    def thread(self, host: Actor) -> Iterator[None]:
+        """Do something on another thread of the host."""
+        before, self.host = self.host, host
+        stack, self.stack = self.stack, self.stack[:1]
+        try:
+            yield
+        finally:
+            self.host, self.stack = before, stack
+
+    def memory_of(self, tensor: Tensor, maker: Actor | None = None) -> Memory | None:
+        if tensor.nbytes == 0:
+            return None
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self._memories:
+            self._memories[address] = Memory(storage.nbytes(), maker)
+            if maker is not None:
+                self._ends[address] = weakref.ref(storage, lambda _: self._ended(address))
+        return self._memories[address]
+
+    def _ended(self, address: int) -> None:
+        memory = self._memories.pop(address)
+        del self._ends[address]
+        maker = memory.maker
+        known = np.maximum(np.maximum(maker.seen, self.host.seen), memory.told)
+        known[maker.number] = memory.used[maker.number]
+        if (memory.used > known).any():
+            self.refused.append(f"memory made by {maker.name} is freed while another lane may use it")
+
+    def touch(self, tensor: Tensor, by: Actor, *, writes: bool, rows: Rows = None) -> None:
+        """Note that rows of a tensor are read or written."""
+        memory = self.memory_of(tensor)
+        if memory is None or (rows is not None and len(rows) == 0):
+            return
+        size = tensor.element_size()
+        for number in range(self.num_actors):
+            stored = [memory.written] if not writes else [memory.written, memory.read]
+            for kind in stored:
+                if number != by.number and (_of(kind[number], tensor, size, rows) > by.seen[number]).any():
+                    raise Race(f"{by.name} does not wait for actor {number}, which has used the same bytes")
+        own = (memory.written if writes else memory.read)[by.number]
+        _mark(own, tensor, size, rows, by.seen[by.number])
+        memory.used[by.number] = by.seen[by.number]
+
+    def begin(self, *tensors: Tensor) -> Actor:
+        """Return who does the next work, on these tensors: the current lane, or the host."""
+        if any(t.nbytes and t.untyped_storage().data_ptr() in self.on_host for t in tensors):
+            by = self.host
+        else:
+            by = self.stack[-1].actor
+            by.learn(self.host.seen)
+        by.seen[by.number] += 1
+        if self.refused:
+            raise Race(self.refused[0])
+        return by
+
+    def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), named: dict | None = None):
+        named = named or {}
+        schema, packet = function._schema, function.overloadpacket
+        aliased = any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+        if aliased:  # a view
+            return function(*arguments, **named)
+        given = [leaf for leaf in tree_leaves((arguments, named)) if torch.is_tensor(leaf)]
+        by = self.begin(*given)
+        values = dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)) | named
+        for argument in schema.arguments:
+            tensors = [leaf for leaf in tree_leaves(values.get(argument.name)) if torch.is_tensor(leaf)]
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tensors:
+                self.touch(tensor, by, writes=writes, rows=_rows_of(packet, argument.name, values))
+        result = function(*arguments, **named)
+        known = {leaf.untyped_storage().data_ptr() for leaf in given if leaf.nbytes}
+        for made in tree_leaves(result):
+            if torch.is_tensor(made) and made.nbytes and made.untyped_storage().data_ptr() not in known:
+                self.memory_of(made, by)
+                if packet not in MADE_EMPTY:
+                    self.touch(made, by, writes=True)
+        if packet in WAITS_FOR_A_NUMBER:
+            self.host.learn(by.seen)
+        return result
+
+
+def _strided(stored: np.ndarray, tensor: Tensor, size: int) -> np.ndarray:
+    """Return what is stored of the bytes of a tensor, [*shape, bytes of an element]."""
+    item = stored.itemsize
+    strides = [stride * size * item for stride in tensor.stride()]
+    begin = stored[tensor.storage_offset() * size :]
+    return np.lib.stride_tricks.as_strided(begin, (*tensor.shape, size), (*strides, item))
+
+
+def _of(stored: np.ndarray, tensor: Tensor, size: int, rows: Rows) -> np.ndarray:
+    view = _strided(stored, tensor, size)
+    return view if rows is None else view[rows.numpy()]
+
+
+def _mark(stored: np.ndarray, tensor: Tensor, size: int, rows: Rows, time: int) -> None:
+    _strided(stored, tensor, size)[slice(None) if rows is None else rows.numpy()] = time
+
+
+def _rows_of(packet: object, name: str, values: dict) -> Rows:
+    """Return which rows of its argument an operation touches, where it is not all of them."""
+    if name != "self":
+        return None
+    if packet in (ops.index_copy_, ops.index_fill_, ops.index_select) and values["dim"] == 0:
+        return values["index"]
+    if packet in (ops.index, ops.index_put_) and len(values["indices"]) == 1 and values["indices"][0] is not None:
+        indices = values["indices"][0]
+        return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+    if packet == ops.masked_fill_ and values["mask"].ndim == 1:
+        return values["mask"].nonzero()[:, 0]
+    return None
+
+
+def _unnoted(function: Callable[..., None]) -> Callable[..., None]:
+    """Do without noting what torch does within."""
+
+    @functools.wraps(function)
+    def done(*arguments: object) -> None:
+        with _disable_current_modes():
+            function(*arguments)
+
+    return done
+
+
+class OrderedKernels:
+    """The kernels that packed rows need, done as they are given."""
+
+    def __init__(self, lanes: OrderedLanes) -> None:
+        self.lanes = lanes
+
+    def _do(self, name: str, arguments: Sequence[object], reads: list, writes: list) -> None:
+        lanes = self.lanes
+        tables = [x for x in arguments if isinstance(x, DeferralTables)]
+        reads = [(tensor, rows) for tensor, rows in reads if tensor is not None]
+        reads += [(tensor, None) for table in tables for tensor in (table.sums, table.decays, table.multipliers)]
+        by = lanes.begin()
+        for tensor, rows in reads:
+            lanes.touch(tensor, by, writes=False, rows=rows)
+        for tensor, rows in writes:
+            lanes.touch(tensor, by, writes=True, rows=rows)
+        getattr(row_kernels, name)(*arguments)
+
+    @_unnoted
+    def fetch_dated_rows(self, source, places, last_step, wanted, out, tables) -> None:
+        reads = [*_all(source, places), (places, None), (last_step, None), (wanted, None)]
+        self._do("fetch_dated_rows", (source, places, last_step, wanted, out, tables), reads, _all(out, None))
+
+    @_unnoted
+    def step_view_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
+        reads = [(tensor, None) for tensor in (ids, last_step, gradients)]
+        writes = [(values, None), *_all(rows, None)]
+        self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)
+
+    @_unnoted
+    def move_rows(self, rows: RowState, sources: Tensor, out: RowState) -> None:
+        places = _chosen(sources >= 0)
+        reads = [(sources, None), *_all(rows, sources[places])]
+        self._do("move_rows", (rows, sources, out), reads, _all(out, places))
+
+    @_unnoted
+    def read_packed_rows(self, host: Sequence[PackedRows], ids: Tensor, wanted: Rows, view: Sequence[PackedRows]):
+        chosen = torch.arange(len(ids)) if wanted is None else _chosen(wanted)
+        reads = [(ids, None), (wanted, None), *((tensor, ids[chosen]) for pair in host for tensor in pair)]
+        writes = [(tensor, chosen) for pair in view for tensor in pair]
+        self._do("read_packed_rows", (host, ids, wanted, view), reads, writes)
+
+    @_unnoted
+    def write_packed_rows(self, view: Sequence[PackedRows], ids: Tensor, wanted: Rows, host: Sequence[PackedRows]):
+        chosen = torch.arange(len(ids)) if wanted is None else _chosen(wanted)
+        reads = [(ids, None), (wanted, None), *((tensor, chosen) for pair in view for tensor in pair)]
+        writes = [(tensor, ids[chosen]) for pair in host for tensor in pair]
+        self._do("write_packed_rows", (view, ids, wanted, host), reads, writes)
+
+
+def _all(rows: RowState, places: Rows) -> list[tuple[Tensor, Rows]]:
+    return [(tensor, places) for tensor in rows.tensors()]
+
+
+def _chosen(wanted: Tensor) -> Tensor:
+    return wanted.nonzero().squeeze(1)
+
+
+class OrderedWorker:
+    """In place of a thread: it does its jobs as early or as late as can be, by turns; what it waits for it alone knows.
+
+    `lanes` is to be set.
+    """
+
+    lanes: OrderedLanes
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        self.jobs = 0
+        self.host = self.lanes.new_actor("the worker")
+
+    def submit(self, function: Callable[..., object], *arguments: object) -> OrderedJob:
+        self.jobs += 1
+        job = OrderedJob(self, lambda: function(*arguments), self.lanes.host.seen.copy())
+        if self.jobs % 3:
+            job.run()
+        return job
+
+
+class OrderedJob:
+    def __init__(self, worker: OrderedWorker, work: Callable[[], object], seen: np.ndarray) -> None:
+        self.worker, self.work, self.seen = worker, work, seen
+        self.has_run, self.value, self.error = False, None, None
+
+    def run(self) -> None:
+        host, lanes = self.worker.host, self.worker.lanes
+        host.learn(self.seen)
+        self.has_run = True
+        with lanes.thread(host):
+            try:
+                self.value = self.work()
+            except Exception as error:
+                self.error = error
+        self.seen = host.seen.copy()
+
+    def done(self) -> bool:
+        return self.has_run
+
+    def result(self) -> object:
+        if not self.has_run:
+            self.run()
+        self.worker.lanes.host.learn(self.seen)
+        if self.error is not None:
+            raise self.error
+        return self.value
