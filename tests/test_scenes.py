@@ -31,7 +31,7 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
         ],
         [
             "def train(run: TrainingRun[StreamedConfig]) -> None:",
@@ -43,7 +43,7 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
             "print_last_verdict(run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras)",
@@ -59,7 +59,7 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
             "print_last_verdict(run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras)",

@@ -300,7 +300,7 @@ class PackedPipeline:
             for key, rows in aside.items():
                 view.space[key].index_copy_(0, kept, rows)
             view.fetched = lane.record()
-            lane.uses(ids, sources, on_host, kept, places)
+            lane.uses(ids, sources, on_host, kept, places, *view.space.values())
         return _Upcoming(ids, view, sources, leaving, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
@@ -353,7 +353,7 @@ class PackedPipeline:
                     those = None if wanted is None else wanted[rows]
                     self._kernels.write_packed_rows(self._packed(view, rows), view.ids[rows], those, stored)
                     parts.append((view.first_row + first, view.first_row + last, lane.record()))
-                lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+                lane.uses(view.ids, *view.space.values(), *(() if wanted is None else (wanted,)))
                 view.written = lane.record()
         self._writing[view.at_end] = parts
 

@@ -161,8 +161,6 @@ class StreamedPipeline:
             gradients = gradient_of(view.values[name])
             self._kernels.step_rows(view.state(name), view.ids, self.last_step(name), gradients, group.adam)
             compute.uses(group.adam.decays)
-            if group.on_step is not None:
-                group.on_step(view.ids, view.state(name).parameters)
         view.values = {}
         self._rows_updated += len(view.ids)
         if upcoming is not None:
