@@ -148,7 +148,7 @@ def test_what_fits_is_told_in_one_or_two_lines():
         (simple_trainer, (), ["--sh_degree"]),
         (simple_trainer_hybrid_baseline, (), ["simple_trainer_hybrid_optimized.py"]),
         (simple_trainer_hybrid_optimized, ("--geometry", "device"), ["--sh_degree"]),
-        (simple_trainer_hybrid_optimized, ("--geometry", "host"), ["--geometry device"]),
+        (simple_trainer_hybrid_optimized, ("--geometry", "host"), ["--state compact"]),
     ],
 )
 def test_a_scene_that_does_not_fit_is_refused(monkeypatch, city_block, tmp_path, capsys, script, options, words):
@@ -179,8 +179,10 @@ def test_device_memory_names_what_takes_less_of_it(monkeypatch):
         "baseline": split,
         "optimized": "give --geometry host",
         "optimized_geometry_on_host": split,
+        "optimized_compact": split.replace("host", "host --state compact"),
         "split": "give --geometry host",
         "split_geometry_on_host": "raise --data_factor or lower --batch_size",
+        "split_compact": "raise --data_factor or lower --batch_size",
         "streamed": "give --geometry host",
         "streamed_bfloat16": "give --geometry host",
         "streamed_geometry_on_host": split,

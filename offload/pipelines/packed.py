@@ -72,7 +72,7 @@ class _Upcoming:
     view: PackedView | None = None  # whose rows are on their way but for those of the present view; None: no space
     sources: Tensor | None = None  # [V] int64, where its rows are in the present view; -1 where they are not
     leaving: Tensor | None = None  # [V of the present view] bool, which rows of that it does not need
-    found: torch.cuda.Event | None = None  # that these two are there, and its space may be written to
+    found: torch.cuda.Event | None = None  # that ids, or all of these, are there, and its space may be written to
 
 
 class PackedPipeline:
@@ -125,6 +125,9 @@ class PackedPipeline:
             compute.wait(view.fetched)
             compute.uses(view.ids)
         else:
+            if upcoming is not None:
+                compute.wait(upcoming.found)
+                compute.uses(upcoming.ids)
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
         self._ready = compute.record()
@@ -288,7 +291,7 @@ class PackedPipeline:
                 on_host[kept] = False
             found = lane.record()
         if not self._arena.has_space_for(len(present.ids), len(ids)):
-            return _Upcoming(ids)
+            return _Upcoming(ids, found=found)
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
