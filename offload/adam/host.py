@@ -223,19 +223,18 @@ class DeferredAdam(DeferralTables):
 
     def _check_rows(self, rows: RowState, n: int) -> None:
         """Raise ValueError unless rows [n, columns] have a form that the kernels know."""
-        names: tuple[str, ...]
-        dtypes: tuple[torch.dtype, ...]
-        if len(rows.moments) == 2:
-            names, dtypes = ("parameters", "exp_avg", "exp_avg_sq"), (torch.float32,) * 3
-        elif len(rows.moments) == 1 and rows.moments[0].dtype == torch.int32:
-            names, dtypes = ("parameters", "moments"), (torch.float32, torch.int32)
-        elif len(rows.moments) == 1:
-            names, dtypes = ("parameters", "moments"), (torch.float16, torch.int16)
-            if self.columns not in CODED_COLUMNS:
-                raise ValueError(f"rows of codes have 16, 32 or 48 columns; these have {self.columns}")
-        else:
+        kinds: dict[str, torch.dtype]
+        if not rows.moments:
             raise ValueError("rows have no moments")
-        for name, tensor, dtype in zip(names, rows.tensors(), dtypes, strict=True):
+        if len(rows.moments) == 2:
+            kinds = {"parameters": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        elif rows.moments[0].dtype == torch.int32:
+            kinds = {"parameters": torch.float32, "moments": torch.int32}
+        elif self.columns in CODED_COLUMNS:
+            kinds = {"parameters": torch.float16, "moments": torch.int16}
+        else:
+            raise ValueError(f"rows of codes have 16, 32 or 48 columns; these have {self.columns}")
+        for tensor, (name, dtype) in zip(rows.tensors(), kinds.items(), strict=True):
             _check(name, tensor, dtype, (n, self.columns), rows_apart=True)
 
     def _corrected_rates(self, t: int, learning_rates: Sequence[float]) -> list[float]:

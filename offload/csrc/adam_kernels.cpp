@@ -19,20 +19,6 @@ namespace KERNEL_ISA {
 constexpr int64_t kPrefetchRows = 16;
 constexpr int64_t kCacheLine = 64;  // bytes
 
-// Moments that fade out become denormal numbers, on which x86 is some hundred times slower; as zeros they do.
-class FlushDenormals {
- public:
-#if defined(__SSE__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zero
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  const unsigned saved_;
-#else
-  FlushDenormals() {}
-#endif
-};
-
 // Into the second-level cache (locality 2), which can wait for more lines at a time than the first: random rows take a
 // fifth less time than with prefetching into the first.
 inline void prefetch_row(const void* row, int64_t bytes) {

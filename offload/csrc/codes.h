@@ -18,7 +18,7 @@ namespace KERNEL_ISA {
 constexpr int kBlock = 16;  // columns; rows are one, two or three of them
 constexpr int kLargestRoot = 255, kLargestRatio = 127;
 constexpr uint32_t kSecondHash = 0x9E3779B1;
-constexpr int32_t kHalfMaxBits = 0x477FE000;   // of 65504, the largest half, in float32
+constexpr uint32_t kHalfMax = 0x477FE000, kHalfNan = 0x47FC0000;  // bits of 65504 in float32, and of where NaN is then
 constexpr float kStepUp = 0.0905077327f;       // 2^(2/16) - 1: from one code's second moment to the next's, over itself
 constexpr float kPreviousRoot = 0.957603281f;  // 2^(-1/16)
 
@@ -108,7 +108,7 @@ inline void load_halves(const uint16_t* halves, float* values) {
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
     const uint32_t size = words[i] & 0x7FFFu;
-    const float normal = float_of((size << 13) + (112u << 23));
+    const float normal = float_of((size << 13) + (size < 0x7C00u ? 112u << 23 : 224u << 23));  // or infinity or NaN
     const float denormal = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
     values[i] = float_of(bits_of(size < 0x400u ? denormal : normal) | (words[i] & 0x8000u) << 16);
   }
@@ -116,14 +116,15 @@ inline void load_halves(const uint16_t* halves, float* values) {
 }
 
 // Rounds to the half below in size or the one above; with random bits right on average. What is beyond the range of
-// halves becomes the largest.
+// halves becomes the largest, and what is not a number stays none.
 inline uint32_t rounded_half(float value, uint32_t random) {
   const uint32_t size = bits_of(value) & 0x7FFFFFFFu;
   // Below 2^-14 all halves are equally far apart, as float32 are from there to 2^-13.
   const bool denormal = size < 113u << 23;
   const uint32_t bits = bits_of(float_of(size) + (denormal ? 0x1p-14f : 0.0f)) + (random & 0x1FFFu);
-  const int32_t half = std::min(static_cast<int32_t>(bits), kHalfMaxBits) >> 13;
-  return (bits_of(value) >> 16 & 0x8000u) | (static_cast<uint32_t>(half) - (denormal ? 113u << 10 : 112u << 10));
+  const uint32_t largest = size > 0x7F800000u ? kHalfNan : kHalfMax;
+  const uint32_t half = static_cast<uint32_t>(std::min(static_cast<int32_t>(bits), static_cast<int32_t>(largest)) >> 13);
+  return (bits_of(value) >> 16 & 0x8000u) | (half - (denormal ? 113u << 10 : 112u << 10));
 }
 
 // ----------------------------------------------------------------------------------------------------- moments
@@ -288,7 +289,7 @@ class CodedMoments {
       const float fraction = static_cast<float>(static_cast<int32_t>(bits[i] * kSecondHash >> 16));  // times 2^16
       const bool up = fraction * (floor * 0x1p-15f + 0x1p-16f) < over;
       const int32_t ratio = std::min(lower + static_cast<int32_t>(up), kLargestRatio);
-      const uint32_t present = v[i] > 0.0f ? ~0u : 0u;
+      const uint32_t present = bits_of(v[i]) ? ~0u : 0u;  // also of what is too small for arithmetic
       code[i] = (bits_of(m[i]) >> 24 & 0x80u) | ((code[i] << 8 | static_cast<uint32_t>(ratio)) & present);
     }
   }

@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 void bind_adam(nb::module_& module);
+void bind_codes(nb::module_& module);
 void bind_culling(nb::module_& module);
 void bind_store(nb::module_& module);
 
@@ -14,6 +15,7 @@ NB_MODULE(offload, module) {
   module.attr("INSTRUCTION_SET") = best_instruction_set_name();
   module.attr("SOURCE_HASH") = SOURCE_HASH;
   bind_adam(module);
+  bind_codes(module);
   bind_culling(module);
   bind_store(module);
 }
