@@ -195,6 +195,7 @@ def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
         (densify, {"gaussians": 5000, "repeats": 1}),
         (gsplat_agreement, {"quick": True}),
         (host_adam, {"num_gaussians": 20_000, "repeats": 2}),
+        (host_adam, {"num_gaussians": 20_000, "repeats": 2, "state": "compact"}),
         (losses, {"repeats": 1, "quick": True}),
         (rasterizer_cpu, {"gaussians": 500, "width": 48, "height": 32, "repeats": 1, "torch_repeats": 1}),
         (transfer, {"num_gaussians": 20_000, "repeats": 2}),

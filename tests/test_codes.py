@@ -1,4 +1,4 @@
-"""The codes of a compact state alone, over all that Adam produces: in torch, and as Triton's kernels have them."""
+"""The codes of a compact state alone, over all that Adam produces: in torch, in Triton and in C++."""
 
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ from offload.adam import codes
 from offload.adam.bfloat16 import random_bits
 from offload.adam.codes import LARGEST_RATIO, OCTAVE_STEPS, blocks_of, degree_of, num_values, random_fractions
 from offload.adam.deferral import largest_step
+from offload.backends import native
 from offload.store.layout import HALF_MAX, num_columns
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
@@ -20,13 +21,19 @@ ROUNDING = 1e-5  # of float32, relative: a few operations, and on a GPU approxim
 TINY = 1e-36  # what float32 squares at the lower end of its range is rounded more
 
 
-@pytest.fixture(params=[pytest.param(each.values, id=each.id, marks=each.marks) for each in (*WITHOUT_GPU, ON_GPU[1])])
+NATIVE = pytest.param("native", "cpu", id="native on the CPU")
+CODECS = [pytest.param(each.values, id=each.id, marks=each.marks) for each in (*WITHOUT_GPU, ON_GPU[1], NATIVE)]
+
+
+@pytest.fixture(params=CODECS)
 def codec(request) -> SimpleNamespace:
     return codec_of(*request.param)
 
 
 def codec_of(kind: str, device: str) -> SimpleNamespace:
     """Return encode(m, v, random), decode(codes) and round_to_half(w, random), of tensors on the CPU."""
+    if kind == "native":
+        return native_codec()
     if kind == "torch":
         encode, decode = codes.encode_moments, codes.decode_moments
 
@@ -45,6 +52,34 @@ def codec_of(kind: str, device: str) -> SimpleNamespace:
         encode=lambda m, v, random: encode(m.to(device), v.to(device), REACH, random.to(device)).cpu(),
         decode=lambda words: tuple(moment.cpu() for moment in decode(words.to(device), REACH)),
         round_to_half=lambda w, random: round_to_half(w.to(device), random.to(device)).cpu(),
+    )
+
+
+def native_codec() -> SimpleNamespace:
+    def stored(w: Tensor, m: Tensor, v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+        halves, words = (torch.zeros(m.shape, dtype=torch.int16) for _ in range(2))
+        floats = (each.contiguous() for each in (w, m, v))
+        native.encode_rows(*floats, random.to(torch.int32).contiguous(), REACH, halves, words)
+        return halves, words
+
+    def decoded(halves: Tensor, words: Tensor) -> list[Tensor]:
+        floats = [torch.empty(words.shape) for _ in range(3)]
+        native.decode_rows(halves, words, REACH, *floats)
+        return floats
+
+    def round_to_half(w: Tensor, random: Tensor) -> Tensor:
+        halves, words = stored(w, torch.zeros_like(w), torch.zeros_like(w), random)
+        assert not words.any()
+        values, m, v = decoded(halves, words)
+        torch.testing.assert_close(values, halves.view(torch.float16).float(), rtol=0, atol=0, equal_nan=True)
+        assert not m.any()
+        assert not v.any()
+        return values
+
+    return SimpleNamespace(
+        encode=lambda m, v, random: stored(torch.zeros_like(m), m, v, random)[1],
+        decode=lambda words: tuple(decoded(torch.zeros_like(words), words)[1:]),
+        round_to_half=round_to_half,
     )
 
 
@@ -127,6 +162,8 @@ def test_columns_without_values_hold_the_scales_and_zeros(codec, moments):
     for number, block in enumerate(blocks_of(degree_of(words.shape[1]))):
         scale = (words[:, values + number].int() << 16).view(torch.float32).double()
         largest = moments.v[:, block].double().sqrt().amax(1)
+        # The CPU's kernels take what is denormal in float32 for zero.
+        largest[(scale == 0) & (largest**2 < torch.finfo(torch.float32).tiny)] = 0
         assert (scale >= largest * (1 - ROUNDING)).all()  # rounded upwards
         assert (scale <= largest * (1 + 2**-7 + ROUNDING)).all()
     assert not words[:, values + degree_of(words.shape[1]) :].any()
@@ -134,15 +171,20 @@ def test_columns_without_values_hold_the_scales_and_zeros(codec, moments):
         assert not decoded[:, values:].any()
 
 
-@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU[1:], ON_GPU[1]])
-def test_triton_makes_the_same_codes(kind, device, moments):
-    """But for single ones at ties, where a root or a logarithm differs in its last bit."""
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU[1:], ON_GPU[1], NATIVE])
+def test_kernels_make_the_same_codes(kind, device, moments):
+    """But for single ones at ties, where a root or a logarithm differs in its last bit.
+
+    The CPU's kernels take what is denormal in float32 for zero; rows that have such are left out.
+    """
     codec = codec_of(kind, device)
+    clear = ~((moments.v > 0) & (moments.v < torch.finfo(torch.float32).tiny)).any(1)
+    assert clear.float().mean() > 0.9
     words = codec.encode(moments.m, moments.v, moments.random)
     expected = codes.encode_moments(moments.m, moments.v, REACH, moments.random)
-    assert (words == expected).float().mean() > 0.999
+    assert (words == expected)[clear].float().mean() > 0.999
     for actual, other in zip(codec.decode(expected), codes.decode_moments(expected, REACH), strict=True):
-        torch.testing.assert_close(actual, other, rtol=2e-6, atol=1e-38)
+        torch.testing.assert_close(actual, other, rtol=2e-6, atol=torch.finfo(torch.float32).tiny)
 
 
 def test_roundings_of_moments_are_right_on_average(codec):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 OF_TORCH = {"baseline": "default"}  # what torch calls them, where it has another word
 COMPARE_NUMBERS = (
-    *("adam", "camera", "culling", "device_geometry", "gradients", "gsplat_parity", "losses", "margins", "pipeline"),
-    *("rasterizer", "regions", "spherical_harmonics_triton"),
+    *("adam", "camera", "codes", "compact_adam", "culling", "device_geometry", "gradients", "gsplat_parity", "losses"),
+    *("margins", "pipeline", "rasterizer", "regions", "spherical_harmonics_triton"),
 )
 
 
