@@ -28,7 +28,8 @@ from offload.store.layout import PackedRows, RowState
 ops = torch.ops.aten
 MADE_EMPTY = {ops.empty, ops.empty_strided, ops.empty_like, ops.new_empty, ops.new_empty_strided}
 WAITS_FOR_A_NUMBER = {ops.nonzero, ops._local_scalar_dense, ops.equal}  # the host does, on the current lane
-MOST_ACTORS = 12
+MOST_ACTORS = 8
+CELL = 4  # bytes that are noted together
 Rows = Tensor | None  # int64, of a tensor's first dimension; None: all
 
 
@@ -48,13 +49,15 @@ class Actor:
 
 
 class Memory:
-    """Who has touched each byte of a tensor's storage."""
+    """Who has touched each cell of a tensor's storage."""
 
     def __init__(self, num_bytes: int, maker: Actor | None) -> None:
-        self.read, self.written = np.zeros((2, MOST_ACTORS, num_bytes), np.int64)
+        cells = -(-num_bytes // CELL)
+        self.writer, self.written = np.zeros((2, cells), np.int32)  # the actor that wrote it last, and when it did
+        self.read = np.zeros((MOST_ACTORS, cells), np.int32)  # when each actor read it last
         self.maker = maker  # whose order of work its memory is taken and given back in
-        self.used = np.zeros(MOST_ACTORS, np.int64)  # when each lane did last
-        self.told = np.zeros(MOST_ACTORS, np.int64)  # up to when each lane has said so
+        self.used = np.zeros(MOST_ACTORS, np.int64)  # when each actor did last
+        self.told = np.zeros(MOST_ACTORS, bool)  # which lanes have said so: they are waited for when it is freed
 
 
 class OrderedLane:
@@ -87,7 +90,7 @@ class OrderedLane:
         for index, tensor in enumerate(tensors):
             memory = self.lanes.memory_of(tensor)
             if memory is not None and not self.lanes.leaves_out("uses", index):
-                memory.told[self.actor.number] = self.actor.seen[self.actor.number]
+                memory.told[self.actor.number] = True
 
 
 class OrderedLanes(TorchDispatchMode):
@@ -143,17 +146,17 @@ class OrderedLanes(TorchDispatchMode):
         address = storage.data_ptr()
         if address not in self._memories:
             self._memories[address] = Memory(storage.nbytes(), maker)
-            if maker is not None:
-                self._ends[address] = weakref.ref(storage, lambda _: self._ended(address))
+            self._ends[address] = weakref.ref(storage, lambda _: self._ended(address))
         return self._memories[address]
 
     def _ended(self, address: int) -> None:
         memory = self._memories.pop(address)
         del self._ends[address]
         maker = memory.maker
-        known = np.maximum(np.maximum(maker.seen, self.host.seen), memory.told)
-        known[maker.number] = memory.used[maker.number]
-        if (memory.used > known).any():
+        if maker is None:
+            return
+        unknown = memory.used > np.maximum(maker.seen, self.host.seen)
+        if (unknown & ~memory.told)[np.arange(MOST_ACTORS) != maker.number].any():
             self.refused.append(f"memory made by {maker.name} is freed while another lane may use it")
 
     def touch(self, tensor: Tensor, by: Actor, *, writes: bool, rows: Rows = None) -> None:
@@ -161,15 +164,19 @@ class OrderedLanes(TorchDispatchMode):
         memory = self.memory_of(tensor)
         if memory is None or (rows is not None and len(rows) == 0):
             return
-        size = tensor.element_size()
-        for number in range(self.num_actors):
-            stored = [memory.written] if not writes else [memory.written, memory.read]
-            for kind in stored:
-                if number != by.number and (_of(kind[number], tensor, size, rows) > by.seen[number]).any():
-                    raise Race(f"{by.name} does not wait for actor {number}, which has used the same bytes")
-        own = (memory.written if writes else memory.read)[by.number]
-        _mark(own, tensor, size, rows, by.seen[by.number])
-        memory.used[by.number] = by.seen[by.number]
+        cells, seen = _Cells(tensor, rows), by.seen
+        if (cells.of(memory.written) > seen[cells.of(memory.writer)]).any():
+            raise Race(
+                f"{by.name} does not wait for who wrote what it {'over' * writes}{'writes' if writes else 'reads'}"
+            )
+        if writes:
+            if any((cells.of(read) > time).any() for read, time in zip(memory.read, seen, strict=True) if read.any()):
+                raise Race(f"{by.name} does not wait for who reads what it overwrites")
+            cells.set(memory.writer, by.number)
+            cells.set(memory.written, seen[by.number])
+        else:
+            cells.set(memory.read[by.number], seen[by.number])
+        memory.used[by.number] = seen[by.number]
 
     def begin(self, *tensors: Tensor) -> Actor:
         """Return who does the next work, on these tensors: the current lane, or the host."""
@@ -201,7 +208,7 @@ class OrderedLanes(TorchDispatchMode):
         known = {leaf.untyped_storage().data_ptr() for leaf in given if leaf.nbytes}
         for made in tree_leaves(result):
             if torch.is_tensor(made) and made.nbytes and made.untyped_storage().data_ptr() not in known:
-                self.memory_of(made, by)
+                self.memory_of(made, None if by is self.host else by)
                 if packet not in MADE_EMPTY:
                     self.touch(made, by, writes=True)
         if packet in WAITS_FOR_A_NUMBER:
@@ -209,21 +216,32 @@ class OrderedLanes(TorchDispatchMode):
         return result
 
 
-def _strided(stored: np.ndarray, tensor: Tensor, size: int) -> np.ndarray:
-    """Return what is stored of the bytes of a tensor, [*shape, bytes of an element]."""
-    item = stored.itemsize
-    strides = [stride * size * item for stride in tensor.stride()]
-    begin = stored[tensor.storage_offset() * size :]
-    return np.lib.stride_tricks.as_strided(begin, (*tensor.shape, size), (*strides, item))
+class _Cells:
+    """The cells of some rows of a tensor in its storage."""
 
+    def __init__(self, tensor: Tensor, rows: Rows) -> None:
+        size, shape, strides = tensor.element_size(), tensor.shape, tensor.stride()
+        self._rows = slice(None) if rows is None or size < CELL else rows.numpy()
+        self._begin = tensor.storage_offset() * size // CELL
+        if size < CELL:  # whole stretches of them
+            if shape and strides[-1] != 1:
+                raise NotImplementedError(f"strides {strides} of {tensor.dtype}")
+            width = shape[-1] if shape else 1
+            self._shape = (*shape[:-1], -(-width * size // CELL))
+            self._strides = (*(stride * size // CELL for stride in strides[:-1]), 1)
+        else:
+            self._shape = (*shape, size // CELL)
+            self._strides = (*(stride * size // CELL for stride in strides), 1)
 
-def _of(stored: np.ndarray, tensor: Tensor, size: int, rows: Rows) -> np.ndarray:
-    view = _strided(stored, tensor, size)
-    return view if rows is None else view[rows.numpy()]
+    def of(self, stored: np.ndarray) -> np.ndarray:
+        return self._view(stored)[self._rows]
 
+    def set(self, stored: np.ndarray, value: int) -> None:
+        self._view(stored)[self._rows] = value
 
-def _mark(stored: np.ndarray, tensor: Tensor, size: int, rows: Rows, time: int) -> None:
-    _strided(stored, tensor, size)[slice(None) if rows is None else rows.numpy()] = time
+    def _view(self, stored: np.ndarray) -> np.ndarray:
+        strides = tuple(stride * stored.itemsize for stride in self._strides)
+        return np.lib.stride_tricks.as_strided(stored[self._begin :], self._shape, strides)
 
 
 def _rows_of(packet: object, name: str, values: dict) -> Rows:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
+from offload.pipelines import arena as arenas
 from offload.pipelines import streamed_host as in_place_pipeline
 from offload.pipelines import worker as work_ahead
+from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from offload.store.host_store import HostStore
@@ -168,7 +170,7 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
     """Where memory bounds the arena, which then stays as it is."""
     retained = []
     for most_rows in (35, 1000):
-        monkeypatch.setattr(in_place_pipeline._Arena, "_most_rows", lambda self, count, most=most_rows: most)
+        monkeypatch.setattr(Arena, "_most_rows", lambda self, count, most=most_rows: most)
         torch.manual_seed(0)
         views = random_views(60, 30)
         assert max(map(len, views)) < 35 < max(len(view) + len(after) for view, after in pairwise(views))
@@ -183,9 +185,9 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
 
 def test_a_view_larger_than_any_before_leaves_memory_for_its_rendering(monkeypatch):
     """Of 10,000 bytes all but the arena took 4,000 while 100 rows were rendered; a tenth is added for caution."""
-    arena = in_place_pipeline._Arena({"appearance": 5}, CPU)
+    arena = Arena({"appearance": 5}, CPU)
     arena._capacity, arena._largest, arena._most = 100, 100, 10_000
-    monkeypatch.setattr(in_place_pipeline, "peak_memory", lambda device: {"allocated": 6000})
+    monkeypatch.setattr(arenas, "peak_memory", lambda device: {"allocated": 6000})
     arena._device = torch.device("cuda")
     assert arena._most_rows(100) == (10_000 - 4400) // 20
     assert arena._most_rows(200) == (10_000 - 8800) // 20

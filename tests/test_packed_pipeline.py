@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.adam import rows as row_kernels
+from offload.adam import deferral
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
@@ -23,7 +23,7 @@ from offload.store.host_store import HostStore
 from tests.ordered_lanes import OrderedKernels, OrderedLanes, OrderedWorker, Race
 from tests.test_streamed_pipeline import CPU, random_views
 
-BETAS, EPS, N = (0.9, 0.999), 1e-15, 60
+BETAS, EPS, N = (0.9, 0.999), 1e-15, 40
 GROUPS = ("geometry", "appearance")
 RATES = {"means": 1e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 1e-3}
 ADAM = AdamOptions(RATES, lambda step: RATES["means"] * 0.99**step, BETAS, EPS)
@@ -75,7 +75,9 @@ class Training:
         self.steps = 0
         self.prefetches = lambda step: step % 7 < 5
         if lanes is not None:
-            tensors = [tensor for group in self.groups.values() for tensor in (group.store.packed, group.store.last_step)]
+            tensors = [
+                tensor for group in self.groups.values() for tensor in (group.store.packed, group.store.last_step)
+            ]
             lanes.on_host.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def cull(self, index: int) -> Tensor:
@@ -113,6 +115,7 @@ class Training:
         with self.noted():
             self.pipeline.update()
         assert not self.view.values  # nothing of a view is kept
+        self.view = None
         self.reference.update()
         self.steps += 1
 
@@ -145,6 +148,7 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
         monkeypatch.setattr(packed_pipeline, "kernels_for", lambda device, module: OrderedKernels(lanes))
         monkeypatch.setattr(packed_pipeline, "Lane", lanes)
         monkeypatch.setattr(packed_pipeline, "SMALLEST_PART", 4)
+        monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note
         monkeypatch.setattr(OrderedWorker, "lanes", lanes, raising=False)
         monkeypatch.setattr(work_ahead, "ThreadPoolExecutor", OrderedWorker)
         return lanes
@@ -166,6 +170,8 @@ def train_in_order(lanes: OrderedLanes, seed: int) -> Training:
     with lanes:
         training = Training(views_of_all_kinds(seed), lanes)
 
+    third, few = torch.arange(0, N, 3), torch.arange(3)
+
     def in_between(step: int) -> None:
         with lanes:
             if step % 9 == 3:
@@ -174,13 +180,14 @@ def train_in_order(lanes: OrderedLanes, seed: int) -> Training:
             if step % 9 == 7:
                 read = training.pipeline.read("appearance", torch.arange(N))
             if step == 18:
-                training.pipeline.catch_up("geometry", torch.arange(0, N, 3))
+                training.pipeline.catch_up("geometry", third)
             if step == 20:
                 training.pipeline.catch_up("appearance", None)
+                training.pipeline.catch_up("appearance", few)  # which are
         if step % 9 == 7:
             assert torch.equal(read, training.reference.read("appearance", torch.arange(N)))
         if step == 18:
-            training.reference.catch_up("geometry", torch.arange(0, N, 3))
+            training.reference.catch_up("geometry", third)
         if step == 20:
             training.reference.catch_up("appearance", None)
 
@@ -200,13 +207,20 @@ def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed):
 
 
 def test_no_wait_can_be_left_out(ordered):
+    """Each of them, left out once, is a race in one of four trainings.
+
+    Not so what is said of memory that is used: here the lane that made it always comes to know of it by other ways.
+    """
     lanes = ordered()
     train_in_order(lanes, 0)
-    unnoticed = set()
-    for place in sorted(lanes.places):
-        try:
-            train_in_order(ordered(place), 0)
-            unnoticed.add(place)
-        except Race:
-            pass
-    assert not unnoticed
+    waits = sorted(place for place in lanes.places if place[0] != "uses")
+    assert {kind for kind, _, _ in waits} == {"wait", "finish"}
+    assert [place for place in waits if not any(is_noticed(ordered, place, seed) for seed in range(4))] == []
+
+
+def is_noticed(ordered: Callable[..., OrderedLanes], place: tuple[str, int, int], seed: int) -> bool:
+    try:
+        train_in_order(ordered(place), seed)
+    except Race:
+        return True
+    return False

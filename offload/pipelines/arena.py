@@ -66,6 +66,7 @@ class Arena:
         if not too_small and self._capacity <= max(most, count):
             return False
         self._rows.clear()  # frees memory before more is taken
+        self._capacity = 0  # until it has been
         for name, columns in self._columns.items():
             self._rows[name] = torch.empty(capacity, columns, dtype=self._dtype, device=self._device)
         self._capacity = capacity

@@ -119,18 +119,20 @@ class PackedPipeline:
     def fetch(self, cameras: Cameras) -> PackedView:
         """Return the rows of a view, with the values they have after the last step."""
         compute, upcoming = Lane.current(self._device), self._upcoming
-        self._upcoming = None
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
-            compute.uses(view.ids)
         else:
             if upcoming is not None:
                 compute.wait(upcoming.found)
                 compute.uses(upcoming.ids)
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
+        compute.uses(view.ids)
         view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
+        self._upcoming = self._found_ids = None  # only now, since a fetch that fails may be repeated
         self._ready = compute.record()
+        if self._lacking is not None:
+            self._lacking = view  # to which that has been handed on
         self._present, self._applied = view, False
         return view
 
@@ -171,6 +173,7 @@ class PackedPipeline:
         if self._lacking is not None:
             self._write(self._lacking, None)
             self._lacking = None
+        self._cull_lane.finish()
         self._fetch_lane.finish()
         self._write_lane.finish()
 
@@ -245,8 +248,6 @@ class PackedPipeline:
         if self._applied:
             raise RuntimeError("the step had been applied in part")
         self._upcoming = None
-        if self._lacking is not None:
-            self._lacking = self._present  # what the host lacks has been handed on to it
         self.finish()
         self._found_ids, self._present, self._previous = self._present.ids, None, None
         for group in self._groups.values():
@@ -311,7 +312,7 @@ class PackedPipeline:
         self.finish()
         if ids is None:
             ids = self._cull(cameras) if self._found_ids is None else self._found_ids
-        self._found_ids = self._previous = None
+        self._previous = None
         if self._arena.make_space_for(len(ids)):
             self.staging_allocations += 1
             self._writing = {False: [], True: []}
