@@ -4,7 +4,8 @@ Everything is done at once, on the CPU, in the order in which it is given. Besid
 lane has read and written it last and when; and of each lane what it has waited for, directly or through others (vector
 clocks: Fidge 1988, Mattern 1989). Work that touches a byte without having waited for who wrote it, or that overwrites
 one without having waited for who read it, could be done in another order on a device: it raises `Race`, in every run,
-however unlikely that order is. So does memory that is freed while a lane may still use it that has not said so (`uses`).
+however unlikely that order is. So does memory that is freed while a lane may still use it, which has not said so
+(`uses`).
 """
 
 from __future__ import annotations

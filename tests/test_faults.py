@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from itertools import pairwise
 from pathlib import Path
 
 import pytest

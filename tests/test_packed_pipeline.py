@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from offload.adam import deferral
+from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.pipelines import packed as packed_pipeline
 from offload.pipelines import worker as work_ahead
+from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.packed import PackedPipeline
 from offload.pipelines.resident import ResidentPipeline
@@ -22,6 +25,7 @@ from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.ordered_lanes import OrderedKernels, OrderedLanes, OrderedWorker, Race
 from tests.test_streamed_pipeline import CPU, random_views
+from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
 
 BETAS, EPS, N = (0.9, 0.999), 1e-15, 40
 GROUPS = ("geometry", "appearance")
@@ -224,3 +228,277 @@ def is_noticed(ordered: Callable[..., OrderedLanes], place: tuple[str, int, int]
     except Race:
         return True
     return False
+
+
+def ids(*rows: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def train_simply(views: list[Tensor], after: Callable[[Training, int], None] = lambda training, step: None) -> Training:
+    training = Training(views)
+    training.prefetches = lambda step: True
+    training.run(lambda step: after(training, step))
+    training.assert_exact()
+    return training
+
+
+def test_rows_counted_as_travelling():
+    views = [ids(0, 1, 2), ids(1, 2, 5), ids(2), ids(0, 2, 5), ids(0, 1)]
+    moved = []
+    training = train_simply(views, lambda training, step: moved.append(training.pipeline.rows_moved))
+    # The second view finds no space yet beside the first, which is written whole; later ones share 1, 1 and 1 rows with
+    # the view before them, and row 5 of the fourth and row 1 of the last come from the view before that, or the host.
+    assert moved[0] == {"rows_fetched": 3, "rows_retained": 0, "rows_written": 3}
+    assert moved[1] == {"rows_fetched": 6, "rows_retained": 1, "rows_written": 5}
+    assert moved[2] == {"rows_fetched": 7, "rows_retained": 2, "rows_written": 5}
+    assert moved[3] == {"rows_fetched": 8, "rows_retained": 3, "rows_written": 7}
+    assert moved[4] == {"rows_fetched": 8, "rows_retained": 3, "rows_written": 9}
+    traffic = training.pipeline.counters().traffic
+    assert traffic == {**moved[4], "link_bytes": ROW_BYTES * (8 + 9)}
+
+
+def test_rows_written_since_a_view_was_given_up_are_counted():
+    """What was retained for a view that is then fetched anew has travelled after all."""
+    views = [ids(0, 1, 2), ids(0, 1), ids(0, 1), ids(1)]
+
+    def forget(training: Training, step: int) -> None:
+        if step == 1:
+            training.pipeline.forget_upcoming()
+
+    moved = train_simply(views, forget).pipeline.rows_moved
+    # The third view had rows 0 and 1 from the second, which are then written and fetched.
+    assert moved == {"rows_fetched": 3 + 2 + 2, "rows_retained": 2 + 1, "rows_written": 3 + 2 + 1 + 1}
+
+
+def test_rows_of_a_view_that_was_undone_are_counted():
+    """What was fetched ahead is fetched again; what would have been retained has not been."""
+    training = Training([ids(0, 1, 2), ids(0, 1, 2), ids(0, 1, 5), ids(1)])
+    training.prefetches = lambda step: True
+    for step in range(2):
+        training.fetch_and_prefetch(step)
+        if step == 1:
+            training.pipeline.undo_step(1)
+            training.reference.undo_step(1)
+            assert training.pipeline.rows_moved == {"rows_fetched": 3 + 3 + 1, "rows_retained": 0, "rows_written": 3}
+            training.fetch_and_prefetch(1)
+        training.update()
+    training.run()
+    moved = training.pipeline.rows_moved
+    assert moved == {"rows_fetched": 3 + 3 + 1 + 3 + 1, "rows_retained": 2 + 1, "rows_written": 3 + 1 + 2 + 1}
+
+
+def test_space_grows_with_pairs_of_views_and_stays():
+    torch.manual_seed(0)
+    counts = []
+    train_simply(4 * random_views(N, 15), lambda training, step: counts.append(training.pipeline.staging_allocations))
+    assert 1 < counts[-1] < 12
+    assert counts[30] == counts[-1]
+
+
+def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
+    """Where memory bounds the arena, which then stays as it is."""
+    retained = []
+    for most_rows in (25, 1000):
+        monkeypatch.setattr(Arena, "_most_rows", lambda self, count, most=most_rows: most)
+        torch.manual_seed(0)
+        views = random_views(N, 30)
+        assert max(map(len, views)) < 25 < max(len(view) + len(after) for view, after in pairwise(views))
+        training = train_simply(views)
+        retained.append(training.pipeline.rows_moved["rows_retained"])
+        assert max(len(rows) for rows in training.pipeline._arena._rows.values()) <= most_rows
+        assert training.pipeline.staging_allocations < 6
+    assert 0 < retained[0] < retained[1]
+
+
+def test_the_arena_is_made_anew_after_there_was_no_memory_for_it(monkeypatch):
+    """A fetch that has failed may be repeated, of a smaller view as well."""
+    arena = Arena({"geometry": 5, "last": 1}, CPU, torch.int32)
+    arena.make_space_for(10)
+    empty = torch.empty
+    sizes = []
+
+    def fail_at_second(*shape: object, **options: object) -> Tensor:
+        sizes.append(shape)
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("a defect")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", fail_at_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        arena.make_space_for(20)
+    assert arena.make_space_for(5)
+    assert [len(rows) for rows in arena.rows(5, at_end=True).values()] == [5, 5]
+
+
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_a_fetch_that_has_failed_may_be_repeated(monkeypatch, prefetched):
+    torch.manual_seed(0)
+    training = Training(random_views(N, 8))
+    training.prefetches = lambda step: prefetched
+    decoded, failures = PackedPipeline._decoded, []
+
+    def fail_once(self: PackedPipeline, name: str, view: object) -> Tensor:
+        if training.steps == 4 and len(failures) < 2:
+            failures.append(name)
+            raise torch.OutOfMemoryError("a defect")
+        return decoded(self, name, view)
+
+    monkeypatch.setattr(PackedPipeline, "_decoded", fail_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.run()
+    with pytest.raises(torch.OutOfMemoryError):
+        training.pipeline.fetch(4)
+    training.run()
+    training.assert_exact()
+    assert len(failures) == 2
+
+
+@pytest.mark.parametrize("moment", ["fetched", "prefetched", "prefetched and finished"])
+def test_a_step_is_undone_with_rows_that_the_host_lacks(moment):
+    """And repeated, several times in a run, without any row having changed."""
+    torch.manual_seed(0)
+    training = Training(random_views(N, 20))
+    lacking = 0
+    for step in range(20):
+        training.prefetches = lambda step, at=step: moment != "fetched" or at % 3 < 2
+        training.fetch_and_prefetch(step)
+        if step % 3 == 2:
+            lacking += training.pipeline._lacking is not None
+            if moment.endswith("finished"):
+                training.pipeline.finish()
+            training.pipeline.undo_step(step)
+            training.reference.undo_step(step)
+            assert torch.equal(training.pipeline.upcoming_ids, training.views[step])
+            training.assert_exact()
+            training.fetch_and_prefetch(step)
+        training.update()
+    training.assert_exact()
+    assert lacking > 3
+
+
+def test_a_step_that_has_begun_to_be_applied_is_not_undone(monkeypatch):
+    training = Training([ids(0, 1), ids(1, 2)])
+    training.fetch_and_prefetch(0)
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("a defect")
+
+    monkeypatch.setattr(row_kernels, "step_view_rows", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.pipeline.update()
+    with pytest.raises(RuntimeError, match="applied in part"):
+        training.pipeline.undo_step(0)
+
+
+def test_an_error_of_the_worker_ends_the_step_before_anything_is_changed():
+    torch.manual_seed(0)
+    views = random_views(N, 10)
+    training = Training(views)
+    good = training.pipeline._cull
+
+    def fail_once(index: int) -> Tensor:
+        if index == 4:
+            training.pipeline._cull = good
+            raise ValueError("a defect")
+        return good(index)
+
+    training.pipeline._cull = fail_once
+    with pytest.raises(ValueError, match="a defect"):
+        training.run()
+    assert training.steps == 3
+    training.pipeline.undo_step(3)  # raises it no second time
+    training.reference.undo_step(3)
+    assert all(group.adam.step == group.store.step == 3 for group in training.groups.values())
+    assert torch.equal(training.pipeline.upcoming_ids, views[3])
+    training.assert_exact()
+    training.run()
+    training.assert_exact()
+
+
+def test_rows_that_arrive_do_not_disturb_the_backward_pass():
+    training = Training(2 * [torch.arange(0, 30), torch.arange(15, 40)])
+    for step in range(4):
+        view = training.pipeline.fetch(step)
+        loss = sum((values**2).sum() for values in view.values.values())
+        if step < 3:
+            training.pipeline.prefetch(step + 1)
+            training.pipeline.finish()
+        loss.backward()
+        assert all(torch.equal(values.grad, 2 * values) for values in view.values.values())
+        training.pipeline.update()
+    assert training.pipeline.rows_moved["rows_retained"] > 0
+
+
+def test_a_finish_after_a_finish_writes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    training = Training(random_views(N, 12))
+    written, write = [], row_kernels.write_packed_rows
+    monkeypatch.setattr(row_kernels, "write_packed_rows", lambda *given: (written.append(len(given[1])), write(*given)))
+
+    def finish_often(step: int) -> None:
+        training.pipeline.finish()
+        before = len(written)
+        training.pipeline.finish()
+        training.pipeline.finish()
+        assert len(written) == before
+
+    training.run(finish_often)
+    training.assert_exact()
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    """It holds the rows that there were when it was begun, each copied before it changes."""
+    torch.manual_seed(0)
+    training = Training(random_views(N, 20))
+    saved: list[tuple[dict[str, Tensor], PartialCheckpoint]] = []
+
+    def save(step: int) -> None:
+        if step % 5 != 1:
+            return
+        training.pipeline.finish()
+        state, stores = {}, {}
+        for name, group in training.groups.items():
+            state |= {f"packed/{name}": group.store.packed, f"last_step/{name}": group.store.last_step}
+            stores |= {f"packed/{name}": group.store, f"last_step/{name}": group.store}
+        frozen = {key: value.clone() for key, value in state.items()}
+        if saved:
+            saved[-1][1].publish()
+        checkpoint = Checkpoint(step, np.eye(4), {**state, "packed/sh_degree": torch.tensor(3)})
+        saved.append((frozen, PartialCheckpoint(tmp_path / f"{step}.pt", checkpoint, stores)))
+
+    training.run(save)
+    saved[-1][1].publish()
+    assert len(saved) == 4
+    for frozen, partial in saved:
+        written = peek_checkpoint(partial.path).state
+        for key, value in frozen.items():
+            assert torch.equal(written[key], value), key
+    training.assert_exact()
+
+
+@pytest.mark.cuda
+def test_lanes_on_a_gpu_are_those_of_rows_that_stay():
+    """Large views, so that kernels of all lanes are under way at once; after a while no memory is taken."""
+    torch.manual_seed(0)
+    device, n = torch.device("cuda"), 1_000_000
+    views = [(torch.rand(n) < 0.15).nonzero()[:, 0] for _ in range(30)]
+    on_device = [view.to(device) for view in views]
+    pipeline, groups = make_pipeline(n, on_device.__getitem__, device)
+    resident = groups_of({name: DeviceStore(start(n), name, state="compact", device=device) for name in GROUPS}, device)
+    reference = ResidentPipeline(resident, on_device.__getitem__, device)
+    for step in range(len(views)):
+        view, expected = pipeline.fetch(step), reference.fetch(step)
+        if step + 1 < len(views):
+            pipeline.prefetch(step + 1)
+        for name, values in view.values.items():
+            assert torch.equal(values, expected.values[name])
+            values.grad = torch.randn(values.shape, device=device)
+            expected.values[name].grad = values.grad.clone()
+        pipeline.update()
+        reference.update()
+    pipeline.finish()
+    assert pipeline.rows_moved["rows_retained"] > 20 * 0.15**2 * n
+    assert pipeline.staging_allocations < 5
+    for name, group in groups.items():
+        assert torch.equal(group.store.packed, resident[name].store.packed.cpu())
+        assert torch.equal(group.store.last_step, resident[name].store.last_step.cpu())

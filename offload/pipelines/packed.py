@@ -110,7 +110,7 @@ class PackedPipeline:
         self._lacking: PackedView | None = None  # has rows that the host has not, and that are not written now
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
         self._applied = False  # whether gradients of the present view may have reached its rows
-        self._rows_found, self._rows_updated, self._rows_kept = 0, 0, 0
+        self._rows_found, self._rows_given, self._rows_kept = 0, 0, 0  # given to be written
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
 
@@ -156,7 +156,7 @@ class PackedPipeline:
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it
         view.values = {}
-        self._rows_updated += len(view.ids)
+        self._rows_given += len(view.ids)
         leaving = None
         if upcoming is not None and upcoming.view is not None and upcoming.sources is not None:
             self._hand_on(view, upcoming.view, upcoming.sources, upcoming.found)
@@ -172,6 +172,7 @@ class PackedPipeline:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
         if self._lacking is not None:
             self._write(self._lacking, None)
+            self._rows_given += len(self._lacking.ids)
             self._lacking = None
         self._cull_lane.finish()
         self._fetch_lane.finish()
@@ -247,7 +248,11 @@ class PackedPipeline:
             return
         if self._applied:
             raise RuntimeError("the step had been applied in part")
-        self._upcoming = None
+        upcoming, self._upcoming = self._upcoming, None
+        if upcoming is not None and upcoming.sources is not None:
+            self._fetch_lane.finish()
+            given_up = int((upcoming.sources >= 0).sum())  # they would have been handed on
+            self._rows_found, self._rows_retained = self._rows_found - given_up, self._rows_retained - given_up
         self.finish()
         self._found_ids, self._present, self._previous = self._present.ids, None, None
         for group in self._groups.values():
@@ -265,7 +270,7 @@ class PackedPipeline:
         return {
             "rows_fetched": self._rows_found - retained - self._rows_kept,
             "rows_retained": retained,
-            "rows_written": self._rows_updated - retained,
+            "rows_written": self._rows_given - retained,
         }
 
     def counters(self) -> Counters:
