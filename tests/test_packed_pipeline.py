@@ -1,4 +1,4 @@
-"""The lanes and the worker of the pipeline of packed rows: no order they allow, and no fault, changes a row."""
+"""The lanes of the pipeline of packed rows: no order they allow, and no fault, changes a row."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.pipelines import packed as packed_pipeline
-from offload.pipelines import worker as work_ahead
 from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.packed import PackedPipeline
 from offload.pipelines.resident import ResidentPipeline
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
-from tests.ordered_lanes import OrderedKernels, OrderedLanes, OrderedWorker, Race
+from tests.ordered_lanes import OrderedKernels, OrderedLanes, Race
 from tests.test_streamed_pipeline import CPU, random_views
 from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
 
@@ -145,7 +144,7 @@ NOTHING = Nothing()
 
 @pytest.fixture
 def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
-    """Puts lanes and a worker in place that keep to the order, and cuts views into several parts."""
+    """Puts lanes in place that keep to the order, and cuts views into several parts."""
 
     def begin(left_out: tuple[str, int, int] | None = None) -> OrderedLanes:
         lanes = OrderedLanes(left_out)
@@ -153,8 +152,6 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
         monkeypatch.setattr(packed_pipeline, "Lane", lanes)
         monkeypatch.setattr(packed_pipeline, "SMALLEST_PART", 4)
         monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note
-        monkeypatch.setattr(OrderedWorker, "lanes", lanes, raising=False)
-        monkeypatch.setattr(work_ahead, "ThreadPoolExecutor", OrderedWorker)
         return lanes
 
     return begin
@@ -390,7 +387,7 @@ def test_a_step_that_has_begun_to_be_applied_is_not_undone(monkeypatch):
         training.pipeline.undo_step(0)
 
 
-def test_an_error_of_the_worker_ends_the_step_before_anything_is_changed():
+def test_an_error_of_culling_ends_the_step_before_anything_is_changed():
     torch.manual_seed(0)
     views = random_views(N, 10)
     training = Training(views)

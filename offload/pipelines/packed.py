@@ -123,9 +123,6 @@ class PackedPipeline:
             view = upcoming.view
             compute.wait(view.fetched)
         else:
-            if upcoming is not None:
-                compute.wait(upcoming.found)
-                compute.uses(upcoming.ids)
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         compute.uses(view.ids)
         view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
@@ -174,7 +171,7 @@ class PackedPipeline:
             self._write(self._lacking, None)
             self._rows_given += len(self._lacking.ids)
             self._lacking = None
-        self._cull_lane.finish()
+        self._cull_lane.finish()  # what it found may be fetched late, elsewhere
         self._fetch_lane.finish()
         self._write_lane.finish()
 
