@@ -36,7 +36,7 @@ class AerialCameras:
 
 
 def aerial_scene(
-    num_gaussians: int, seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0
+    num_gaussians: int, seed: int, *, focal: float | Sequence[float] = FOCAL, picture_scale: float = 1.0
 ) -> tuple[dict[str, Tensor], AerialCameras]:
     """Make Gaussians in Morton order and cameras above them.
 
@@ -45,7 +45,8 @@ def aerial_scene(
     Args:
         num_gaussians: N.
         seed: Everything random is drawn from it.
-        focal: Focal length in pixels; the longer, the smaller the part of the scene that a view sees.
+        focal: Focal length in pixels, of all cameras or of each; the longer, the smaller the part of the scene that
+            a view sees.
         picture_scale: Factor on the pictures' sides and on the focal length.
 
     Returns:
@@ -69,30 +70,49 @@ def repeated_normal(shape: tuple[int, ...], deviation: float, generator: torch.G
     return values
 
 
-def aerial_geometry(num_gaussians: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Make the means, scales, quats and opacities of `aerial_scene`, from a generator with its seed."""
-    cells = round(GROUND / BLOCK)
+def aerial_geometry(num_gaussians: int, generator: torch.Generator, *, ground: float = GROUND) -> dict[str, Tensor]:
+    """Make the means, scales, quats and opacities of `aerial_scene`, from a generator with its seed.
+
+    Args:
+        num_gaussians: N.
+        generator: Everything random is drawn from it.
+        ground: World units, both sides of what is built over; its middle is the origin.
+    """
+    cells = round(ground / BLOCK)
     heights = torch.rand(cells, cells, generator=generator) * MAX_HEIGHT
     means = torch.rand(num_gaussians, 3, generator=generator)
     cell = (means[:, :2] * cells).long().clamp(max=cells - 1)
-    means[:, 2] = heights[cell[:, 0], cell[:, 1]] / GROUND
+    means[:, 2] = heights[cell[:, 0], cell[:, 1]] / ground
     del cell
     # All else is drawn at random, so sorting the means sorts the scene.
     means = means[morton_order(means)]
     means[:, :2] -= 0.5
-    means *= GROUND
+    means *= ground
     quats = torch.empty(num_gaussians, 4).normal_(0, 0.3, generator=generator)
     quats[:, 0] += 1.0
     return {
         "means": means,
-        "scales": torch.full((num_gaussians, 3), math.log(GROUND / math.sqrt(max(num_gaussians, 1)))),
+        "scales": torch.full((num_gaussians, 3), math.log(ground / math.sqrt(max(num_gaussians, 1)))),
         "quats": quats,
         "opacities": torch.empty(num_gaussians).normal_(0, 1, generator=generator),
     }
 
 
-def aerial_cameras(seed: int, *, focal: float = FOCAL, picture_scale: float = 1.0) -> AerialCameras:
-    """Place cameras at one height that look down, each with its heading and tilt."""
+def aerial_cameras(
+    seed: int,
+    *,
+    focal: float | Sequence[float] = FOCAL,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    picture_scale: float = 1.0,
+) -> AerialCameras:
+    """Place cameras at one height that look down, each with its heading and tilt.
+
+    Args:
+        seed: Everything random is drawn from it.
+        focal: Focal length in pixels, of all cameras or of each.
+        size: Width and height of the pictures in pixels.
+        picture_scale: Factor on the pictures' sides and on the focal lengths.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     viewmats = torch.eye(4).repeat(NUM_CAMERAS, 1, 1)
     for viewmat in viewmats:
@@ -104,10 +124,16 @@ def aerial_cameras(seed: int, *, focal: float = FOCAL, picture_scale: float = 1.
         forward = math.sin(tilt) * ahead - math.cos(tilt) * torch.tensor([0.0, 0.0, 1.0])
         viewmat[:3, :3] = torch.stack([right, torch.linalg.cross(forward, right), forward])
         viewmat[:3, 3] = -viewmat[:3, :3] @ position
-    width, height = round(WIDTH * picture_scale), round(HEIGHT * picture_scale)
-    focal *= picture_scale
-    K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-    return AerialCameras(viewmats, K.repeat(NUM_CAMERAS, 1, 1), width, height)
+    width, height = scaled(size, picture_scale)
+    Ks = torch.tensor([[0.0, 0, width / 2], [0, 0, height / 2], [0, 0, 1]]).repeat(NUM_CAMERAS, 1, 1)
+    Ks[:, 0, 0] = Ks[:, 1, 1] = torch.as_tensor(focal) * picture_scale
+    return AerialCameras(viewmats, Ks, width, height)
+
+
+def scaled(size: tuple[int, int], picture_scale: float) -> tuple[int, int]:
+    """Return the width and height in pixels of pictures whose sides are scaled."""
+    width, height = size
+    return round(width * picture_scale), round(height * picture_scale)
 
 
 def geometry_rows(parameters: Mapping[str, Tensor]) -> Tensor:

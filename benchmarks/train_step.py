@@ -19,12 +19,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import count as count_from
 from itertools import islice, pairwise, product
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible
+from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible, scaled
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
@@ -74,7 +75,7 @@ class Job:
 
     trainer: str
     num_gaussians: int
-    focal: float  # pixels
+    focal: float | tuple[float, ...]  # pixels, of all cameras or of each
     picture_scale: float
     steps: int
     memory_cap: int = 0  # bytes; 0: none
@@ -86,6 +87,7 @@ class Measurement:
     """What one trainer did; `problem` says why it did not come to the end."""
 
     milliseconds: Spread | None = None
+    mean_milliseconds: float | None = None  # of a step, where views differ much
     stages: dict[str, float] | None = None  # mean milliseconds
     offload: dict[str, float] | None = None  # mean milliseconds beside the stages; of trainers that offload
     memory: dict[str, int] | None = None  # of `training.memory.peak_bytes`
@@ -112,13 +114,16 @@ class AerialRun:
         self._clock = Clock(self.device)
         self._ends: list[torch.cuda.Event | float] = []  # of the measured steps and the one before
         self.stages: dict[str, float] = {}
-        self._parameters, cameras = aerial_scene(
-            job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale
-        )
+        self._parameters, cameras = self.make_scene()
         drawn = drawn_cameras(cameras, self._parameters["means"], job.view_window)
         self._offload_per_step = PerStep()
         self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
         self._counted_before = Counters()
+
+    def make_scene(self) -> tuple[dict[str, Tensor], AerialCameras]:
+        """Make the Gaussians that training starts with, in Morton order, and the cameras."""
+        job = self.job
+        return aerial_scene(job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale)
 
     @property
     def adam(self) -> AdamOptions:
@@ -168,6 +173,7 @@ class AerialRun:
         counted, before = self.model.counters(), self._counted_before
         return Measurement(
             milliseconds=Spread.of([self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]),
+            mean_milliseconds=self._clock.milliseconds(self._ends[0], self._ends[-1]) / self.job.steps,
             stages=self.times.mean_milliseconds(),
             offload=self._mean_offload(),
             memory=peak_bytes(self.device),
@@ -212,7 +218,10 @@ def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.devic
     return views
 
 
-def train(job: Job, run_type: type[AerialRun] = AerialRun) -> AerialRun:
+AnyRun = TypeVar("AnyRun", bound=AerialRun)
+
+
+def train(job: Job, run_type: Callable[[Config, Job], AnyRun]) -> AnyRun:
     """Run one trainer's `train` in this process; returns what it has run in."""
     limit_fragmentation()
     trainer = TRAINERS[job.trainer]
@@ -224,10 +233,10 @@ def train(job: Job, run_type: type[AerialRun] = AerialRun) -> AerialRun:
     return aerial_run
 
 
-def run_trainer(job: Job) -> Measurement:
+def run_trainer(job: Job, run_type: Callable[[Config, Job], AerialRun] = AerialRun) -> Measurement:
     """Measure one trainer in this process."""
     try:
-        return train(job).measurement()
+        return train(job, run_type).measurement()
     except torch.OutOfMemoryError:
         return Measurement(problem="out of device memory")
     except (InputError, TrainingStopped) as error:
@@ -240,10 +249,10 @@ def in_fresh_process(function: Callable, *arguments: object):
         return pool.submit(function, *arguments).result()
 
 
-def measure(job: Job) -> Measurement:
+def measure(job: Job, run_type: Callable[[Config, Job], AerialRun] = AerialRun) -> Measurement:
     """Run one trainer in a process of its own."""
     try:
-        return in_fresh_process(run_trainer, job)
+        return in_fresh_process(run_trainer, job, run_type)
     except BrokenProcessPool:
         return Measurement(problem="killed, most likely out of host memory")
 
@@ -331,7 +340,7 @@ def main(options: Options) -> None:
     report.say(sentence_of(bandwidth))
     if cap:
         report.say(f"Torch may take {options.device_memory_cap} of device memory.")
-    width, height = round(WIDTH * options.picture_scale), round(HEIGHT * options.picture_scale)
+    width, height = scaled((WIDTH, HEIGHT), options.picture_scale)
     title = f"Aerial scene, pictures of {width}x{height} pixels, no densification; memory in 10^9 bytes."
     table = report.table(title, COLUMNS)
     for num_gaussians in options.num_gaussians:

@@ -11,6 +11,7 @@ import torch
 
 import trainers
 from benchmarks import (
+    bigcity,
     culling,
     dataset_loading,
     densify,
@@ -25,14 +26,18 @@ from benchmarks import (
     transfer,
 )
 from benchmarks.__main__ import benchmarks
-from benchmarks.aerial_scene import VisibleCounts, aerial_scene
+from benchmarks.aerial_scene import VisibleCounts, aerial_scene, geometry_rows, one_by_one
+from benchmarks.city_scene import City, shares_around, windows
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, Spread, time_in_turns
 from benchmarks.visible_rows import KINDS
 from errors import InputError
+from offload.culling.native import BlockBounds, visible_ids
+from offload.store.morton import morton_order
 from reporting import machine
 from reporting.machine import describe_machine, machine_name
 from reporting.numbers import number
+from training import memory_estimate
 
 
 def written(out: Path) -> dict:
@@ -47,7 +52,7 @@ def written(out: Path) -> dict:
 
 @pytest.fixture
 def _in_this_process(monkeypatch):
-    for module in (train_step, scaling, split):
+    for module in (train_step, scaling, split, bigcity):
         monkeypatch.setattr(module, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(train_step, "copy_bandwidth", lambda device: 1e10)
 
@@ -150,9 +155,68 @@ def test_visible_counts_are_those_of_the_scene():
     assert counts.mean(500.0) > 2 * counts.mean(1000.0)
 
 
+@pytest.mark.usefixtures("_in_this_process")
+def test_views_of_the_city_see_what_those_of_clm_see(tmp_path):
+    names = ("streamed_compact_geometry_on_host", "streamed_bfloat16")
+    options = bigcity.Options(
+        num_gaussians=(200_000,), steps=3, picture_scale=0.1, trainers=names, out=tmp_path / "table"
+    )
+    bigcity.main(options)
+    (table,) = written(tmp_path / "table")["tables"]
+    assert [row["trainer"] for row in table["rows"]] == list(names)
+    for row in table["rows"]:
+        assert row["remark"] is None
+        assert row["visible"] == pytest.approx(0.0039, rel=0.02)
+        assert row["at most"] == pytest.approx(0.0106, rel=0.02)
+        assert row["mean ms per step"] > 0
+
+
+def test_a_trainer_that_the_city_leaves_no_memory_is_not_started(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr(bigcity, "City", None)
+    run_type = functools.partial(bigcity.CityRun, largest_share=0.01)
+    job = train_step.Job("streamed_compact", 1_000_000, (1000.0,) * 64, 0.1, steps=3)
+    found = train_step.run_trainer(job, run_type)
+    assert found.milliseconds is None
+    assert "1000000 Gaussians" in found.problem
+
+
+def test_a_city_is_counted_tile_by_tile_as_if_it_were_whole():
+    city = City(30_001, seed=0)
+    parameters, cameras = city.parameters(), city.cameras(4000.0)
+    rows = geometry_rows(parameters)
+    bounds = BlockBounds(rows)
+    whole = [len(visible_ids(rows, bounds, camera)) / 30_001 for camera in one_by_one(cameras)]
+    assert city.shares(cameras) == pytest.approx(whole, abs=2 / 30_001)  # where rounding decides
+    assert min(whole) > 0
+
+
+def test_a_city_takes_twenty_bytes_a_gaussian_and_is_in_morton_order():
+    parameters = City(30_001, seed=0).parameters()
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in parameters.values()}
+    assert sum(storages.values()) < 20 * 30_001 + 10_000
+    assert {name: value.shape[1:] for name, value in parameters.items()} == {
+        name: value.shape[1:] for name, value in aerial_scene(10, seed=0)[0].items()
+    }
+    assert all(len(value) == 30_001 for value in parameters.values())
+    means = parameters["means"]
+    along, sorted_along = (float(steps.diff(dim=0).norm(dim=1).mean()) for steps in (means, means[morton_order(means)]))
+    assert along == pytest.approx(sorted_along, rel=0.05)
+    assert torch.equal(
+        windows(torch.arange(6.0), 3, (2, 2)), torch.tensor([[[0.0, 1], [2, 3]]]) + torch.arange(3.0).view(3, 1, 1)
+    )
+
+
+def test_shares_have_the_wanted_mean_and_ends():
+    shares = shares_around(0.0039, 0.001, 0.0106, 64)
+    assert (shares.mean(), shares.min(), shares.max()) == (pytest.approx(0.0039, rel=1e-6), 0.001, 0.0106)
+
+
 def test_every_benchmark_is_listed_with_its_purpose():
     found = benchmarks()
-    assert {"train_step", "scaling", "host_adam", "culling", "densify", "rasterizer_cpu", "losses"} <= set(found)
+    assert {"train_step", "bigcity", "scaling", "host_adam", "culling", "densify", "rasterizer_cpu", "losses"} <= set(
+        found
+    )
     assert "report" not in found
     assert all(purpose.endswith(".") for purpose in found.values())
 
