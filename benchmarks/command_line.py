@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +27,15 @@ Options = TypeVar("Options", bound=BenchmarkOptions)
 
 def run(main: Callable[[Options], None], options: type[Options], description: str) -> None:
     """Parse the command line and measure; the exit code is 2, with one sentence, for options that cannot be used."""
-    try:
+    with refusing():
         main(tyro.cli(options, description=description))
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """End with exit code 2 and one sentence for options that cannot be used."""
+    try:
+        yield
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -50,6 +50,7 @@ class Plan:
     folder: Path
     arguments: tuple[str, ...]  # of the Python interpreter
     cfg: Config
+    checkpoint: Path | None = None  # that it goes on from; None: it begins anew
 
     @property
     def command(self) -> str:
@@ -150,7 +151,7 @@ def _known_options(trainer: Trainer, scene: str) -> set[str]:
 
 
 class Interruption:
-    """Tell Ctrl-C, SIGTERM and a closed terminal to the trainer that runs, and remember them.
+    """Tell Ctrl-C, SIGTERM and a closed terminal to the trainers that run, and remember them.
 
     A trainer has a session of its own, so that it is told once: it ends its step and saves. At a second Ctrl-C it
     stops at once.
@@ -158,7 +159,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
-        self.process: subprocess.Popen | None = None
+        self.processes: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Interruption:
         self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
@@ -169,13 +170,20 @@ class Interruption:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    def request(self, number: signal.Signals) -> None:
+        """Tell all trainers that run to end, by this signal."""
         self.requested = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        for process in list(self.processes):
+            if process.poll() is None:
+                process.send_signal(number)
 
 
 def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None], *, anew: bool = False) -> Launch:
     """Run a trainer to its end; everything it prints but its progress goes to log.txt in its result folder.
+
+    Several threads may do so at the same time.
 
     Args:
         wanted: What to run. An unfinished run with the same options is continued from its last checkpoint; after
@@ -188,6 +196,10 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     arguments = list(wanted.arguments)
     if anew or options is None or differing_options(options, wanted.cfg):
         remove_run(wanted.folder)
+        if wanted.checkpoint is not None:
+            (wanted.folder / "ckpts").mkdir(parents=True, exist_ok=True)
+            (wanted.folder / "ckpts" / "ckpt_0.pt").symlink_to(wanted.checkpoint.resolve())
+            arguments += ["--resume"]
     else:
         arguments += ["--resume"]
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
@@ -204,7 +216,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-        interruption.process = process
+        interruption.processes.add(process)
         if interruption.requested:  # came between the last check and now
             process.send_signal(signal.SIGINT)
         for line, is_progress in _lines(cast(BufferedReader, process.stdout)):
@@ -214,7 +226,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
                 said = line.strip() or said
         exit_code = process.wait()
         log.end()
-        interruption.process = None
+        interruption.processes.discard(process)
     ending = _ending(exit_code, said, read_ending(wanted.folder), whole=is_finished(wanted.folder, wanted.cfg))
     result = Launch(
         command=shlex.join(["python", *arguments]),
