@@ -78,7 +78,7 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
     for option, _ in groups:
         if not any(option in known for known in known_to.values()):
             raise InputError(
-                f"--{option} is no option of compare.py, nor of the trainers {', '.join(names)}: see "
+                f"--{option} is no option of this command, nor of the trainers {', '.join(names)}: see "
                 f"`python {TRAINERS[names[0]].path.name} {scene} --help`."
             )
     plans = []

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from benchmarks import (
     gsplat_agreement,
     host_adam,
     losses,
+    quality,
     rasterizer_cpu,
     scaling,
     split,
@@ -31,6 +33,9 @@ from benchmarks.city_scene import City, shares_around, windows
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, Spread, time_in_turns
 from benchmarks.visible_rows import KINDS
+from comparing.launch import Interruption
+from comparing.runs import Launch
+from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.culling.native import BlockBounds, visible_ids
 from offload.store.morton import morton_order
@@ -38,6 +43,7 @@ from reporting import machine
 from reporting.machine import describe_machine, machine_name
 from reporting.numbers import number
 from training import memory_estimate
+from training.ending import INTERRUPTED
 
 
 def written(out: Path) -> dict:
@@ -210,6 +216,74 @@ def test_a_city_takes_twenty_bytes_a_gaussian_and_is_in_morton_order():
 def test_shares_have_the_wanted_mean_and_ends():
     shares = shares_around(0.0039, 0.001, 0.0106, 64)
     assert [shares.mean(), shares.min(), shares.max()] == pytest.approx([0.0039, 0.001, 0.0106], rel=1e-6)
+
+
+def test_quality_goes_on_from_one_checkpoint_and_then_from_where_it_stopped(tmp_path, monkeypatch):
+    write_city_block(tmp_path / "data", num_views=10, width=32, height=24, num_points=50)
+    options = quality.Options(data_dir=tmp_path / "data", max_steps=2, seeds=1, out=tmp_path / "table")
+    options.trainers, options.result_dir = ("gpu_only_compact",), tmp_path / "first"
+    quality.main(options, ["--device", "cpu"])
+    (checkpoint,) = tmp_path.glob("first/seed_42/*/ckpts/*.pt")
+
+    options.trainers, options.result_dir = ("gpu_only_deferred", "gpu_only_compact"), tmp_path / "second"
+    options.from_checkpoint, options.parallel, options.max_steps = checkpoint, 2, 3
+    quality.main(options, ["--device", "cpu"])
+    runs, (difference,) = (table["rows"] for table in written(tmp_path / "table")["tables"])
+    assert [(row["trainer"], row["seed"], row["steps"], row["run"]) for row in runs] == [
+        (name, 42, 5, "finished") for name in options.trainers
+    ]
+    assert runs[1]["PSNR, dB"] == pytest.approx(runs[0]["PSNR, dB"], abs=0.05)
+    assert (difference["trainer"], difference["steps"], difference["pairs"]) == ("gpu_only_compact", 5, 1)
+
+    monkeypatch.setattr(quality, "launch", None)
+    quality.main(options, ["--device", "cpu"])
+    assert [row["run"] for row in written(tmp_path / "table")["tables"][0]["rows"]] == ["finished"] * 2
+
+
+def test_quality_shows_what_is_done_when_its_time_is_over(tmp_path, monkeypatch):
+    """Runs that are told to end are those that run; none begins after them."""
+    write_city_block(tmp_path / "data", num_views=4, width=32, height=24, num_points=50)
+    told = threading.Event()
+
+    def wait_for_the_end(wanted, interruption, show):
+        if not told.wait(20):
+            raise TimeoutError
+        return Launch("", INTERRUPTED, "Interrupted after 1 steps.", 0, "", {})
+
+    monkeypatch.setattr(quality, "launch", wait_for_the_end)
+    monkeypatch.setattr(Interruption, "request", lambda self, number: (setattr(self, "requested", True), told.set()))
+    options = quality.Options(
+        data_dir=tmp_path / "data", seeds=2, parallel=3, limit_minutes=0.01, out=tmp_path / "table"
+    )
+    options.result_dir = tmp_path / "runs"
+    quality.main(options)
+    rows = written(tmp_path / "table")["tables"][0]["rows"]
+    assert [row["run"] for row in rows] == ["interrupted. Interrupted after 1 steps."] * 3 + ["not begun"]
+    assert not any(row["steps"] for row in rows)
+
+
+def test_differences_are_those_of_pairs():
+    def evaluation(*psnr):
+        return quality.Evaluation(1, {f"{index}.png": {"psnr": value} for index, value in enumerate(psnr)})
+
+    pairs = [(evaluation(20.0, 30.0), evaluation(20.1, 30.3)), (evaluation(21.0, 32.0), evaluation(21.1, 32.1))]
+    found = quality.Difference.of(pairs, "psnr")
+    assert found.mean == pytest.approx(0.15)
+    assert found.over_seeds == pytest.approx(0.05)  # of 0.2 and 0.1
+    assert found.over_pictures == pytest.approx(0.05)  # of 0.1 and 0.2
+    assert quality.signed(pairs, "psnr") == "+0.150 ± 0.050 ± 0.050"
+    assert quality.signed(pairs[:1], "psnr") == "+0.200 ± - ± 0.100"
+    assert quality.signed(pairs, "lpips") is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"seeds": 0}, {"parallel": 0}, {"trainers": ("none",)}, {"limit_minutes": -1.0}], ids=str
+)
+def test_quality_refuses_what_cannot_be(options, tmp_path):
+    with pytest.raises(InputError, match="--"):
+        quality.main(
+            quality.Options(**options, data_dir=tmp_path, result_dir=tmp_path / "runs", out=tmp_path / "table")
+        )
 
 
 def test_every_benchmark_is_listed_with_its_purpose():
