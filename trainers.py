@@ -70,10 +70,30 @@ class Smaller:
 #   value: 16 bytes of each more.
 # - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
-#   once more for Adam, and all 768 go: by far the most is read. In a compact state all rows have 320 bytes, of which
-#   160 are moments, and culling reads 20 of each.
+#   once more for Adam, and all 768 go: by far the most is read.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
 #   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
+# - A compact row has 328 bytes, with the step of its last update in both groups; values and gradients have 256. To
+#   decode it on the device reads the row and writes the values; to step it reads those, the gradients, moments (160)
+#   and last step (8), and writes the row. Where it travels it is written when it comes and read when it goes. Culling
+#   reads 20 bytes of each Gaussian, or 28 of each 64 of them.
+COMPACT_ROW = 328
+COMPACT_VALUES = 256
+COMPACT_STEP = (COMPACT_ROW + COMPACT_VALUES) + (2 * COMPACT_VALUES + 168 + COMPACT_ROW)
+COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + (COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW)  # forward, commit
+
+
+def streamed_compact(culled: float, visible: float) -> Traffic:
+    """Return what a step moves where compact rows travel both ways.
+
+    Args:
+        culled: Bytes that culling reads.
+        visible: V.
+    """
+    travelling = 2 * COMPACT_ROW * visible
+    return Traffic(device=culled + travelling + COMPACT_STEP * visible, host=travelling, link=COMPACT_ROW * visible)
+
+
 TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
@@ -94,7 +114,7 @@ TRAINERS: dict[str, Trainer] = {
     "gpu_only_compact": Trainer(
         "simple_trainer",
         footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
-        traffic=lambda n, v: Traffic(device=20 * n + (3 * 320 + 4 * 256) * v),
+        traffic=lambda n, v: Traffic(device=20 * n + COMPACT_STEP * v),
         options={"adam": "deferred", "state": "compact"},
         less_device="streamed_compact",
         smaller_views_help=False,
@@ -124,7 +144,7 @@ TRAINERS: dict[str, Trainer] = {
     "optimized_compact": Trainer(
         "simple_trainer_hybrid_optimized",
         footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        traffic=lambda n, v: Traffic(host=(2 * 320 + 320 + 3 * 256) * v, link=256 * v),
+        traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),
         options={"geometry": "host", "state": "compact"},
         less_device="split_compact",
     ),
@@ -144,7 +164,7 @@ TRAINERS: dict[str, Trainer] = {
     "split_compact": Trainer(
         "simple_trainer_hybrid_optimized_split",
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
-        traffic=lambda n, v: Traffic(host=(2 * 320 + 320 + 3 * 256) * v, link=256 * v),
+        traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),
         options={"geometry": "host", "state": "compact"},
     ),
     "streamed": Trainer(
@@ -173,14 +193,14 @@ TRAINERS: dict[str, Trainer] = {
     "streamed_compact": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
-        traffic=lambda n, v: Traffic(device=20 * n + 10 * 320 * v, host=2 * 320 * v, link=320 * v),
+        traffic=lambda n, v: streamed_compact(20 * n, v),
         options={"state": "compact"},
         less_device={"geometry": "host"},
     ),
     "streamed_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
-        traffic=lambda n, v: Traffic(device=4 * 256 * v, host=(480 + 320) * v, link=480 * v),
+        traffic=lambda n, v: streamed_compact(28 / 64 * n, v),
         options={"state": "compact", "geometry": "host"},
         less_device="split_geometry_on_host",
     ),

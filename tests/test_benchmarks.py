@@ -38,6 +38,7 @@ from comparing.runs import Launch
 from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.culling.native import BlockBounds, visible_ids
+from offload.store.layout import num_columns, row_bytes
 from offload.store.morton import morton_order
 from reporting import machine
 from reporting.machine import describe_machine, machine_name
@@ -135,6 +136,16 @@ def test_every_trainer_has_a_floor():
     bandwidth = train_step.Traffic(device=0.0, link=0.0, host=1e9)
     floors = {name: train_step.floor_milliseconds(name, 1000, 100, bandwidth) for name in trainers.TRAINERS}
     assert floors["optimized"] < floors["gpu_only"] < floors["baseline"]
+
+
+def test_compact_rows_have_the_bytes_of_their_stores():
+    groups = ("geometry", "appearance")
+    assert sum(row_bytes(group, 3, state="compact") for group in groups) == trainers.COMPACT_ROW
+    assert sum(4 * num_columns(group, 3, "compact") for group in groups) == trainers.COMPACT_VALUES
+    for name in ("streamed_compact", "streamed_compact_geometry_on_host"):
+        assert trainers.TRAINERS[name].traffic(1e6, 1e5).link == 328 * 1e5
+    on_host, balls = (trainers.TRAINERS[name].traffic(1e6, 1e5) for name in ("gpu_only_compact", "streamed_compact"))
+    assert balls.device - on_host.device == 2 * 328 * 1e5  # rows that come and go
 
 
 @pytest.mark.parametrize(
