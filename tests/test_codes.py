@@ -12,6 +12,7 @@ from offload.adam.codes import LARGEST_RATIO, OCTAVE_STEPS, blocks_of, degree_of
 from offload.adam.deferral import largest_step
 from offload.backends import native
 from offload.store.layout import HALF_MAX, num_columns
+from tests.test_row_kernels import assert_neighbouring_codes
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15
@@ -173,7 +174,7 @@ def test_columns_without_values_hold_the_scales_and_zeros(codec, moments):
 
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU[1:], ON_GPU[1], NATIVE])
 def test_kernels_make_the_same_codes(kind, device, moments):
-    """But for single ones at ties, where a root or a logarithm differs in its last bit.
+    """But for single ones at ties, where a logarithm or a power of two differs in its last bits; scales are exact.
 
     The CPU's kernels take what is denormal in float32 for zero; rows that have such are left out.
     """
@@ -183,6 +184,7 @@ def test_kernels_make_the_same_codes(kind, device, moments):
     words = codec.encode(moments.m, moments.v, moments.random)
     expected = codes.encode_moments(moments.m, moments.v, REACH, moments.random)
     assert (words == expected)[clear].float().mean() > 0.999
+    assert_neighbouring_codes(words[clear], expected[clear])
     for actual, other in zip(codec.decode(expected), codes.decode_moments(expected, REACH), strict=True):
         torch.testing.assert_close(actual, other, rtol=2e-6, atol=torch.finfo(torch.float32).tiny)
 

@@ -49,10 +49,8 @@ class Twins:
         gradients, ids = twins.gradients(n), torch.arange(n)
         m, v = (1 - BETAS[0]) * gradients, (1 - BETAS[1]) * gradients**2
         random = row_kernels.random_bits(ids, twins.columns, step=7)
-        rows = twins.rows.new_empty(n, torch.device("cpu"))
-        rows.parameters.copy_(twins.rows.parameters)
+        rows = RowState(twins.rows.parameters.float(), twins.rows.moments)
         row_kernels.store_moments(rows, m, v, random, tables.reach)
-        row_kernels.write_rows(rows, ids, None, twins.rows)
         for adam in (native, tables):
             adam.load_state({"step_count": torch.tensor(STEPS)})
             adam.begin_step(RATES[: len(multipliers)])
@@ -96,19 +94,16 @@ class Twins:
 
     def _expected(self, ids: Tensor, gradients: Tensor | None) -> tuple[RowState, Tensor, Tensor]:
         rows, last_step = self.copy()
-        fetched = rows.new_empty(len(ids), torch.device("cpu"))
+        values = torch.zeros(len(ids), self.columns)
         if gradients is not None:  # what is fetched stands before this step
             self.tables.undo_step()
-        row_kernels.fetch_rows(rows, ids, ids, last_step, None, fetched, self.tables)
-        if gradients is None:
-            values = fetched.parameters.clone()
-            row_kernels.catch_up_rows(fetched, ids, last_step, self.tables)
-        else:
+        row_kernels.fetch_rows(rows, ids, ids, last_step, None, RowState(values, ()), self.tables)
+        if gradients is not None:
             self.tables.begin_step(RATES[: len(self.multipliers)])
-            row_kernels.step_rows(fetched, ids, last_step, gradients, self.tables)
-            values = fetched.parameters
-        row_kernels.write_rows(fetched, ids, None, rows)
-        return rows, last_step, values
+        seen = values.clone() if gradients is None else values  # what is sent ahead is not rounded
+        row_kernels.step_host_rows(values, ids, last_step[ids], gradients, rows, self.tables)
+        last_step[ids] = self.tables.step
+        return rows, last_step, seen
 
 
 def some_of(n: int) -> Tensor:

@@ -48,9 +48,12 @@ ROW_KERNELS = (
     "fetch_dated_rows",
     "step_rows",
     "step_host_rows",
+    "step_view_rows",
     "catch_up_rows",
     "move_rows",
     "write_rows",
+    "read_packed_rows",
+    "write_packed_rows",
 )
 WITH_KERNELS = ("deferred", "geometry on device", "streamed", "streamed from host")
 OFFLOADING = ("baseline", "deferred", "geometry on device", "geometry on host", "streamed", "streamed from host")

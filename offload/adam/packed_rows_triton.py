@@ -1,11 +1,11 @@
-"""What `rows_triton.py` does with rows that lie packed in a compact store, and with rows whose moments are codes.
+"""What `rows_triton.py` does with the rows of a compact store, which lie packed there, and in a view.
 
-A tile is ROWS whole rows [ROWS, LANES], of which a row uses its first COLUMNS lanes. Parameters and moments of a packed
-row lie side by side, and are read in one access and written in one, [ROWS, 2, LANES]: every thread moves 16 bytes, and
-a warp whole rows. So the link carries few large requests, and whole lines of 64 bytes, also the line in which the
-values of a row end and its codes begin.
+Kernels that decode and code see tiles of ROWS whole rows [ROWS, LANES], of which a row uses its first COLUMNS lanes.
+Parameters and moments of a packed row lie side by side, and are read in one access and written in one,
+[ROWS, 2, LANES]: every thread moves 16 bytes, and a warp whole rows. So the link carries few large requests, and whole
+lines of 64 bytes, also the line in which the values of a row end and its codes begin.
 
-Rows on the device have an array of parameters and one of moments.
+Decoded values are float32 and in an array of their own, [V, COLUMNS]; moments are never anywhere but in packed rows.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ WARPS = 8
 
 
 def takes(rows: RowState) -> bool:
-    """Tell whether rows are for these kernels."""
-    return len(rows.moments) == 1 and (rows.moments[0].dtype == torch.int16 or _are_packed(rows))
+    """Tell whether rows are for these kernels: those that are packed, and those with codes, which must be."""
+    return len(rows.moments) == 1 and (rows.moments[0].dtype == torch.int16 or _in_one_memory(rows))
 
 
 def fetch(
@@ -46,17 +46,22 @@ def fetch(
     tables: DeferralTables,
     blocks: int,
 ) -> None:
-    """Do as `offload.adam.rows.fetch_rows`; without ids as `fetch_dated_rows`."""
+    """Do as `offload.adam.rows.fetch_rows`; without ids as `fetch_dated_rows`.
+
+    Raises:
+        ValueError: Moments are wanted, or rows are not packed.
+    """
+    if out.moments:
+        raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
     with torch.cuda.device_of(places):
         _fetch_kernel[(_grid(len(places), columns, source, blocks),)](
-            *((_packed(source), None) if _are_packed(source) else _arrays(source)),
+            _packed(source),
             places,
             ids,
             last_step,
             wanted,
             out.parameters,
-            out.moments[0] if out.moments else None,
             tables.sums,
             tables.multipliers,
             tables.sums.shape[1],
@@ -68,52 +73,30 @@ def fetch(
         )
 
 
-def step(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> None:
-    """Do as `offload.adam.rows.step_rows`, but leave `last_step`, which other threads may not have read yet."""
-    sizes, (count, columns) = tables.step_sizes(), gradients.shape
-    with torch.cuda.device_of(gradients):
-        _step_kernel[(_num_tiles(count, columns),)](
-            *_arrays(rows),
-            ids,
-            last_step,
-            gradients.contiguous(),
-            sizes.sizes,
-            tables.decays,
-            tables.decays.shape[1],
-            tables.step,
-            seed_of(tables.step),
-            1 - sizes.betas[0],
-            1 - sizes.betas[1],
-            sizes.eps,
-            tables.reach,
-            count,
-            **_tile(columns, rows),
-        )
-
-
-def step_host(
-    parameters: Tensor,
+def step(
+    values: Tensor,
     ids: Tensor,
     last_step: Tensor,
     gradients: Tensor | None,
-    host: RowState,
+    rows: RowState,
     tables: DeferralTables,
-    blocks: int,
-    *,
-    in_order: bool = False,
+    blocks: int | None,
 ) -> None:
-    """Do as `offload.adam.rows.step_host_rows`; without gradients rows that do not lag are not written.
+    """Do as `offload.adam.rows.step_host_rows`, or as `step_view_rows`; what need not change is not written.
 
-    With `in_order` the packed rows are those of the view, in its order, as for `step_view_rows`.
+    Args:
+        values, ids, last_step, gradients, tables: As for these functions.
+        rows: Packed.
+        blocks: Thread blocks over rows on the host, where they lie by ids. None: they are a view's, in its order.
     """
-    sizes, (count, columns) = tables.step_sizes(), parameters.shape
-    with torch.cuda.device_of(parameters):
-        _step_host_kernel[(_grid(count, columns, host, blocks),)](
-            parameters,
+    sizes, (count, columns) = tables.step_sizes(), values.shape
+    with torch.cuda.device_of(values):
+        _step_kernel[(_grid(count, columns, rows, blocks),)](
+            values,
             ids,
             last_step,
             None if gradients is None else gradients.contiguous(),
-            _packed(host),
+            _packed(rows),
             sizes.sizes,
             tables.decays,
             tables.decays.shape[1],
@@ -124,26 +107,8 @@ def step_host(
             sizes.eps,
             tables.reach,
             count,
-            IN_ORDER=in_order,
-            **_tile(columns, host),
-        )
-
-
-def move(rows: RowState, sources: Tensor, out: RowState) -> None:
-    """Do as `offload.adam.rows.move_rows`."""
-    count, columns = out.parameters.shape
-    with torch.cuda.device_of(sources):
-        _move_kernel[(_num_tiles(count, columns),)](
-            *_arrays(rows), sources, *_arrays(out), count, **_tile(columns, rows)
-        )
-
-
-def write(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowState, blocks: int) -> None:
-    """Do as `offload.adam.rows.write_rows`."""
-    columns = rows.parameters.shape[1]
-    with torch.cuda.device_of(ids):
-        _write_kernel[(_grid(len(ids), columns, host, blocks),)](
-            *_arrays(rows), ids, wanted, _packed(host), len(ids), **_tile(columns, host)
+            IN_ORDER=blocks is None,
+            **_tile(columns, rows),
         )
 
 
@@ -183,30 +148,13 @@ def _tile(columns: int, rows: RowState) -> dict[str, int]:
     return {"COLUMNS": columns, "LANES": lanes, "ROWS": TILE // lanes, "CODES": has_codes, "num_warps": WARPS}
 
 
-def _num_tiles(count: int, columns: int) -> int:
-    return triton.cdiv(count, TILE // triton.next_power_of_2(columns))
+def _grid(count: int, columns: int, rows: RowState, blocks: int | None) -> int:
+    """Count the thread blocks: one for each tile, or as many as loop over the tiles where rows are on the host."""
+    tiles = triton.cdiv(count, TILE // triton.next_power_of_2(columns))
+    return tiles if blocks is None or rows.parameters.is_cuda else min(tiles, blocks)
 
 
-def _grid(count: int, columns: int, other: RowState, blocks: int) -> int:
-    """Count the thread blocks that loop over the tiles, where the other side is the host."""
-    tiles = _num_tiles(count, columns)
-    return tiles if other.parameters.is_cuda else min(tiles, blocks)
-
-
-def _arrays(rows: RowState) -> tuple[Tensor, Tensor]:
-    """Return parameters and moments of rows on the device.
-
-    Raises:
-        ValueError: They are not two arrays.
-    """
-    parameters, moments = rows.tensors()
-    if not (parameters.is_contiguous() and moments.is_contiguous()):
-        raise ValueError("parameters and moments of rows on the device must be contiguous")
-    return parameters, moments
-
-
-def _are_packed(rows: RowState) -> bool:
-    """Tell whether parameters and moments lie in one memory."""
+def _in_one_memory(rows: RowState) -> bool:
     return rows.parameters.untyped_storage().data_ptr() == rows.moments[0].untyped_storage().data_ptr()
 
 
@@ -225,7 +173,7 @@ def _packed(rows: RowState) -> Tensor:
 
 @triton.jit
 def _places(row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """Return where the values of rows [ROWS] lie that are not packed, [ROWS, LANES], and which there are."""
+    """Return where decoded values, or gradients, of rows [ROWS] lie, [ROWS, LANES], and which there are."""
     lane = tl.arange(0, LANES)[None, :]
     return row.to(tl.int64)[:, None] * COLUMNS + lane, mask[:, None] & (lane < COLUMNS)
 
@@ -239,22 +187,17 @@ def _packed_places(row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _load(parameters, moments, row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
-    """Load parameters, float32, and the words of moments of rows [ROWS]; `moments` is None where they are packed."""
-    if moments is None:
-        at, used = _packed_places(row, mask, COLUMNS, LANES)
-        values, words = tl.split(tl.permute(tl.load(parameters + at, mask=used, other=0), (0, 2, 1)))
-        w = values.to(tl.float16, bitcast=True).to(tl.float32) if CODES else values.to(tl.float32, bitcast=True)
-    else:
-        at, used = _places(row, mask, COLUMNS, LANES)
-        w = tl.load(parameters + at, mask=used, other=0.0)
-        words = tl.load(moments + at, mask=used, other=0)
+def _load(packed, row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
+    """Load rows [ROWS]: parameters in float32, and the words of their moments, [ROWS, LANES]."""
+    at, used = _packed_places(row, mask, COLUMNS, LANES)
+    values, words = tl.split(tl.permute(tl.load(packed + at, mask=used, other=0), (0, 2, 1)))
+    w = values.to(tl.float16, bitcast=True).to(tl.float32) if CODES else values.to(tl.float32, bitcast=True)
     return w, words
 
 
 @triton.jit
-def _store_packed(packed, row, mask, w, words, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
-    """Store rows, with codes beside values that a float16 holds; also the columns without values."""
+def _store(packed, row, mask, w, words, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
+    """Store rows [ROWS], with codes beside values that a float16 holds; also the columns without values."""
     values = w.to(tl.float16).to(tl.int16, bitcast=True) if CODES else w.to(tl.int32, bitcast=True)
     at, used = _packed_places(row, mask, COLUMNS, LANES)
     tl.store(packed + at, tl.permute(tl.join(values, words), (0, 2, 1)), mask=used)
@@ -292,14 +235,12 @@ def is_wanted(wanted, row, inside):
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"])
 def _fetch_kernel(
-    parameters,  # [rows, COLUMNS]; or packed rows [rows, 2 * COLUMNS]
-    moments,  # [rows, COLUMNS] or None
+    packed,  # [rows, 2 * COLUMNS] on the host or on the device
     places,  # [V]
     ids,  # [V], or None
     last_step,  # [N]; without ids [V]
     wanted,  # [V] or None
-    out_parameters,  # [V, COLUMNS]
-    out_moments,  # [V, COLUMNS] or None
+    out,  # [V, COLUMNS]
     sums,  # [SCHEDULES, capacity] float64
     multipliers,  # [SCHEDULES, COLUMNS]
     capacity,
@@ -317,7 +258,7 @@ def _fetch_kernel(
         row = first + tl.arange(0, ROWS)
         fetched = is_wanted(wanted, row, row < num_rows)
         place = tl.load(places + row, mask=fetched, other=0)
-        w, words = _load(parameters, moments, place, fetched, COLUMNS, LANES, CODES)
+        w, words = _load(packed, place, fetched, COLUMNS, LANES, CODES)
         if ids is None:
             last = tl.load(last_step + row, mask=fetched, other=0)
         else:
@@ -329,58 +270,16 @@ def _fetch_kernel(
             skipped += total[:, None] * rates[None, :]
         m, v = _unpack(words, reach, COLUMNS, LANES, CODES)
         here, used = _places(row, fetched, COLUMNS, LANES)
-        tl.store(out_parameters + here, caught_up(w, m, v, skipped, eps), mask=used)
-        if out_moments is not None:
-            tl.store(out_moments + here, words, mask=used)
+        tl.store(out + here, caught_up(w, m, v, skipped, eps), mask=used)
 
 
 @triton.jit(do_not_specialize=["capacity", "step", "seed", "num_rows"])
 def _step_kernel(
-    parameters,  # [V, COLUMNS]
-    moments,  # [V, COLUMNS]
-    ids,  # [V]
-    last_step,  # [N]
-    gradients,  # [V, COLUMNS]
-    sizes,  # [COLUMNS]
-    decays,  # [2, capacity] float64
-    capacity,
-    step,
-    seed,
-    gradient_weight,  # 1 - b1
-    square_weight,  # 1 - b2
-    eps,
-    reach,
-    num_rows,  # V
-    COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    CODES: tl.constexpr,
-):
-    lane = tl.arange(0, LANES)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_rows
-    here, used = _places(row, inside, COLUMNS, LANES)
-    w, words = _load(parameters, moments, row, inside, COLUMNS, LANES, CODES)
-    g = tl.load(gradients + here, mask=used, other=0.0)
-    size = tl.load(sizes + lane, mask=lane < COLUMNS, other=0.0)[None, :]
-    row_id = tl.load(ids + row, mask=inside, other=0)
-    skipped = step - 1 - tl.load(last_step + row_id, mask=inside, other=0)
-
-    m, v = _unpack(words, reach, COLUMNS, LANES, CODES)
-    m, v = decayed(m, v, decays, capacity, skipped, inside)
-    w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
-    w, words = _pack(w, m, v, row_id, seed, reach, COLUMNS, LANES, CODES)
-    tl.store(parameters + here, w, mask=used)
-    tl.store(moments + here, words, mask=used)
-
-
-@triton.jit(do_not_specialize=["capacity", "step", "seed", "num_rows"])
-def _step_host_kernel(
-    parameters,  # [V, COLUMNS]
+    values,  # [V, COLUMNS]
     ids,  # [V]
     last_step,  # [V]
     gradients,  # [V, COLUMNS] or None
-    packed,  # [N, 2 * COLUMNS] on the host; or [V, ...], in order
+    packed,  # [N, 2 * COLUMNS] on the host or on the device; or a view's, [V, 2 * COLUMNS]
     sizes,  # [COLUMNS]
     decays,  # [2, capacity] float64
     capacity,
@@ -409,7 +308,7 @@ def _step_host_kernel(
         there = (place * (2 * COLUMNS) + COLUMNS)[:, None] + lane[None, :]  # of the moments
         here, used = _places(row, changed, COLUMNS, LANES)
         words = tl.load(packed + there, mask=used, other=0)
-        w = tl.load(parameters + here, mask=used, other=0.0)
+        w = tl.load(values + here, mask=used, other=0.0)
         m, v = _unpack(words, reach, COLUMNS, LANES, CODES)
         m, v = decayed(m, v, decays, capacity, skipped, changed)
         if gradients is not None:
@@ -417,50 +316,8 @@ def _step_host_kernel(
             size = tl.load(sizes + lane, mask=lane < COLUMNS, other=0.0)[None, :]
             w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
         w, words = _pack(w, m, v, row_id, seed, reach, COLUMNS, LANES, CODES)
-        tl.store(parameters + here, w, mask=used)
-        _store_packed(packed, place, changed, w, words, COLUMNS, LANES, CODES)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _move_kernel(
-    parameters,  # [V, COLUMNS]
-    moments,  # [V, COLUMNS]
-    sources,  # [W]
-    out_parameters,  # [W, COLUMNS]
-    out_moments,  # [W, COLUMNS]
-    num_rows,  # W
-    COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    CODES: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    source = tl.load(sources + row, mask=row < num_rows, other=-1)
-    w, words = _load(parameters, moments, source, source >= 0, COLUMNS, LANES, CODES)
-    here, used = _places(row, source >= 0, COLUMNS, LANES)
-    tl.store(out_parameters + here, w, mask=used)
-    tl.store(out_moments + here, words, mask=used)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _write_kernel(
-    parameters,  # [V, COLUMNS]
-    moments,  # [V, COLUMNS]
-    ids,  # [V]
-    wanted,  # [V] or None
-    packed,  # [N, 2 * COLUMNS] on the host
-    num_rows,  # V
-    COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    CODES: tl.constexpr,
-):
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        written = is_wanted(wanted, row, row < num_rows)
-        row_id = tl.load(ids + row, mask=written, other=0)
-        w, words = _load(parameters, moments, row, written, COLUMNS, LANES, CODES)
-        _store_packed(packed, row_id, written, w, words, COLUMNS, LANES, CODES)
+        tl.store(values + here, w, mask=used)
+        _store(packed, place, changed, w, words, COLUMNS, LANES, CODES)
 
 
 @triton.jit

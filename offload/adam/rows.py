@@ -1,4 +1,4 @@
-"""What a device does with rows that live in pinned host memory, in plain torch.
+"""What a device does with the rows of a store, in pinned host memory or on the device, in plain torch.
 
 `offload/adam/rows_triton.py` has the same functions as CUDA kernels, but for `catch_up_rows`, which no step needs. The
 mathematics of skipped steps is explained in `offload/adam/deferral.py`.
@@ -6,8 +6,14 @@ mathematics of skipped steps is explained in `offload/adam/deferral.py`.
 A row that has skipped steps has its parameters caught up when it is fetched. Its moments stay as they were after its
 last update until the next one, which decays them: so they are rounded once per update, and reading rounds nothing.
 
-Where moments are codes, values are rounded with them, to what a float16 holds, and are float32 on the device. A view
-sees them as they were caught up, not rounded.
+Rows lie in one of two ways. Parameters and moments may have tensors of their own, float32 or pairs of moments: then
+both are fetched, stepped on the device by `step_rows` and written back; or the parameters are fetched alone, and
+`step_host_rows` reads and writes the moments where they are.
+
+Rows of a compact store are packed (`offload.store.layout.packed_rows`), and stay so wherever they are. They are copied
+between a store and a view (`read_packed_rows`, `write_packed_rows`) and moved from view to view (`move_rows` of their
+words). What is fetched of them is their values alone, float32: caught up, not rounded. They are stepped where they lie,
+in a store (`step_host_rows`) or in a view (`step_view_rows`), and values with codes become what a float16 holds.
 """
 
 from __future__ import annotations
@@ -37,13 +43,13 @@ def fetch_rows(
     """Copy rows and apply to their parameters the steps that they have skipped.
 
     Args:
-        source: Rows in pinned memory or on the device.
+        source: Rows in pinned memory or on the device, of either kind.
         places: [V] int64 on the device, which of them.
         ids: [V] int64 on the device, which Gaussians they are.
         last_step: [N] int32 on the device, the step of each Gaussian's last update.
         wanted: [V] bool; rows of `out` where it is False are left alone. None: all are wanted.
-        out: V rows on the device: the values after step `tables.step`, and the moments, where it has any, after the
-            last update.
+        out: V rows on the device: the values after step `tables.step`; and the moments after the last update, where it
+            has any, which it has not of packed rows.
         tables: Of the skipped steps.
     """
     fetch_dated_rows(source, places, last_step[ids], wanted, out, tables)
@@ -71,7 +77,7 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
     """Apply Adam's step `tables.step` in place, and the decay of the moments in the steps skipped before.
 
     Args:
-        rows: V rows on the device, as `fetch_rows` gives them.
+        rows: V rows on the device, as `fetch_rows` gives them, with moments.
         ids: [V] int64 on the device, which Gaussians they are.
         last_step: [N] int32 on the device, the step of each Gaussian's last update; becomes the step.
         gradients: [V, columns].
@@ -79,9 +85,8 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
     """
     for first in range(0, len(ids), STEP_ROWS):
         chunk = slice(first, first + STEP_ROWS)
-        block, block_ids = rows[chunk], ids[chunk]
-        m, v = _stepped(block, last_step[block_ids], gradients[chunk], tables)
-        _store(block, m, v, block_ids, tables)
+        block_ids = ids[chunk]
+        _update(rows[chunk], block_ids, last_step[block_ids], gradients[chunk], tables)
     last_step[ids] = tables.step
 
 
@@ -95,15 +100,13 @@ def step_host_rows(
         ids: [V] int64 on the device, the rows of the host that they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
         gradients: [V, columns]. None: there are none, and moments are brought to the step of the parameters.
-        host: N rows, pinned; the values in it are as old as the moments.
+        host: N rows, pinned or on the device, of either kind; the values in it are as old as the moments.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
     rows = RowState(parameters, tuple(moment[ids, : tables.columns] for moment in host.moments))
-    if gradients is None:
-        _catch_up(rows, ids, last_step, tables)
-    else:
-        _store(rows, *_stepped(rows, last_step, gradients, tables), ids, tables)
-    write_rows(rows, ids, None, host)
+    _update(rows, ids, last_step, gradients, tables)
+    for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
+        destination[ids, : tables.columns] = tensor.to(destination.dtype)
 
 
 def step_view_rows(
@@ -120,10 +123,7 @@ def step_view_rows(
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
     state = RowState(values, tuple(moment.clone() for moment in rows.moments))
-    if gradients is None:
-        _catch_up(state, ids, last_step, tables)
-    else:
-        _store(state, *_stepped(state, last_step, gradients, tables), ids, tables)
+    _update(state, ids, last_step, gradients, tables)
     for tensor, destination in zip(state.tensors(), rows.tensors(), strict=True):
         destination.copy_(tensor)
 
@@ -168,7 +168,7 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
     """Copy rows from one place on the device to another.
 
     Args:
-        rows: V rows.
+        rows: V rows, with or without moments; packed ones as their words, for parameters.
         sources: [W] int64: out[i] = rows[sources[i]], where that is not negative.
         out: W rows.
     """
@@ -184,16 +184,24 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
         rows: V rows on the device.
         ids: [V] int64 on the device, the rows of the host that they are.
         wanted: [V] bool; where it is False nothing is written. None: all are wanted.
-        host: N rows, pinned.
+        host: N rows of the same columns, pinned.
     """
     chosen = _chosen(wanted)
     ids = ids[chosen]
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
-        destination[ids, : tensor.shape[1]] = tensor[chosen].to(destination.dtype)
+        destination[ids] = tensor[chosen]
 
 
 def _chosen(wanted: Tensor | None) -> Tensor | slice:
     return slice(None) if wanted is None else wanted.nonzero().squeeze(1)
+
+
+def _update(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor | None, tables: DeferralTables) -> None:
+    """Step rows in place; without gradients bring their moments to the step of their parameters."""
+    if gradients is None:
+        _catch_up(rows, ids, last_step, tables)
+    else:
+        _store(rows, *_stepped(rows, last_step, gradients, tables), ids, tables)
 
 
 def _stepped(rows: RowState, last_step: Tensor, gradients: Tensor, tables: DeferralTables) -> tuple[Tensor, Tensor]:

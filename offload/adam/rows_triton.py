@@ -3,8 +3,8 @@
 Rows are seen as a sequence of 16-byte vectors, VECTORS to a row, and a tile is TILE consecutive vectors [TILE, 4]:
 every thread moves whole vectors, and a warp's 32 of them touch whole lines of 64 bytes, which writes over PCIe must
 (rows of 196 bytes took 8 times as long as rows of 192). What a row needs beside its values (id, last step, table
-entries) is loaded once per vector; the caches of the device serve that. Rows of a compact store have kernels of their
-own, in `packed_rows_triton.py`.
+entries) is loaded once per vector; the caches of the device serve that. Rows that lie packed, as in a compact store,
+have kernels of their own, in `packed_rows_triton.py`.
 
 Kernels that cross PCIe run on a few thread blocks, which loop over the tiles. That is enough to fill the link, and
 leaves room for a kernel in the other direction and for rendering; kernels with a full grid would take turns.
@@ -78,10 +78,7 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
     """Do as `offload.adam.rows.step_rows`."""
     if len(ids) == 0:
         return
-    if packed_rows.takes(rows):
-        packed_rows.step(rows, ids, last_step, gradients, tables)
-    else:
-        _step(rows, ids, last_step, gradients, tables)
+    _step(rows, ids, last_step, gradients, tables)
     last_step.index_fill_(0, ids, tables.step)  # when all threads of a row have read it
 
 
@@ -93,7 +90,7 @@ def step_host_rows(
     if count == 0:
         return
     if packed_rows.takes(host):
-        packed_rows.step_host(parameters, ids, last_step, gradients, host, tables, STEP_BLOCKS)
+        packed_rows.step(parameters, ids, last_step, gradients, host, tables, STEP_BLOCKS)
         return
     host_columns = host.parameters.shape[1]
     step, num_vectors = tables.step_sizes(), count * host_columns // 4
@@ -125,7 +122,7 @@ def step_view_rows(
 ) -> None:
     """Do as `offload.adam.rows.step_view_rows`."""
     if len(ids):
-        packed_rows.step_host(values, ids, last_step, gradients, rows, tables, 0, in_order=True)
+        packed_rows.step(values, ids, last_step, gradients, rows, tables, None)
 
 
 def read_packed_rows(
@@ -147,9 +144,6 @@ def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
     count, columns = out.parameters.shape
     if count == 0:
         return
-    if packed_rows.takes(rows):
-        packed_rows.move(rows, sources, out)
-        return
     num_vectors = count * columns // 4
     with torch.cuda.device_of(sources):
         _move_kernel[(triton.cdiv(num_vectors, TILE),)](
@@ -167,9 +161,6 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
     """Do as `offload.adam.rows.write_rows`."""
     columns = rows.parameters.shape[1]
     if len(ids) == 0:
-        return
-    if packed_rows.takes(host):
-        packed_rows.write(rows, ids, wanted, host, WRITE_BLOCKS)
         return
     num_vectors = len(ids) * columns // 4
     with torch.cuda.device_of(ids):

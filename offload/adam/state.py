@@ -246,8 +246,7 @@ def _pack_current(place: PackedPlace, reach: float, state: State) -> None:
             for values, array in ((w, "parameters"), (m, "exp_avg"), (v, "exp_avg_sq")):
                 values[:, where] = block[array].reshape(count, -1)
         stored, first = place.rows[rows], rows.start
-        packed = stored.new_empty(count, torch.device("cpu"))
-        packed.parameters.copy_(w)
+        packed = RowState(w, tuple(torch.empty(count, columns, dtype=moment.dtype) for moment in stored.moments))
         random = random_bits(torch.arange(first, first + count), columns, int(state["step_count"]))
         store_moments(packed, m, v, random, reach)
         for tensor, values in zip(stored.tensors(), packed.tensors(), strict=True):

@@ -166,11 +166,9 @@ class RowState:
         return self.parameters.shape[1] * self.parameters.element_size() + self.moments_bytes
 
     def new_empty(self, rows: int, device: torch.device) -> RowState:
-        """Allocate space for rows like these, with parameters in float32."""
-        parameters = self.parameters.new_empty(rows, self.parameters.shape[1], device=device, dtype=torch.float32)
-        return RowState(
-            parameters, tuple(moment.new_empty(rows, moment.shape[1], device=device) for moment in self.moments)
-        )
+        """Allocate space for rows like these, each tensor by itself."""
+        parameters, *moments = (tensor.new_empty(rows, tensor.shape[1], device=device) for tensor in self.tensors())
+        return RowState(parameters, tuple(moments))
 
 
 def storable(values: Tensor, stored: Tensor) -> Tensor:
