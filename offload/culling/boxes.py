@@ -60,22 +60,23 @@ class Boxes:
         """
         low, high, scales = self._boxes[:3], self._boxes[3:6], self._boxes[6].exp()
         centres, reach = (low + high) / 2, (high - low) / 2  # [3, blocks]
+        # A block of which any number is not finite is found, since nothing is known of it; it spoils no other one.
         drawn = torch.zeros(self._boxes.shape[1], dtype=torch.bool, device=self._device)
         packed = pack(cameras, margin)
         half_spaces = np.empty((len(packed), 6, 6))
         native.half_spaces(packed, half_spaces)
-        largest = self._boxes[:6].abs().amax() if len(drawn) else 0.0
+        largest = self._boxes[:6].abs().nan_to_num(0.0, posinf=0.0).amax() if len(drawn) else 0.0
         for camera, its_half_spaces in zip(packed, half_spaces, strict=True):
             largest_translation, move = (
                 float(camera[native.CAMERA_FIELDS[name]]) for name in ("largest_translation", "move")
             )
             error = move + 2 * native.POSITION_ERROR * (3 * largest + largest_translation)  # no dimension
-            meets = torch.ones_like(drawn)
+            misses = torch.zeros_like(drawn)
             for nx, ny, nz, offset, scale_reach, error_reach in its_half_spaces.tolist():
                 value = centres[0] * nx + centres[1] * ny + centres[2] * nz
                 value += reach[0] * abs(nx) + reach[1] * abs(ny) + reach[2] * abs(nz)
-                meets &= value + scales * scale_reach + offset + error_reach * error >= 0
-            drawn |= meets
+                misses |= value + scales * scale_reach + offset + error_reach * error < 0
+            drawn |= ~misses
         return self._rows_of(drawn.nonzero().squeeze(1))
 
     def whole(self, ids: Tensor) -> Tensor:

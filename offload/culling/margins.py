@@ -11,13 +11,32 @@ from offload.culling.cameras import Margin
 from offload.store.layout import group_columns
 
 _ROUNDING = 1.01  # what float32 arithmetic adds to the exact bounds
+# What rounding at random adds to m / sqrt(v) at most, where both are bfloat16: m up, and v down, by a last bit.
+_ROUNDED_RATIO = (1 + 2**-7) / math.sqrt(1 - 2**-7)
 
 
-def largest_drift(betas: tuple[float, float]) -> float:
-    """Bound the change of a parameter by all steps without gradient that follow one, in the same units."""
+def largest_rounded_step(betas: tuple[float, float]) -> float:
+    """Bound the change by one Adam step as `largest_step` does, where moments are rounded to bfloat16 after each.
+
+    If |m| / sqrt(v) is at most R before they are rounded, it is at most k R after it, and by Cauchy-Schwarz at most
+    sqrt((b1 k R)^2 / b2 + (1 - b1)^2 / (1 - b2)) after the next step. So R is where both are the same, if it is
+    anywhere; the bound holds for what is stored, k R, as well.
+    """
+    b1, b2 = betas
+    kept = (b1 * _ROUNDED_RATIO) ** 2 / b2
+    return _ROUNDED_RATIO * (1 - b1) / math.sqrt((1 - b2) * (1 - kept)) if kept < 1 else math.inf
+
+
+def largest_drift(betas: tuple[float, float], step: float) -> float:
+    """Bound the change of a parameter by all steps without gradient that follow one, in the same units.
+
+    Args:
+        betas: Adam's decay rates.
+        step: The bound of one step.
+    """
     b1, b2 = betas
     ratio = b1 / math.sqrt(b2)
-    return largest_step(betas) * ratio / (1 - ratio)
+    return step * ratio / (1 - ratio)
 
 
 def largest_correction(betas: tuple[float, float], step: int) -> float:
@@ -41,13 +60,15 @@ def margin_of(change: float, learning_rates: Mapping[str, float]) -> Margin:
     return Margin(**{name: _ROUNDING * change * learning_rates[name] for name in names})
 
 
-def margin_ahead(adam: AdamOptions, steps_done: int, *, lagging: bool) -> Margin:
+def margin_ahead(adam: AdamOptions, steps_done: int, *, lagging: bool, rounded: bool = False) -> Margin:
     """Return how far geometry may be from what culling reads when the step after the present one renders it.
 
     Args:
         adam: How geometry is updated.
         steps_done: Steps of Adam before the present one.
         lagging: Whether what culling reads lacks the steps that rows have skipped.
+        rounded: Whether the moments of geometry are bfloat16.
     """
-    change = largest_step(adam.betas) + (largest_drift(adam.betas) if lagging else 0.0)
+    step = largest_rounded_step(adam.betas) if rounded else largest_step(adam.betas)
+    change = step + (largest_drift(adam.betas, step) if lagging else 0.0)
     return margin_of(change * largest_correction(adam.betas, steps_done + 1), adam.learning_rates)

@@ -17,7 +17,7 @@ from offload.adam.state import State
 from offload.backends import kernels_for
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
-from offload.culling.cameras import Cameras
+from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.models.geometry_host import CULLED_COLUMNS
@@ -67,7 +67,7 @@ class CulledGeometry:
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
         self._make_bounds()
-        return self._bounds.visible_ids(cameras, margin_ahead(self._adam, self.steps_done, lagging=True))
+        return self._bounds.visible_ids(cameras, self._margin())
 
     def whole(self, ids: Tensor) -> Tensor:
         """Return these sorted ids [V] with those that are fetched whenever they are, sorted."""
@@ -88,7 +88,7 @@ class CulledGeometry:
             halo: Pixels that are added to what a row draws.
             cell: Pixels of a cell's side.
         """
-        margin = replace(margin_ahead(self._adam, self.steps_done, lagging=True), pixels=halo)
+        margin = replace(self._margin(), pixels=halo)
         return covered_cells(self._store.rows.parameters[:, :CULLED_COLUMNS].cpu(), ids.cpu(), cameras, margin, cell)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
@@ -143,6 +143,10 @@ class CulledGeometry:
         """Go on from a state; the store has been filled from it."""
         self.steps_done = int(state["step_count"])
         self._bounds_are_good = False
+
+    def _margin(self) -> Margin:
+        """Return how far a row may be from its bounds when the step after the present one renders it."""
+        return margin_ahead(self._adam, self.steps_done, lagging=True, rounded=True)
 
     def _make_bounds(self) -> None:
         """Make bounds of the stored values, where they are not; once after a refinement, whose operations are many."""

@@ -123,4 +123,5 @@ class HostGeometry(HostStore):
 
     def _margin(self, lagging: bool) -> Margin:
         """Return how far rows, current or lagging behind, may move until the next step is done."""
-        return margin_ahead(self._adam, self.steps_done, lagging=lagging)
+        rounded = self.layout.state == "compact"
+        return margin_ahead(self._adam, self.steps_done, lagging=lagging, rounded=rounded)
