@@ -64,8 +64,8 @@ class Smaller:
 
 
 # Traffic. Rows are 48 (appearance) and 12 (geometry) float32.
-# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Culling on the
-#   device reads 24 bytes of each Gaussian.
+# - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Where it is dense
+#   the backward pass has written gradients of all Gaussians: 4 more. Culling on the device reads 24 bytes of each.
 # - A row on the device whose steps are deferred is gathered before, which reads parameter and moments and writes the
 #   value: 16 bytes of each more.
 # - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
@@ -98,7 +98,7 @@ TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
         footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
-        traffic=lambda n, v: Traffic(device=28 * 59 * n),
+        traffic=lambda n, v: Traffic(device=(28 + 4) * 59 * n),
         options={"adam": "dense"},
         less_device={"adam": "deferred"},
         smaller_views_help=False,  # all Gaussians lie there

@@ -1,9 +1,10 @@
-"""Which of the streamed and the optimized trainer will be faster on this machine, from what its memory and link can do.
+"""Which trainer, with which options, is the fastest on this machine that fits into its memory.
 
-    python -m benchmarks.calibrate [--num_gaussians 18000000] [--visible 0.08]
+    python -m benchmarks.calibrate [--num_gaussians 18000000] [--visible 0.08] [--device_memory 24GB]
 
-Takes less than a minute. Measures pinned copies, the streamed trainer's kernels over pinned rows, and the optimized
-trainer's Adam kernels over host memory; the trainers print the verdict when they start.
+Takes about a minute. Measures pinned copies, the streamed trainer's kernels over pinned rows, plain and compact ones,
+the optimized trainer's Adam kernels over host memory, copies on the GPU, and rendering. The trainers that offload print
+the verdict when they start. What a step takes is a bound from below: that of its slowest part, since all may overlap.
 """
 
 from __future__ import annotations
@@ -12,29 +13,34 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import tyro
+from torch import Tensor
 
+from benchmarks.aerial_scene import HEIGHT, WIDTH, aerial_scene, geometry_rows, one_by_one
+from benchmarks.timing import copy_bandwidth
+from configs import Config
 from errors import InputError
 from offload.adam.deferral import DeferralTables
 from offload.adam.host import DeferredAdam
 from offload.backends import kernels_for
+from offload.culling.cameras import Cameras
+from offload.culling.native import BlockBounds, visible_ids
 from offload.pipelines.lanes import Lane
-from offload.store.layout import RowState
+from offload.store.layout import GROUP_NAMES, PackedRows, RowState, packed_words
 from offload.store.memory import HostArray
-from training.calibration import (
-    OPTIMIZED_HOST_BYTES,
-    STREAMED_LINK_BYTES,
-    Speeds,
-    machine_name,
-    save_verdict,
-    verdict,
-)
+from training.calibration import Scene, Speeds, machine_name, save_verdict, verdict
+from training.memory import available_bytes, parse_bytes
+from training.views import render
 
 COLUMNS = 48
+SH_DEGREE = 3
+ADAM_BYTES = (4 + 7) * 4 * COLUMNS  # of host memory, to forward a row and to commit one
+STREAMED_BYTES = 2 * 3 * 4 * COLUMNS  # of a row with its moments, both ways
+RENDERED = (100_000, 2_000_000)  # Gaussians of the aerial scene, of which one view is rendered
 MOST_ROWS = 4_000_000  # 2.3 GB with moments, beyond any cache
 MEMORY_SHARE = 0.125  # of the host's, at most
 MEASURED_VISIBLE = 0.08
@@ -51,6 +57,14 @@ class Options:
     """Gaussians of the scene to say something about."""
     visible: float = 0.08
     """Share of them that a view sees."""
+    width: int = WIDTH
+    """Of the pictures, in pixels."""
+    height: int = HEIGHT
+    """The same."""
+    device_memory: str = ""
+    """GPU memory that training may take, such as 24GB; else what this GPU has."""
+    host_memory: str = ""
+    """The same of the host."""
 
 
 class Rows:
@@ -107,7 +121,7 @@ def host_speed(rows: Rows) -> float:
         adam.forward(*state, rows.views[(turn + 1) % VIEWS], out)
         adam.commit(*state, rows.views[turn % VIEWS], gradients)
 
-    return OPTIMIZED_HOST_BYTES * rows.num_visible / median_seconds(work, torch.device("cpu"))
+    return ADAM_BYTES * rows.num_visible / median_seconds(work, torch.device("cpu"))
 
 
 def copy_speeds(device: torch.device) -> tuple[float, float]:
@@ -148,7 +162,69 @@ def row_speed(rows: Rows, device: torch.device) -> float:
         with writing:
             kernels.write_rows(updated, views[(turn + 1) % VIEWS], None, rows.state)
 
-    return STREAMED_LINK_BYTES * rows.num_visible / median_seconds(work, device)
+    return STREAMED_BYTES * rows.num_visible / median_seconds(work, device)
+
+
+def packed_speed(num_rows: int, views: Sequence[Tensor], device: torch.device) -> float:
+    """Measure the bytes per second of fetching one view's compact rows while another's are written, both together.
+
+    Args:
+        num_rows: In host memory.
+        views: int64 [V] each, the rows of views that take turns.
+        device: Whose kernels move them.
+    """
+    kernels = kernels_for(device, "offload.adam.rows")
+    pin = device.type == "cuda"
+    # Of each group words and the step of each row's last update; kept, since they own the memory.
+    arrays = [
+        HostArray(columns, max_rows=num_rows, dtype=torch.int32, pin=pin)
+        for group in GROUP_NAMES
+        for columns in (packed_words(group, SH_DEGREE), 1)
+    ]
+    for array in arrays:
+        array.resize(num_rows)
+    stored = _packed(array.tensor for array in arrays)
+    on_device = [
+        _packed(torch.zeros(len(views[0]), array.tensor.shape[1], dtype=torch.int32, device=device) for array in arrays)
+        for _ in range(2)
+    ]
+    ids = [view.to(device) for view in views]
+    fetching, writing = Lane.new(device), Lane.new(device)
+    finish(device)
+
+    def work(turn: int) -> None:
+        with fetching:
+            kernels.read_packed_rows(stored, ids[turn % VIEWS], None, on_device[0])
+        with writing:
+            kernels.write_packed_rows(on_device[1], ids[(turn + 1) % VIEWS], None, stored)
+
+    row_bytes = sum(array.tensor.shape[1] * 4 for array in arrays)
+    return 2 * row_bytes * len(views[0]) / median_seconds(work, device)
+
+
+def _packed(tensors: Iterable[Tensor]) -> list[PackedRows]:
+    """Return the words and the last steps of each group in pairs."""
+    every = list(tensors)
+    return [(words, last_step[:, 0]) for words, last_step in zip(every[::2], every[1::2], strict=True)]
+
+
+def rendering_seconds(device: torch.device) -> tuple[float, float]:
+    """Measure rendering and its backward pass: the seconds of a view that sees nothing, and more for each Gaussian."""
+    seconds, visible = [], []
+    for num_gaussians in RENDERED:
+        parameters, cameras = aerial_scene(num_gaussians, seed=0)
+        camera, geometry = one_by_one(cameras)[0], geometry_rows(parameters)
+        ids = visible_ids(geometry, BlockBounds(geometry), camera)
+        rows = {name: value[ids].to(device).requires_grad_() for name, value in parameters.items()}
+
+        def work(turn: int, rows: dict[str, Tensor] = rows, camera: Cameras = camera) -> None:
+            colors, _ = render(rows, camera, Config(), sh_degree=SH_DEGREE)
+            colors.sum().backward()
+
+        seconds.append(median_seconds(work, device))
+        visible.append(len(ids))
+    each = max((seconds[1] - seconds[0]) / (visible[1] - visible[0]), 0.0)
+    return max(seconds[0] - each * visible[0], 0.0), each
 
 
 def measure(device: torch.device, num_rows: int) -> Speeds:
@@ -162,8 +238,10 @@ def measure(device: torch.device, num_rows: int) -> Speeds:
     host = host_speed(rows)
     if device.type != "cuda":
         return Speeds(host)
-    one_way, both_ways = copy_speeds(device)
-    return Speeds(host, one_way, both_ways, row_speed(rows, device))
+    packed = packed_speed(num_rows, rows.views, device)
+    return Speeds(
+        host, *copy_speeds(device), row_speed(rows, device), packed, copy_bandwidth(device), *rendering_seconds(device)
+    )
 
 
 def rows_that_fit() -> int:
@@ -172,25 +250,49 @@ def rows_that_fit() -> int:
     return min(MOST_ROWS, int(MEMORY_SHARE * memory / (3 * 4 * COLUMNS)))
 
 
+def scene_of(options: Options, device: torch.device) -> Scene:
+    """Return the scene to say something about.
+
+    Raises:
+        InputError: Options that cannot be.
+    """
+    if options.num_gaussians < 1 or not 0 < options.visible <= 1 or min(options.width, options.height) < 1:
+        raise InputError(
+            "--num_gaussians, --width and --height must be at least 1, and --visible above 0 and at most 1."
+        )
+    memory = [
+        parse_bytes(text, option) if text else available_bytes(place)
+        for text, option, place in (
+            (options.device_memory, "--device_memory", device),
+            (options.host_memory, "--host_memory", torch.device("cpu")),
+        )
+    ]
+    return Scene(options.num_gaussians, options.visible, options.width * options.height, *memory)
+
+
 def main(options: Options) -> None:
     """Measure, print and keep the verdict.
 
     Raises:
         InputError: Options that cannot be.
     """
-    if options.num_gaussians < 1 or not 0 < options.visible <= 1:
-        raise InputError("--num_gaussians must be at least 1, and --visible above 0 and at most 1.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scene = scene_of(options, device)
     speeds = measure(device, rows_that_fit())
     print(f"Adam over rows in host memory: {speeds.host / 1e9:.1f} GB/s read and written")
     if device.type != "cuda":
         print("torch finds no CUDA GPU here: there is no link, and nothing to stream.")
         return
     print(f"Pinned copies: {speeds.copies / 1e9:.1f} GB/s to the GPU, {speeds.copies_both_ways / 1e9:.1f} both ways")
-    print(f"Rows read and written by the GPU at once: {speeds.rows_both_ways / 1e9:.1f} GB/s")
-    print(verdict(speeds, options.num_gaussians, options.visible))
+    rows, packed = speeds.rows_both_ways / 1e9, speeds.packed_both_ways / 1e9
+    print(f"Rows read and written by the GPU at once: {rows:.1f} GB/s, compact ones {packed:.1f} GB/s")
+    print(
+        f"On the GPU: copies {speeds.device / 1e9:.0f} GB/s read and written; rendering and its backward pass "
+        f"{1e3 * speeds.launching:.2f} ms, and {1e9 * speeds.rendering:.2f} ms for a million Gaussians in view"
+    )
+    print(verdict(speeds, scene))
     try:
-        print(f"Kept in {save_verdict(machine_name(device), speeds, options.num_gaussians, options.visible)}")
+        print(f"Kept in {save_verdict(machine_name(device) or '', speeds, scene)}")
     except (OSError, RuntimeError) as error:
         print(f"Warning: the verdict could not be kept ({error}); the trainers will not print it.", file=sys.stderr)
 

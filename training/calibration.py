@@ -1,6 +1,7 @@
-"""What a machine's speeds mean for the offloading trainers, and where the last finding is kept.
+"""Which trainer a machine trains a scene with in the shortest time, and where the last finding is kept.
 
-`python -m benchmarks.calibrate` measures the speeds.
+`python -m benchmarks.calibrate` measures the speeds. A step takes at least what its slowest part takes: the device,
+which launches, renders and moves what lies in its memory; the link; and the host's memory.
 """
 
 from __future__ import annotations
@@ -10,90 +11,141 @@ import datetime
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-# Bytes that a step moves for a visible row of 48 float32. The optimized trainer's CPU reads parameters and moments and
-# writes the value to forward a row, and reads those and the gradient and writes three to commit it; value and gradient
-# cross the link. A streamed row crosses the link with its moments, both ways.
-OPTIMIZED_HOST_BYTES = (4 + 7) * 192
-OPTIMIZED_LINK_BYTES = 2 * 192
-STREAMED_LINK_BYTES = 2 * 3 * 192
+from trainers import TRAINERS, Trainer
+from training.memory_estimate import PIXEL_BYTES
 
-# Rendering takes a part of the device's and the host's time that is not known here. On an H200 with 4 and with 18
-# million Gaussians it moved the measured ratio of the two trainers by up to 1.5 from that of their transfers; it also
-# narrows any difference.
-DECISIVE = 1.5
+# Launching the kernels of a step takes so many times what launching those of rendering does, which bounds a step with
+# few Gaussians. By benchmarks.train_step with 1 million on an H200: 3.5, 6.5 and 8.3 ms, where rendering launches for
+# 1.75.
+LAUNCHES = {"simple_trainer": 1.4, "simple_trainer_hybrid_streamed": 2.8}
+LAUNCHES_BESIDE_CPU = 3.6  # of the trainers whose CPU runs Adam
+# Bytes over the link, of a row, that wait for its gradients: nothing is rendered meanwhile.
+AFTER_RENDERING = {"streamed_geometry_on_host": 768}
+NEXT = 2  # trainers that are named beside the fastest
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Hold bytes per second of a machine; zero where there is no GPU."""
+    """Hold bytes per second of a machine, and seconds of rendering; zero where there is no GPU."""
 
     host: float  # that Adam's forward and commit kernels read and write
     copies: float = 0.0  # pinned copies one way
     copies_both_ways: float = 0.0  # both together
     rows_both_ways: float = 0.0  # kernels of the device that read and write pinned rows at once, both together
+    packed_both_ways: float = 0.0  # the same of rows of a compact state
+    device: float = 0.0  # copies on the device, read and written
+    launching: float = 0.0  # seconds that rendering and its backward pass take where a view sees nothing
+    rendering: float = 0.0  # seconds more for each Gaussian that it sees
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Hold the milliseconds that a step's transfers take at least; rendering is not in it."""
+class Scene:
+    """Hold what is to be trained, and the memory that there is for it."""
 
-    optimized_host: float  # of the CPU, moving rows
-    optimized_link: float  # beside it
-    streamed: float
+    num_gaussians: int  # N, to which it grows
+    visible: float  # share of them that a view sees
+    num_pixels: int  # of a picture
+    device_memory: float  # bytes
+    host_memory: float  # bytes
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Hold what a trainer is thought to take."""
+
+    trainer: str  # its name in the register
+    milliseconds: float  # of a step
+    device_memory: float  # bytes
+    host_memory: float  # bytes
 
     @property
-    def optimized(self) -> float:
-        return max(self.optimized_host, self.optimized_link)
+    def command(self) -> str:
+        """Return the script and the options that choose the trainer."""
+        trainer = TRAINERS[self.trainer]
+        return shlex.join([trainer.path.name, *trainer.arguments])
 
 
-def predict(speeds: Speeds, num_visible: float) -> Prediction:
-    """Return what the transfers of a step take whose view sees so many rows.
-
-    Args:
-        speeds: Of a machine with a GPU.
-        num_visible: V.
-    """
-    return Prediction(
-        optimized_host=1e3 * OPTIMIZED_HOST_BYTES * num_visible / speeds.host,
-        optimized_link=1e3 * OPTIMIZED_LINK_BYTES * num_visible / speeds.copies_both_ways,
-        streamed=1e3 * STREAMED_LINK_BYTES * num_visible / speeds.rows_both_ways,
-    )
-
-
-def verdict(speeds: Speeds, num_gaussians: int, visible: float) -> str:
-    """Return which trainer will be faster, by how much and why, in two sentences.
+def advise(speeds: Speeds, scene: Scene, among: Iterable[str] = tuple(TRAINERS)) -> list[Advice]:
+    """Return the trainers that fit into memory, the fastest first.
 
     Args:
         speeds: Of a machine with a GPU.
-        num_gaussians: N.
-        visible: Share of them that a view sees.
+        scene: What is to be trained.
+        among: Names of trainers to choose from.
     """
-    num_visible = visible * num_gaussians
-    found = predict(speeds, num_visible)
-    streamed = _moving(STREAMED_LINK_BYTES * num_visible, "over the link", speeds.rows_both_ways)
-    optimized = _moving(OPTIMIZED_HOST_BYTES * num_visible, "through the host's memory", speeds.host)
-    if found.optimized_link > found.optimized_host:
-        optimized = _moving(OPTIMIZED_LINK_BYTES * num_visible, "over the link", speeds.copies_both_ways)
-    transfers = (
-        f"With {num_gaussians:,} Gaussians, {100 * visible:g} % of them visible and geometry on the GPU, the "
-        f"transfers of a step take {found.streamed:.1f} ms in the streamed trainer ({streamed}) and "
-        f"{found.optimized:.1f} ms in the optimized one ({optimized})"
+    all_advice = [estimate(name, speeds, scene) for name in among]
+    fitting = [
+        advice
+        for advice in all_advice
+        if advice.device_memory <= scene.device_memory and advice.host_memory <= scene.host_memory
+    ]
+    return sorted(fitting, key=lambda advice: advice.milliseconds)
+
+
+def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
+    """Return what a trainer takes of a machine's time and memory.
+
+    Args:
+        name: Of the trainer.
+        speeds: Of a machine with a GPU.
+        scene: What is to be trained.
+    """
+    trainer = TRAINERS[name]
+    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options)
+    footprint = trainer.footprint(cfg)
+    host, device = footprint.while_training(scene.visible)
+    num_visible = scene.visible * scene.num_gaussians
+    traffic = trainer.traffic(scene.num_gaussians, num_visible)
+    launching = LAUNCHES.get(trainer.script, LAUNCHES_BESIDE_CPU) * speeds.launching
+    on_device = launching + num_visible * speeds.rendering + traffic.device / speeds.device
+    link = _link_speed(trainer, speeds)
+    after = AFTER_RENDERING.get(name, 0) * num_visible / link
+    return Advice(
+        name,
+        milliseconds=1e3 * max(on_device + after, traffic.link / link, traffic.host / speeds.host),
+        device_memory=scene.num_gaussians * device + PIXEL_BYTES * scene.num_pixels,
+        host_memory=scene.num_gaussians * host,
     )
-    ratio = found.optimized / found.streamed
-    if 1 / DECISIVE < ratio < DECISIVE:
-        return f"{transfers}. That is too near to name one: rendering, which runs beside them, decides."
-    faster = "streamed" if ratio > 1 else "optimized"
-    difference = abs(found.optimized - found.streamed)
-    return f"{transfers}. The {faster} trainer will be faster, by up to {difference:.1f} ms a step."
 
 
-def _moving(num_bytes: float, where: str, speed: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB {where} at {speed / 1e9:.0f} GB/s"
+def _link_speed(trainer: Trainer, speeds: Speeds) -> float:
+    """Return the bytes per second of the busier direction, while the other is in use as well."""
+    if trainer.script != "simple_trainer_hybrid_streamed":
+        return speeds.copies_both_ways / 2
+    return (speeds.packed_both_ways if trainer.options.get("state") == "compact" else speeds.rows_both_ways) / 2
+
+
+def verdict(speeds: Speeds, scene: Scene) -> str:
+    """Return in a line which trainer to use, what it will take, and which come next.
+
+    Args:
+        speeds: Of a machine with a GPU.
+        scene: What is to be trained.
+    """
+    given = (
+        f"{scene.num_gaussians:,} Gaussians, {100 * scene.visible:g} % of them visible, in "
+        f"{_gigabytes(scene.device_memory)} of GPU and {_gigabytes(scene.host_memory)} of host memory"
+    )
+    found = advise(speeds, scene)
+    if not found:
+        return f"{given}: no trainer fits; fewer Gaussians, or views that see less of them, would."
+    best, *others = [
+        f"{advice.command} ({advice.milliseconds:.1f} ms a step or more, {_gigabytes(advice.device_memory)} of GPU and "
+        f"{_gigabytes(advice.host_memory)} of host memory)"
+        for advice in found[: 1 + NEXT]
+    ]
+    return f"{given}: use {best}" + "".join(f"; then {other}" for other in others) + "."
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 # --------------------------------------------------------------------------------------------------- the last one
@@ -110,7 +162,7 @@ def cache_file() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "gaussian-offload" / "calibration.json"
 
 
-def save_verdict(machine: str, speeds: Speeds, num_gaussians: int, visible: float) -> Path:
+def save_verdict(machine: str, speeds: Speeds, scene: Scene) -> Path:
     """Keep what has been found for a machine, beside what is known of others.
 
     Raises:
@@ -120,9 +172,8 @@ def save_verdict(machine: str, speeds: Speeds, num_gaussians: int, visible: floa
     found = {
         "date": datetime.date.today().isoformat(),
         "bytes_per_second": asdict(speeds),
-        "num_gaussians": num_gaussians,
-        "visible": visible,
-        "verdict": verdict(speeds, num_gaussians, visible),
+        "scene": asdict(scene),
+        "verdict": verdict(speeds, scene),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")

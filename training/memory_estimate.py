@@ -62,6 +62,12 @@ class Footprint:
     device_while_changed: int = 0  # more, while Gaussians are added or removed and no view is rendered
     largest_part: float = 1.0  # share of the Gaussians above which a view is rendered in parts
 
+    def while_training(self, share_in_view: float) -> tuple[float, float]:
+        """Return the bytes of host and of device memory for each Gaussian, where a view shows this share of them."""
+        share_in_view = min(share_in_view, self.largest_part)
+        of_view = max(share_in_view * self.device_in_view, self.device_while_changed)
+        return self.host + share_in_view * self.host_in_view, self.device + of_view
+
 
 @dataclass(frozen=True)
 class Need:
@@ -252,9 +258,7 @@ def needs(
         host_remedy: What to change where the host is too small.
         device_remedy: The same of the device.
     """
-    share_in_view = min(share_in_view, footprint.largest_part)
-    of_host = footprint.host + share_in_view * footprint.host_in_view
-    of_device = footprint.device + max(share_in_view * footprint.device_in_view, footprint.device_while_changed)
+    of_host, of_device = footprint.while_training(share_in_view)
     pictures = num_pixels * PIXEL_BYTES
     free = available_bytes(torch.device("cpu"))
     if device.type == "cpu":
