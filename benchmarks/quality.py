@@ -235,8 +235,9 @@ def thousands(value: Any) -> str:
     return count(value)
 
 
-def _options() -> tuple[Options, list[str]]:
-    options, passed_on = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[str]]:
+    """Return the options of a command line, and those that are passed on to the trainers."""
+    options, passed_on = tyro.cli(Options, args=arguments, description=__doc__, return_unknown_args=True)
     if options.quick:  # a laptop's CPU
         options.max_steps, options.seeds, passed_on = 10, 2, [*QUICK, *passed_on]
     return options, passed_on
@@ -244,4 +245,4 @@ def _options() -> tuple[Options, list[str]]:
 
 if __name__ == "__main__":
     with refusing():
-        main(*_options())
+        main(*parse())

@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 import compare
+from benchmarks import quality
 from comparing.launch import plan
 from datasets import prepare
 from errors import InputError
@@ -55,6 +56,9 @@ def check_command(command: str, results: Path) -> None:
             plan(options.scene, options.trainers, results, passed_on)
     elif program == "datasets.prepare":
         prepare._parse(arguments)
+    elif program == "benchmarks.quality":  # passes options on to the trainers
+        options, passed_on = quality.parse(arguments)
+        plan("default", options.trainers, results, passed_on)
     elif program.startswith("benchmarks."):
         tyro.cli(importlib.import_module(program).Options, args=arguments)
     elif program not in ("benchmarks", *OWN_PARSERS):
@@ -98,6 +102,7 @@ def test_a_command_of_the_documents_is_one_that_its_program_takes(command, tmp_p
         "python compare.py demo --max_stepss 5",
         "python compare.py demo --trainers fastest",
         "python -m benchmarks.train_step --stepss 5",
+        "python -m benchmarks.quality --data_dirr data",
         "python -m benchmarks.nothing",
         "python -m datasets.prepare nowhere",
         "python unknown.py",
