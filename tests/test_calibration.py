@@ -20,58 +20,90 @@ from offload.adam.host import DeferredAdam
 from training import calibration, command_line
 from training.calibration import Scene, Speeds, advise, estimate, print_last_verdict, save_verdict, verdict
 
-# NVIDIA H200: ceilings measured in runs of 2026-11-21 and 28 (benchmarks/README.md, results/streamed_rows_h200.md).
-# Rendering and its backward pass took 7.6 ms with 1.4 million Gaussians in view, and 1.75 with few.
+# NVIDIA H200: ceilings measured in runs of 2026-11-21 to 29 (benchmarks/README.md, results/streamed_rows_h200.md,
+# results/train_step_compact_h200.md). Rendering 1.4 million Gaussians in view and its backward pass took 7.6 ms.
 H200 = Speeds(
     host=71e9,
     copies=55e9,
     copies_both_ways=101e9,
     rows_both_ways=70e9,
-    packed_both_ways=70e9,
+    packed_both_ways=54e9,
     device=4.2e12,
     launching=1.75e-3,
-    rendering=(7.6e-3 - 1.75e-3) / 1.4e6,
+    rendering=7.6e-3 / 1.4e6,
+    coding=1.8e-9,
 )
 AERIAL, CITY = 1152 * 864, 1920 * 1080  # pixels
-# benchmarks.train_step on that machine: ms of a step and GB that torch reserved on the device, by trainer. The last two
-# scenes were measured with 8 GB and with all of the device, but for trainers that took more of the host than it has.
-MEASURED = {
-    (1_000_000, 0.0779, AERIAL): {
-        "gpu_only": (3.48, 1.19),
-        "streamed_bfloat16": (6.47, 0.41),
-        "streamed": (6.95, 0.47),
-        "streamed_geometry_on_host": (7.57, 0.19),
-        "optimized": (8.34, 0.34),
-        "optimized_geometry_on_host": (9.85, 0.21),
-        "baseline": (22.8, 0.21),
-    },
-    (4_000_000, 0.0759, AERIAL): {
-        "gpu_only": (5.70, 4.59),
-        "streamed_bfloat16": (6.03, 1.31),
-        "streamed": (7.34, 1.54),
-        "optimized": (12.3, 0.99),
-        "streamed_geometry_on_host": (15.9, 0.44),
-        "optimized_geometry_on_host": (20.0, 0.55),
-        "baseline": (73.5, 0.46),
-    },
-    (18_000_000, 0.0750, AERIAL): {
-        "streamed_bfloat16": (15.6, 5.54),
-        "gpu_only": (18.2, 20.45),
-        "streamed": (21.0, 6.61),
-        "optimized": (34.7, 4.26),
-        "streamed_geometry_on_host": (54.8, 1.74),
-        "optimized_geometry_on_host": (61.9, 2.12),
-        "baseline": (279.0, 1.78),
-    },
-    (40_000_000, 0.0747, AERIAL): {
-        "streamed_bfloat16": (32.5, 13.85),
-        "gpu_only": (43.0, 40.27),
-        "optimized": (75.9, 9.65),
-        "streamed_geometry_on_host": (116.0, 4.45),
-    },
-    (100_000_000, 0.0747, AERIAL): {"streamed_geometry_on_host": (313.0, 7.89)},
-    (102_231_360, 0.0039, CITY): {"streamed_bfloat16": (8.9, 15.2), "streamed_geometry_on_host": (23.8, 0.51)},
-}
+# benchmarks.train_step on such machines: ms of a step and GB on the device, by trainer; those of one run or of one
+# day, since medians of one commit differ by up to 10 % from run to run.
+MEASURED = [
+    (
+        (1_000_000, 0.0779, AERIAL),
+        {
+            "gpu_only": (3.48, 1.19),
+            "streamed_bfloat16": (6.47, 0.41),
+            "streamed": (6.95, 0.47),
+            "streamed_geometry_on_host": (7.57, 0.19),
+            "optimized": (8.34, 0.34),
+            "optimized_geometry_on_host": (9.85, 0.21),
+            "baseline": (22.8, 0.21),
+        },
+    ),
+    (
+        (1_000_000, 0.0779, AERIAL),
+        {
+            "gpu_only": (4.26, 1.02),
+            "gpu_only_deferred": (4.58, 0.85),
+            "gpu_only_compact": (5.49, 0.54),
+            "streamed": (6.63, 0.44),
+            "streamed_compact": (7.69, 0.23),
+        },
+    ),
+    (
+        (4_000_000, 0.0759, AERIAL),
+        {
+            "gpu_only": (5.70, 4.59),
+            "streamed_bfloat16": (6.03, 1.31),
+            "streamed": (7.34, 1.54),
+            "optimized": (12.3, 0.99),
+            "streamed_geometry_on_host": (15.9, 0.44),
+            "optimized_geometry_on_host": (20.0, 0.55),
+            "baseline": (73.5, 0.46),
+        },
+    ),
+    (
+        (4_000_000, 0.0759, AERIAL),
+        {"gpu_only_deferred": (5.61, 3.13), "gpu_only_compact": (5.53, 1.70), "streamed_compact": (7.64, 0.72)},
+    ),
+    (
+        (18_000_000, 0.0750, AERIAL),
+        {
+            "gpu_only_deferred": (7.49, 13.89),
+            "gpu_only_compact": (9.54, 7.47),
+            "streamed_bfloat16": (15.5, 5.54),
+            "streamed_compact": (16.4, 2.73),
+            "streamed_compact_geometry_on_host": (17.8, 2.45),
+            "gpu_only": (18.3, 20.45),
+            "streamed": (21.0, 6.61),
+            "optimized": (34.7, 4.26),
+            "streamed_geometry_on_host": (54.8, 1.74),
+            "optimized_geometry_on_host": (61.9, 2.12),
+            "baseline": (279.0, 1.78),
+        },
+    ),
+    (
+        (40_000_000, 0.0747, AERIAL),
+        {
+            "streamed_bfloat16": (32.5, 13.85),
+            "gpu_only": (43.0, 40.27),
+            "optimized": (75.9, 9.65),
+            "streamed_geometry_on_host": (116.0, 4.45),
+        },
+    ),
+    ((100_000_000, 0.0747, AERIAL), {"streamed_geometry_on_host": (313.0, 7.89)}),  # bound to 8 GB
+    ((102_231_360, 0.0039, CITY), {"streamed_bfloat16": (8.9, 15.2), "streamed_geometry_on_host": (23.8, 0.51)}),
+]
+NAMES = [f"{scene[0]}, {len(measured)} trainers" for scene, measured in MEASURED]
 HOST_MEMORY = 135e9
 FAST_CPU = replace(H200, host=500e9, copies=12e9, copies_both_ways=20e9, rows_both_ways=15e9, packed_both_ways=15e9)
 SMALL = Scene(10_000_000, 0.1, AERIAL, 5e9, 64e9)
@@ -87,25 +119,28 @@ def _on_some_gpu(monkeypatch):
     monkeypatch.setattr(calibration, "machine_name", lambda device: "some GPU in some host")
 
 
-@pytest.mark.parametrize("device_memory", [141e9, 24e9, 8e9, 6e9, 2.2e9], ids=lambda num_bytes: f"{num_bytes / 1e9} GB")
-@pytest.mark.parametrize(("scene", "measured"), MEASURED.items(), ids=[f"{scene[0]}" for scene in MEASURED])
+@pytest.mark.parametrize(
+    "device_memory", [141e9, 24e9, 12e9, 8e9, 6e9, 2.2e9], ids=lambda num_bytes: f"{num_bytes:.2g}"
+)
+@pytest.mark.parametrize(("scene", "measured"), MEASURED, ids=NAMES)
 def test_advice_is_the_fastest_that_was_measured_of_those_that_fit(scene, measured, device_memory):
-    fitting = {name: time for name, (time, reserved) in measured.items() if 1e9 * reserved <= device_memory}
-    advice = advise(H200, Scene(*scene, device_memory, HOST_MEMORY), among=measured)
-    if fitting:
-        assert advice[0].trainer == min(fitting, key=fitting.__getitem__)
-    else:
-        assert not advice
+    """Or one that runs cannot tell from it."""
+    there = Scene(*scene, device_memory, HOST_MEMORY)
+    advice = [each.trainer for each in advise(H200, there, among=measured)]
+    assert set(advice) == {name for name in measured if estimate(name, H200, there).device_memory <= device_memory}
+    if advice:
+        assert measured[advice[0]][0] <= 1.1 * min(measured[name][0] for name in advice)
 
 
-@pytest.mark.parametrize(("scene", "measured"), MEASURED.items(), ids=[f"{scene[0]}" for scene in MEASURED])
+@pytest.mark.parametrize(("scene", "measured"), MEASURED, ids=NAMES)
 def test_estimates_are_near_what_was_measured(scene, measured):
     """Time is a bound from below; where the CPU does more than Adam, by nearly half. It is too high by what does not
-    travel, up to a quarter of the rows, and where the host is faster than copies are, as in the baseline."""
-    for name, (time, reserved) in measured.items():
+    travel, up to a quarter of the rows, and where the host is faster than copies are, as in the baseline. Memory is
+    that of a model that is densified, which these were not."""
+    for name, (time, gigabytes) in measured.items():
         found = estimate(name, H200, Scene(*scene, 0, 0))
         assert 0.55 * time < found.milliseconds < (1.7 if name == "baseline" else 1.25) * time, name
-        assert found.device_memory / 1e9 < 1.2 * reserved + 0.3, name
+        assert 0.7 * gigabytes - 0.3 < found.device_memory / 1e9 < 1.4 * gigabytes + 0.3, name
 
 
 def test_a_compact_state_is_known():
@@ -117,7 +152,6 @@ def test_a_compact_state_is_known():
     assert best.device_memory < 2e9
     scene = Scene(18_000_000, 0.075, AERIAL, 8e9, 135e9)
     compact, bfloat16 = (estimate(name, H200, scene) for name in ("streamed_compact", "streamed_bfloat16"))
-    assert compact.milliseconds < bfloat16.milliseconds
     assert compact.device_memory < 0.6 * bfloat16.device_memory
     slow_link = replace(H200, packed_both_ways=20e9)
     assert estimate("streamed_compact", slow_link, scene).milliseconds == pytest.approx(1e3 * 328 * 1.35e6 / 10e9)
@@ -251,6 +285,16 @@ def test_rendering_is_measured_with_few_and_with_many_gaussians(monkeypatch):
     assert [launching + each * few, launching + each * many] == pytest.approx([4e-3, 5e-3])
 
 
+def test_coding_is_measured_on_rows_of_both_groups(monkeypatch):
+    spy = mock.Mock(wraps=row_kernels.step_view_rows)
+    monkeypatch.setattr(row_kernels, "step_view_rows", spy)
+    monkeypatch.setattr(calibrate, "median_seconds", lambda work, device: work(0) or 3e-3)
+    assert calibrate.coding_seconds(1000, torch.device("cpu")) == pytest.approx(3e-6)
+    assert [call.args[0].shape for call in spy.call_args_list] == [(1000, 16), (1000, 48)]
+    for call in spy.call_args_list:
+        assert (call.args[0] != 1e-3).any()  # stepped
+
+
 def test_the_scene_is_that_of_the_options(monkeypatch):
     monkeypatch.setattr(calibrate, "available_bytes", lambda device: 7)
     scene = calibrate.scene_of(calibrate.Options(1000, 0.5, 20, 10, device_memory="24GB"), torch.device("cpu"))
@@ -295,6 +339,7 @@ def test_speeds_of_this_machine():
     assert 1e10 < speeds.device < 2e13
     assert 0 < speeds.launching < 0.1
     assert 0 < speeds.rendering < 1e-6
+    assert 0 < speeds.coding < 1e-6
 
 
 @pytest.mark.cuda

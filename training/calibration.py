@@ -1,7 +1,7 @@
 """Which trainer a machine trains a scene with in the shortest time, and where the last finding is kept.
 
-`python -m benchmarks.calibrate` measures the speeds. A step takes at least what its slowest part takes: the device,
-which launches, renders and moves what lies in its memory; the link; and the host's memory.
+`python -m benchmarks.calibrate` measures the speeds. A step takes at least what its slowest part takes: the host,
+which launches; the device, which renders and moves what lies in its memory; the link; and the host's memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ from pathlib import Path
 
 import torch
 
-from trainers import TRAINERS, Trainer
+from trainers import TRAINERS
 from training.memory_estimate import PIXEL_BYTES
 
-# Launching the kernels of a step takes so many times what launching those of rendering does, which bounds a step with
-# few Gaussians. By benchmarks.train_step with 1 million on an H200: 3.5, 6.5 and 8.3 ms, where rendering launches for
-# 1.75.
-LAUNCHES = {"simple_trainer": 1.4, "simple_trainer_hybrid_streamed": 2.8}
-LAUNCHES_BESIDE_CPU = 3.6  # of the trainers whose CPU runs Adam
+GPU_ONLY, STREAMED = "simple_trainer", "simple_trainer_hybrid_streamed"  # scripts whose device runs Adam
+# Launching the kernels of a step takes the host so many times what launching those of rendering does, which is all that
+# counts in steps with few Gaussians. By benchmarks.train_step with 1 million on an H200: 3.5 to 4.3, 4.6 and 5.5 ms on
+# the GPU alone; 6.5 to 7.7 streamed and 8.3 with Adam on the CPU, where rendering launched for 1.75 ms.
+LAUNCHES = {
+    "gpu_only": 2.2,
+    "gpu_only_deferred": 2.4,
+    "gpu_only_compact": 2.9,
+    "streamed": 3.7,
+    "streamed_bfloat16": 3.7,
+}
+LAUNCHES_STREAMED = 4.3  # of other streamed trainers
+LAUNCHES_BESIDE_CPU = 4.7  # of the trainers whose CPU runs Adam
 # Bytes over the link, of a row, that wait for its gradients: nothing is rendered meanwhile.
 AFTER_RENDERING = {"streamed_geometry_on_host": 768}
 NEXT = 2  # trainers that are named beside the fastest
@@ -41,8 +49,9 @@ class Speeds:
     rows_both_ways: float = 0.0  # kernels of the device that read and write pinned rows at once, both together
     packed_both_ways: float = 0.0  # the same of rows of a compact state
     device: float = 0.0  # copies on the device, read and written
-    launching: float = 0.0  # seconds that rendering and its backward pass take where a view sees nothing
+    launching: float = 0.0  # seconds of rendering and its backward pass where a view sees few: launching takes them
     rendering: float = 0.0  # seconds more for each Gaussian that it sees
+    coding: float = 0.0  # seconds of decoding, stepping and coding a row of a compact state on the device
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Advice:
 
     trainer: str  # its name in the register
     milliseconds: float  # of a step
+    moving: float  # milliseconds of all that it moves, one after the other: of two equals the one that moves less wins
     device_memory: float  # bytes
     host_memory: float  # bytes
 
@@ -86,7 +96,7 @@ def advise(speeds: Speeds, scene: Scene, among: Iterable[str] = tuple(TRAINERS))
         for advice in all_advice
         if advice.device_memory <= scene.device_memory and advice.host_memory <= scene.host_memory
     ]
-    return sorted(fitting, key=lambda advice: advice.milliseconds)
+    return sorted(fitting, key=lambda advice: (advice.milliseconds, advice.moving))
 
 
 def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
@@ -103,23 +113,23 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     host, device = footprint.while_training(scene.visible)
     num_visible = scene.visible * scene.num_gaussians
     traffic = trainer.traffic(scene.num_gaussians, num_visible)
-    launching = LAUNCHES.get(trainer.script, LAUNCHES_BESIDE_CPU) * speeds.launching
-    on_device = launching + num_visible * speeds.rendering + traffic.device / speeds.device
-    link = _link_speed(trainer, speeds)
-    after = AFTER_RENDERING.get(name, 0) * num_visible / link
+    compact, streams = trainer.options.get("state") == "compact", trainer.script == STREAMED
+    if streams:
+        link_speed = (speeds.packed_both_ways if compact else speeds.rows_both_ways) / 2
+    else:
+        link_speed = speeds.copies_both_ways / 2
+    by_device = streams or trainer.script == GPU_ONLY
+    rendering = num_visible * (speeds.rendering + (speeds.coding if compact and by_device else 0.0))
+    on_device = rendering + traffic.device / speeds.device + AFTER_RENDERING.get(name, 0) * num_visible / link_speed
+    on_link, on_host = traffic.link / link_speed, traffic.host / speeds.host
+    launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
     return Advice(
         name,
-        milliseconds=1e3 * max(on_device + after, traffic.link / link, traffic.host / speeds.host),
+        milliseconds=1e3 * max(launching, on_device, on_link, on_host),
+        moving=1e3 * (on_device + on_link + on_host),
         device_memory=scene.num_gaussians * device + PIXEL_BYTES * scene.num_pixels,
         host_memory=scene.num_gaussians * host,
     )
-
-
-def _link_speed(trainer: Trainer, speeds: Speeds) -> float:
-    """Return the bytes per second of the busier direction, while the other is in use as well."""
-    if trainer.script != "simple_trainer_hybrid_streamed":
-        return speeds.copies_both_ways / 2
-    return (speeds.packed_both_ways if trainer.options.get("state") == "compact" else speeds.rows_both_ways) / 2
 
 
 def verdict(speeds: Speeds, scene: Scene) -> str:
