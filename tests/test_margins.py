@@ -67,8 +67,8 @@ def missed_rows(gaussians: OffloadedGaussians) -> int:
 def test_views_culled_ahead_miss_nothing(kind, place):
     gaussians = start(kind, place)
     assert missed_rows(gaussians) == 0
-    if (
-        place == "host" or kind is ForwardedGaussians and place.startswith("host")
+    if place == "host" or (
+        kind is ForwardedGaussians and place.startswith("host")
     ):  # where bounds of blocks have followed the rows
         assert torch.equal(gaussians._geometry._bounds.bounds, BlockBounds(gaussians._geometry._culled_rows()).bounds)
 
