@@ -1,0 +1,216 @@
+"""Balls and boxes, by which a device culls rows that it does not hold, against culling of whole rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.aerial_scene import aerial_scene
+from offload.adam.options import AdamOptions
+from offload.culling import kernels
+from offload.culling.balls import Balls
+from offload.culling.boxes import BLOCK_ROWS, Boxes
+from offload.culling.cameras import Cameras, Margin
+from offload.culling.native import BlockBounds, visible_ids
+from offload.models import geometry_culled
+from offload.models.geometry_culled import CulledGeometry
+from offload.store.device_store import DeviceStore
+from offload.store.host_store import HostStore
+from tests.aerial_training import views_of
+from tests.test_culling import random_cameras, random_geometry
+from tests.triton_places import NEEDS, TRITON_DEVICE
+
+CPU = torch.device("cpu")
+BOUNDS = {"balls": Balls, "boxes": Boxes}
+COUNTS = (0, 1, 63, 64, 65, 1000, 3001)
+MARGIN = Margin(means=0.02, scales=0.01, quats=0.01, opacities=0.1)
+MARGIN_OF_SCENE = Margin(means=1e-4, scales=0.01, quats=0.002, opacities=0.1)
+
+
+def bounds_of(kind: str, rows: Tensor, some: int = 640) -> Balls | Boxes:
+    """Bounds of rows [N, 12], which come in parts."""
+    bounds = BOUNDS[kind](CPU)
+    bounds.rebuild(len(rows), iter(rows.split(some)) if len(rows) else iter(()))
+    return bounds
+
+
+def exact(rows: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    return visible_ids(rows, BlockBounds(rows), cameras, margin)
+
+
+@pytest.mark.parametrize("margin", [Margin(), MARGIN], ids=["at rest", "moving"])
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_what_exact_culling_finds_is_found(kind, margin):
+    num_found = 0
+    for seed, n in enumerate(COUNTS):
+        for offset in (0.0, 1e3):
+            rows = random_geometry(n, seed, offset=offset) if n else torch.zeros(0, 12)
+            bounds = bounds_of(kind, rows)
+            for view in range(4):
+                options = {"count": 1 + view % 3, "fov": (20, 60, 100, 5)[view], "antialiased": view == 2}
+                cameras = random_cameras(10 * seed + view, offset=offset, inside=view != 1, **options)
+                found, drawn = bounds.visible_ids(cameras, margin), exact(rows, cameras, margin)
+                assert found.dtype == torch.int64
+                assert bool((found[1:] > found[:-1]).all())
+                assert bool(((found >= 0) & (found < n)).all())
+                assert torch.isin(drawn, found).all()
+                num_found += len(drawn)
+    assert num_found > 3000
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_what_just_touches_the_picture_is_found(kind):
+    """Rows that exact culling finds, and would not find a hair further away."""
+    rows = random_geometry(4000, seed=3, median_scale=0.01)
+    for view in range(3):
+        cameras = random_cameras(view, count=1)
+        drawn = exact(rows, cameras, Margin())
+        moved = rows.clone()
+        low, high = torch.zeros(len(drawn), 1), torch.full((len(drawn), 1), 20.0)
+        away = torch.nn.functional.normalize(torch.randn(len(drawn), 3, generator=torch.Generator().manual_seed(view)))
+        for _ in range(24):  # halves the way to where each leaves the picture
+            middle = (low + high) / 2
+            moved[drawn, :3] = rows[drawn, :3] + middle * away
+            seen = torch.isin(drawn, exact(moved, cameras, Margin()))[:, None]
+            low, high = torch.where(seen, middle, low), torch.where(seen, high, middle)
+        moved[drawn, :3] = rows[drawn, :3] + low * away
+        still = exact(moved, cameras, Margin())
+        assert len(still) > 0.9 * len(drawn) > 50
+        assert torch.isin(still, bounds_of(kind, moved).visible_ids(cameras, Margin())).all()
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_rows_that_move_by_the_margin_are_found_where_they_were(kind):
+    generator = torch.Generator().manual_seed(0)
+    rows = random_geometry(2000, seed=1)
+    bounds = bounds_of(kind, rows)
+    for view in range(6):
+        cameras, moved = random_cameras(view), rows.clone()
+        for columns, most in ((slice(0, 3), 0.02), (slice(3, 6), 0.01), (slice(6, 10), 0.01), (slice(10, 11), 0.1)):
+            moved[:, columns] += most * torch.randn(rows[:, columns].shape, generator=generator).sign()
+        assert torch.isin(exact(moved, cameras, Margin()), bounds.visible_ids(cameras, MARGIN)).all()
+
+
+def test_blocks_are_found_whole():
+    for n in (1, 63, 64, 65, 1000):
+        boxes = bounds_of("boxes", random_geometry(n, seed=n))
+        last = torch.arange(n)[-(n % BLOCK_ROWS or BLOCK_ROWS) :]
+        assert torch.equal(boxes.whole(torch.tensor([n - 1])), last)
+        assert torch.equal(boxes.whole(torch.arange(n - 1, -1, -3).flip(0)), torch.arange(n))
+        assert len(boxes.whole(torch.zeros(0, dtype=torch.int64))) == 0
+        found = boxes.visible_ids(random_cameras(n), MARGIN)
+        assert torch.equal(boxes.whole(found), found)
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_bounds_that_follow_rows_are_those_made_anew(kind):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 64, 100, 1000):
+        rows = random_geometry(n, seed=n)
+        bounds = bounds_of(kind, rows)
+        for share in (0.3, 0.0, 1.0):
+            ids = bounds.whole((torch.rand(n, generator=generator) < share).nonzero()[:, 0])
+            rows[ids] += torch.randn(len(ids), 12, generator=generator)
+            bounds.follow(ids, torch.cat([rows[ids], torch.zeros(len(ids), 4)], dim=1))  # rows are wider
+            anew = bounds_of(kind, rows)
+            for cameras in (random_cameras(n), random_cameras(n + 1)):
+                assert torch.equal(bounds.visible_ids(cameras, MARGIN), anew.visible_ids(cameras, MARGIN))
+            stored, expected = (vars(some)[f"_{kind}"] for some in (bounds, anew))
+            assert torch.equal(stored, expected)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
+def test_a_row_that_is_not_finite_hides_no_other(number):
+    """Nor does a scale of which the exponential is infinite; blocks without such rows are culled as before."""
+    rows = random_geometry(1000, seed=2)
+    before = bounds_of("boxes", rows)
+    for column in (0, 4):
+        spoiled = rows.clone()
+        spoiled[500, column] = number
+        for seed in range(4):
+            cameras = random_cameras(seed)
+            drawn = exact(rows, cameras, Margin())
+            for kind in BOUNDS:
+                found = bounds_of(kind, spoiled).visible_ids(cameras, Margin())
+                assert torch.isin(drawn[drawn != 500], found).all()
+            if number != 1e30 or column == 4:
+                whole = torch.cat([before.visible_ids(cameras, Margin()), torch.tensor([500])])
+                assert torch.equal(found, before.whole(whole))
+
+
+@pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
+def test_kernels_find_what_torch_finds(place):
+    from offload.culling import kernels_triton
+
+    for seed, n in enumerate((0, 1, 300, 3001)):
+        rows = random_geometry(n, seed) if n else torch.zeros(0, 12)
+        balls = vars(bounds_of("balls", rows))["_balls"]
+        for view in range(3):
+            cameras = random_cameras(view, count=1 + view % 2)
+            expected = kernels.visible_balls(balls, cameras, MARGIN)
+            found = kernels_triton.visible_balls(balls.to(place), cameras, MARGIN).cpu()
+            # Each rounds in its own order, and allows for that: few rows lie between.
+            assert torch.isin(exact(rows, cameras, MARGIN), found).all()
+            differing = len(found) + len(expected) - 2 * int(torch.isin(found, expected).sum())
+            assert differing <= 0.002 * len(expected)
+
+
+@pytest.mark.parametrize("num_gaussians", [40_000, 400_000])
+def test_little_is_found_in_excess_of_an_aerial_scene(num_gaussians):
+    """In Morton order, of views from above: rows along the border of the picture, and blocks that they complete.
+
+    A view of V rows is sqrt(V / 64) blocks wide, so boxes find a number of times sqrt(64 V) rows more: a share that
+    falls with the size of the view.
+    """
+    parameters, cameras = aerial_scene(num_gaussians, seed=0)
+    columns = [parameters[name].view(num_gaussians, -1) for name in ("means", "scales", "quats", "opacities")]
+    rows = torch.cat([*columns, torch.zeros(num_gaussians, 1)], dim=1)
+    balls, boxes = bounds_of("balls", rows, 6400), bounds_of("boxes", rows, 6400)
+    for view in views_of(cameras)[:4]:
+        drawn = len(exact(rows, view, MARGIN_OF_SCENE))
+        assert drawn > 0.05 * num_gaussians
+        assert len(balls.visible_ids(view, MARGIN_OF_SCENE)) < 1.05 * drawn
+        assert len(boxes.visible_ids(view, MARGIN_OF_SCENE)) < drawn + 9 * (BLOCK_ROWS * drawn) ** 0.5
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("store", ["host", "device"])
+def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
+    """Bounds are made of the stored rows in several parts, follow steps, and are made anew after rows have changed."""
+    monkeypatch.setattr(geometry_culled, "COPIED_ROWS", 2 * BLOCK_ROWS)
+    rows = random_geometry(1000, seed=5)
+    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters |= {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
+    if store == "host":
+        rows_of = HostStore(parameters, "geometry", state="compact", max_gaussians=2000)
+    else:
+        rows_of = DeviceStore(parameters, "geometry", state="compact", device=CPU)
+    rates = dict.fromkeys(("means", "scales", "quats", "opacities", "sh0", "shN"), 1e-3)
+    adam = AdamOptions(rates, lambda step: 1e-3, (0.9, 0.999))
+    geometry = CulledGeometry(rows_of, adam, BOUNDS[kind](CPU), device=CPU)
+    assert geometry._margin().means > 0
+
+    def assert_culled() -> None:
+        stored = rows_of.rows.parameters[:, :12].clone()
+        stored[:, 11] = 0
+        for seed in range(3):
+            cameras = random_cameras(seed)
+            expected = bounds_of(kind, stored).visible_ids(cameras, geometry._margin())
+            assert torch.equal(geometry.visible_ids(cameras), expected)
+
+    assert_culled()
+    ids = geometry.whole(torch.arange(100, 300))
+    values = rows_of.rows.parameters[ids] + torch.randn(len(ids), 16)
+    with rows_of.changing(ids) as changed:
+        changed.parameters[ids] = values
+    geometry.follow(ids, values)
+    assert_culled()
+    geometry.catch_up(None)
+    geometry.append_copies(torch.arange(70))
+    assert_culled()
+    geometry.catch_up(None)
+    geometry.keep(torch.arange(0, 1070, 2))
+    assert_culled()
+    geometry.truncate(100)
+    assert_culled()
