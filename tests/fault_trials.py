@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from datasets.synthetic import write_city_block
+from offload.adam.state import num_gaussians_of
 from trainers import TRAINERS
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import load_checkpoint
@@ -95,7 +96,7 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
             load_checkpoint(Path(scratch) / name / f"ckpts/ckpt_{max_steps}.pt") for name in ("killed", "whole")
         ]
         states = [dict(checkpoint.state) for checkpoint in checkpoints]
-        report.num_gaussians = len(states[0]["parameters/means"])
+        report.num_gaussians = num_gaussians_of(states[0])
         report.bit_equal = states[0].keys() == states[1].keys() and all(
             torch.equal(value, states[1][name]) for name, value in states[0].items() if name != "elapsed_seconds"
         )
