@@ -171,6 +171,7 @@ class _Mapping(mmap.mmap):
 
     def __del__(self) -> None:
         if self._registered and not sys.is_finalizing():
-            torch.cuda.synchronize()  # kernels that nobody has waited for may be using it
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # kernels that nobody has waited for may be using it
             for address in self._registered:
                 torch.cuda.cudart().cudaHostUnregister(address)
