@@ -219,6 +219,19 @@ def test_without_a_gpu_the_host_is_measured_all_the_same(monkeypatch, capsys):
     assert not calibration.cache_file().exists()
 
 
+def test_what_is_measured_on_a_gpu_is_said_and_kept(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(calibrate, "measure", lambda device, num_rows: H200)
+    monkeypatch.setattr(calibrate, "machine_name", lambda device: "some GPU in some host")
+    calibrate.main(calibrate.Options(18_000_000, 0.075, device_memory="24GB", host_memory="128GB"))
+    *measured, said, kept = capsys.readouterr().out.splitlines()
+    assert len(measured) == 4
+    assert said == verdict(H200, Scene(18_000_000, 0.075, AERIAL, 24e9, 128e9))
+    assert "use simple_trainer.py --adam deferred (" in said
+    assert json.loads(calibration.cache_file().read_text())["some GPU in some host"]["verdict"] == said
+    assert kept == f"Kept in {calibration.cache_file()}"
+
+
 def test_host_speed_is_of_forwarding_and_committing(monkeypatch):
     """The time of one row, from a clock that the kernels advance."""
     rows = calibrate.Rows(40_000, pin=False)
