@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from configs import Config
 from errors import InputError, NotSaved
-from offload.adam.state import sh_degree_of
+from offload.adam.state import format_of, sh_degree_of
 from offload.models.contract import GaussianModel
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint
@@ -27,6 +27,7 @@ OPTIONS_OF_THE_PLACE = (
     *("data_dir", "model_dir", "result_dir", "device", "resume", "force", "new_photos", "save_every", "keep"),
     *("num_workers", "log_every", "profile", "video"),
 )
+TOLD_APART = ("state",)  # an option that is told of by what a checkpoint holds
 
 
 class Stateful(Protocol):
@@ -176,9 +177,14 @@ class Saving:
         view_has_changed = self._dataset.has_changed
         for name, value in json.loads(json.dumps(asdict(self._cfg))).items():
             before = checkpoint.options.get(name, value)
-            if before != value and name not in OPTIONS_OF_THE_PLACE:
+            if before != value and name not in (*OPTIONS_OF_THE_PLACE, *TOLD_APART):
                 print(f"--{name} is now {value}; it was {before}.")
                 view_has_changed = True
+        before, now = format_of(state), getattr(self._cfg, "state", "float32")
+        if before != now:  # the option may be missing, then or now
+            rounds = " Values and moments are rounded to it once, now." if now == "compact" else ""
+            print(f"The Gaussians are kept in the form {now} (--state) from now on; they were {before}.{rounds}")
+            view_has_changed = True
         if view_has_changed:
             state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}
         try:
