@@ -38,3 +38,8 @@ def reason(error: BaseException) -> str:
     """Return what a library says of a failure as a part of such a sentence: one printable line, 200 characters."""
     words = " ".join(str(error).split())
     return "".join(c if c.isprintable() else "?" for c in words[:200]).rstrip(" .:") or type(error).__name__
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and what it counts as a part of such a sentence: "1 photo", "2,000 photos"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

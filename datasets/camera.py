@@ -16,6 +16,7 @@ from errors import InputError
 # Maps take 8 bytes a pixel; datasets with one camera per picture must not keep all of them.
 _CAMERAS_WITH_MAPS = 32
 
+_CELLS = 48  # of each side of an undistorted picture, whose areas in its photo are added up
 _BORDER_POINTS = 33  # of each side of a picture, that are undistorted to find what is inside
 _LARGEST_RADIUS = 100.0  # at depth 1, as far as undistortion looks: 89.4 degrees
 _HALVINGS = 16  # of that radius, to where Newton's method converges
@@ -56,17 +57,17 @@ class Camera:
         return cv2.remap(image, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], whose: str) -> None:
-    """Check that a picture is another one, scaled as a whole: whichever is smaller was rounded by a pixel at most.
+def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], mask_of: str | None = None) -> None:
+    """Check that a photo or mask is another picture, scaled as a whole: the smaller was rounded by a pixel at most.
 
     A picture that was padded, cropped or turned is of another shape, and its camera's centre and focal length would be
     taken for places in it that they are not.
 
     Args:
-        path: The picture.
+        path: The file.
         size: Its width and height.
-        shape: Width and height of the other.
-        whose: What the other is, for the sentence.
+        shape: Width and height of the other: what COLMAP saw, or of a mask its photo.
+        mask_of: Name of the photo that it is a mask of; None where it is a photo.
 
     Raises:
         InputError: It cannot be.
@@ -77,9 +78,13 @@ def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], whose
         slack = max(1.0, side / wanted)
         low, high = max(low, (side - slack) / wanted), min(high, (side + slack) / wanted)
     if low > high:
+        is_, of_shape = f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of", f"({shape[0]}x{shape[1]})"
         raise InputError(
-            f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of {whose} ({shape[0]}x{shape[1]}): use the "
-            "picture that COLMAP saw, scaled as a whole where it is scaled, and neither cropped, padded nor turned."
+            f"{is_} its camera in the COLMAP model {of_shape}: use the picture that COLMAP saw, scaled as a whole "
+            "where it is scaled, and neither cropped, padded nor turned."
+            if mask_of is None
+            else f"{is_} its photo {mask_of} {of_shape}: make the mask of that photo as it is stored, whatever its "
+            "EXIF orientation says, at any size but neither cropped, padded nor turned; or remove it."
         )
 
 
@@ -114,6 +119,15 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
             "again, or undistort the pictures with COLMAP."
         )
     return pinhole
+
+
+def kept_share(camera: Camera) -> float:
+    """Return which share of a photo's pixels its undistorted picture shows, within a percent or so."""
+    shrunk = np.array([[_CELLS / camera.width], [_CELLS / camera.height], [1.0]]) * camera.K
+    map_x, map_y, valid = _compute_maps(replace(camera, K=shrunk, width=_CELLS, height=_CELLS))
+    (x_down, x_along), (y_down, y_along) = np.gradient(map_x), np.gradient(map_y)
+    areas = np.abs(x_along * y_down - x_down * y_along)  # [_CELLS, _CELLS], in the photo's pixels
+    return float(areas[valid].sum()) / (camera.source_width * camera.source_height)
 
 
 def _perspective_pinhole(camera: Camera) -> Camera | None:

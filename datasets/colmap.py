@@ -5,7 +5,7 @@ File formats: https://colmap.github.io/format.html
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from datasets.cache import CacheFile, fingerprint
 from datasets.colmap_binary import check_binary
-from datasets.colmap_text import read_text_model
-from datasets.observations import misplaced_points
+from datasets.colmap_text import read_observations, read_text_model
+from datasets.observations import Observations, misplaced_points, sample
 from datasets.paths import stays_inside
 from errors import InputError, reason
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pycolmap
 
 CACHE_NAME = "parsed_scene.npz"
-CACHE_FORMAT = 3  # raised when the arrays of the cache change, or what a model is checked for
+CACHE_FORMAT = 4  # raised when the arrays of the cache change, or what a model is checked for
 LARGEST_SIDE = 1_000_000  # pixels; a camera that claims more is damaged
 PARTS = ("cameras", "images", "points3D")  # the files of a model; newer ones have rigs and frames as well
 
@@ -162,15 +162,15 @@ def open_model(model_dir: Path) -> pycolmap.Reconstruction:
 def read_sparse_model(model_dir: Path) -> SparseModel:
     """Read a reconstruction. Raises InputError for an unreadable or unsupported model."""
     suffix = _model_files(model_dir)[0].suffix
-    model = _read_binary(model_dir) if suffix == ".bin" else _read_text(model_dir)
+    model, observed_by = _read_binary(model_dir) if suffix == ".bin" else _read_text(model_dir)
     damage = _damage(model)
     if damage:
         part, problem = damage
         raise InputError(f"{model_dir / (part + suffix)} is damaged ({problem}): export the model again.")
-    return model
+    return replace(model, remarks=model.remarks + misplaced_points(model_dir, model, observed_by))
 
 
-def _read_binary(model_dir: Path) -> SparseModel:
+def _read_binary(model_dir: Path) -> tuple[SparseModel, Observations]:
     reconstruction = open_model(model_dir)
     images = sorted((i for i in reconstruction.images.values() if i.has_pose), key=lambda image: image.name)
     if not images:
@@ -180,7 +180,14 @@ def _read_binary(model_dir: Path) -> SparseModel:
     _check_supported(model_dir, [camera.model.name for camera in cameras])
     points = list(reconstruction.points3D.values())
     bottom_row = np.array([[0.0, 0.0, 0.0, 1.0]])
-    return SparseModel(
+
+    def observed_by(index: int) -> tuple[np.ndarray, np.ndarray]:
+        seen = [p for p in images[index].points2D if p.has_point3D() and p.point3D_id in reconstruction.points3D]
+        chosen = [seen[k] for k in sample(np.arange(len(seen)))]
+        xyz = [reconstruction.points3D[point.point3D_id].xyz for point in chosen]
+        return np.array([point.xy for point in chosen]).reshape(-1, 2), np.array(xyz).reshape(-1, 3)
+
+    model = SparseModel(
         image_names=[image.name for image in images],
         worldtocams=np.stack([np.concatenate([image.cam_from_world().matrix(), bottom_row]) for image in images]),
         camera_indices=np.searchsorted(camera_ids, [image.camera_id for image in images]),
@@ -189,11 +196,11 @@ def _read_binary(model_dir: Path) -> SparseModel:
         camera_params=np.stack([_uniform_params(camera.model.name, camera.params) for camera in cameras]),
         points=np.array([point.xyz for point in points], np.float64).reshape(-1, 3),
         points_rgb=np.array([point.color for point in points], np.uint8).reshape(-1, 3),
-        remarks=misplaced_points(model_dir, reconstruction),
     )
+    return model, observed_by
 
 
-def _read_text(model_dir: Path) -> SparseModel:
+def _read_text(model_dir: Path) -> tuple[SparseModel, Observations]:
     text = read_text_model(model_dir)
     images = sorted(text.images, key=lambda image: image.name)
     if not images:
@@ -205,7 +212,17 @@ def _read_text(model_dir: Path) -> SparseModel:
     worldtocams = np.tile(np.eye(4), (len(images), 1, 1))
     worldtocams[:, :3, :3] = _rotations(np.stack([image.rotation for image in images]))
     worldtocams[:, :3, 3] = np.stack([image.translation for image in images])
-    return SparseModel(
+    order = np.argsort(text.point_ids)
+
+    def observed_by(index: int) -> tuple[np.ndarray, np.ndarray]:
+        pixels, ids = read_observations(model_dir, images[index])
+        if not len(order):
+            return pixels[:0], text.points
+        rows = order[np.minimum(np.searchsorted(text.point_ids, ids, sorter=order), len(order) - 1)]
+        chosen = sample(np.flatnonzero((text.point_ids[rows] == ids) & (ids >= 0)))
+        return pixels[chosen], text.points[rows[chosen]]
+
+    model = SparseModel(
         image_names=[image.name for image in images],
         worldtocams=worldtocams,
         camera_indices=np.searchsorted(camera_ids, [image.camera_id for image in images]),
@@ -216,6 +233,7 @@ def _read_text(model_dir: Path) -> SparseModel:
         points_rgb=text.points_rgb,
         remarks=text.remarks,
     )
+    return model, observed_by
 
 
 def _check_supported(model_dir: Path, camera_models: list[str]) -> None:

@@ -43,6 +43,7 @@ class TextImage:
     camera_id: int
     rotation: np.ndarray  # [4] float64 quaternion w x y z of length 1, world to camera
     translation: np.ndarray  # [3] float64
+    observations_at: int | None = None  # byte of images.txt at which their line begins
 
 
 @dataclass
@@ -51,6 +52,7 @@ class TextModel:
 
     cameras: dict[int, TextCamera]
     images: list[TextImage]
+    point_ids: np.ndarray  # [P] int64
     points: np.ndarray  # [P, 3] float64
     points_rgb: np.ndarray  # [P, 3] uint8
     remarks: list[str] = field(default_factory=list)  # sentences for the user, of what looks wrong and was read
@@ -60,7 +62,7 @@ def read_text_model(model_dir: Path) -> TextModel:
     """Read cameras.txt, images.txt and points3D.txt of a folder.
 
     Returns:
-        The model. Observations of points in images are checked to be such, and left out.
+        The model. Observations of points in images are checked to be such, and left to `read_observations`.
 
     Raises:
         InputError: A line is none of its file's, with the number of the line.
@@ -68,8 +70,32 @@ def read_text_model(model_dir: Path) -> TextModel:
     remarks: list[str] = []
     cameras = _read_cameras(model_dir / "cameras.txt", remarks)
     images = _read_images(model_dir / "images.txt", cameras, remarks)
-    points, points_rgb = _read_points(model_dir / "points3D.txt", remarks)
-    return TextModel(cameras, images, points, points_rgb, remarks)
+    point_ids, points, points_rgb = _read_points(model_dir / "points3D.txt", remarks)
+    return TextModel(cameras, images, point_ids, points, points_rgb, remarks)
+
+
+def read_observations(model_dir: Path, image: TextImage) -> tuple[np.ndarray, np.ndarray]:
+    """Read where an image saw which points.
+
+    Args:
+        model_dir: Folder of the model that the image has been read from.
+        image: Of that model.
+
+    Returns:
+        Places [k, 2] float64 in pixels, and ids [k] int64 of the points there, -1 for none; nothing where the line is
+        damaged.
+    """
+    words: list[bytes] = []
+    if image.observations_at is not None:
+        with open(model_dir / "images.txt", "rb") as file:
+            file.seek(image.observations_at)
+            words = file.readline().split()
+    try:
+        numbers = np.array(words, np.float64).reshape(-1, 3)
+    except ValueError:
+        numbers = np.zeros((0, 3))
+    numbers = numbers[np.isfinite(numbers).all(axis=1) & (np.abs(numbers[:, 2]) < 2**53)]
+    return numbers[:, :2], numbers[:, 2].astype(np.int64)
 
 
 def _read_cameras(path: Path, remarks: list[str]) -> dict[int, TextCamera]:
@@ -113,6 +139,7 @@ def _read_images(path: Path, cameras: dict[int, TextCamera], remarks: list[str])
         found = _image_of(line)
         if after_image and _is_observations(line) and not (found and _is_surely_image(found[1], cameras)):
             after_image = False
+            images[-1].observations_at = lines.at
             continue
         if found is None:
             raise _unreadable(path, number, line, "IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, or its observations")
@@ -162,7 +189,8 @@ def _is_observations(line: bytes) -> bool:
     return len(words) % 3 == 0
 
 
-def _read_points(path: Path, remarks: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _read_points(path: Path, remarks: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids: list[int] = []
     xyz: list[tuple[float, float, float]] = []
     rgb: list[tuple[int, int, int]] = []
     lines = _Lines(path)
@@ -171,7 +199,8 @@ def _read_points(path: Path, remarks: list[str]) -> tuple[np.ndarray, np.ndarray
         if not words:
             continue
         try:
-            _, x, y, z, red, green, blue, _ = words[:8]
+            point_id, x, y, z, red, green, blue, _ = words[:8]
+            ids.append(int(point_id) if point_id.isdigit() and len(point_id) < 18 else -1)
             xyz.append((float(x), float(y), float(z)))
             color = (int(red), int(green), int(blue))
         except ValueError:
@@ -180,7 +209,8 @@ def _read_points(path: Path, remarks: list[str]) -> tuple[np.ndarray, np.ndarray
             raise InputError(f"{path}, line {number} holds a colour that is not from 0 to 255: write it so.")
         rgb.append(color)
     lines.compare_with_promise("points", len(xyz), remarks)
-    return np.array(xyz, np.float64).reshape(-1, 3), np.array(rgb, np.uint8).reshape(-1, 3)
+    points, colors = np.array(xyz, np.float64).reshape(-1, 3), np.array(rgb, np.uint8).reshape(-1, 3)
+    return np.array(ids, np.int64), points, colors
 
 
 class _Lines:
@@ -189,10 +219,13 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._promised: int | None = None  # by COLMAP's comment, such as "# Number of images: 49"
+        self.at = 0  # byte at which the present line begins
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         with open(self._path, "rb") as file:
+            after = 0
             for number, line in enumerate(file, 1):
+                self.at, after = after, after + len(line)
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise InputError(f"{self._path} is written in UTF-16: save it as UTF-8.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ MOST_PIXELS = 1_000_000_000
 _LEAST_BYTES = 4  # that a pixel takes while it is decoded
 _MOST_BYTES = 16  # with the coefficients of a progressive JPEG, and a copy
 _HALF_SEEN = 128  # of 255
-_FEWEST_VALUES = 4096  # that a picture of 16 bits reaches: where it has 12 bits in truth, it would be nearly black
+_SENSOR_BITS = (8, 10, 12, 14)  # that pictures of 16 bits hold where nobody has scaled their values
+_DARK_BITS = 12  # of a picture of 16 bits beside others that use all of them, below which it is nearly black
 _SUBFILE_TYPE = 254  # the TIFF tag whose lowest bit says "a smaller version of another picture in this file"
 
 
@@ -127,11 +129,20 @@ def picture_format(path: Path) -> str:
         return image.format or "PNG"
 
 
-def checked_seen_share(path: Path) -> float:
-    """Decode a picture to its end, as far as that tells whether training will be able to.
+@dataclass(frozen=True)
+class Seen:
+    """What there is in a picture or mask.
 
-    Returns:
-        The share of its pixels that are not transparent.
+    share: of the pixels, that are not hidden by it.
+    highest: value of a picture of 16 bits a channel; 0 for others.
+    """
+
+    share: float
+    highest: int = 0
+
+
+def checked_picture(path: Path) -> Seen:
+    """Decode a picture to its end, as far as that tells whether training will be able to.
 
     Raises:
         PictureFault: Training could not decode it.
@@ -141,15 +152,65 @@ def checked_seen_share(path: Path) -> float:
         if image.format in ("JPEG", "MPO"):  # without transparency, and always convertible
             image.draft(None, (1, 1))  # read to its end all the same, but mostly not transformed
             image.load()
-            return 1.0
-        to_rgb(path, image)
+            return Seen(1.0)
+        is_deep = _has_16_bits(image)
+        rgb = to_rgb(path, image)
         seen = seen_of(image)
-        return 1.0 if seen is None else float(seen.mean())
+        return Seen(1.0 if seen is None else float(seen.mean()), _highest_of_16_bits(image, rgb) if is_deep else 0)
+
+
+def checked_mask(path: Path) -> Seen:
+    """Decode a mask to its end.
+
+    Raises:
+        PictureFault: Training could not decode it.
+    """
+    return Seen(float(decode_mask(path).mean()))
+
+
+def highest_of_16_bits(path: Path) -> int:
+    """Return the highest value of a picture of 16 bits a channel; 0 for others, which are not decoded.
+
+    Raises:
+        PictureFault: It cannot be decoded.
+    """
+    with _opened(path) as image:
+        if not _has_16_bits(image):
+            return 0
+        _check_memory(path, image.size, bounded=True)
+        return _highest_of_16_bits(image, to_rgb(path, image))
+
+
+def unscaled_values(highest: dict[Path, int]) -> tuple[list[PictureFault], list[Path]]:
+    """Find pictures of 16 bits whose values are those of fewer bits, so that they would be dark or black.
+
+    The photos of a dataset come from one sensor and one program, so what all of them reach together tells how many
+    bits they hold. Where some use all bits, others of them are dark.
+
+    Args:
+        highest: By path, the highest value of each picture of 16 bits.
+
+    Returns:
+        A fault for each picture that cannot be used; and those that are nearly black beside others that are not.
+    """
+    reached = max(highest.values(), default=0).bit_length()
+    bits = next((bits for bits in _SENSOR_BITS if reached <= bits), 16)
+    if bits == 16:
+        return [], [path for path, value in highest.items() if value < 1 << _DARK_BITS]
+    if bits == 8:
+        cause = "its values of 16 bits are all below 256, so it would be black"
+        remedy = "save it with 8 bits a channel, or with values up to 65535, under the same name"
+    else:
+        cause = (
+            f"its values of 16 bits are all below {1 << bits}, as those of a {bits}-bit sensor are, so it would be "
+            + ("a quarter as bright as it is" if bits == 14 else "nearly black")
+        )
+        remedy = f"multiply its values by {1 << (16 - bits)}, or save it with 8 bits a channel, under the same name"
+    return [PictureFault(path, cause, remedy) for path in highest], []
 
 
 def to_rgb(path: Path, image: Image.Image) -> Image.Image:
     """Convert an opened picture to 8-bit RGB without its transparency. Raises PictureFault where that has no sense."""
-    deep = _has_16_bits(image)
     if image.mode.startswith("I"):  # gray of 16 bits, which convert() would clip at 255
         gray = np.asarray(image).astype(np.int64)
         low, high = int(gray.min()), int(gray.max())
@@ -157,7 +218,6 @@ def to_rgb(path: Path, image: Image.Image) -> Image.Image:
             raise PictureFault(
                 path, "its values are not of 8 or 16 bits", "save it with 8 or 16 bits a channel, under the same name"
             )
-        _check_range(path, high)
         rgb = Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     elif image.mode == "RGB":
         image.load()
@@ -171,8 +231,6 @@ def to_rgb(path: Path, image: Image.Image) -> Image.Image:
             raise PictureFault(
                 path, f"its colours are {image.mode}, which cannot be converted", "save it as RGB, under the same name"
             ) from error
-    if deep and not image.mode.startswith("I"):
-        _check_range(path, int(np.asarray(rgb).max()) << 8 | 1)  # of the upper bytes, which are all that is left
     return rgb
 
 
@@ -207,29 +265,23 @@ def _check_memory(path: Path, size: tuple[int, int], bounded: bool = False) -> N
         )
 
 
-def _check_range(path: Path, high: int) -> None:
-    if 0 < high <= 255:
-        raise PictureFault(
-            path,
-            "its values of 16 bits are all below 256, so it would be black",
-            "save it with 8 bits a channel, or with values up to 65535, under the same name",
-        )
-    if 0 < high < _FEWEST_VALUES:
-        raise PictureFault(
-            path,
-            f"its values of 16 bits are all below {_FEWEST_VALUES}, as those of a 12-bit sensor are, so it would be "
-            "nearly black",
-            "multiply its values by 16, or save it with 8 bits a channel, under the same name",
-        )
-
-
 def _has_16_bits(image: Image.Image) -> bool:
-    """Tell whether a picture that is not decoded yet has 16 bits a channel, of which Pillow keeps the upper 8."""
+    """Tell whether a picture that is not decoded yet has 16 bits a channel; of colours Pillow keeps the upper 8."""
+    if image.mode.startswith("I"):  # gray, of which all is left
+        return True
     for tile in getattr(image, "tile", ()):
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any((isinstance(a, str) and ";16" in a) or (image.format == "PPM" and a == 65535) for a in arguments):
             return True
     return False
+
+
+def _highest_of_16_bits(image: Image.Image, rgb: Image.Image) -> int:
+    """Return the highest value of a picture of 16 bits, decoded; of colours Pillow has left the upper bytes alone."""
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    upper = int(np.asarray(rgb).max())
+    return upper << 8 | 255 if upper else 255
 
 
 @contextmanager

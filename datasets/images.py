@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -21,15 +21,19 @@ from datasets.cache import CacheFile, fingerprint, is_writable, user_cache_dir
 from datasets.camera import check_shape
 from datasets.image_files import (
     PictureFault,
-    checked_seen_share,
+    Seen,
+    checked_mask,
+    checked_picture,
     decode_mask,
     decode_picture,
     fitting_workers,
+    highest_of_16_bits,
     picture_format,
     picture_size,
+    unscaled_values,
 )
 from datasets.model_choice import Say, quiet
-from errors import InputError, reason
+from errors import InputError, counted, reason
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,7 +41,7 @@ Size = tuple[int, int]  # width and height in pixels
 Stamp = tuple[int, int]  # bytes of a file, and the time of its last change in nanoseconds
 
 _LISTED = 10  # files named in one message
-_RULES = 1  # to be raised with each rule that files are newly refused by, so that those checked before are looked at
+_RULES = 2  # to be raised with each rule that files are newly refused by, so that those checked before are looked at
 # Largest difference of brightness, of 255, between blurred pictures of one photo that two programs have scaled. On 20
 # photos, scaled by 2 and 4, it was at most 3.9 between filters against aliasing and with JPEG of quality 80, 8 and more
 # with filters that alias; where an area a twelfth of the width was blurred before, half were above 15.
@@ -62,6 +66,7 @@ class _Checked:
     size: Size
     seen_share: float
     source: Stamp  # of the original that it was scaled from; (0, 0): none, or unknown
+    highest: int  # value of an original of 16 bits a channel; 0 of others, -1: not looked at
 
 
 def prepare_images(
@@ -102,7 +107,7 @@ def prepare_images(
         )
     workers = num_workers or os.cpu_count() or 1
     wanted = None if camera_sizes is None else dict(zip(names, map(tuple, camera_sizes.tolist()), strict=True))
-    photos = _Folder(data_dir, "images", {name: name for name in names}, checked_seen_share, _scale_image, workers)
+    photos = _Folder(data_dir, "images", {name: name for name in names}, checked_picture, _scale_image, workers)
     found = photos.at_scale(data_factor, wanted, say)
     paths = {name: path for name, (path, _) in found.items()}
     checked = {name: entry for name, (_, entry) in found.items()}
@@ -111,7 +116,7 @@ def prepare_images(
     masks: dict[str, Path] = {}
     shares = {name: checked[name].seen_share for name in names}
     if mask_names:
-        files = _Folder(data_dir, "masks", mask_names, _mask_share, _scale_mask, workers)
+        files = _Folder(data_dir, "masks", mask_names, checked_mask, _scale_mask, workers)
         found = files.at_scale(data_factor, {name: checked[name].size for name in mask_names}, say)
         masks = {name: path for name, (path, _) in found.items()}
         shares |= {name: min(shares[name], entry.seen_share) for name, (_, entry) in found.items()}
@@ -152,8 +157,9 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
     if present and len(found) < len(names):
         lacking = next(name for name in names if name not in found)
         say(
-            f"Warning: {folder} holds {len(present):,} files, and masks of {len(found):,} of {len(names):,} photos "
-            f"(none of {lacking}, which would be {lacking}.png): photos without a mask are used whole."
+            f"Warning: {folder} holds {counted(len(present), 'file')}, and masks of {len(found):,} of "
+            f"{counted(len(names), 'photo')} (none of {lacking}, which would be {lacking}.png): "
+            "photos without a mask are used whole."
         )
     return found
 
@@ -194,7 +200,7 @@ class _Folder:
         data_dir: Path,
         kind: str,
         files: dict[str, str],
-        check: Callable[[Path], float],
+        check: Callable[[Path], Seen],
         scale: Callable[[Path, Path, Size], None],
         workers: int,
     ) -> None:
@@ -203,7 +209,7 @@ class _Folder:
             data_dir: The dataset.
             kind: "images" or "masks", the folder's name.
             files: By picture name, the path in the folder.
-            check: Decodes a file and returns which share of it is seen, or raises PictureFault.
+            check: Decodes a file and returns what of it is seen, or raises PictureFault.
             scale: Writes a file, first path, at a size to the second path.
             workers: Threads.
         """
@@ -233,6 +239,7 @@ class _Folder:
             sizes = self._headers(originals, new, shapes)
             entries = self._examine(originals, self._files, new, sizes, (0, 0))
             checked = {name: entries[name] if name in entries else known[key] for name, key in keys.items()}
+            self._warn_of(self._check_values({name: entry.highest for name, entry in checked.items()}), say)
             if new:
                 self._remember(originals, {keys[name]: checked[name] for name in self._files})
             return {name: (originals / self._files[name], checked[name]) for name in self._files}
@@ -241,9 +248,9 @@ class _Folder:
         if not is_writable(folders[0] if folders[0].exists() else self._data_dir):
             plan = self._plan(folders[0], factor, shapes)
             if not plan.todo:
-                return self._finished(plan)
+                return self._finished(plan, say)
             folders = folders[1:]
-        return self._finished(self._carried_out(self._plan(folders[0], factor, shapes), say))
+        return self._finished(self._carried_out(self._plan(folders[0], factor, shapes), say), say)
 
     def _plan(self, folder: Path, factor: float, shapes: dict[str, Size] | None) -> _Plan:
         """Find out which scaled files are there and of the originals that lie there now."""
@@ -253,12 +260,13 @@ class _Folder:
         present = {name: names[name] for name in self._files if (folder / names[name]).is_file()}
         known = self._remembered(folder)
         keys = self._keys(folder, present)
-        plan = _Plan(folder, names, sources, {}, {}, {}, [])
+        plan = _Plan(folder, names, sources, {}, {}, {}, [], {}, [])
         for name, key in keys.items():
             if key in known and known[key].source == sources[name]:
                 plan.kept[name] = known[key]
         rest = [name for name in self._files if name not in plan.kept]
         if not rest:
+            self._look_at_values(plan)
             return plan
         sizes = self._headers(originals, rest, shapes)
         plan.targets.update({name: _scaled_size(sizes[name], factor) for name in rest})
@@ -284,15 +292,58 @@ class _Folder:
             if made_here or (is_older and not self._shows(folder / names[name], originals / self._files[name])):
                 plan.stale.append(name)
             else:
-                plan.kept[name] = _Checked(entry.size, entry.seen_share, sources[name])
+                plan.kept[name] = _Checked(entry.size, entry.seen_share, sources[name], -1)
+        self._look_at_values(plan)
         return plan
+
+    def _look_at_values(self, plan: _Plan) -> None:
+        """Find out which values the originals of 16 bits reach: their scaled files have 8, and do not tell.
+
+        Raises:
+            InputError: They hold fewer bits.
+        """
+        plan.highest.update({name: entry.highest for name, entry in plan.kept.items() if entry.highest >= 0})
+        unknown = [name for name in self._files if name not in plan.highest]
+        if self._kind == "masks":
+            plan.highest.update(dict.fromkeys(unknown, 0))
+        elif unknown:
+            originals = self._data_dir / self._kind
+            sizes = plan.source_sizes.values() or [entry.size for entry in plan.kept.values()]
+            workers = fitting_workers(self._workers, max(w * h for w, h in sizes))
+            paths = {name: originals / self._files[name] for name in unknown}
+            plan.highest.update(self._in_threads(originals, highest_of_16_bits, paths, workers, "Reading depths"))
+        plan.dark += self._check_values(plan.highest)
+
+    def _check_values(self, highest: dict[str, int]) -> list[str]:
+        """Return the pictures of 16 bits that are nearly black beside others.
+
+        Args:
+            highest: By picture name, the highest value of a picture of 16 bits; 0 of others.
+
+        Raises:
+            InputError: All of them hold fewer bits.
+        """
+        originals = self._data_dir / self._kind
+        paths = {originals / self._files[name]: name for name, value in highest.items() if value > 0}
+        faults, dark = unscaled_values({path: highest[name] for path, name in paths.items()})
+        if faults:
+            raise InputError(self._faults_of(originals, faults))
+        return [paths[path] for path in dark]
+
+    def _warn_of(self, dark: list[str], say: Say) -> None:
+        if dark:
+            which = f"{dark[0]} is" if len(dark) == 1 else f"{len(dark):,} photos, such as {dark[0]}, are"
+            say(
+                f"Warning: {which} nearly black: of 16 bits only the lower 12 are used, where other photos use all. "
+                "If they come from another camera, multiply their values by 16; else leave them out of the model."
+            )
 
     def _carried_out(self, plan: _Plan, say: Say) -> _Plan:
         """Make the scaled files that a plan finds missing, damaged or stale, each whole at once under its own name."""
         if plan.stale:
             say(
-                f"{len(plan.stale):,} of {len(self._files):,} files in {plan.folder} were not made of the present ones "
-                f"in {self._kind}, such as {plan.stale[0]}: they are scaled again."
+                f"{len(plan.stale):,} of {counted(len(self._files), 'file')} in {plan.folder} were not made of the "
+                f"present ones in {self._kind}, such as {plan.stale[0]}: that is scaled again."
             )
         todo = plan.todo
         if not todo:
@@ -321,12 +372,15 @@ class _Folder:
         made = {name: plan.names[name] for name in plan.todo}
         sizes = self._headers(folder, list(made), None, made)
         for name, entry in self._examine(folder, made, list(made), sizes, (0, 0)).items():
-            plan.kept[name] = _Checked(entry.size, entry.seen_share, plan.sources[name])
+            plan.kept[name] = _Checked(entry.size, entry.seen_share, plan.sources[name], plan.highest[name])
         return plan
 
-    def _finished(self, plan: _Plan) -> dict[str, tuple[Path, _Checked]]:
+    def _finished(self, plan: _Plan, say: Say) -> dict[str, tuple[Path, _Checked]]:
+        self._warn_of(plan.dark, say)
         keys = self._keys(plan.folder, plan.names)
-        if plan.targets:  # something was looked at
+        was_known = all(entry.highest >= 0 for entry in plan.kept.values())
+        plan.kept.update({n: replace(entry, highest=plan.highest[n]) for n, entry in plan.kept.items()})
+        if plan.targets or not was_known:  # something was looked at
             self._remember(plan.folder, {keys[name]: plan.kept[name] for name in self._files})
         return {name: (plan.folder / plan.names[name], plan.kept[name]) for name in self._files}
 
@@ -363,8 +417,7 @@ class _Folder:
         sizes = self._in_threads(folder, picture_size, paths, self._workers, "Reading sizes")
         for name, size in sizes.items():
             if shapes is not None:
-                whose = "its camera in the COLMAP model" if self._kind == "images" else f"its photo {name}"
-                check_shape(paths[name], size, shapes[name], whose)
+                check_shape(paths[name], size, shapes[name], name if self._kind == "masks" else None)
         return sizes
 
     def _examine(
@@ -379,15 +432,16 @@ class _Folder:
             return {}
         workers = fitting_workers(self._workers, max(sizes[name][0] * sizes[name][1] for name in names))
         paths = {name: folder / files[name] for name in names}
-        shares = self._in_threads(folder, self._check, paths, workers, "Checking")
-        return {name: _Checked(sizes[name], shares[name], source) for name in names}
+        found = self._in_threads(folder, self._check, paths, workers, "Checking")
+        return {name: _Checked(sizes[name], found[name].share, source, found[name].highest) for name in names}
 
     def _sound(self, folder: Path, files: dict[str, str]) -> dict[str, _Checked]:
         """Decode scaled files, and leave out those that cannot be used: they are made again."""
 
         def examined(name: str) -> _Checked | None:
             try:
-                return _Checked(picture_size(folder / files[name]), self._check(folder / files[name]), (0, 0))
+                path = folder / files[name]
+                return _Checked(picture_size(path), self._check(path).share, (0, 0), -1)
             except PictureFault:
                 return None
 
@@ -436,13 +490,15 @@ class _Folder:
         known: dict[tuple[str, int, int], _Checked] = {}
         for arrays in self._record(folder).read():
             try:
-                if folder.name == self._kind and int(arrays["rules"]) != _RULES:
+                is_current = int(arrays["rules"]) == _RULES
+                if folder.name == self._kind and not is_current:
                     continue  # but what scaled files were made of holds
+                highest = arrays["highest"].tolist() if is_current else [-1] * len(arrays["sizes"])
                 names = arrays["names"].tobytes().decode().split("\n")
                 columns = (arrays[column].tolist() for column in ("stamps", "sizes", "seen_shares", "sources"))
-                for name, stamp, size, share, source in zip(names, *columns, strict=True):
+                for name, stamp, size, share, source, value in zip(names, *columns, highest, strict=True):
                     known[name, int(stamp[0]), int(stamp[1])] = _Checked(
-                        (int(size[0]), int(size[1])), float(share), (int(source[0]), int(source[1]))
+                        (int(size[0]), int(size[1])), float(share), (int(source[0]), int(source[1])), int(value)
                     )
             except (KeyError, TypeError, ValueError, IndexError):  # damaged, or of an earlier form: looked at again
                 continue
@@ -456,6 +512,7 @@ class _Folder:
                 "stamps": np.array([key[1:] for key in checked], np.int64).reshape(-1, 2),
                 "sizes": np.array([entry.size for entry in checked.values()], np.int64).reshape(-1, 2),
                 "seen_shares": np.array([entry.seen_share for entry in checked.values()], np.float64),
+                "highest": np.array([entry.highest for entry in checked.values()], np.int64),
                 "sources": np.array([entry.source for entry in checked.values()], np.int64).reshape(-1, 2),
             }
         )
@@ -472,14 +529,12 @@ class _Plan:
     targets: dict[str, Size]
     kept: dict[str, _Checked]
     stale: list[str]  # there, and of other originals
+    highest: dict[str, int]  # value of each original of 16 bits a channel; 0 of others
+    dark: list[str]  # nearly black originals
 
     @property
     def todo(self) -> list[str]:
         return [name for name in self.names if name not in self.kept]
-
-
-def _mask_share(path: Path) -> float:
-    return float(decode_mask(path).mean())
 
 
 def _scaled_size(size: Size, factor: float) -> Size:

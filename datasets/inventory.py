@@ -9,7 +9,7 @@ import numpy as np
 from datasets.colmap import SparseModel
 from datasets.images import Pictures
 from datasets.model_choice import Say, photo_names
-from errors import InputError
+from errors import InputError, counted
 
 
 def seen_ids(
@@ -33,7 +33,8 @@ def seen_ids(
     if not hidden.any():
         return train_ids, test_ids
     first = names[int(np.flatnonzero(hidden)[0])]
-    say(f"Warning: {hidden.sum():,} photos, such as {first}, are left out, since alpha or a mask hides all of each.")
+    which = f"{first} is" if hidden.sum() == 1 else f"{hidden.sum():,} photos, such as {first}, are"
+    say(f"Warning: {which} left out, since alpha or a mask hides all of it.")
     sides = {"training": train_ids[~hidden[train_ids]], "test": test_ids[~hidden[test_ids]]}
     for side, ids in sides.items():
         if not len(ids):
@@ -66,25 +67,28 @@ def say_what_is_used(
         say: Takes the sentences.
     """
     place = str(model_dir.relative_to(data_dir)) if model_dir.is_relative_to(data_dir) else str(model_dir)
-    num_photos = len(model.image_names)
+    num_photos = int((pictures.seen_shares > 0).sum())  # others are left out
     unused = sorted(photo_names(data_dir / "images") - set(model.image_names))
+    num_there = len(model.image_names) + len(unused)
     source = " of points.ply" if init_ply else ""
     say(
-        f"Dataset: {num_photos:,} of {num_photos + len(unused):,} photos, {num_points:,} points{source}, from {place}; "
-        f"pictures of {_range(pictures.sizes)}, cameras of {_range(list(map(tuple, model.camera_sizes.tolist())))}."
+        f"Dataset: {num_photos:,} of {counted(num_there, 'photo')}, {counted(num_points, 'point')}{source}, "
+        f"from {place}; pictures of {_range(pictures.sizes)}, "
+        f"cameras of {_range(list(map(tuple, model.camera_sizes.tolist())))}."
     )
     if unused:
-        say(f"{len(unused):,} photos, such as {unused[0]}, are not in the COLMAP model, and not used.")
+        which = f"{unused[0]} is" if len(unused) == 1 else f"{len(unused):,} photos, such as {unused[0]}, are"
+        say(f"{which} not in the COLMAP model, and not used.")
     if not init_ply and (model_dir / "points.ply").is_file():
         say(f"points.ply in {place} is not used; --init_ply starts from its points.")
     kinds = []
     if any(pictures.masks):
-        kinds.append(f"masks of {sum(mask is not None for mask in pictures.masks):,}")
+        kinds.append(f"masks of {counted(sum(mask is not None for mask in pictures.masks), 'photo')}")
     if pictures.num_alpha:
-        kinds.append(f"alpha of {pictures.num_alpha:,}")
+        kinds.append(f"alpha of {counted(pictures.num_alpha, 'photo')}")
     if kinds:
         share = 100 * (1 - pictures.seen_shares.mean())
-        say(f"{share:.1f} % of all pixels are neither trained nor scored, by {' and '.join(kinds)} photos.")
+        say(f"{share:.1f} % of all pixels are neither trained nor scored, by {' and '.join(kinds)}.")
 
 
 def subset_of_points(
@@ -104,7 +108,10 @@ def subset_of_points(
     if not 0 < max_points < len(points):
         return points, points_rgb
     chosen = np.sort(np.random.default_rng(0).choice(len(points), max_points, replace=False))
-    say(f"--max_gaussians {max_points} allows fewer than {len(points):,} points: a random subset of them is used.")
+    say(
+        f"--max_gaussians {max_points} allows fewer than {counted(len(points), 'point')}: a random subset of them is "
+        "used."
+    )
     return points[chosen], points_rgb[chosen]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets.colmap import PARTS, SparseModel, has_model, load_model, model_suffixes
 from datasets.image_files import PHOTO_SUFFIXES
-from errors import InputError
+from errors import InputError, counted
 
 Say = Callable[[str], None]  # takes one sentence for the user
 
@@ -116,7 +116,8 @@ def _comparison(chosen: Path, photos: dict[Path, set[str]], data_dir: Path) -> s
     first = next(iter(photos))
     return (
         ("Warning: " if looks_better or chosen != first else "")
-        + f"Of {len(photos)} COLMAP models {_name(chosen, data_dir)} is used, which holds {len(ours):,} photos; "
+        + f"Of {len(photos)} COLMAP models {_name(chosen, data_dir)} is used, which holds "
+        + f"{counted(len(ours), 'photo')}; "
         + ", ".join(others)
         + f" (--model_dir {_name(next(folder for folder in photos if folder != chosen), data_dir)} takes "
         + ("the other)." if len(photos) == 2 else "that one).")
@@ -147,7 +148,7 @@ def _look_elsewhere(chosen: Path, num_photos: int, data_dir: Path, say: Say) -> 
         if num_there > num_photos:
             name = _name(folder, data_dir)
             say(
-                f"Warning: {_name(chosen, data_dir)} holds {num_photos:,} photos, and {name} {num_there:,}: "
+                f"Warning: {_name(chosen, data_dir)} holds {counted(num_photos, 'photo')}, and {name} {num_there:,}: "
                 f"--model_dir {name} takes that model."
             )
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import pycolmap
+    from datasets.colmap import SparseModel
 
 PHOTOS, OF_PHOTO = 16, 64  # looked at, evenly from all, and observations of each
 FEWEST = 64  # observations: of fewer nothing is said
 FAR = 0.05  # of a picture's diagonal: a reconstruction leaves a thousandth
 
+# Returns what the i-th photo of a model saw of its points, a sample: places in the photo [k, 2] in pixels, and the
+# points [k, 3], both float64.
+Observations = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
-def misplaced_points(model_dir: Path, reconstruction: pycolmap.Reconstruction) -> list[str]:
+
+def misplaced_points(model_dir: Path, model: SparseModel, observed_by: Observations) -> list[str]:
     """Return a sentence where cameras do not see points where the photos' observations of them are.
 
     Poses of another convention, or points, poses and camera parameters of several reconstructions, show there, if the
@@ -24,11 +29,11 @@ def misplaced_points(model_dir: Path, reconstruction: pycolmap.Reconstruction) -
 
     Args:
         model_dir: Folder of the model, for the sentence.
-        reconstruction: The model.
+        model: The model.
+        observed_by: What its photos saw; asked of `PHOTOS` of them.
     """
-    images = sorted((i for i in reconstruction.images.values() if i.has_pose), key=lambda image: image.name)
-    distances = [_distances(reconstruction, image) for image in images[:: -(-len(images) // PHOTOS)]]
-    observed = np.concatenate(distances) if distances else np.zeros(0)
+    photos = range(0, len(model.image_names), -(-len(model.image_names) // PHOTOS))
+    observed = np.concatenate([_distances(model, index, *observed_by(index)) for index in photos])
     if len(observed) < FEWEST or np.median(observed) <= FAR:
         return []
     return [
@@ -37,23 +42,53 @@ def misplaced_points(model_dir: Path, reconstruction: pycolmap.Reconstruction) -
     ]
 
 
-def _distances(reconstruction: pycolmap.Reconstruction, image: pycolmap.Image) -> np.ndarray:
+def sample(items: np.ndarray) -> np.ndarray:
+    """Return at most `OF_PHOTO` of a photo's observations, evenly from all."""
+    return items[:: -(-len(items) // OF_PHOTO) or 1]
+
+
+def project(model_name: str, params: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Find where a camera sees points.
+
+    Args:
+        model_name: COLMAP's name of the camera model.
+        params: [8] fx, fy, cx, cy, distortion, in pixels.
+        points: [k, 3] in the camera's coordinates.
+
+    Returns:
+        [k, 2] in pixels; NaN of what lies behind the camera.
+    """
+    with np.errstate(all="ignore"):
+        x, y = (points[:, :2] / np.where(points[:, 2:] > 0, points[:, 2:], np.nan)).T
+        square = x * x + y * y
+        k1, k2, p1, p2 = params[4:]
+        if model_name == "OPENCV_FISHEYE":
+            radius = np.sqrt(square)
+            angle = np.arctan(radius)
+            turned = angle * angle
+            bent = angle * (1 + turned * (k1 + turned * (k2 + turned * (p1 + turned * p2))))  # its k3 and k4
+            factor = np.where(radius > 1e-9, bent / np.maximum(radius, 1e-9), 1.0)
+            x, y = x * factor, y * factor
+        else:
+            radial = 1 + square * (k1 + square * k2)
+            x, y = (
+                x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+                y * radial + 2 * p2 * x * y + p1 * (square + 2 * y * y),
+            )
+        return np.stack([x, y], axis=1) * params[:2] + params[2:4]
+
+
+def _distances(model: SparseModel, index: int, pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Return how far from its observations a photo's camera sees their points, in diagonals of its picture  # [k]."""
-    camera = reconstruction.cameras[image.camera_id]
-    seen = [point for point in image.points2D if point.has_point3D()]
-    seen = [p for p in seen[:: -(-len(seen) // OF_PHOTO) or 1] if p.point3D_id in reconstruction.points3D]
-    if not seen:
-        return np.zeros(0)
-    pose = image.cam_from_world().matrix()
-    points = np.array([reconstruction.points3D[point.point3D_id].xyz for point in seen]) @ pose[:, :3].T + pose[:, 3]
-    pixels = [camera.img_from_cam(point) if point[2] > 0 else None for point in points]
-    lost = np.array([pixel is None or not np.isfinite(pixel).all() for pixel in pixels])
-    projected = np.array([[np.inf, np.inf] if bad else pixel for pixel, bad in zip(pixels, lost, strict=True)])
-    observed = np.array([point.xy for point in seen])
-    distances = np.full(len(seen), np.inf)
-    if not lost.all():
-        sizes = np.linalg.norm(projected[~lost], axis=1)
-        factor = np.median(np.linalg.norm(observed[~lost], axis=1) / np.maximum(sizes, 1e-9))
-        diagonal = np.hypot(camera.width, camera.height) * factor
-        distances[~lost] = np.linalg.norm(factor * projected[~lost] - observed[~lost], axis=1) / max(diagonal, 1e-9)
+    distances = np.full(len(pixels), np.inf)
+    camera = model.camera_indices[index]
+    pose = model.worldtocams[index]
+    projected = project(model.camera_models[camera], model.camera_params[camera], points @ pose[:3, :3].T + pose[:3, 3])
+    found = np.isfinite(projected).all(axis=1) & np.isfinite(pixels).all(axis=1)
+    if found.any():
+        projected, pixels = projected[found], pixels[found]
+        sizes = np.linalg.norm(projected, axis=1)
+        factor = np.median(np.linalg.norm(pixels, axis=1) / np.maximum(sizes, 1e-9))
+        diagonal = np.hypot(*model.camera_sizes[camera]) * factor
+        distances[found] = np.linalg.norm(factor * projected - pixels, axis=1) / max(diagonal, 1e-9)
     return distances

@@ -50,7 +50,7 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
     sizes = picture_sizes(images, names)
     for name, size, camera in zip(names, sizes, model.camera_indices, strict=True):
         shape = (int(model.camera_sizes[camera, 0]), int(model.camera_sizes[camera, 1]))
-        check_shape(images / name, size, shape, "its camera in the COLMAP model")
+        check_shape(images / name, size, shape)
     train_ids, test_ids = split_indices(len(names), test_every=cfg.test_every, test_after=cfg.test_after)
     return [
         f"pictures: {len(names)}, {_ranges(sizes)}",

@@ -20,6 +20,7 @@ from datasets.normalize import (
 )
 from datasets.ply import read_points
 from datasets.splits import split_indices
+from datasets.undistortion import undistortion_warnings
 from errors import InputError
 
 # Survey coordinates stay below 1e8 m. Squares and sums of what is below this bound stay finite, and float64 is fine
@@ -110,6 +111,7 @@ def load_scene(
         say=say,
     )
     cameras, camera_indices = _cameras_of(model, pictures.paths, pictures.sizes)
+    warnings += undistortion_warnings(model.image_names, cameras, camera_indices)
     train_ids, test_ids = seen_ids(train_ids, test_ids, model.image_names, pictures, say)
 
     camtoworlds = np.linalg.inv(model.worldtocams)
@@ -161,7 +163,7 @@ def _cameras_of(model: SparseModel, paths: list[Path], sizes: list[tuple[int, in
         if (index, size) in cameras:
             continue
         model_size = model.camera_sizes[index]
-        check_shape(path, size, (int(model_size[0]), int(model_size[1])), "its camera in the COLMAP model")
+        check_shape(path, size, (int(model_size[0]), int(model_size[1])))
         cameras[index, size] = make_camera(model.camera_models[index], model.camera_params[index], model_size, size)
     order = {key: position for position, key in enumerate(cameras)}
     indices = [order[key] for key in zip(model.camera_indices.tolist(), sizes, strict=True)]

@@ -5,7 +5,7 @@ import numpy as np
 from datasets.normalize import transform_cameras
 from datasets.scene import Scene
 from datasets.view_order import SAMPLE, sample_of, sees
-from errors import InputError
+from errors import InputError, counted
 
 FEWEST_VIEWS = 0.2  # must see one of many points: cameras turned away see some by chance
 MANY_POINTS = 1000  # of fewer than this, those in view may be few
@@ -37,7 +37,7 @@ def check_views(scene: Scene, means: np.ndarray, near_plane: float, far_plane: f
     if seeing == 0 or (seeing < FEWEST_VIEWS and len(means) >= MANY_POINTS):
         raise InputError(
             f"{'No' if seeing == 0 else 'Hardly any'} training picture of {scene.data_dir} sees any of the "
-            f"{len(means)} points that training starts from: "
+            f"{counted(len(means), 'point')} that training starts from: "
             + (
                 cause
                 or "they are of another world than the cameras, or the poses do not map world to camera as COLMAP's "
@@ -57,7 +57,8 @@ def check_views(scene: Scene, means: np.ndarray, near_plane: float, far_plane: f
     if seeing < TOO_FEW:
         few = len(means) < MANY_POINTS
         warnings.append(
-            f"Only {seeing:.0%} of the training pictures see any of the {len(means)} points that training starts from: "
+            f"Only {seeing:.0%} of the training pictures see any of the {counted(len(means), 'point')} that training "
+            "starts from: "
             + (cause or f"they may be {'too few, or ' if few else ''}of another world than the cameras.")
         )
     elif cause:

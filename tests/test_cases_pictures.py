@@ -270,8 +270,12 @@ def test_masks_may_be_of_another_size_but_not_shape(tmp_path):
     with evaluation_loader(scene, np.arange(4)) as loader:
         assert next(loader).masks[0].float().mean().item() == pytest.approx(seen.mean(), abs=0.1)
     Image.new("L", (64, 64), 255).save(tmp_path / "masks/1.png.png")
-    with pytest.raises(InputError, match=r"1\.png\.png is 64x64 pixels, which is not the shape of its photo 1\.png"):
+    with pytest.raises(
+        InputError, match=r"1\.png\.png is 64x64 pixels, which is not the shape of its photo 1\.png"
+    ) as e:
         load_scene(data_dir)
+    assert "make the mask of that photo" in str(e.value)
+    assert "COLMAP" not in str(e.value)
 
 
 def test_photos_that_are_hidden_entirely_are_left_out(tmp_path):
@@ -280,7 +284,8 @@ def test_photos_that_are_hidden_entirely_are_left_out(tmp_path):
     said: list[str] = []
     scene = load_scene(data_dir, say=said.append)
     assert scene.train_ids.tolist() == [1, 3]
-    assert any("Warning: 1 photos, such as 2.png, are left out" in s for s in said)
+    assert any("Dataset: 3 of 4 photos" in s for s in said)
+    assert any("Warning: 2.png is left out" in s for s in said)
     for k in range(4):
         Image.new("L", SIZE, 0).save(tmp_path / f"masks/{k}.png.png")
     with pytest.raises(InputError, match="hide every pixel of every training picture"):
@@ -480,6 +485,11 @@ FAULTS = {
         "below 4096",
         "multiply its values by 16",
     ),
+    "16 bits that hold 14": (
+        lambda path: Image.fromarray(ramp_picture()[..., 0].astype(np.uint16) * 64).save(path, "PNG"),
+        "below 16384",
+        "multiply its values by 4",
+    ),
     "HEIC": (write_text(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)), "a HEIC picture", "convert it to JPEG"),
     "JPEG XL": (write_text(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99)), "a JPEG XL picture", "convert it to JPEG"),
     "OpenEXR": (write_text(b"\x76\x2f\x31\x01" + bytes(99)), "an OpenEXR picture", "convert it to JPEG"),
@@ -550,15 +560,66 @@ def test_a_factor_that_leaves_no_picture_is_named_before_anything_is_scaled(tmp_
     assert not (tmp_path / "images_500").exists()
 
 
-def test_pictures_that_an_earlier_version_has_checked_are_checked_by_the_rules_of_this_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [1, 2])
+def test_pictures_that_an_earlier_version_has_checked_are_checked_by_the_rules_of_this_one(
+    tmp_path, monkeypatch, factor
+):
+    """Scaled ones hold 8 bits and do not tell: their originals are looked at."""
     write_scene(tmp_path, 4)
     FAULTS["16 bits that hold 12"][0](tmp_path / "images/002.png")
     with monkeypatch.context() as earlier:
-        earlier.setattr("datasets.image_files._FEWEST_VALUES", 256)
+        earlier.setattr("datasets.images.unscaled_values", lambda highest: ([], []))
         earlier.setattr("datasets.images._RULES", 0)
-        load_scene(tmp_path)
+        load_scene(tmp_path, data_factor=factor)
     with pytest.raises(InputError, match="below 4096"):
+        load_scene(tmp_path, data_factor=factor)
+
+
+def deep_picture(path: Path, highest: int, *, colors: bool) -> None:
+    """Write 16 bits a channel that reach a value."""
+    ramp = np.uint16(ramp_picture().astype(float) * highest / 255)
+    path.write_bytes(cv2.imencode(".png", ramp if colors else ramp[..., 0])[1].tobytes())
+
+
+@pytest.mark.parametrize("colors", [False, True])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 15, 16])
+def test_what_all_photos_of_16_bits_reach_tells_how_many_they_hold(tmp_path, bits, colors):
+    """A dark one among them is of the same sensor."""
+    write_scene(tmp_path, 4)
+    deep_picture(tmp_path / "images/001.png", (1 << bits) - 1, colors=colors)
+    deep_picture(tmp_path / "images/002.png", (1 << bits) // 3, colors=colors)
+    if bits > 14:
         load_scene(tmp_path)
+        return
+    for factor in (1, 2):
+        with pytest.raises(InputError) as error:
+            load_scene(tmp_path, data_factor=factor)
+        sentence = str(error.value)
+        assert "001.png, 002.png" in sentence
+        assert f"below {1 << bits}" in sentence
+        assert (f"multiply its values by {1 << (16 - bits)}" in sentence) == (bits > 8)
+        assert not (tmp_path / "images_2").exists()
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_dark_photo_beside_others_of_16_bits_is_named_and_used(tmp_path, factor):
+    write_scene(tmp_path, 4)
+    for k, highest in enumerate((65535, 3000, 60000, 50000)):
+        deep_picture(tmp_path / f"images/{k:03d}.png", highest, colors=True)
+    for _ in range(2):  # looked at, and remembered
+        said: list[str] = []
+        load_scene(tmp_path, data_factor=factor, say=said.append)
+        assert any("001.png is nearly black: of 16 bits only the lower 12 are used" in s for s in said)
+
+
+def test_scaled_pictures_that_came_along_do_not_hide_how_many_bits_their_photos_hold(tmp_path):
+    write_scene(tmp_path, 4)
+    deep_picture(tmp_path / "images/001.png", 4095, colors=False)
+    (tmp_path / "images_2").mkdir()
+    for k in range(4):
+        Image.fromarray(ramp_picture((48, 32)) // (16 if k == 1 else 1)).save(tmp_path / f"images_2/{k:03d}.png")
+    with pytest.raises(InputError, match=r"001\.png .*below 4096"):
+        load_scene(tmp_path, data_factor=2)
 
 
 def test_names_that_differ_a_little_are_named(tmp_path):

@@ -210,8 +210,8 @@ def test_truncated_picture_is_named(dataset, name, keep, factor):
 
 def test_pictures_are_checked_once_until_they_change(dataset, monkeypatch):
     checked = []
-    check = images.checked_seen_share
-    monkeypatch.setattr(images, "checked_seen_share", lambda path: checked.append(path.name) or check(path))
+    check = images.checked_picture
+    monkeypatch.setattr(images, "checked_picture", lambda path: checked.append(path.name) or check(path))
     prepared(dataset, NAMES)
     assert sorted(checked) == ["a.png", "b.JPG", "c.jpg"]
     checked.clear()

@@ -72,7 +72,7 @@ def test_held_out_photos_that_were_trained_on_are_named(tmp_path):
     cfg = Config(data_dir=str(after.data_dir), resume=True, new_photos=True)
     assert load_dataset(cfg, checkpoint_of(before), said.append).has_changed
     # 002 and 010 were held out of 002 .. 011, and 000 and 008 are of 000 .. 011.
-    assert any("1 of the 2 held-out photos were trained on before (008.png)" in line for line in said)
+    assert any("of 2 held-out photos 1 had been trained on before (008.png)" in line for line in said)
 
 
 def test_a_dataset_that_has_not_changed_is_silent(tmp_path):

@@ -13,7 +13,7 @@ from datasets.normalize import is_similarity, same_axes
 from datasets.scene import Scene, load_scene
 from datasets.sight import check_views
 from datasets.splits import split_indices
-from errors import InputError
+from errors import InputError, counted
 from offload.adam.state import stored_values
 from training.checkpoints import Checkpoint
 
@@ -41,7 +41,9 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
         InputError: The dataset cannot be used, or is not that of the checkpoint.
     """
     if checkpoint is not None and not is_similarity(checkpoint.transform):
-        raise InputError(f"The checkpoint of {checkpoint.steps} steps holds no usable transform: choose another.")
+        raise InputError(
+            f"The checkpoint of {counted(checkpoint.steps, 'step')} holds no usable transform: choose another."
+        )
     scene = load_scene(
         cfg.data_dir,
         model_dir=cfg.model_dir,
@@ -103,13 +105,13 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
     shift = float(np.median(np.linalg.norm(shifts, axis=1))) / scene.scene_scale
     if shift > SAME_WORLD:
         raise InputError(
-            f"The cameras of {len(common)} photos that the checkpoint to {what} was trained on stand elsewhere in "
-            f"{cfg.data_dir}, by {shift:.2g} of the scene's extent: give the model of the world in which it was "
-            "trained (COLMAP's image_registrator adds photos to it), or another "
+            f"The cameras of {counted(len(common), 'photo')} that the checkpoint to {what} was trained on stand "
+            f"elsewhere in {cfg.data_dir}, by {shift:.2g} of the scene's extent: give the model of the world in "
+            "which it was trained (COLMAP's image_registrator adds photos to it), or another "
             + ("--ckpt." if cfg.ckpt else "--result_dir.")
         )
     changes = [
-        f"{len(names)} photos {how} ({some_names(names)})"
+        f"{counted(len(names), 'photo')} {how} ({some_names(names)})"
         for names, how in ((added, "added"), (removed, "removed"))
         if names
     ]
@@ -127,7 +129,7 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
     trained = _training_photos(checkpoint) & {scene.image_names[index] for index in scene.test_ids}
     if trained:
         say(
-            f"Warning: {len(trained)} of the {len(scene.test_ids)} held-out photos were trained on before "
+            f"Warning: of {counted(len(scene.test_ids), 'held-out photo')} {len(trained)} had been trained on before "
             f"({some_names(sorted(trained))}), so that their figures flatter the model."
         )
     return True

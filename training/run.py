@@ -19,7 +19,7 @@ from configs import AnyConfig
 from datasets.loader import training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
-from errors import InputError, NotSaved, TrainingStopped
+from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
@@ -277,7 +277,7 @@ class TrainingRun(Generic[AnyConfig]):
             del view
             step_done()
             if self._interrupted:
-                sentence = f"Interrupted after {model.steps_done} steps; saved {self.saving.at_the_end()}"
+                sentence = f"Interrupted after {counted(model.steps_done, 'step')}; saved {self.saving.at_the_end()}"
                 self.ending = Ending(INTERRUPTED, sentence)
                 tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
                 return
@@ -360,13 +360,13 @@ class TrainingRun(Generic[AnyConfig]):
             clear_frames(error.__traceback__)  # which hold what the step had allocated
             torch.cuda.empty_cache()
             message = (
-                f"Device memory ran out after {self.model.steps_done} steps with {self.model.num_gaussians} "
+                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with {self.model.num_gaussians} "
                 "Gaussians: continue in a trainer that needs less of it, or raise --data_factor."
             )
             smaller = smaller_trainer(self._trainer, self.cfg, "device")
             command = command if smaller is None else smaller_command(smaller, self._scene_name, self._given)
         elif not isinstance(error, TrainingStopped | InputError):
-            message, is_defect = f"An error ended training after {self.model.steps_done} steps.", True
+            message, is_defect = f"An error ended training after {counted(self.model.steps_done, 'step')}.", True
         try:
             self.model.undo_step()
             return TrainingStopped(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
-from errors import InputError, NotSaved
+from errors import InputError, NotSaved, counted
 from offload.adam.state import format_of, sh_degree_of
 from offload.models.contract import GaussianModel
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
@@ -130,7 +130,7 @@ class Saving:
                 self._has_failed(failure)
         if self._saved_steps != steps_done:
             raise NotSaved(
-                f"The Gaussians after {steps_done} steps could not be saved in {checkpoints.path} "
+                f"The Gaussians after {counted(steps_done, 'step')} could not be saved in {checkpoints.path} "
                 f"({self._failure}): make room there or make it writable, and continue from the checkpoint "
                 f"before with: {resume_command()}"
             )
@@ -197,11 +197,13 @@ class Saving:
             self._began -= state["elapsed_seconds"].item()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"The checkpoint of {checkpoint.steps} steps in {self._checkpoints.path} does not hold what "
+                f"The checkpoint of {counted(checkpoint.steps, 'step')} in {self._checkpoints.path} does not hold what "
                 "resuming needs: remove it."
             ) from error
         self._saved_steps = checkpoint.steps
-        print(f"Resuming after {checkpoint.steps} steps with {self._model.num_gaussians} Gaussians.")
+        print(
+            f"Resuming after {counted(checkpoint.steps, 'step')} with {counted(self._model.num_gaussians, 'Gaussian')}."
+        )
 
 
 def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:
