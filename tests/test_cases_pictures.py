@@ -259,7 +259,7 @@ def test_names_of_masks(tmp_path):
     assert find_masks(tmp_path / "nowhere", names) == {}
     said.clear()
     assert find_masks(tmp_path, ["x.jpg"], said.append) == {}
-    assert "masks of 0 of 1 photos" in said[0]  # a folder of which nothing is used
+    assert "masks of 0 of 1 photo (" in said[0]  # a folder of which nothing is used
 
 
 def test_masks_may_be_of_another_size_but_not_shape(tmp_path):
@@ -270,12 +270,10 @@ def test_masks_may_be_of_another_size_but_not_shape(tmp_path):
     with evaluation_loader(scene, np.arange(4)) as loader:
         assert next(loader).masks[0].float().mean().item() == pytest.approx(seen.mean(), abs=0.1)
     Image.new("L", (64, 64), 255).save(tmp_path / "masks/1.png.png")
-    with pytest.raises(
-        InputError, match=r"1\.png\.png is 64x64 pixels, which is not the shape of its photo 1\.png"
-    ) as e:
+    with pytest.raises(InputError, match=r"1\.png\.png is 64x64 pixels, .* the shape of its photo 1\.png") as error:
         load_scene(data_dir)
-    assert "make the mask of that photo" in str(e.value)
-    assert "COLMAP" not in str(e.value)
+    assert "make the mask of that photo" in str(error.value)
+    assert "COLMAP" not in str(error.value)
 
 
 def test_photos_that_are_hidden_entirely_are_left_out(tmp_path):

@@ -45,7 +45,7 @@ def test_photos_added_and_removed_end_no_scene(monkeypatch, tmp_path, capsys):
 
     assert run_script(monkeypatch, script, after, tmp_path / "run", *STEPS, "--max_steps", 8, "--resume") == 2
     refusal = capsys.readouterr().err
-    assert "3 photos added (009.png, 010.png, 011.png), 1 photos removed (001.png)" in refusal
+    assert "3 photos added (009.png, 010.png, 011.png), 1 photo removed (001.png)" in refusal
     assert "--new_photos" in refusal
     assert [path.name for path in (tmp_path / "run/ckpts").iterdir()] == ["ckpt_4.pt"]
 
