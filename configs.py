@@ -40,6 +40,8 @@ class RunOptions:
     """Folder that receives checkpoints, statistics, renderings and logs."""
     ckpt: str = ""
     """Evaluate this checkpoint instead of training."""
+    init_ckpt: str = ""
+    """Begin from the Gaussians of this checkpoint or 3DGS PLY file, at step 0 and without Adam's moments."""
     resume: bool = False
     """Continue from the newest valid checkpoint in result_dir; start from the beginning where none was written."""
     new_photos: bool = False

@@ -18,7 +18,7 @@ def link_file(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target):
             if not _same(source, target):
-                raise InputError(f"{target} exists and is not {source}: move it away, or name another --data_dir.")
+                raise InputError(f"{target} exists and is not {source}: move it away, or name another folder.")
             return
         for link in (os.link, os.symlink, _copy):
             try:

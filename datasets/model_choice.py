@@ -175,7 +175,10 @@ def _models_elsewhere(data_dir: Path) -> list[Path]:
 def _remedy(data_dir: Path, folders: list[Path]) -> str:
     found = [_name(folder, data_dir) for folder in (*folders, *_models_elsewhere(data_dir))][:5]
     if not found:
-        return "run COLMAP on the photos, or name the folder of its model with --model_dir"
+        return (
+            "python -m datasets.reconstruct PHOTOS --out DATASET makes one of photos, and --model_dir names the folder of "
+            "one that lies elsewhere"
+        )
     return f"there are models in {', '.join(found)}, which --model_dir takes"
 
 

@@ -16,7 +16,7 @@ import tyro
 import compare
 from benchmarks import quality
 from comparing.launch import plan
-from datasets import prepare
+from datasets import prepare, reconstruct
 from errors import InputError
 from trainers import TRAINERS
 from training import command_line
@@ -59,6 +59,8 @@ def check_command(command: str, results: Path) -> None:
     elif program == "benchmarks.quality":  # passes options on to the trainers
         options, passed_on = quality.parse(arguments)
         plan("default", options.trainers, results, passed_on)
+    elif program == "datasets.reconstruct":
+        reconstruct._check_options(reconstruct._parse(arguments))
     elif program.startswith("benchmarks."):
         tyro.cli(importlib.import_module(program).Options, args=arguments)
     elif program not in ("benchmarks", *OWN_PARSERS):

@@ -14,7 +14,13 @@ from trainers import Smaller
 
 def resume_command() -> str:
     """Return the command that continues this run: the one that started it, and --resume."""
-    return _command([word for word in sys.argv if word not in ("--resume", "--force")])
+    words, is_value = [], False
+    for word in sys.argv:
+        option = word.split("=")[0].replace("-", "_")
+        if not is_value and option not in ("__resume", "__force", "__init_ckpt"):
+            words.append(word)
+        is_value = option == "__init_ckpt" and "=" not in word  # its file is the next word
+    return _command(words)
 
 
 def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
@@ -28,7 +34,7 @@ def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
     default = smaller.trainer.load().CONFIGS[scene]
     there = {item.name for item in fields(default)}
     shared = {item.name: getattr(cfg, item.name) for item in fields(cfg) if item.name in there}
-    options = replace(default, **{**shared, **smaller.options, "resume": False, "force": False})
+    options = replace(default, **{**shared, **smaller.options, "resume": False, "force": False, "init_ckpt": ""})
     return _command([os.path.relpath(smaller.trainer.path), scene, *arguments_of(options, default)])
 
 

@@ -125,6 +125,9 @@ def check_options(cfg: Config) -> None:
         )
     if cfg.ckpt and cfg.resume:
         raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
+    if cfg.init_ckpt and (cfg.ckpt or cfg.resume):
+        other = "--ckpt, which evaluates a model," if cfg.ckpt else "--resume, which goes on with one,"
+        raise InputError(f"--init_ckpt begins from a model, and {other} excludes that: give one of them.")
     if cfg.force and (cfg.ckpt or cfg.resume):
         raise InputError(f"--force begins anew and --{'ckpt' if cfg.ckpt else 'resume'} does not: give one of them.")
     if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "moments", "float32") != "float32":

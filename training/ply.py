@@ -93,6 +93,39 @@ def _columns(block: Mapping[str, Tensor]) -> Tensor:
     )  # [M, 17 + 3 (K - 1)]
 
 
+def transform_of_ply(path: Path) -> np.ndarray | None:
+    """Return the similarity [4, 4] from the dataset's coordinates to those of a PLY file that `save_ply` wrote.
+
+    It stands in the header; a program that rewrote the file may have left it out, and then the JSON file beside says
+    the same.
+
+    Returns:
+        None where neither says it, as of another program's file.
+
+    Raises:
+        InputError: What is said cannot be read.
+    """
+    key = "transform_from_input "
+    side_file = path.with_suffix(".json")
+    try:
+        comments = PlyData.read(path, mmap=True).comments
+        values = next((text[len(key) :].split() for text in comments if text.startswith(key)), None)
+        if values is not None:
+            return np.array(values, np.float64).reshape(4, 4)
+        way_back = json.loads(side_file.read_text()) if side_file.is_file() else {}
+        if not isinstance(way_back, dict) or not {"offset", "scale", "rotation"} <= way_back.keys():
+            return None
+        inverse = np.eye(4)
+        inverse[:3, :3] = float(way_back["scale"]) * np.array(way_back["rotation"], np.float64)
+        inverse[:3, 3] = way_back["offset"]
+        return np.linalg.inv(inverse)
+    except Exception as error:  # of plyfile, NumPy and json
+        raise InputError(
+            f"{path} or {side_file.name} beside it does not say how to come back to the dataset's coordinates "
+            f"({reason(error)}): remove that file, or choose a complete PLY file."
+        ) from error
+
+
 def load_ply(path: Path) -> dict[str, Tensor]:
     """Read Gaussians from a 3DGS PLY file.
 

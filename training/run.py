@@ -51,6 +51,7 @@ from training.reporting import (
 from training.results import ResultFolder
 from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
+from training.starting_model import StartingModel
 from training.views import View, render
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
@@ -108,6 +109,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.cfg = cfg.with_scaled_steps()
         self.device = select_device(cfg.device)
         self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
+        given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
         torch.manual_seed(cfg.seed)
         with ExitStack() as resources:
             self.results = ResultFolder(cfg)
@@ -117,6 +119,7 @@ class TrainingRun(Generic[AnyConfig]):
             resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
             dataset = load_dataset(self.cfg, self._evaluated or resumed, print)
             self.scene: Scene = dataset.scene
+            self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self._evaluation = Evaluation(cfg, self.device)
             self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed)
             self._resources = resources.pop_all()  # which an error above closes
@@ -142,11 +145,13 @@ class TrainingRun(Generic[AnyConfig]):
         """Count the Gaussians that `initial_gaussians` returns."""
         if self._evaluated is not None:
             return num_gaussians_of(self._evaluated.state)
+        if self._given_gaussians is not None:
+            return len(self._given_gaussians["means"])
         resumed = self.saving.resumed
         return len(self.scene.points) if resumed is None else num_gaussians_of(resumed.state)
 
     def initial_gaussians(self) -> dict[str, Tensor]:
-        """Return one Gaussian per point of the scene, in Morton order; those of the checkpoint, where there is one.
+        """Return one Gaussian per point of the scene, in Morton order; those of a checkpoint or file that is given.
 
         Before that, print what training will take of host and device memory.
 
@@ -158,6 +163,9 @@ class TrainingRun(Generic[AnyConfig]):
         self._check_memory()
         if self.saving.resumed is not None:
             return {name: stored_values(self.saving.resumed.state, name) for name in PARAMETER_NAMES}
+        if self._given_gaussians is not None:
+            gaussians, self._given_gaussians = self._given_gaussians, None
+            return gaussians
         order = morton_order(torch.from_numpy(self.scene.points)).numpy()
         return initial_gaussians(
             self.scene.points[order],

@@ -1,0 +1,283 @@
+"""Runs COLMAP's steps on a folder of photos through pycolmap: cameras, features, matches, models.
+
+All steps but the last keep what they have done in one database, photo by photo and pair by pair, so that an interrupted
+one goes on where it was. Their bars count what is in the database, since pycolmap tells nothing while it works.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pycolmap
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.images import in_threads
+from errors import InputError
+
+MOST_EXHAUSTIVE = 300  # photos; beyond that GPS says which ones may see the same, where they have it
+SEED = 0  # of COLMAP's random samples
+
+_LEAST_NEIGHBOURS = 20  # of a photo by its GPS position, however far they are
+_EXIF_CAMERA = (0x010F, 0x0110)  # make, model
+_EXIF_IFD, _EXIF_LENS = 0x8769, (0x920A, 0xA405)  # focal length, and as that of a 35 mm film
+_POLLS_SHARE = 0.05  # of the time goes at most into counting
+# Which pairs of photos are compared: options, what lists the pairs, and what compares them.
+_PAIRINGS: dict[str, tuple[Any, Any, Any]] = {
+    "exhaustive": (
+        pycolmap.ExhaustivePairingOptions,
+        pycolmap.ExhaustivePairGenerator,
+        pycolmap.match_exhaustive,
+    ),
+    "spatial": (pycolmap.SpatialPairingOptions, pycolmap.SpatialPairGenerator, pycolmap.match_spatial),
+    "sequential": (pycolmap.SequentialPairingOptions, pycolmap.SequentialPairGenerator, pycolmap.match_sequential),
+    "vocab_tree": (pycolmap.VocabTreePairingOptions, pycolmap.VocabTreePairGenerator, pycolmap.match_vocabtree),
+}
+MATCHINGS = tuple(_PAIRINGS)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """Hold what the database knows of one photo."""
+
+    name: str
+    num_features: int
+    num_partners: int  # photos that it shares verified matches with
+    gps: tuple[float, float, float] | None  # latitude and longitude in degrees, altitude in metres
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def log_to(folder: Path) -> None:
+    """Let COLMAP write its log into a folder, and nothing to the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log: Any = pycolmap.logging
+    log.logtostderr = log.alsologtostderr = False
+    log.stderrthreshold = log.FATAL.value
+    log.set_log_destination(log.INFO, str(folder / "colmap."))
+
+
+def import_photos(database: Path, images: Path, names: list[str], camera_model: str = "SIMPLE_RADIAL") -> int:
+    """Put photos and their GPS positions into the database, those that are not there yet.
+
+    Photos of one size, make, model and focal length share a camera.
+
+    Args:
+        database: The file, which may not exist yet.
+        images: Folder of the photos.
+        names: The photos, relative to it.
+        camera_model: Of COLMAP.
+
+    Returns:
+        The number of cameras.
+
+    Raises:
+        InputError: COLMAP cannot read a photo.
+    """
+    with closing(pycolmap.Database.open(database)) as opened:
+        known = {image.name for image in opened.read_all_images()}
+    groups: dict[Any, list[str]] = {}
+    for name, key in zip(names, in_threads(lambda name: _camera_key(images / name), names, 4, "EXIF"), strict=True):
+        groups.setdefault(key, []).append(name)
+    options = pycolmap.ImageReaderOptions()
+    options.camera_model = camera_model
+    for group in groups.values():
+        missing = [name for name in group if name not in known]
+        if missing:
+            pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, missing, options)
+    with closing(pycolmap.Database.open(database)) as opened:
+        known = {image.name for image in opened.read_all_images()}
+        num_cameras = opened.num_cameras()
+    unread = [name for name in names if name not in known]
+    if unread:
+        raise InputError(
+            f"{len(unread)} of {len(names)} photos cannot be read by COLMAP, such as {images / unread[0]}: save them "
+            "as JPEG or PNG."
+        )
+    return num_cameras
+
+
+def extract_features(database: Path, images: Path, names: list[str]) -> None:
+    """Find the features of the photos that have none in the database yet."""
+    with _counting(database, "keypoints", "features", "photo", len(names)):
+        pycolmap.extract_features(database, images, names)
+
+
+def choose_matching(photos: list[Photo], is_video: bool) -> str:
+    """Return which photos are compared: "exhaustive", "spatial" or "sequential"."""
+    if is_video:
+        return "sequential"
+    if len(photos) > MOST_EXHAUSTIVE and all(photo.gps for photo in photos):
+        return "spatial"
+    return "exhaustive"
+
+
+def match(database: Path, matching: str, vocab_tree: Path | None) -> int:
+    """Match the features of those pairs that have not been matched yet.
+
+    Args:
+        database: The file, which holds the features.
+        matching: "exhaustive", "spatial", "sequential" or "vocab_tree".
+        vocab_tree: The file of the vocabulary tree, which the last one needs.
+
+    Returns:
+        The number of pairs that are compared.
+    """
+    options, generator, run = _PAIRINGS[matching]
+    pairing = options()
+    if matching == "spatial":
+        pairing.min_num_neighbors = _LEAST_NEIGHBOURS
+    with closing(pycolmap.Database.open(database)) as opened:
+        if matching == "vocab_tree":  # which pairs it takes is known only while it looks them up
+            pairing.vocab_tree_path = vocab_tree
+            num_pairs = opened.num_images() * pairing.num_images
+        else:
+            num_pairs = len({frozenset(pair) for pair in generator(pairing, opened).all_pairs()})
+    with _counting(database, "two_view_geometries", "matches", "pair", num_pairs):
+        run(database, pairing_options=pairing)
+    return num_pairs
+
+
+def make_models(database: Path, images: Path, folder: Path, mapper: str, num_photos: int) -> None:
+    """Make models of the photos that match, each in a folder of its own.
+
+    Args:
+        database: Holds features and matches.
+        images: Folder of the photos.
+        folder: Receives the models; it is empty.
+        mapper: "incremental" or "global".
+        num_photos: How many there are to be registered.
+    """
+    pycolmap.set_random_seed(SEED)
+    if mapper == "global":
+        tqdm.write("The global mapper tells nothing while it works; its log is beside the database.")
+        pycolmap.calibrate_view_graph(database)
+        options = pycolmap.GlobalPipelineOptions()
+        options.random_seed = SEED
+        models = pycolmap.global_mapping(database, images, folder, options)
+        for number, model in models.items():
+            model.extract_colors_for_all_images(images)
+            model.write(folder / str(number))
+        return
+    with tqdm(total=num_photos, desc="models", unit="photo", dynamic_ncols=True) as bar:
+
+        def add(count: int) -> None:
+            bar.update(min(count, num_photos - bar.n))  # of a model that is given up photos are registered twice
+
+        incremental = pycolmap.IncrementalPipelineOptions()
+        incremental.random_seed = SEED
+        pycolmap.incremental_mapping(
+            database,
+            images,
+            folder,
+            incremental,
+            initial_image_pair_callback=lambda: add(2),
+            next_image_callback=lambda: add(1),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_photos(database: Path) -> list[Photo]:
+    """Return what the database knows of each photo, ordered by name."""
+    with closing(_read_only(database)) as connection:
+        partners: dict[int, int] = {}
+        for (pair,) in connection.execute("SELECT pair_id FROM two_view_geometries WHERE rows > 0"):
+            for image_id in pycolmap.pair_id_to_image_pair(pair):
+                partners[image_id] = partners.get(image_id, 0) + 1
+        features = dict(connection.execute("SELECT image_id, rows FROM keypoints"))
+    with closing(pycolmap.Database.open(database)) as opened:
+        images = opened.read_all_images()
+        priors = {
+            prior.corr_data_id.id: prior.position
+            for prior in opened.read_all_pose_priors()
+            if prior.has_position() and prior.coordinate_system == pycolmap.PosePriorCoordinateSystem.WGS84
+        }
+    photos = []
+    for image in images:
+        position = priors.get(image.image_id)
+        gps = None if position is None else (float(position[0]), float(position[1]), float(position[2]))
+        photos.append(Photo(image.name, features.get(image.image_id, 0), partners.get(image.image_id, 0), gps))
+    return sorted(photos, key=lambda photo: photo.name)
+
+
+def read_models(folder: Path) -> list[pycolmap.Reconstruction]:
+    """Return the models in the folders of a folder, the one of most photos first."""
+    models = [pycolmap.Reconstruction(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    return sorted(models, key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+
+
+def registered_names(model: pycolmap.Reconstruction) -> set[str]:
+    """Return the names of the photos whose poses a model knows."""
+    return {model.image(image_id).name for image_id in model.reg_image_ids()}
+
+
+def _camera_key(path: Path) -> tuple[object, ...]:
+    """Return what photos of one camera and lens have in common."""
+    with Image.open(path) as image:
+        size = image.size
+        try:
+            exif = image.getexif()
+            lens = exif.get_ifd(_EXIF_IFD)
+            return (size, *(str(exif.get(tag)) for tag in _EXIF_CAMERA), *(str(lens.get(tag)) for tag in _EXIF_LENS))
+        except Exception:  # what stands in EXIF is as many programs wrote it
+            return (size,)
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+@contextmanager
+def _counting(database: Path, table: str, description: str, unit: str, total: int) -> Iterator[None]:
+    """Show a bar of how many rows a table has got, while pycolmap works on this thread."""
+
+    def count() -> int:
+        with closing(_read_only(database)) as connection:
+            return int(connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+    with tqdm(total=total, initial=min(count(), total), desc=description, unit=unit, dynamic_ncols=True) as bar:
+
+        def update() -> None:
+            bar.update(min(count(), total) - bar.n)
+
+        with _repeated(update):
+            yield
+        update()
+
+
+@contextmanager
+def _repeated(action: Callable[[], None]) -> Iterator[None]:
+    """Call a function every second on a thread, or more rarely where it takes long."""
+    ended = threading.Event()
+
+    def work() -> None:
+        pause = 1.0
+        while not ended.wait(pause):
+            began = time.perf_counter()
+            try:
+                action()
+            except sqlite3.Error:  # the writer holds the file; the next look finds it free
+                continue
+            pause = max(1.0, (time.perf_counter() - began) / _POLLS_SHARE)
+
+    thread = threading.Thread(target=work, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _read_only(database: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{Path(os.path.abspath(database)).as_uri()}?mode=ro", uri=True, timeout=10)

@@ -1,0 +1,479 @@
+"""Makes a dataset that trains of a folder of photos, or of a video, with COLMAP's own steps.
+
+    python -m datasets.reconstruct PHOTOS --out data/scene
+    python -m datasets.reconstruct --video FILE --fps 2 --out data/scene
+
+OUT receives images/ (links where the file system can), sparse/0 and, for what is computed on the way, reconstruction/.
+The same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pycolmap
+
+from datasets.georeference import SIDE_FILE, LocalFrame
+from datasets.image_files import checked_seen_share, fitting_workers
+from datasets.images import in_threads, picture_sizes
+from datasets.links import link_file, write_whole
+from datasets.model_choice import Say, photo_names
+from datasets.photogrammetry import (
+    MATCHINGS,
+    MOST_EXHAUSTIVE,
+    Photo,
+    choose_matching,
+    extract_features,
+    import_photos,
+    log_to,
+    make_models,
+    match,
+    read_models,
+    read_photos,
+    registered_names,
+)
+from datasets.prepared import check_prepared
+from datasets.video_frames import open_video, write_sharpest_frames
+from errors import InputError, reason
+
+FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
+_NAMED = 5  # of photos of a kind, in the report; all are in a file
+
+WORK = "reconstruction"  # the folder in OUT of what is computed on the way
+LEFT_OUT = "not_registered.txt"  # in that
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reconstruct, and exit: 0 when the dataset can be trained on, 2 with one sentence when it cannot be made."""
+    options = _parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        lines = reconstruct(options, print)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        command = shlex.join(["python", "-m", "datasets.reconstruct", *words])
+        print(f"Stopped; what has been done is kept, and this goes on from there: {command}", file=sys.stderr)
+        sys.exit(130)
+    out = Path(options.out)
+    print("\n".join(lines))
+    print(
+        f"{out} is ready: python simple_trainer.py default --data_dir {shlex.quote(str(out))} "
+        f"--result_dir {shlex.quote(f'results/{out.resolve().name}')}"
+    )
+
+
+def reconstruct(options: argparse.Namespace, say: Say) -> list[str]:
+    """Make the dataset that the options describe, or go on with it.
+
+    Args:
+        options: As `_parse` returns them.
+        say: Takes a sentence on what is used and done.
+
+    Returns:
+        The lines of a report.
+
+    Raises:
+        InputError: Something cannot be used, or the photos have nothing in common.
+    """
+    out: Path = options.out
+    _check_options(options)
+    _check_place(out)
+    source = _Source.of(options)
+    with _claimed(out / WORK):
+        return _reconstruct(options, source, say)
+
+
+def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list[str]:
+    out: Path = options.out
+    images, work = out / "images", out / WORK
+    database, models = work / "database.db", work / "models"
+    steps = _Steps(work)
+    steps.check_same_source(source.identity)
+    if not steps.are_done("photos", source.identity):
+        source.put(images, say)
+        steps.set_done("photos", source.identity)
+    names = sorted(photo_names(images))
+    log_to(work / "log")
+    with _of_colmap("reading the photos", work):
+        num_cameras = import_photos(database, images, names, options.camera_model)
+        photos = read_photos(database)
+    num_gps = sum(photo.gps is not None for photo in photos)
+    say(f"{len(names):,} photos of {num_cameras} {'camera' if num_cameras == 1 else 'cameras'}, {num_gps:,} with GPS.")
+    frame = LocalFrame.of(photos) if options.georeference else None
+
+    if not steps.are_done("features", True):
+        say(f"Features are found on the {'GPU' if pycolmap.has_cuda else 'CPU (this pycolmap is built without CUDA)'}.")
+        with _of_colmap("finding features", work):
+            extract_features(database, images, names)
+        steps.set_done("features", True)
+
+    matching = options.matching or (
+        "vocab_tree" if options.vocab_tree else choose_matching(photos, bool(options.video))
+    )
+    made_with: dict[str, object] = {"matching": matching}
+    if not steps.are_done("matches", made_with):
+        say(_why(matching, photos, options))
+        with _of_colmap("matching", work):
+            match(database, matching, options.vocab_tree)
+        steps.set_done("matches", made_with)
+    photos = read_photos(database)
+
+    made_with |= {"mapper": options.mapper}
+    if not steps.are_done("models", made_with):
+        partial = models.with_name("models.part")
+        for folder in (partial, models):
+            shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir()
+        num_matched = sum(photo.num_partners > 0 for photo in photos)
+        with _of_colmap("making a model", work):
+            make_models(database, images, partial, options.mapper, num_matched)
+        if not read_models(partial):
+            raise InputError(_no_model(source.what, photos))
+        partial.rename(models)
+        steps.set_done("models", made_with)
+
+    made_with |= {"georeference": bool(frame)}
+    if not steps.are_done("sparse", made_with):
+        for sentence in _publish(models, out, frame):
+            say(sentence)
+        steps.set_done("sparse", made_with)
+    return _report(out, photos)
+
+
+# ------------------------------------------------------------------------------------------------------ what goes in
+
+
+class _Source:
+    """Say where photos come from, and put them into the dataset."""
+
+    def __init__(self, what: str, identity: object, put: Callable[[Path, Say], None]) -> None:
+        """
+        Args:
+            what: Its name for sentences.
+            identity: What JSON can hold, equal only for the same photos.
+            put: Puts the photos into a folder, and says how.
+        """
+        self.what = what
+        self.identity = identity
+        self.put = put
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> _Source:
+        """Look at what the options name.
+
+        Raises:
+            InputError: There are no photos, or too few, or they cannot be read.
+        """
+        return cls._video(options.video, options.fps) if options.video else cls._photos(options.photos, options.out)
+
+    @classmethod
+    def _video(cls, video: Path, fps: float) -> _Source:
+        video_fps, seconds, _ = open_video(video)
+        stat = video.stat()
+
+        def put(images: Path, say: Say) -> None:
+            say(f"{video}: {seconds:.1f} s of {video_fps:g} frames a second, the sharpest of each {1 / fps:.3g} s.")
+            for name in photo_names(images) if images.is_dir() else ():  # of an interruption
+                (images / name).unlink()
+            count = write_sharpest_frames(video, fps, images)
+            if count < FEWEST_PHOTOS:
+                raise InputError(f"--video {video} gives {count} photos, too few to reconstruct: raise --fps.")
+
+        return cls(f"{video}", [video.name, stat.st_size, stat.st_mtime_ns, fps], put)
+
+    @classmethod
+    def _photos(cls, folder: Path, out: Path) -> _Source:
+        if not folder.is_dir():
+            raise InputError(f"{folder} does not exist or is no folder: name the folder of the photos.")
+        images = out / "images"
+        in_place = images.is_dir() and images.samefile(folder)
+        if not in_place and out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--out {out} lies in the folder of the photos, {folder}: name one beside it.")
+        names = sorted(photo_names(folder))
+        if len(names) < FEWEST_PHOTOS:
+            found = {0: "no photos", 1: "one photo"}.get(len(names), f"{len(names)} photos")
+            raise InputError(
+                f"{folder} holds {found}, and a reconstruction needs {FEWEST_PHOTOS} at least, of the same things "
+                "from several places: name the folder of the photos, or take more."
+            )
+        others = [] if in_place or not images.is_dir() else sorted(photo_names(images) - set(names))
+        if others:
+            raise InputError(
+                f"{images} holds {len(others)} photos that are not in {folder}, such as {others[0]}: move them away, "
+                "or name another --out."
+            )
+        sizes = picture_sizes(folder, names)
+        stats = [(folder / name).stat() for name in names]
+        identity = [[name, stat.st_size] for name, stat in zip(names, stats, strict=True)]
+
+        def put(images: Path, say: Say) -> None:
+            workers = fitting_workers(os.cpu_count() or 1, max(width * height for width, height in sizes))
+            in_threads(lambda name: checked_seen_share(folder / name), names, workers, "Checking photos")
+            if in_place:
+                return
+            for name in names:
+                link_file(folder / name, images / name)
+            kinds = [_kind_of_link(folder / name, images / name) for name in names]
+            counts = " and ".join(f"{kinds.count(kind):,} {kind}" for kind in sorted(set(kinds)))
+            say(f"{images} holds {counts} of {folder}.")
+
+        return cls(f"{folder}", identity, put)
+
+
+def _kind_of_link(source: Path, target: Path) -> str:
+    if target.is_symlink():
+        return "symbolic links to photos"
+    return "hard links to photos" if target.samefile(source) else "copies of photos"
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if (options.photos is None) == (options.video is None):
+        raise InputError("Name either the folder of the photos or a --video.")
+    if not 0 < options.fps <= 1000:
+        raise InputError(f"--fps is {options.fps}, but must be above 0 and at most 1000.")
+    if options.video and options.georeference:
+        raise InputError("--georeference takes GPS from photos, which frames of a --video do not have: leave it out.")
+    if options.matching == "vocab_tree" and options.vocab_tree is None:
+        raise InputError("--matching vocab_tree needs a vocabulary tree of COLMAP: name its file with --vocab_tree.")
+    if options.vocab_tree is not None and not options.vocab_tree.is_file():
+        raise InputError(f"--vocab_tree {options.vocab_tree} does not exist: name the file of a vocabulary tree.")
+    if options.vocab_tree is not None and options.matching not in (None, "vocab_tree"):
+        raise InputError(f"--vocab_tree and --matching {options.matching} exclude each other: give one of them.")
+
+
+def _check_place(out: Path) -> None:
+    """Raise InputError where a model lies in OUT that is not this command's, or OUT cannot be written."""
+    if (out / "sparse").exists() and not (out / WORK / _Steps.FILE).is_file():
+        raise InputError(
+            f"{out / 'sparse'} exists and was not made by this command: move it away, or name another --out."
+        )
+    try:
+        (out / WORK).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({reason(error)}): name another folder.") from error
+
+
+# -------------------------------------------------------------------------------------------------- what has been done
+
+
+class _Steps:
+    """Remember in a file which steps are complete, and with which settings."""
+
+    FILE = "steps.json"
+    ORDER = ("photos", "features", "matches", "models", "sparse")
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / self.FILE
+        try:
+            self._done: dict[str, object] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self._path} cannot be read ({reason(error)}): remove {folder} to begin anew."
+            ) from error
+
+    def are_done(self, step: str, settings: object) -> bool:
+        """Return whether a step is complete, with these settings."""
+        return step in self._done and self._done[step] == json.loads(json.dumps(settings))
+
+    def set_done(self, step: str, settings: object) -> None:
+        """Remember a step; those after it are to be done again."""
+        for later in self.ORDER[self.ORDER.index(step) + 1 :]:
+            self._done.pop(later, None)
+        self._done[step] = json.loads(json.dumps(settings))
+        write_whole(self._path, lambda partial: partial.write_text(json.dumps(self._done, indent=1) + "\n"))
+
+    def check_same_source(self, identity: object) -> None:
+        """Raise InputError where other photos have been put here before."""
+        if "photos" in self._done and not self.are_done("photos", identity):
+            raise InputError(
+                f"{self._path.parent} was begun with other photos: name another --out, or remove "
+                f"{self._path.parent.parent} to begin anew."
+            )
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, which gives it back even when it is killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"Another command is at work in {folder}: wait for it, or name another --out.") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _of_colmap(doing: str, work: Path) -> Iterator[None]:
+    """Say in one sentence what COLMAP could not do."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"COLMAP failed in {doing} ({reason(error)}): look into its log in {work / 'log'}, and start again."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------ what comes out
+
+
+def _publish(models: Path, out: Path, frame: LocalFrame | None) -> list[str]:
+    """Write the models into `sparse`, the one of most photos as `sparse/0`; returns sentences on them."""
+    sparse = out / "sparse"
+    partial = sparse.with_name(".sparse.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    found = read_models(models)
+    sentences = []
+    for number, model in enumerate(found):
+        if frame is not None:
+            distance = frame.align(model)
+            if distance is None and number == 0:
+                raise InputError(
+                    "--georeference found no place for the model where its photos' GPS positions agree: leave it out."
+                )
+            sentences.append(
+                f"sparse/{number} could not be georeferenced: too few of its photos have GPS that agrees."
+                if distance is None
+                else f"sparse/{number} is in metres east, north and up of the place in {SIDE_FILE}; the median camera "
+                f"is {distance:.2f} m from its GPS position."
+            )
+        (partial / str(number)).mkdir(parents=True)
+        model.write(partial / str(number))
+    shutil.rmtree(sparse, ignore_errors=True)
+    partial.rename(sparse)
+    (out / SIDE_FILE).unlink(missing_ok=True)
+    if frame is not None:
+        frame.write(out / SIDE_FILE)
+    if len(found) > 1:
+        sizes = ", ".join(f"{model.num_reg_images():,}" for model in found[1:])
+        sentences.append(
+            f"The photos fell into {len(found)} models that could not be joined: sparse/0, the largest, is trained on; "
+            f"the others hold {sizes} photos."
+        )
+    return sentences
+
+
+def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str:
+    """Say which photos are compared, and why these."""
+    count = len(photos)
+    if options.matching or options.vocab_tree:
+        return f"Photos are compared as --{'matching' if options.matching else 'vocab_tree'} says ({matching})."
+    if matching == "sequential":
+        return "Each frame is compared with those after it (sequential matching), as a video's neighbours see the same."
+    if matching == "spatial":
+        return "Each photo is compared with those near it by GPS (spatial matching)."
+    pairs = f"All {count * (count - 1) // 2:,} pairs of photos are compared (exhaustive matching)"
+    if count <= MOST_EXHAUSTIVE:
+        return f"{pairs}."
+    return (
+        f"{pairs}, since not all photos have GPS; with --vocab_tree FILE, or --matching sequential for photos in the "
+        "order in which they were taken, it takes less time."
+    )
+
+
+def _no_model(what: str, photos: list[Photo]) -> str:
+    """Say why there is no model."""
+    without = sum(photo.num_features == 0 for photo in photos)
+    alone = sum(photo.num_partners == 0 for photo in photos)
+    if alone == len(photos):
+        cause = "no two of them have enough in common"
+    else:
+        cause = f"those that match ({len(photos) - alone} of them) see too little from places far enough apart"
+    return (
+        f"No model can be made of the {len(photos)} photos of {what}, since {cause}"
+        + (f", and {without} have no features at all" if without else "")
+        + ": take sharp photos from several places, each of which shows most of what another shows."
+    )
+
+
+def _report(out: Path, photos: list[Photo]) -> list[str]:
+    """Return the lines of the report: what was registered, what not and why, and what `prepare --check` finds."""
+    models = [pycolmap.Reconstruction(out / "sparse" / str(k)) for k in range(_count_models(out / "sparse"))]
+    registered = [registered_names(model) for model in models]
+    left_out: dict[str, list[str]] = {}
+    for photo in photos:
+        if photo.name not in registered[0]:
+            left_out.setdefault(_why_left_out(photo, registered), []).append(photo.name)
+    lines = [
+        f"registered: {len(registered[0]):,} of {len(photos):,} photos, {models[0].num_points3D():,} points, "
+        f"mean reprojection error {models[0].compute_mean_reprojection_error():.2f} pixels"
+    ]
+    path = out / WORK / LEFT_OUT
+    path.unlink(missing_ok=True)
+    for why, names in left_out.items():
+        more = f" and {len(names) - _NAMED} more, all in {path}" if len(names) > _NAMED else ""
+        lines.append(f"left out:   {len(names):,}, {why}: {', '.join(names[:_NAMED])}{more}")
+    if 2 * len(registered[0]) < len(photos):
+        lines.append(
+            "Warning:    most photos are left out; photos that show more of what others show, or --matching "
+            "exhaustive where fewer pairs were compared, give a larger model."
+        )
+    if left_out:
+        rows = [f"{name}\t{why}\n" for why, names in left_out.items() for name in names]
+        write_whole(path, lambda partial: partial.write_text("".join(sorted(rows))))
+    return lines + check_prepared("default", out)
+
+
+def _count_models(sparse: Path) -> int:
+    return sum(path.is_dir() and path.name.isdecimal() for path in sparse.iterdir())
+
+
+def _why_left_out(photo: Photo, registered: list[set[str]]) -> str:
+    if photo.num_features == 0:
+        return "no features (blank, blurred or covered)"
+    if photo.num_partners == 0:
+        return "no other photo matches"
+    for number, names in enumerate(registered[1:], start=1):
+        if photo.name in names:
+            return f"in another model (sparse/{number})"
+    return "matches too few points of the model"
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.reconstruct",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add: Any = parser.add_argument
+    add("photos", type=Path, nargs="?", metavar="PHOTOS", help="the folder of the photos, in subfolders or not")
+    add("--video", type=Path, metavar="FILE", help="take the photos out of a video")
+    add("--fps", type=float, default=2.0, help="of each second of a video take so many frames, the sharpest (2)")
+    add("--out", type=Path, required=True, help="the dataset's folder to make")
+    add(
+        "--matching",
+        choices=MATCHINGS,
+        help=f"which photos are compared (all up to {MOST_EXHAUSTIVE}; beyond that by GPS, where all have it; "
+        "neighbours in a video)",
+    )
+    add("--vocab_tree", type=Path, metavar="FILE", help="compare those that a vocabulary tree of COLMAP finds similar")
+    add("--mapper", choices=("incremental", "global"), default="incremental", help="how COLMAP makes the model")
+    add(
+        "--camera_model",
+        choices=("SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE", "PINHOLE"),
+        default="SIMPLE_RADIAL",
+        help="of the lenses (SIMPLE_RADIAL)",
+    )
+    add("--georeference", action="store_true", help="bring the model into metres by the photos' GPS")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Photos, or a video, become a dataset that trains; what cannot be used is refused first, in one sentence."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pycolmap
+import pytest
+from PIL import Image
+
+from datasets import reconstruct, video_frames
+from datasets.photogrammetry import Photo, choose_matching
+from datasets.scene import load_scene
+from datasets.synthetic import write_city_block
+
+ORIGIN = (47.37, 8.54, 400.0)  # latitude, longitude, altitude of the block's centre
+NUM_VIEWS = 12
+
+
+def degrees_minutes_seconds(angle: float) -> tuple[float, float, float]:
+    minutes = angle % 1 * 60
+    return float(int(angle)), float(int(minutes)), minutes % 1 * 60
+
+
+def save_with_gps(picture: Path, target: Path, position: np.ndarray) -> None:
+    """A JPEG of a picture whose EXIF says where it was taken: metres east, north and up of ORIGIN."""
+    wgs84 = pycolmap.GPSTransform(pycolmap.GPSTransfromEllipsoid.WGS84)
+    latitude, longitude, altitude = wgs84.enu_to_ellipsoid(position[None], *ORIGIN)[0]
+    exif = Image.Exif()
+    exif[0x8825] = {
+        **{1: "N", 2: degrees_minutes_seconds(latitude), 3: "E", 4: degrees_minutes_seconds(longitude)},
+        **{5: b"\0", 6: altitude},
+    }
+    Image.open(picture).convert("RGB").save(target, quality=98, exif=exif)
+
+
+def run(*arguments: object) -> int:
+    """The exit code of the command."""
+    try:
+        reconstruct.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert run(*arguments) == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("Error: ")
+    return sentence
+
+
+def never(*arguments: object, **options: object) -> None:
+    raise AssertionError("a step that was complete began again")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    """Photos of a city block and a black one, with GPS, and the true positions of their cameras, in metres."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_city_block(folder / "block", num_views=NUM_VIEWS, width=320, height=240, size=48)
+    truth = pycolmap.Reconstruction(folder / "block/sparse/0")
+    (folder / "my photos").mkdir()
+    positions = {}
+    for image in truth.images.values():
+        name = f"view {Path(image.name).stem}.jpg"
+        positions[name] = np.array(image.projection_center())
+        save_with_gps(folder / "block/images" / image.name, folder / "my photos" / name, positions[name])
+    Image.new("RGB", (320, 240)).save(folder / "my photos/black.png")
+    return folder / "my photos", positions
+
+
+@pytest.mark.slow
+def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_path, capsys, monkeypatch):
+    folder, positions = photos
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "the scene"
+    command = (folder, "--out", out, "--georeference")
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reconstruct, "make_models", interrupted)
+        assert run(*command) == 130
+    assert "python -m datasets.reconstruct" in capsys.readouterr().err
+    assert not (out / "sparse").exists()
+
+    with monkeypatch.context() as patched:
+        for step in ("extract_features", "match", "link_file", "checked_seen_share"):
+            patched.setattr(reconstruct, step, never)
+        assert run(*command) == 0
+    printed = capsys.readouterr().out
+    assert f"{NUM_VIEWS} of {NUM_VIEWS + 1} photos" in printed
+    assert "no features (blank, blurred or covered): black.png" in printed
+    assert f"--data_dir '{out}'" in printed
+
+    scene = load_scene(out)
+    back = np.linalg.inv(scene.transform)
+    found = scene.camtoworlds[:, :3, 3] @ back[:3, :3].T + back[:3, 3]  # metres
+    true = np.array([positions[name] for name in scene.image_names])
+    mean = np.mean(list(positions.values()), axis=0)
+    assert np.linalg.norm(found - (true - mean), axis=1).max() < 0.5  # of a block of 48 m, seen from 55 m
+    side = json.loads((out / "georeference.json").read_text())
+    geocentric = np.array(side["offset"]) + found @ np.array(side["rotation"]).T
+    wgs84 = pycolmap.GPSTransform(pycolmap.GPSTransfromEllipsoid.WGS84)
+    assert np.abs(wgs84.ellipsoid_to_enu(wgs84.ecef_to_ellipsoid(geocentric), *ORIGIN) - true).max() < 0.5
+
+    with monkeypatch.context() as patched:  # all is done: the report alone
+        for step in ("extract_features", "match", "make_models", "_publish"):
+            patched.setattr(reconstruct, step, never)
+        assert run(*command) == 0
+    assert f"{NUM_VIEWS} of {NUM_VIEWS + 1} photos" in capsys.readouterr().out
+
+    assert run(*command[:-1]) == 0  # without --georeference the same model is written anew
+    assert not (out / "georeference.json").exists()
+    (out / "reconstruction/steps.json").unlink()
+    assert "was not made by this command" in refused(capsys, *command)
+
+
+def test_photos_with_nothing_in_common(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 48), (60 * number, 90, 90)).save(tmp_path / f"photos/{number}.png")
+    sentence = refused(capsys, tmp_path / "photos", "--out", tmp_path / "scene")
+    assert "no two of them have enough in common" in sentence
+    assert "3 have no features" in sentence
+
+
+def test_what_cannot_be_used_is_refused_before_anything_begins(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reconstruct, "extract_features", never)
+    folder, out = tmp_path / "photos", tmp_path / "scene"
+    assert "does not exist" in refused(capsys, folder, "--out", out)
+    folder.mkdir()
+    assert "holds no photos" in refused(capsys, folder, "--out", out)
+    picture = Image.effect_noise((64, 48), 50)
+    picture.save(folder / "a.png")
+    assert "holds one photo" in refused(capsys, folder, "--out", out)
+    picture.save(folder / "b.png")
+    assert "holds 2 photos" in refused(capsys, folder, "--out", out)
+    picture.save(folder / "c.png")
+    assert "lies in the folder of the photos" in refused(capsys, folder, "--out", folder / "scene")
+    assert "0 of 3 have them" in refused(capsys, folder, "--out", out, "--georeference")
+    assert "either" in refused(capsys, "--out", out)
+    assert "either" in refused(capsys, folder, "--video", "a.mp4", "--out", out)
+    assert "--vocab_tree" in refused(capsys, folder, "--out", out, "--matching", "vocab_tree")
+    assert "does not exist" in refused(capsys, folder, "--out", out, "--vocab_tree", tmp_path / "none")
+    picture.save(folder / "d.png")
+    assert "begun with other photos" in refused(capsys, folder, "--out", out)
+    (folder / "d.png").write_bytes((folder / "a.png").read_bytes()[:-200])
+    assert "d.png" in refused(capsys, folder, "--out", tmp_path / "another")
+    (tmp_path / "other/images").mkdir(parents=True)
+    picture.save(tmp_path / "other/images/z.png")
+    assert "z.png" in refused(capsys, folder, "--out", tmp_path / "other")
+    (tmp_path / "other/sparse/0").mkdir(parents=True)
+    assert "was not made by this command" in refused(capsys, folder, "--out", tmp_path / "other")
+
+
+def test_which_photos_are_compared_follows_their_number_and_gps():
+    few = [Photo(f"{number}", 0, 0, None) for number in range(5)]
+    many = [Photo(f"{number}", 0, 0, (47.0, 8.0, 400.0)) for number in range(reconstruct.MOST_EXHAUSTIVE + 1)]
+    assert choose_matching(few, is_video=False) == "exhaustive"
+    assert choose_matching(few, is_video=True) == "sequential"
+    assert choose_matching(many, is_video=False) == "spatial"
+    assert choose_matching([*many, *few], is_video=False) == "exhaustive"
+
+
+def test_a_video_gives_the_sharpest_frame_of_each_interval(tmp_path, monkeypatch, capsys):
+    sharp = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+
+    def frames() -> Iterator[np.ndarray]:
+        for number in range(30):  # 3 s of 10 frames a second; frames 3, 8, 13 ... are sharp, and told by their corner
+            frame = sharp.copy() if number % 5 == 3 else np.full_like(sharp, 100)
+            frame[:8, :8] = 8 * number
+            yield frame
+
+    monkeypatch.setattr(video_frames, "open_video", lambda video: (10.0, 3.0, frames()))
+    assert video_frames.write_sharpest_frames(tmp_path / "a.mp4", 2.0, tmp_path / "images") == 6
+    written = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in written] == [f"frame_{number:06d}.jpg" for number in range(1, 7)]
+    corners = [np.asarray(Image.open(path))[2:6, 2:6].mean() / 8 for path in written]
+    np.testing.assert_allclose(corners, range(3, 30, 5), atol=0.5)
+    assert video_frames.write_sharpest_frames(tmp_path / "a.mp4", 100.0, tmp_path / "all") == 30  # no more than it has
+
+
+def test_a_video_is_matched_in_its_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reconstruct, "open_video", lambda video: (10.0, 0.4, iter(())))
+    monkeypatch.setattr(
+        video_frames,
+        "open_video",
+        lambda video: (10.0, 0.4, iter([np.full((48, 64, 3), number, np.uint8) for number in range(4)])),
+    )
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"video")
+    refused(capsys, "--video", video, "--fps", 10, "--out", tmp_path / "scene")  # blank frames
+    steps = json.loads((tmp_path / "scene/reconstruction/steps.json").read_text())
+    assert steps["matches"] == {"matching": "sequential"}
+    assert len(list((tmp_path / "scene/images").iterdir())) == 4
+    assert "raise --fps" in refused(capsys, "--video", video, "--fps", 2.5, "--out", tmp_path / "two")
+
+
+def test_videos_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    video = tmp_path / "a.mp4"
+    assert "does not exist" in refused(capsys, "--video", video, "--out", tmp_path / "scene")
+    video.write_bytes(b"no video" * 100)
+    assert "cannot be read as a video" in refused(capsys, "--video", video, "--out", tmp_path / "scene")
+
+    def without_ffmpeg(*arguments: object) -> None:
+        raise ImportError("To use the imageio ffmpeg plugin you need to `pip install imageio-ffmpeg`")
+
+    monkeypatch.setattr(video_frames.imageio, "get_reader", without_ffmpeg)
+    assert "pip install imageio-ffmpeg" in refused(capsys, "--video", video, "--out", tmp_path / "scene")

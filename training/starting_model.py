@@ -1,0 +1,164 @@
+"""The model that --init_ckpt begins from, a checkpoint or a 3DGS PLY file, brought into the world of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from configs import Config
+from datasets.model_choice import Say
+from datasets.normalize import is_similarity
+from errors import InputError
+from offload.store.morton import morton_order
+from training.checkpoints import load_checkpoint
+from training.gaussians import PARAMETER_NAMES
+from training.ply import load_ply, transform_of_ply
+
+_SAME = 1e-9  # of the transforms of one dataset: nothing is moved, so that the model draws what it drew
+_DIRECTIONS = 64  # of which the turned harmonics are fitted; a band has 7 at most
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """Hold the Gaussians of a file, in the world in which they were trained."""
+
+    path: Path
+    gaussians: dict[str, Tensor]  # as `training.gaussians.initial_gaussians`
+    transform: np.ndarray | None  # [4, 4] from the dataset's coordinates to theirs; None where the file says none
+
+    @classmethod
+    def load(cls, path: Path) -> StartingModel:
+        """Read a checkpoint or PLY file.
+
+        Raises:
+            InputError: It cannot be read, or holds no Gaussians that can be drawn.
+        """
+        if not path.is_file():
+            raise InputError(f"--init_ckpt {path} does not exist: name a checkpoint (.pt) or a 3DGS PLY file.")
+        with open(path, "rb") as file:
+            is_ply = file.read(3) == b"ply"
+        transform: np.ndarray | None
+        if is_ply:
+            gaussians, transform = load_ply(path), transform_of_ply(path)
+        else:
+            checkpoint = load_checkpoint(path)
+            gaussians, transform = checkpoint.gaussians, checkpoint.transform
+        if len(gaussians["means"]) == 0:
+            raise InputError(f"--init_ckpt {path} holds no Gaussians: choose another file.")
+        broken = [name for name in PARAMETER_NAMES if not bool(torch.isfinite(gaussians[name]).all())]
+        if broken:
+            raise InputError(f"--init_ckpt {path} holds {broken[0]} that are not finite: remove these Gaussians.")
+        num_harmonics = gaussians["shN"].shape[1] + 1
+        if round(num_harmonics**0.5) ** 2 != num_harmonics:
+            raise InputError(
+                f"--init_ckpt {path} holds {num_harmonics} harmonics of each colour, which no degree has: choose a "
+                "3DGS PLY file of degree 0 to 3."
+            )
+        if transform is not None and not is_similarity(transform):
+            raise InputError(f"--init_ckpt {path} holds no usable transform: choose another file.")
+        return cls(path, gaussians, transform)
+
+    def placed(self, transform: np.ndarray, cfg: Config, say: Say) -> dict[str, Tensor]:
+        """Return the Gaussians in the world of a run, in Morton order, with harmonics of the run's degree.
+
+        Args:
+            transform: [4, 4] from the dataset's coordinates to the run's.
+            cfg: The options.
+            say: Is told what was done.
+
+        Raises:
+            InputError: There are more than --max_gaussians.
+        """
+        gaussians = dict(self.gaussians)
+        count = len(gaussians["means"])
+        if 0 < cfg.max_gaussians < count:
+            raise InputError(
+                f"--init_ckpt {self.path} holds {count:,} Gaussians, and --max_gaussians allows {cfg.max_gaussians:,}: "
+                "raise it."
+            )
+        degree = round((gaussians["shN"].shape[1] + 1) ** 0.5) - 1
+        gaussians["shN"] = _with_degree(gaussians["shN"], cfg.sh_degree)
+        own = np.eye(4) if self.transform is None else self.transform
+        move = transform @ np.linalg.inv(own)
+        if np.abs(move - np.eye(4)).max() > _SAME:
+            gaussians = moved(gaussians, move)
+        where = "in the dataset's coordinates" if self.transform is None else "in the coordinates of its training"
+        say(
+            f"Training begins from the {count:,} Gaussians of {self.path}, {where}, without Adam's moments: step 0, "
+            f"learning rates and all schedules as for a new model (--sh_degree_interval {cfg.sh_degree_interval})."
+        )
+        if degree != cfg.sh_degree:
+            done = "higher ones begin at 0" if degree < cfg.sh_degree else "higher ones are cut off"
+            say(f"Its harmonics have degree {degree}, and --sh_degree is {cfg.sh_degree}: {done}.")
+        order = morton_order(gaussians["means"])
+        return {name: gaussians[name][order] for name in PARAMETER_NAMES}
+
+
+def moved(gaussians: dict[str, Tensor], transform: np.ndarray) -> dict[str, Tensor]:
+    """Return Gaussians under a similarity [4, 4]: positions, sizes, rotations, and the harmonics turned with them."""
+    scale = float(np.cbrt(np.linalg.det(transform[:3, :3])))
+    turn = transform[:3, :3] / scale
+    means = gaussians["means"].double().numpy() @ transform[:3, :3].T + transform[:3, 3]
+    x, y, z, w = Rotation.from_matrix(turn).as_quat()
+    quats = gaussians["quats"].double()  # [N, 4] w x y z
+    product = torch.tensor([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]], dtype=torch.float64)
+    shN = gaussians["shN"].clone()
+    degree = round((shN.shape[1] + 1) ** 0.5) - 1
+    directions = np.random.default_rng(0).normal(size=(_DIRECTIONS, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    # What was seen in direction d is now seen in turn @ d; each band of harmonics is turned into itself.
+    before, after = harmonics(directions, degree), harmonics(directions @ turn.T, degree)
+    for band in range(1, degree + 1):
+        rows = slice(band**2 - 1, (band + 1) ** 2 - 1)  # of shN
+        columns = slice(band**2, (band + 1) ** 2)
+        matrix = torch.from_numpy(np.linalg.lstsq(after[:, columns], before[:, columns], rcond=None)[0])
+        shN[:, rows] = torch.einsum("ij,njc->nic", matrix.to(shN.dtype), gaussians["shN"][:, rows])
+    return {
+        **gaussians,
+        "means": torch.from_numpy(means).float(),
+        "scales": gaussians["scales"] + float(np.log(scale)),
+        "quats": (quats @ product.T).float(),
+        "shN": shN,
+    }
+
+
+def harmonics(directions: np.ndarray, degree: int) -> np.ndarray:
+    """Return the real spherical harmonics [M, (degree + 1)^2] of unit directions [M, 3], in 3DGS's order and signs."""
+    x, y, z = directions.T
+    xx, yy, zz = x * x, y * y, z * z
+    bands = [
+        [np.full_like(x, 0.28209479177387814)],
+        [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x],
+        [
+            1.0925484305920792 * x * y,
+            -1.0925484305920792 * y * z,
+            0.31539156525252005 * (2 * zz - xx - yy),
+            -1.0925484305920792 * x * z,
+            0.5462742152960396 * (xx - yy),
+        ],
+        [
+            -0.5900435899266435 * y * (3 * xx - yy),
+            2.890611442640554 * x * y * z,
+            -0.4570457994644658 * y * (4 * zz - xx - yy),
+            0.3731763325901154 * z * (2 * zz - 3 * xx - 3 * yy),
+            -0.4570457994644658 * x * (4 * zz - xx - yy),
+            1.445305721320277 * z * (xx - yy),
+            -0.5900435899266435 * x * (xx - 3 * yy),
+        ],
+    ]
+    return np.stack([value for band in bands[: degree + 1] for value in band], axis=1)
+
+
+def _with_degree(shN: Tensor, degree: int) -> Tensor:
+    """Return coefficients [N, (degree + 1)^2 - 1, 3]: cut, or filled with zeros."""
+    if shN.shape[1] + 1 == (degree + 1) ** 2:
+        return shN
+    result = torch.zeros(len(shN), (degree + 1) ** 2 - 1, 3)
+    common = min(shN.shape[1], result.shape[1])
+    result[:, :common] = shN[:, :common]
+    return result
