@@ -176,8 +176,8 @@ def _remedy(data_dir: Path, folders: list[Path]) -> str:
     found = [_name(folder, data_dir) for folder in (*folders, *_models_elsewhere(data_dir))][:5]
     if not found:
         return (
-            "python -m datasets.reconstruct PHOTOS --out DATASET makes one of photos, and --model_dir names the folder of "
-            "one that lies elsewhere"
+            "python -m datasets.reconstruct PHOTOS --out DATASET makes one of photos, and --model_dir names the "
+            "folder of one that lies elsewhere"
         )
     return f"there are models in {', '.join(found)}, which --model_dir takes"
 
