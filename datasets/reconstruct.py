@@ -24,7 +24,7 @@ from typing import Any
 import pycolmap
 
 from datasets.georeference import SIDE_FILE, LocalFrame
-from datasets.image_files import checked_seen_share, fitting_workers
+from datasets.image_files import checked_picture, fitting_workers
 from datasets.images import in_threads, picture_sizes
 from datasets.links import link_file, write_whole
 from datasets.model_choice import Say, photo_names
@@ -220,7 +220,7 @@ class _Source:
 
         def put(images: Path, say: Say) -> None:
             workers = fitting_workers(os.cpu_count() or 1, max(width * height for width, height in sizes))
-            in_threads(lambda name: checked_seen_share(folder / name), names, workers, "Checking photos")
+            in_threads(lambda name: checked_picture(folder / name), names, workers, "Checking photos")
             if in_place:
                 return
             for name in names:

@@ -88,7 +88,7 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
     assert not (out / "sparse").exists()
 
     with monkeypatch.context() as patched:
-        for step in ("extract_features", "match", "link_file", "checked_seen_share"):
+        for step in ("extract_features", "match", "link_file", "checked_picture"):
             patched.setattr(reconstruct, step, never)
         assert run(*command) == 0
     printed = capsys.readouterr().out
