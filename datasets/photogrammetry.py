@@ -6,8 +6,6 @@ one goes on where it was. Their bars count what is in the database, since pycolm
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +106,11 @@ def import_photos(database: Path, images: Path, names: list[str], camera_model: 
 
 def extract_features(database: Path, images: Path, names: list[str]) -> None:
     """Find the features of the photos that have none in the database yet."""
-    with _counting(database, "keypoints", "features", "photo", len(names)):
+
+    def count(opened: pycolmap.Database) -> int:
+        return sum(opened.exists_keypoints(image.image_id) for image in opened.read_all_images())
+
+    with _counting(database, count, "features", "photo", len(names)):
         pycolmap.extract_features(database, images, names)
 
 
@@ -142,7 +144,7 @@ def match(database: Path, matching: str, vocab_tree: Path | None) -> int:
             num_pairs = opened.num_images() * pairing.num_images
         else:
             num_pairs = len({frozenset(pair) for pair in generator(pairing, opened).all_pairs()})
-    with _counting(database, "two_view_geometries", "matches", "pair", num_pairs):
+    with _counting(database, lambda opened: opened.num_matched_image_pairs(), "matches", "pair", num_pairs):
         run(database, pairing_options=pairing)
     return num_pairs
 
@@ -190,14 +192,13 @@ def make_models(database: Path, images: Path, folder: Path, mapper: str, num_pho
 
 def read_photos(database: Path) -> list[Photo]:
     """Return what the database knows of each photo, ordered by name."""
-    with closing(_read_only(database)) as connection:
-        partners: dict[int, int] = {}
-        for (pair,) in connection.execute("SELECT pair_id FROM two_view_geometries WHERE rows > 0"):
-            for image_id in pycolmap.pair_id_to_image_pair(pair):
-                partners[image_id] = partners.get(image_id, 0) + 1
-        features = dict(connection.execute("SELECT image_id, rows FROM keypoints"))
     with closing(pycolmap.Database.open(database)) as opened:
+        partners: dict[int, int] = {}
+        for pair, num_inliers in zip(*opened.read_two_view_geometry_num_inliers(), strict=True):
+            for image_id in pycolmap.pair_id_to_image_pair(pair) if num_inliers > 0 else ():
+                partners[image_id] = partners.get(image_id, 0) + 1
         images = opened.read_all_images()
+        features = {image.image_id: opened.num_keypoints_for_image(image.image_id) for image in images}
         priors = {
             prior.corr_data_id.id: prior.position
             for prior in opened.read_all_pose_priors()
@@ -207,7 +208,7 @@ def read_photos(database: Path) -> list[Photo]:
     for image in images:
         position = priors.get(image.image_id)
         gps = None if position is None else (float(position[0]), float(position[1]), float(position[2]))
-        photos.append(Photo(image.name, features.get(image.image_id, 0), partners.get(image.image_id, 0), gps))
+        photos.append(Photo(image.name, features[image.image_id], partners.get(image.image_id, 0), gps))
     return sorted(photos, key=lambda photo: photo.name)
 
 
@@ -238,21 +239,24 @@ def _camera_key(path: Path) -> tuple[object, ...]:
 
 
 @contextmanager
-def _counting(database: Path, table: str, description: str, unit: str, total: int) -> Iterator[None]:
-    """Show a bar of how many rows a table has got, while pycolmap works on this thread."""
+def _counting(
+    database: Path, count: Callable[[pycolmap.Database], int], description: str, unit: str, total: int
+) -> Iterator[None]:
+    """Show a bar of what the database holds, while pycolmap works on this thread.
 
-    def count() -> int:
-        with closing(_read_only(database)) as connection:
-            return int(connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+    It is read through pycolmap as well: two SQLite libraries in one process release each other's locks, and one then
+    takes away the memory that the other has mapped.
+    """
+    with closing(pycolmap.Database.open(database)) as opened:
+        initial = min(count(opened), total)
+        with tqdm(total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=True) as bar:
 
-    with tqdm(total=total, initial=min(count(), total), desc=description, unit=unit, dynamic_ncols=True) as bar:
+            def update() -> None:
+                bar.update(min(count(opened), total) - bar.n)
 
-        def update() -> None:
-            bar.update(min(count(), total) - bar.n)
-
-        with _repeated(update):
-            yield
-        update()
+            with _repeated(update):
+                yield
+            update()
 
 
 @contextmanager
@@ -266,7 +270,7 @@ def _repeated(action: Callable[[], None]) -> Iterator[None]:
             began = time.perf_counter()
             try:
                 action()
-            except sqlite3.Error:  # the writer holds the file; the next look finds it free
+            except RuntimeError:  # the writer holds the file; the next look finds it free
                 continue
             pause = max(1.0, (time.perf_counter() - began) / _POLLS_SHARE)
 
@@ -277,7 +281,3 @@ def _repeated(action: Callable[[], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _read_only(database: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{Path(os.path.abspath(database)).as_uri()}?mode=ro", uri=True, timeout=10)
