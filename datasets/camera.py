@@ -200,12 +200,35 @@ def _fisheye_pinhole(camera: Camera) -> Camera | None:
 
     What has no source is cut off as far as a rectangle can, and left to the mask where it cannot.
     """
-    _, _, mask = _compute_maps(camera)
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    left, top = int(columns[0]), int(rows[0])
-    return _cropped(camera, camera.K, left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
+    x, y = (int(value) for value in camera.K[:2, 2])
+    if not (0 <= x < camera.width and 0 <= y < camera.height):
+        _, _, mask = _compute_maps(camera)
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            return None
+        left, right, top, bottom = int(columns[0]), int(columns[-1]), int(rows[0]), int(rows[-1])
+    else:
+        # What has a source is seen from the principal point in straight lines, so each side is found by bisection: a
+        # dataset may have as many cameras as pictures, and maps of all their pixels take minutes.
+        left, right = (_outermost(camera, x, side, along=0) for side in (0, camera.width - 1))
+        top, bottom = (_outermost(camera, y, side, along=1) for side in (0, camera.height - 1))
+    return _cropped(camera, camera.K, left, top, right + 1 - left, bottom + 1 - top)
+
+
+def _outermost(camera: Camera, inner: int, side: int, *, along: int) -> int:
+    """Return the column (along 0) or row (along 1) nearest a side that has a source; the inner one has."""
+
+    def has_source(at: int) -> bool:
+        left, top, width, height = (at, 0, 1, camera.height) if along == 0 else (0, at, camera.width, 1)
+        return bool(_compute_maps(_cropped(camera, camera.K, left, top, width, height))[2].any())
+
+    if has_source(side):
+        return side
+    outside = side
+    while abs(outside - inner) > 1:
+        middle = (outside + inner) // 2
+        inner, outside = (middle, outside) if has_source(middle) else (inner, middle)
+    return inner
 
 
 def _cropped(camera: Camera, K: np.ndarray, left: int, top: int, width: int, height: int) -> Camera:
@@ -235,10 +258,14 @@ def _compute_maps(camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _folding_radius(camera: Camera) -> float:
     """Find the radius (of a fisheye: the angle) from which the radial polynomial turns back into the picture."""
-    radial = camera.distortion if camera.fisheye else camera.distortion[:2]
+    return _folding_radius_of(*(camera.distortion if camera.fisheye else camera.distortion[:2]).tolist())
+
+
+@lru_cache(maxsize=4096)
+def _folding_radius_of(*radial: float) -> float:
     slope = np.zeros(2 * len(radial) + 1)  # coefficients of d/dr (r + k1 r^3 + k2 r^5 + ...), constant first
     slope[0] = 1.0
-    slope[2::2] = radial * (2 * np.arange(1, len(radial) + 1) + 1)
+    slope[2::2] = np.array(radial) * (2 * np.arange(1, len(radial) + 1) + 1)
     roots = np.polynomial.polynomial.polyroots(slope)
     turning = roots.real[(np.abs(roots.imag) < 1e-9) & (roots.real > 0)]
     return float(turning.min()) if len(turning) else np.inf

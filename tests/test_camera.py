@@ -8,7 +8,7 @@ import pycolmap
 import pytest
 from scipy.ndimage import map_coordinates
 
-from datasets.camera import make_camera
+from datasets.camera import Camera, make_camera
 from datasets.loader import evaluation_loader
 from datasets.scene import load_scene
 from errors import InputError
@@ -87,6 +87,26 @@ def test_fisheye_that_folds_is_masked_beyond_the_fold():
     assert beyond.any() or undistorted.width < SIZE[0]
     mask = undistorted.valid_mask if undistorted.valid_mask is not None else np.ones((row + 1, len(offset)), bool)
     assert not mask[row][beyond].any()
+
+
+def test_a_fisheye_is_cut_as_its_whole_mask_says():
+    """The sides are found without looking at all pixels; a mask of all of them is the oracle."""
+    rng = np.random.default_rng(0)
+    num_cut = 0
+    for _ in range(150):
+        width, height = rng.integers(20, 300, 2).tolist()
+        focal = width * rng.uniform(0.15, 1.2)
+        K = np.array([[focal, 0, width * rng.random()], [0, focal, height * rng.random()], [0, 0, 1]])
+        distortion = rng.normal(size=4) * rng.choice([0.01, 0.1, 1, 5]) * [1, 0.5, 0.2, 0.1]
+        whole = Camera(K, width, height, K, width, height, distortion, fisheye=True)
+        params, size = np.r_[focal, focal, K[:2, 2], distortion], (width, height)
+        made = make_camera("OPENCV_FISHEYE", params, np.array(size), size)
+        mask = np.ones((height, width), bool) if whole.valid_mask is None else whole.valid_mask
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        assert (made.width, made.height) == (np.ptp(columns) + 1, np.ptp(rows) + 1)
+        np.testing.assert_allclose(made.K[:2, 2], K[:2, 2] - [columns[0], rows[0]])
+        num_cut += (made.width, made.height) != (width, height)
+    assert num_cut > 20
 
 
 def test_perspective_pictures_have_no_empty_pixels():
