@@ -17,9 +17,9 @@ class DataOptions:
     """Choose which pictures and cameras to train on."""
 
     data_dir: str = "data/scene"
-    """Dataset folder: images/, a COLMAP model in sparse/0/ or sparse/, and masks/ where there are any."""
+    """Dataset folder: images/, a COLMAP model in sparse/ or another program's file (docs/datasets.md), and masks/."""
     model_dir: str = ""
-    """Folder of the COLMAP model, such as sparse/1; if empty, the one in sparse/ that holds the most photos."""
+    """COLMAP model, such as sparse/1, or file of another program; if empty, the one in sparse/ of the most photos."""
     data_factor: float = 1.0
     """Pictures are scaled down by this factor, which may be fractional, into images_{factor}/."""
     test_every: int = 8

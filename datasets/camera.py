@@ -36,7 +36,7 @@ class Camera:
     source_K: np.ndarray  # [3, 3] float64, pixels
     source_width: int
     source_height: int
-    distortion: np.ndarray  # [4] float64: k1 k2 p1 p2, or k1 k2 k3 k4 of a fisheye; all zero for a pinhole
+    distortion: np.ndarray  # float64: [5] k1 k2 p1 p2 k3, or [4] k1 k2 k3 k4 of a fisheye; all zero for a pinhole
     fisheye: bool
 
     @property
@@ -80,8 +80,8 @@ def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], mask_
     if low > high:
         is_, of_shape = f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of", f"({shape[0]}x{shape[1]})"
         raise InputError(
-            f"{is_} its camera in the COLMAP model {of_shape}: use the picture that COLMAP saw, scaled as a whole "
-            "where it is scaled, and neither cropped, padded nor turned."
+            f"{is_} its camera in the model {of_shape}: use the picture that the model was made of, scaled as a "
+            "whole where it is scaled, and neither cropped, padded nor turned."
             if mask_of is None
             else f"{is_} its photo {mask_of} {of_shape}: make the mask of that photo as it is stored, whatever its "
             "EXIF orientation says, at any size but neither cropped, padded nor turned; or remove it."
@@ -93,8 +93,9 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
 
     Args:
         model_name: COLMAP's name of the camera model.
-        params: [8] fx, fy, cx, cy, distortion at `model_size`, in pixels.
-        model_size: width and height of the pictures that COLMAP saw.
+        params: [9] fx, fy, cx, cy, distortion as `SparseModel` keeps it, at `model_size`, in pixels; zeros at the end
+            may be missing.
+        model_size: width and height of the pictures that the model was made of.
         source_size: width and height of the pictures at hand, which may be scaled ones.
 
     Raises:
@@ -104,8 +105,10 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
     scale_x, scale_y = width / model_size[0], height / model_size[1]
     fx, fy, cx, cy = params[:4]
     K = np.array([[fx * scale_x, 0.0, cx * scale_x], [0.0, fy * scale_y, cy * scale_y], [0.0, 0.0, 1.0]])
-    distortion = np.array(params[4:], np.float64)
     fisheye = model_name == "OPENCV_FISHEYE"
+    distortion = np.zeros(4 if fisheye else 5)
+    given = params[4 : 4 + len(distortion)]
+    distortion[: len(given)] = given
     camera = Camera(K, width, height, K, width, height, distortion, fisheye)
     if not camera.is_distorted:
         return camera
@@ -115,7 +118,7 @@ def make_camera(model_name: str, params: np.ndarray, model_size: np.ndarray, sou
         pinhole = None
     if pinhole is None or not np.isfinite(pinhole.K).all():
         raise InputError(
-            f"A camera of the COLMAP model cannot be undistorted ({model_name} with {params.tolist()}): calibrate it "
+            f"A camera of the model cannot be undistorted ({model_name} with {params.tolist()}): calibrate it "
             "again, or undistort the pictures with COLMAP."
         )
     return pinhole
@@ -165,7 +168,7 @@ def _undistorted(distorted: np.ndarray, camera: Camera) -> np.ndarray:
     Returns:
         [n, 2] at depth 1.
     """
-    k1, k2, p1, p2 = camera.distortion
+    k1, k2, p1, p2, k3 = camera.distortion
     fold = min(_folding_radius(camera), _LARGEST_RADIUS)
 
     # The radial part is monotonous up to its fold, so halving intervals finds its inverse wherever there is one.
@@ -174,14 +177,15 @@ def _undistorted(distorted: np.ndarray, camera: Camera) -> np.ndarray:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         square = middle * middle
-        below = middle * (1 + square * (k1 + square * k2)) < wanted
+        below = middle * (1 + square * (k1 + square * (k2 + square * k3))) < wanted
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     x, y = (distorted * (low / np.maximum(wanted, 1e-12))[:, None]).T
     # The tangential part is small beside it: Newton's method from there, for what the radial part reaches.
     reached = high < fold
     for _ in range(_NEWTON_STEPS):
         square = x * x + y * y
-        radial, slope = 1 + square * (k1 + square * k2), k1 + 2 * k2 * square
+        radial = 1 + square * (k1 + square * (k2 + square * k3))
+        slope = k1 + square * (2 * k2 + square * (3 * k3))
         error_x = x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x) - distorted[:, 0]
         error_y = y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y - distorted[:, 1]
         xx = radial + 2 * x * x * slope + 2 * p1 * y + 6 * p2 * x  # the Jacobian, which is symmetric
@@ -258,7 +262,7 @@ def _compute_maps(camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _folding_radius(camera: Camera) -> float:
     """Find the radius (of a fisheye: the angle) from which the radial polynomial turns back into the picture."""
-    return _folding_radius_of(*(camera.distortion if camera.fisheye else camera.distortion[:2]).tolist())
+    return _folding_radius_of(*(camera.distortion if camera.fisheye else camera.distortion[[0, 1, 4]]).tolist())
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pycolmap
 
 CACHE_NAME = "parsed_scene.npz"
-CACHE_FORMAT = 4  # raised when the arrays of the cache change, or what a model is checked for
+CACHE_FORMAT = 5  # raised when the arrays of the cache change, or what a model is checked for
 LARGEST_SIDE = 1_000_000  # pixels; a camera that claims more is damaged
 PARTS = ("cameras", "images", "points3D")  # the files of a model; newer ones have rigs and frames as well
 
@@ -38,13 +38,15 @@ _PARAMETERS = {
 
 
 _TEXTS = ("image_names", "camera_models", "remarks")  # of the fields below
+_NOT_CACHED = ("masks",)  # which COLMAP's models do not name
 
 
 @dataclass(frozen=True)
 class SparseModel:
-    """Hold a reconstruction as COLMAP wrote it, in its own world and at its own image size.
+    """Hold a reconstruction as COLMAP or another program wrote it, in its own world and at its own image size.
 
-    image_names: registered images, ordered by name. n images, k cameras, P points.
+    image_names: registered images, ordered by name. n images, k cameras, P points. Pixels are counted from the
+    picture's corner, so that the first one's centre is at 0.5, 0.5.
     """
 
     image_names: list[str]
@@ -52,10 +54,12 @@ class SparseModel:
     camera_indices: np.ndarray  # [n] int64
     camera_models: list[str]  # k names out of _PARAMETERS
     camera_sizes: np.ndarray  # [k, 2] int64, width and height in pixels
-    camera_params: np.ndarray  # [k, 8] float64: fx, fy, cx, cy, then the distortion, zero-padded
+    # [k, 9] float64: fx, fy, cx, cy in pixels; then k1, k2, p1, p2, k3, or k1, k2, k3, k4 of a fisheye, zero-padded
+    camera_params: np.ndarray
     points: np.ndarray  # [P, 3] float64
     points_rgb: np.ndarray  # [P, 3] uint8
     remarks: list[str] = field(default_factory=list)  # sentences for the user, of what looks wrong and was read
+    masks: dict[str, str] = field(default_factory=dict)  # by image name, paths in the folder of masks; empty: by name
 
 
 def has_model(folder: Path) -> bool:
@@ -105,7 +109,7 @@ def load_model(model_dir: Path, data_dir: Path) -> SparseModel:
         if all(np.array_equal(arrays.get(name, ()), value) for name, value in key.items()):
             model = _from_arrays(arrays)
             if model is not None:
-                _check_names(model_dir, model.image_names)  # the cache may have come with a stranger's dataset
+                check_names(model_dir, model.image_names)  # the cache may have come with a stranger's dataset
                 return model
     model = read_sparse_model(model_dir)
     cache.write(key | _to_arrays(model))
@@ -139,7 +143,7 @@ def open_model(model_dir: Path) -> pycolmap.Reconstruction:
             f"{model_dir} cannot be read as a COLMAP model ({reason(error)}): one of its files is damaged, or its "
             "camera model is unknown; export it again."
         ) from error
-    _check_names(model_dir, names)
+    check_names(model_dir, names)
     read = {
         "cameras": len(reconstruction.cameras),
         "images": len(reconstruction.images),
@@ -163,7 +167,7 @@ def read_sparse_model(model_dir: Path) -> SparseModel:
     """Read a reconstruction. Raises InputError for an unreadable or unsupported model."""
     suffix = _model_files(model_dir)[0].suffix
     model, observed_by = _read_binary(model_dir) if suffix == ".bin" else _read_text(model_dir)
-    damage = _damage(model)
+    damage = damage_of(model)
     if damage:
         part, problem = damage
         raise InputError(f"{model_dir / (part + suffix)} is damaged ({problem}): export the model again.")
@@ -205,7 +209,7 @@ def _read_text(model_dir: Path) -> tuple[SparseModel, Observations]:
     images = sorted(text.images, key=lambda image: image.name)
     if not images:
         raise InputError(f"{model_dir / 'images.txt'} holds no image: run COLMAP's mapper to the end.")
-    _check_names(model_dir, [image.name for image in images])
+    check_names(model_dir, [image.name for image in images])
     camera_ids = sorted({image.camera_id for image in images})
     cameras = [text.cameras[camera_id] for camera_id in camera_ids]
     _check_supported(model_dir, [camera.model for camera in cameras])
@@ -246,7 +250,7 @@ def _check_supported(model_dir: Path, camera_models: list[str]) -> None:
 
 
 def _bounded(*size: int) -> list[int]:
-    """Return a width and a height that an int64 holds; `_damage` refuses what is beyond the largest side."""
+    """Return a width and a height that an int64 holds; `damage_of` refuses what is beyond the largest side."""
     return [max(-1, min(side, LARGEST_SIDE + 1)) for side in size]
 
 
@@ -261,7 +265,7 @@ def _rotations(quaternions: np.ndarray) -> np.ndarray:
     return np.array(rows).transpose(2, 0, 1)
 
 
-def _damage(model: SparseModel) -> tuple[str, str] | None:
+def damage_of(model: SparseModel) -> tuple[str, str] | None:
     """Find the part of a model that no reconstruction can contain, and why; None where there is none."""
     sizes, focal_lengths = model.camera_sizes, model.camera_params[:, :2]
     if not ((sizes > 0).all() and (sizes <= LARGEST_SIDE).all() and (focal_lengths > 0).all()):
@@ -276,7 +280,7 @@ def _damage(model: SparseModel) -> tuple[str, str] | None:
     return None
 
 
-def _check_names(model_dir: Path, names: list[str]) -> None:
+def check_names(model_dir: Path, names: list[str]) -> None:
     """Raise InputError unless every name is a path that stays in the folder of pictures, and no two are equal."""
     for name in names:
         if not stays_inside(name):
@@ -297,14 +301,14 @@ def _model_files(model_dir: Path) -> list[Path]:
 
 def _uniform_params(model_name: str, params: np.ndarray) -> np.ndarray:
     intrinsics, distortion = _PARAMETERS[model_name]
-    uniform = np.zeros(8)
+    uniform = np.zeros(9)
     uniform[:4] = params[list(intrinsics)]
     uniform[4 : 4 + len(distortion)] = params[list(distortion)]
     return uniform
 
 
 def _to_arrays(model: SparseModel) -> dict[str, np.ndarray]:
-    arrays = {name: np.asarray(value) for name, value in vars(model).items()}
+    arrays = {name: np.asarray(value) for name, value in vars(model).items() if name not in _NOT_CACHED}
     # Names as UTF-8 bytes: NumPy's fixed-width strings would drop trailing NULs and need 4 bytes a letter.
     for name in _TEXTS:
         arrays[name] = np.frombuffer("\n".join(vars(model)[name]).encode(), np.uint8)
@@ -314,7 +318,9 @@ def _to_arrays(model: SparseModel) -> dict[str, np.ndarray]:
 def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
     """Return the model in a cache; None where its arrays do not belong together."""
     try:
-        fields: dict[str, Any] = {name: arrays[name] for name in SparseModel.__dataclass_fields__}
+        fields: dict[str, Any] = {
+            name: arrays[name] for name in SparseModel.__dataclass_fields__ if name not in _NOT_CACHED
+        }
         for name in _TEXTS:
             fields[name] = [text for text in fields[name].tobytes().decode().split("\n") if text]
         n, k, num_points = len(fields["image_names"]), len(fields["camera_models"]), len(fields["points"])
@@ -322,7 +328,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
             "worldtocams": ((n, 4, 4), np.float64),
             "camera_indices": ((n,), np.int64),
             "camera_sizes": ((k, 2), np.int64),
-            "camera_params": ((k, 8), np.float64),
+            "camera_params": ((k, 9), np.float64),
             "points": ((num_points, 3), np.float64),
             "points_rgb": ((num_points, 3), np.uint8),
         }
@@ -330,6 +336,6 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> SparseModel | None:
         whole &= set(fields["camera_models"]) <= set(_PARAMETERS)
         whole &= bool(np.isin(fields["camera_indices"], np.arange(k)).all())
         model = SparseModel(**fields)
-        return model if whole and not _damage(model) else None
+        return model if whole and not damage_of(model) else None
     except (KeyError, ValueError):  # an array is absent; names are not UTF-8
         return None

@@ -21,7 +21,7 @@ def check_points(path: Path, points: np.ndarray, model_points: np.ndarray) -> li
     Args:
         path: Of the file.
         points: [P, 3] from it.
-        model_points: [M, 3] of the COLMAP model, in the same world if the file belongs to it.
+        model_points: [M, 3] of the model, in the same world if the file belongs to it.
 
     Returns:
         Sentences to warn with.
@@ -72,7 +72,7 @@ def far_camera_warnings(names: Sequence[str], positions: np.ndarray, is_far: np.
     photos = some_names([name for name, far in zip(names, is_far, strict=True) if far])
     return [
         f"{photos}: taken from {distances[is_far].min() / extent:.2g} times the scene's extent away. Such cameras do "
-        "not count for the scene's scale, but their photos are trained on: remove them from the COLMAP model if they "
+        "not count for the scene's scale, but their photos are trained on: remove them from the model if they "
         "were registered wrongly."
     ]
 

@@ -74,6 +74,7 @@ def prepare_images(
     names: list[str],
     *,
     camera_sizes: np.ndarray | None = None,
+    masks: dict[str, str] | None = None,
     data_factor: float = 1.0,
     num_workers: int | None = None,
     say: Say = quiet,
@@ -86,7 +87,8 @@ def prepare_images(
     Args:
         data_dir: The dataset; its pictures are in `images`.
         names: Paths of the pictures relative to `images`.
-        camera_sizes: [n, 2] width and height of the pictures that COLMAP saw, whose shape these must have.
+        camera_sizes: [n, 2] width and height of the pictures that the model was made of, whose shape these must have.
+        masks: By picture name, the path of its mask in `masks`; empty to go by the files' names.
         data_factor: How many times smaller than the originals, at least 1.
         num_workers: Threads; all processors where None.
         say: Is told what was found beside the pictures, and made again.
@@ -102,8 +104,7 @@ def prepare_images(
     missing = [name for name in names if not (originals / name).is_file()]
     if missing:
         raise InputError(
-            f"Pictures of the COLMAP model are missing from {originals}: {_listing(missing)}."
-            f"{_hint(originals, missing)}"
+            f"Pictures of the model are missing from {originals}: {_listing(missing)}.{_hint(originals, missing)}"
         )
     workers = num_workers or os.cpu_count() or 1
     wanted = None if camera_sizes is None else dict(zip(names, map(tuple, camera_sizes.tolist()), strict=True))
@@ -112,18 +113,18 @@ def prepare_images(
     paths = {name: path for name, (path, _) in found.items()}
     checked = {name: entry for name, (_, entry) in found.items()}
 
-    mask_names = find_masks(data_dir / "masks", names, say)
-    masks: dict[str, Path] = {}
+    mask_names = masks or find_masks(data_dir / "masks", names, say)
+    mask_paths: dict[str, Path] = {}
     shares = {name: checked[name].seen_share for name in names}
     if mask_names:
         files = _Folder(data_dir, "masks", mask_names, checked_mask, _scale_mask, workers)
         found = files.at_scale(data_factor, {name: checked[name].size for name in mask_names}, say)
-        masks = {name: path for name, (path, _) in found.items()}
+        mask_paths = {name: path for name, (path, _) in found.items()}
         shares |= {name: min(shares[name], entry.seen_share) for name, (_, entry) in found.items()}
     return Pictures(
         paths=[paths[name] for name in names],
         sizes=[checked[name].size for name in names],
-        masks=[masks.get(name) for name in names],
+        masks=[mask_paths.get(name) for name in names],
         seen_shares=np.array([shares[name] for name in names]),
         num_alpha=sum(checked[name].seen_share < 1 for name in names),
     )
@@ -609,5 +610,5 @@ def _hint(folder: Path, missing: list[str]) -> str:
         return f" What is called {stands} there is {kind}: put the picture in its place."
     similar = next(((name, present[plain(name)]) for name in missing if plain(name) in present), None)
     if similar is None:
-        return " Put them there, or use the COLMAP model that belongs to these pictures."
+        return " Put them there, or use the model that belongs to these pictures."
     return f" In the place of {similar[0]} there is {similar[1]}: give the pictures the names that the model has."

@@ -8,7 +8,8 @@ import numpy as np
 
 from datasets.colmap import SparseModel
 from datasets.images import Pictures
-from datasets.model_choice import Say, photo_names
+from datasets.model_choice import Say, points_ply
+from datasets.paths import photo_names
 from errors import InputError, counted
 
 
@@ -59,7 +60,7 @@ def say_what_is_used(
 
     Args:
         data_dir: The dataset.
-        model_dir: Folder of its model.
+        model_dir: Folder of its model, or the file that holds it.
         model: The same, read.
         pictures: The files that are used.
         num_points: How many points there are to start from.
@@ -78,8 +79,8 @@ def say_what_is_used(
     )
     if unused:
         which = f"{unused[0]} is" if len(unused) == 1 else f"{len(unused):,} photos, such as {unused[0]}, are"
-        say(f"{which} not in the COLMAP model, and not used.")
-    if not init_ply and (model_dir / "points.ply").is_file():
+        say(f"{which} not in the model, and not used.")
+    if not init_ply and points_ply(model_dir).is_file():
         say(f"points.ply in {place} is not used; --init_ply starts from its points.")
     kinds = []
     if any(pictures.masks):

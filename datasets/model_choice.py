@@ -1,4 +1,4 @@
-"""Chooses the COLMAP model of a dataset among all that lie there, and says so.
+"""Chooses the model of a dataset among all that lie there, COLMAP's before those of other programs, and says so.
 
 COLMAP's mapper writes a model for each part of the photos that it could not join, and not the largest one first.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datasets.colmap import PARTS, SparseModel, has_model, load_model, model_suffixes
-from datasets.image_files import PHOTO_SUFFIXES
+from datasets.formats import WHAT_IS_READ, ProjectFile, project_files, read_project
+from datasets.paths import photo_names
 from errors import InputError, counted
 
 Say = Callable[[str], None]  # takes one sentence for the user
@@ -27,16 +28,28 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
 
     Args:
         data_dir: The dataset.
-        model_dir: Folder of the model, relative to the dataset or to the working directory; empty to choose.
+        model_dir: Folder of the model, or another program's file, relative to the dataset or to the working directory;
+            empty to choose.
         say: Is told what else there is, and what looks better.
 
     Returns:
-        The model, and its folder.
+        The model, and its folder; the file of another program's model.
 
     Raises:
         InputError: There is no model, or the one to take is unreadable or unsupported.
     """
     folders = _folders_in_sparse(data_dir)
+    projects = project_files(data_dir)
+    named = [project for project in projects if model_dir and _is_at(project, data_dir, model_dir)]
+    if named or (projects and not folders and not model_dir):
+        chosen_project = (named or projects)[0]
+        say(_program_line(chosen_project, projects, bool(folders), data_dir))
+        model = read_project(chosen_project, data_dir)
+        for remark in model.remarks:
+            say(f"Warning: {remark}")
+        return model, chosen_project.path
+    if projects:
+        say(f"Format: COLMAP; {_others(projects, data_dir)}.")
     if model_dir:
         wanted = next((folder for folder in (data_dir / model_dir, Path(model_dir)) if has_model(folder)), None)
         if wanted is None:
@@ -45,8 +58,8 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
         folders = [wanted, *others]
     if not folders:
         raise InputError(
-            f"{data_dir} holds no COLMAP model: expected cameras, images and points3D (.bin or .txt) in "
-            f"{data_dir / 'sparse' / '0'} or {data_dir / 'sparse'}; {_remedy(data_dir, [])}."
+            f"{data_dir} holds no COLMAP model (cameras, images and points3D, .bin or .txt, in "
+            f"{data_dir / 'sparse' / '0'} or {data_dir / 'sparse'}), and no {WHAT_IS_READ}: {_remedy(data_dir, [])}."
         )
     models = {folders[0]: load_model(folders[0], data_dir)}  # which is refused where it is damaged
     for folder in folders[1:]:
@@ -73,15 +86,27 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
     return models[chosen], chosen
 
 
-def photo_names(folder: Path) -> set[str]:
-    """Return the names, relative to a folder, of all files in it that are pictures by their suffix."""
-    found = set()
-    for place, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(place).relative_to(folder)
-        pictures = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in PHOTO_SUFFIXES)
-        found |= {(relative / name).as_posix() for name in pictures}
-    return found
+def points_ply(model_path: Path) -> Path:
+    """Return where --init_ply takes points from: points.ply in a model's folder, or beside its file."""
+    return (model_path if model_path.is_dir() else model_path.parent) / "points.ply"
+
+
+def _is_at(project: ProjectFile, data_dir: Path, model_dir: str) -> bool:
+    """Tell whether --model_dir names a file, from the dataset or from the working directory."""
+    return any(path.is_file() and path.samefile(project.path) for path in (data_dir / model_dir, Path(model_dir)))
+
+
+def _program_line(project: ProjectFile, projects: list[ProjectFile], has_colmap: bool, data_dir: Path) -> str:
+    """Say which program's file is read, and which others lie there."""
+    rest = [other for other in projects if other != project]
+    also = [_others(rest, data_dir)] if rest else []
+    also += ["the COLMAP model in sparse is not read"] if has_colmap else []
+    return f"Format: {'; '.join([f'{project.program}, {_name(project.path, data_dir)}', *also])}."
+
+
+def _others(projects: list[ProjectFile], data_dir: Path) -> str:
+    files = [f"{_name(project.path, data_dir)} ({project.program})" for project in projects]
+    return f"{', '.join(files)} not read (--model_dir {_name(projects[0].path, data_dir)} takes it)"
 
 
 def _folders_in_sparse(data_dir: Path) -> list[Path]:

@@ -52,7 +52,7 @@ def project(model_name: str, params: np.ndarray, points: np.ndarray) -> np.ndarr
 
     Args:
         model_name: COLMAP's name of the camera model.
-        params: [8] fx, fy, cx, cy, distortion, in pixels.
+        params: [9] fx, fy, cx, cy, distortion as `SparseModel` keeps it, in pixels.
         points: [k, 3] in the camera's coordinates.
 
     Returns:
@@ -61,7 +61,7 @@ def project(model_name: str, params: np.ndarray, points: np.ndarray) -> np.ndarr
     with np.errstate(all="ignore"):
         x, y = (points[:, :2] / np.where(points[:, 2:] > 0, points[:, 2:], np.nan)).T
         square = x * x + y * y
-        k1, k2, p1, p2 = params[4:]
+        k1, k2, p1, p2, k3 = params[4:]
         if model_name == "OPENCV_FISHEYE":
             radius = np.sqrt(square)
             angle = np.arctan(radius)
@@ -70,7 +70,7 @@ def project(model_name: str, params: np.ndarray, points: np.ndarray) -> np.ndarr
             factor = np.where(radius > 1e-9, bent / np.maximum(radius, 1e-9), 1.0)
             x, y = x * factor, y * factor
         else:
-            radial = 1 + square * (k1 + square * k2)
+            radial = 1 + square * (k1 + square * (k2 + square * k3))
             x, y = (
                 x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
                 y * radial + 2 * p2 * x * y + p1 * (square + 2 * y * y),

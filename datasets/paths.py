@@ -1,6 +1,9 @@
-"""Paths that come from files of strangers."""
+"""Paths that come from files of strangers, and those of the photos in a folder."""
 
-from pathlib import PurePosixPath
+import os
+from pathlib import Path, PurePosixPath
+
+from datasets.image_files import PHOTO_SUFFIXES
 
 _LONGEST_NAME = 255  # bytes, of a file on Linux
 
@@ -11,3 +14,14 @@ def stays_inside(name: str) -> bool:
     if not parts or parts[0] == "/" or ".." in parts or any(c in name for c in "\0\n\r"):
         return False
     return all(len(part.encode(errors="surrogatepass")) <= _LONGEST_NAME for part in parts)
+
+
+def photo_names(folder: Path) -> set[str]:
+    """Return the names, relative to a folder, of all files in it that are pictures by their suffix."""
+    found = set()
+    for place, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        relative = Path(place).relative_to(folder)
+        pictures = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in PHOTO_SUFFIXES)
+        found |= {(relative / name).as_posix() for name in pictures}
+    return found

@@ -27,7 +27,8 @@ from datasets.georeference import SIDE_FILE, LocalFrame
 from datasets.image_files import checked_picture, fitting_workers
 from datasets.images import in_threads, picture_sizes
 from datasets.links import link_file, write_whole
-from datasets.model_choice import Say, photo_names
+from datasets.model_choice import Say
+from datasets.paths import photo_names
 from datasets.photogrammetry import (
     MATCHINGS,
     MOST_EXHAUSTIVE,

@@ -1,4 +1,4 @@
-"""Load a COLMAP dataset into one normalized scene."""
+"""Load a dataset into one normalized scene."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from datasets.colmap import SparseModel
 from datasets.consistency import check_points, far_camera_warnings
 from datasets.images import prepare_images
 from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
-from datasets.model_choice import Say, load_sparse_model, quiet
+from datasets.model_choice import Say, load_sparse_model, points_ply, quiet
 from datasets.normalize import (
     far_cameras,
     normalizing_transform,
@@ -67,11 +67,13 @@ def load_scene(
     transform: np.ndarray | None = None,
     say: Say = quiet,
 ) -> Scene:
-    """Read a dataset: its COLMAP model, its pictures (scaled where that has not been done) and initial points.
+    """Read a dataset: its model, its pictures (scaled where that has not been done) and initial points.
 
     Args:
-        data_dir: folder that holds `images` and a COLMAP model in `sparse/0`, elsewhere in `sparse`, or `sparse`.
-        model_dir: folder of the COLMAP model; empty for the one of most photos in `sparse`.
+        data_dir: folder that holds `images` and a COLMAP model in `sparse/0`, elsewhere in `sparse`, or `sparse`, or
+            a file of another program that `datasets.formats` reads.
+        model_dir: folder of the COLMAP model, or another program's file; empty for the one of most photos in `sparse`,
+            or the first of `datasets.formats`.
         data_factor: how many times smaller than the originals the pictures should be, at least 1.
         test_every, test_after: which images are held out; see `datasets.splits.split_indices`.
         init_ply: take the initial points from `points.ply` in the model's folder, in place of points3D.
@@ -91,7 +93,7 @@ def load_scene(
     train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
     points, points_rgb = model.points, model.points_rgb
     if init_ply:
-        points, points_rgb = read_points(model_path / "points.ply")
+        points, points_rgb = read_points(points_ply(model_path))
     elif len(points) == 0:
         raise InputError(
             f"points3D in {model_path} holds no points to start from: put a points.ply beside it and set init_ply."
@@ -101,11 +103,12 @@ def load_scene(
             raise InputError(
                 f"A {what} of {data_dir} is farther than {LARGEST_COORDINATE:g} from the origin: remove it."
             )
-    warnings = check_points(model_path / "points.ply", points, model.points) if init_ply else []
+    warnings = check_points(points_ply(model_path), points, model.points) if init_ply else []
     pictures = prepare_images(
         data_dir,
         model.image_names,
         camera_sizes=model.camera_sizes[model.camera_indices],
+        masks=model.masks,
         data_factor=data_factor,
         num_workers=num_workers,
         say=say,

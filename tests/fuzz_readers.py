@@ -81,7 +81,7 @@ def check_model(model) -> None:
     assert model.camera_indices.shape == (n,)
     assert set(model.camera_indices.tolist()) <= set(range(k))
     assert model.camera_sizes.shape == (k, 2)
-    assert model.camera_params.shape == (k, 8)
+    assert model.camera_params.shape == (k, 9)
     assert np.isfinite(model.camera_params).all()
     assert model.points.shape == model.points_rgb.shape
     assert np.isfinite(model.points).all()

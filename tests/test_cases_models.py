@@ -59,7 +59,7 @@ def test_the_model_is_chosen_by_an_option(tmp_path):
     assert names == NAMES[:3]
     assert any("Warning" in s and "sparse/1 holds 6, 3 of which it lacks" in s for s in sentences)
     assert any("3 of 6 photos, 20 points, from sparse/0;" in s for s in sentences)
-    assert any("3 photos, such as 3.png, are not in the COLMAP model" in s for s in sentences)
+    assert any("3 photos, such as 3.png, are not in the model" in s for s in sentences)
     assert said(tmp_path, model_dir=str(tmp_path / "sparse/1"))[0] == NAMES
     shutil.move(tmp_path / "sparse/1", tmp_path.with_name("elsewhere"))
     assert said(tmp_path, model_dir=str(tmp_path.with_name("elsewhere")))[0] == NAMES

@@ -58,8 +58,8 @@ def test_what_was_written_is_read(tmp_path, text, model_dir):
     assert [model.camera_models[i] for i in model.camera_indices] == [
         ("PINHOLE", "SIMPLE_RADIAL")[i % 2] for i in order
     ]
-    np.testing.assert_array_equal(model.camera_params[0], [80, 82, 48, 32, 0, 0, 0, 0])
-    np.testing.assert_array_equal(model.camera_params[1], [70, 70, 48, 32, 0.01, 0, 0, 0])
+    np.testing.assert_array_equal(model.camera_params[0], [80, 82, 48, 32, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(model.camera_params[1], [70, 70, 48, 32, 0.01, 0, 0, 0, 0])
     assert model.points.shape == (60, 3)
     assert np.abs(model.points.mean(axis=0) - [3, -2, 5]).max() < 1
     assert model.points_rgb.std() > 50

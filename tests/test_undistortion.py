@@ -100,7 +100,7 @@ def test_what_leaves_nothing_is_refused(tmp_path, k1):
 def test_a_telephoto_lens_of_a_hundredfold_is_refused():
     undistorted, _ = made("RADIAL", (96, 64), 0.65, (0.0, 0.0))
     absurd = dataclasses.replace(
-        undistorted, distortion=np.array([1e-9, 0, 0, 0]), K=undistorted.K * [[100], [100], [1]]
+        undistorted, distortion=np.array([1e-9, 0, 0, 0, 0]), K=undistorted.K * [[100], [100], [1]]
     )
     with pytest.raises(InputError, match="calibrate it again"):
         undistortion_warnings(["a.jpg"], [absurd], np.array([0]))
