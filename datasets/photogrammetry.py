@@ -123,30 +123,31 @@ def choose_matching(photos: list[Photo], is_video: bool) -> str:
     return "exhaustive"
 
 
-def match(database: Path, matching: str, vocab_tree: Path | None) -> int:
+def match(database: Path, matching: str, vocab_tree: Path | None) -> None:
     """Match the features of those pairs that have not been matched yet.
 
     Args:
         database: The file, which holds the features.
         matching: "exhaustive", "spatial", "sequential" or "vocab_tree".
         vocab_tree: The file of the vocabulary tree, which the last one needs.
-
-    Returns:
-        The number of pairs that are compared.
     """
     options, generator, run = _PAIRINGS[matching]
     pairing = options()
     if matching == "spatial":
         pairing.min_num_neighbors = _LEAST_NEIGHBOURS
     with closing(pycolmap.Database.open(database)) as opened:
+        num_done = opened.num_matched_image_pairs()
         if matching == "vocab_tree":  # which pairs it takes is known only while it looks them up
             pairing.vocab_tree_path = vocab_tree
-            num_pairs = opened.num_images() * pairing.num_images
+            num_pairs, num_others = opened.num_images() * pairing.num_images, 0
         else:
-            num_pairs = len({frozenset(pair) for pair in generator(pairing, opened).all_pairs()})
-    with _counting(database, lambda opened: opened.num_matched_image_pairs(), "matches", "pair", num_pairs):
+            pairs = {(min(pair), max(pair)) for pair in generator(pairing, opened).all_pairs()}
+            num_pairs = len(pairs)
+            num_others = num_done - sum(opened.exists_matches(*pair) for pair in pairs)  # of another --matching
+    with _counting(
+        database, lambda opened: opened.num_matched_image_pairs() - num_others, "matches", "pair", num_pairs
+    ):
         run(database, pairing_options=pairing)
-    return num_pairs
 
 
 def make_models(database: Path, images: Path, folder: Path, mapper: str, num_photos: int) -> None:

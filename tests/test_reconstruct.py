@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets import reconstruct, video_frames
-from datasets.photogrammetry import Photo, choose_matching
+from datasets.photogrammetry import Photo, _counting, choose_matching, import_photos, read_photos
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
 
@@ -211,3 +212,26 @@ def test_videos_that_cannot_be_read(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(video_frames.imageio, "get_reader", without_ffmpeg)
     assert "pip install imageio-ffmpeg" in refused(capsys, "--video", video, "--out", tmp_path / "scene")
+
+
+def test_counting_leaves_the_database_to_those_who_write(tmp_path, capsys):
+    """A reader of another SQLite library would end by removing the log that a writer of this process has mapped."""
+    database, names = tmp_path / "database.db", ["a.png", "b.png", "c.png"]
+    for name in names:
+        Image.effect_noise((64, 48), 50).save(tmp_path / name)
+    assert import_photos(database, tmp_path, names) == 1
+    with closing(pycolmap.Database.open(database)) as writer:
+        first, second, third = (image.image_id for image in writer.read_all_images())
+        nothing = np.zeros((0, 2), np.uint32)
+        for pair in ((first, second), (first, third)):
+            log = tmp_path / "database.db-wal"
+            assert log.is_file()
+            inode = log.stat().st_ino
+            with _counting(database, lambda opened: opened.num_matched_image_pairs(), "matches", "pair", 3):
+                writer.write_matches(*pair, nothing)
+            assert log.is_file()
+            assert log.stat().st_ino == inode
+        assert writer.num_matched_image_pairs() == 2
+        assert read_photos(database)[0].num_features == 0
+        assert log.is_file()
+    assert "2/3" in capsys.readouterr().err
