@@ -132,22 +132,29 @@ def match(database: Path, matching: str, vocab_tree: Path | None) -> None:
         vocab_tree: The file of the vocabulary tree, which the last one needs.
     """
     options, generator, run = _PAIRINGS[matching]
+    verification = pycolmap.TwoViewGeometryOptions()
+    verification.ransac.random_seed = SEED
     pairing = options()
+    pairings = [pairing]
     if matching == "spatial":
         pairing.min_num_neighbors = _LEAST_NEIGHBOURS
+    elif matching == "sequential":  # the next 1, 2, 4, 8 ... photos; then all of the next ones
+        pairings.append(options())
+        pairings[1].quadratic_overlap = False
     with closing(pycolmap.Database.open(database)) as opened:
         num_done = opened.num_matched_image_pairs()
         if matching == "vocab_tree":  # which pairs it takes is known only while it looks them up
             pairing.vocab_tree_path = vocab_tree
             num_pairs, num_others = opened.num_images() * pairing.num_images, 0
         else:
-            pairs = {(min(pair), max(pair)) for pair in generator(pairing, opened).all_pairs()}
+            pairs = {(min(pair), max(pair)) for some in pairings for pair in generator(some, opened).all_pairs()}
             num_pairs = len(pairs)
             num_others = num_done - sum(opened.exists_matches(*pair) for pair in pairs)  # of another --matching
     with _counting(
         database, lambda opened: opened.num_matched_image_pairs() - num_others, "matches", "pair", num_pairs
     ):
-        run(database, pairing_options=pairing)
+        for some in pairings:
+            run(database, pairing_options=some, verification_options=verification)
 
 
 def make_models(database: Path, images: Path, folder: Path, mapper: str, num_photos: int) -> None:
