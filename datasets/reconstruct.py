@@ -374,7 +374,10 @@ def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str
     if options.matching or options.vocab_tree:
         return f"Photos are compared as --{'matching' if options.matching else 'vocab_tree'} says ({matching})."
     if matching == "sequential":
-        return "Each frame is compared with those after it (sequential matching), near ones and some far ones, as a video's neighbours see the same."
+        return (
+            "Each frame is compared with the next ones and a few later ones (sequential matching), as a video's "
+            "neighbours see the same."
+        )
     if matching == "spatial":
         return "Each photo is compared with those near it by GPS (spatial matching)."
     pairs = f"All {count * (count - 1) // 2:,} pairs of photos are compared (exhaustive matching)"
