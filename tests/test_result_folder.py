@@ -359,6 +359,19 @@ def test_resume_makes_what_is_missing(monkeypatch, city_block, finished, tmp_pat
     assert all("ended.json" in name or "tfevents" in name for name in written)
 
 
+def test_a_log_that_cannot_be_begun_is_one_sentence(monkeypatch, city_block, tmp_path, capsys):
+    """On a disk that has just become full."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.results.SummaryWriter", full)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path / "run", "--max_steps", 2) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (No space left on device): choose another --result_dir" in error
+    assert "Traceback" not in error
+
+
 def test_an_evaluation_that_cannot_be_written_is_said(monkeypatch, city_block, finished, tmp_path, capsys):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")

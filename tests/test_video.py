@@ -1,5 +1,6 @@
 """Flights past the cameras, and the videos that trainers make of them."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,40 @@ def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_p
         train(monkeypatch, simple_trainer, *options)
     assert "Warning: The video of step 2 could not be written" in capsys.readouterr().out
     assert (tmp_path / "ckpts/ckpt_2.pt").is_file()
+
+
+@pytest.mark.parametrize("fault", ["the end is missing", "ffmpeg ends"])
+def test_a_video_that_is_cut_short_by_a_full_disk_is_missed(monkeypatch, city_block, tmp_path, capsys, fault):
+    """What ffmpeg leaves of it then has the size of a video and is none; imageio does not look at that."""
+    get_writer, record = imageio.get_writer, reporting.record_flight
+
+    class Cut:
+        def __init__(self, path, **options):
+            self._path, self._writer = path, get_writer(path, **options)
+
+        def append_data(self, frame):
+            if fault == "ffmpeg ends":
+                raise OSError("[Errno 32] Broken pipe\n\nFFMPEG COMMAND:\nffmpeg -y ...")
+            self._writer.append_data(frame)
+
+        def close(self):
+            self._writer.close()
+            os.truncate(self._path, self._path.stat().st_size // 2)
+
+    monkeypatch.setattr(imageio, "get_writer", Cut)
+    monkeypatch.setattr(reporting, "record_flight", lambda *arguments: record(*arguments, num_frames=12))
+    options = ("--data_dir", city_block, "--video", "--max_steps", 2, "--result_dir", tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        train(monkeypatch, simple_trainer, *options)
+    said = capsys.readouterr().out
+    assert "Warning: The video of step 2 could not be written" in said
+    assert "ffmpeg has not written all frames" in said
+    assert "FFMPEG COMMAND" not in said
+    assert list((tmp_path / "videos").iterdir()) == []
+
+    monkeypatch.setattr(imageio, "get_writer", get_writer)  # there is room again
+    train(monkeypatch, simple_trainer, *options, "--resume")
+    assert len(frames_of(tmp_path / "videos/flight_2.mp4")) == 12
 
 
 def test_no_flight_goes_to_a_camera_that_stands_far_off(city_block, tmp_path):

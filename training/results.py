@@ -20,7 +20,7 @@ from configs import Config
 from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
 from training.ending import forget_ending
-from training.files import replacing, write_file
+from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
 from training.ply import save_ply
 
@@ -74,6 +74,7 @@ class ResultFolder:
         self._cfg = cfg
         self._made: list[Path] = []
         self._is_missing = False
+        self._is_logging = False
         self.has_begun = False
         self.missed: list[str] = []
         try:
@@ -109,6 +110,7 @@ class ResultFolder:
             self._write_options()
         # What the run before had logged from this step on is forgotten: it is done once more.
         self.tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=first_step + 1 if first_step else None)
+        self._is_logging = True
 
     def make_again(self) -> bool:
         """Make the folder again where it has been removed or renamed meanwhile, and say so.
@@ -144,7 +146,7 @@ class ResultFolder:
     def close(self) -> None:
         """Let the checkpoints be written to their end, and give the folder back."""
         self.checkpoints.close()
-        if self.has_begun:
+        if self._is_logging:
             with contextlib.suppress(OSError):  # the log is not worth an error at the very end
                 self.tensorboard.close()
         self._give_back()
@@ -196,8 +198,9 @@ class ResultFolder:
 
     def save_rendering(self, steps: int, index: int, canvas: np.ndarray) -> None:
         """Write one picture [H, W, 3] uint8 as renders/val_step{steps}_{index}.png."""
-        with replacing(self.path / "renders" / f"val_step{steps}_{index:04d}.png") as partial:
-            imageio.imwrite(partial, canvas, compress_level=1)
+        # In memory first: after a full disk imageio tries once more when its writer is forgotten, with a traceback.
+        content = imageio.imwrite("<bytes>", canvas, extension=".png", compress_level=1)
+        write_file(self.path / "renders" / f"val_step{steps}_{index:04d}.png", content)
 
     def _take(self) -> FolderLock:
         self._make(self.path)

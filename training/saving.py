@@ -133,7 +133,7 @@ class Saving:
             raise NotSaved(
                 f"The Gaussians after {counted(steps_done, 'step')} could not be saved in {checkpoints.path} "
                 f"({self._failure}): make room there or make it writable, and continue from the checkpoint "
-                f"before with: {resume_command()}"
+                f"before, if there is one, with: {resume_command()}"
             )
         return checkpoints.path / f"ckpt_{steps_done}.pt"
 
