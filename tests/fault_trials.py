@@ -12,6 +12,7 @@ they must be bit-equal. Prints a row for each trainer.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -167,6 +168,10 @@ def be_child(trainer: str, arguments: list[str]) -> None:
     from training.densification import Densification
     from training.run import TrainingRun
 
+    def say(line: str) -> None:
+        # One write a line: print() writes its end apart, and another thread's line comes between.
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
     def announce(owner: type, name: str, before: str, after: str = "") -> None:
         method = getattr(owner, name)
 
@@ -176,10 +181,10 @@ def be_child(trainer: str, arguments: list[str]) -> None:
                 steps = int(self.path.stem.split("_")[1])
             if name == "after_step":
                 steps = arguments[0] + 1
-            print(f"@{before} {steps}", flush=True)
+            say(f"@{before} {steps}")
             result = method(self, *arguments, **options)
             if after:
-                print(f"@{after} {steps}", flush=True)
+                say(f"@{after} {steps}")
             return result
 
         setattr(owner, name, announced)
