@@ -129,6 +129,7 @@ def reference(multipliers: Tensor, betas: tuple[float, float]) -> ReferenceAdam:
     return ReferenceAdam(multipliers, betas, EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [native, reference])
 @pytest.mark.parametrize("multipliers", [APPEARANCE, GEOMETRY], ids=["appearance", "geometry"])
 @pytest.mark.parametrize("batch", [1, 4])

@@ -64,6 +64,7 @@ def _in_this_process(monkeypatch):
     monkeypatch.setattr(train_step, "copy_bandwidth", lambda device: 1e10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
 def test_train_step_runs_every_trainer_as_the_scripts_do(tmp_path):
     options = train_step.Options(num_gaussians=(3000,), steps=3, picture_scale=0.1, out=tmp_path / "table")
@@ -79,6 +80,7 @@ def test_train_step_runs_every_trainer_as_the_scripts_do(tmp_path):
     assert beside["gpu_only"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
 def test_split_trains_whole_in_tiles_and_in_a_budget(tmp_path, monkeypatch):
     options = split.Options(
@@ -92,6 +94,7 @@ def test_split_trains_whole_in_tiles_and_in_a_budget(tmp_path, monkeypatch):
     assert not any(row["remark"] for row in table["rows"])
 
 
+@pytest.mark.slow
 def test_trainers_of_the_benchmark_have_the_same_loss():
     losses = [
         train_step.run_trainer(train_step.Job(name, 3000, 1000.0, 0.1, steps=3)).loss
@@ -230,6 +233,7 @@ def test_shares_have_the_wanted_mean_and_ends():
     assert [shares.mean(), shares.min(), shares.max()] == pytest.approx([0.0039, 0.001, 0.0106], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_quality_goes_on_from_one_checkpoint_and_then_from_where_it_stopped(tmp_path, monkeypatch):
     write_city_block(tmp_path / "data", num_views=10, width=32, height=24, num_points=50)
     options = quality.Options(data_dir=tmp_path / "data", max_steps=2, seeds=1, out=tmp_path / "table")

@@ -44,6 +44,7 @@ def test_a_run_that_draws_nothing_says_so(monkeypatch, city_block, tmp_path, cap
     assert "--near_plane" in warnings[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_says_so(monkeypatch, city_block, tmp_path, capsys):
     def glaring(*arguments, **more):
         gaussians = initial_gaussians(*arguments, **more)
@@ -65,6 +66,7 @@ def test_a_run_that_draws_hardly_anything_says_so(monkeypatch, city_block, tmp_p
     assert "is hardly below that of an empty picture" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--random_background",)], ids=str)
 def test_a_run_that_learns_is_not_disturbed(monkeypatch, city_block, tmp_path, capsys, options):
     options = (*options, *QUIET, "--max_steps", 302)

@@ -202,6 +202,7 @@ def test_how_a_program_ended_that_does_not_say_it(tmp_path, code, status, messag
     assert (found, said[: len(message)]) == (status, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "exit_code", "status"),
     [

@@ -115,6 +115,7 @@ def test_a_wrong_command_would_be_noticed(command, tmp_path):
         check_command(command, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", DEMO_COMMANDS)
 def test_the_demo_runs_as_the_documents_say(command, city_block, tmp_path):
     """With few steps on small pictures, from a folder where nothing else is."""

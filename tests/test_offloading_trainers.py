@@ -163,6 +163,7 @@ def test_statistics_count_what_travels(monkeypatch, city_block, tmp_path):
     assert retained > 0
 
 
+@pytest.mark.slow
 def test_arranged_views_give_the_model_of_gpu_only_with_less_traffic(monkeypatch, city_block, tmp_path):
     options = (*NO_DENSIFICATION, "--max_steps", 40)
     arranged = (*options, "--view_window", 14)  # of 14 training views

@@ -207,6 +207,7 @@ def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed):
     assert training.pipeline._rows_kept > 0
 
 
+@pytest.mark.slow
 def test_no_wait_can_be_left_out(ordered):
     """Each of them, left out once, is a race in one of four trainings.
 

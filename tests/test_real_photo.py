@@ -16,6 +16,7 @@ PHOTO = Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"
 WIDTH, HEIGHT = 512, 600
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTO.is_file(), reason="this matplotlib comes without its photo")
 def test_a_real_photo_is_learned(monkeypatch, tmp_path):
     """Five cameras a hand's breadth apart show the same photo, six world units before them."""

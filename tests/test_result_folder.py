@@ -128,6 +128,7 @@ def test_nohup_is_heeded(monkeypatch, city_block, tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child of its parent's death")
 def test_the_trainer_of_a_killed_compare_saves_and_ends(city_block, tmp_path):
     options = ["--data_dir", city_block, "--result_dir", tmp_path, "--device", "cpu", "--max_steps", 100_000]

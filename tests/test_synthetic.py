@@ -153,6 +153,7 @@ def test_hidden_points_are_in_no_track(exact):
     assert depth_order_held > 0.9 * hidden
 
 
+@pytest.mark.slow
 def test_points_lie_on_surfaces_and_noise_is_as_asked(exact, tmp_path):
     _, model = exact
     write_city_block(tmp_path / "city", num_views=12, width=200, height=160, num_points=2000, point_noise=0.3)
