@@ -1,15 +1,15 @@
 """Runs COLMAP's steps on a folder of photos through pycolmap: cameras, features, matches, models.
 
-All steps but the last keep what they have done in one database, photo by photo and pair by pair, so that an interrupted
-one goes on where it was. Their bars count what is in the database, since pycolmap tells nothing while it works.
+All steps run in a process of their own (`datasets.child_process`). All but the last keep what they have done in one
+database, photo by photo and pair by pair, so that an interrupted one goes on where it was. Their bars count what is in
+the database, since pycolmap tells nothing while it works.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ import pycolmap
 from PIL import Image
 from tqdm import tqdm
 
+from datasets.child_process import run_in_child
 from datasets.images import in_threads
 from errors import InputError
 
 MOST_EXHAUSTIVE = 300  # photos; beyond that GPS says which ones may see the same, where they have it
+LOG = "log"  # the folder beside the database of what COLMAP says
 SEED = 0  # of COLMAP's random samples
 
 _LEAST_NEIGHBOURS = 20  # of a photo by its GPS position, however far they are
 _EXIF_CAMERA = (0x010F, 0x0110)  # make, model
 _EXIF_IFD, _EXIF_LENS = 0x8769, (0x920A, 0xA405)  # focal length, and as that of a 35 mm film
-_POLLS_SHARE = 0.05  # of the time goes at most into counting
 # Which pairs of photos are compared: options, what lists the pairs, and what compares them.
 _PAIRINGS: dict[str, tuple[Any, Any, Any]] = {
     "exhaustive": (
@@ -86,12 +87,9 @@ def import_photos(database: Path, images: Path, names: list[str], camera_model: 
     groups: dict[Any, list[str]] = {}
     for name, key in zip(names, in_threads(lambda name: _camera_key(images / name), names, 4, "EXIF"), strict=True):
         groups.setdefault(key, []).append(name)
-    options = pycolmap.ImageReaderOptions()
-    options.camera_model = camera_model
-    for group in groups.values():
-        missing = [name for name in group if name not in known]
-        if missing:
-            pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, missing, options)
+    missing = [[name for name in group if name not in known] for group in groups.values()]
+    if any(missing):
+        run_in_child(_import_groups, database, images, [group for group in missing if group], camera_model)
     with closing(pycolmap.Database.open(database)) as opened:
         known = {image.name for image in opened.read_all_images()}
         num_cameras = opened.num_cameras()
@@ -110,8 +108,8 @@ def extract_features(database: Path, images: Path, names: list[str]) -> None:
     def count(opened: pycolmap.Database) -> int:
         return sum(opened.exists_keypoints(image.image_id) for image in opened.read_all_images())
 
-    with _counting(database, count, "features", "photo", len(names)):
-        pycolmap.extract_features(database, images, names)
+    with _counting(database, count, "features", "photo", len(names)) as look:
+        run_in_child(_extract_features, database, images, names, look=look)
 
 
 def choose_matching(photos: list[Photo], is_video: bool) -> str:
@@ -131,30 +129,21 @@ def match(database: Path, matching: str, vocab_tree: Path | None) -> None:
         matching: "exhaustive", "spatial", "sequential" or "vocab_tree".
         vocab_tree: The file of the vocabulary tree, which the last one needs.
     """
-    options, generator, run = _PAIRINGS[matching]
-    verification = pycolmap.TwoViewGeometryOptions()
-    verification.ransac.random_seed = SEED
-    pairing = options()
-    pairings = [pairing]
-    if matching == "spatial":
-        pairing.min_num_neighbors = _LEAST_NEIGHBOURS
-    elif matching == "sequential":  # the next 1, 2, 4, 8 ... photos; then all of the next ones
-        pairings.append(options())
-        pairings[1].quadratic_overlap = False
+    pairings, generator = _pairings(matching, vocab_tree), _PAIRINGS[matching][1]
     with closing(pycolmap.Database.open(database)) as opened:
         num_done = opened.num_matched_image_pairs()
         if matching == "vocab_tree":  # which pairs it takes is known only while it looks them up
-            pairing.vocab_tree_path = vocab_tree
-            num_pairs, num_others = opened.num_images() * pairing.num_images, 0
+            num_pairs, num_others = opened.num_images() * pairings[0].num_images, 0
         else:
             pairs = {(min(pair), max(pair)) for some in pairings for pair in generator(some, opened).all_pairs()}
             num_pairs = len(pairs)
             num_others = num_done - sum(opened.exists_matches(*pair) for pair in pairs)  # of another --matching
-    with _counting(
-        database, lambda opened: opened.num_matched_image_pairs() - num_others, "matches", "pair", num_pairs
-    ):
-        for some in pairings:
-            run(database, pairing_options=some, verification_options=verification)
+
+    def count(opened: pycolmap.Database) -> int:
+        return opened.num_matched_image_pairs() - num_others
+
+    with _counting(database, count, "matches", "pair", num_pairs) as look:
+        run_in_child(_match, database, matching, vocab_tree, look=look)
 
 
 def make_models(database: Path, images: Path, folder: Path, mapper: str, num_photos: int) -> None:
@@ -167,32 +156,87 @@ def make_models(database: Path, images: Path, folder: Path, mapper: str, num_pho
         mapper: "incremental" or "global".
         num_photos: How many there are to be registered.
     """
-    pycolmap.set_random_seed(SEED)
     if mapper == "global":
         tqdm.write("The global mapper tells nothing while it works; its log is beside the database.")
-        pycolmap.calibrate_view_graph(database)
-        options = pycolmap.GlobalPipelineOptions()
-        options.random_seed = SEED
-        models = pycolmap.global_mapping(database, images, folder, options)
-        for number, model in models.items():
-            model.extract_colors_for_all_images(images)
-            model.write(folder / str(number))
+        run_in_child(_make_models_globally, database, images, folder)
         return
+    count = multiprocessing.get_context("spawn").Value("i", 0)
     with tqdm(total=num_photos, desc="models", unit="photo", dynamic_ncols=True) as bar:
 
-        def add(count: int) -> None:
-            bar.update(min(count, num_photos - bar.n))  # of a model that is given up photos are registered twice
+        def look() -> None:
+            bar.update(min(count.value, num_photos) - bar.n)  # of a model that is given up photos count twice
 
-        incremental = pycolmap.IncrementalPipelineOptions()
-        incremental.random_seed = SEED
-        pycolmap.incremental_mapping(
-            database,
-            images,
-            folder,
-            incremental,
-            initial_image_pair_callback=lambda: add(2),
-            next_image_callback=lambda: add(1),
-        )
+        run_in_child(_make_models, database, images, folder, count, look=look)
+
+
+# ------------------------------------------------------------------------------------ what runs in a process of its own
+
+
+def _import_groups(database: Path, images: Path, groups: list[list[str]], camera_model: str) -> None:
+    """Import photos, one camera for each group."""
+    log_to(database.parent / LOG)
+    options = pycolmap.ImageReaderOptions()
+    options.camera_model = camera_model
+    for group in groups:
+        pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, group, options)
+
+
+def _extract_features(database: Path, images: Path, names: list[str]) -> None:
+    log_to(database.parent / LOG)
+    pycolmap.extract_features(database, images, names)
+
+
+def _match(database: Path, matching: str, vocab_tree: Path | None) -> None:
+    log_to(database.parent / LOG)
+    verification = pycolmap.TwoViewGeometryOptions()
+    verification.ransac.random_seed = SEED
+    for pairing in _pairings(matching, vocab_tree):
+        _PAIRINGS[matching][2](database, pairing_options=pairing, verification_options=verification)
+
+
+def _pairings(matching: str, vocab_tree: Path | None) -> list[Any]:
+    """Return the options of pycolmap that list the pairs, one after the other."""
+    pairing = _PAIRINGS[matching][0]()
+    if matching == "sequential":  # the next 1, 2, 4, 8 ... photos, and all of the next ones
+        near = pycolmap.SequentialPairingOptions()
+        near.quadratic_overlap = False
+        return [pairing, near]
+    if matching == "spatial":
+        pairing.min_num_neighbors = _LEAST_NEIGHBOURS
+    elif matching == "vocab_tree":
+        pairing.vocab_tree_path = vocab_tree
+    return [pairing]
+
+
+def _make_models(database: Path, images: Path, folder: Path, count: Any) -> None:
+    """Make models incrementally; `count` is a shared integer, the photos that have been registered."""
+    log_to(database.parent / LOG)
+    pycolmap.set_random_seed(SEED)
+    options = pycolmap.IncrementalPipelineOptions()
+    options.random_seed = SEED
+
+    def add(num_photos: int) -> None:
+        count.value += num_photos
+
+    pycolmap.incremental_mapping(
+        database,
+        images,
+        folder,
+        options,
+        initial_image_pair_callback=lambda: add(2),
+        next_image_callback=lambda: add(1),
+    )
+
+
+def _make_models_globally(database: Path, images: Path, folder: Path) -> None:
+    log_to(database.parent / LOG)
+    pycolmap.set_random_seed(SEED)
+    pycolmap.calibrate_view_graph(database)
+    options = pycolmap.GlobalPipelineOptions()
+    options.random_seed = SEED
+    for number, model in pycolmap.global_mapping(database, images, folder, options).items():
+        model.extract_colors_for_all_images(images)
+        model.write(folder / str(number))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -249,43 +293,18 @@ def _camera_key(path: Path) -> tuple[object, ...]:
 @contextmanager
 def _counting(
     database: Path, count: Callable[[pycolmap.Database], int], description: str, unit: str, total: int
-) -> Iterator[None]:
-    """Show a bar of what the database holds, while pycolmap works on this thread.
+) -> Iterator[Callable[[], None]]:
+    """Show a bar of what the database holds; gives what looks at it again.
 
-    It is read through pycolmap as well: two SQLite libraries in one process release each other's locks, and one then
-    takes away the memory that the other has mapped.
+    It is read through pycolmap: two SQLite libraries in one process release each other's locks, and one then takes
+    away the memory that the other has mapped.
     """
     with closing(pycolmap.Database.open(database)) as opened:
         initial = min(count(opened), total)
         with tqdm(total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=True) as bar:
 
-            def update() -> None:
-                bar.update(min(count(opened), total) - bar.n)
+            def look() -> None:
+                with suppress(RuntimeError):  # the writer holds the file; the next look finds it free
+                    bar.update(min(count(opened), total) - bar.n)
 
-            with _repeated(update):
-                yield
-            update()
-
-
-@contextmanager
-def _repeated(action: Callable[[], None]) -> Iterator[None]:
-    """Call a function every second on a thread, or more rarely where it takes long."""
-    ended = threading.Event()
-
-    def work() -> None:
-        pause = 1.0
-        while not ended.wait(pause):
-            began = time.perf_counter()
-            try:
-                action()
-            except RuntimeError:  # the writer holds the file; the next look finds it free
-                continue
-            pause = max(1.0, (time.perf_counter() - began) / _POLLS_SHARE)
-
-    thread = threading.Thread(target=work, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+            yield look

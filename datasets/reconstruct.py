@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from datasets.links import link_file, write_whole
 from datasets.model_choice import Say
 from datasets.paths import photo_names
 from datasets.photogrammetry import (
+    LOG,
     MATCHINGS,
     MOST_EXHAUSTIVE,
     Photo,
@@ -58,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Reconstruct, and exit: 0 when the dataset can be trained on, 2 with one sentence when it cannot be made."""
     options = _parse(arguments)
     words = sys.argv[1:] if arguments is None else arguments
+    of_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         lines = reconstruct(options, print)
     except InputError as error:
@@ -67,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         command = shlex.join(["python", "-m", "datasets.reconstruct", *words])
         print(f"Stopped; what has been done is kept, and this goes on from there: {command}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, of_sigterm)
     out = Path(options.out)
     print("\n".join(lines))
     print(
@@ -106,7 +111,7 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
         source.put(images, say)
         steps.set_done("photos", source.identity)
     names = sorted(photo_names(images))
-    log_to(work / "log")
+    log_to(work / LOG)
     with _of_colmap("reading the photos", work):
         num_cameras = import_photos(database, images, names, options.camera_model)
         photos = read_photos(database)
@@ -325,7 +330,7 @@ def _of_colmap(doing: str, work: Path) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
         raise InputError(
-            f"COLMAP failed in {doing} ({reason(error)}): look into its log in {work / 'log'}, and start again."
+            f"COLMAP failed in {doing} ({reason(error)}): look into its log in {work / LOG}, and start again."
         ) from error
 
 

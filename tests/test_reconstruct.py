@@ -1,9 +1,15 @@
 """Photos, or a video, become a dataset that trains; what cannot be used is refused first, in one sentence."""
 
 import json
+import os
 import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +67,10 @@ def refused(capsys, *arguments: object) -> str:
     return sentence
 
 
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def never(*arguments: object, **options: object) -> None:
     raise AssertionError("a step that was complete began again")
 
@@ -87,9 +97,6 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "the scene"
     command = (folder, "--out", out, "--georeference")
-
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(reconstruct, "make_models", interrupted)
@@ -237,8 +244,9 @@ def test_counting_leaves_the_database_to_those_who_write(tmp_path, capsys):
             log = tmp_path / "database.db-wal"
             assert log.is_file()
             inode = log.stat().st_ino
-            with _counting(database, lambda opened: opened.num_matched_image_pairs(), "matches", "pair", 3):
+            with _counting(database, lambda opened: opened.num_matched_image_pairs(), "matches", "pair", 3) as look:
                 writer.write_matches(*pair, nothing)
+                look()
             assert log.is_file()
             assert log.stat().st_ino == inode
         assert writer.num_matched_image_pairs() == 2
@@ -261,3 +269,55 @@ def test_photos_in_their_order_are_compared_with_all_near_ones_and_some_far_ones
             j - i for i in range(40) for j in range(i + 1, 40) if opened.exists_matches(ids[names[i]], ids[names[j]])
         }
     assert offsets == {*range(1, 11), 16, 32}
+
+
+def stopped_while_features_are_found(
+    number: signal.Signals, folder: Path, out: Path, *, child: bool = False
+) -> tuple[int, str]:
+    """Send a signal to the command, or to the process in which it finds features; its exit code and its last line."""
+    command = [sys.executable, "-m", "datasets.reconstruct", str(folder), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    before = num_found(out)
+    while process.poll() is None and num_found(out) <= before:
+        time.sleep(0.05)
+    assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0] if child else process.pid, number)
+    _, errors = process.communicate()  # which ends when the worker, too, has closed it
+    with suppress(FileNotFoundError):
+        assert Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # to be buried by init
+    return process.returncode, errors.replace("\r", "\n").strip().splitlines()[-1]
+
+
+def num_found(out: Path) -> int:
+    """How many photos have features."""
+    database = out / "reconstruction/database.db"
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("SELECT COUNT(*) FROM keypoints").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_it_ends_at_any_signal_with_one_sentence_and_goes_on(tmp_path, monkeypatch):
+    folder, out = tmp_path / "photos", tmp_path / "scene"
+    folder.mkdir()
+    for number in range(24):
+        noise = np.random.default_rng(number).integers(0, 255, (150, 200, 3), np.uint8)
+        Image.fromarray(noise).resize((640, 480)).save(folder / f"{number:02d}.png")
+    code, line = stopped_while_features_are_found(signal.SIGINT, folder, out)
+    assert (code, line[:8]) == (130, "Stopped;")
+    assert f"python -m datasets.reconstruct {folder} --out {out}" in line
+    code, line = stopped_while_features_are_found(signal.SIGTERM, folder, out)
+    assert (code, line[:8]) == (130, "Stopped;")
+    code, line = stopped_while_features_are_found(signal.SIGKILL, folder, out, child=True)
+    assert code == 2
+    assert "COLMAP failed in finding features (its process ended by signal SIGKILL)" in line
+    assert stopped_while_features_are_found(signal.SIGKILL, folder, out)[0] == -signal.SIGKILL
+    assert 4 <= num_found(out) < 24
+    monkeypatch.setattr(reconstruct, "match", interrupted)  # noise has very many features
+    assert run(folder, "--out", out) == 130
+    assert num_found(out) == 24
