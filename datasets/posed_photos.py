@@ -16,7 +16,7 @@ from datasets.paths import photo_names
 from errors import InputError, reason
 
 _LARGEST_SKEW = 1e-3  # of a rotation's entries, that is rounding of float32 and not another kind of matrix
-_HALF_PIXEL = 0.5  # as far as what is left out may move a point of the picture
+HALF_PIXEL = 0.5  # as far as what is left out may move a point of the picture
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # of a camera's axes: y up, z backwards -> y down, z forwards
 
 
@@ -165,7 +165,7 @@ def check_left_out(path: Path, lens: Lens, what: str, shift: float) -> list[str]
         what: Its name.
         shift: How far it moves the corner of the picture, in pixels.
     """
-    if shift > _HALF_PIXEL:
+    if shift > HALF_PIXEL:
         raise InputError(
             f"{path} has cameras of {lens.width}x{lens.height} with {what}, which moves their corners by {shift:.2g} "
             "pixels and is not supported: calibrate without it, or export undistorted photos."

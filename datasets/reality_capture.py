@@ -1,18 +1,26 @@
 """Reads RealityScan's (formerly RealityCapture's) CSV "Internal/External camera parameters", and a PLY beside it.
 
-Columns: #name, x, y, alt, heading, pitch, roll, f, px, py, k1, k2, k3, k4, t1, t2; some may be absent.
+Columns: #name, x, y, alt, heading, pitch, roll, f, px, py, k1, k2, k3, k4, t1, t2; some may be absent. RealityScan 2
+calls four of them yaw, f_35mm, px_norm and py_norm.
 https://dev.epicgames.com/documentation/realityscan/camera-geometry-in-realityscan-camera-models-and-coordinate-systems-reference
 https://dev.epicgames.com/community/learning/knowledge-base/vzwB/capturing-reality-realitycapture-xmp-camera-math
 
 f is that of a film 36 mm wide, so f / 36, px and py are shares of the picture's larger side; px and py count from its
-middle. Angles are in degrees: camera to world, with OpenGL's camera axes, is Rz(-heading) Rx(pitch) Ry(roll), as
-nerfstudio's importer has it (https://docs.nerf.studio/quickstart/custom_dataset.html). Brown's t1 and t2 are OpenCV's
-p2 and p1, as AliceVision's and Camorph's importers have it. The file has no sizes: those of the pictures are taken.
+middle. Angles are in degrees. Yaw, pitch and roll turn an aircraft's axes (nose, right wing, down) by Rz Ry Rx in a
+world of north, east and down; the camera looks down from it, its picture's upper side towards the nose. In the file's
+own world of east, north and up that makes Rz(-heading) Rx(pitch) Ry(roll) of camera to world with OpenGL's camera axes,
+as nerfstudio's importer has it too (https://docs.nerf.studio/quickstart/custom_dataset.html). Brown's t1 and t2 are
+OpenCV's p2 and p1. The file has no sizes: those of the pictures are taken.
+
+A division lens has k1 alone, and the file does not say that it is one. The documentation divides undistorted points by
+1 + k1 r^2, which bends lines the other way than Fitzgibbon's model does, and a published export of a wide-angle lens
+has the sign of Fitzgibbon's. So k1 alone is refused where it matters.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +30,7 @@ from datasets.colmap import SparseModel
 from datasets.image_files import picture_size
 from datasets.ply import read_points
 from datasets.posed_photos import (
+    HALF_PIXEL,
     OPENGL_TO_OPENCV,
     Lens,
     PhotoFinder,
@@ -35,7 +44,12 @@ from datasets.posed_photos import (
 from errors import InputError
 
 _NEEDED = ("x", "y", "alt", "heading", "pitch", "roll", "f")
+_CALLED = {"yaw": "heading", "f_35mm": "f", "px_norm": "px", "py_norm": "py"}  # by RealityScan 2, and before
+_LENS = ("k1", "k2", "k3", "k4", "t1", "t2")
+_OF_LENSES = re.compile(r"[bkpst]\d+|skew|aspect.*")  # columns of customized exports that change what a pixel sees
 _FILM = 36.0  # mm, the width to which f belongs
+_DEGREES = 0.2  # between the cameras of a scene whose coordinates are longitude and latitude, at most: 20 km, and
+_FAR_OFF = 300  # times as far as that from 0, 0, at least
 
 
 def find(data_dir: Path) -> list[Path]:
@@ -78,6 +92,7 @@ def read(path: Path, data_dir: Path) -> SparseModel:
         camtoworld[:3, :3] = Rotation.from_euler("ZXY", [-heading, pitch, roll], degrees=True).as_matrix()
         camtoworld[:3, 3] = [number(path, whose, values, key) for key in ("x", "y", "alt")]
         photos.append(PosedPhoto(name, camtoworld @ OPENGL_TO_OPENCV, lens))
+    _check_not_in_degrees(path, photos)
     points_path = only_points_file(path)
     return make_model(path, photos, None if points_path is None else read_points(points_path), remarks)
 
@@ -96,11 +111,12 @@ def _columns(path: Path) -> list[str] | None:
     """Return the names of the columns; None where the file is not RealityScan's."""
     with open(path, "rb") as file:
         start = file.read(4096)
-    if b"name" not in start or b"heading" not in start:
+    if b"name" not in start.lower() or b"roll" not in start.lower():
         return None
     rows = _rows(path)
-    columns = [column.lstrip("#").lower() for column in rows[0]] if rows else []
-    return columns if columns[:1] == ["name"] and "heading" in columns else None
+    columns = [column.lstrip("#").strip().lower() for column in rows[0]] if rows else []
+    columns = [_CALLED.get(column, column) for column in columns]
+    return columns if columns[:1] == ["name"] and {"heading", "pitch", "roll"} <= set(columns) else None
 
 
 def _lens(path: Path, whose: str, values: dict[str, str], size: tuple[int, int]) -> tuple[Lens, list[str]]:
@@ -112,6 +128,39 @@ def _lens(path: Path, whose: str, values: dict[str, str], size: tuple[int, int])
         raise InputError(f"{path} has a focal length of {whose} that is not positive: export it again.")
     cx = width / 2 + number(path, whose, values, "px", 0.0) * larger
     cy = height / 2 + number(path, whose, values, "py", 0.0) * larger
-    k1, k2, k3, k4, t1, t2 = (number(path, whose, values, key, 0.0) for key in ("k1", "k2", "k3", "k4", "t1", "t2"))
+    k1, k2, k3, k4, t1, t2 = (number(path, whose, values, key, 0.0) for key in _LENS)
     lens = Lens(width, height, focal, focal, cx, cy, (k1, k2, t2, t1, k3))
-    return lens, check_left_out(path, lens, "k4", abs(k4) * corner_radius(lens) ** 9 * focal)
+    _check_other_parameters(path, whose, values)
+    radius = corner_radius(lens)
+    if k1 and not any((k2, k3, k4, t1, t2)) and 2 * abs(k1) * radius**3 * focal > HALF_PIXEL:  # between both
+        raise InputError(
+            f"{path} gives {whose} k1 = {k1:g} and no other coefficient, as a division lens has it, and does not say "
+            "which lens that is: set Alignment settings > Distortion model to Brown3, align again, and export again."
+        )
+    return lens, check_left_out(path, lens, "k4", abs(k4) * radius**9 * focal)
+
+
+def _check_other_parameters(path: Path, whose: str, values: dict[str, str]) -> None:
+    """Raise InputError where a column changes the lens and is not among those that are read."""
+    for key in values:
+        neutral = 1.0 if key.startswith("aspect") else 0.0
+        if key not in _LENS and _OF_LENSES.fullmatch(key) and number(path, whose, values, key) != neutral:
+            raise InputError(
+                f"{path} gives {whose} {key} = {values[key][:40]}, a parameter of the lens that is not supported: set "
+                "Alignment settings > Distortion model to Brown3, align again, and export again."
+            )
+
+
+def _check_not_in_degrees(path: Path, photos: list[PosedPhoto]) -> None:
+    """Raise InputError where x and y look like longitude and latitude, in which the scene is a line."""
+    if not photos:
+        return
+    places = np.array([photo.camtoworld[:2, 3] for photo in photos])  # [n, 2]
+    extent = np.ptp(places, axis=0).max()
+    in_range = (np.abs(places) <= [180, 90]).all()
+    if in_range and 0 < extent < _DEGREES and np.linalg.norm(places.mean(axis=0)) > _FAR_OFF * extent:
+        x, y = places[0]
+        raise InputError(
+            f"{path} has x = {x:g} and y = {y:g}, which look like longitude and latitude in degrees: export camera "
+            "parameters and points in a local or projected coordinate system, whose unit is a length."
+        )

@@ -157,22 +157,35 @@ def write_metashape(
     return path
 
 
-def write_reality_capture(model: SparseModel, data_dir: Path, *, count_line: bool = False, points: bool = True) -> Path:
-    """Write a CSV file of Internal/External camera parameters, of lenses with one focal length, and a PLY file."""
+def write_reality_capture(
+    model: SparseModel, data_dir: Path, *, count_line: bool = False, points: bool = True, newer: bool = False
+) -> Path:
+    """Write a CSV file of Internal/External camera parameters, of lenses with one focal length, and a PLY file.
+
+    The newer one is RealityScan 2's; its angles are an aircraft's in a world of north, east and down:
+    https://dev.epicgames.com/documentation/realityscan/camera-geometry-in-realityscan-camera-models-and-coordinate-systems-reference
+    """
     width, height = model.camera_sizes[0].tolist()
     f, _, cx, cy, k1, k2, p1, p2, k3 = model.camera_params[0].tolist()
     larger = max(width, height)
     lens = [f * 36 / larger, (cx - width / 2) / larger, (cy - height / 2) / larger, k1, k2, k3, 0.0, p2, p1]
-    lines = ["#name,x,y,alt,heading,pitch,roll,f,px,py,k1,k2,k3,k4,t1,t2"]
+    names = "yaw,pitch,roll,f_35mm,px_norm,py_norm" if newer else "heading,pitch,roll,f,px,py"
+    lines = [f"#name,x,y,alt,{names},k1,k2,k3,k4,t1,t2"]
     if count_line:
         lines.insert(0, f"#cameras {len(model.image_names)}")
     for name, rotation, translation, _ in photos_of(model):
-        # Columns: the camera's right, up and backwards in the world. With R = Rz(-h) Rx(p) Ry(r), its entries are
-        # R[2] = (-cos p sin r, sin p, cos p cos r) and R[:, 1] = (sin h cos p, cos h cos p, sin p).
+        # Columns: the camera's right, up and backwards in the world.
         R = rotation.T * [1, -1, -1]
-        pitch, roll = np.arcsin(R[2, 1]), np.arctan2(-R[2, 0], R[2, 2])
-        heading = np.arctan2(R[0, 1], R[1, 1])
-        pose = [*(-rotation.T @ translation).tolist(), *np.rad2deg([heading, pitch, roll]).tolist()]
+        if newer:
+            # The nose is the picture's upper side, the right wing its right one; north is y, east is x.
+            aircraft = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1]]) @ np.stack([R[:, 1], R[:, 0], -R[:, 2]], axis=1)
+            angles = Rotation.from_matrix(aircraft).as_euler("ZYX", degrees=True)
+        else:
+            # With R = Rz(-h) Rx(p) Ry(r), its entries are R[2] = (-cos p sin r, sin p, cos p cos r) and
+            # R[:, 1] = (sin h cos p, cos h cos p, sin p).
+            pitch, roll = np.arcsin(R[2, 1]), np.arctan2(-R[2, 0], R[2, 2])
+            angles = np.rad2deg([np.arctan2(R[0, 1], R[1, 1]), pitch, roll])
+        pose = [*(-rotation.T @ translation).tolist(), *angles.tolist()]
         lines.append(",".join([Path(name).name, *map(repr, [*pose, *lens])]))
     path = data_dir / "parameters.csv"
     path.write_text("\n".join(lines) + "\n")

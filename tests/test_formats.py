@@ -291,11 +291,11 @@ def test_metashape_points_in_the_chunks_own_coordinates(tmp_path):
 
 
 @pytest.mark.parametrize("k3", [0.0, 0.02])
-@pytest.mark.parametrize("count_line", [False, True])
-def test_reality_capture_is_read_as_colmap(tmp_path, k3, count_line):
+@pytest.mark.parametrize(("count_line", "newer"), [(False, False), (True, False), (False, True)])
+def test_reality_capture_is_read_as_colmap(tmp_path, k3, count_line, newer):
     lens = ("OPENCV", (81, 81, 47, 33, 0.03, -0.02, 0.004, -0.003))
     colmap, other, model = exported(
-        tmp_path, exported_formats.write_reality_capture, lens, k3=k3, count_line=count_line
+        tmp_path, exported_formats.write_reality_capture, lens, k3=k3, count_line=count_line, newer=newer
     )
     said: list[str] = []
     read, _ = load_sparse_model(other, say=said.append)
@@ -391,6 +391,9 @@ BAD_CSV = {
     "short line": ("a.png,", "a.png,1,", "has 17 values for photo 'a.png', and 16 columns"),
     "no photo": ("a.png,", "gone.png,", "names photo 'gone.png', which is not in"),
     "not a number": ("a.png,", "a.png,x", "for x of photo 'a.png', which is no number"),
+    "skew": (",k4,", ",skew,", "gives photo 'a.png' skew = 0.5, a parameter of the lens that is not supported"),
+    "aspect": (",k4,", ",aspect,", "gives photo 'a.png' aspect = 0.5, a parameter of the lens that is not supported"),
+    "k5": (",k4,", ",k5,", "gives photo 'a.png' k5 = 0.5, a parameter of the lens that is not supported"),
 }
 
 
@@ -400,8 +403,39 @@ def test_bad_csv_is_one_sentence(tmp_path, case):
     before, after, sentence = BAD_CSV[case]
     path = other / "parameters.csv"
     assert before in path.read_text()
-    path.write_text(path.read_text().replace(before, after))
+    lines = path.read_text().replace(before, after).splitlines()
+    if before == ",k4,":  # the fourth value from the end
+        lines[1:] = [",".join([*line.split(",")[:-3], "0.5", *line.split(",")[-2:]]) for line in lines[1:]]
+    path.write_text("\n".join(lines))
     assert sentence in refused(other)
+
+
+def with_lens(path: Path, *coefficients: float) -> None:
+    """Give all photos of a CSV file these k1, k2, k3, k4, t1 and t2."""
+    header, *lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([header, *(",".join([*line.split(",")[:-6], *map(str, coefficients)]) for line in lines)])
+    )
+
+
+def test_a_division_lens_is_not_taken_for_another(tmp_path):
+    _, other, _ = exported(tmp_path, exported_formats.write_reality_capture)
+    with_lens(other / "parameters.csv", -0.1, 0, 0, 0, 0, 0)
+    assert "gives photo 'a.png' k1 = -0.1 and no other coefficient, as a division lens has it" in refused(other)
+    with_lens(other / "parameters.csv", -0.1, 1e-9, 0, 0, 0, 0)
+    assert load_sparse_model(other)[0].camera_params[0, 4] == -0.1
+    with_lens(other / "parameters.csv", -1e-3, 0, 0, 0, 0, 0)  # moves nothing by half a pixel, whatever it is
+    assert load_sparse_model(other)[0].camera_params[0, 4] == -1e-3
+
+
+def test_longitude_and_latitude_are_no_place_to_train_in(tmp_path):
+    _, other, _ = exported(tmp_path, exported_formats.write_reality_capture)
+    path = other / "parameters.csv"
+    header, *lines = path.read_text().splitlines()
+    moved = [line.split(",") for line in lines]
+    moved = [[name, str(8.54 + float(x) / 1e5), str(47.37 + float(y) / 1e5), *rest] for name, x, y, *rest in moved]
+    path.write_text("\n".join([header, *map(",".join, moved)]))
+    assert "look like longitude and latitude" in refused(other)
 
 
 @pytest.mark.slow
