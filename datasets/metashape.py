@@ -5,7 +5,7 @@ stand in https://www.agisoft.com/forum/index.php?action=profile;area=showposts;u
 picture's corner, and the first pixel's centre 0.5, 0.5; cx and cy count from the middle; x' is multiplied by f + b1; p1
 and p2 are OpenCV's p2 and p1
 (https://photogrammetrycommunity.github.io/metashape-expert-manual/workflow/camera-calibration/distortion-model-opencv-colmap/).
-A fisheye's angle stands for the radius in the same polynomials.
+A fisheye's angle stands for the radius in the same polynomials, unless it is what Metashape 2 calls equisolid.
 Poses: a camera's transform maps camera (x right, y down, z forwards) to its chunk or component, whose own transform
 (rotation, translation, scale) maps to the world, as nerfstudio's importer reads them too.
 
@@ -40,6 +40,7 @@ from errors import InputError, counted, reason
 _SAMPLE = 20_000  # points, and
 _PHOTOS = 50  # photos, that tell in which world the points are
 _LEAST_SEEN = 0.05  # of the points, in the usual photo
+_FISHEYES = ("fisheye", "equidistant_fisheye")
 
 
 def find(data_dir: Path) -> list[Path]:
@@ -108,10 +109,10 @@ def _lens(path: Path, sensor: ElementTree.Element) -> tuple[Lens, list[str]]:
     """Return the lens of a sensor, as it was adjusted, and remarks on it."""
     whose = f"sensor {sensor.get('label') or sensor.get('id')}"
     kind = sensor.get("type", "frame")
-    if kind not in ("frame", "fisheye"):
+    if kind not in ("frame", *_FISHEYES):
         raise InputError(
             f"{path} uses cameras of type {kind[:40]}, which is not supported: export undistorted photos, or align as "
-            "frame or fisheye cameras."
+            "frame or equidistant fisheye cameras."
         )
     calibrations = sensor.findall("calibration")
     adjusted = [calibration for calibration in calibrations if calibration.get("class") == "adjusted"]
@@ -129,11 +130,14 @@ def _lens(path: Path, sensor: ElementTree.Element) -> tuple[Lens, list[str]]:
     cx, cy, b1, b2, k1, k2, k3, k4, p1, p2, p3, p4 = (number(path, whose, values, key, 0.0) for key in keys)
     if not (f > 0 and f + b1 > 0):
         raise InputError(f"{path} has a focal length of {whose} that is not positive: export the cameras again.")
-    fisheye = kind == "fisheye"
+    fisheye = kind in _FISHEYES
     distortion = (k1, k2, k3, k4) if fisheye else (k1, k2, p2, p1, k3)
     lens = Lens(width, height, f + b1, f, width / 2 + cx, height / 2 + cy, distortion, fisheye)
     radius = corner_radius(lens)
     remarks = check_left_out(path, lens, "b2", abs(b2) * radius)
+    shutter = sensor.find("property[@name='rolling_shutter']")
+    if shutter is not None and shutter.get("value", "").lower() not in ("", "0", "false", "disabled"):
+        remarks.append(f"{path.name} was aligned with a rolling shutter ({whose}), which is not used.")
     if fisheye:
         remarks += check_left_out(path, lens, "p1 and p2 of a fisheye", 3 * (abs(p1) + abs(p2)) * radius**2 * f)
     else:

@@ -5,8 +5,9 @@ Poses map camera to world, with OpenGL's camera axes (y up, z backwards). nerfst
 through cx - 0.5 (nerfstudio/cameras/cameras.py, `pixel_offset`), and copies COLMAP's cx: pixels are counted from the
 corner. Distortion is OpenCV's (nerfstudio/cameras/camera_utils.py). `ply_file_path` lies in the world of the poses;
 `applied_transform` [3, 4] and then `applied_scale` lead there from the world of the input, to which both are taken back
-(nerfstudio/data/dataparsers/nerfstudio_dataparser.py). Instant NGP's fields (camera_angle_x, is_fisheye) are those of
-https://github.com/NVlabs/instant-ngp/blob/master/docs/nerf_dataset_tips.md
+(nerfstudio/data/dataparsers/nerfstudio_dataparser.py). The camera model only tells fisheyes from others: distortion
+counts whatever it is called. Instant NGP's fields (camera_angle_x, is_fisheye, and those in `_OTHER_LENSES`) are those
+of https://github.com/NVlabs/instant-ngp/blob/master/docs/nerf_dataset_tips.md and src/nerf_loader.cu beside it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ from errors import InputError
 FILE = "transforms.json"
 _PERSPECTIVE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE")
 _FISHEYE = ("OPENCV_FISHEYE", "FISHEYE")
+_OTHER_LENSES = ("ftheta_p0", "latlong", "equirectangular", "orthographic")  # that Instant NGP names by a field alone
+_NOT_USED = {
+    "depth_file_path": "depth images",
+    "rolling_shutter": "a rolling shutter",
+    "fisheye_crop_radius": "the radius of a fisheye's picture",
+}
 
 
 def find(data_dir: Path) -> list[Path]:
@@ -64,6 +71,12 @@ def read(path: Path, data_dir: Path) -> SparseModel:
     frames = meta.get("frames")
     if not isinstance(frames, list) or not frames:
         raise InputError(f"{path} lacks frames, the list of photos and poses: export it again.")
+    axes = [str(meta[key]) for key in ("camera_convention", "coordinate_system") if key in meta]
+    if any("opencv" in name.lower() or "colmap" in name.lower() for name in axes):
+        raise InputError(
+            f"{path} says that its poses have the camera axes of {axes[0][:40]}, and transforms.json is read with "
+            "OpenGL's (y up, z backwards): export it for nerfstudio."
+        )
     finder = PhotoFinder(data_dir)
     scale, rotation, translation = _applied(path, meta)
     photos, masks, remarks = [], {}, []
@@ -86,8 +99,9 @@ def read(path: Path, data_dir: Path) -> SparseModel:
             masks[name] = _mask(path, whose, frame["mask_path"], data_dir)
     if masks and len(masks) < len(photos):
         remarks.append(f"{path.name} names masks of {len(masks)} of {len(photos)} photos: the others are used whole.")
-    if any("depth_file_path" in frame for frame in frames):
-        remarks.append(f"{path.name} names depth images, which are not used.")
+    for key, what in _NOT_USED.items():
+        if any(_is_given(values.get(key)) for values in (meta, *frames)):
+            remarks.append(f"{path.name} gives {key} ({what}), which is not used.")
     points = None
     if meta.get("ply_file_path"):
         xyz, colors = read_points(_points_path(path, meta["ply_file_path"]))
@@ -111,6 +125,7 @@ def _applied(path: Path, meta: Mapping[str, Any]) -> tuple[float, np.ndarray, np
 def _lens(path: Path, whose: str, values: Mapping[str, Any], picture: Path) -> tuple[Lens, list[str]]:
     """Return the lens of a frame, whose own fields go before those of the file, and remarks on it."""
     kind = str(values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")).upper()
+    kind = next((key for key in _OTHER_LENSES if _is_given(values.get(key))), kind)
     if kind not in _PERSPECTIVE + _FISHEYE:
         raise InputError(
             f"{path} uses the camera model {kind[:40]}, which is not supported: export undistorted photos, or use one "
@@ -136,12 +151,15 @@ def _lens(path: Path, whose: str, values: Mapping[str, Any], picture: Path) -> t
         k1, k2, k3, k4, p1, p2 = listed.tolist()
     else:
         k1, k2, k3, k4, p1, p2 = (number(path, whose, values, key, 0.0) for key in ("k1", "k2", "k3", "k4", "p1", "p2"))
-    if kind.endswith("PINHOLE"):
-        return Lens(width, height, fx, fy, cx, cy), []
     if kind in _FISHEYE:
         return Lens(width, height, fx, fy, cx, cy, (k1, k2, k3, k4), fisheye=True), []
     lens = Lens(width, height, fx, fy, cx, cy, (k1, k2, p1, p2, k3))
     return lens, check_left_out(path, lens, "k4", abs(k4) * corner_radius(lens) ** 9 * max(fx, fy))
+
+
+def _is_given(value: Any) -> bool:
+    """Tell whether a field says something: it is there, and neither false nor zeros alone."""
+    return any(map(bool, value)) if isinstance(value, list) else bool(value)
 
 
 def _mask(path: Path, whose: str, value: Any, data_dir: Path) -> str:
@@ -163,8 +181,9 @@ def _mask(path: Path, whose: str, value: Any, data_dir: Path) -> str:
 
 def _points_path(path: Path, value: Any) -> Path:
     """Return the file of initial points that transforms.json names."""
-    found = path.parent / str(value)
-    if not stays_inside(str(value).replace("\\", "/")) or not found.is_file():
+    name = str(value).replace("\\", "/")
+    found = path.parent / name
+    if not stays_inside(name) or not found.is_file():
         raise InputError(
             f"{path} names {str(value)[:100]!r} as ply_file_path, which is no file beside it: put the points there, or "
             "take ply_file_path out of the file to start from random points."

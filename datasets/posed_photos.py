@@ -44,16 +44,16 @@ class PosedPhoto:
 
 
 class PhotoFinder:
-    """Find photos of a dataset by what other programs call them: with other folders, or without a suffix."""
+    """Find photos of a dataset by what other programs call them: with other folders or letters, or without a suffix."""
 
     def __init__(self, data_dir: Path) -> None:
         """List the photos in `images`."""
         self.folder = data_dir / "images"
         self._names = photo_names(self.folder) if self.folder.is_dir() else set()
-        self._by_end: dict[str, list[str]] = {}  # by the file's name, with its suffix and without
+        self._by_end: dict[str, list[str]] = {}  # by the file's name, with its suffix and without, in any case
         for name in sorted(self._names):
             file = PurePosixPath(name)
-            for end in {file.name, file.stem}:
+            for end in {file.name.casefold(), file.stem.casefold()}:
                 self._by_end.setdefault(end, []).append(name)
 
     def find(self, path: Path, label: str) -> str:
@@ -72,7 +72,12 @@ class PhotoFinder:
             if name in self._names:
                 return name
         end = parts[-1] if parts else label
-        found = self._by_end.get(end) or self._by_end.get(PurePosixPath(end).stem, [])
+        file = PurePosixPath(end.casefold())
+        found = self._by_end.get(file.name, [])
+        if not found and not file.suffix[1:].isdecimal():  # frame.0001 is no other photo of the name "frame"
+            found = self._by_end.get(file.stem, [])
+        if len(found) > 1:
+            found = [name for name in found if end in (PurePosixPath(name).name, PurePosixPath(name).stem)] or found
         if len(found) > 1:
             raise InputError(
                 f"{path} names a photo {label!r}, which may be {found[0]} or {found[1]} in {self.folder}: give the "

@@ -14,6 +14,7 @@ import simple_trainer
 from datasets.camera import make_camera
 from datasets.colmap import SparseModel
 from datasets.model_choice import load_sparse_model
+from datasets.posed_photos import PhotoFinder
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import write_city_block
 from errors import InputError
@@ -138,7 +139,7 @@ def test_nerfstudio_masks_depths_and_scale(tmp_path):
     assert_same_model(load_sparse_model(other)[0], model)
     assert {path.name for path in scene.mask_paths if path} == {"all.png"}
     assert any("25.0 % of all pixels" in sentence for sentence in said)
-    assert any("depth images, which are not used" in sentence for sentence in said)
+    assert any("gives depth_file_path (depth images), which is not used" in sentence for sentence in said)
 
 
 def test_instant_ngp_names_photos_without_a_suffix_and_lenses_by_angles(tmp_path):
@@ -184,6 +185,9 @@ BAD_NERFSTUDIO = {
     "mirrored": (lambda meta: meta.update(applied_transform=(-np.eye(4)[:3]).tolist()), "applied_transform .* is no"),
     "camera model": (lambda meta: meta.update(camera_model="EQUIRECTANGULAR"), "model EQUIRECTANGULAR, which is not"),
     "k4": (lambda meta: meta.update(k4=0.1), "with k4, which moves their corners by"),
+    "lens of a field": (lambda meta: meta.update(ftheta_p0=0.1), "the camera model ftheta_p0, which is not supported"),
+    "sphere": (lambda meta: meta["frames"][0].update(latlong=True), "the camera model latlong, which is not supported"),
+    "other axes": (lambda meta: meta.update(camera_convention="opencv"), "poses have the camera axes of opencv"),
     "points": (lambda meta: meta.update(ply_file_path="gone.ply"), "'gone.ply' as ply_file_path"),
     "points elsewhere": (lambda meta: meta.update(ply_file_path="../x.ply"), "as ply_file_path, which is no file"),
     "mask": (
@@ -204,6 +208,21 @@ def test_bad_transforms_are_one_sentence(tmp_path, case):
     with pytest.raises(InputError, match=sentence):
         load_scene(other)
     assert ": " in refused(other)
+
+
+def test_nerfstudio_distortion_counts_whatever_the_camera_model_is_called(tmp_path):
+    _, other, model = exported(tmp_path, exported_formats.write_nerfstudio)
+    (other / "points").mkdir()
+    (other / "sparse_pc.ply").rename(other / "points/of it.ply")
+    fields = {"camera_model": "PINHOLE", "ply_file_path": "points\\of it.ply"}
+    edited(other / "transforms.json", lambda meta: meta.update(fields, rolling_shutter=[0, 0, 0.1], latlong=False))
+    said: list[str] = []
+    assert_same_model(load_sparse_model(other, say=said.append)[0], model)
+    assert "gives rolling_shutter (a rolling shutter), which is not used" in said[1]
+    edited(other / "transforms.json", lambda meta: meta.update(rolling_shutter=[0, 0, 0]))
+    said.clear()
+    load_sparse_model(other, say=said.append)
+    assert len(said) == 1
 
 
 def test_damaged_json_is_one_sentence(tmp_path):
@@ -235,6 +254,24 @@ def test_photos_of_one_name_are_not_guessed(tmp_path):
     load_scene(other)  # images/a.png has that very path's end
     edited(other / "transforms.json", lambda meta: meta["frames"][0].update(file_path="elsewhere/a"))
     assert "may be a.png or b/a.png" in refused(other)
+
+
+def test_photos_are_found_by_names_as_other_systems_write_them(tmp_path):
+    for name in ("b/IMG_1.JPG", "frame.jpg", "frame.0001.jpg", "x.png", "X.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    finder, file = PhotoFinder(tmp_path), tmp_path / "cameras.xml"
+    for label, name in {
+        "C:\\Photos\\B\\img_1.jpg": "b/IMG_1.JPG",
+        "/home/me/b/IMG_1.dng": "b/IMG_1.JPG",
+        "./images\\frame": "frame.jpg",
+        "frame.0001": "frame.0001.jpg",
+        "frame.0002": "frame.0002",  # which is not there
+        "X": "X.png",
+    }.items():
+        assert finder.find(file, label) == name
+    with pytest.raises(InputError, match=r"may be X\.png or x\.png"):
+        finder.find(file, "x.tif")
 
 
 def test_without_a_model_it_is_said_what_can_be_read(tmp_path):
@@ -277,6 +314,20 @@ def test_metashape_is_read_as_colmap(tmp_path, lens, k3, component):
     assert_same_model(read, model)
     if not k3:
         assert_same_scene(load_scene(other), load_scene(colmap))
+
+
+def test_metashape_2_names_its_fisheyes_and_rolling_shutters(tmp_path):
+    _, other, model = exported(tmp_path, exported_formats.write_metashape, FISHEYE)
+    path = other / "cameras.xml"
+    text = path.read_text().replace('type="fisheye"', 'type="equidistant_fisheye"')
+    path.write_text(
+        text.replace('<calibration type="', '<property name="rolling_shutter" value="true"/><calibration type="', 1)
+    )
+    said: list[str] = []
+    assert_same_model(load_sparse_model(other, say=said.append)[0], model)
+    assert any("aligned with a rolling shutter (sensor unknown), which is not used" in sentence for sentence in said)
+    path.write_text(text.replace("equidistant", "equisolid"))
+    assert "cameras of type equisolid_fisheye, which is not supported" in refused(other)
 
 
 def test_metashape_points_in_the_chunks_own_coordinates(tmp_path):
