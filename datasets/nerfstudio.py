@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from datasets.colmap import SparseModel
-from datasets.image_files import picture_size
 from datasets.paths import stays_inside
 from datasets.ply import read_points
 from datasets.posed_photos import (
@@ -92,7 +91,7 @@ def read(path: Path, data_dir: Path) -> SparseModel:
         camtoworld = np.eye(4)
         camtoworld[:3, :3] = rotation.T @ rotation_of(path, whose, pose[:3, :3])
         camtoworld[:3, 3] = rotation.T @ (pose[:3, 3] / scale - translation)
-        lens, remarks_of_lens = _lens(path, whose, {**meta, **frame}, finder.folder / name)
+        lens, remarks_of_lens = _lens(path, whose, {**meta, **frame}, finder, name)
         remarks += [remark for remark in remarks_of_lens if remark not in remarks]
         photos.append(PosedPhoto(name, camtoworld @ OPENGL_TO_OPENCV, lens))
         if "mask_path" in frame:
@@ -122,7 +121,7 @@ def _applied(path: Path, meta: Mapping[str, Any]) -> tuple[float, np.ndarray, np
     return applied_scale * scale, rotation, translation / scale
 
 
-def _lens(path: Path, whose: str, values: Mapping[str, Any], picture: Path) -> tuple[Lens, list[str]]:
+def _lens(path: Path, whose: str, values: Mapping[str, Any], finder: PhotoFinder, name: str) -> tuple[Lens, list[str]]:
     """Return the lens of a frame, whose own fields go before those of the file, and remarks on it."""
     kind = str(values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")).upper()
     kind = next((key for key in _OTHER_LENSES if _is_given(values.get(key))), kind)
@@ -134,7 +133,7 @@ def _lens(path: Path, whose: str, values: Mapping[str, Any], picture: Path) -> t
     if "w" in values or "h" in values:
         width, height = side(path, whose, values, "w"), side(path, whose, values, "h")
     else:
-        width, height = picture_size(picture)
+        width, height = finder.size_of(path, whose, name)
     if "fl_x" not in values and "camera_angle_x" in values:
         fx = width / 2 / math.tan(number(path, whose, values, "camera_angle_x") / 2)
     else:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from datasets.colmap import LARGEST_SIDE, SparseModel, check_names, damage_of
+from datasets.image_files import picture_size
 from datasets.paths import photo_names
 from errors import InputError, reason
 
@@ -84,6 +85,21 @@ class PhotoFinder:
                 "photos different names, and export again."
             )
         return found[0] if found else end
+
+    def size_of(self, path: Path, whose: str, name: str) -> tuple[int, int]:
+        """Return the width and height of a photo, which the file that names it does not say.
+
+        Args:
+            path: The file.
+            whose: What it calls the photo.
+            name: As `find` has returned it.
+
+        Raises:
+            InputError: It is not there, or no picture.
+        """
+        if name not in self._names:
+            raise InputError(f"{path} names {whose}, which is not in {self.folder}: put it there.")
+        return picture_size(self.folder / name)
 
 
 def make_model(

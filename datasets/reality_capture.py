@@ -27,7 +27,6 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from datasets.colmap import SparseModel
-from datasets.image_files import picture_size
 from datasets.ply import read_points
 from datasets.posed_photos import (
     HALF_PIXEL,
@@ -83,9 +82,7 @@ def read(path: Path, data_dir: Path) -> SparseModel:
             raise InputError(f"{path} has {len(row)} values for {whose}, and {len(columns)} columns: export it again.")
         values = dict(zip(columns, row, strict=True))
         name = finder.find(path, row[0])
-        if not (finder.folder / name).is_file():
-            raise InputError(f"{path} names {whose}, which is not in {finder.folder}: put it there.")
-        lens, remarks_of_lens = _lens(path, whose, values, picture_size(finder.folder / name))
+        lens, remarks_of_lens = _lens(path, whose, values, finder.size_of(path, whose, name))
         remarks += [remark for remark in remarks_of_lens if remark not in remarks]
         heading, pitch, roll = (number(path, whose, values, key) for key in ("heading", "pitch", "roll"))
         camtoworld = np.eye(4)

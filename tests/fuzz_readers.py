@@ -41,9 +41,10 @@ from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
+from tests import exported_formats
 from tests.aerial_training import rows_of
 from tests.made_up_downloads import matrix_city, mega_nerf
-from tests.mutations import mutate, mutate_checkpoint, mutate_npz
+from tests.mutations import mutate, mutate_checkpoint, mutate_json, mutate_npz, mutate_text
 from tests.small_scene import camera, ramp_picture, write_scene
 from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
@@ -240,6 +241,22 @@ def ply_files() -> Files:
     }
 
 
+def posed_files(folder: Path) -> dict[str, Files]:
+    """By program, a dataset whose poses it has written."""
+    colmap = write_scene(folder / "colmap", 5, [camera("OPENCV", (80, 80, 48, 32, 0.02, -0.01, 0.001, 0.002))])
+    model = read_sparse_model(colmap / "sparse/0")
+    found = {}
+    for write in (
+        *(exported_formats.write_nerfstudio, exported_formats.write_open_drone_map),
+        *(exported_formats.write_metashape, exported_formats.write_reality_capture),
+    ):
+        name = write.__name__.removeprefix("write_").replace("_", " ")
+        shutil.copytree(colmap / "images", folder / name / "images")
+        write(model, folder / name)
+        found[name] = read_files(folder / name)
+    return found
+
+
 def gaussian_files(scratch: Path) -> Files:
     points = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     colors = np.full((10, 3), 128, np.uint8)
@@ -302,6 +319,8 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
     halves = {f"a/{name}": content for name, content in older.items()}
     halves |= {f"b/{name}": content.replace(b".png", b".jpg") for name, content in older.items()}
 
+    posed = posed_files(scratch / "posed")
+
     def model_parts(files: Files) -> list[str]:
         return [name for name in files if "sparse/" in name]
 
@@ -319,11 +338,19 @@ def targets(scratch: Path) -> list[tuple[str, Files, list[str], Reader]]:
         ("checkpoint of version 1", checkpoints, ["version 1.pt"], read_checkpoint),
         ("MatrixCity's poses", poses, [name for name in poses if name.endswith(".json")], read_poses),
         ("Mega-NeRF's metadata", metadata, [n for n in metadata if "metadata" in n], read_metadata_file),
+        *(
+            (f"poses of {program}", files, [name for name in files if "images/" not in name], read_cached_model)
+            for program, files in posed.items()
+        ),
     ]
 
 
 SINGLE = (read_ply, read_picture, read_checkpoint, read_gaussians)  # read one file alone
-RESEALING = {".npz": mutate_npz, "checkpoint": mutate_checkpoint}  # what makes damage that checksums do not notice
+# What makes damage that checksums, or a parser, do not notice.
+RESEALING = {
+    **{".npz": mutate_npz, "checkpoint": mutate_checkpoint},
+    **{".json": mutate_json, ".xml": mutate_text, ".csv": mutate_text},
+}
 
 
 def outcome(read: Reader, data_dir: Path, damaged: str) -> str:

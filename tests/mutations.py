@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import struct
 import zipfile
 import zlib
@@ -96,6 +97,39 @@ def mutate_checkpoint(content: bytes, donor: bytes, rng: random.Random) -> bytes
     )
     data[: len(prologue) + 4] = prologue + struct.pack("<I", zlib.crc32(prologue))
     return bytes(data) + text
+
+
+def mutate_json(content: bytes, donor: bytes, rng: random.Random) -> bytes:
+    """A copy of a JSON file that is one still, with some of its values replaced or taken out."""
+    root = json.loads(content)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        owner = root
+        while True:  # the deeper, the rarer: a file has few fields of its own and very many numbers
+            keys = range(len(owner)) if isinstance(owner, list) else sorted(owner)
+            if not keys:
+                break
+            key = rng.choice(keys)
+            if isinstance(owner[key], (dict, list)) and rng.random() < 0.8:
+                owner = owner[key]
+                continue
+            if rng.random() < 0.2:
+                del owner[key]
+            else:
+                owner[key] = rng.choice(
+                    (*_VALUES, *(path.decode() for path in _PATHS), "1e300", owner[key], [owner[key]])
+                )
+            break
+    return json.dumps(root).encode()
+
+
+def mutate_text(content: bytes, donor: bytes, rng: random.Random) -> bytes:
+    """A copy of a text file with some of its words and numbers replaced, whatever stands between them."""
+    data = content
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        places = [match.span() for match in re.finditer(rb'[^\s,<>="/]+', data)]
+        start, end = rng.choice(places) if places else (0, 0)
+        data = data[:start] + rng.choice((*_WORDS, *_PATHS)) + data[end:]
+    return data
 
 
 def _flip_bits(data: bytearray, donor: bytes, rng: random.Random) -> None:

@@ -197,6 +197,10 @@ BAD_NERFSTUDIO = {
     "mask elsewhere": (lambda meta: meta["frames"][0].update(mask_path="m.png"), "masks are read from"),
     "twice": (lambda meta: meta["frames"].append(meta["frames"][0]), "names a picture twice"),
     "photo": (lambda meta: meta["frames"][0].update(file_path="images/gone.png"), r"missing from .*gone\.png"),
+    "photo without a size": (
+        lambda meta: (meta.pop("w"), meta.pop("h"), meta["frames"][0].update(file_path=f"images/{300 * 'a'}.png")),
+        r"names frame 0 \(images/aa.*, which is not in",
+    ),
 }
 
 
@@ -441,6 +445,7 @@ BAD_CSV = {
     "no focal length": (",f,", ",focal,", "lacks the columns f"),
     "short line": ("a.png,", "a.png,1,", "has 17 values for photo 'a.png', and 16 columns"),
     "no photo": ("a.png,", "gone.png,", "names photo 'gone.png', which is not in"),
+    "long name": ("a.png,", f"{300 * 'a'}.png,", f"names photo '{100 * 'a'}', which is not in"),
     "not a number": ("a.png,", "a.png,x", "for x of photo 'a.png', which is no number"),
     "skew": (",k4,", ",skew,", "gives photo 'a.png' skew = 0.5, a parameter of the lens that is not supported"),
     "aspect": (",k4,", ",aspect,", "gives photo 'a.png' aspect = 0.5, a parameter of the lens that is not supported"),
