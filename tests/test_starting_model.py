@@ -17,7 +17,8 @@ from tests.interrupted_runs import run_script, saved
 from training.checkpoints import load_checkpoint
 from training.commands import resume_command
 from training.ply import load_ply, save_ply
-from training.starting_model import StartingModel, moved
+from training.similarity import moved
+from training.starting_model import StartingModel
 from training.views import posed_cameras, render
 
 

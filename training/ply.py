@@ -7,7 +7,8 @@ a JSON file of the same name beside it, say how to come back: input = offset + s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,22 @@ from torch import Tensor
 from datasets.ply import check_counts
 from errors import InputError, reason
 from training.files import replacing, write_file
+from training.gaussians import PARAMETER_NAMES
 
 MODEL_SHARE = 128  # what is read and written at a time is at most this part of the model, which is never copied whole
 FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 14
+TRANSFORM_COMMENT, AXES_COMMENT = "transform_from_input ", "axes "  # how these comments begin
 
 
 def save_ply(
-    path: Path, rows: Callable[[int, int], Mapping[str, Tensor]], num_gaussians: int, transform: np.ndarray
+    path: Path,
+    rows: Callable[[int, int], Mapping[str, Tensor]],
+    num_gaussians: int,
+    transform: np.ndarray,
+    *,
+    axes: str = "",
 ) -> None:
-    """Write Gaussians in the model's (normalized) coordinates.
+    """Write Gaussians in the model's (normalized) coordinates, with the way back to the dataset's.
 
     Args:
         path: File to write; it appears under its name only when it is complete. The way back to the dataset's
@@ -35,7 +43,23 @@ def save_ply(
         rows: Gives the rows from one number up to another of the six stored parameter tensors, on any device.
         num_gaussians: How many there are.
         transform: [4, 4] similarity from the dataset's coordinates to the model's; kept as a comment as well.
+        axes: What the axes are, where that is not what training makes them.
     """
+    side_file = path.with_suffix(".json")
+    comments = [
+        f"input = offset + scale * rotation @ (x, y, z), see {ascii(side_file.name)[1:-1]}",
+        "offset_of_input " + " ".join(map(repr, way_back(transform)["offset"])),
+        TRANSFORM_COMMENT + " ".join(repr(float(x)) for x in np.ravel(transform)),
+        *([AXES_COMMENT + axes] if axes else []),
+    ]
+    write_ply(path, rows, num_gaussians, comments)
+    write_way_back(side_file, transform, axes=axes)
+
+
+def write_ply(
+    path: Path, rows: Callable[[int, int], Mapping[str, Tensor]], num_gaussians: int, comments: Sequence[str] = ()
+) -> None:
+    """Write Gaussians as they are; the arguments are those of `save_ply`, and lines of comments for the header."""
     num_rest = 3 * rows(0, 0)["shN"].shape[1]
     names = [
         *("x", "y", "z", "nx", "ny", "nz"),
@@ -45,13 +69,10 @@ def save_ply(
         *(f"scale_{i}" for i in range(3)),
         *(f"rot_{i}" for i in range(4)),
     ]
-    way_back, side_file = _way_back(transform), path.with_suffix(".json")
     header = [
         "ply",
         "format binary_little_endian 1.0",
-        f"comment input = offset + scale * rotation @ (x, y, z), see {ascii(side_file.name)[1:-1]}",
-        "comment offset_of_input " + " ".join(map(repr, way_back["offset"])),
-        "comment transform_from_input " + " ".join(repr(float(x)) for x in np.ravel(transform)),
+        *(f"comment {comment}" for comment in comments),
         f"element vertex {num_gaussians}",
         *(f"property float {name}" for name in names),
         "end_header",
@@ -62,10 +83,21 @@ def save_ply(
         for first in range(0, num_gaussians, block_rows):
             block = rows(first, min(first + block_rows, num_gaussians))
             file.write(_columns(block).numpy().astype("<f4", copy=False).data)
-    write_file(side_file, json.dumps(way_back, indent=2) + "\n")
 
 
-def _way_back(transform: np.ndarray) -> dict[str, Any]:
+def write_way_back(path: Path, transform: np.ndarray, *, axes: str = "") -> None:
+    """Write how to come from a model's coordinates to the dataset's.
+
+    Args:
+        path: Of the JSON file.
+        transform: [4, 4] similarity from the dataset's coordinates to the model's.
+        axes: What the model's axes are, where that is not what training makes them.
+    """
+    content = {**way_back(transform), **({"axes": axes} if axes else {})}
+    write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def way_back(transform: np.ndarray) -> dict[str, Any]:
     """Return offset [3], scale and rotation [3][3] from the model's coordinates to the dataset's."""
     inverse = np.linalg.inv(transform)
     scale = np.cbrt(np.linalg.det(inverse[:3, :3]))
@@ -105,25 +137,91 @@ def transform_of_ply(path: Path) -> np.ndarray | None:
     Raises:
         InputError: What is said cannot be read.
     """
-    key = "transform_from_input "
+    return frame_of_ply(path)[0]
+
+
+def frame_of_ply(path: Path) -> tuple[np.ndarray | None, str]:
+    """Return what `transform_of_ply` does, and what the file's axes are: empty, where that is not said.
+
+    Raises:
+        InputError: What is said cannot be read.
+    """
     side_file = path.with_suffix(".json")
     try:
         comments = PlyData.read(path, mmap=True).comments
-        values = next((text[len(key) :].split() for text in comments if text.startswith(key)), None)
+        values = _after(TRANSFORM_COMMENT, comments)
         if values is not None:
-            return np.array(values, np.float64).reshape(4, 4)
+            return np.array(values.split(), np.float64).reshape(4, 4), _after(AXES_COMMENT, comments) or ""
         way_back = json.loads(side_file.read_text()) if side_file.is_file() else {}
         if not isinstance(way_back, dict) or not {"offset", "scale", "rotation"} <= way_back.keys():
-            return None
+            return None, ""
         inverse = np.eye(4)
         inverse[:3, :3] = float(way_back["scale"]) * np.array(way_back["rotation"], np.float64)
         inverse[:3, 3] = way_back["offset"]
-        return np.linalg.inv(inverse)
+        return np.linalg.inv(inverse), str(way_back.get("axes", ""))
     except Exception as error:  # of plyfile, NumPy and json
         raise InputError(
             f"{path} or {side_file.name} beside it does not say how to come back to the dataset's coordinates "
             f"({reason(error)}): remove that file, or choose a complete PLY file."
         ) from error
+
+
+def _after(key: str, comments: Sequence[str]) -> str | None:
+    return next((text[len(key) :] for text in comments if text.startswith(key)), None)
+
+
+class PlyRows:
+    """Reads rows of a 3DGS PLY file where it lies on disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: It is missing, damaged, or does not hold Gaussians.
+        """
+        self._path = path
+        with self._readable():
+            check_counts(path)
+            self._vertex = PlyData.read(path, mmap=True)["vertex"].data  # structured, [N]
+            names = set(self._vertex.dtype.names or ())
+            rest = sum(name.startswith("f_rest_") for name in names)
+            self._columns = {
+                "means": ["x", "y", "z"],
+                "scales": [f"scale_{i}" for i in range(3)],
+                "quats": [f"rot_{i}" for i in range(4)],
+                "opacities": ["opacity"],
+                "sh0": [f"f_dc_{i}" for i in range(3)],
+                "shN": [f"f_rest_{i}" for i in range(rest)],
+            }
+            missing = [name for columns in self._columns.values() for name in columns if name not in names]
+            if missing:
+                raise ValueError(f"there is no property {missing[0]}")
+        self.num_gaussians = len(self._vertex)
+        self.num_harmonics = rest // 3 + 1  # of each colour
+
+    def parameter(self, name: str, rows: slice | Tensor) -> Tensor:
+        """Return some rows [M, ...] of one of the six stored parameters on the CPU."""
+        with self._readable():
+            vertex = self._vertex[rows if isinstance(rows, slice) else rows.numpy()]
+            columns = [vertex[column].astype(np.float32) for column in self._columns[name]]
+            values = np.stack(columns, axis=1) if columns else np.zeros((len(vertex), 0), np.float32)
+        tensor = torch.from_numpy(values)  # [M, columns]
+        if name == "opacities":
+            return tensor[:, 0]
+        if name == "sh0":
+            return tensor[:, None, :]
+        if name == "shN":
+            return tensor.reshape(len(tensor), 3, self.num_harmonics - 1).transpose(1, 2).contiguous()
+        return tensor
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # plyfile, NumPy and torch each have errors of their own
+            raise InputError(
+                f"{self._path} cannot be read as a 3DGS PLY file ({reason(error)}): choose a complete one."
+            ) from error
 
 
 def load_ply(path: Path) -> dict[str, Tensor]:
@@ -133,27 +231,7 @@ def load_ply(path: Path) -> dict[str, Tensor]:
         The six stored parameter tensors on the CPU, N rows each.
 
     Raises:
-        InputError: The file is missing, damaged, or holds no Gaussians.
+        InputError: The file is missing, damaged, or does not hold Gaussians.
     """
-    try:
-        check_counts(path)
-        vertex = PlyData.read(path)["vertex"]
-        num_rest = sum(property.name.startswith("f_rest_") for property in vertex.properties)
-
-        def columns(*names: str) -> Tensor:
-            return torch.from_numpy(np.stack([vertex[name].astype(np.float32) for name in names], axis=1))
-
-        rest = [f"f_rest_{i}" for i in range(num_rest)]
-        shN = columns(*rest) if rest else torch.zeros(len(vertex), 0)
-        return {
-            "means": columns("x", "y", "z"),
-            "scales": columns("scale_0", "scale_1", "scale_2"),
-            "quats": columns("rot_0", "rot_1", "rot_2", "rot_3"),
-            "opacities": columns("opacity")[:, 0],
-            "sh0": columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None, :],
-            "shN": shN.reshape(len(vertex), 3, num_rest // 3).transpose(1, 2).contiguous(),
-        }
-    except Exception as error:  # plyfile, NumPy and torch each have errors of their own
-        raise InputError(
-            f"{path} cannot be read as a 3DGS PLY file ({reason(error)}): choose a complete one."
-        ) from error
+    rows = PlyRows(path)
+    return {name: rows.parameter(name, slice(None)) for name in PARAMETER_NAMES}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from configs import Config
@@ -18,9 +17,9 @@ from offload.store.morton import morton_order
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
 from training.ply import load_ply, transform_of_ply
+from training.similarity import moved, with_degree
 
 _SAME = 1e-9  # of the transforms of one dataset: nothing is moved, so that the model draws what it drew
-_DIRECTIONS = 64  # of which the turned harmonics are fitted; a band has 7 at most
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class StartingModel:
                 "raise it."
             )
         degree = round((gaussians["shN"].shape[1] + 1) ** 0.5) - 1
-        gaussians["shN"] = _with_degree(gaussians["shN"], cfg.sh_degree)
+        gaussians["shN"] = with_degree(gaussians["shN"], cfg.sh_degree)
         own = np.eye(4) if self.transform is None else self.transform
         move = transform @ np.linalg.inv(own)
         if np.abs(move - np.eye(4)).max() > _SAME:
@@ -97,68 +96,3 @@ class StartingModel:
             say(f"Its harmonics have degree {degree}, and --sh_degree is {cfg.sh_degree}: {done}.")
         order = morton_order(gaussians["means"])
         return {name: gaussians[name][order] for name in PARAMETER_NAMES}
-
-
-def moved(gaussians: dict[str, Tensor], transform: np.ndarray) -> dict[str, Tensor]:
-    """Return Gaussians under a similarity [4, 4]: positions, sizes, rotations, and the harmonics turned with them."""
-    scale = float(np.cbrt(np.linalg.det(transform[:3, :3])))
-    turn = transform[:3, :3] / scale
-    means = gaussians["means"].double().numpy() @ transform[:3, :3].T + transform[:3, 3]
-    x, y, z, w = Rotation.from_matrix(turn).as_quat()
-    quats = gaussians["quats"].double()  # [N, 4] w x y z
-    product = torch.tensor([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]], dtype=torch.float64)
-    shN = gaussians["shN"].clone()
-    degree = round((shN.shape[1] + 1) ** 0.5) - 1
-    directions = np.random.default_rng(0).normal(size=(_DIRECTIONS, 3))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    # What was seen in direction d is now seen in turn @ d; each band of harmonics is turned into itself.
-    before, after = harmonics(directions, degree), harmonics(directions @ turn.T, degree)
-    for band in range(1, degree + 1):
-        rows = slice(band**2 - 1, (band + 1) ** 2 - 1)  # of shN
-        columns = slice(band**2, (band + 1) ** 2)
-        matrix = torch.from_numpy(np.linalg.lstsq(after[:, columns], before[:, columns], rcond=None)[0])
-        shN[:, rows] = torch.einsum("ij,njc->nic", matrix.to(shN.dtype), gaussians["shN"][:, rows])
-    return {
-        **gaussians,
-        "means": torch.from_numpy(means).float(),
-        "scales": gaussians["scales"] + float(np.log(scale)),
-        "quats": (quats @ product.T).float(),
-        "shN": shN,
-    }
-
-
-def harmonics(directions: np.ndarray, degree: int) -> np.ndarray:
-    """Return the real spherical harmonics [M, (degree + 1)^2] of unit directions [M, 3], in 3DGS's order and signs."""
-    x, y, z = directions.T
-    xx, yy, zz = x * x, y * y, z * z
-    bands = [
-        [np.full_like(x, 0.28209479177387814)],
-        [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x],
-        [
-            1.0925484305920792 * x * y,
-            -1.0925484305920792 * y * z,
-            0.31539156525252005 * (2 * zz - xx - yy),
-            -1.0925484305920792 * x * z,
-            0.5462742152960396 * (xx - yy),
-        ],
-        [
-            -0.5900435899266435 * y * (3 * xx - yy),
-            2.890611442640554 * x * y * z,
-            -0.4570457994644658 * y * (4 * zz - xx - yy),
-            0.3731763325901154 * z * (2 * zz - 3 * xx - 3 * yy),
-            -0.4570457994644658 * x * (4 * zz - xx - yy),
-            1.445305721320277 * z * (xx - yy),
-            -0.5900435899266435 * x * (xx - 3 * yy),
-        ],
-    ]
-    return np.stack([value for band in bands[: degree + 1] for value in band], axis=1)
-
-
-def _with_degree(shN: Tensor, degree: int) -> Tensor:
-    """Return coefficients [N, (degree + 1)^2 - 1, 3]: cut, or filled with zeros."""
-    if shN.shape[1] + 1 == (degree + 1) ** 2:
-        return shN
-    result = torch.zeros(len(shN), (degree + 1) ** 2 - 1, 3)
-    common = min(shN.shape[1], result.shape[1])
-    result[:, :common] = shN[:, :common]
-    return result

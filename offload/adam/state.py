@@ -156,20 +156,46 @@ def current_rows(state: State, name: str) -> Iterator[tuple[slice, dict[str, Ten
     Yields:
         Which rows, and of each of `ARRAYS` the values [M, ...]; copies where steps were deferred.
     """
-    group, columns = _place_of(state, name)
-    adam = DeferredAdam.from_tables(deferral_tables(state, group), columns) if is_deferred(state, group) else None
+    values = CurrentValues(state)
     for first in range(0, num_gaussians_of(state), BLOCK_ROWS):
         rows = slice(first, first + BLOCK_ROWS)
-        block = _float_block(state, name, rows)
-        if adam is not None:
-            parameters, *moments = (value.view(len(value), -1) for value in block.values())
-            last_step = state[f"last_step/{group}"][rows].clone()
-            stale = (last_step < adam.step).nonzero().squeeze(1)
-            adam.commit(RowState(parameters, tuple(moments)), last_step, stale, None)
-        yield rows, block
+        yield rows, values.block(name, rows)
 
 
-def _float_block(state: State, name: str, rows: slice) -> dict[str, Tensor]:
+class CurrentValues:
+    """Reads rows of a state with all steps applied, wherever they lie."""
+
+    def __init__(self, state: State) -> None:
+        """
+        Args:
+            state: It stands after `step_count` steps.
+        """
+        self._state = state
+        self._adams: dict[str, DeferredAdam] = {}  # by parameter; their tables are made once
+
+    def parameter(self, name: str, rows: slice | Tensor) -> Tensor:
+        """Return some rows [M, ...] of a parameter, float32."""
+        if not is_deferred(self._state, _place_of(self._state, name)[0]):
+            return stored_values(self._state, name)[rows]
+        return self.block(name, rows)["parameters"]
+
+    def block(self, name: str, rows: slice | Tensor) -> dict[str, Tensor]:
+        """Return some rows [M, ...] of a parameter and its moments, by `ARRAYS`; copies where steps were deferred."""
+        block = _float_block(self._state, name, rows)
+        group, columns = _place_of(self._state, name)
+        if not is_deferred(self._state, group):
+            return block
+        if name not in self._adams:
+            self._adams[name] = DeferredAdam.from_tables(deferral_tables(self._state, group), columns)
+        adam = self._adams[name]
+        parameters, *moments = (value.view(len(value), -1) for value in block.values())
+        last_step = self._state[f"last_step/{group}"][rows].clone()
+        stale = (last_step < adam.step).nonzero().squeeze(1)
+        adam.commit(RowState(parameters, tuple(moments)), last_step, stale, None)
+        return block
+
+
+def _float_block(state: State, name: str, rows: slice | Tensor) -> dict[str, Tensor]:
     """Return some rows of a parameter and its moments as they are stored; float32 copies where steps were deferred."""
     group, columns = _place_of(state, name)
     if format_of(state) == "float32":

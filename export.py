@@ -1,0 +1,151 @@
+"""Writes a trained model as a file that other programs open.
+
+    python export.py MODEL --to FILE [--crop ...] [--max_gaussians N] [--sh_degree D] [--world input] [--up z]
+
+MODEL is a checkpoint or a 3DGS PLY file. The ending of FILE says the format: .ply, .compressed.ply, .spz, .sog,
+.splat, .html (one page with a viewer, for small models), or FOLDER/lod-meta.json (streamed levels of detail, for large
+ones). docs/exports.md says what each keeps.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import startup  # noqa: F401, before torch is imported
+from errors import InputError, reason
+from exports.crop import read_region
+from exports.formats import PLY, Format, format_of
+from exports.gaussians import choose
+from exports.ply import write_commented_ply
+from exports.source import Source, open_source
+from exports.streamed import INDEX
+from exports.world import Up, World, placement
+from training.memory import format_bytes
+from training.ply import write_way_back
+from training.streams import unbreakable_output
+
+
+@dataclass
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A checkpoint (ckpts/ckpt_30000.pt) or a 3DGS PLY file."""
+    to: Path
+    """File to write, or lod-meta.json in a folder to make; its ending says the format."""
+    crop: tuple[str, ...] = ()
+    """Leave out what is outside: the lowest x y z of a box and the highest, or a file with a polygon (GeoJSON, or one
+    corner x y a line), in the coordinates of --world with z up."""
+    max_gaussians: int = 0
+    """Keep at most so many, those with the largest product of opacity and area; 0 keeps all."""
+    sh_degree: int = 3
+    """Highest degree of the spherical harmonics that are kept, 0 to 3."""
+    world: World = "normalized"
+    """Coordinates: those of the model, or input, those of the dataset."""
+    up: Up | None = None
+    """Vertical axis: z, or y, down as viewers take it. By default y in formats for viewers, where the model's file says
+    what is up and --world is normalized, and elsewhere as it is."""
+    plain: bool = False
+    """Write a .ply without comments, which some programs do not expect."""
+
+
+def main() -> None:
+    """Export; the exit code is 0, or 2 with one sentence where something in the input cannot be used."""
+    options = tyro.cli(Options, description=__doc__)
+    with unbreakable_output():
+        try:
+            export(options)
+        except InputError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("Stopped; nothing was written.", file=sys.stderr)
+            sys.exit(130)
+
+
+def export(options: Options) -> None:
+    """Write the file that the options ask for.
+
+    Raises:
+        InputError: It cannot be written; nothing is left of it.
+    """
+    to = options.to
+    form = format_of(to)
+    _check(options, form)
+    region = read_region(options.crop)
+    source = open_source(options.model)
+    up = options.up
+    if up is None and form is not PLY and options.world == "normalized" and source.up is not None:
+        up = "y"
+    place = placement(source.transform, source.up, options.world, up)
+    degree = min(options.sh_degree, source.sh_degree, form.highest_degree)
+    gaussians = choose(source, place, region=region, most=options.max_gaussians, sh_degree=degree, say=print)
+    if form.most_gaussians is not None and gaussians.count > form.most_gaussians:
+        raise InputError(
+            f"--to {to} would hold {gaussians.count:,} Gaussians, and {form.name} is for at most "
+            f"{form.most_gaussians:,}: choose fewer with --max_gaussians or --crop, or .sog or FOLDER/{INDEX}."
+        )
+    _check_space(to, form, gaussians.count, degree)
+    print(
+        f"Writing {gaussians.count:,} Gaussians of {source.path} with {_harmonics(degree, source)} to {to} "
+        f"({form.name}), in {place.describe(options.world)}."
+    )
+    try:
+        if form is PLY and not options.plain:
+            write_commented_ply(to, gaussians, place)
+        else:
+            form.write(to, gaussians)
+        if place.transform is not None:
+            write_way_back(_side_file(to), place.transform, axes=place.axes)
+    except OSError as error:
+        raise InputError(f"--to {to} cannot be written ({reason(error)}): choose another place.") from error
+    files = [file for file in to.parent.rglob("*") if file.is_file()] if to.name == INDEX else [to]
+    size = sum(file.stat().st_size for file in files)
+    print(f"Wrote {to}, {format_bytes(size)}.")
+    if place.transform is not None:
+        print(f"{_side_file(to)} says how to come back to the dataset's coordinates.")
+
+
+def _check(options: Options, form: Format) -> None:
+    """Refuse options that cannot be used, before anything is read."""
+    to = options.to
+    target = to.parent if to.name == INDEX else to
+    if target.exists():
+        raise InputError(f"--to {to}: {target} is there already: remove it, or choose another name.")
+    folder = target.resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"--to {to}: the folder {folder} does not exist: make it, or choose another.")
+    if not 0 <= options.sh_degree <= 3:
+        raise InputError(f"--sh_degree is {options.sh_degree}, but must be 0 to 3.")
+    if options.max_gaussians < 0:
+        raise InputError(f"--max_gaussians is {options.max_gaussians}, but must be 0, for all, or more.")
+    if options.plain and form is not PLY:
+        raise InputError(f"--plain is for .ply, and --to {to} is {form.name}: leave it out.")
+
+
+def _check_space(to: Path, form: Format, count: int, degree: int) -> None:
+    """Refuse a disk that is too small."""
+    needed = form.most_bytes(count, degree)
+    free = shutil.disk_usage((to.parent if to.name == INDEX else to).resolve().parent).free
+    if needed > free:
+        raise InputError(
+            f"--to {to} can take {format_bytes(needed)}, and {format_bytes(free)} are free on its disk: free some, or "
+            "keep less with --max_gaussians, --crop or --sh_degree."
+        )
+
+
+def _side_file(to: Path) -> Path:
+    """Return where the way back to the dataset's coordinates is written."""
+    return (to.parent.with_name(to.parent.name + ".json")) if to.name == INDEX else to.with_suffix(".json")
+
+
+def _harmonics(degree: int, source: Source) -> str:
+    cut = f" (of {source.sh_degree})" if degree < source.sh_degree else ""
+    return f"harmonics of degree {degree}{cut}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trained models as files that other programs open: what of a model is taken, and one file for each format."""

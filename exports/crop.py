@@ -1,0 +1,110 @@
+"""Regions that an export is cropped to: a box, or polygons on the ground."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from errors import InputError, reason
+
+
+class Region(Protocol):
+    """Tells which points lie in it."""
+
+    def contains(self, points: np.ndarray) -> np.ndarray:
+        """Return whether points [M, 3] lie inside, [M] bool."""
+        ...
+
+
+@dataclass(frozen=True)
+class Box:
+    """Hold a box along the axes."""
+
+    low: np.ndarray  # [3]
+    high: np.ndarray  # [3]
+
+    def contains(self, points: np.ndarray) -> np.ndarray:
+        """Return whether points [M, 3] lie inside, [M] bool."""
+        return np.all((points >= self.low) & (points <= self.high), axis=1)
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """Hold closed lines in the plane of x and y; what an odd number of them surrounds is inside, at any height."""
+
+    rings: tuple[np.ndarray, ...]  # [n, 2] each
+
+    def contains(self, points: np.ndarray) -> np.ndarray:
+        """Return whether points [M, 3] lie inside, [M] bool: a line from each to the right crosses an odd number."""
+        x, y = points[:, 0], points[:, 1]
+        inside = np.zeros(len(points), bool)
+        for ring in self.rings:
+            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+                if y0 != y1:
+                    inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) / (y1 - y0) * (x1 - x0))
+        return inside
+
+
+def read_region(crop: Sequence[str]) -> Region | None:
+    """Return the region that --crop says; None for nothing.
+
+    Args:
+        crop: Six numbers, the lowest x, y and z of a box and the highest, or the name of a file: GeoJSON, or text with
+            one corner "x y" of one polygon a line.
+
+    Raises:
+        InputError: It says something else.
+    """
+    if not crop:
+        return None
+    if len(crop) == 1:
+        return _read_polygons(Path(crop[0]))
+    try:
+        numbers = np.array([float(text) for text in crop])
+    except ValueError:
+        numbers = np.zeros(0)
+    if len(numbers) != 6 or not np.isfinite(numbers).all() or (numbers[:3] >= numbers[3:]).any():
+        raise InputError(
+            f"--crop {' '.join(crop)} must be six numbers, the lowest x y z of a box and then the highest, or one file "
+            "with a polygon."
+        )
+    return Box(numbers[:3], numbers[3:])
+
+
+def _read_polygons(path: Path) -> Polygons:
+    try:
+        text = path.read_text()
+        rings = _rings(json.loads(text)) if text.lstrip().startswith("{") else [_corners(text)]
+        found = tuple(np.array(ring, np.float64)[:, :2] for ring in rings)
+        if not found or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in found):
+            raise ValueError("it has fewer than three corners")
+    except Exception as error:  # of the disk, json and NumPy
+        raise InputError(
+            f"--crop {path} cannot be read as a polygon ({reason(error)}): give GeoJSON, or one corner x y a line."
+        ) from error
+    return Polygons(found)
+
+
+def _corners(text: str) -> list[list[float]]:
+    lines = (line.replace(",", " ").split() for line in text.splitlines())
+    return [[float(number) for number in line[:2]] for line in lines if line]
+
+
+def _rings(content: dict[str, Any]) -> list[Any]:
+    """Return the rings of all polygons of GeoJSON (RFC 7946), holes among them."""
+    kind = content["type"]
+    if kind == "FeatureCollection":
+        return [ring for feature in content["features"] for ring in _rings(feature)]
+    if kind == "Feature":
+        return _rings(content["geometry"])
+    if kind == "GeometryCollection":
+        return [ring for geometry in content["geometries"] for ring in _rings(geometry)]
+    if kind not in ("Polygon", "MultiPolygon"):
+        raise ValueError(f"{kind} is not a polygon")
+    polygons = content["coordinates"] if kind == "MultiPolygon" else [content["coordinates"]]
+    return [ring for polygon in polygons for ring in polygon]
