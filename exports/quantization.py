@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ENTRIES = 256  # of a codebook, so that a code is one byte
-BINS = 1 << 14  # of the histogram that a codebook is fitted to
+BINS, WIDE_BINS = 1 << 14, 1 << 9  # of histograms: the one that a codebook is fitted to, and one for its beginning
 SWEEPS = 30  # of Lloyd's algorithm over the histogram
 COARSE_SAMPLE, COARSE_SWEEPS, FINE_SWEEPS = 1 << 16, 8, 4  # of Lloyd's algorithm over harmonics
 ASSIGNED_ROWS = 1 << 14  # compared with all centres at a time
@@ -54,8 +54,9 @@ class Codebook:
             return cls(np.full(ENTRIES, low))
         weights, edges = np.histogram(values, bins=BINS, range=(low, high))
         middles = 0.5 * (edges[1:] + edges[:-1])
-        # Centres begin evenly along the cumulated cube root of the density, which is where they are at their best.
-        share = np.cumsum(np.cbrt(weights))
+        # Entries are best as dense as the cube root of the values' density (Bennett 1948), here as wide bins show it.
+        density = np.repeat(weights.reshape(WIDE_BINS, -1).sum(axis=1), BINS // WIDE_BINS)
+        share = np.cumsum(np.cbrt(density))
         entries = np.interp((np.arange(ENTRIES) + 0.5) / ENTRIES * share[-1], share, middles)
         for _ in range(SWEEPS):
             codes = np.searchsorted(0.5 * (entries[1:] + entries[:-1]), middles)
@@ -83,19 +84,20 @@ class Palette:
             size: How many vectors there are; at most M.
         """
         sample = rows[:: max(len(rows) // COARSE_SAMPLE, 1)]
-        self._coarse = _lloyd(sample, min(max(round(size**0.5), 1), len(sample)), COARSE_SWEEPS)
-        coarse = _nearest(rows, self._coarse)
-        members = torch.bincount(coarse, minlength=len(self._coarse))
-        # Fine centres in proportion to members, at least one each, `size` in all.
-        shares = members.double() / len(rows) * (size - len(self._coarse))
-        counts = shares.floor().long()
-        counts[(shares - counts).argsort(descending=True)[: size - len(self._coarse) - int(counts.sum())]] += 1
-        order = coarse.argsort(stable=True)
-        parts = order.split(members.tolist())
-        fine = []
-        for centre, part, count in zip(self._coarse, parts, (counts + 1).tolist(), strict=True):
-            found = _lloyd(rows[part], min(count, len(part)), FINE_SWEEPS) if len(part) else centre[None]
-            fine.append(found)
+        centres = _lloyd(sample, min(max(round(size**0.5), 1), len(sample)), COARSE_SWEEPS)
+        coarse = _nearest(rows, centres)
+        members = torch.bincount(coarse, minlength=len(centres))
+        self._coarse, members = centres[members > 0], members[members > 0]
+        # Fine centres in proportion to members, one each at least, `size` in all.
+        least = 1 if size < len(rows) else 0
+        shares = members.double() / len(rows) * (size - least * len(members))
+        counts = shares.floor().long() + least
+        counts[(shares - shares.floor()).argsort(descending=True)[: size - int(counts.sum())]] += 1
+        parts = coarse.argsort(stable=True).split(members.tolist())
+        fine = [
+            _lloyd(rows[part], min(count, len(part)), FINE_SWEEPS)
+            for part, count in zip(parts, counts.tolist(), strict=True)
+        ]
         self._starts = torch.tensor([0, *(len(part) for part in fine)]).cumsum(0)  # [coarse + 1]
         self.vectors = torch.cat(fine)  # [at most size, D]
 

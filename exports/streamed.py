@@ -110,7 +110,9 @@ def _tree(means: np.ndarray, ids: np.ndarray, leaf: Any) -> dict[str, Any]:
     """
     if len(ids) <= LEAF_ROWS:
         return leaf(ids)
-    low, high = np.quantile(means[ids[:: len(ids) // 1000]], (0.01, 0.99), axis=0)  # a few far away count for nothing
+    low, high = np.quantile(
+        means[ids[:: max(len(ids) // 1000, 1)]], (0.01, 0.99), axis=0
+    )  # a few far away count for nothing
     middle = len(ids) // 2
     ids = ids[np.argpartition(means[ids, np.argmax(high - low)], middle)]
     children = [_tree(means, part, leaf) for part in (ids[:middle], ids[middle:])]
