@@ -65,7 +65,17 @@ class RunOptions:
     ply_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
     """Export a PLY file after these numbers of steps, and after the last."""
     video: bool = False
-    """After the last step, or of an evaluated checkpoint, render a flight past the training cameras to videos/."""
+    """After the last step, or of an evaluated checkpoint, render a calm path through the scene to videos/."""
+    trajectory: str = "flight"
+    """Path of the video: flight (past the cameras), orbit, ellipse, spiral, or a JSON file of poses."""
+    video_seconds: float = 0.0
+    """Length of the video; 0 is as long as it takes to turn by at most 20 degrees a second."""
+    video_size: list[int] = field(default_factory=list)
+    """Width and height of the video in pixels; if empty, those of the first training picture."""
+    video_depth: bool = False
+    """Show depth beside the colours of the video."""
+    timelapse: int = 0
+    """Draw a held-out view after every so many steps, for a video of the training; 0 draws none."""
     steps_scaler: float = 1.0
     """Multiply every schedule given in steps by this factor, but for --save_every and --log_every."""
     log_every: int = 100

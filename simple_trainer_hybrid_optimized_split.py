@@ -97,8 +97,8 @@ def train(run: TrainingRun[SplitConfig]) -> None:
     )
     densification = Densification(cfg, run.scene_scale, cfg.seed)
 
-    def draw(cameras: Cameras) -> Tensor:
-        return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg)
+    def draw(cameras: Cameras, depth: bool) -> Tensor:
+        return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, depth=depth)
 
     def train_part(part: ViewTile, view: View, screen: ScreenGradients) -> TileResult:
         """Render one tile with its halo, or all of the view, and propagate its share of the loss back."""

@@ -1,6 +1,8 @@
-"""Flights past the cameras, and the videos that trainers make of them."""
+"""The videos that trainers make: a path through the scene, and the training itself."""
 
+import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,43 +11,21 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.transform import Rotation
 
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
 from configs import Config
+from datasets.normalize import transform_cameras
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
-from datasets.trajectories import flight
 from offload.culling.cameras import Cameras
-from training import command_line, reporting
-from training.video import record_flight
+from training import command_line
+from training.checkpoints import load_checkpoint
+from training.timelapse import Timelapse
+from training.video import Lens, depth_colors, depth_span, poses_of, record_video, video_file
+from training.views import posed_cameras, render
 
-
-def random_poses(count: int) -> np.ndarray:
-    poses = np.tile(np.eye(4), (count, 1, 1))
-    poses[:, :3, :3] = Rotation.random(count, random_state=1).as_matrix()
-    poses[:, :3, 3] = np.random.default_rng(1).normal(size=(count, 3)) * 5
-    return poses
-
-
-def test_a_flight_is_smooth_rigid_and_meets_its_keys():
-    poses = random_poses(30)
-    frames = flight(poses, 2001, num_keys=7)
-    np.testing.assert_allclose(frames[[0, -1]], poses[[0, -1]], atol=1e-9)
-    np.testing.assert_allclose(frames[:, :3, :3] @ frames[:, :3, :3].transpose(0, 2, 1), [np.eye(3)] * 2001, atol=1e-9)
-    for key in np.linspace(0, 29, 7).round().astype(int):
-        nearest = np.linalg.norm(frames[:, :3, 3] - poses[key, :3, 3], axis=1).argmin()
-        np.testing.assert_allclose(frames[nearest], poses[key], atol=0.05)
-    steps = np.linalg.norm(np.diff(frames[:, :3, 3], axis=0), axis=1)
-    assert np.abs(np.diff(steps)).max() < 0.02 * steps.max()
-
-
-@pytest.mark.parametrize("poses", [random_poses(1), np.repeat(random_poses(1), 3, axis=0), random_poses(2)])
-def test_few_cameras_and_cameras_at_one_place(poses):
-    frames = flight(poses, 10)
-    assert np.isfinite(frames).all()
-    np.testing.assert_allclose(frames[-1], poses[-1], atol=1e-9)
+VIDEO = ("--video", "--video_seconds", 0.4)  # 12 frames
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +46,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_videos_of_training_of_a_checkpoint_and_of_tiles_are_the_same(monkeypatch, city_block, tmp_path):
-    record = reporting.record_flight
-    monkeypatch.setattr(reporting, "record_flight", lambda *arguments: record(*arguments, num_frames=12))
-    options = ("--data_dir", city_block, "--video")
+    options = ("--data_dir", city_block, *VIDEO)
     train(monkeypatch, simple_trainer, *options, "--max_steps", 30, "--result_dir", tmp_path / "gpu")
     whole = frames_of(tmp_path / "gpu/videos/flight_30.mp4")
     assert whole.shape == (12, 78, 100, 3)
@@ -82,7 +60,7 @@ def test_videos_of_training_of_a_checkpoint_and_of_tiles_are_the_same(monkeypatc
 
 def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_path, capsys):
     (tmp_path / "videos").write_text("in the way")
-    options = ("--data_dir", city_block, "--video", "--max_steps", 2, "--result_dir", tmp_path)
+    options = ("--data_dir", city_block, *VIDEO, "--max_steps", 2, "--result_dir", tmp_path)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer, *options)
     assert "Warning: The video of step 2 could not be written" in capsys.readouterr().out
@@ -92,7 +70,7 @@ def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_p
 @pytest.mark.parametrize("fault", ["the end is missing", "ffmpeg ends"])
 def test_a_video_that_is_cut_short_by_a_full_disk_is_missed(monkeypatch, city_block, tmp_path, capsys, fault):
     """What ffmpeg leaves of it then has the size of a video and is none; imageio does not look at that."""
-    get_writer, record = imageio.get_writer, reporting.record_flight
+    get_writer = imageio.get_writer
 
     class Cut:
         def __init__(self, path, **options):
@@ -108,8 +86,7 @@ def test_a_video_that_is_cut_short_by_a_full_disk_is_missed(monkeypatch, city_bl
             os.truncate(self._path, self._path.stat().st_size // 2)
 
     monkeypatch.setattr(imageio, "get_writer", Cut)
-    monkeypatch.setattr(reporting, "record_flight", lambda *arguments: record(*arguments, num_frames=12))
-    options = ("--data_dir", city_block, "--video", "--max_steps", 2, "--result_dir", tmp_path)
+    options = ("--data_dir", city_block, *VIDEO, "--max_steps", 2, "--result_dir", tmp_path)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer, *options)
     said = capsys.readouterr().out
@@ -130,11 +107,114 @@ def test_no_flight_goes_to_a_camera_that_stands_far_off(city_block, tmp_path):
     scene = replace(scene, camtoworlds=camtoworlds, far_ids=np.array([far]))
     seen: list[Cameras] = []
 
-    def draw(cameras: Cameras) -> torch.Tensor:
+    def draw(cameras: Cameras, *, depth: bool) -> torch.Tensor:
         seen.append(cameras)
         return torch.zeros(1, cameras.height, cameras.width, 3)
 
     (tmp_path / "videos").mkdir()
-    record_flight(scene, Config(), draw, tmp_path / "videos/flight.mp4", num_frames=20)
-    assert len(seen) == 20
+    record_video(scene, Config(video_seconds=1.0), draw, tmp_path / "videos/flight.mp4")
+    assert len(seen) == 30
     assert max(torch.linalg.inv(cameras.viewmats)[0, :3, 3].norm().item() for cameras in seen) < 100
+
+
+def test_depth_is_beside_the_colours_and_the_size_is_chosen(monkeypatch, city_block, tmp_path):
+    """The ground is farther than roofs, and the tiles of the split trainer draw the same."""
+    options = ("--data_dir", city_block, *VIDEO, "--max_steps", 2, "--video_size", 96, 50, "--video_depth")
+    options = (*options, "--trajectory", "orbit")
+    train(monkeypatch, simple_trainer, *options, "--result_dir", tmp_path / "gpu")
+    whole = frames_of(tmp_path / "gpu/videos/orbit_2.mp4")
+    assert whole.shape == (12, 50, 192, 3)
+    depth = whole[0, :, 96:]
+    assert np.ptp(depth[..., 0]) > 100
+    assert np.ptp(depth[..., 2]) > 100
+    split = (*options, "--ckpt", tmp_path / "gpu/ckpts/ckpt_2.pt", "--split_threshold", 0.1)
+    train(monkeypatch, simple_trainer_hybrid_optimized_split, *split, "--result_dir", tmp_path / "split")
+    assert np.abs(frames_of(tmp_path / "split/videos/orbit_2.mp4") - whole).mean() <= 0.1
+
+
+def test_depths_are_those_of_the_scene(city_block):
+    """A wall of Gaussians in front of a camera: its distance is what is drawn, and one span holds for the video."""
+    lens = Lens(np.array([[50.0, 0, 32], [0, 50, 24], [0, 0, 1]]), 64, 48)
+    points = np.random.default_rng(0).uniform([-5, -5, 2], [5, 5, 6], (2000, 3))
+    near, far = depth_span(points, np.eye(4)[None], lens)
+    assert 2.0 <= near < 2.8
+    assert 5.7 < far <= 6.0
+    colors = depth_colors(np.array([[0.0, near, (near + far) / 2, far]]), (near, far))[0].astype(int)
+    assert (colors[0] == 0).all()
+    assert colors[1, 0] > 100 > colors[1, 2]  # red
+    assert colors[2, 1] > 150  # between
+    assert colors[3].max() < 80  # turbo ends in a dark blue
+    rows = {
+        "means": torch.tensor([[0.0, 0.0, 3.0]]),
+        "scales": torch.full((1, 3), 1.0),
+        "quats": torch.tensor([[1.0, 0, 0, 0]]),
+        "opacities": torch.tensor([10.0]),
+        "sh0": torch.zeros(1, 1, 3),
+        "shN": torch.zeros(1, 0, 3),
+    }
+    cameras = posed_cameras(torch.eye(4)[None], torch.from_numpy(lens.K).float()[None], 64, 48, Config())
+    picture, _ = render(rows, cameras, Config(), sh_degree=0, depth=True)
+    assert picture.shape == (1, 48, 64, 4)
+    assert picture[0, 24, 32, 3].item() == pytest.approx(3.0, rel=1e-3)
+
+
+def test_a_given_path_is_flown_in_the_coordinates_of_the_input(city_block, tmp_path):
+    scene = load_scene(city_block)
+    world = np.linalg.inv(scene.transform)
+    keys = transform_cameras(world, scene.camtoworlds[[2, 3]])
+    path = tmp_path / "path.json"
+    path.write_text(json.dumps({"camtoworlds": keys.tolist()}))
+    poses = poses_of(scene, Config(trajectory=str(path), video_seconds=1.0))
+    np.testing.assert_allclose(poses[[0, -1]], scene.camtoworlds[[2, 3]], atol=1e-6)
+    assert video_file(Config(trajectory=str(path)), 7) == "videos/path_7.mp4"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--trajectory", "orbit"), "--trajectory is of the video, which --video asks for"),
+        (("--video_depth",), "--video_depth is of the video"),
+        (("--video", "--trajectory", "loop"), "--trajectory loop is neither flight"),
+        (("--video", "--video_size", "64"), "--video_size has 1 numbers"),
+        (("--video", "--video_seconds", "-1"), "--video_seconds is -1"),
+    ],
+)
+def test_what_no_video_can_be_made_of_is_refused(monkeypatch, city_block, tmp_path, capsys, options, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        train(monkeypatch, simple_trainer, "--data_dir", city_block, "--result_dir", tmp_path / "r", *options)
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "r/cfg.yml").exists()
+
+
+def test_a_timelapse_goes_on_where_it_was_stopped_and_changes_nothing(monkeypatch, city_block, tmp_path):
+    """A frame each 4 steps; one run is stopped in the middle, as by Ctrl-C, and another draws none."""
+    options = ("--data_dir", city_block, "--max_steps", 10, *("--timelapse", 4))
+    train(monkeypatch, simple_trainer, *options, "--result_dir", tmp_path / "whole")
+    train(monkeypatch, simple_trainer, *options[:-2], "--result_dir", tmp_path / "without")
+    assert not (tmp_path / "without/videos").exists()
+
+    after_step = Timelapse.after_step
+
+    def interrupted(self, run, steps_done, loss):
+        after_step(self, run, steps_done, loss)
+        if steps_done == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Timelapse, "after_step", interrupted)
+    train(monkeypatch, simple_trainer, *options, "--result_dir", tmp_path / "stopped")
+    assert len(frames_of(tmp_path / "stopped/videos/timelapse.mp4")) == 2
+    stale = tmp_path / "stopped/videos/timelapse/step_000000012.jpg"  # of a run that was killed after this
+    stale.write_bytes((tmp_path / "whole/videos/timelapse/step_000000008.jpg").read_bytes())
+    train(monkeypatch, simple_trainer, *options, "--resume", "--result_dir", tmp_path / "stopped")
+    for name in ("whole", "stopped"):
+        frames = sorted((tmp_path / name / "videos/timelapse").glob("*.jpg"))
+        assert [frame.name[5:14] for frame in frames][:4] == ["000000001", "000000004", "000000008", "000000010"]
+        assert frames_of(tmp_path / name / "videos/timelapse.mp4").shape == (4, 78, 100, 3)
+        assert (
+            imageio.imread(frames[3]).tolist()
+            == imageio.imread(tmp_path / "whole/videos/timelapse/step_000000010.jpg").tolist()
+        )
+    models = [
+        load_checkpoint(tmp_path / name / "ckpts/ckpt_10.pt").gaussians for name in ("whole", "without", "stopped")
+    ]
+    assert all(torch.equal(models[0][key], model[key]) for model in models for key in models[0])

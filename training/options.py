@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from configs import Config, ForwardedOptions
+from datasets.trajectories import SHAPES
+from datasets.trajectory_file import read_key_poses
 from errors import InputError
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import MAX_STEPS
@@ -59,6 +62,9 @@ RANGES: dict[str, Range] = {
     "steps_scaler": Range(0, 1000, above=True),
     "log_every": Range(1),
     "profile": Range(0, meaning="0 traces nothing"),
+    "video_seconds": Range(0, 3600, meaning="0 is as long as the path wants"),
+    "video_size": Range(16, 8192),
+    "timelapse": Range(0, meaning="0 draws none"),
     "batch_size": Range(1, 256),
     "view_window": Range(1, 1_000_000),
     "position_lr": RATE,
@@ -123,6 +129,7 @@ def check_options(cfg: Config) -> None:
             f"--profile is {cfg.profile}, but must leave {SKIPPED_STEPS + WARM_UP_STEPS} of the {scaled.max_steps} "
             "steps of --max_steps to warm up."
         )
+    _check_video(cfg)
     if cfg.ckpt and cfg.resume:
         raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
     if cfg.init_ckpt and (cfg.ckpt or cfg.resume):
@@ -150,3 +157,14 @@ def check_options(cfg: Config) -> None:
         parse_bytes(budget, "--device_memory_budget")
         if getattr(cfg, "split_threshold", None) is not None:
             raise InputError("--split_threshold and --device_memory_budget exclude each other: give one of them.")
+
+
+def _check_video(cfg: Config) -> None:
+    default = Config()
+    for name in ("trajectory", "video_seconds", "video_size", "video_depth"):
+        if not cfg.video and getattr(cfg, name) != getattr(default, name):
+            raise InputError(f"--{name} is of the video, which --video asks for: give that, too.")
+    if len(cfg.video_size) not in (0, 2):
+        raise InputError(f"--video_size has {len(cfg.video_size)} numbers, but must be a width and a height.")
+    if cfg.trajectory not in SHAPES:
+        read_key_poses(Path(cfg.trajectory))

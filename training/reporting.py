@@ -14,7 +14,7 @@ from datasets.loader import evaluation_loader
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.memory import allocated_bytes, format_bytes, peak_bytes
 from training.per_step import PerStep
-from training.video import record_flight
+from training.video import record_video, video_file
 from training.views import View
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Evaluation:
         """Evaluate the model after its last step, and record the video, where that has not been done."""
         if not run.results.has(f"stats/val_step{steps}.json"):
             self.evaluate(run, steps)
-        if not run.results.has(f"videos/flight_{steps}.mp4"):
+        if not run.results.has(video_file(run.cfg, steps)):
             self.record_video(run, steps)
 
     def evaluate(self, run: TrainingRun, steps: int) -> None:
@@ -255,7 +255,7 @@ class Evaluation:
         )
 
     def record_video(self, run: TrainingRun, steps: int) -> None:
-        """Write videos/flight_{steps}.mp4 where --video asks for it; as `evaluate`."""
+        """Write the video where --video asks for it; as `evaluate`."""
         if run.cfg.video:
             with run.results.missed_if_unwritable(f"The video of step {steps}"):
-                record_flight(run.scene, run.cfg, run.draw, run.results.path / "videos" / f"flight_{steps}.mp4")
+                record_video(run.scene, run.cfg, run.draw, run.results.path / video_file(run.cfg, steps))

@@ -23,13 +23,16 @@ from training.ending import forget_ending
 from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
 from training.ply import save_ply
+from training.timelapse import FRAMES, VIDEO
+from training.video import NAMES
 
 FOLDERS = ("ckpts", "stats", "renders", "ply", "tb")
 # What only a run writes. A folder that holds some of the first is a run's; the others come with them.
 RESULTS = ("ckpts/ckpt_*.pt", "stats/train_step*.json", "ply/point_cloud_*.ply")
 BESIDE_RESULTS = (
     *("ckpts/ckpt_*.pt.partial", "stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
-    *("videos/flight_*.mp4", "tb/events.out.tfevents.*", "*/partial_*"),
+    *(f"videos/{name}_*.mp4" for name in NAMES),
+    *(VIDEO, f"{FRAMES}/step_*.jpg", "tb/events.out.tfevents.*", "*/partial_*", f"{FRAMES}/partial_*"),
 )
 
 

@@ -52,6 +52,7 @@ from training.results import ResultFolder
 from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
+from training.timelapse import Timelapse
 from training.views import View, render
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
@@ -126,13 +127,14 @@ class TrainingRun(Generic[AnyConfig]):
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)
         self._results_of_the_end = (TrainStatistics(), Export(), self._evaluation)
+        self._timelapse = Timelapse()
         self.observers: list[Observer] = []
         self.view: View | None = None
         self.upcoming: View | None = None
         self.sh_degree = 0
         self.ending = Ending(FINISHED)
         self._model: GaussianModel | None = None
-        self._draw: Callable[[Cameras], Tensor] | None = None
+        self._draw: Callable[[Cameras, bool], Tensor] | None = None
         self._step = 0
         self._first_step = 0
         self._skipped_steps = 0
@@ -206,11 +208,20 @@ class TrainingRun(Generic[AnyConfig]):
         """Count the steps done since it was started or resumed."""
         return self.model.steps_done - self._first_step
 
-    def draw(self, cameras: Cameras) -> Tensor:
-        """Return the picture [1, H, W, 3] that one camera sees of the model; training is not disturbed."""
+    def draw(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
+        """Return the picture that one camera sees of the model; training is not disturbed.
+
+        Args:
+            cameras: One.
+            depth: Add a fourth channel, as `training.views.render`.
+
+        Returns:
+            [1, H, W, 3 or 4].
+        """
         if self._draw is not None:
-            return self._draw(cameras)
-        return render(self.model.read_view(cameras), cameras, self.cfg, sh_degree=self.cfg.sh_degree)[0]
+            return self._draw(cameras, depth)
+        rows = self.model.read_view(cameras)
+        return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, depth=depth)[0]
 
     def mark(self, stage: str) -> None:
         """End a stage of the present step, which began at the mark before."""
@@ -220,7 +231,7 @@ class TrainingRun(Generic[AnyConfig]):
         self,
         model: GaussianModel,
         densification: Densification,
-        draw: Callable[[Cameras], Tensor] | None = None,
+        draw: Callable[[Cameras, bool], Tensor] | None = None,
     ) -> Iterator[tuple[int, View]]:
         """Yield the step numbers and the view of each, until max_steps or Ctrl-C; from 0 or where it stopped before.
 
@@ -229,7 +240,8 @@ class TrainingRun(Generic[AnyConfig]):
         Args:
             model: The Gaussians that are trained.
             densification: What changes their number.
-            draw: Makes the picture [1, H, W, 3] of one camera from them, for evaluation; None: all rows at once.
+            draw: Makes the picture [1, H, W, 3] of one camera from them, for evaluation, with a fourth channel for
+                depth where it is told so; None: all rows at once.
         """
         self._model = model
         self._draw = draw
@@ -248,6 +260,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._begin(None)
             for result in self._results_of_the_end:
                 result.make_missing(self, first)
+            self._timelapse.make_video(self)
             self.results.check_none_missed()
             return
         self._begin(first)
@@ -265,7 +278,8 @@ class TrainingRun(Generic[AnyConfig]):
         )
         bar = tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
         self._resources.enter_context(bar)
-        self.observers += [ProgressBar(bar), BlankPictures(), TensorBoardLog(), *self._results_of_the_end]
+        watching = (ProgressBar(bar), BlankPictures(), TensorBoardLog(), self._timelapse)
+        self.observers += [*watching, *self._results_of_the_end]
         following: View | None = View.from_batch(next(loader), self.cfg, self.device)
         step_done = self._resources.enter_context(
             profiled_steps(self.cfg.profile, self.results.path / "profile", self.device)
@@ -287,9 +301,11 @@ class TrainingRun(Generic[AnyConfig]):
             if self._interrupted:
                 sentence = f"Interrupted after {counted(model.steps_done, 'step')}; saved {self.saving.at_the_end()}"
                 self.ending = Ending(INTERRUPTED, sentence)
+                self._timelapse.make_video(self)
                 tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
                 return
         self.saving.at_the_end()
+        self._timelapse.make_video(self)
         self.results.check_none_missed()
 
     def _begin(self, first_step: int | None) -> None:

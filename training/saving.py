@@ -26,7 +26,8 @@ from training.dataset import Dataset, photos_of
 OPTIONS_OF_THE_PLACE = (
     *("data_dir", "model_dir", "result_dir", "device", "resume", "force", "new_photos", "save_every", "keep"),
     "init_ckpt",  # a resumed run has left behind what it began from
-    *("num_workers", "log_every", "profile", "video"),
+    *("num_workers", "log_every", "profile"),
+    *("video", "trajectory", "video_seconds", "video_size", "video_depth", "timelapse"),
 )
 TOLD_APART = ("state",)  # an option that is told of by what a checkpoint holds
 

@@ -29,7 +29,14 @@ def halo_of(cfg: Config) -> int:
 
 
 def render_part(
-    part: ViewTile, cameras: Cameras, cfg: Config, *, sh_degree: int, backgrounds: Tensor | None = None, halo: int = 0
+    part: ViewTile,
+    cameras: Cameras,
+    cfg: Config,
+    *,
+    sh_degree: int,
+    backgrounds: Tensor | None = None,
+    halo: int = 0,
+    depth: bool = False,
 ) -> tuple[Tensor, dict]:
     """Render the pixels of a part.
 
@@ -40,6 +47,7 @@ def render_part(
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene; None is black.
         halo: Pixels around the tile to render with it.
+        depth: As in `training.views.render`.
 
     Returns:
         Colours [C, H, W, 3], or [1, h, w, 3] of a tile with its halo, and `rasterize`'s info.
@@ -50,19 +58,26 @@ def render_part(
         region = Region(*part.tile.with_halo(halo, cameras.width, cameras.height)[1:])
         cameras = replace(cameras, viewmats=cameras.viewmats[one], Ks=cameras.Ks[one])
         backgrounds = None if backgrounds is None else backgrounds[one]
-    return render(part.rows, cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region)
+    return render(part.rows, cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region, depth=depth)
 
 
 @torch.no_grad()
-def render_in_parts(parts: Iterable[ViewTile], cameras: Cameras, cfg: Config) -> Tensor:
-    """Return the pictures [C, H, W, 3] that cameras see, put together from those of the parts of their view."""
+def render_in_parts(parts: Iterable[ViewTile], cameras: Cameras, cfg: Config, *, depth: bool = False) -> Tensor:
+    """Return the pictures [C, H, W, 3] that cameras see, put together from those of the parts of their view.
+
+    Args:
+        parts: Of the view.
+        cameras: C of them.
+        cfg: Options.
+        depth: Add a fourth channel, as `training.views.render`.
+    """
     pictures = torch.empty(0)
     for part in parts:
-        colors, _ = render_part(part, cameras, cfg, sh_degree=cfg.sh_degree)
+        colors, _ = render_part(part, cameras, cfg, sh_degree=cfg.sh_degree, depth=depth)
         if part.tile is None:
             return colors
         if len(pictures) == 0:
-            pictures = colors.new_empty(len(cameras.Ks), cameras.height, cameras.width, 3)
+            pictures = colors.new_empty(len(cameras.Ks), cameras.height, cameras.width, colors.shape[-1])
         _pixels(pictures, part.tile).copy_(colors)
     return pictures
 

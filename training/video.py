@@ -1,13 +1,15 @@
-"""A video of a flight past the training cameras."""
+"""Videos of a model: a calm path through the scene, with depth beside the colours where that is wanted."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import cv2
 import imageio.v2 as imageio
 import numpy as np
 import torch
@@ -16,46 +18,153 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
+from datasets.normalize import transform_cameras
 from datasets.scene import Scene
-from datasets.trajectories import flight
+from datasets.trajectories import FASTEST_TURN, SHAPES, fastest_turn, through, trajectory
+from datasets.trajectory_file import read_key_poses
+from datasets.view_order import sample_of
 from offload.culling.cameras import Cameras
 from training.files import replacing
 from training.views import posed_cameras
 
-NUM_FRAMES = 240
 FRAMES_PER_SECOND = 30
+GIVEN = "path"  # what a video is called whose path the user gives
+NAMES = (*SHAPES, GIVEN)  # of files in videos/, each followed by the number of steps
+FRAMES_FOR_DEPTH = 16  # of the path, in which points say how near and far it gets
+FEWEST_POINTS = 16  # that say so
+
+
+class Draw(Protocol):
+    """Make the picture of one camera, as `TrainingRun.draw`."""
+
+    def __call__(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
+        """Return [1, H, W, 3], or 4 channels with the depth."""
+
+
+def video_file(cfg: Config, steps: int) -> str:
+    """Return the path in the result folder of the video that --video makes after so many steps."""
+    return f"videos/{cfg.trajectory if cfg.trajectory in SHAPES else GIVEN}_{steps}.mp4"
+
+
+def poses_of(scene: Scene, cfg: Config) -> np.ndarray:
+    """Return the poses [F, 4, 4] of the frames of the video, in the scene's world.
+
+    Raises:
+        InputError: The file that --trajectory names holds no poses.
+    """
+    seconds = cfg.video_seconds
+    if cfg.trajectory not in SHAPES:
+        keys = transform_cameras(scene.transform, read_key_poses(Path(cfg.trajectory)))
+        return through(keys, frames_per_second=FRAMES_PER_SECOND, seconds=seconds)
+    near_ids = np.setdiff1d(scene.train_ids, scene.far_ids)
+    passed = near_ids if len(near_ids) else scene.train_ids
+    return trajectory(
+        cfg.trajectory,
+        scene.camtoworlds[passed],
+        scene.points.astype(np.float64),
+        frames_per_second=FRAMES_PER_SECOND,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Hold what the cameras of a video have in common."""
+
+    K: np.ndarray  # [3, 3], pixels
+    width: int
+    height: int
+
+    @staticmethod
+    def of(scene: Scene, cfg: Config) -> Lens:
+        """Return the lens of the first training picture; of another size it shows as much as fits into that."""
+        camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
+        if not cfg.video_size:
+            return Lens(camera.K, camera.width, camera.height)
+        width, height = cfg.video_size
+        scale = max(width / camera.width, height / camera.height)
+        K = np.diag([scale, scale, 1.0]) @ camera.K
+        K[:2, 2] += (np.array([width, height]) - scale * np.array([camera.width, camera.height])) / 2
+        return Lens(K, width, height)
 
 
 @torch.no_grad()
-def record_flight(
-    scene: Scene, cfg: Config, draw: Callable[[Cameras], Tensor], path: Path, *, num_frames: int = NUM_FRAMES
-) -> None:
-    """Render a flight, frame by frame as held-out views are, and write it as an H.264 video.
+def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path) -> None:
+    """Render a path through the scene, frame by frame as held-out views are, and write it as an H.264 video.
 
     Args:
-        scene: Gives the poses, and the intrinsics of its first training camera.
-        cfg: Says how cameras draw.
-        draw: Makes the picture [1, H, W, 3] of one camera.
+        scene: Gives the cameras that the path follows from.
+        cfg: Says which path, how long and how large, and how cameras draw.
+        draw: Makes the picture of one camera.
         path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them.
-        num_frames: Of the video.
 
     Raises:
         OSError: The file cannot be written.
     """
-    camera = scene.cameras[scene.camera_indices[scene.train_ids[0]]]
-    K = torch.from_numpy(camera.K).float()[None]
-    near_ids = np.setdiff1d(scene.train_ids, scene.far_ids)
-    passed = near_ids if len(near_ids) else scene.train_ids
-    poses = torch.from_numpy(flight(scene.camtoworlds[passed], num_frames))
-    with replacing(path) as partial, _whole_video(partial, num_frames) as append:
-        for pose in tqdm(poses, desc="video", unit="frame", leave=False):
-            cameras = posed_cameras(torch.linalg.inv(pose).float()[None], K, camera.width, camera.height, cfg)
-            frame = (draw(cameras)[0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
-            append(frame[: camera.height // 2 * 2, : camera.width // 2 * 2])
+    poses, lens = poses_of(scene, cfg), Lens.of(scene, cfg)
+    turn = fastest_turn(poses, FRAMES_PER_SECOND)
+    if turn > FASTEST_TURN:
+        tqdm.write(
+            f"Warning: the given path turns by {turn:.0f} degrees a second in {len(poses) / FRAMES_PER_SECOND:.1f} s: "
+            "a longer --video_seconds is calmer."
+        )
+    K = torch.from_numpy(lens.K).float()[None]
+    span = depth_span(scene.points, poses, lens) if cfg.video_depth else None
+    with replacing(path) as partial, whole_video(partial, len(poses)) as append:
+        for pose in tqdm(torch.from_numpy(poses), desc="video", unit="frame", leave=False):
+            cameras = posed_cameras(torch.linalg.inv(pose).float()[None], K, lens.width, lens.height, cfg)
+            picture = draw(cameras, depth=span is not None)[0].cpu().numpy()  # [H, W, 3 or 4]
+            frame = pixels(picture[..., :3])
+            if span is not None:
+                frame = np.concatenate([frame, depth_colors(picture[..., 3], span)], axis=1)
+            append(even(frame))
+
+
+def pixels(colors: np.ndarray) -> np.ndarray:
+    """Return colours [..., 3] in [0, 1] as uint8; what is outside is clamped."""
+    return np.rint(np.clip(colors, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def even(frame: np.ndarray) -> np.ndarray:
+    """Return a frame [H, W, 3] without its last row or column where these are odd."""
+    return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]
+
+
+def depth_span(points: np.ndarray, poses: np.ndarray, lens: Lens) -> tuple[float, float]:
+    """Return how near and far what is seen gets along a path, by the scene's points; one span, so nothing flickers.
+
+    Args:
+        points: [P, 3].
+        poses: [F, 4, 4] along the path.
+        lens: Of its cameras.
+    """
+    sample = sample_of(points, 10_000)
+    depths = []
+    for pose in poses[:: len(poses) // FRAMES_FOR_DEPTH + 1]:
+        in_camera = (sample - pose[:3, 3]) @ pose[:3, :3]  # [S, 3]
+        depth = in_camera[:, 2]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            places = (in_camera @ lens.K.T)[:, :2] / depth[:, None]
+        depths.append(depth[(depth > 0) & ((places >= 0) & (places <= (lens.width, lens.height))).all(axis=1)])
+    seen = np.concatenate(depths)
+    if len(seen) < FEWEST_POINTS:  # the path looks elsewhere
+        seen = np.linalg.norm(sample - poses[0, :3, 3], axis=1)
+    near, far = np.quantile(seen, [0.02, 0.98])
+    return float(near), float(max(far, near * 1.001))
+
+
+def depth_colors(depth: np.ndarray, span: tuple[float, float]) -> np.ndarray:
+    """Return depths [H, W] as colours [H, W, 3] uint8, evenly in 1 / depth: red is near, blue is far, black nothing."""
+    near, far = span
+    closeness = 1.0 / np.maximum(depth, 1e-12)
+    level = pixels((closeness - 1.0 / far) / (1.0 / near - 1.0 / far))
+    colors = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
+    colors[depth <= 0] = 0
+    return colors
 
 
 @contextmanager
-def _whole_video(path: Path, num_frames: int) -> Iterator[Callable[[np.ndarray], None]]:
+def whole_video(path: Path, num_frames: int) -> Iterator[Callable[[np.ndarray], None]]:
     """Yield what appends a frame [H, W, 3] uint8 to a video.
 
     Raises:

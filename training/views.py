@@ -65,6 +65,7 @@ def render(
     sh_degree: int,
     backgrounds: Tensor | None = None,
     region: Region | None = None,
+    depth: bool = False,
 ) -> tuple[Tensor, dict]:
     """Draw Gaussians as cameras see them; no photo is needed.
 
@@ -75,9 +76,11 @@ def render(
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene; None is black.
         region: Render these pixels only; None: all.
+        depth: Add a fourth channel: the mean distance along the viewing direction of what is seen, in world units; 0
+            where nothing is.
 
     Returns:
-        Colours [C, H, W, 3], of the region's size, and `rendering.rasterize`'s info; where gradients are wanted,
+        Colours [C, H, W, 3 or 4], of the region's size, and `rendering.rasterize`'s info; where gradients are wanted,
         `info["means2d"]` keeps its own, on the screen, for densification.
     """
     device = rows["means"].device
@@ -95,6 +98,7 @@ def render(
         rasterize_mode="antialiased" if cameras.antialiased else "classic",
         absgrad=cfg.absgrad,
         backgrounds=backgrounds,
+        render_mode="RGB+ED" if depth else "RGB",
     )
     if info["means2d"].requires_grad:
         info["means2d"].retain_grad()

@@ -1,0 +1,75 @@
+"""A video of the training: one view, drawn now and then while the model grows.
+
+Each frame is a file of its own, which is there or not, so a kill loses none that was drawn. The video is made of them
+when the run ends, whichever way, and anew when it has gone on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.files import replacing, write_file
+from training.video import even, pixels, whole_video
+from training.views import posed_cameras
+
+if TYPE_CHECKING:
+    from training.run import TrainingRun
+
+FRAMES = "videos/timelapse"  # a folder of step_{N}.jpg
+VIDEO = "videos/timelapse.mp4"
+
+
+class Timelapse:
+    """Draw the first held-out view after every `timelapse` steps, the first step and the last."""
+
+    def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
+        """Draw a frame where it is due."""
+        every = run.cfg.timelapse
+        if every and (steps_done % every == 0 or steps_done in (1, run.cfg.max_steps)):
+            with run.results.missed_if_unwritable(f"The frame of step {steps_done}", was_asked_for=False):
+                content = imageio.imwrite("<bytes>", self._frame(run), extension=".jpg", quality=92)
+                write_file(run.results.path / FRAMES / f"step_{steps_done:09d}.jpg", content)
+
+    def make_video(self, run: TrainingRun) -> None:
+        """Make the video of the frames that there are, up to the steps that the model has had."""
+        frames = frames_until(run.results.path, run.model.steps_done) if run.cfg.timelapse else []
+        if frames:
+            with run.results.missed_if_unwritable("The timelapse"):
+                write_video(frames, run.results.path / VIDEO)
+
+    @torch.no_grad()
+    def _frame(self, run: TrainingRun) -> np.ndarray:
+        """Return the picture [H, W, 3] uint8 of the view, with even sides."""
+        scene = run.scene
+        near_ids = np.setdiff1d(scene.test_ids, scene.far_ids)
+        image_id = int((near_ids if len(near_ids) else scene.train_ids)[0])
+        camera = scene.cameras[scene.camera_indices[image_id]]
+        viewmat = torch.from_numpy(np.linalg.inv(scene.camtoworlds[image_id])).float()[None]
+        K = torch.from_numpy(camera.K).float()[None]
+        picture = run.draw(posed_cameras(viewmat, K, camera.width, camera.height, run.cfg))[0]
+        return even(pixels(picture.cpu().numpy()))
+
+
+def frames_until(result_dir: Path, steps: int) -> list[Path]:
+    """Return the frames drawn up to so many steps, in their order; one after them is of a run that was begun anew."""
+    numbered = {int(path.stem.removeprefix("step_")): path for path in (result_dir / FRAMES).glob("step_*[0-9].jpg")}
+    return [numbered[number] for number in sorted(numbered) if number <= steps]
+
+
+def write_video(frames: list[Path], path: Path) -> None:
+    """Write an H.264 video of pictures; those of another size than the last are left out.
+
+    Raises:
+        OSError: It cannot be written; one that was there is as it was.
+    """
+    shape = imageio.improps(frames[-1]).shape
+    frames = [frame for frame in frames if imageio.improps(frame).shape == shape]
+    with replacing(path) as partial, whole_video(partial, len(frames)) as append:
+        for frame in frames:
+            append(imageio.imread(frame))
