@@ -5,56 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from comparing import charts
 from comparing.pictures import AMPLIFIED, compared_views
-from comparing.runs import FINISHED, VAL_FIGURES, Run
+from comparing.runs import FINISHED, Run
+from reporting import charts
+from reporting.figures import FIGURES, Figure
 from reporting.machine import sentence
-from reporting.numbers import number
+from reporting.page import render_page
 from training.files import write_file
+from training.measured import VAL_FIGURES
 
 NAME = "comparison"
 NO_BREAK = "\u00a0"  # a space where no line ends
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Hold one column of the table."""
-
-    key: str  # of `Run.figures`
-    title: str
-    show: Callable[[float], str]
-    digits: int | None = None  # of the difference to the first run, for figures compared by that and not by ratio
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-FIGURES = (
-    Figure("psnr", "PSNR", lambda value: f"{value:.2f} dB", digits=2),
-    Figure("ssim", "SSIM", lambda value: f"{value:.4f}", digits=4),
-    Figure("lpips", "LPIPS", lambda value: f"{value:.4f}", digits=4),
-    Figure("num_GS", "Gaussians", lambda value: f"{value:,}"),
-    Figure("elapsed_seconds", "wall time", _duration),
-    Figure("ms_per_step", "time per step", lambda value: f"{number(value)} ms"),
-    Figure("peak_device_bytes_allocated", "device memory allocated", _gigabytes),
-    Figure("peak_device_bytes_reserved", "device memory reserved", _gigabytes),
-    Figure("peak_host_bytes", "host memory", _gigabytes),
-)
 
 
 @dataclass(frozen=True)
@@ -186,7 +154,7 @@ def as_markdown(comparison: Comparison) -> str:
             lines += ["", f"{_markdown(run.name)}: {run.status}. {_markdown(run.message)}"]
     stages = {run.name: run.stages_ms for run in comparison.runs if run.stages_ms}
     if stages:
-        names = list(charts.stage_colors(comparison.runs))
+        names = list(charts.stage_colors(stages.values()))
         lines += ["", "Mean milliseconds of each stage of a step:", ""]
         lines += [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for name, times in stages.items():
@@ -234,8 +202,6 @@ def machines(comparison: Comparison) -> list[str]:
 
 
 def as_html(comparison: Comparison) -> str:
-    folder = Path(__file__).parent
-    page = Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(default=True), trim_blocks=True)
     runs = [
         {
             "run": run,
@@ -245,8 +211,9 @@ def as_html(comparison: Comparison) -> str:
         }
         for index, run in enumerate(comparison.runs)
     ]
-    stages = charts.stage_colors(comparison.runs)
-    return page.get_template("page.html").render(
+    stages = charts.stage_colors(run.stages_ms for run in comparison.runs)
+    return render_page(
+        Path(__file__).parent / "page.html",
         comparison=comparison,
         runs=runs,
         finished=FINISHED,
@@ -254,7 +221,7 @@ def as_html(comparison: Comparison) -> str:
         explanation=EXPLANATION,
         charts=line_charts(comparison.runs),
         stages=stages,
-        stage_chart=charts.stage_bars(comparison.runs, stages),
+        stage_chart=charts.stage_bars({run.name: run.stages_ms for run in comparison.runs}, stages),
         views=compared_views(comparison.runs),
         amplified=AMPLIFIED,
         options=differing(comparison.runs),
@@ -264,7 +231,7 @@ def as_html(comparison: Comparison) -> str:
 
 def line_charts(runs: Sequence[Run]) -> list[str]:
     """Return all charts of curves that any run has."""
-    wanted = [
+    wanted: list[tuple[str, str, Literal["steps", "seconds"]]] = [
         ("loss", "training loss", "steps"),
         ("loss", "training loss", "seconds"),
         ("psnr", "PSNR of test views, dB", "steps"),
@@ -275,7 +242,7 @@ def line_charts(runs: Sequence[Run]) -> list[str]:
         ("host_GiB", "host memory, GiB, peak so far", "seconds"),
     ]
     drawn = (
-        charts.line_chart(runs, curve, label, over=over)
+        charts.line_chart([run.curves.get(curve) for run in runs], label, over=over)
         for curve, label, over in wanted
         if not curve.startswith("device") or any(any(run.curves[curve].values) for run in runs if curve in run.curves)
     )

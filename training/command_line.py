@@ -22,7 +22,7 @@ from configs import (
 )
 from errors import InputError, TrainingStopped
 from trainers import trainer_of
-from training.ending import INTERRUPTED, Ending, ending_of, read_ending, sentence_of, write_ending
+from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, sentence_of, write_ending
 from training.folder_lock import FolderTaken
 from training.run import TrainingRun
 from training.streams import unbreakable_output
@@ -63,7 +63,7 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
         trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
         with TrainingRun(cfg, scene, trainer) as run:
             train(run)
-        write_ending(run.results.path, run.ending)
+        _conclude(run, run.ending)
         return
     except FolderTaken as error:  # what lies there is another run's
         print(f"Error: {error}", file=sys.stderr)
@@ -82,10 +82,20 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
     sys.exit(exit_code)
 
 
+def _conclude(run: TrainingRun[AnyConfig], ending: Ending) -> None:
+    """Write how a run ended, for programs and for people, and say where what it leaves is; nothing where it failed."""
+    from training.report import say_where, write_report  # here, since matplotlib takes a second
+
+    write_ending(run.results.path, ending)
+    write_report(run, ending)
+    if ending.status in (FINISHED, INTERRUPTED):
+        say_where(run.results.path)
+
+
 def _write_ending(folder: Path | None, run: TrainingRun[AnyConfig] | None, ending: Ending) -> None:
     """Say how a run ended; one that was refused takes no place of another that says so of itself."""
     if run is not None and run.results.has_begun:
-        write_ending(run.results.path, ending)
+        _conclude(run, ending)
     elif folder is not None and read_ending(folder) is None:
         write_ending(folder, ending)
 

@@ -7,20 +7,38 @@ import shlex
 import shutil
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 from configs import Config
 from trainers import Smaller
 
 
+def train_command() -> str:
+    """Return the command that begins this run anew: the one that started it, without --resume and --force."""
+    return shlex.join([_interpreter(), *_words("resume", "force")])
+
+
 def resume_command() -> str:
     """Return the command that continues this run: the one that started it, and --resume."""
+    return _command(_words("resume", "force", "init_ckpt"))
+
+
+def evaluate_command(checkpoint: Path) -> str:
+    """Return the command that evaluates a checkpoint with the options of this run."""
+    words = _words("resume", "force", "init_ckpt", "ckpt")
+    return shlex.join([_interpreter(), *words, "--ckpt", str(checkpoint)])
+
+
+def _words(*without: str) -> list[str]:
+    """Return the words of the command line that started this run, without these options and their values."""
     words, is_value = [], False
     for word in sys.argv:
-        option = word.split("=")[0].replace("-", "_")
-        if not is_value and option not in ("__resume", "__force", "__init_ckpt"):
+        option = word.split("=")[0].replace("-", "_").removeprefix("__")
+        is_left_out = word.startswith("--") and option in without
+        if not is_value and not is_left_out:
             words.append(word)
-        is_value = option == "__init_ckpt" and "=" not in word  # its file is the next word
-    return _command(words)
+        is_value = is_left_out and option in ("init_ckpt", "ckpt") and "=" not in word  # a file is the next word
+    return words
 
 
 def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:

@@ -69,14 +69,15 @@ class ProgressBar:
         self._bar = bar
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
-        """Count the step; now and then show the loss, the size of the model and the memory."""
+        """Count the step; now and then show the loss, the size of the model and the peak of the device's memory."""
         self._bar.update()
         if is_looked_at(steps_done, run.cfg.max_steps):
+            device = "device_allocated" if run.device.type == "cuda" else "host"
             self._bar.set_postfix(
                 loss=f"{loss.item():.4f}",
                 GS=f"{run.model.num_gaussians:,}",
                 sh=run.sh_degree,
-                mem=format_bytes(peak_bytes(run.device)["device_allocated"]),
+                mem=format_bytes(peak_bytes(run.device)[device]),
             )
 
 
@@ -219,14 +220,17 @@ class Evaluation:
             self.record_video(run, steps)
 
     def evaluate(self, run: TrainingRun, steps: int) -> None:
-        """Print the means over the views, and write them to stats/.
+        """Print the means over the views, and write them to stats/ and with pictures to tb/, and the report anew.
 
         Args:
             run: Whose model is evaluated.
             steps: Training steps that the model has had.
         """
+        from training.report import write_report  # here, since matplotlib takes a second
+
         with run.results.missed_if_unwritable(f"The evaluation of step {steps}"):
             self._evaluate(run, steps)
+        write_report(run, None)
 
     def _evaluate(self, run: TrainingRun, steps: int) -> None:
         scene, results = run.scene, run.results
@@ -247,6 +251,7 @@ class Evaluation:
         for key in ("psnr", "ssim", "lpips"):
             if statistics[key] is not None:
                 results.tensorboard.add_scalar(f"val/{key}", statistics[key], steps)
+        results.log_renderings(steps, len(statistics["images"]))
         lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
         tqdm.write(
             f"Step {steps}: PSNR {statistics['psnr']:.2f} dB, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "

@@ -26,13 +26,14 @@ from training.ply import save_ply
 from training.timelapse import FRAMES, VIDEO
 from training.video import NAMES
 
+MOST_LOGGED = 4  # pictures that TensorBoard gets at an evaluation: it keeps each, uncompressed in memory when shown
 FOLDERS = ("ckpts", "stats", "renders", "ply", "tb")
 # What only a run writes. A folder that holds some of the first is a run's; the others come with them.
 RESULTS = ("ckpts/ckpt_*.pt", "stats/train_step*.json", "ply/point_cloud_*.ply")
 BESIDE_RESULTS = (
     *("ckpts/ckpt_*.pt.partial", "stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
     *(f"videos/{name}_*.mp4" for name in NAMES),
-    *(VIDEO, f"{FRAMES}/step_*.jpg", "tb/events.out.tfevents.*", "*/partial_*", f"{FRAMES}/partial_*"),
+    *("report.html", VIDEO, f"{FRAMES}/step_*.jpg", "tb/events.out.tfevents.*", "*/partial_*", f"{FRAMES}/partial_*"),
 )
 
 
@@ -204,6 +205,18 @@ class ResultFolder:
         # In memory first: after a full disk imageio tries once more when its writer is forgotten, with a traceback.
         content = imageio.imwrite("<bytes>", canvas, extension=".png", compress_level=1)
         write_file(self.path / "renders" / f"val_step{steps}_{index:04d}.png", content)
+
+    def log_renderings(self, steps: int, count: int) -> None:
+        """Show a few of the pictures of `save_rendering` in TensorBoard, the same ones at every evaluation.
+
+        Args:
+            steps: Of the evaluation.
+            count: How many views it had.
+        """
+        for index in range(0, count, count // MOST_LOGGED + 1):
+            path = self.path / "renders" / f"val_step{steps}_{index:04d}.png"
+            if path.is_file():  # and not one that a mask hides
+                self.tensorboard.add_image(f"val/{index:04d}", imageio.imread(path), steps, dataformats="HWC")
 
     def _take(self) -> FolderLock:
         self._make(self.path)

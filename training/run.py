@@ -78,6 +78,9 @@ class TrainingRun(Generic[AnyConfig]):
 
     Attributes:
         cfg: The options, with steps_scaler applied.
+        given: The options as they were given.
+        scene_name: What is trained on, as the command line calls it.
+        said_of_input: Sentences on what is used of the dataset, and what is not.
         device: Where views are rendered.
         scene: The dataset, in normalized coordinates.
         scene_scale: Extent of the cameras in world units, with gsplat's margin of 10 %.
@@ -104,10 +107,11 @@ class TrainingRun(Generic[AnyConfig]):
             InputError: Something in the options, the dataset or the machine cannot be used.
         """
         check_options(cfg)
-        self._given = cfg
-        self._scene_name = scene_name
+        self.given = cfg
+        self.scene_name = scene_name
         self._trainer = trainer
         self.cfg = cfg.with_scaled_steps()
+        self.said_of_input: list[str] = []
         self.device = select_device(cfg.device)
         self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
         given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
@@ -118,7 +122,7 @@ class TrainingRun(Generic[AnyConfig]):
             if scene_name == "demo":
                 ensure_city_block(Path(cfg.data_dir))
             resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
-            dataset = load_dataset(self.cfg, self._evaluated or resumed, print)
+            dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
             self.scene: Scene = dataset.scene
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self._evaluation = Evaluation(cfg, self.device)
@@ -139,6 +143,10 @@ class TrainingRun(Generic[AnyConfig]):
         self._first_step = 0
         self._skipped_steps = 0
         self._interrupted = False
+
+    def _say_of_input(self, sentence: str) -> None:
+        print(sentence)
+        self.said_of_input.append(sentence)
 
     # --------------------------------------------------------------------------------------- what a trainer starts with
 
@@ -388,7 +396,7 @@ class TrainingRun(Generic[AnyConfig]):
                 "Gaussians: continue in a trainer that needs less of it, or raise --data_factor."
             )
             smaller = smaller_trainer(self._trainer, self.cfg, "device")
-            command = command if smaller is None else smaller_command(smaller, self._scene_name, self._given)
+            command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
         elif not isinstance(error, TrainingStopped | InputError):
             message, is_defect = f"An error ended training after {counted(self.model.steps_done, 'step')}.", True
         try:

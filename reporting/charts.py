@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from comparing.runs import Curve, Run
 from reporting.numbers import number
 
 # Colours that stand out from white and from near-black; runs and stages take them in this order.
@@ -24,29 +24,37 @@ _SIZE = (4.2, 2.7)  # inches
 LEAST_SPAN = 0.05  # of a vertical axis, relative to its values: a difference of rounding should not fill the chart
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Hold a value over the steps, and over the seconds that training has taken."""
+
+    steps: list[int]
+    seconds: list[float]
+    values: list[float]
+
+
 def color(index: int) -> str:
+    """Return the colour of a run or stage by its place."""
     return COLORS[index % len(COLORS)]
 
 
-def line_chart(runs: Sequence[Run], curve: str, label: str, *, over: str) -> str | None:
-    """Draw one line per run that has the curve, thinner from run to run, so that equal ones are seen behind each other.
+def line_chart(curves: Sequence[Curve | None], label: str, *, over: Literal["steps", "seconds"]) -> str | None:
+    """Draw one line per curve, thinner from run to run, so that equal ones are seen behind each other.
 
     Args:
-        runs: Their order gives the colours.
-        curve: Key of `Run.curves`.
+        curves: Of each run, in the order that gives the colours; None of one that has none.
         label: Of the vertical axis.
-        over: "steps" or "seconds".
+        over: What the horizontal axis counts.
 
     Returns:
         SVG text; None where no run has the curve.
     """
     figure, axes = _figure(label)
     drawn = 0
-    for index, run in enumerate(runs):
-        values: Curve | None = run.curves.get(curve)
+    for index, values in enumerate(curves):
         if values is None:
             continue
-        width = 6.0 - 4.8 * index / max(len(runs) - 1, 1)  # points
+        width = 6.0 - 4.8 * index / max(len(curves) - 1, 1) if len(curves) > 1 else 1.6  # points
         marker = "o" if len(values.values) < 12 else None
         axes.plot(
             getattr(values, over),
@@ -68,26 +76,26 @@ def line_chart(runs: Sequence[Run], curve: str, label: str, *, over: str) -> str
     return _svg(figure, f"{label} over {over}")
 
 
-def stage_bars(runs: Sequence[Run], colors: Mapping[str, str]) -> str | None:
+def stage_bars(stages_ms: Mapping[str, Mapping[str, float]], colors: Mapping[str, str]) -> str | None:
     """Draw one bar per run, made of the mean milliseconds of the stages of its steps.
 
     Args:
-        runs: Those without stages are left out.
+        stages_ms: Of each run, by its name; those without stages are left out.
         colors: Of each stage.
     """
-    runs = [run for run in runs if run.stages_ms]
+    runs = {name: stages for name, stages in stages_ms.items() if stages}
     if not runs:
         return None
     figure, axes = _figure("", height=0.9 + 0.55 * len(runs))
-    for row, run in enumerate(runs):
+    for row, stages in enumerate(runs.values()):
         left = 0.0
-        for stage, milliseconds in run.stages_ms.items():
+        for stage, milliseconds in stages.items():
             axes.barh(row, milliseconds, left=left, color=colors[stage], height=0.62)
             left += milliseconds
         axes.annotate(f" {number(left)}", (left, row), va="center", color=_INK)
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
-    axes.set_yticks(range(len(runs)), [_short(run.name) for run in runs])
+    axes.set_yticks(range(len(runs)), [_short(name) for name in runs])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("milliseconds per step")
@@ -100,11 +108,9 @@ def _short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else "... " + name[-most + 4 :]
 
 
-def stage_colors(runs: Sequence[Run]) -> dict[str, str]:
+def stage_colors(stages_ms: Iterable[Mapping[str, float]]) -> dict[str, str]:
     """Return a colour for every stage that any run has, in the order in which they come in a step."""
-    stages: dict[str, None] = {}
-    for run in runs:
-        stages.update(dict.fromkeys(run.stages_ms))
+    stages = dict.fromkeys(stage for each in stages_ms for stage in each)
     return {stage: color(index) for index, stage in enumerate(stages)}
 
 

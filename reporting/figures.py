@@ -1,0 +1,42 @@
+"""What is measured of a run, as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reporting.numbers import number
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Hold one column of a table."""
+
+    key: str  # of `Measured.figures`
+    title: str
+    show: Callable[[float], str]
+    digits: int | None = None  # of the difference to the first run, for figures compared by that and not by ratio
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+FIGURES = (
+    Figure("psnr", "PSNR", lambda value: f"{value:.2f} dB", digits=2),
+    Figure("ssim", "SSIM", lambda value: f"{value:.4f}", digits=4),
+    Figure("lpips", "LPIPS", lambda value: f"{value:.4f}", digits=4),
+    Figure("num_GS", "Gaussians", lambda value: f"{value:,}"),
+    Figure("elapsed_seconds", "wall time", _duration),
+    Figure("ms_per_step", "time per step", lambda value: f"{number(value)} ms"),
+    Figure("peak_device_bytes_allocated", "device memory allocated", _gigabytes),
+    Figure("peak_device_bytes_reserved", "device memory reserved", _gigabytes),
+    Figure("peak_host_bytes", "host memory", _gigabytes),
+)

@@ -1,0 +1,176 @@
+"""The page about a run in its result folder, and the last lines that it prints: where things are, how to see them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from configs import Config
+from reporting import charts
+from reporting.figures import FIGURES
+from reporting.machine import describe_machine, sentence
+from reporting.page import render_page
+from reporting.pictures import Picture, data_uri, halves
+from training.commands import evaluate_command, resume_command, train_command
+from training.ending import FINISHED, INTERRUPTED, Ending
+from training.files import write_file
+from training.measured import Measured, read_measured
+from training.timelapse import VIDEO
+from training.video import NAMES
+
+if TYPE_CHECKING:
+    from training.run import TrainingRun
+
+NAME = "report.html"
+ROOT = Path(__file__).parents[1]
+MOST_VIEWS = 6  # held-out views in the page
+
+CURVES: tuple[tuple[str, str, Literal["steps", "seconds"]], ...] = (
+    ("loss", "training loss", "steps"),
+    ("psnr", "PSNR of held-out views, dB", "steps"),
+    ("num_GS", "Gaussians", "steps"),
+    ("device_allocated_GiB", "device memory, GiB, peak so far", "seconds"),
+    ("host_GiB", "host memory, GiB, peak so far", "seconds"),
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Hold a held-out view: its photo, and what the model draws."""
+
+    name: str
+    figures: str
+    photo: Picture
+    rendering: Picture
+
+
+def write_report(run: TrainingRun, ending: Ending | None) -> None:
+    """Write report.html of what there is of a run so far.
+
+    Args:
+        run: Whose result folder it is.
+        ending: How it has ended; None while it goes on.
+    """
+    with run.results.missed_if_unwritable("The report", was_asked_for=False):
+        try:
+            page = _page(run, ending)
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # as of statistics that somebody has edited
+            tqdm.write(f"Warning: the report could not be made of what lies in {run.results.path} ({error!r}).")
+            return
+        write_file(run.results.path / NAME, page)
+
+
+def _page(run: TrainingRun, ending: Ending | None) -> str:
+    folder, cfg = run.results.path, run.cfg
+    run.results.tensorboard.flush()
+    measured = read_measured(folder, cfg.max_steps)
+    stages = charts.stage_colors([measured.stages_ms])
+    return render_page(
+        Path(__file__).parent / "report.html",
+        title=f"{run.scene_name}: {folder.name}",
+        date=datetime.now().isoformat(" ", "minutes"),
+        status=_status(run, ending),
+        is_problem=ending is not None and ending.status not in (FINISHED, INTERRUPTED),
+        message="" if ending is None else ending.message,
+        figures=[(each.title, each.show(value)) for each in FIGURES if (value := measured.figures.get(each.key))],
+        figures_step=measured.steps,
+        charts=_charts(measured),
+        stages=stages,
+        stage_chart=charts.stage_bars({f"{measured.steps} steps": measured.stages_ms}, stages),
+        views=held_out(measured),
+        used=run.said_of_input,
+        options=options_given(run.given),
+        commands=commands(run),
+        files=[(what, path.relative_to(folder)) for what, path, _ in findings(folder) if path.name != NAME],
+        machine=sentence(describe_machine()),
+    )
+
+
+def _status(run: TrainingRun, ending: Ending | None) -> str:
+    steps = f"{run.model.steps_done:,} of {run.cfg.max_steps:,} steps"
+    if run.cfg.ckpt:
+        return f"evaluated, {run.cfg.ckpt}"
+    return f"{'in training' if ending is None else ending.status}, {steps}"
+
+
+def _charts(measured: Measured) -> list[str]:
+    drawn = (
+        charts.line_chart([measured.curves[curve]], label, over=over)
+        for curve, label, over in CURVES
+        if curve in measured.curves and any(measured.curves[curve].values)
+    )
+    return [chart for chart in drawn if chart]
+
+
+def held_out(measured: Measured) -> list[HeldOut]:
+    """Return some held-out views, evenly from all of them."""
+    names = list(measured.pictures)
+    chosen = np.unique(np.linspace(0, len(names) - 1, MOST_VIEWS).round().astype(int))[: len(names)]
+    views = []
+    for name in (names[index] for index in chosen):
+        pair = halves(measured.pictures[name])
+        if pair is None:
+            continue
+        shown = {figure.key: figure for figure in FIGURES}
+        figures = ", ".join(f"{shown[key].title} {shown[key].show(x)}" for key, x in measured.views[name].items())
+        photo, rendering = (Picture(what, data_uri(half)) for what, half in zip(("photo", "model"), pair, strict=True))
+        views.append(HeldOut(name, figures, photo, rendering))
+    return views
+
+
+def options_given(cfg: Config) -> list[tuple[str, object, object]]:
+    """Return the options that differ from the defaults: name, value, default."""
+    given, default = (yaml.safe_load(yaml.safe_dump(asdict(each))) for each in (cfg, type(cfg)()))
+    return [(name, value, default[name]) for name, value in given.items() if value != default[name]]
+
+
+def commands(run: TrainingRun) -> list[tuple[str, str]]:
+    """Return commands that belong to a run, each with what it does."""
+    found = [("train it anew", train_command())]
+    if not run.cfg.ckpt:
+        found.append(("go on with it", resume_command()))
+    newest = Path(run.cfg.ckpt) if run.cfg.ckpt else _newest((run.results.path / "ckpts").glob("ckpt_*.pt"))
+    if newest is not None:
+        found.append(("evaluate it", evaluate_command(newest)))
+        if (ROOT / "export.py").is_file():
+            target = run.results.path / "model.sog"
+            found.append(("take it away", shlex.join(["python", "export.py", str(newest), "--to", str(target)])))
+    return found
+
+
+def findings(folder: Path) -> list[tuple[str, Path, str]]:
+    """Return what there is to look at in a result folder: what it is, where, and how to look at it."""
+    videos = [file for name in NAMES for file in (folder / "videos").glob(f"{name}_*.mp4")]
+    newest = {
+        "Model": (_newest((folder / "ply").glob("point_cloud_*.ply")), "for viewers of Gaussian splats"),
+        "Pictures": (folder / "renders", "held-out photos, each beside what the model draws"),
+        "Video": (_newest(videos), ""),
+        "Timelapse": (folder / VIDEO, "of the training"),
+        "Report": (folder / NAME, "for a browser"),
+    }
+    return [
+        (what, path, how)
+        for what, (path, how) in newest.items()
+        if path is not None and (path.is_file() or (path.is_dir() and any(path.iterdir())))
+    ]
+
+
+def say_where(folder: Path) -> None:
+    """Print where the results of a run are, and how to look at them."""
+    found = findings(folder)
+    widest = max((len(what) for what, _, _ in found), default=0)
+    for what, path, how in found:
+        tqdm.write(f"{what + ':':{widest + 1}} {path}{f'  ({how})' if how else ''}")
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    """Return the file that was written last; None where there is none."""
+    return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
