@@ -108,6 +108,10 @@ class OptimizationOptions:
     """Learning rate of the other spherical harmonics."""
     ssim_lambda: float = 0.2
     """Weight of 1 - SSIM in the loss; L1 has the rest."""
+    depth_loss: bool = False
+    """Compare depths with those of the points that each photo saw, and of maps in depths/ (docs/datasets.md)."""
+    depth_lambda: float = 1.0
+    """Weight of the mean difference of inverse depths, times the scene scale, in the loss."""
 
 
 @dataclass
@@ -160,12 +164,20 @@ class ModelOptions:
     """The first Gaussians are larger than their neighbourhood by this factor."""
     antialiased: bool = False
     """Compensate the opacity of small Gaussians (Mip-Splatting, arXiv 2311.16493)."""
+    background: Literal["black", "white", "random", "sky"] = "black"
+    """Behind the Gaussians; random trains before random colours and shows black, sky is learnt, by direction."""
     random_background: bool = False
-    """Train before random colours, so that transparency cannot hide in black."""
+    """The older way to say --background random."""
+    exposure: Literal["none", "affine", "bilateral_grid"] = "none"
+    """Learn for each training photo how it changes colours: by a matrix, or by a grid of them over the picture."""
     near_plane: float = 0.01
     """Gaussians nearer than this are not drawn."""
     far_plane: float = 1e10
     """Gaussians farther than this are not drawn."""
+
+    def __post_init__(self) -> None:
+        if self.random_background and self.background == "black":
+            self.background = "random"
 
 
 @dataclass

@@ -20,6 +20,7 @@ from offload.models.device import DeviceGaussians
 from rendering.losses import photometric_loss
 from training.command_line import main
 from training.densification import Densification
+from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
 from training.views import render
 
@@ -59,9 +60,11 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         run.mark("fetch")
 
         colors, info = render(rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view))
+        colors = run.modules.exposed(colors, view)
         run.mark("render")
 
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+        loss = with_depth_loss(loss, info, view, run.depth_weight)
         loss.backward()
         if run.upcoming is not None:
             gaussians.prefetch(run.upcoming.cameras)  # is culled behind the backward pass where Adam is deferred

@@ -19,6 +19,7 @@ from rendering.losses import photometric_loss
 from training.calibration import print_last_verdict
 from training.command_line import main
 from training.densification import Densification
+from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
 from training.views import render
 
@@ -58,9 +59,11 @@ def train(run: TrainingRun[HybridConfig]) -> None:
         run.mark("cull")
 
         colors, info = render(rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view))
+        colors = run.modules.exposed(colors, view)
         run.mark("render")
 
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+        loss = with_depth_loss(loss, info, view, run.depth_weight)
         loss.backward()
         run.mark("backward")
 

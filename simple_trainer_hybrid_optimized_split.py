@@ -28,6 +28,7 @@ from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from training.command_line import main
 from training.densification import Densification
+from training.depth_loss import with_depth_loss
 from training.memory import available_bytes, format_bytes, parse_bytes
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
@@ -98,7 +99,8 @@ def train(run: TrainingRun[SplitConfig]) -> None:
     densification = Densification(cfg, run.scene_scale, cfg.seed)
 
     def draw(cameras: Cameras, depth: bool) -> Tensor:
-        return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, depth=depth)
+        shown = run.shown_backgrounds(cameras)
+        return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, backgrounds=shown, depth=depth)
 
     def train_part(part: ViewTile, view: View, screen: ScreenGradients) -> TileResult:
         """Render one tile with its halo, or all of the view, and propagate its share of the loss back."""
@@ -106,11 +108,14 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         colors, info = render_part(
             part, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), halo=halo
         )
+        colors = run.modules.exposed(colors, view, part.tile, halo)
         run.mark("render")
 
         loss = part_loss(colors, view, part.tile, ssim_lambda=cfg.ssim_lambda, halo=halo)
+        loss = with_depth_loss(loss, info, view, run.depth_weight, part.tile, halo)
         loss.backward()
         screen.add(part, len(gaussians.ids), info)
+        run.modules.gather()
         run.mark("backward")
         return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 

@@ -42,6 +42,7 @@ from trainers import TRAINERS, Traffic
 from training import schedules
 from training.command_line import parse
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
+from training.modules import RunModules
 from training.per_step import PerStep
 from training.run import select_device
 from training.stages import StageTimes
@@ -119,6 +120,8 @@ class AerialRun:
         self._offload_per_step = PerStep()
         self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
         self._counted_before = Counters()
+        self.modules = RunModules(cfg, [], np.empty(0, np.int64), self.device)  # of a run without any
+        self.depth_weight = 0.0
 
     def make_scene(self) -> tuple[dict[str, Tensor], AerialCameras]:
         """Make the Gaussians that training starts with, in Morton order, and the cameras."""

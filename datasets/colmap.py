@@ -5,6 +5,7 @@ File formats: https://colmap.github.io/format.html
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 from datasets.cache import CacheFile, fingerprint
 from datasets.colmap_binary import check_binary
 from datasets.colmap_text import read_observations, read_text_model
-from datasets.observations import Observations, misplaced_points, sample
+from datasets.observations import Observations, all_of, misplaced_points
 from datasets.paths import stays_inside
 from errors import InputError, reason
 
@@ -166,12 +167,27 @@ def open_model(model_dir: Path) -> pycolmap.Reconstruction:
 def read_sparse_model(model_dir: Path) -> SparseModel:
     """Read a reconstruction. Raises InputError for an unreadable or unsupported model."""
     suffix = _model_files(model_dir)[0].suffix
-    model, observed_by = _read_binary(model_dir) if suffix == ".bin" else _read_text(model_dir)
+    model, observed_by = _read(model_dir)
     damage = damage_of(model)
     if damage:
         part, problem = damage
         raise InputError(f"{model_dir / (part + suffix)} is damaged ({problem}): export the model again.")
     return replace(model, remarks=model.remarks + misplaced_points(model_dir, model, observed_by))
+
+
+def read_tracks(model_dir: Path) -> dict[str, np.ndarray]:
+    """Read which points each photo of a reconstruction saw: by name, [k, 3] float64 in the model's world.
+
+    Raises:
+        InputError: The model is unreadable or unsupported.
+    """
+    model, observed_by = _read(model_dir)
+    return {name: observed_by(index, all_of)[1] for index, name in enumerate(model.image_names)}
+
+
+def _read(model_dir: Path) -> tuple[SparseModel, Observations]:
+    suffix = _model_files(model_dir)[0].suffix
+    return _read_binary(model_dir) if suffix == ".bin" else _read_text(model_dir)
 
 
 def _read_binary(model_dir: Path) -> tuple[SparseModel, Observations]:
@@ -185,9 +201,9 @@ def _read_binary(model_dir: Path) -> tuple[SparseModel, Observations]:
     points = list(reconstruction.points3D.values())
     bottom_row = np.array([[0.0, 0.0, 0.0, 1.0]])
 
-    def observed_by(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def observed_by(index: int, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         seen = [p for p in images[index].points2D if p.has_point3D() and p.point3D_id in reconstruction.points3D]
-        chosen = [seen[k] for k in sample(np.arange(len(seen)))]
+        chosen = [seen[k] for k in choose(np.arange(len(seen)))]
         xyz = [reconstruction.points3D[point.point3D_id].xyz for point in chosen]
         return np.array([point.xy for point in chosen]).reshape(-1, 2), np.array(xyz).reshape(-1, 3)
 
@@ -218,12 +234,12 @@ def _read_text(model_dir: Path) -> tuple[SparseModel, Observations]:
     worldtocams[:, :3, 3] = np.stack([image.translation for image in images])
     order = np.argsort(text.point_ids)
 
-    def observed_by(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def observed_by(index: int, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         pixels, ids = read_observations(model_dir, images[index])
         if not len(order):
             return pixels[:0], text.points
         rows = order[np.minimum(np.searchsorted(text.point_ids, ids, sorter=order), len(order) - 1)]
-        chosen = sample(np.flatnonzero((text.point_ids[rows] == ids) & (ids >= 0)))
+        chosen = choose(np.flatnonzero((text.point_ids[rows] == ids) & (ids >= 0)))
         return pixels[chosen], text.points[rows[chosen]]
 
     model = SparseModel(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from datasets.camera import Camera
+from datasets.depths import Depths
 from datasets.image_files import decode_mask, decode_picture, fitting_workers
 from datasets.images import scaled_mask
 from datasets.scene import Scene
@@ -33,6 +34,7 @@ class Batch:
     Ks: torch.Tensor  # [C, 3, 3] float32, pixels
     camtoworlds: torch.Tensor  # [C, 4, 4] float32, normalized world
     image_ids: torch.Tensor  # [C] int64, into the scene's images
+    inverse_depths: torch.Tensor | None = None  # [C, H, W] float32, one over the depth, 0: unknown; None: not wanted
 
 
 class BatchLoader:
@@ -49,12 +51,14 @@ class BatchLoader:
         *,
         num_workers: int | None = None,
         pin_memory: bool = False,
+        depths: Depths | None = None,
     ):
         pixels = max((camera.source_width * camera.source_height for camera in scene.cameras), default=1)
         workers = fitting_workers(num_workers or min(os.cpu_count() or 1, 16), pixels)
         self._scene = scene
         self._batches_of_ids = batches_of_ids
         self._pin_memory = pin_memory
+        self._depths = depths
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="image-loader")
         self._pending: deque[Future[Batch]] = deque()
         for _ in range(2 * workers):
@@ -86,7 +90,7 @@ class BatchLoader:
     def _submit_next(self) -> None:
         ids = next(self._batches_of_ids, None)
         if ids is not None:
-            self._pending.append(self._pool.submit(_load_batch, self._scene, ids, self._pin_memory))
+            self._pending.append(self._pool.submit(_load_batch, self._scene, ids, self._pin_memory, self._depths))
 
 
 def training_loader(
@@ -129,7 +133,7 @@ def training_loader(
             )
     arrange = ViewWindows.of_scene(scene, view_window).arrange if view_window > 1 else None
     order = _training_order(train_ids, batch_size, seed, start_step, arrange)
-    return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
+    return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory, depths=scene.depths)
 
 
 def evaluation_loader(
@@ -164,7 +168,7 @@ def _training_order(
         yield batch
 
 
-def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool) -> Batch:
+def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool, depths: Depths | None) -> Batch:
     cameras = [scene.cameras[index] for index in scene.camera_indices[image_ids]]
     images, masks = [], []
     for image_id, camera in zip(image_ids, cameras, strict=True):
@@ -179,6 +183,12 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool) -> Batch:
         camtoworlds=torch.from_numpy(scene.camtoworlds[image_ids]).float(),
         image_ids=torch.from_numpy(image_ids),
     )
+    if depths is not None:
+        inverse = [
+            depths.inverse(int(image_id), camera, scene.camtoworlds[image_id])
+            for image_id, camera in zip(image_ids, cameras, strict=True)
+        ]
+        batch = replace(batch, inverse_depths=torch.from_numpy(np.stack(inverse)))
     if not pin_memory:
         return batch
     return replace(batch, **{name: t.pin_memory() for name, t in vars(batch).items() if t is not None})

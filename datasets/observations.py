@@ -15,9 +15,9 @@ PHOTOS, OF_PHOTO = 16, 64  # looked at, evenly from all, and observations of eac
 FEWEST = 64  # observations: of fewer nothing is said
 FAR = 0.05  # of a picture's diagonal: a reconstruction leaves a thousandth
 
-# Returns what the i-th photo of a model saw of its points, a sample: places in the photo [k, 2] in pixels, and the
-# points [k, 3], both float64.
-Observations = Callable[[int], tuple[np.ndarray, np.ndarray]]
+# Returns what the i-th photo of a model saw of its points: places in the photo [k, 2] in pixels, and the points [k, 3],
+# both float64. Takes the photo's number, and what chooses of its observations, such as `sample` and `all_of`.
+Observations = Callable[[int, Callable[[np.ndarray], np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
 def misplaced_points(model_dir: Path, model: SparseModel, observed_by: Observations) -> list[str]:
@@ -33,7 +33,7 @@ def misplaced_points(model_dir: Path, model: SparseModel, observed_by: Observati
         observed_by: What its photos saw; asked of `PHOTOS` of them.
     """
     photos = range(0, len(model.image_names), -(-len(model.image_names) // PHOTOS))
-    observed = np.concatenate([_distances(model, index, *observed_by(index)) for index in photos])
+    observed = np.concatenate([_distances(model, index, *observed_by(index, sample)) for index in photos])
     if len(observed) < FEWEST or np.median(observed) <= FAR:
         return []
     return [
@@ -45,6 +45,11 @@ def misplaced_points(model_dir: Path, model: SparseModel, observed_by: Observati
 def sample(items: np.ndarray) -> np.ndarray:
     """Return at most `OF_PHOTO` of a photo's observations, evenly from all."""
     return items[:: -(-len(items) // OF_PHOTO) or 1]
+
+
+def all_of(items: np.ndarray) -> np.ndarray:
+    """Return all of a photo's observations."""
+    return items
 
 
 def project(model_name: str, params: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Load a dataset into one normalized scene."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from datasets.camera import Camera, check_shape, make_camera
-from datasets.colmap import SparseModel
+from datasets.colmap import SparseModel, has_model, read_tracks
 from datasets.consistency import check_points, far_camera_warnings
+from datasets.depths import Depths, find_depths
 from datasets.images import prepare_images
 from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
 from datasets.model_choice import Say, load_sparse_model, points_ply, quiet
@@ -52,6 +53,7 @@ class Scene:
     own_transform: np.ndarray  # [4, 4] float64, as `normalizing_transform` makes it of these cameras and points
     far_ids: np.ndarray  # int64, pictures whose cameras stand far off the scene
     scene_scale: float  # largest distance of a camera from the cameras' mean position, without those far off
+    depths: Depths | None = None  # where depths of training photos come from; None where nobody asked for them
 
 
 def load_scene(
@@ -65,6 +67,7 @@ def load_scene(
     max_points: int = 0,
     num_workers: int | None = None,
     transform: np.ndarray | None = None,
+    depths: bool = False,
     say: Say = quiet,
 ) -> Scene:
     """Read a dataset: its model, its pictures (scaled where that has not been done) and initial points.
@@ -81,6 +84,7 @@ def load_scene(
         num_workers: threads that check and scale pictures; all processors where None.
         transform: [4, 4] similarity from the input world to that in which the scene has been trained; None to
             normalize it.
+        depths: find depths of the training photos, too.
         say: is told what is used of what is there, and what looks wrong.
 
     Raises:
@@ -140,7 +144,7 @@ def load_scene(
         )
         points_rgb = np.full_like(points_rgb, 128)
     points, points_rgb = subset_of_points(points, points_rgb, max_points, say)
-    return Scene(
+    scene = Scene(
         data_dir=data_dir,
         image_names=model.image_names,
         image_paths=pictures.paths,
@@ -156,6 +160,20 @@ def load_scene(
         own_transform=own_transform,
         far_ids=np.flatnonzero(is_far),
         scene_scale=scene_scale,
+    )
+    return replace(scene, depths=_depths_of(scene, model_path, say)) if depths else scene
+
+
+def _depths_of(scene: Scene, model_path: Path, say: Say) -> Depths:
+    return find_depths(
+        scene.data_dir,
+        scene.image_names,
+        scene.train_ids,
+        lambda image: scene.cameras[scene.camera_indices[image]],
+        scene.camtoworlds,
+        read_tracks(model_path) if has_model(model_path) else {},
+        scene.transform,
+        say,
     )
 
 

@@ -31,7 +31,7 @@ def blank_loss(images: Tensor, ssim_lambda: float, backgrounds: Tensor | None, m
     Args:
         images: [C, H, W, 3] photos.
         ssim_lambda: Share of the SSIM term, as for `rendering.losses.photometric_loss`.
-        backgrounds: [C, 3]; None is black.
+        backgrounds: [C, 3], or [C, H, W, 3] of each pixel; None is black.
         masks: [C, H, W] bool; None: everything counts.
 
     Returns:
@@ -42,7 +42,10 @@ def blank_loss(images: Tensor, ssim_lambda: float, backgrounds: Tensor | None, m
     for top in range(0, images.shape[1], STRIP_ROWS):
         rows = slice(top, top + STRIP_ROWS + HALO)
         target = images[:, rows]
-        blank = torch.zeros_like(target) if backgrounds is None else backgrounds[:, None, None].expand_as(target)
+        if backgrounds is None:
+            blank = torch.zeros_like(target)
+        else:
+            blank = backgrounds[:, rows] if backgrounds.ndim == 4 else backgrounds[:, None, None].expand_as(target)
         if masks is not None:
             target, blank = (torch.where(masks[:, rows, :, None], picture, 0.0) for picture in (target, blank))
         difference = (target[:, :STRIP_ROWS] - blank[:, :STRIP_ROWS]).abs().sum()
@@ -66,7 +69,10 @@ class BlankPictures:
             return
         if not is_looked_at(steps_done, run.cfg.max_steps):
             return
-        blank = blank_loss(run.view.images, run.cfg.ssim_lambda, run.backgrounds(run.view), run.view.masks)
+        behind = run.backgrounds(run.view)
+        if callable(behind):
+            behind = behind(run.view.cameras, None)
+        blank = blank_loss(run.view.images, run.cfg.ssim_lambda, behind, run.view.masks)
         self._losses.append((loss.item(), blank.item()))
         first_look = steps_done == FIRST_LOOK or (is_last and steps_done >= FEWEST_STEPS)
         if first_look and all(abs(drawn - empty) <= SAME * empty for drawn, empty in self._losses):

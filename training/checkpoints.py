@@ -171,7 +171,9 @@ class PartialCheckpoint:
         free = os.fstatvfs(self._file)
         if total > free.f_bavail * free.f_frsize:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        largest_row = max(tensor.nbytes // max(len(tensor), 1) for tensor in state.values())
         block_bytes = min(max(total // MEMORY_SHARE // THREADS, SMALLEST_BLOCK), LARGEST_BLOCK)
+        block_bytes = max(block_bytes, largest_row)  # such as a photo's bilateral grid
         self._copier.start(block_bytes)
         entries, copies, end = {}, [], PROLOGUE_BYTES
         of_stores: dict[RowStore, list[tuple[Tensor, int]]] = {}

@@ -55,6 +55,7 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
         num_workers=cfg.num_workers or None,
         say=say,
         transform=None if checkpoint is None else checkpoint.transform,
+        depths=cfg.depth_loss and not cfg.ckpt,
     )
     has_changed = checkpoint is not None and _compare(cfg, checkpoint, scene, say)
     offset = np.linalg.inv(scene.transform)[:3, 3]

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offload.culling.cameras import Cameras
+from training.color_correction import color_corrected
 from training.views import View
 
 
@@ -49,6 +50,8 @@ def evaluate(
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
     save_picture: Callable[[int, np.ndarray], None],
     device: torch.device,
+    *,
+    color_correct: bool = False,
 ) -> dict[str, object]:
     """Render views one by one and compare them with their photos.
 
@@ -58,15 +61,14 @@ def evaluate(
         lpips: Metric on [1, 3, H, W] pictures, or None.
         save_picture: Takes an index and [H, 2 W, 3] uint8, photo and rendering side by side.
         device: Where rendering runs.
+        color_correct: Report the same of renderings whose colours are made like the photos' as well.
 
     Returns:
-        Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the
-        values of each. Pixels outside a view's mask count for nothing in PSNR, nor do windows around them in SSIM;
-        for LPIPS, and for windows that reach them, they are black in both pictures. Views that are hidden entirely are
-        left out.
+        Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the values of
+        each; cc_psnr, cc_ssim and cc_lpips with corrected colours, where those are wanted. Pixels outside a view's
+        mask count for nothing in PSNR, nor do windows around them in SSIM; for LPIPS, and for windows that reach them,
+        they are black in both pictures. Views that are hidden entirely are left out.
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
     images: list[dict[str, Any]] = []
     written: list[Future[None]] = []
     with ThreadPoolExecutor(max_workers=4) as writers:
@@ -80,30 +82,13 @@ def evaluate(
             seconds = time.perf_counter() - begin
 
             rendered = rendered.clamp(0.0, 1.0)
-            photo = view.images
-            if view.masks is None:
-                psnr = peak_signal_noise_ratio(rendered, photo, data_range=1.0)
-            else:
-                psnr = peak_signal_noise_ratio(rendered[view.masks], photo[view.masks], data_range=1.0)
-                rendered, photo = rendered * view.masks[..., None], photo * view.masks[..., None]
-            canvas = (torch.cat([photo, rendered], dim=2)[0] * 255.0).round().byte().cpu().numpy()
+            found = _metrics(rendered, view, lpips)
+            if color_correct:
+                corrected = color_corrected(rendered, view.images, view.masks)
+                found |= {f"cc_{key}": value for key, value in _metrics(corrected, view, lpips).items()}
+            canvas = (torch.cat(_masked(view, view.images, rendered), dim=2)[0] * 255.0).round().byte().cpu().numpy()
             written.append(writers.submit(save_picture, index, canvas))
-            rendered, photo = rendered.permute(0, 3, 1, 2), photo.permute(0, 3, 1, 2)  # [1, 3, H, W]
-            ssim, ssim_map = cast(
-                tuple[Tensor, Tensor],
-                structural_similarity_index_measure(rendered, photo, data_range=1.0, return_full_image=True),
-            )
-            if view.masks is not None:
-                ssim = ssim_map.permute(0, 2, 3, 1)[view.masks].mean()  # from [1, 3, H, W]
-            images.append(
-                {
-                    "name": name,
-                    "psnr": psnr.item(),
-                    "ssim": ssim.item(),
-                    "lpips": None if lpips is None else lpips(rendered, photo).item(),
-                    "seconds": seconds,
-                }
-            )
+            images.append({"name": name, **found, "seconds": seconds})
 
     for picture in written:
         picture.result()  # raises what writing raised
@@ -111,13 +96,39 @@ def evaluate(
     def mean(key: str) -> float:
         return float(np.mean([image[key] for image in images]))
 
+    means: dict[str, object] = {}
+    for kind in ("", "cc_") if color_correct else ("",):
+        means |= {f"{kind}psnr": mean(f"{kind}psnr"), f"{kind}ssim": mean(f"{kind}ssim")}
+        means[f"{kind}lpips"] = None if lpips is None else mean(f"{kind}lpips")
+    return {**means, "seconds_per_image": mean("seconds"), "images": images}
+
+
+def _metrics(rendered: Tensor, view: View, lpips: Callable[[Tensor, Tensor], Tensor] | None) -> dict[str, float | None]:
+    """Compare a rendering [1, H, W, 3] with its photo: psnr, ssim and lpips, as `evaluate` says."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    seen = ... if view.masks is None else view.masks
+    psnr = peak_signal_noise_ratio(rendered[seen], view.images[seen], data_range=1.0)
+    pictures = (picture.permute(0, 3, 1, 2) for picture in _masked(view, rendered, view.images))  # [1, 3, H, W]
+    rendered, photo = pictures
+    ssim, ssim_map = cast(
+        tuple[Tensor, Tensor],
+        structural_similarity_index_measure(rendered, photo, data_range=1.0, return_full_image=True),
+    )
+    if view.masks is not None:
+        ssim = ssim_map.permute(0, 2, 3, 1)[view.masks].mean()  # from [1, 3, H, W]
     return {
-        "psnr": mean("psnr"),
-        "ssim": mean("ssim"),
-        "lpips": None if lpips is None else mean("lpips"),
-        "seconds_per_image": mean("seconds"),
-        "images": images,
+        "psnr": psnr.item(),
+        "ssim": ssim.item(),
+        "lpips": None if lpips is None else lpips(rendered, photo).item(),
     }
+
+
+def _masked(view: View, *pictures: Tensor) -> list[Tensor]:
+    """Return pictures [1, H, W, 3] that are black where the view's photo is hidden."""
+    if view.masks is None:
+        return list(pictures)
+    return [picture * view.masks[..., None] for picture in pictures]
 
 
 def synchronize(device: torch.device) -> None:

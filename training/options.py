@@ -74,6 +74,7 @@ RANGES: dict[str, Range] = {
     "sh0_lr": RATE,
     "shN_lr": RATE,
     "ssim_lambda": Range(0, 1),
+    "depth_lambda": Range(0, 1e6),
     "grow_grad2d": THRESHOLD,
     "grow_scale3d": SHARE,
     "grow_scale2d": SHARE,
@@ -130,6 +131,8 @@ def check_options(cfg: Config) -> None:
             "steps of --max_steps to warm up."
         )
     _check_video(cfg)
+    if cfg.random_background and cfg.background != "random":
+        raise InputError(f"--random_background and --background {cfg.background} exclude each other: give one of them.")
     if cfg.ckpt and cfg.resume:
         raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
     if cfg.init_ckpt and (cfg.ckpt or cfg.resume):

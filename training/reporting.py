@@ -245,16 +245,18 @@ class Evaluation:
                 self._lpips,
                 lambda index, canvas: results.save_rendering(steps, index, canvas),
                 run.device,
+                color_correct=run.cfg.exposure != "none",
             )
         statistics: dict[str, Any] = {"num_GS": run.model.num_gaussians, **found}
         results.save_statistics("val", steps, statistics)
-        for key in ("psnr", "ssim", "lpips"):
-            if statistics[key] is not None:
+        for key in ("psnr", "ssim", "lpips", "cc_psnr", "cc_ssim", "cc_lpips"):
+            if statistics.get(key) is not None:
                 results.tensorboard.add_scalar(f"val/{key}", statistics[key], steps)
         results.log_renderings(steps, len(statistics["images"]))
         lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
+        corrected = f" ({statistics['cc_psnr']:.2f} with corrected colours)" if "cc_psnr" in statistics else ""
         tqdm.write(
-            f"Step {steps}: PSNR {statistics['psnr']:.2f} dB, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
+            f"Step {steps}: PSNR {statistics['psnr']:.2f} dB{corrected}, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
             f"on {len(statistics['images'])} held-out views, "
             f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {run.model.num_gaussians} Gaussians"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
@@ -37,6 +38,7 @@ from training.ending import FINISHED, INTERRUPTED, Ending, sentence_of
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
+from training.modules import RunModules
 from training.options import check_options
 from training.profiling import profiled_steps
 from training.reporting import (
@@ -53,7 +55,7 @@ from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
 from training.timelapse import Timelapse
-from training.views import View, render
+from training.views import Backdrop, View, render
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
@@ -87,6 +89,7 @@ class TrainingRun(Generic[AnyConfig]):
         times: Stage times; the trainer marks its stages.
         results: The folder that receives everything.
         saving: What the run goes on from.
+        modules: What is trained beside the Gaussians.
         observers: Who is told of every step; append to it before `steps`.
         view: While `steps` runs, the view of the present step.
         upcoming: While `steps` runs, the view of the step after the present one; None at the last, and where
@@ -125,6 +128,9 @@ class TrainingRun(Generic[AnyConfig]):
             dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
             self.scene: Scene = dataset.scene
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
+            self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device)
+            if self._evaluated is not None:
+                self.modules.load_evaluated(self._evaluated)
             self._evaluation = Evaluation(cfg, self.device)
             self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed)
             self._resources = resources.pop_all()  # which an error above closes
@@ -200,6 +206,7 @@ class TrainingRun(Generic[AnyConfig]):
             host_remedy=remedy(self._trainer, self.cfg, "host"),
             device_remedy=remedy(self._trainer, self.cfg, "device"),
         )
+        all_needs[-1] = replace(all_needs[-1], other_bytes=all_needs[-1].other_bytes + self.modules.nbytes)
         print(check_memory(all_needs, self.num_initial_gaussians, self.cfg.max_gaussians))
 
     # -------------------------------------------------------------------------------------------------------- the steps
@@ -228,8 +235,8 @@ class TrainingRun(Generic[AnyConfig]):
         """
         if self._draw is not None:
             return self._draw(cameras, depth)
-        rows = self.model.read_view(cameras)
-        return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, depth=depth)[0]
+        rows, shown = self.model.read_view(cameras), self.shown_backgrounds(cameras)
+        return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, backgrounds=shown, depth=depth)[0]
 
     def mark(self, stage: str) -> None:
         """End a stage of the present step, which began at the mark before."""
@@ -262,7 +269,8 @@ class TrainingRun(Generic[AnyConfig]):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
-        first = self._first_step = self.saving.begin(model, {"densification": densification})
+        first = self._first_step = self.saving.begin(model, {"densification": densification, **self.modules.parts})
+        self.modules.begin_at(first)
         if first >= self.cfg.max_steps:
             tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
             self._begin(None)
@@ -302,6 +310,7 @@ class TrainingRun(Generic[AnyConfig]):
             self.upcoming = None if densification.changes_rows_after(step) else following
             self.times.mark("load")
             self.view = view
+            self.modules.begin_step(view)
             yield step, view
             self.view = None
             del view
@@ -325,21 +334,33 @@ class TrainingRun(Generic[AnyConfig]):
                 f"result_dir {self.results.path} cannot be written ({error.strerror}): choose another --result_dir."
             ) from error
 
-    def backgrounds(self, view: View) -> Tensor | None:
-        """Return colours [C, 3] behind a training view: random ones where the options ask for them, None for black."""
-        if not self.cfg.random_background:
-            return None
+    def backgrounds(self, view: View) -> Tensor | Backdrop | None:
+        """Return what is behind a training view, as `training.views.render` takes it."""
+        if self.cfg.background != "random":
+            return self.shown_backgrounds(view.cameras)
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
         colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.images), 3), np.float32)
         return torch.from_numpy(colors).to(self.device)
 
+    @property
+    def depth_weight(self) -> float:
+        """Return the weight of the mean difference of inverse depths, which are in world units."""
+        return self.cfg.depth_lambda * self.scene_scale
+
+    def shown_backgrounds(self, cameras: Cameras) -> Tensor | Backdrop | None:
+        """Return what is behind pictures that are shown or compared with photos; black where training has none."""
+        if self.cfg.background == "white":
+            return torch.ones(len(cameras.Ks), 3, device=self.device)
+        return self.modules.backdrop()
+
     def after_step(self, step: int, loss: Tensor) -> None:
-        """Save what is due after a step, and tell the observers of it.
+        """Update the modules, save what is due after a step, and tell the observers of it.
 
         Args:
             step: Its number, from 0.
             loss: Scalar.
         """
+        self.modules.update()
         if is_looked_at(step + 1, self.cfg.max_steps):
             self._look_at_skipped_steps()
         if self.results.make_again():

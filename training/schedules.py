@@ -49,7 +49,12 @@ def adam_betas(batch_size: int) -> tuple[float, float]:
 
 def means_lr(cfg: Config, scene_scale: float, step: int) -> float:
     """Return the learning rate of the means at a step from 0: exponential decay to 1 % at max_steps."""
-    return learning_rates(cfg, scene_scale)["means"] * 0.01 ** (step / cfg.max_steps)
+    return learning_rates(cfg, scene_scale)["means"] * decay(cfg, step)
+
+
+def decay(cfg: Config, step: int) -> float:
+    """Return by which factor learning rates that decay have done so at a step from 0: to 1 % at max_steps."""
+    return 0.01 ** (step / cfg.max_steps)
 
 
 def sh_degree(cfg: Config, step: int) -> int:

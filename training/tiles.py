@@ -16,7 +16,7 @@ from offload.models.tiled import ViewTile
 from offload.tiles.boxes import HALO, Tile
 from rendering.losses import count_windows, photometric_loss, photometric_sum
 from rendering.region import Region
-from training.views import View, render
+from training.views import Backdrop, View, render
 
 
 def halo_of(cfg: Config) -> int:
@@ -34,7 +34,7 @@ def render_part(
     cfg: Config,
     *,
     sh_degree: int,
-    backgrounds: Tensor | None = None,
+    backgrounds: Tensor | Backdrop | None = None,
     halo: int = 0,
     depth: bool = False,
 ) -> tuple[Tensor, dict]:
@@ -45,7 +45,7 @@ def render_part(
         cameras: Of the view.
         cfg: Options.
         sh_degree: Degree of the spherical harmonics to use.
-        backgrounds: [C, 3] colours behind the scene; None is black.
+        backgrounds: [C, 3] colours behind the scene, or what makes those of each pixel; None is black.
         halo: Pixels around the tile to render with it.
         depth: As in `training.views.render`.
 
@@ -57,23 +57,31 @@ def render_part(
         one = slice(part.tile.camera, part.tile.camera + 1)
         region = Region(*part.tile.with_halo(halo, cameras.width, cameras.height)[1:])
         cameras = replace(cameras, viewmats=cameras.viewmats[one], Ks=cameras.Ks[one])
-        backgrounds = None if backgrounds is None else backgrounds[one]
+        backgrounds = backgrounds[one] if isinstance(backgrounds, Tensor) else backgrounds
     return render(part.rows, cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region, depth=depth)
 
 
 @torch.no_grad()
-def render_in_parts(parts: Iterable[ViewTile], cameras: Cameras, cfg: Config, *, depth: bool = False) -> Tensor:
+def render_in_parts(
+    parts: Iterable[ViewTile],
+    cameras: Cameras,
+    cfg: Config,
+    *,
+    backgrounds: Tensor | Backdrop | None = None,
+    depth: bool = False,
+) -> Tensor:
     """Return the pictures [C, H, W, 3] that cameras see, put together from those of the parts of their view.
 
     Args:
         parts: Of the view.
         cameras: C of them.
         cfg: Options.
+        backgrounds: As `render_part` takes them.
         depth: Add a fourth channel, as `training.views.render`.
     """
     pictures = torch.empty(0)
     for part in parts:
-        colors, _ = render_part(part, cameras, cfg, sh_degree=cfg.sh_degree, depth=depth)
+        colors, _ = render_part(part, cameras, cfg, sh_degree=cfg.sh_degree, backgrounds=backgrounds, depth=depth)
         if part.tile is None:
             return colors
         if len(pictures) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ from rendering.region import Region
 from training.gaussians import activate
 
 
+class Backdrop(Protocol):
+    """Stand for what is behind the Gaussians where that is more than one colour for each camera."""
+
+    def __call__(self, cameras: Cameras, region: Region | None) -> Tensor:
+        """Return the colours [C, h, w, 3] behind the pixels of a region; None: of the whole pictures [C, H, W, 3]."""
+
+
 @dataclass(frozen=True)
 class View:
     """Hold C photos of one size on the training device, and the cameras that took them on the host."""
@@ -24,6 +32,7 @@ class View:
     cameras: Cameras  # C, of which culling and the rasterizer take all they know
     masks: Tensor | None = None  # [C, H, W] bool, True where the picture is valid; None: everywhere
     image_ids: Tensor | None = None  # [C] int64 on the host, into the scene's images; None: no images of a scene
+    inverse_depths: Tensor | None = None  # [C, H, W] float32, one over the depth, 0: unknown; None: depths do not count
 
     @staticmethod
     def from_batch(batch: Batch, cfg: Config, device: torch.device) -> View:
@@ -33,7 +42,9 @@ class View:
         height, width = images.shape[1:3]
         viewmats = torch.linalg.inv(batch.camtoworlds.double()).float()
         cameras = posed_cameras(viewmats, batch.Ks, width, height, cfg)
-        return View(images.float().div_(255.0), cameras, masks, batch.image_ids)
+        inverse = batch.inverse_depths
+        inverse = None if inverse is None else inverse.to(device, non_blocking=True)
+        return View(images.float().div_(255.0), cameras, masks, batch.image_ids, inverse)
 
 
 def posed_cameras(viewmats: Tensor, Ks: Tensor, width: int, height: int, cfg: Config) -> Cameras:
@@ -63,7 +74,7 @@ def render(
     cfg: Config,
     *,
     sh_degree: int,
-    backgrounds: Tensor | None = None,
+    backgrounds: Tensor | Backdrop | None = None,
     region: Region | None = None,
     depth: bool = False,
 ) -> tuple[Tensor, dict]:
@@ -72,19 +83,21 @@ def render(
     Args:
         rows: The Gaussians' parameters, as `training.gaussians.activate` takes them.
         cameras: C of them.
-        cfg: Says whether densification wants absolute gradients.
+        cfg: Says whether densification wants absolute gradients, and whether depths count.
         sh_degree: Degree of the spherical harmonics to use.
-        backgrounds: [C, 3] colours behind the scene; None is black.
+        backgrounds: [C, 3] colours behind the scene, or what makes those of each pixel; None is black.
         region: Render these pixels only; None: all.
         depth: Add a fourth channel: the mean distance along the viewing direction of what is seen, in world units; 0
             where nothing is.
 
     Returns:
         Colours [C, H, W, 3 or 4], of the region's size, and `rendering.rasterize`'s info; where gradients are wanted,
-        `info["means2d"]` keeps its own, on the screen, for densification.
+        `info["means2d"]` keeps its own, on the screen, for densification. Where depths count in training,
+        `info["expected_depths"]` [C, H, W] are those of the pixels, 0 where nothing is drawn.
     """
     device = rows["means"].device
-    colors, _, info = rasterize(
+    depths_count = cfg.depth_loss and torch.is_grad_enabled()  # which training alone looks at
+    colors, alphas, info = rasterize(
         **activate(rows),
         viewmats=cameras.viewmats.to(device, non_blocking=True),
         Ks=cameras.Ks.to(device, non_blocking=True),
@@ -97,9 +110,15 @@ def render(
         eps2d=cameras.eps2d,
         rasterize_mode="antialiased" if cameras.antialiased else "classic",
         absgrad=cfg.absgrad,
-        backgrounds=backgrounds,
-        render_mode="RGB+ED" if depth else "RGB",
+        render_mode="RGB+ED" if depth or depths_count else "RGB",
+        backgrounds=None if callable(backgrounds) else backgrounds,
     )
+    if callable(backgrounds):
+        behind = (1.0 - alphas) * backgrounds(cameras, region)
+        colors = torch.cat([colors[..., :3] + behind, colors[..., 3:]], dim=-1)
+    if depths_count:
+        info["expected_depths"] = colors[..., 3]
+        colors = colors if depth else colors[..., :3]
     if info["means2d"].requires_grad:
         info["means2d"].retain_grad()
     return colors, info

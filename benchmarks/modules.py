@@ -1,0 +1,140 @@
+"""What modules and the depth loss are for: a synthetic city with trouble made on purpose, with and without them.
+
+    python -m benchmarks.modules [--steps 2000] [--trainer simple_trainer_hybrid_optimized] [--quick]
+
+Each line is a run of a script of its own, evaluated on views that have the same trouble; in "few photos" on those of
+the flight that were not trained on. Corrected colours are a rendering's, brought near its photo's by a matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.report import Report
+from benchmarks.troubled_city import write_city
+from errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Options(BenchmarkOptions):
+    steps: int = 2000
+    """Steps of each run."""
+    size: tuple[int, int] = (160, 120)
+    """Width and height of the photos, in pixels."""
+    trainer: str = "simple_trainer"
+    """Script that trains."""
+    device: str = "auto"
+    """Where it renders."""
+    pictures: Path | None = None
+    """Folder that receives, of each trouble, a photo and its renderings side by side."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Say what is wrong with a city, and what helps."""
+
+    name: str
+    city: dict[str, object]  # of `write_city`
+    runs: dict[str, tuple[str, ...]]  # by the words of the table, options
+    common: tuple[str, ...] = field(default=())
+
+
+TROUBLES = [
+    Trouble(
+        "two flights in two lights",
+        {"lights": True},
+        {
+            "without": (),
+            "--exposure affine": ("--exposure", "affine"),
+            "--exposure bilateral_grid": ("--exposure", "bilateral_grid"),
+        },
+    ),
+    Trouble(
+        "a white sky",
+        {"sky": True},
+        {
+            "without": (),
+            "--background white": ("--background", "white"),
+            "--background sky": ("--background", "sky"),
+        },
+    ),
+    Trouble(
+        "few photos",
+        {"depths": True, "first": 12},
+        {
+            "without": (),
+            "--depth_loss": ("--depth_loss",),
+            "--depth_loss --depth_lambda 0.1": ("--depth_loss", "--depth_lambda", "0.1"),
+        },
+        ("--test_every", "-1", "--test_after", "11"),
+    ),
+]
+
+
+def train(options: Options, data_dir: Path, result_dir: Path, arguments: tuple[str, ...]) -> dict[str, float]:
+    """Train and evaluate; returns the means over the test views, with and without corrected colours."""
+    command = [
+        *(sys.executable, str(ROOT / f"{options.trainer}.py"), "default", "--data_dir", str(data_dir)),
+        *("--device", options.device, "--max_steps", str(options.steps), "--eval_steps", str(options.steps)),
+        *("--sh_degree_interval", str(options.steps // 4), "--refine_start_iter", str(options.steps // 5)),
+        *("--refine_stop_iter", str(options.steps * 3 // 4), "--max_gaussians", "20000", "--save_every", "0"),
+        *arguments,
+    ]
+    checkpoint = result_dir / "ckpts" / f"ckpt_{options.steps}.pt"
+    # Evaluated once more, since a run without exposures does not correct colours.
+    corrected = ("--result_dir", str(result_dir) + "_corrected", "--ckpt", str(checkpoint))
+    for more in (("--result_dir", str(result_dir)), (*corrected, "--exposure", "affine")):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise InputError(f"{' '.join([*command, *more])} ended with: {done.stderr.strip()[-500:]}")
+    return json.loads(Path(f"{result_dir}_corrected", "stats", f"val_step{options.steps}.json").read_text())
+
+
+def main(options: Options) -> None:
+    if options.quick:
+        options.steps, options.size = 40, (48, 36)
+    report = Report("modules", "Trouble of real captures, and what helps", options)
+    width, height = options.size
+    report.say(f"{options.steps} steps of {options.trainer}.py, photos of {width}x{height}.")
+    table = report.table(
+        "On test views:",
+        {
+            "trouble": str,
+            "options": str,
+            "PSNR, dB": "{:.2f}".format,
+            "PSNR, colours corrected": "{:.2f}".format,
+            "SSIM": "{:.3f}".format,
+        },
+    )
+    with tempfile.TemporaryDirectory() as workspace:
+        for number, trouble in enumerate(TROUBLES):
+            data_dir = Path(workspace) / str(number)
+            points = 300 if options.quick else 3000
+            write_city(data_dir, num_views=36, width=width, height=height, num_points=points, **trouble.city)
+            strips = []
+            for index, (words, arguments) in enumerate(trouble.runs.items()):
+                result_dir = Path(workspace) / f"{number}_{index}"
+                found = train(options, data_dir, result_dir, (*trouble.common, *arguments))
+                table.add(trouble.name, words, found["psnr"], found["cc_psnr"], found["ssim"])
+                strips.append(cv2.imread(str(sorted((result_dir / "renders").rglob("*.png"))[2])))
+            if options.pictures is not None:
+                options.pictures.mkdir(parents=True, exist_ok=True)
+                photo = strips[0][:, :width]
+                strip = np.hstack([photo, *(strip[:, width:] for strip in strips)])
+                cv2.imwrite(str(options.pictures / f"{trouble.name.replace(' ', '_')}.png"), strip)
+    report.write()
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)

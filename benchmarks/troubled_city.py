@@ -1,0 +1,118 @@
+"""The synthetic city as real captures are: photos in other lights, a white sky, or few photos with depth maps."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from datasets.synthetic import (
+    Camera,
+    City,
+    Floats,
+    View,
+    build_city,
+    cast,
+    look_at,
+    plan_flight,
+    points_in_view,
+    render,
+    sample_points,
+    screen_windows,
+    write_colmap,
+)
+
+SIZE = 72.0  # metres, of the block
+POINT_NOISE = 0.15  # metres
+
+
+def write_city(
+    data_dir: Path,
+    *,
+    num_views: int,
+    width: int,
+    height: int,
+    num_points: int,
+    lights: bool = False,
+    sky: bool = False,
+    depths: bool = False,
+    first: int = 0,
+    seed: int = 0,
+) -> None:
+    """Write a city block as a COLMAP dataset, with trouble.
+
+    Args:
+        data_dir: A folder that is not there.
+        num_views: Photos.
+        width: Of a photo, in pixels.
+        height: The same.
+        num_points: Of the sparse cloud.
+        lights: Two flights in turns, each in its own light; gain and offset of each channel differ between their photos
+            too.
+        sky: The flight is low and looks to the horizon, above which all is white.
+        depths: Write depths/NAME.npy, in a unit and from a zero of its own for each photo, as networks give them.
+        first: So many photos, evenly out of the flight, come before the others.
+        seed: Of the city, views, points and lights.
+    """
+    city = build_city(SIZE, np.random.default_rng([seed, 0]))
+    camera = Camera(width, height)
+    rng = np.random.default_rng([seed, 1])
+    views = low_flight(num_views, rng) if sky else plan_flight(num_views, city.half_size, rng)
+    if first:
+        every = -(-num_views // first)
+        views = views[::every] + [view for index, view in enumerate(views) if index % every]
+    points, colors = points_on_surfaces(city, camera, views, num_points, np.random.default_rng([seed, 2]))
+    noisy = points + np.random.default_rng([seed, 3]).normal(0, POINT_NOISE, points.shape)
+    names = [f"{number:03d}.png" for number in range(num_views)]
+    rng = np.random.default_rng([seed, 4])
+    with tempfile.TemporaryDirectory(dir=data_dir.parent) as workspace:
+        partial = Path(workspace) / "city"
+        for folder in ("images", "sparse/0", *(["depths"] if depths else [])):
+            (partial / folder).mkdir(parents=True)
+        for number, (view, name) in enumerate(zip(views, names, strict=True)):
+            picture = render(city, camera, view) / 255.0
+            depth = depths_of(city, camera, view)
+            if sky:
+                picture[depth <= 0] = 1.0
+            if lights:
+                picture = in_light(picture, number % 2, rng)
+            cv2.imwrite(str(partial / "images" / name), np.round(255 * picture.clip(0, 1))[..., ::-1].astype(np.uint8))
+            if depths:
+                unit, zero = rng.uniform(0.01, 10), rng.uniform(0, 0.01)
+                np.save(partial / "depths" / f"{Path(name).stem}.npy", ((1 / depth + zero) * unit).astype(np.float32))
+        seen = [points_in_view(city, camera, view, points) for view in views]
+        write_colmap(partial / "sparse" / "0", camera, views, names, points, noisy, colors, seen)
+        partial.rename(data_dir)
+
+
+def in_light(picture: Floats, flight: int, rng: np.random.Generator) -> Floats:
+    """Return a picture [H, W, 3] as one of two flights takes it: with its gains and offsets, and some of its own."""
+    gains = np.array([[1.0, 0.95, 0.85], [0.6, 0.65, 0.75]])[flight] * rng.uniform(0.85, 1.0, 3)
+    offsets = np.array([0.0, 0.05])[flight] + rng.uniform(0, 0.05, 3)
+    return picture * gains + offsets
+
+
+def low_flight(num_views: int, rng: np.random.Generator) -> list[View]:
+    """Return views on a circle around the block, just above its roofs; a third of each is above the horizon."""
+    angles = 2 * np.pi * np.arange(num_views) / num_views
+    outward = np.stack([np.cos(angles), np.sin(angles), np.zeros(num_views)], axis=1)
+    up = np.array([0.0, 0.0, 1.0])
+    return [look_at(75 * to + 45 * up, 35 * up, up, rng) for to in outward]
+
+
+def points_on_surfaces(
+    city: City, camera: Camera, views: list[View], count: int, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """Return points [P, 3] that views see, none of them in the sky, and their colours [P, 3]; at most `count`."""
+    points, colors = sample_points(city, camera, views, count, rng)
+    near = (np.abs(points[:, :2]) < 1.5 * SIZE).all(1) & (points[:, 2] > -1)
+    return points[near], colors[near]
+
+
+def depths_of(city: City, camera: Camera, view: View) -> Floats:
+    """Return the depth [H, W] of each pixel along the camera's axis, in metres; below 0 above the horizon."""
+    columns, rows = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+    rays = np.tensordot(view.rotation.T, camera.rays(columns, rows), 1)
+    return cast(city, view.position, rays, screen_windows(city, camera, view))[0]

@@ -1,0 +1,284 @@
+"""Modules are trained by dense Adam, whatever a step sees of them; what they do to pictures has an oracle each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.contract import TrainedModule, Training
+from modules.exposure import AffineExposure, BilateralGrid, Place
+from modules.sky import Sky, directions
+from rendering.projection import Projection
+from rendering.spherical_harmonics import spherical_harmonics
+from training.color_correction import color_corrected
+
+CPU = torch.device("cpu")
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+def decay(step: int) -> float:
+    return 0.9**step
+
+
+TRAINING = Training(decay, (0.9, 0.999), CPU)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def a_module(names: list[str] = NAMES, training: Training = TRAINING) -> TrainedModule:
+    return TrainedModule(names, torch.linspace(-1, 1, 6).view(2, 3), 0.1, training)
+
+
+def target_of(row: int, step: int) -> Tensor:
+    return random(2, 3, seed=100 * row + step) - 0.5
+
+
+def seen(step: int) -> Tensor:
+    """Two rows a step, at times the same one twice; the last two rows rest for a long while."""
+    return torch.tensor([[step % 3, 0], [1, 1], [2, 3 if step > 30 else 2]])[step % 3]
+
+
+def advance(module: TrainedModule, steps: range) -> None:
+    for step in steps:
+        rows = seen(step)
+        module.fetch(rows)
+        targets = torch.stack([target_of(int(row), step) for row in rows])
+        (module.leaf() - targets).square().sum().backward()
+        module.update()
+
+
+def densely(steps: int, betas: tuple[float, float] = (0.9, 0.999)) -> Tensor:
+    """The rows after so many steps of torch's dense Adam, in float64."""
+    rows = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3).repeat(5, 1, 1).requires_grad_()
+    adam = torch.optim.Adam([rows], betas=betas, eps=1e-15)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 0.1 * decay(step)
+        adam.zero_grad()
+        sum((rows[row] - target_of(int(row), step).double()).square().sum() for row in seen(step)).backward()
+        adam.step()
+    return rows.detach()
+
+
+def test_rows_are_trained_as_by_dense_adam():
+    module = a_module()
+    advance(module, range(60))
+    torch.testing.assert_close(module.values(torch.arange(5)).double(), densely(60), rtol=0, atol=1e-5)
+    assert torch.equal(module.values(torch.tensor([4]))[0], torch.linspace(-1, 1, 6).view(2, 3))
+
+
+def test_parts_add_up_and_a_part_that_failed_is_forgotten():
+    whole, parts = a_module(), a_module()
+    for module in (whole, parts):
+        module.fetch(torch.tensor([1, 3]))
+    (3 * whole.leaf()).sum().backward()
+    parts.leaf().sum().backward()
+    parts.gather()
+    (100 * parts.leaf()).sum().backward()  # and then the rest of its backward pass ran out of memory
+    (2 * parts.leaf()).sum().backward()
+    parts.gather()
+    for module in (whole, parts):
+        module.update()
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+    with pytest.raises(RuntimeError, match="before they are fetched"):
+        whole.leaf()
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero():
+    module, resting = a_module(), a_module()
+    for each in (module, resting):
+        advance(each, range(6))
+    module.fetch(torch.tensor([0, 1]))
+    (module.leaf() * torch.tensor([0.0, torch.nan])[:, None, None]).sum().backward()
+    module.update()
+    resting.update()
+    torch.testing.assert_close(module.values(torch.arange(5)), resting.values(torch.arange(5)), rtol=0, atol=1e-6)
+
+
+def test_a_state_goes_on_bit_for_bit():
+    whole, first, second = a_module(), a_module(), a_module()
+    advance(whole, range(40))
+    advance(first, range(17))
+    second.load_state_dict(first.state_dict())
+    advance(second, range(17, 40))
+    expected = whole.state_dict()
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_rows_are_known_again_by_name():
+    before, after = a_module(), a_module(["x", "c", "a"])
+    advance(before, range(20))
+    after.load_state_dict(before.state_dict())
+    assert after.steps_done == 20
+    assert torch.equal(after.values(torch.tensor([1, 2])), before.values(torch.tensor([2, 0])))
+    assert torch.equal(after.values(torch.tensor([0])), a_module().values(torch.tensor([0])))
+
+
+def test_other_betas_find_every_row_up_to_date():
+    before, after = a_module(), a_module(training=replace(TRAINING, betas=(0.8, 0.99)))
+    advance(before, range(20))
+    after.load_state_dict(before.state_dict())
+    everything = torch.arange(5)
+    torch.testing.assert_close(after.values(everything), before.values(everything), rtol=0, atol=1e-6)
+    assert (after.last_step == 20).all()
+
+
+def test_a_state_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="rows"):
+        a_module().load_state_dict(AffineExposure(NAMES, TRAINING).state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------------- the sky
+
+
+def some_cameras() -> tuple[Tensor, Tensor]:
+    """Two cameras that look about; [2, 4, 4] and [2, 3, 3]."""
+    viewmats = torch.eye(4).repeat(2, 1, 1)
+    viewmats[:, :3, :3] = torch.linalg.qr(random(2, 3, 3) - 0.5).Q
+    viewmats[:, :3, :3] *= torch.linalg.det(viewmats[:, :3, :3])[:, None, None]
+    viewmats[:, :3, 3] = random(2, 3, seed=1)
+    Ks = torch.tensor([[40.0, 0.7, 21.0], [0.0, 45.0, 14.5], [0.0, 0.0, 1.0]]).repeat(2, 1, 1)
+    return viewmats, Ks
+
+
+def test_points_in_the_direction_of_a_pixel_are_drawn_there():
+    viewmats, Ks = some_cameras()
+    towards = directions(viewmats, Ks, 5, 3, 11, 7)  # [2, 7, 11, 3]
+    centres = -(viewmats[:, :3, :3].transpose(1, 2) @ viewmats[:, :3, 3:])[..., 0]  # [2, 3]
+    points = centres[:, None, None] + 8 * towards
+    in_camera = torch.einsum("cij,chwj->chwi", viewmats[:, :3, :3], points) + viewmats[:, None, None, :3, 3]
+    pixels = torch.einsum("cij,chwj->chwi", Ks, in_camera / in_camera[..., 2:])
+    x, y = torch.meshgrid(torch.arange(5.5, 16), torch.arange(3.5, 10), indexing="xy")
+    torch.testing.assert_close(pixels[..., 0], x.expand(2, 7, 11), rtol=0, atol=1e-4)
+    torch.testing.assert_close(pixels[..., 1], y.expand(2, 7, 11), rtol=0, atol=1e-4)
+
+
+def test_the_sky_has_the_harmonics_of_gaussians():
+    viewmats, Ks = some_cameras()
+    sky, coefficients = Sky(TRAINING), 0.1 * (random(16, 3, seed=2) - 0.5)
+    colors = sky(coefficients, viewmats, Ks, 0, 0, 42, 29)
+    centres = -(viewmats[:, :3, :3].transpose(1, 2) @ viewmats[:, :3, 3:])[..., 0]
+    means = (centres[:, None, None] + directions(viewmats, Ks, 0, 0, 42, 29)).view(-1, 3)
+    ids, count = torch.arange(len(means)), len(means) // 2
+    nothing = torch.empty(0)
+    projection = Projection(
+        torch.tensor([0, count, 2 * count]), ids // count, ids, nothing, nothing, nothing, nothing, nothing
+    )
+    expected = spherical_harmonics(3, means, viewmats, coefficients.expand(len(means), 16, 3).contiguous(), projection)
+    torch.testing.assert_close(colors.view(-1, 3), expected, rtol=0, atol=1e-5)
+    part = sky(coefficients, viewmats, Ks, 16, 8, 20, 10)
+    torch.testing.assert_close(part, colors[:, 8:18, 16:36], rtol=0, atol=1e-6)
+
+
+def test_gradients_of_the_sky():
+    viewmats, Ks = (t.double() for t in some_cameras())
+    coefficients = random(16, 3, dtype=torch.float64).requires_grad_()
+    sky = Sky(TRAINING)
+    assert torch.autograd.gradcheck(lambda c: sky(c, viewmats, Ks, 3, 2, 6, 5), (coefficients,))
+
+
+# ------------------------------------------------------------------------------------------------------------ exposure
+
+EXPOSURES = pytest.mark.parametrize("kind", [AffineExposure, BilateralGrid])
+
+
+@EXPOSURES
+def test_an_exposure_changes_nothing_at_first(kind):
+    exposure, colors = kind(NAMES, TRAINING), random(2, 20, 30, 3)
+    exposure.fetch(torch.tensor([0, 4]))
+    torch.testing.assert_close(exposure(colors, exposure.leaf(), Place(0, 0, 30, 20)), colors, rtol=0, atol=1e-6)
+
+
+def random_rows(exposure: AffineExposure | BilateralGrid) -> Tensor:
+    exposure.fetch(torch.tensor([1, 2]))
+    leaf = exposure.leaf().detach()
+    return leaf + 0.3 * (random(*leaf.shape, seed=3) - 0.5)
+
+
+@EXPOSURES
+def test_a_part_is_exposed_as_it_is_in_the_whole(kind):
+    exposure, colors = kind(NAMES, TRAINING), random(2, 20, 30, 3)
+    rows = random_rows(exposure)
+    whole = exposure(colors, rows, Place(0, 0, 30, 20))
+    part = exposure(colors[:, 4:13, 7:27], rows, Place(7, 4, 30, 20))
+    torch.testing.assert_close(part, whole[:, 4:13, 7:27], rtol=0, atol=1e-6)
+
+
+@EXPOSURES
+def test_gradients_of_exposures(kind):
+    exposure, colors = kind(NAMES, TRAINING), 0.1 + 0.8 * random(2, 3, 4, 3, dtype=torch.float64)
+    rows = random_rows(exposure).double()
+    place, colors = Place(2, 1, 30, 20), colors.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: exposure(c, rows, place), (colors,))
+    direction = random(*rows.shape, seed=4).double()
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: exposure(colors.detach(), rows + s * direction, place), (step,))
+
+
+def test_an_affine_exposure_is_a_matrix():
+    exposure, colors = AffineExposure(NAMES, TRAINING), random(2, 5, 6, 3)
+    rows = random_rows(exposure)
+    expected = torch.einsum("cij,chwj->chwi", rows[..., :3], colors) + rows[:, None, None, :, 3]
+    torch.testing.assert_close(exposure(colors, rows, Place(0, 0, 6, 5)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_grid_is_interpolated_by_place_and_brightness():
+    """Against a loop over the eight corners around one pixel."""
+    exposure, colors = BilateralGrid(NAMES, TRAINING), random(1, 1, 1, 3)
+    grid = random_rows(exposure)[:1]
+    brightness = float(colors[0, 0, 0] @ torch.tensor([0.299, 0.587, 0.114]))
+    at = (brightness * 7, 12.5 / 20 * 15, 8.5 / 30 * 15)  # in cells, by brightness, row and column
+    matrix = torch.zeros(12)
+    for corner in range(8):
+        cell = [math.floor(a) + (corner >> axis & 1) for axis, a in enumerate(at)]
+        weight = math.prod(1 - abs(a - c) for a, c in zip(at, cell, strict=True))
+        matrix += weight * grid[0, :, cell[0], cell[1], cell[2]]
+    expected = matrix.view(3, 4)[:, :3] @ colors[0, 0, 0] + matrix.view(3, 4)[:, 3]
+    torch.testing.assert_close(exposure(colors, grid, Place(8, 12, 30, 20))[0, 0, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_total_variation_of_grids():
+    exposure = BilateralGrid(NAMES, TRAINING)
+    flat = torch.eye(3, 4).view(12, 1, 1, 1).repeat(2, 1, 8, 16, 16).view(2, 12, 8, 16, 16)
+    assert exposure.penalty(flat) == 0
+    ramp = flat + 0.1 * torch.arange(16)  # 0.1 from column to column
+    torch.testing.assert_close(exposure.penalty(ramp), torch.tensor(10 * 0.1**2), rtol=1e-4, atol=0)
+    with torch.no_grad():
+        exposure.rows += 0.1 * (random(*exposure.rows.shape) - 0.5)
+    before = exposure.penalty(exposure.values(torch.arange(5)))
+    for _ in range(10):
+        exposure.fetch(torch.arange(5))
+        exposure.update()
+    assert exposure.penalty(exposure.values(torch.arange(5))) < 0.8 * before
+
+
+# ------------------------------------------------------------------------------------------------- corrected colours
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_another_exposure_is_no_error_where_colours_are_corrected(masked):
+    rendered = 0.2 + 0.5 * random(1, 20, 30, 3)
+    matrix = torch.eye(3) + 0.2 * (random(3, 3, seed=1) - 0.5)
+    photo = rendered @ matrix.T + torch.tensor([0.05, -0.02, 0.1])
+    mask = random(1, 20, 30, seed=2) < 0.7 if masked else None
+    if mask is not None:
+        photo[~mask] = 0.5  # which must not count
+    difference = color_corrected(rendered, photo, mask) - photo
+    assert (difference[mask] if masked else difference).abs().max() < 1e-4
+
+
+def test_clipped_pixels_do_not_count():
+    rendered = 0.2 + 0.5 * random(1, 20, 30, 3)
+    photo = (1.6 * rendered).clamp(0, 1)
+    assert (color_corrected(rendered, photo) - photo).abs().max() < 1e-4
+
+
+def test_pictures_of_one_colour_are_corrected():
+    photo = torch.full((1, 12, 12, 3), 0.25)
+    assert (color_corrected(torch.full_like(photo, 0.5), photo) - photo).abs().max() < 1e-3

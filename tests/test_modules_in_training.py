@@ -1,0 +1,187 @@
+"""Runs with modules: every trainer trains the same ones, resuming goes on bit for bit, and each does what it is for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from torch import Tensor
+
+import simple_trainer
+import simple_trainer_hybrid_optimized_split
+import simple_trainer_hybrid_streamed
+from benchmarks.troubled_city import in_light, write_city
+from tests.interrupted_runs import assert_same_state, interrupt_after, run_script, saved
+from tests.training_scripts import DENSIFICATION, EXACT, NO_DENSIFICATION, anisotropic_start, differences
+from trainers import TRAINERS
+from training.checkpoints import Checkpoint
+
+pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
+
+STEPS = 12
+QUIET = (*NO_DENSIFICATION, "--num_workers", 1, "--save_every", 0)
+
+
+@pytest.fixture(scope="module")
+def masked_block(city_block, tmp_path_factory) -> Path:
+    """The city block with a mask for every photo, which hides a corner of it."""
+    data_dir = tmp_path_factory.mktemp("masked") / "block"
+    shutil.copytree(city_block, data_dir)
+    (data_dir / "masks").mkdir()
+    mask = np.full((48, 64), 255, np.uint8)
+    mask[:20, :24] = 0
+    for photo in (data_dir / "images").iterdir():
+        assert cv2.imwrite(str(data_dir / "masks" / f"{photo.name}.png"), mask)
+    return data_dir
+
+
+@pytest.fixture
+def fine_tiles(monkeypatch) -> list[bool]:
+    """Let small pictures be cut too; receives of each part whether it is a tile."""
+    script, seen = simple_trainer_hybrid_optimized_split, []
+    render_part = script.render_part
+
+    def watched(part, *arguments, **options):
+        seen.append(part.tile is not None)
+        return render_part(part, *arguments, **options)
+
+    monkeypatch.setattr(script, "render_part", watched)
+    monkeypatch.setattr("offload.tiles.boxes.SMALLEST", 16)
+    return seen
+
+
+MODULES = {
+    "sky and grids": ("--depth_lambda", 0.1, "--background", "sky", "--exposure", "bilateral_grid", "--depth_loss"),
+    "white and affine": ("--background", "white", "--exposure", "affine", "--depth_loss", "--batch_size", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def gpu_only(masked_block, tmp_path_factory) -> Callable[[str], Checkpoint]:
+    """What GPU-only training makes of some modules, by their name above."""
+
+    @functools.cache
+    def trained(modules: str) -> Checkpoint:
+        results = tmp_path_factory.mktemp("gpu_only")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
+            options = (*QUIET, *MODULES[modules], "--max_steps", STEPS)
+            assert run_script(monkeypatch, simple_trainer, masked_block, results, *options) == 0
+        return saved(results, STEPS)
+
+    return trained
+
+
+def module_rows(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: value for name, value in checkpoint.state.items() if name.endswith(("/rows", "/exp_avg"))}
+
+
+CASES = [("sky and grids", name) for name in EXACT if name != "gpu_only"]
+CASES += [("white and affine", name) for name in ("split", "streamed_geometry_on_host")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("modules", "trainer"), CASES)
+def test_every_trainer_trains_the_same_modules(
+    monkeypatch, masked_block, tmp_path, gpu_only, modules, trainer, fine_tiles
+):
+    options, expected = (*QUIET, *MODULES[modules], "--max_steps", STEPS), gpu_only(modules)
+    if trainer == "split":
+        options = (*options, "--split_threshold", 0.2)
+    way = TRAINERS[trainer]
+    assert run_script(monkeypatch, way.load(), masked_block, tmp_path, *options, *way.arguments) == 0
+    actual = saved(tmp_path, STEPS)
+    assert trainer != "split" or sum(fine_tiles) > 0.5 * len(fine_tiles)
+    found = differences(actual.gaussians, expected.gaussians)
+    found |= differences(module_rows(actual), module_rows(expected))
+    assert max(found.values()) < 1e-4, found
+
+
+INTERRUPTED = [
+    pytest.param(simple_trainer, ("--exposure", "affine"), id="gpu-only"),
+    pytest.param(
+        simple_trainer_hybrid_streamed,
+        ("--geometry", "host", "--background", "sky", "--exposure", "bilateral_grid"),
+        id="streamed",
+    ),
+    pytest.param(
+        simple_trainer_hybrid_optimized_split,
+        ("--split_threshold", 0.3, "--background", "sky", "--exposure", "affine", "--batch_size", 2),
+        id="split",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "modules"), INTERRUPTED)
+def test_an_interrupted_run_is_bit_equal(monkeypatch, masked_block, tmp_path, script, modules):
+    options = (*DENSIFICATION, "--num_workers", 1, *modules, "--max_steps", 30)
+    assert run_script(monkeypatch, script, masked_block, tmp_path / "whole", *options) == 0
+    interrupt_after(monkeypatch, 7, 21)
+    for _ in range(3):
+        assert run_script(monkeypatch, script, masked_block, tmp_path / "parts", *options, "--resume") == 0
+    assert_same_state(saved(tmp_path / "parts", 30), saved(tmp_path / "whole", 30))
+    assert any(name.endswith("/rows") for name in saved(tmp_path / "parts", 30).state)
+
+
+def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_block, tmp_path, capsys):
+    def run(*options: object, result_dir: str = "run") -> str:
+        code = run_script(monkeypatch, simple_trainer, city_block, tmp_path / result_dir, *QUIET, *options)
+        printed = capsys.readouterr()
+        assert code == (2 if "Error: " in printed.err else 0), printed.err
+        return printed.out + printed.err
+
+    run("--max_steps", 6, "--save_steps", 6)
+    printed = run("--max_steps", 12, "--resume", "--background", "sky", "--exposure", "affine")
+    assert "--background is now sky; it was black." in printed
+    assert "--exposure affine: 14 training photos have their own" in printed
+    assert "holds nothing of affine: it is trained from step 6 on" in printed
+    assert "with corrected colours" in printed
+    checkpoint = ("--ckpt", tmp_path / "run/ckpts/ckpt_12.pt")
+    before = next(line for line in printed.splitlines() if "Step 12: PSNR" in line).split("Step 12: PSNR ")[1][:5]
+    assert f"PSNR {before} dB" in run(*checkpoint, "--background", "sky", result_dir="evaluated")
+    assert "holds a sky that its pictures need: give --background sky." in run(*checkpoint, result_dir="other")
+    plain = ("--ckpt", tmp_path / "run/ckpts/ckpt_6.pt")
+    assert "holds no sky" in run(*plain, "--background", "sky", result_dir="other")
+    assert "was trained with --background black, not white" in run(*plain, "--background", "white", result_dir="other")
+    run("--max_steps", 14, "--resume")  # without any modules again
+    assert "sky/rows" not in saved(tmp_path / "run", 14).state
+    assert "exclude each other" in run("--random_background", "--background", "white", result_dir="other")
+
+
+# ------------------------------------------------------------------------------- what they are for, at a small size
+
+SIZE = dict(num_views=24, width=64, height=48, num_points=600)
+SHORT = (*NO_DENSIFICATION, "--sh_degree_interval", 100, "--num_workers", 1, "--save_every", 0, "--max_steps", 250)
+
+
+@pytest.mark.slow
+def test_exposures_find_the_lights_of_photos(monkeypatch, tmp_path):
+    """What they make of a grey, of photo to photo, beside what the lights made of it."""
+    write_city(tmp_path / "city", **SIZE, lights=True)
+    options = (*SHORT, "--exposure", "affine")
+    assert run_script(monkeypatch, simple_trainer, tmp_path / "city", tmp_path / "run", *options) == 0
+    grey, rng = np.full(3, 0.4), np.random.default_rng([0, 4])  # as `write_city` draws
+    lights = np.stack([in_light(grey, photo % 2, rng) for photo in range(24)])  # [24, 3]
+    trained = np.flatnonzero(np.arange(24) % 8)  # the others are test photos
+    rows = saved(tmp_path / "run", 250).state["affine/rows"].double().view(-1, 3, 4).numpy()
+    learnt = rows[:, :, :3] @ grey + rows[:, :, 3]  # [21, 3]
+    for channel in range(3):
+        assert np.corrcoef(learnt[:, channel], lights[trained, channel])[0, 1] > 0.9
+
+
+@pytest.mark.slow
+def test_a_sky_leaves_no_holes(monkeypatch, tmp_path):
+    write_city(tmp_path / "city", **SIZE, sky=True)
+    found = {}
+    for kind in ("black", "sky"):
+        options = (*SHORT, "--background", kind)
+        assert run_script(monkeypatch, simple_trainer, tmp_path / "city", tmp_path / kind, *options) == 0
+        found[kind] = json.loads((tmp_path / kind / "stats/val_step250.json").read_text())["psnr"]
+    assert found["sky"] > found["black"] + 2.0, found

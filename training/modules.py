@@ -1,0 +1,148 @@
+"""What the options train beside the Gaussians, and where it enters a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs import Config
+from errors import InputError
+from modules.contract import TrainedModule, Training
+from modules.exposure import AffineExposure, BilateralGrid, Exposure, Place
+from modules.sky import Sky
+from offload.culling.cameras import Cameras
+from offload.tiles.boxes import Tile
+from rendering.region import Region
+from training import schedules
+from training.checkpoints import Checkpoint
+from training.memory import format_bytes
+from training.views import Backdrop, View
+
+EXPOSURES: dict[str, type[AffineExposure] | type[BilateralGrid]] = {
+    "affine": AffineExposure,
+    "bilateral_grid": BilateralGrid,
+}
+
+
+class RunModules:
+    """Hold the modules of a run; of a run without any, every method does nothing and costs nothing.
+
+    Attributes:
+        parts: The modules by the names that their state has in checkpoints.
+    """
+
+    def __init__(self, cfg: Config, photos: Sequence[str], train_ids: np.ndarray, device: torch.device) -> None:
+        """
+        Args:
+            cfg: Says which there are.
+            photos: Names of all photos.
+            train_ids: Numbers, int64, of those that are trained on.
+            device: Where pictures are rendered.
+        """
+        training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(cfg.batch_size), device)
+        self._background = cfg.background
+        self.parts: dict[str, TrainedModule] = {}
+        self._sky: Sky | None = None
+        self._exposure: Exposure | None = None
+        if cfg.background == "sky":
+            self._sky = self.parts["sky"] = Sky(training)
+        if cfg.exposure != "none" and not cfg.ckpt:  # an evaluation shows no training photos
+            names = [photos[index] for index in train_ids]
+            self._exposure = self.parts[cfg.exposure] = EXPOSURES[cfg.exposure](names, training)
+            self._rows = torch.full((len(photos),), -1)  # of photos in it
+            self._rows[torch.from_numpy(train_ids)] = torch.arange(len(names))
+            taken = format_bytes(self.nbytes)
+            print(f"--exposure {cfg.exposure}: {len(names)} training photos have their own, which takes {taken}.")
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the modules take of the device."""
+        return sum(value.nbytes for module in self.parts.values() for value in module.buffers())
+
+    def load_evaluated(self, checkpoint: Checkpoint) -> None:
+        """Take what pictures show beside the Gaussians from the checkpoint that is evaluated.
+
+        Raises:
+            InputError: It was trained before another background.
+        """
+        has_sky = "sky/rows" in checkpoint.state
+        if has_sky != (self._sky is not None):
+            raise InputError(
+                "The checkpoint of --ckpt holds a sky that its pictures need: give --background sky."
+                if has_sky
+                else "The checkpoint of --ckpt holds no sky: give the --background that it was trained with."
+            )
+        before = checkpoint.options.get("background", self._background)
+        if {before, self._background} not in ({self._background}, {"black", "random"}):
+            print(f"Warning: the checkpoint was trained with --background {before}, not {self._background}.")
+        if self._sky is not None:
+            try:
+                self._sky.load_state_dict(state_of(checkpoint, "sky"))
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise InputError("The sky of the checkpoint of --ckpt cannot be used: choose another.") from error
+
+    def begin_at(self, steps_done: int) -> None:
+        """Let modules of which a checkpoint held no state begin anew after so many steps."""
+        for name, module in self.parts.items():
+            if module.steps_done != steps_done:
+                module.begin_at(steps_done)
+                print(f"The checkpoint holds nothing of {name}: it is trained from step {steps_done} on.")
+
+    def begin_step(self, view: View) -> None:
+        """Fetch what a view needs."""
+        if self._sky is not None:
+            self._sky.fetch(self._sky.row)
+        if self._exposure is not None:
+            assert view.image_ids is not None  # training views are photos of the scene
+            self._exposure.fetch(self._rows[view.image_ids])
+
+    def backdrop(self) -> Backdrop | None:
+        """Return the sky, of which a step finds the gradient; None where there is none."""
+        if self._sky is None:
+            return None
+        rows = self._sky.leaf() if self._sky.is_fetched else self._sky.values(self._sky.row)
+        return partial(_sky_behind, self._sky, rows[0])
+
+    def exposed(self, colors: Tensor, view: View, tile: Tile | None = None, halo: int = 0) -> Tensor:
+        """Return rendered colours as the photos of a training view show them.
+
+        Args:
+            colors: [C, H, W, 3]; or [1, h, w, 3] of a tile with its halo.
+            view: The photos.
+            tile: None: all of the view.
+            halo: Pixels around the tile.
+        """
+        if self._exposure is None:
+            return colors
+        rows, width, height = self._exposure.leaf(), view.cameras.width, view.cameras.height
+        place = Place(0, 0, width, height)
+        if tile is not None:
+            rows = rows[tile.camera : tile.camera + 1]
+            padded = tile.with_halo(halo, width, height)
+            place = Place(padded.x, padded.y, width, height)
+        return self._exposure(colors, rows, place)
+
+    def gather(self) -> None:
+        """Take in the gradients of a part of the view whose backward pass is complete."""
+        for module in self.parts.values():
+            module.gather()
+
+    def update(self) -> None:
+        """Apply one step of Adam to what the view needed."""
+        for module in self.parts.values():
+            module.update()
+
+
+def state_of(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    """Return the tensors that a part has in a checkpoint, by its own names."""
+    prefix = f"{part}/"
+    return {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
+
+
+def _sky_behind(sky: Sky, coefficients: Tensor, cameras: Cameras, region: Region | None) -> Tensor:
+    viewmats, Ks = (t.to(coefficients.device, non_blocking=True) for t in (cameras.viewmats, cameras.Ks))
+    return sky(coefficients, viewmats, Ks, *(region or Region(0, 0, cameras.width, cameras.height)))
