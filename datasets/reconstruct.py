@@ -47,7 +47,7 @@ from datasets.photogrammetry import (
 )
 from datasets.prepared import check_prepared
 from datasets.video_frames import open_video, write_sharpest_frames
-from errors import InputError, reason
+from errors import InputError, counted, reason
 
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
 _NAMED = 5  # of photos of a kind, in the report; all are in a file
@@ -97,6 +97,7 @@ def reconstruct(options: argparse.Namespace, say: Say) -> list[str]:
     _check_options(options)
     _check_place(out)
     source = _Source.of(options)
+    _make_place(out)
     with _claimed(out / WORK):
         return _reconstruct(options, source, say)
 
@@ -195,7 +196,10 @@ class _Source:
                 (images / name).unlink()
             count = write_sharpest_frames(video, fps, images)
             if count < FEWEST_PHOTOS:
-                raise InputError(f"--video {video} gives {count} photos, too few to reconstruct: raise --fps.")
+                raise InputError(
+                    f"--video {video} gives {counted(count, 'photo')}, too few to reconstruct: raise --fps, or take a "
+                    "longer video."
+                )
 
         return cls(f"{video}", [video.name, stat.st_size, stat.st_mtime_ns, fps], put)
 
@@ -260,11 +264,15 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _check_place(out: Path) -> None:
-    """Raise InputError where a model lies in OUT that is not this command's, or OUT cannot be written."""
+    """Raise InputError where a model lies in OUT that is not this command's."""
     if (out / "sparse").exists() and not (out / WORK / _Steps.FILE).is_file():
         raise InputError(
             f"{out / 'sparse'} exists and was not made by this command: move it away, or name another --out."
         )
+
+
+def _make_place(out: Path) -> None:
+    """Make OUT's folders. Raises InputError where it cannot be written."""
     try:
         (out / WORK).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -34,9 +34,10 @@ def open_video(video: Path) -> tuple[float, float, Iterator[np.ndarray]]:
             "Videos are read by imageio-ffmpeg, which is not installed: pip install imageio-ffmpeg."
         ) from error
     except Exception as error:  # of imageio, of ffmpeg, of the operating system
+        last_line = str(error).strip().splitlines()[-1:]  # before it ffmpeg tells how it was built
         raise InputError(
-            f"--video {video} cannot be read as a video ({reason(error)}): convert it to MP4 (H.264), or check that "
-            "it is complete."
+            f"--video {video} cannot be read as a video ({reason(OSError(*last_line))}): convert it to MP4 (H.264), or "
+            "check that it is complete."
         ) from error
     return float(meta["fps"]), float(meta.get("duration") or 0.0), reader.iter_data()
 

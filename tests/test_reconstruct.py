@@ -159,6 +159,7 @@ def test_what_cannot_be_used_is_refused_before_anything_begins(tmp_path, capsys,
     assert "holds 2 photos" in refused(capsys, folder, "--out", out)
     picture.save(folder / "c.png")
     assert "lies in the folder of the photos" in refused(capsys, folder, "--out", folder / "scene")
+    assert not out.exists()
     assert "0 of 3 have them" in refused(capsys, folder, "--out", out, "--georeference")
     assert "either" in refused(capsys, "--out", out)
     assert "either" in refused(capsys, folder, "--video", "a.mp4", "--out", out)
@@ -222,7 +223,10 @@ def test_videos_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     video = tmp_path / "a.mp4"
     assert "does not exist" in refused(capsys, "--video", video, "--out", tmp_path / "scene")
     video.write_bytes(b"no video" * 100)
-    assert "cannot be read as a video" in refused(capsys, "--video", video, "--out", tmp_path / "scene")
+    sentence = refused(capsys, "--video", video, "--out", tmp_path / "scene")
+    assert "cannot be read as a video (" in sentence
+    assert "version" not in sentence
+    assert not (tmp_path / "scene").exists()
 
     def without_ffmpeg(*arguments: object) -> None:
         raise ImportError("To use the imageio ffmpeg plugin you need to `pip install imageio-ffmpeg`")
