@@ -83,17 +83,22 @@ def import_photos(database: Path, images: Path, names: list[str], camera_model: 
         InputError: COLMAP cannot read a photo.
     """
     with closing(pycolmap.Database.open(database)) as opened:
-        known = {image.name for image in opened.read_all_images()}
+        known = {image.name: image.camera_id for image in opened.read_all_images()}
     groups: dict[Any, list[str]] = {}
     for name, key in zip(names, in_threads(lambda name: _camera_key(images / name), names, 4, "EXIF"), strict=True):
         groups.setdefault(key, []).append(name)
-    missing = [[name for name in group if name not in known] for group in groups.values()]
-    if any(missing):
-        run_in_child(_import_groups, database, images, [group for group in missing if group], camera_model)
+    missing = []
+    for group in groups.values():
+        camera_id = next((known[name] for name in group if name in known), None)  # of an interrupted import
+        names_left = [name for name in group if name not in known]
+        if names_left:
+            missing.append((camera_id, names_left))
+    if missing:
+        run_in_child(_import_groups, database, images, missing, camera_model)
     with closing(pycolmap.Database.open(database)) as opened:
-        known = {image.name for image in opened.read_all_images()}
+        imported = {image.name for image in opened.read_all_images()}
         num_cameras = opened.num_cameras()
-    unread = [name for name in names if name not in known]
+    unread = [name for name in names if name not in imported]
     if unread:
         raise InputError(
             f"{len(unread)} of {len(names)} photos cannot be read by COLMAP, such as {images / unread[0]}: save them "
@@ -172,12 +177,14 @@ def make_models(database: Path, images: Path, folder: Path, mapper: str, num_pho
 # ------------------------------------------------------------------------------------ what runs in a process of its own
 
 
-def _import_groups(database: Path, images: Path, groups: list[list[str]], camera_model: str) -> None:
-    """Import photos, one camera for each group."""
+def _import_groups(database: Path, images: Path, groups: list[tuple[int | None, list[str]]], camera_model: str) -> None:
+    """Import photos, one camera for each group: the one whose id is given, or a new one."""
     log_to(database.parent / LOG)
-    options = pycolmap.ImageReaderOptions()
-    options.camera_model = camera_model
-    for group in groups:
+    for camera_id, group in groups:
+        options = pycolmap.ImageReaderOptions()
+        options.camera_model = camera_model
+        if camera_id is not None:
+            options.existing_camera_id = camera_id
         pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, group, options)
 
 

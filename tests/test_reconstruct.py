@@ -259,6 +259,17 @@ def test_counting_leaves_the_database_to_those_who_write(tmp_path, capsys):
     assert "2/3" in capsys.readouterr().err
 
 
+def test_an_interrupted_import_goes_on_with_the_camera_it_began_with(tmp_path):
+    names = ["a.png", "b.png", "large.png", "c.png"]
+    for name in names:
+        Image.effect_noise((96, 64) if name == "large.png" else (64, 48), 50).save(tmp_path / name)
+    assert import_photos(tmp_path / "database.db", tmp_path, names[:1]) == 1
+    assert import_photos(tmp_path / "database.db", tmp_path, names) == 2
+    with closing(pycolmap.Database.open(tmp_path / "database.db")) as opened:
+        cameras = {image.name: image.camera_id for image in opened.read_all_images()}
+    assert cameras["a.png"] == cameras["b.png"] == cameras["c.png"] != cameras["large.png"]
+
+
 def test_photos_in_their_order_are_compared_with_all_near_ones_and_some_far_ones(tmp_path):
     names = [f"{number:02d}.png" for number in range(40)]
     for name in names:
