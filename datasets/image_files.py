@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from datasets.free_memory import free_bytes
 from errors import InputError, reason
@@ -117,6 +117,19 @@ def picture_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         return image.size
+
+
+def is_turned(path: Path) -> bool:
+    """Tell whether a picture's EXIF orientation turns or mirrors it where it is shown.
+
+    Raises:
+        PictureFault: It is no picture.
+    """
+    with _opened(path) as image:
+        try:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+        except Exception:  # what stands in EXIF is as many programs wrote it
+            return False
 
 
 def picture_format(path: Path) -> str:

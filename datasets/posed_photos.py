@@ -17,6 +17,7 @@ from datasets.paths import photo_names
 from errors import InputError, reason
 
 _LARGEST_SKEW = 1e-3  # of a rotation's entries, that is rounding of float32 and not another kind of matrix
+_LARGEST_RADIUS = 1e6  # at depth 1, which no camera has
 HALF_PIXEL = 0.5  # as far as what is left out may move a point of the picture
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # of a camera's axes: y up, z backwards -> y down, z forwards
 
@@ -195,10 +196,13 @@ def check_left_out(path: Path, lens: Lens, what: str, shift: float) -> list[str]
 
 
 def corner_radius(lens: Lens) -> float:
-    """Return how far the farthest corner of the picture is from the optical axis, at depth 1, without distortion."""
+    """Return how far the farthest corner of the picture is from the optical axis, at depth 1, without distortion.
+
+    It is bounded, so that its powers are numbers whatever a damaged file says of the focal length.
+    """
     x = max(lens.cx, lens.width - lens.cx) / lens.fx
     y = max(lens.cy, lens.height - lens.cy) / lens.fy
-    return math.hypot(x, y)
+    return min(math.hypot(x, y), _LARGEST_RADIUS)
 
 
 def only_points_file(path: Path) -> Path | None:

@@ -27,6 +27,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from datasets.colmap import SparseModel
+from datasets.image_files import is_turned
 from datasets.ply import read_points
 from datasets.posed_photos import (
     HALF_PIXEL,
@@ -40,7 +41,7 @@ from datasets.posed_photos import (
     number,
     only_points_file,
 )
-from errors import InputError
+from errors import InputError, counted
 
 _NEEDED = ("x", "y", "alt", "heading", "pitch", "roll", "f")
 _CALLED = {"yaw": "heading", "f_35mm": "f", "px_norm": "px", "py_norm": "py"}  # by RealityScan 2, and before
@@ -76,6 +77,7 @@ def read(path: Path, data_dir: Path) -> SparseModel:
     finder = PhotoFinder(data_dir)
     photos: list[PosedPhoto] = []
     remarks: list[str] = []
+    turned: list[str] = []
     for row in _rows(path)[1:]:
         whose = f"photo {row[0][:100]!r}"
         if len(row) != len(columns):
@@ -84,12 +86,18 @@ def read(path: Path, data_dir: Path) -> SparseModel:
         name = finder.find(path, row[0])
         lens, remarks_of_lens = _lens(path, whose, values, finder.size_of(path, whose, name))
         remarks += [remark for remark in remarks_of_lens if remark not in remarks]
+        turned += [name] if is_turned(finder.folder / name) else []
         heading, pitch, roll = (number(path, whose, values, key) for key in ("heading", "pitch", "roll"))
         camtoworld = np.eye(4)
         camtoworld[:3, :3] = Rotation.from_euler("ZXY", [-heading, pitch, roll], degrees=True).as_matrix()
         camtoworld[:3, 3] = [number(path, whose, values, key) for key in ("x", "y", "alt")]
         photos.append(PosedPhoto(name, camtoworld @ OPENGL_TO_OPENCV, lens))
     _check_not_in_degrees(path, photos)
+    if turned:
+        remarks.append(
+            f"EXIF turns {counted(len(turned), 'photo')} of {path.name} for display, such as {turned[0]}: poses are "
+            "taken to be those of the pixels as they are stored."
+        )
     points_path = only_points_file(path)
     return make_model(path, photos, None if points_path is None else read_points(points_path), remarks)
 

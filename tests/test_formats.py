@@ -185,6 +185,7 @@ BAD_NERFSTUDIO = {
     "mirrored": (lambda meta: meta.update(applied_transform=(-np.eye(4)[:3]).tolist()), "applied_transform .* is no"),
     "camera model": (lambda meta: meta.update(camera_model="EQUIRECTANGULAR"), "model EQUIRECTANGULAR, which is not"),
     "k4": (lambda meta: meta.update(k4=0.1), "with k4, which moves their corners by"),
+    "k4 at any focal length": (lambda meta: meta.update(fl_x=1e-300, k4=0.1), "with k4, which moves their corners by"),
     "lens of a field": (lambda meta: meta.update(ftheta_p0=0.1), "the camera model ftheta_p0, which is not supported"),
     "sphere": (lambda meta: meta["frames"][0].update(latlong=True), "the camera model latlong, which is not supported"),
     "other axes": (lambda meta: meta.update(camera_convention="opencv"), "poses have the camera axes of opencv"),
@@ -482,6 +483,17 @@ def test_a_division_lens_is_not_taken_for_another(tmp_path):
     assert load_sparse_model(other)[0].camera_params[0, 4] == -0.1
     with_lens(other / "parameters.csv", -1e-3, 0, 0, 0, 0, 0)  # moves nothing by half a pixel, whatever it is
     assert load_sparse_model(other)[0].camera_params[0, 4] == -1e-3
+
+
+def test_photos_that_exif_turns_are_named_where_the_file_says_no_size(tmp_path):
+    lens = ("OPENCV", (81, 81, 47, 33, 0.03, -0.02, 0.004, -0.003))
+    _, other, model = exported(tmp_path, exported_formats.write_reality_capture, lens)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(other / "images/a.png").save(other / "images/a.png", exif=exif)
+    said: list[str] = []
+    assert_same_model(load_sparse_model(other, say=said.append)[0], model)
+    assert "EXIF turns 1 photo of parameters.csv for display, such as a.png" in said[1]
 
 
 def test_longitude_and_latitude_are_no_place_to_train_in(tmp_path):
