@@ -4,12 +4,11 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 from PIL import Image
 
 from datasets import reconstruct, video_frames
+from datasets.child_process import run_in_child
 from datasets.photogrammetry import (
     Photo,
     _counting,
@@ -286,54 +286,62 @@ def test_photos_in_their_order_are_compared_with_all_near_ones_and_some_far_ones
     assert offsets == {*range(1, 11), 16, 32}
 
 
-def stopped_while_features_are_found(
-    number: signal.Signals, folder: Path, out: Path, *, child: bool = False, group: bool = False
-) -> tuple[int, str]:
-    """Send a signal to the command, the process in which it finds features, or both; its exit code and last line."""
-    command = [sys.executable, "-m", "datasets.reconstruct", str(folder), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    before = num_found(out)
-    while process.poll() is None and num_found(out) <= before:
+def child_at_work(pid: int) -> int:
+    """The process that another one has started with `run_in_child`, once the function is called there."""
+    while True:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            status = Path(f"/proc/{child}/status").read_text()
+            ignored = int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)
+            is_worker = b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+            if is_worker and ignored >> (signal.SIGTERM - 1) & 1:
+                return int(child)
         time.sleep(0.05)
-    assert process.poll() is None
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.killpg(process.pid, number) if group else os.kill(workers[0] if child else process.pid, number)
-    _, errors = process.communicate()  # which ends when the worker, too, has closed it
-    with suppress(FileNotFoundError):
-        assert Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # to be buried by init
-    assert "***" not in errors  # as pycolmap prints a stack
-    return process.returncode, errors.replace("\r", "\n").strip().splitlines()[-1]
 
 
-def num_found(out: Path) -> int:
-    """How many photos have features."""
-    database = out / "reconstruction/database.db"
+def is_running(pid: int) -> bool:
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-            return int(connection.execute("SELECT COUNT(*) FROM keypoints").fetchone()[0])
-    except sqlite3.Error:
-        return 0
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # which init has not buried yet
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_it_ends_at_any_signal_with_one_sentence_and_goes_on(tmp_path, monkeypatch):
-    folder, out = tmp_path / "photos", tmp_path / "scene"
-    folder.mkdir()
-    for number in range(24):
-        noise = np.random.default_rng(number).integers(0, 255, (150, 200, 3), np.uint8)
-        Image.fromarray(noise).resize((640, 480)).save(folder / f"{number:02d}.png")
-    code, line = stopped_while_features_are_found(signal.SIGINT, folder, out, group=True)
-    assert (code, line[:8]) == (130, "Stopped;")
-    assert f"python -m datasets.reconstruct {folder} --out {out}" in line
-    code, line = stopped_while_features_are_found(signal.SIGTERM, folder, out, group=True)
-    assert (code, line[:8]) == (130, "Stopped;")
-    code, line = stopped_while_features_are_found(signal.SIGKILL, folder, out, child=True)
-    assert code == 2
-    assert "COLMAP failed in finding features (its process ended by signal SIGKILL)" in line
-    assert stopped_while_features_are_found(signal.SIGKILL, folder, out)[0] == -signal.SIGKILL
-    assert 4 <= num_found(out) < 24
-    monkeypatch.setattr(reconstruct, "match", interrupted)  # noise has very many features
-    assert run(folder, "--out", out) == 130
-    assert num_found(out) == 24
+@pytest.mark.parametrize(
+    ("number", "to", "last_line"),
+    [
+        (signal.SIGINT, "both", "KeyboardInterrupt"),
+        (signal.SIGTERM, "both", "KeyboardInterrupt"),
+        (signal.SIGKILL, "child", "RuntimeError: its process ended by signal SIGKILL"),
+        (signal.SIGKILL, "parent", ""),
+    ],
+)
+def test_what_runs_in_a_process_of_its_own_ends_with_the_command(number, to, last_line):
+    program = """import signal, time
+from datasets.child_process import run_in_child
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_in_child(time.sleep, 1000)
+"""
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = child_at_work(process.pid)
+    os.killpg(process.pid, number) if to == "both" else os.kill(child if to == "child" else process.pid, number)
+    _, errors = process.communicate()  # which ends when the child, too, has closed it
+    assert process.returncode != 0
+    assert errors.strip().rpartition("\n")[2] == last_line
+    assert not is_running(child)
+
+
+def test_a_request_to_end_and_a_fault_are_one_sentence_and_nothing_is_lost(photos, tmp_path, capsys, monkeypatch):
+    command = (photos[0], "--out", tmp_path / "scene")
+    monkeypatch.setattr(reconstruct, "extract_features", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(*command) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("Stopped; what has been done is kept, and this goes on from there: python -m datasets.rec")
+    monkeypatch.setattr(reconstruct, "extract_features", lambda *arguments: run_in_child(os.abort))
+    sentence = refused(capsys, *command)
+    assert "COLMAP failed in finding features (its process ended by signal SIGABRT)" in sentence
+    assert len(read_photos(tmp_path / "scene/reconstruction/database.db")) == NUM_VIEWS + 1
