@@ -72,9 +72,8 @@ def export(options: Options) -> None:
     Raises:
         InputError: It cannot be written; nothing is left of it.
     """
-    to = options.to
-    form = format_of(to)
-    _check(options, form)
+    to, form = options.to, _check(options)
+    _check_target(to)
     region = read_region(options.crop)
     source = open_source(options.model)
     up = options.up
@@ -109,21 +108,27 @@ def export(options: Options) -> None:
         print(f"{_side_file(to)} says how to come back to the dataset's coordinates.")
 
 
-def _check(options: Options, form: Format) -> None:
-    """Refuse options that cannot be used, before anything is read."""
-    to = options.to
+def _check_target(to: Path) -> None:
+    """Refuse a name under which something lies, or for which there is no folder."""
     target = to.parent if to.name == INDEX else to
-    if target.exists():
-        raise InputError(f"--to {to}: {target} is there already: remove it, or choose another name.")
+    for path in (target, _side_file(to)):
+        if path.exists():
+            raise InputError(f"--to {to}: {path} is there already: remove it, or choose another name.")
     folder = target.resolve().parent
     if not folder.is_dir():
         raise InputError(f"--to {to}: the folder {folder} does not exist: make it, or choose another.")
+
+
+def _check(options: Options) -> Format:
+    """Return the format, and refuse options that cannot be used, before anything is read."""
+    form = format_of(options.to)
     if not 0 <= options.sh_degree <= 3:
         raise InputError(f"--sh_degree is {options.sh_degree}, but must be 0 to 3.")
     if options.max_gaussians < 0:
         raise InputError(f"--max_gaussians is {options.max_gaussians}, but must be 0, for all, or more.")
     if options.plain and form is not PLY:
-        raise InputError(f"--plain is for .ply, and --to {to} is {form.name}: leave it out.")
+        raise InputError(f"--plain is for .ply, and --to {options.to} is {form.name}: leave it out.")
+    return form
 
 
 def _check_space(to: Path, form: Format, count: int, degree: int) -> None:
@@ -139,7 +144,9 @@ def _check_space(to: Path, form: Format, count: int, degree: int) -> None:
 
 def _side_file(to: Path) -> Path:
     """Return where the way back to the dataset's coordinates is written."""
-    return (to.parent.with_name(to.parent.name + ".json")) if to.name == INDEX else to.with_suffix(".json")
+    if to.name == INDEX:
+        return to.with_name("input.json")
+    return to.with_suffix(".json") if format_of(to) is PLY else to.with_name(to.name + ".json")
 
 
 def _harmonics(degree: int, source: Source) -> str:

@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 import compare
+import export
 from benchmarks import quality
 from comparing.launch import plan
 from datasets import prepare, reconstruct
@@ -54,6 +55,8 @@ def check_command(command: str, results: Path) -> None:
             assert not passed_on, command
         else:
             plan(options.scene, options.trainers, results, passed_on)
+    elif program == "export.py":
+        export._check(tyro.cli(export.Options, args=arguments))
     elif program == "datasets.prepare":
         prepare._parse(arguments)
     elif program == "benchmarks.quality":  # passes options on to the trainers
@@ -103,6 +106,8 @@ def test_a_command_of_the_documents_is_one_that_its_program_takes(command, tmp_p
         "python simple_trainer_hybrid_optimized.py demo --geometry moon",
         "python compare.py demo --max_stepss 5",
         "python compare.py demo --trainers fastest",
+        "python export.py ckpt.pt --to model.obj",
+        "python export.py ckpt.pt --to model.spz --plain",
         "python -m benchmarks.train_step --stepss 5",
         "python -m benchmarks.quality --data_dirr data",
         "python -m benchmarks.nothing",

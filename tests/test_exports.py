@@ -232,7 +232,7 @@ def leaves_of(node: dict) -> list[dict]:
 
 def test_streamed_levels_are_those_of_the_specification(small_leaves, model, checkpoint, tmp_path):
     run(checkpoint, "--to", tmp_path / "city/lod-meta.json")
-    assert (tmp_path / "city.json").is_file()
+    assert (tmp_path / "city/input.json").is_file()
     index = json.loads((tmp_path / "city/lod-meta.json").read_text())
     assert index["version"] == 1
     assert index["counts"][0] == 600
@@ -362,7 +362,7 @@ def test_the_offset_of_georeferenced_coordinates_is_kept_beside(ending, model, t
     transform = TRANSFORM.copy()
     transform[:3, 3] = -TRANSFORM[:3, :3] @ (500_000.0, 5_000_000.0, 300.0)
     run(write_model(tmp_path / "ckpt.pt", model, transform), "--to", tmp_path / ("a" + ending), "--world", "input")
-    way_back = json.loads((tmp_path / "a.json").read_text())
+    way_back = json.loads((tmp_path / ("a.json" if ending == ".ply" else "a.spz.json")).read_text())
     path = tmp_path / ("a" + ending)
     means = (read_ply(path) if ending == ".ply" else turned_over(read_spz(path)))["means"]
     found = way_back["offset"] + way_back["scale"] * means @ np.array(way_back["rotation"]).T
@@ -386,7 +386,7 @@ def test_another_programs_ply_keeps_its_axes(model, tmp_path):
     (tmp_path / "plain.json").unlink()
     run(tmp_path / "plain.ply", "--to", tmp_path / "a.splat")
     np.testing.assert_array_equal(read_splat(tmp_path / "a.splat")["means"], model["means"].numpy())
-    assert not (tmp_path / "a.json").exists()
+    assert not (tmp_path / "a.splat.json").exists()
     with pytest.raises(InputError, match="--world input wants coordinates"):
         run(tmp_path / "plain.ply", "--to", tmp_path / "b.splat", "--world", "input")
 
@@ -476,6 +476,7 @@ def test_values_that_are_not_finite_are_left_out(model, tmp_path, capsys):
         (["--to", "nowhere/a.ply"], "the folder .*nowhere does not exist"),
         (["--to", "there.spz"], r"there\.spz is there already: remove it, or choose another name"),
         (["--to", "folder/lod-meta.json"], "folder is there already"),
+        (["--to", "another.ply"], r"another\.json is there already"),
         (["--to", "a.spz", "--plain"], r"--plain is for \.ply"),
         (["--to", "a.ply", "--sh_degree", 4], "--sh_degree is 4, but must be 0 to 3"),
         (["--to", "a.ply", "--max_gaussians", -1], "--max_gaussians is -1"),
@@ -491,6 +492,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, sentence, c
     monkeypatch.chdir(tmp_path)
     Path("there.spz").touch()
     Path("folder").mkdir()
+    Path("another.json").touch()
     Path("line.txt").write_text("0 0\n1 1\n")
     Path("point.geojson").write_text('{"type": "Point", "coordinates": [0, 0]}')
     before = sorted(tmp_path.rglob("*"))
