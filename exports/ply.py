@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from exports.gaussians import PARAMETER_NAMES, Gaussians, Rows
+from exports.gaussians import Gaussians, Rows
 from exports.world import Placement
+from training.gaussians import PARAMETER_NAMES
 from training.ply import save_ply, write_ply
 
 
@@ -27,7 +29,7 @@ def ply_bytes(count: int, sh_degree: int) -> int:
     return 8192 + 4 * count * (17 + 3 * ((sh_degree + 1) ** 2 - 1))
 
 
-def _rows_of(gaussians: Gaussians):
+def _rows_of(gaussians: Gaussians) -> Callable[[int, int], Rows]:
     def rows(first: int, last: int) -> Rows:
         return gaussians.at(slice(first, last), PARAMETER_NAMES)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _write(folder: Path, gaussians: Gaussians) -> None:
     filenames: list[str] = []
 
     def leaf(ids: np.ndarray) -> dict[str, Any]:
-        rows = gaussians.at(torch.from_numpy(np.sort(ids)), PARAMETER_NAMES)
+        rows = gaussians.at(torch.from_numpy(np.sort(ids).astype(np.int64)), PARAMETER_NAMES)
         rows = _at(rows, morton_order(rows["means"]))
         low, high = np.full(3, np.inf), np.full(3, -np.inf)
         lods = {}
@@ -85,7 +86,7 @@ def _write(folder: Path, gaussians: Gaussians) -> None:
             lods[str(level.number)] = level.append(rows, filenames)
         return {"bound": {"min": _short(low), "max": _short(high)}, "lods": lods}
 
-    tree = _tree(gaussians.means().numpy(), np.arange(gaussians.count), leaf)
+    tree = _tree(gaussians.means().numpy(), np.arange(gaussians.count, dtype=np.uint32), leaf)
     for level in levels:
         level.flush()
     counts = [level.count for level in levels]
@@ -100,12 +101,12 @@ def _write(folder: Path, gaussians: Gaussians) -> None:
     (folder / INDEX).write_text(json.dumps(index, separators=(",", ":")))
 
 
-def _tree(means: np.ndarray, ids: np.ndarray, leaf: Any) -> dict[str, Any]:
+def _tree(means: np.ndarray, ids: np.ndarray, leaf: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
     """Divide Gaussians in halves across their longest side, down to leaves.
 
     Args:
         means: [N, 3] of all.
-        ids: [M] of those in this node; their order changes.
+        ids: [M] uint32, of those in this node.
         leaf: Makes a leaf's node of its ids.
     """
     if len(ids) <= LEAF_ROWS:

@@ -22,7 +22,7 @@ from benchmarks.aerial_scene import aerial_scene
 from errors import DamagedError
 from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
-from offload.adam.state import current_rows, format_of, sh_degree_of
+from offload.adam.state import CurrentValues, current_rows, format_of, sh_degree_of
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.baseline import BaselineGaussians
 from offload.models.deferred import DeferredGaussians
@@ -343,3 +343,16 @@ def test_a_run_that_goes_on_in_another_form_says_so(monkeypatch, city_block, tmp
         is_compact = "compact" in options
         assert format_of(saved(tmp_path, steps).state) == ("compact" if is_compact else "float32")
     assert told == [[], ["compact"], [], ["float32"], ["compact"], ["float32"], ["compact"]]
+
+
+@pytest.mark.parametrize(
+    "make", [*FLOAT.values(), *COMPACT.values()], ids=[*FLOAT, *(f"{k}, compact" for k in COMPACT)]
+)
+def test_rows_are_current_wherever_they_lie(make, tmp_path):
+    """Every single row of a file, asked for by its number, as all of them together."""
+    checkpoint = write(tmp_path / "a.pt", train(make(start(2)), 5))
+    values = CurrentValues(checkpoint.state)
+    ids = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:99]
+    for name, expected in checkpoint.gaussians.items():
+        assert torch.equal(values.parameter(name, ids), expected[ids])
+        assert torch.equal(values.parameter(name, slice(7, 20)), expected[7:20])
