@@ -76,6 +76,10 @@ class RunOptions:
     """Show depth beside the colours of the video."""
     timelapse: int = 0
     """Draw a held-out view after every so many steps, for a video of the training; 0 draws none."""
+    viewer: list[int] | None = None
+    """Show the scene in a browser while it trains, at this port, or 8080 where none is given."""
+    viewer_host: str = "127.0.0.1"
+    """By whom the viewer may be opened: from this machine alone, or 0.0.0.0 from everywhere."""
     steps_scaler: float = 1.0
     """Multiply every schedule given in steps by this factor, but for --save_every and --log_every."""
     log_every: int = 100

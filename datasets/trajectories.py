@@ -20,13 +20,14 @@ from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation, RotationSpline
 
 from datasets.upright import PARALLEL, up_direction
-from datasets.view_order import path
+from datasets.view_order import path, sample_of
 
 Shape = Literal["flight", "orbit", "ellipse", "spiral"]
 SHAPES: tuple[str, ...] = get_args(Shape)
 
 FASTEST_TURN = 20.0  # degrees a second
-CROSSING_SECONDS = 12.0  # that a way takes where it is straight; turning comes on top of that
+FASTEST_PASSING = 0.35  # of the distance to what is seen, a second: what is there passes by 20 degrees a second
+SHORTEST, LONGEST = 12.0, 60.0  # seconds that a way takes at least and at most; turning comes on top of that
 KEYS = 8  # cameras that a flight passes, those in the middles of so many groups
 MOST_CAMERAS = 800  # of which a way is found; more are thinned out evenly
 SAMPLES = 3000  # of a way, between which nothing turns by more than a fraction of a degree
@@ -103,7 +104,10 @@ def trajectory(
     frame = level_frame(up_direction(camtoworlds, points))
     makers: dict[str, Callable[..., Way]] = {"flight": flight, "orbit": orbit, "ellipse": ellipse, "spiral": spiral}
     way = makers[shape](frame, camtoworlds, points)
-    return way.at(timed(way, frames_per_second, seconds)).poses()
+    length = float(np.linalg.norm(np.diff(way.positions, axis=0), axis=1).sum())
+    distance = seen_distance(camtoworlds, points)
+    crossing = float(np.clip(length / (FASTEST_PASSING * distance), SHORTEST, LONGEST)) if distance > 0 else SHORTEST
+    return way.at(timed(way, frames_per_second, crossing, seconds)).poses()
 
 
 def level_frame(up: np.ndarray) -> np.ndarray:
@@ -117,7 +121,22 @@ def level_frame(up: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- time
 
 
-def timed(way: Way, frames_per_second: float, seconds: float) -> np.ndarray:
+def seen_distance(camtoworlds: np.ndarray, points: np.ndarray) -> float:
+    """Return how far away is what cameras see: the median camera's median distance of points; 0 where they see none."""
+    few = camtoworlds[:: len(camtoworlds) // 50 + 1]
+    positions, forwards = few[:, :3, 3], few[:, :3, 2]
+    points = sample_of(points, 2000)
+    medians = []
+    for position, forward in zip(positions, forwards, strict=True):
+        offsets = points - position
+        depths, distances = offsets @ forward, np.linalg.norm(offsets, axis=1)
+        in_view = depths > 0.85 * distances  # 32 degrees around the middle of the picture
+        if in_view.any():
+            medians.append(float(np.median(distances[in_view])))
+    return float(np.median(medians)) if medians else 0.0
+
+
+def timed(way: Way, frames_per_second: float, crossing: float, seconds: float = 0.0) -> np.ndarray:
     """Return at which places of a way, in samples, the frames of a video are.
 
     Where the time is given the speed follows from it; turning keeps its limit in any case.
@@ -125,16 +144,17 @@ def timed(way: Way, frames_per_second: float, seconds: float) -> np.ndarray:
     Args:
         way: With as many samples as it needs to be smooth.
         frames_per_second: Of the video.
-        seconds: Its length; 0: CROSSING_SECONDS for the length of the way, and more for its turning.
+        crossing: Seconds that the way takes where nothing turns; turning comes on top.
+        seconds: Length of the video, in place of that; 0: as it comes.
     """
     moved = np.linalg.norm(np.diff(way.positions, axis=0), axis=1)  # [S - 1]
     turned = np.hypot(np.diff(way.headings), np.diff(way.pitches))  # their axes are perpendicular
     turning = np.rad2deg(turned) / (0.99 * FASTEST_TURN)  # seconds; a hundredth is left for frames between samples
     straight = moved / moved.sum() if moved.sum() > 0 else np.full(len(moved), 1.0 / len(moved))
 
-    def pace(crossing: float) -> np.ndarray:
+    def pace(crossing_seconds: float) -> np.ndarray:
         """Return seconds for each part of the way, evened out; never fewer than turning wants."""
-        wanted = np.hypot(turning, crossing * straight)
+        wanted = np.hypot(turning, crossing_seconds * straight)
         width = max(int(SMOOTHING * len(wanted)), 1)
         # The window's truncation is 2 widths, so it sees nothing below the value in its middle.
         evened = gaussian_filter1d(maximum_filter1d(wanted, 4 * width + 1, mode="nearest"), width, truncate=2.0)
@@ -147,7 +167,7 @@ def timed(way: Way, frames_per_second: float, seconds: float) -> np.ndarray:
             low, high = (middle, high) if pace(middle).sum() < seconds else (low, middle)
         times = np.concatenate([[0.0], np.cumsum(pace(low))])
     else:
-        times = np.concatenate([[0.0], np.cumsum(pace(CROSSING_SECONDS))])
+        times = np.concatenate([[0.0], np.cumsum(pace(crossing))])
     count = max(round((seconds or times[-1]) * frames_per_second), 1)
     moments = np.arange(count) / frames_per_second
     return np.interp(moments, times, np.arange(len(times)))
@@ -269,6 +289,11 @@ class Surroundings:
             elevation=float(np.clip(np.median(elevations), -STEEPEST_ORBIT, STEEPEST_ORBIT)),
             distance=float(np.median(distances)),
         )
+
+
+def middle_of(frame: np.ndarray, camtoworlds: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return what cameras look at [3], or in a room, where they look out, the middle of their places."""
+    return Surroundings.of(frame, camtoworlds, points).focus
 
 
 def orbit(frame: np.ndarray, camtoworlds: np.ndarray, points: np.ndarray) -> Way:

@@ -26,6 +26,7 @@ from benchmarks import (
     timing,
     train_step,
     transfer,
+    viewer,
 )
 from benchmarks.__main__ import benchmarks
 from benchmarks.aerial_scene import VisibleCounts, aerial_scene, geometry_rows, one_by_one
@@ -353,6 +354,7 @@ def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
         (losses, {"repeats": 1, "quick": True}),
         (rasterizer_cpu, {"gaussians": 500, "width": 48, "height": 32, "repeats": 1, "torch_repeats": 1}),
         (transfer, {"num_gaussians": 20_000, "repeats": 2}),
+        (viewer, {"num_gaussians": (2000,), "frames": 2, "picture_scale": 0.05}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else "",
 )

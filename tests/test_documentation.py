@@ -15,6 +15,7 @@ import tyro
 
 import compare
 import export
+import view
 from benchmarks import quality
 from comparing.launch import plan
 from datasets import prepare, reconstruct
@@ -57,6 +58,8 @@ def check_command(command: str, results: Path) -> None:
             plan(options.scene, options.trainers, results, passed_on)
     elif program == "export.py":
         export._check(tyro.cli(export.Options, args=arguments))
+    elif program == "view.py":
+        tyro.cli(view.Options, args=arguments)
     elif program == "datasets.prepare":
         prepare._parse(arguments)
     elif program == "benchmarks.quality":  # passes options on to the trainers
@@ -104,6 +107,7 @@ def test_a_command_of_the_documents_is_one_that_its_program_takes(command, tmp_p
         "python simple_trainer.py demo --max_stepss 5",
         "python simple_trainer.py demo --max_steps many",
         "python simple_trainer_hybrid_optimized.py demo --geometry moon",
+        "python view.py",
         "python compare.py demo --max_stepss 5",
         "python compare.py demo --trainers fastest",
         "python export.py ckpt.pt --to model.obj",

@@ -64,6 +64,7 @@ RANGES: dict[str, Range] = {
     "profile": Range(0, meaning="0 traces nothing"),
     "video_seconds": Range(0, 3600, meaning="0 is as long as the path wants"),
     "video_size": Range(16, 8192),
+    "viewer": Range(1, 65535),
     "timelapse": Range(0, meaning="0 draws none"),
     "batch_size": Range(1, 256),
     "view_window": Range(1, 1_000_000),
@@ -130,7 +131,7 @@ def check_options(cfg: Config) -> None:
             f"--profile is {cfg.profile}, but must leave {SKIPPED_STEPS + WARM_UP_STEPS} of the {scaled.max_steps} "
             "steps of --max_steps to warm up."
         )
-    _check_video(cfg)
+    _check_watching(cfg)
     if cfg.random_background and cfg.background != "random":
         raise InputError(f"--random_background and --background {cfg.background} exclude each other: give one of them.")
     if cfg.ckpt and cfg.resume:
@@ -162,11 +163,13 @@ def check_options(cfg: Config) -> None:
             raise InputError("--split_threshold and --device_memory_budget exclude each other: give one of them.")
 
 
-def _check_video(cfg: Config) -> None:
+def _check_watching(cfg: Config) -> None:
     default = Config()
     for name in ("trajectory", "video_seconds", "video_size", "video_depth"):
         if not cfg.video and getattr(cfg, name) != getattr(default, name):
             raise InputError(f"--{name} is of the video, which --video asks for: give that, too.")
+    if len(cfg.viewer or []) > 1:
+        raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port.")
     if len(cfg.video_size) not in (0, 2):
         raise InputError(f"--video_size has {len(cfg.video_size)} numbers, but must be a width and a height.")
     if cfg.trajectory not in SHAPES:

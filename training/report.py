@@ -140,6 +140,7 @@ def commands(run: TrainingRun) -> list[tuple[str, str]]:
     newest = Path(run.cfg.ckpt) if run.cfg.ckpt else _newest((run.results.path / "ckpts").glob("ckpt_*.pt"))
     if newest is not None:
         found.append(("evaluate it", evaluate_command(newest)))
+        found.append(("look at it", shlex.join(["python", "view.py", str(newest)])))
         if (ROOT / "export.py").is_file():
             target = run.results.path / "model.sog"
             found.append(("take it away", shlex.join(["python", "export.py", str(newest), "--to", str(target)])))
@@ -150,7 +151,7 @@ def findings(folder: Path) -> list[tuple[str, Path, str]]:
     """Return what there is to look at in a result folder: what it is, where, and how to look at it."""
     videos = [file for name in NAMES for file in (folder / "videos").glob(f"{name}_*.mp4")]
     newest = {
-        "Model": (_newest((folder / "ply").glob("point_cloud_*.ply")), "for viewers of Gaussian splats"),
+        "Model": (_newest((folder / "ply").glob("point_cloud_*.ply")), "for viewers of Gaussian splats, or view.py"),
         "Pictures": (folder / "renders", "held-out photos, each beside what the model draws"),
         "Video": (_newest(videos), ""),
         "Timelapse": (folder / VIDEO, "of the training"),

@@ -36,6 +36,7 @@ from training.dataset import load_dataset
 from training.densification import Densification
 from training.ending import FINISHED, INTERRUPTED, Ending, sentence_of
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
+from training.live import LiveViewer
 from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
 from training.modules import RunModules
@@ -122,11 +123,17 @@ class TrainingRun(Generic[AnyConfig]):
         with ExitStack() as resources:
             self.results = ResultFolder(cfg)
             resources.callback(self.results.close)
+            live = None if cfg.viewer is None or cfg.ckpt else LiveViewer(self.cfg)
+            if live is not None:
+                resources.callback(live.page.close)
             if scene_name == "demo":
                 ensure_city_block(Path(cfg.data_dir))
             resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
             dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
             self.scene: Scene = dataset.scene
+            if live is not None:
+                live.place(self.scene)
+                print(f"Watch the training at {live.page.url}.")
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device)
             if self._evaluated is not None:
@@ -138,7 +145,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.times = StageTimes(self.device)
         self._results_of_the_end = (TrainStatistics(), Export(), self._evaluation)
         self._timelapse = Timelapse()
-        self.observers: list[Observer] = []
+        self.observers: list[Observer] = [] if live is None else [live]
         self.view: View | None = None
         self.upcoming: View | None = None
         self.sh_degree = 0
@@ -237,6 +244,11 @@ class TrainingRun(Generic[AnyConfig]):
             return self._draw(cameras, depth)
         rows, shown = self.model.read_view(cameras), self.shown_backgrounds(cameras)
         return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, backgrounds=shown, depth=depth)[0]
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Tell whether training has been asked to stop after the present step."""
+        return self._interrupted
 
     def mark(self, stage: str) -> None:
         """End a stage of the present step, which began at the mark before."""

@@ -28,6 +28,7 @@ OPTIONS_OF_THE_PLACE = (
     "init_ckpt",  # a resumed run has left behind what it began from
     *("num_workers", "log_every", "profile"),
     *("video", "trajectory", "video_seconds", "video_size", "video_depth", "timelapse"),
+    *("viewer", "viewer_host"),
 )
 TOLD_APART = ("state",)  # an option that is told of by what a checkpoint holds
 

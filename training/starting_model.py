@@ -31,14 +31,18 @@ class StartingModel:
     transform: np.ndarray | None  # [4, 4] from the dataset's coordinates to theirs; None where the file says none
 
     @classmethod
-    def load(cls, path: Path) -> StartingModel:
+    def load(cls, path: Path, what: str = "--init_ckpt") -> StartingModel:
         """Read a checkpoint or PLY file.
+
+        Args:
+            path: The file.
+            what: It is called in sentences.
 
         Raises:
             InputError: It cannot be read, or holds no Gaussians that can be drawn.
         """
         if not path.is_file():
-            raise InputError(f"--init_ckpt {path} does not exist: name a checkpoint (.pt) or a 3DGS PLY file.")
+            raise InputError(f"{what} {path} does not exist: name a checkpoint (.pt) or a 3DGS PLY file.")
         with open(path, "rb") as file:
             is_ply = file.read(3) == b"ply"
         transform: np.ndarray | None
@@ -48,18 +52,18 @@ class StartingModel:
             checkpoint = load_checkpoint(path)
             gaussians, transform = checkpoint.gaussians, checkpoint.transform
         if len(gaussians["means"]) == 0:
-            raise InputError(f"--init_ckpt {path} holds no Gaussians: choose another file.")
+            raise InputError(f"{what} {path} holds no Gaussians: choose another file.")
         broken = [name for name in PARAMETER_NAMES if not bool(torch.isfinite(gaussians[name]).all())]
         if broken:
-            raise InputError(f"--init_ckpt {path} holds {broken[0]} that are not finite: remove these Gaussians.")
+            raise InputError(f"{what} {path} holds {broken[0]} that are not finite: remove these Gaussians.")
         num_harmonics = gaussians["shN"].shape[1] + 1
         if round(num_harmonics**0.5) ** 2 != num_harmonics:
             raise InputError(
-                f"--init_ckpt {path} holds {num_harmonics} harmonics of each colour, which no degree has: choose a "
+                f"{what} {path} holds {num_harmonics} harmonics of each colour, which no degree has: choose a "
                 "3DGS PLY file of degree 0 to 3."
             )
         if transform is not None and not is_similarity(transform):
-            raise InputError(f"--init_ckpt {path} holds no usable transform: choose another file.")
+            raise InputError(f"{what} {path} holds no usable transform: choose another file.")
         return cls(path, gaussians, transform)
 
     def placed(self, transform: np.ndarray, cfg: Config, say: Say) -> dict[str, Tensor]:

@@ -1,0 +1,275 @@
+"""The viewer: when it draws, what it refuses, and that a run that is watched gives the same model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import simple_trainer
+import simple_trainer_hybrid_streamed
+import view
+from configs import Config
+from errors import InputError
+from training import command_line
+from training.checkpoints import load_checkpoint
+from training.opened import open_model
+from training.views import posed_cameras, render
+from viewer.pace import LEAST_PIXELS, RESTS_AFTER, Pace
+from viewer.page import cameras_of
+
+CPU = torch.device("cpu")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def page_camera(pose: np.ndarray, width: int = 80, height: int = 60, fov: float = 1.0) -> SimpleNamespace:
+    """What viser knows of the camera of a page."""
+    x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat()
+    return SimpleNamespace(
+        wxyz=np.array([w, x, y, z]),
+        position=pose[:3, 3],
+        fov=fov,
+        aspect=width / height,
+        image_width=width,
+        image_height=height,
+        update_timestamp=1.0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- when it draws
+
+
+def draw_at(pace: Pace, now: float, seconds_per_pixel: float, *, version: int = 0, most: int = 500_000) -> int:
+    """One look of the viewer; returns the pixels that it drew."""
+    count = pace.pixels_due(now, version, most)
+    if count:
+        pace.drew(now, now + seconds_per_pixel * count, version, count)
+    return count
+
+
+def test_a_camera_that_moves_is_drawn_small_and_sharp_when_it_rests():
+    pace, cost = Pace(), 4e-6  # seconds a pixel: all of the page takes 2 s
+    pace.move(0.0)
+    sizes = []
+    for look in range(20):
+        now = 0.1 * look
+        if look < 10:
+            pace.move(now)
+        sizes.append(draw_at(pace, now, cost))
+    assert sizes[0] == LEAST_PIXELS
+    assert all(LEAST_PIXELS <= size <= 1 / 15 / cost + 1 for size in sizes[:10])
+    still = [size for size in sizes[10:] if size]
+    assert max(still) == pytest.approx(1.0 / cost, rel=1e-3)
+    assert sizes[-5:] == [0] * 5, "nothing changes any more"
+
+
+def test_a_page_that_draws_fast_becomes_whole():
+    pace = Pace()
+    pace.move(0.0)
+    sizes = [draw_at(pace, 0.1 * look, 1e-8) for look in range(12)]
+    assert max(sizes) == 500_000
+    assert sizes[-5:] == [0] * 5
+
+
+def test_while_a_model_trains_its_picture_takes_little_of_the_time():
+    pace, cost, now, drawing = Pace(), 4e-7, 0.0, 0.0  # 0.2 s a picture
+    pace.move(-RESTS_AFTER)
+    draw_at(pace, now, cost)
+    count = 0
+    while now < 200.0:
+        now += 0.1
+        pixels = draw_at(pace, now, cost, version=int(10 * now))
+        drawing, count = drawing + cost * pixels, count + bool(pixels)
+        now += cost * pixels
+    assert 20 < count < 60
+    assert drawing < 0.06 * 200.0
+
+
+# ------------------------------------------------------------------------------------------------- what it draws
+
+
+def test_a_page_sees_what_a_camera_sees_there():
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_rotvec([0.3, -0.2, 0.1]).as_matrix()
+    pose[:3, 3] = [1, 2, 3]
+    cameras = cameras_of(page_camera(pose), 80 * 60, lambda *arguments: posed_cameras(*arguments, Config()))
+    assert (cameras.width, cameras.height) == (80, 60)
+    np.testing.assert_allclose(torch.linalg.inv(cameras.viewmats[0].double()).numpy(), pose, atol=1e-6)
+    # The middle of the upper edge is half the field of view away from the middle.
+    corner = torch.linalg.inv(cameras.Ks[0]) @ torch.tensor([40.0, 0.0, 1.0])
+    assert torch.atan2(-corner[1], corner[2]).item() == pytest.approx(0.5, abs=1e-6)
+    assert corner[0].item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def trained(city_block, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        train(monkeypatch, simple_trainer, city_block, folder, "--max_steps", 12)
+    return folder
+
+
+def train(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> None:
+    arguments = ("--data_dir", data_dir, "--result_dir", result_dir, "--device", "cpu", *options)
+    monkeypatch.setattr(sys, "argv", ["script", "default", *map(str, arguments)])
+    command_line.main(script.CONFIGS, script.train, "test")
+
+
+@pytest.mark.parametrize("name", ["ckpts/ckpt_12.pt", "ply/point_cloud_12.ply"])
+def test_an_opened_model_draws_what_all_its_rows_draw(trained, name):
+    model, up, pose = open_model(trained / name, CPU, antialiased=False)
+    assert up.tolist() == [0, 0, 1]
+    assert abs(pose[:3, 0] @ up) < 1e-9, "level"
+    whole = load_checkpoint(trained / "ckpts/ckpt_12.pt").gaussians
+    means = whole["means"].numpy()
+    local = (means - pose[:3, 3]) @ pose[:3, :3]
+    assert (local[:, 2] > 0).mean() > 0.9, "it stands before the model"
+    cameras = cameras_of(page_camera(pose), 80 * 60, model.make_cameras)
+    expected, _ = render(whole, cameras, Config(), sh_degree=3)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(model.draw(cameras), expected, atol=2e-6, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("program", ["script", "view.py"])
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch, trained, city_block, tmp_path, capsys, program):
+    pytest.importorskip("viser")
+
+    def begin(port: int) -> None:
+        if program == "view.py":
+            monkeypatch.setattr(sys, "argv", ["view.py", str(trained / "ckpts/ckpt_12.pt"), "--port", str(port)])
+            view.main()
+        else:
+            train(monkeypatch, simple_trainer, city_block, tmp_path / "results", "--viewer", port)
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match="2"):
+            begin(port)
+    assert f"Port {port} is in use" in capsys.readouterr().err
+    assert not (tmp_path / "results/cfg.yml").exists()
+
+
+def test_a_host_that_is_none_of_this_machine_is_one_sentence(monkeypatch, city_block, tmp_path, capsys):
+    pytest.importorskip("viser")
+    with pytest.raises(SystemExit, match="2"):
+        train(monkeypatch, simple_trainer, city_block, tmp_path, "--viewer", 8080, "--viewer_host", "192.0.2.1")
+    assert "The viewer cannot be served at 192.0.2.1:8080" in capsys.readouterr().err
+
+
+def test_without_viser_the_command_that_installs_it_is_named(monkeypatch, city_block, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "viser", None)
+    with pytest.raises(SystemExit, match="2"):
+        train(monkeypatch, simple_trainer, city_block, tmp_path, "--viewer")
+    assert "pip install viser" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_model_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"The model .*nothing\.ply does not exist"):
+        open_model(tmp_path / "nothing.ply", CPU, antialiased=False)
+
+
+# ------------------------------------------------------------------------------------------- a run that is watched
+
+
+class Visitor:
+    """Stand for viser's server with one page open: no browser, and what it shows is kept."""
+
+    def __init__(self, page) -> None:
+        self.pictures: list[np.ndarray] = []
+        self.looks_while_paused = 0  # how often the page has looked at this
+        self._page = page
+        scene = SimpleNamespace(set_background_image=lambda picture, **_: self.pictures.append(picture))
+        self.handle = SimpleNamespace(camera=None, scene=scene)
+        self._stamp = 0.0
+
+    def move(self, pose: np.ndarray) -> None:
+        self._stamp += 1
+        self.handle.camera = page_camera(pose)
+        self.handle.camera.update_timestamp = self._stamp
+
+    def clients(self) -> dict[int, object]:
+        self.looks_while_paused += self._page.is_paused
+        self.while_paused(self.looks_while_paused)
+        return {0: self.handle}
+
+    def while_paused(self, looks: int) -> None:
+        """After ten looks somebody presses the button again."""
+        if looks == 10 and self._page.is_paused:
+            self._page._toggle()
+
+
+@pytest.mark.parametrize("script", [simple_trainer, simple_trainer_hybrid_streamed])
+def test_a_run_that_is_watched_and_paused_gives_the_same_model(monkeypatch, city_block, tmp_path, script):
+    """Its camera moves at every step, and at step 6 somebody pauses for a moment."""
+    pytest.importorskip("viser")
+    options = ("--max_steps", 12, "--refine_start_iter", 3, "--refine_every", 4)
+    train(monkeypatch, script, city_block, tmp_path / "alone", *options)
+
+    visitors: list[Visitor] = []
+    said: list[list[str]] = []
+    after_step = command_line.TrainingRun.after_step
+
+    def watched(run, step, loss):
+        page = run.observers[0].page
+        if not visitors:
+            visitors.append(Visitor(page))
+            monkeypatch.setattr(page._server, "get_clients", visitors[0].clients)
+            monkeypatch.setattr(page, "say", said.append)
+        visitors[0].move(run.scene.camtoworlds[step % 3])
+        if step == 6:
+            page._toggle()
+        after_step(run, step, loss)
+
+    monkeypatch.setattr(command_line.TrainingRun, "after_step", watched)
+    train(monkeypatch, script, city_block, tmp_path / "watched", *options, "--viewer", free_port())
+    assert visitors[0].looks_while_paused == 10
+    assert len(visitors[0].pictures) >= 12
+    assert all(picture.dtype == np.uint8 and picture.std() > 5 for picture in visitors[0].pictures)
+    assert len({picture.tobytes() for picture in visitors[0].pictures}) > 3
+    assert any("steps a second" in line for lines in said for line in lines)
+    models = [load_checkpoint(tmp_path / name / "ckpts/ckpt_12.pt").gaussians for name in ("alone", "watched")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_ctrl_c_ends_a_run_that_is_paused(monkeypatch, city_block, tmp_path, capsys):
+    pytest.importorskip("viser")
+    after_step = command_line.TrainingRun.after_step
+
+    class Impatient(Visitor):
+        def while_paused(self, looks: int) -> None:
+            if looks == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def watched(run, step, loss):
+        page = run.observers[0].page
+        if step == 2:
+            visitor = Impatient(page)
+            visitor.move(run.scene.camtoworlds[0])
+            monkeypatch.setattr(page._server, "get_clients", visitor.clients)
+            page._toggle()
+        after_step(run, step, loss)
+
+    monkeypatch.setattr(command_line.TrainingRun, "after_step", watched)
+    train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 50, "--viewer", free_port())
+    said = capsys.readouterr().out
+    assert "Interrupted after 3 steps" in said
+    assert re.search(r"Watch the training at http://127\.0\.0\.1:\d+", said)

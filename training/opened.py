@@ -1,0 +1,85 @@
+"""A finished model that is looked at: in host memory, of which a view brings what it sees to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs import Config
+from offload.adam.options import AdamOptions
+from offload.culling.cameras import Cameras
+from offload.models.streamed import StreamedGaussians
+from offload.store.morton import morton_order
+from training.gaussians import PARAMETER_NAMES
+from training.starting_model import StartingModel
+from training.views import posed_cameras, render
+
+STILL = AdamOptions(dict.fromkeys(PARAMETER_NAMES, 0.0), lambda step: 0.0, (0.9, 0.999))  # nothing is trained
+
+
+class OpenedModel:
+    """Hold N Gaussians in host memory, and draw them.
+
+    Attributes:
+        gaussians: The streamed trainer's model of them, with geometry on the host.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device, *, antialiased: bool = False) -> None:
+        """
+        Args:
+            parameters: The six tensors of `training.gaussians.initial_gaussians`, best in Morton order.
+            device: Where views are rendered.
+            antialiased: As it was trained.
+        """
+        self._degree = round((parameters["shN"].shape[1] + 1) ** 0.5) - 1
+        self._cfg = Config(antialiased=antialiased)
+        # Of moments, which are never touched, the smaller ones take less where memory is pinned.
+        self.gaussians = StreamedGaussians(parameters, STILL, device=device, geometry="host", moments="bfloat16")
+
+    def make_cameras(self, viewmats: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
+        """Return cameras that draw as the model wants; as `training.views.posed_cameras`."""
+        return posed_cameras(viewmats, Ks, width, height, self._cfg)
+
+    def draw(self, cameras: Cameras) -> Tensor:
+        """Return the picture [1, H, W, 3] that one camera sees."""
+        return render(self.gaussians.read_view(cameras), cameras, self._cfg, sh_degree=self._degree)[0]
+
+
+def open_model(path: Path, device: torch.device, *, antialiased: bool) -> tuple[OpenedModel, np.ndarray, np.ndarray]:
+    """Read a checkpoint or PLY file.
+
+    Args:
+        path: Of any program that writes the layout of 3DGS, or a checkpoint.
+        device: Where views are rendered.
+        antialiased: As it was trained.
+
+    Returns:
+        The model; the direction that is up in its world [3]; and a pose [4, 4] from which most of it is seen.
+
+    Raises:
+        InputError: The file cannot be read, or holds no Gaussians that can be drawn.
+    """
+    found = StartingModel.load(path, "The model")
+    order = morton_order(found.gaussians["means"])
+    parameters = {name: found.gaussians[name][order] for name in PARAMETER_NAMES}
+    # The normalized world has its widest spread along x and its least along z; COLMAP's camera axes have y down.
+    up = np.array([0.0, -1.0, 0.0]) if found.transform is None else np.array([0.0, 0.0, 1.0])
+    return OpenedModel(parameters, device, antialiased=antialiased), up, pose_before(parameters["means"].numpy(), up)
+
+
+def pose_before(means: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Return a level pose [4, 4] that looks at the middle of means [N, 3], from above and outside of most of them."""
+    sample = means[:: len(means) // 100_000 + 1].astype(np.float64)
+    middle = np.median(sample, axis=0)
+    radius = float(np.median(np.linalg.norm(sample - middle, axis=1))) or 1.0
+    side = np.eye(3)[np.abs(up).argmin()]
+    forward = -(2.0 * side + 1.2 * up) / np.linalg.norm(2.0 * side + 1.2 * up)
+    right = np.cross(forward, up) / np.linalg.norm(np.cross(forward, up))
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
+    pose[:3, 3] = middle - 2.5 * radius * forward
+    return pose
