@@ -24,6 +24,7 @@ from training.streams import unbreakable_output
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--max_steps", 12, "--save_every", 0, "--num_workers", 1)
+VIDEO = ("--video", "--video_seconds", 0.1)
 
 
 def run_in_shell(command: str, data_dir: Path, result_dir: Path, *options: object, **arguments) -> subprocess.Popen:
@@ -307,15 +308,14 @@ def test_planted_links_are_not_followed(monkeypatch, city_block, tmp_path):
     folder = tmp_path / "run"
     names = ["cfg.yml", "ended.json", ".lock", "stats/train_step12.json", "stats/val_step12.json"]
     names += ["ckpts/ckpt_12.pt", "ckpts/ckpt_12.pt.partial", "ply/point_cloud_12.ply"]
-    names += ["renders/val_step12_0000.png", "videos/flight_12.mp4"]
+    names += ["renders/val_step12_0000.png", "videos/flight_12.mp4", "report.html"]
     names += [str(Path(name).with_name("partial_" + Path(name).name)) for name in names]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(treasure)
-    monkeypatch.setattr("training.video.NUM_FRAMES", 3)
-    assert run_script(monkeypatch, simple_trainer, city_block, folder, *SMALL, "--force", "--video") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, folder, *SMALL, "--force", *VIDEO) == 0
     assert treasure.read_text() == "mine"
-    for name in names[:10]:
+    for name in names[:11]:
         assert not (folder / name).is_symlink(), name
     assert saved(folder, 12).can_resume
 
@@ -346,8 +346,7 @@ def test_resume_makes_what_is_missing(monkeypatch, city_block, finished, tmp_pat
     psnr = json.loads((folder / "stats/val_step12.json").read_text())["psnr"]
     for name in ("ply/point_cloud_12.ply", "stats/val_step12.json", "stats/train_step12.json"):
         (folder / name).unlink()
-    monkeypatch.setattr("training.video.NUM_FRAMES", 3)
-    assert run_script(monkeypatch, simple_trainer, city_block, folder, *SMALL, "--resume", "--video") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, folder, *SMALL, "--resume", *VIDEO) == 0
     assert "All 12 steps are done" in capsys.readouterr().out
     assert json.loads((folder / "stats/val_step12.json").read_text())["psnr"] == pytest.approx(psnr, rel=1e-6)
     assert json.loads((folder / "stats/train_step12.json").read_text())["num_GS"] == 600
@@ -355,9 +354,9 @@ def test_resume_makes_what_is_missing(monkeypatch, city_block, finished, tmp_pat
     for name, content in before.items():
         assert (folder / name).read_bytes() == content
     after = contents(folder)
-    assert run_script(monkeypatch, simple_trainer, city_block, folder, *SMALL, "--resume", "--video") == 0
+    assert run_script(monkeypatch, simple_trainer, city_block, folder, *SMALL, "--resume", *VIDEO) == 0
     written = {name for name, content in contents(folder).items() if after.get(name) != content}
-    assert all("ended.json" in name or "tfevents" in name for name in written)
+    assert all(any(part in name for part in ("ended.json", "report.html", "tfevents")) for name in written)
 
 
 def test_a_log_that_cannot_be_begun_is_one_sentence(monkeypatch, city_block, tmp_path, capsys):

@@ -70,7 +70,7 @@ def write_report(run: TrainingRun, ending: Ending | None) -> None:
 
 def _page(run: TrainingRun, ending: Ending | None) -> str:
     folder, cfg = run.results.path, run.cfg
-    run.results.tensorboard.flush()
+    run.results.flush_log()
     measured = read_measured(folder, cfg.max_steps)
     stages = charts.stage_colors([measured.stages_ms])
     return render_page(

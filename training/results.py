@@ -206,6 +206,11 @@ class ResultFolder:
         content = imageio.imwrite("<bytes>", canvas, extension=".png", compress_level=1)
         write_file(self.path / "renders" / f"val_step{steps}_{index:04d}.png", content)
 
+    def flush_log(self) -> None:
+        """Have all that was logged in the files of tb/, for others to read."""
+        if self._is_logging:
+            self.tensorboard.flush()
+
     def log_renderings(self, steps: int, count: int) -> None:
         """Show a few of the pictures of `save_rendering` in TensorBoard, the same ones at every evaluation.
 
