@@ -24,7 +24,8 @@ from training.options import RANGES, check_options
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("simple_trainer*.py"))]
-NUMBERS = {int, float, list[int], float | None}
+LISTS = {list[int], list[int] | None}
+NUMBERS = {int, float, float | None, *LISTS}
 
 
 def train(monkeypatch, script, *arguments: object) -> int:
@@ -54,9 +55,9 @@ def test_every_range_is_of_an_option():
 def test_numbers_out_of_range_are_refused(name):
     script = simple_trainer_hybrid_optimized_split if name == "split_threshold" else simple_trainer
     default, kind = script.CONFIGS["default"], get_type_hints(type(script.CONFIGS["default"]))[name]
-    wrong = [-2, RANGES[name].high + 1] if kind in (int, list[int]) else [math.nan, math.inf, -math.inf, -1.0, 1e31]
+    wrong = [-2, RANGES[name].high + 1] if kind is int or kind in LISTS else [math.nan, math.inf, -math.inf, -1.0, 1e31]
     for value in wrong:
-        cfg = replace(default, **{name: [value] if kind == list[int] else value})
+        cfg = replace(default, **{name: [value] if kind in LISTS else value})
         with pytest.raises(InputError, match=rf"^--{name} is {re.escape(str(value))}, but must be [^\n]*\.$"):
             check_options(cfg)
 
