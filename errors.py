@@ -17,6 +17,10 @@ class InputError(Exception):
     step, nothing has been trained; an error of the input that comes later ends training as `TrainingStopped`.
     """
 
+    def __str__(self) -> str:
+        """Return the sentence as one line, whatever the names and words are that it quotes out of files."""
+        return printable(super().__str__())
+
 
 class NotEnoughMemory(InputError):
     """Say in one sentence what does not fit into which memory, and what to do."""
@@ -37,7 +41,12 @@ class NotSaved(TrainingStopped):
 def reason(error: BaseException) -> str:
     """Return what a library says of a failure as a part of such a sentence: one printable line, 200 characters."""
     words = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else "?" for c in words[:200]).rstrip(" .:") or type(error).__name__
+    return printable(words[:200]).rstrip(" .:") or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text with question marks in place of line ends and what else cannot be printed."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def counted(count: int, noun: str) -> str:

@@ -179,8 +179,9 @@ def _in_the_world_of(
             pose = photo.camtoworld.copy()
             if with_similarity:
                 pose[:3, :3] = rotation @ pose[:3, :3]
-                pose[:3, 3] = rotation @ pose[:3, 3] + translation / scale
-                pose[:3, 3] *= scale if with_scale else 1.0
+                with np.errstate(over="ignore"):  # `make_model` refuses infinity
+                    pose[:3, 3] = rotation @ pose[:3, 3] + translation / scale
+                    pose[:3, 3] *= scale if with_scale else 1.0
             moved.append(PosedPhoto(photo.name, pose, photo.lens))
         worlds.append(moved)
     if points is None:

@@ -17,6 +17,7 @@ from datasets.paths import photo_names
 from errors import InputError, reason
 
 _LARGEST_SKEW = 1e-3  # of a rotation's entries, that is rounding of float32 and not another kind of matrix
+_LARGEST_COORDINATE = 1e100  # whose square is a number; in whatever unit, the universe is smaller
 _LARGEST_RADIUS = 1e6  # at depth 1, which no camera has
 HALF_PIXEL = 0.5  # as far as what is left out may move a point of the picture
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # of a camera's axes: y up, z backwards -> y down, z forwards
@@ -128,6 +129,10 @@ def make_model(
         )
     check_names(path, [photo.name for photo in photos])
     photos = sorted(photos, key=lambda photo: photo.name)
+    camtoworlds = np.stack([photo.camtoworld for photo in photos])  # [n, 4, 4]
+    for photo in photos:
+        if np.abs(photo.camtoworld).max() > _LARGEST_COORDINATE:
+            raise InputError(f"{path} says that {photo.name} was taken infinitely far away: export it again.")
     lenses = list(dict.fromkeys(photo.lens for photo in photos))
     order = {lens: index for index, lens in enumerate(lenses)}
     params = np.zeros((len(lenses), 9))
@@ -142,9 +147,12 @@ def make_model(
             "view, which takes longer and ends lower than points of the surface; put a points.ply beside it and give "
             "--init_ply if the program can export them.",
         ]
+    worldtocams = camtoworlds.copy()
+    worldtocams[:, :3, :3] = camtoworlds[:, :3, :3].transpose(0, 2, 1)
+    worldtocams[:, :3, 3] = -(worldtocams[:, :3, :3] @ camtoworlds[:, :3, 3:])[..., 0]
     model = SparseModel(
         image_names=[photo.name for photo in photos],
-        worldtocams=np.linalg.inv(np.stack([photo.camtoworld for photo in photos])),
+        worldtocams=worldtocams,
         camera_indices=np.array([order[photo.lens] for photo in photos], np.int64),
         camera_models=["OPENCV_FISHEYE" if lens.fisheye else "OPENCV" for lens in lenses],
         camera_sizes=np.array([(lens.width, lens.height) for lens in lenses], np.int64),

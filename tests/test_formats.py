@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,7 @@ BAD_NERFSTUDIO = {
         "pose of frame 2 .* is no rotation",
     ),
     "mirrored": (lambda meta: meta.update(applied_transform=(-np.eye(4)[:3]).tolist()), "applied_transform .* is no"),
+    "camera model of two lines": (lambda meta: meta.update(camera_model="A\nB"), r"model A\?B, which is not"),
     "camera model": (lambda meta: meta.update(camera_model="EQUIRECTANGULAR"), "model EQUIRECTANGULAR, which is not"),
     "k4": (lambda meta: meta.update(k4=0.1), "with k4, which moves their corners by"),
     "k4 at any focal length": (lambda meta: meta.update(fl_x=1e-300, k4=0.1), "with k4, which moves their corners by"),
@@ -440,6 +442,15 @@ def test_points_of_another_world_and_several_files_are_named(tmp_path):
     assert "leave one there, or name it cameras.ply" in refused(other)
     exported_formats.write_ply(other / "cameras.ply", model.points, model.points_rgb)
     assert_same_model(load_sparse_model(other)[0], model)
+
+
+def test_a_pose_beyond_all_numbers_is_one_sentence(tmp_path):
+    _, other, _ = exported(tmp_path, exported_formats.write_metashape, points=False)
+    path = other / "cameras.xml"
+    path.write_text(path.read_text().replace("<translation>10.0 ", "<translation>1e308 ").replace(">3.0<", ">1e-3<"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "was taken infinitely far away" in refused(other)
 
 
 BAD_CSV = {
