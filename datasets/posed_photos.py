@@ -131,7 +131,7 @@ def make_model(
     photos = sorted(photos, key=lambda photo: photo.name)
     camtoworlds = np.stack([photo.camtoworld for photo in photos])  # [n, 4, 4]
     for photo in photos:
-        if np.abs(photo.camtoworld).max() > _LARGEST_COORDINATE:
+        if not np.abs(photo.camtoworld).max() < _LARGEST_COORDINATE:  # or NaN
             raise InputError(f"{path} says that {photo.name} was taken infinitely far away: export it again.")
     lenses = list(dict.fromkeys(photo.lens for photo in photos))
     order = {lens: index for index, lens in enumerate(lenses)}
