@@ -272,9 +272,19 @@ def read_photos(database: Path) -> list[Photo]:
 
 
 def read_models(folder: Path) -> list[pycolmap.Reconstruction]:
-    """Return the models in the folders of a folder, the one of most photos first."""
+    """Return the models in the folders of a folder, the one of most photos first.
+
+    Those are left out whose photos are all in larger ones: COLMAP begins some that it then does not need.
+    """
     models = [pycolmap.Reconstruction(path) for path in sorted(folder.iterdir()) if path.is_dir()]
-    return sorted(models, key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+    models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+    found: list[pycolmap.Reconstruction] = []
+    names: set[str] = set()
+    for model in models:
+        if not registered_names(model) <= names:
+            found.append(model)
+            names |= registered_names(model)
+    return found
 
 
 def registered_names(model: pycolmap.Reconstruction) -> set[str]:

@@ -373,10 +373,11 @@ def _publish(models: Path, out: Path, frame: LocalFrame | None) -> list[str]:
     if frame is not None:
         frame.write(out / SIDE_FILE)
     if len(found) > 1:
-        sizes = ", ".join(f"{model.num_reg_images():,}" for model in found[1:])
+        names = [registered_names(model) for model in found]
+        num_others = len(set.union(*names) - names[0])
         sentences.append(
             f"The photos fell into {len(found)} models that could not be joined: sparse/0, the largest, is trained on; "
-            f"the others hold {sizes} photos."
+            f"the others hold {counted(num_others, 'photo')} that it lacks."
         )
     return sentences
 

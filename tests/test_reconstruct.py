@@ -25,10 +25,13 @@ from datasets.photogrammetry import (
     extract_features,
     import_photos,
     match,
+    read_models,
     read_photos,
+    registered_names,
 )
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
+from tests.small_scene import write_scene
 
 ORIGIN = (47.37, 8.54, 400.0)  # latitude, longitude, altitude of the block's centre
 NUM_VIEWS, MOST_VIEWS = 12, 10
@@ -135,6 +138,20 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
     assert not (out / "georeference.json").exists()
     (out / "reconstruction/steps.json").unlink()
     assert "was not made by this command" in refused(capsys, *command)
+
+
+def test_a_model_of_photos_that_are_all_in_larger_ones_is_left_out(tmp_path):
+    first = pycolmap.Reconstruction(write_scene(tmp_path / "one", ["a.png", "b.png", "c.png"]) / "sparse/0")
+    second = pycolmap.Reconstruction(write_scene(tmp_path / "two", ["b.png", "c.png"]) / "sparse/0")
+    third = pycolmap.Reconstruction(write_scene(tmp_path / "three", ["c.png", "d.png"]) / "sparse/0")
+    for number, model in enumerate((second, third, first)):
+        (tmp_path / f"models/{number}").mkdir(parents=True)
+        model.write(tmp_path / f"models/{number}")
+    found = read_models(tmp_path / "models")
+    assert [sorted(registered_names(model)) for model in found] == [["a.png", "b.png", "c.png"], ["c.png", "d.png"]]
+    sentences = reconstruct._publish(tmp_path / "models", tmp_path, None)
+    assert "fell into 2 models that could not be joined" in sentences[0]
+    assert "the others hold 1 photo that it lacks" in sentences[0]
 
 
 def test_photos_with_nothing_in_common(tmp_path, capsys):
