@@ -173,7 +173,8 @@ def test_exposures_find_the_lights_of_photos(monkeypatch, tmp_path):
     rows = saved(tmp_path / "run", 250).state["affine/rows"].double().view(-1, 3, 4).numpy()
     learnt = rows[:, :, :3] @ grey + rows[:, :, 3]  # [21, 3]
     for channel in range(3):
-        assert np.corrcoef(learnt[:, channel], lights[trained, channel])[0, 1] > 0.9
+        # After 12 looks at each photo, and blue differs least between the flights.
+        assert np.corrcoef(learnt[:, channel], lights[trained, channel])[0, 1] > 0.8
 
 
 @pytest.mark.slow
