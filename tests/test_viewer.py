@@ -273,3 +273,28 @@ def test_ctrl_c_ends_a_run_that_is_paused(monkeypatch, city_block, tmp_path, cap
     said = capsys.readouterr().out
     assert "Interrupted after 3 steps" in said
     assert re.search(r"Watch the training at http://127\.0\.0\.1:\d+", said)
+
+
+def test_a_picture_without_enough_memory_is_black_and_training_goes_on(monkeypatch, city_block, tmp_path):
+    pytest.importorskip("viser")
+    after_step = command_line.TrainingRun.after_step
+    visitors: list[Visitor] = []
+
+    def no_memory(cameras, *, depth=False):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def watched(run, step, loss):
+        if not visitors:
+            visitors.append(Visitor(run.observers[0].page))
+            visitors[0].move(run.scene.camtoworlds[0])
+            monkeypatch.setattr(run.observers[0].page._server, "get_clients", visitors[0].clients)
+        with monkeypatch.context() as patch:
+            if step < 2:
+                patch.setattr(run, "draw", no_memory)
+            after_step(run, step, loss)
+
+    monkeypatch.setattr(command_line.TrainingRun, "after_step", watched)
+    train(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 3, "--viewer", free_port())
+    assert visitors[0].pictures
+    assert visitors[0].pictures[0].max() == 0
+    assert (tmp_path / "ckpts/ckpt_3.pt").is_file()

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from training.run import TrainingRun
 
 NAME = "report.html"
-ROOT = Path(__file__).parents[1]
 MOST_VIEWS = 6  # held-out views in the page
 
 CURVES: tuple[tuple[str, str, Literal["steps", "seconds"]], ...] = (
@@ -141,9 +140,8 @@ def commands(run: TrainingRun) -> list[tuple[str, str]]:
     if newest is not None:
         found.append(("evaluate it", evaluate_command(newest)))
         found.append(("look at it", shlex.join(["python", "view.py", str(newest)])))
-        if (ROOT / "export.py").is_file():
-            target = run.results.path / "model.sog"
-            found.append(("take it away", shlex.join(["python", "export.py", str(newest), "--to", str(target)])))
+        target = run.results.path / "model.sog"
+        found.append(("take it away", shlex.join(["python", "export.py", str(newest), "--to", str(target)])))
     return found
 
 

@@ -154,6 +154,8 @@ class Page:
                 fov=fov,
                 aspect=aspect,
                 scale=size,
+                thickness=0.03 * size,  # of its lines, in world units too
+                color=(232, 113, 10),
                 wxyz=(w, x, y, z),
                 position=pose[:3, 3],
                 visible=False,
@@ -162,7 +164,7 @@ class Page:
             self._frustums.append(frustum)
 
     def draw(self, draw: Callable[[Cameras], torch.Tensor], make: MakeCameras, version: int) -> int:
-        """Draw for all pages for which a picture is due.
+        """Draw for all pages for which a picture is due; one for which device memory does not suffice is black.
 
         Args:
             draw: Makes the picture [1, H, W, 3] of one camera.
@@ -182,7 +184,11 @@ class Page:
             num_pixels = client.pace.pixels_due(began, version, self._most_pixels(camera))
             if num_pixels:
                 cameras = cameras_of(camera, num_pixels, make)
-                client.handle.scene.set_background_image(frame(draw, cameras), format="jpeg", jpeg_quality=85)
+                try:
+                    picture = frame(draw, cameras)
+                except torch.OutOfMemoryError:  # who looks must not end a training
+                    picture = np.zeros((cameras.height, cameras.width, 3), np.uint8)
+                client.handle.scene.set_background_image(picture, format="jpeg", jpeg_quality=85)
                 client.pace.drew(began, time.perf_counter(), version, cameras.width * cameras.height)
                 drawn += 1
         return drawn
