@@ -55,7 +55,7 @@ class RunOptions:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to render; auto takes CUDA where there is a GPU."""
     seed: int = 42
-    """The order of views, the first Gaussians' rotations, the places of split ones and random backgrounds follow it."""
+    """The order of views, the first Gaussians' rotations, what strategies draw and random backgrounds follow it."""
     max_steps: int = 30_000
     """How many steps to train."""
     eval_steps: list[int] = field(default_factory=lambda: [7_000, 30_000])
@@ -120,8 +120,10 @@ class OptimizationOptions:
 
 @dataclass
 class DensificationRules:
-    """Set when and which Gaussians are duplicated, split and removed; the names and defaults are gsplat's."""
+    """Set when and which Gaussians are added, removed and moved; the names and defaults are gsplat's."""
 
+    strategy: Literal["default", "mcmc"] = "default"
+    """default duplicates and splits by gradients; mcmc relocates and adds by opacity, up to max_gaussians."""
     grow_grad2d: float = 2e-4
     """Gaussians whose mean screen-space gradient is above this are duplicated or split."""
     grow_scale3d: float = 0.01
@@ -129,7 +131,7 @@ class DensificationRules:
     grow_scale2d: float = 0.05
     """Gaussians larger than this share of the picture are split (before refine_scale2d_stop_iter)."""
     prune_opa: float = 0.005
-    """Gaussians less opaque than this are removed."""
+    """Gaussians less opaque than this are removed, or relocated by mcmc."""
     prune_scale3d: float = 0.1
     """Gaussians larger than this share of the scene scale are removed (after the first opacity reset)."""
     prune_scale2d: float = 0.15
@@ -152,6 +154,14 @@ class DensificationRules:
     """Opacity of split Gaussians follows arXiv 2404.06109."""
     max_gaussians: int = 0
     """Never start from or grow beyond this many Gaussians; 0 sets no bound."""
+    target_gaussians: int = 0
+    """Let growth end at this many Gaussians, with the last refinement; 0 leaves it to grow_grad2d."""
+    noise_lr: float = 5e5
+    """Size of the noise that mcmc adds to means, in units of their learning rate."""
+    opacity_reg: float | None = None
+    """Weight of the mean opacity in the loss; 0.01 with mcmc and else 0 where nothing is given."""
+    scale_reg: float | None = None
+    """Weight of the mean scale in the loss; 0.01 with mcmc and else 0 where nothing is given."""
 
 
 @dataclass

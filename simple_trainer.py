@@ -19,7 +19,6 @@ from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from rendering.losses import photometric_loss
 from training.command_line import main
-from training.densification import Densification
 from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
 from training.views import render
@@ -52,9 +51,9 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         gaussians = DeferredGaussians(run.initial_gaussians(), run.adam, device=run.device, state=cfg.state)
     else:
         gaussians = DeviceGaussians(run.initial_gaussians(), run.adam, device=run.device)
-    densification = Densification(cfg, run.scene_scale, cfg.seed)
+    strategy = run.new_strategy()
 
-    for step, view in run.steps(gaussians, densification):
+    for step, view in run.steps(gaussians, strategy):
         # All Gaussians are on the device; the rasterizer finds those in view, or culling has where Adam is deferred.
         rows = gaussians.fetch(view.cameras)
         run.mark("fetch")
@@ -65,6 +64,7 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
 
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
+        loss = strategy.regularized(loss, rows, info)
         loss.backward()
         if run.upcoming is not None:
             gaussians.prefetch(run.upcoming.cameras)  # is culled behind the backward pass where Adam is deferred
@@ -72,10 +72,11 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
 
         # Dense Adam visits every Gaussian; outside the rows that were drawn all gradients are zero.
         ids = gaussians.ids if deferred else None  # None: all were given to the rasterizer
+        strategy.before_update(step, rows, info, gaussians, ids)
         gaussians.update(info["gaussian_ids"])
         run.mark("update")
 
-        densification.after_step(step, info, gaussians, ids)
+        strategy.after_step(step, info, gaussians, ids)
         run.mark("densify")
 
         run.after_step(step, loss)

@@ -13,7 +13,6 @@ from configs import Config, scenes
 from offload.models.baseline import BaselineGaussians
 from rendering.losses import photometric_loss
 from training.command_line import main
-from training.densification import Densification
 from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
 from training.views import render
@@ -28,9 +27,9 @@ def train(run: TrainingRun[Config]) -> None:
     """
     cfg = run.cfg
     gaussians = BaselineGaussians(run.initial_gaussians(), run.adam, device=run.device, max_gaussians=cfg.max_gaussians)
-    densification = Densification(cfg, run.scene_scale, cfg.seed)
+    strategy = run.new_strategy()
 
-    for step, view in run.steps(gaussians, densification):
+    for step, view in run.steps(gaussians, strategy):
         # Every Gaussian is tested against the cameras; the rows in view are gathered and sent to the device.
         rows = gaussians.fetch(view.cameras)
         run.mark("fetch")
@@ -41,15 +40,17 @@ def train(run: TrainingRun[Config]) -> None:
 
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
+        loss = strategy.regularized(loss, rows, info)
         loss.backward()
         run.mark("backward")
 
         # The gradients come back, and Adam visits every Gaussian.
         ids = gaussians.ids
+        strategy.before_update(step, rows, info, gaussians, ids)
         gaussians.update()
         run.mark("update")
 
-        densification.after_step(step, info, gaussians, ids)
+        strategy.after_step(step, info, gaussians, ids)
         run.mark("densify")
 
         run.after_step(step, loss)

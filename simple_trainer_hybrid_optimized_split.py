@@ -27,7 +27,6 @@ from offload.device_memory import bound_memory
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from training.command_line import main
-from training.densification import Densification
 from training.depth_loss import with_depth_loss
 from training.memory import available_bytes, format_bytes, parse_bytes
 from training.run import TrainingRun
@@ -96,7 +95,7 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         limit=limit,
         halo=halo,
     )
-    densification = Densification(cfg, run.scene_scale, cfg.seed)
+    strategy = run.new_strategy()
 
     def draw(cameras: Cameras, depth: bool) -> Tensor:
         shown = run.shown_backgrounds(cameras)
@@ -113,25 +112,27 @@ def train(run: TrainingRun[SplitConfig]) -> None:
 
         loss = part_loss(colors, view, part.tile, ssim_lambda=cfg.ssim_lambda, halo=halo)
         loss = with_depth_loss(loss, info, view, run.depth_weight, part.tile, halo)
+        loss = strategy.regularized(loss, part.rows, screen.newly_drawn(part, info))
         loss.backward()
         screen.add(part, len(gaussians.ids), info)
         run.modules.gather()
         run.mark("backward")
         return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 
-    for step, view in run.steps(gaussians, densification, draw):
+    for step, view in run.steps(gaussians, strategy, draw):
         # Behind the rendering of each part the CPU commits gradients of the part before and sends the rows of the next
         # part, or of the next view's first one. A part that runs out of memory is rendered in finer tiles.
-        screen = ScreenGradients(view.cameras, needed=step < cfg.refine_stop_iter)
+        screen = ScreenGradients(view.cameras, needed=strategy.looks_at(step), with_rows=strategy.moves_rows)
         upcoming = None if run.upcoming is None else run.upcoming.cameras
         loss = gaussians.train_view(view.cameras, upcoming, partial(train_part, view=view, screen=screen))
 
         # Every Gaussian has one gradient, whatever the number of tiles, and is updated once.
         ids = gaussians.ids
+        strategy.before_update(step, screen.rows(), screen.info(), gaussians, ids)
         gaussians.update()
         run.mark("update")
 
-        densification.after_step(step, screen.info(), gaussians, ids)
+        strategy.after_step(step, screen.info(), gaussians, ids)
         run.mark("densify")
 
         run.after_step(step, loss)

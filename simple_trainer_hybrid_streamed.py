@@ -21,7 +21,6 @@ from offload.models.streamed import StreamedGaussians
 from rendering.losses import photometric_loss
 from training.calibration import print_last_verdict
 from training.command_line import main
-from training.densification import Densification
 from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
 from training.views import render
@@ -57,10 +56,10 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         state=cfg.state,
         max_gaussians=cfg.max_gaussians,
     )
-    densification = Densification(cfg, run.scene_scale, cfg.seed)
+    strategy = run.new_strategy()
     print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run
 
-    for step, view in run.steps(gaussians, densification):
+    for step, view in run.steps(gaussians, strategy):
         # The rows of this view are on the device already, but for the first one and after densification.
         rows = gaussians.fetch(view.cameras)
         run.mark("fetch")
@@ -76,15 +75,17 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
 
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
+        loss = strategy.regularized(loss, rows, info)
         loss.backward()
         run.mark("backward")
 
         # Adam by the device; rows that the next view needs too stay there, the others are written to the host.
         ids = gaussians.ids
+        strategy.before_update(step, rows, info, gaussians, ids)
         gaussians.update()
         run.mark("update")
 
-        densification.after_step(step, info, gaussians, ids)
+        strategy.after_step(step, info, gaussians, ids)
         run.mark("densify")
 
         run.after_step(step, loss)

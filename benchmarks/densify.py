@@ -27,7 +27,7 @@ from offload.models.baseline import BaselineGaussians
 from offload.store.layout import GROUP_NAMES, row_bytes
 from offload.store.morton import morton_order
 from reporting.numbers import gigabytes, number, percent
-from training.densification import Densification, Statistics
+from strategies.default import DefaultStrategy, Statistics
 
 ROW_BYTES = sum(row_bytes(group, sh_degree=3) for group in GROUP_NAMES)  # of a Gaussian
 SHARE = 0.05  # of the rows that one refinement duplicates, splits or removes
@@ -109,7 +109,7 @@ def one_round(parameters: dict[str, Tensor]) -> list[float]:
 
     few = gaussians.read("opacities").kthvalue(int(SHARE * gaussians.num_gaussians)).values
     rules = DensificationRules(prune_opa=float(few.sigmoid()))
-    densification = Densification(rules, scene_scale=1.0, seed=0)
+    densification = DefaultStrategy(rules, scene_scale=1.0, seed=0)
     gradients = torch.zeros(gaussians.num_gaussians)
     gradients[every(2 * SHARE, gaussians.num_gaussians)] = 1.0  # half of them are small enough to be duplicated
     densification.statistics = Statistics(gradients, torch.ones_like(gradients), torch.zeros_like(gradients))

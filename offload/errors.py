@@ -25,6 +25,11 @@ class MemoryParameterError(ParameterError, NotEnoughMemory):
     """A value for which there is not enough memory."""
 
 
+def sentence_of(error: Exception) -> str:
+    """Return what the user is told of an error: options are named as they are on the command line."""
+    return error.of_options() if isinstance(error, ParameterError) else str(error)
+
+
 class _Names(dict[str, str]):
     """Gives each name with the same prefix."""
 

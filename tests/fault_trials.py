@@ -163,9 +163,9 @@ class Run:
 
 def be_child(trainer: str, arguments: list[str]) -> None:
     """Train in this process, and say on stdout what begins."""
+    from strategies.default import DefaultStrategy
     from training import checkpoint_folder, command_line
     from training.checkpoints import PartialCheckpoint
-    from training.densification import Densification
     from training.run import TrainingRun
 
     def say(line: str) -> None:
@@ -191,7 +191,7 @@ def be_child(trainer: str, arguments: list[str]) -> None:
 
     announce(PartialCheckpoint, "__init__", "writing", "training")
     announce(PartialCheckpoint, "publish", "publishing", "published")
-    announce(Densification, "refine", "refinement", "training")
+    announce(DefaultStrategy, "refine", "refinement", "training")
     announce(TrainingRun, "after_step", "step")
     assert checkpoint_folder.PartialCheckpoint is PartialCheckpoint
     script = TRAINERS[trainer].load()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
 from offload.adam.host import DeferredAdam
-from training.densification import Densification
+from strategies.default import DefaultStrategy
 
 
 def catch_up_one_step_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,11 +63,11 @@ def no_decay_of_moments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def smaller_gradients_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let densification see gradients on the screen that are a twentieth too small."""
-    observe = Densification.observe
+    observe = DefaultStrategy.observe
 
-    def observe_less(self: Densification, info: Mapping[str, object], ids: Tensor | None = None) -> None:
+    def observe_less(self: DefaultStrategy, info: Mapping[str, object], ids: Tensor | None = None) -> None:
         before = self.statistics.grad2d.clone()
         observe(self, info, ids)
         self.statistics.grad2d -= 0.05 * (self.statistics.grad2d - before)
 
-    monkeypatch.setattr(Densification, "observe", observe_less)
+    monkeypatch.setattr(DefaultStrategy, "observe", observe_less)

@@ -12,8 +12,9 @@ from errors import TrainingStopped
 from offload.adam.options import AdamOptions
 from offload.models.device import DeviceGaussians
 from offload.store.morton import morton_order
-from training import densification
-from training.densification import Densification, Statistics, grow, rotation_matrices
+from strategies import ops
+from strategies.default import DefaultStrategy, Statistics
+from strategies.ops import grow, rotation_matrices
 from training.gaussians import PARAMETER_NAMES
 
 SCENE_SCALE = 2.0
@@ -62,7 +63,7 @@ def moments(gaussians: DeviceGaussians, name: str) -> torch.Tensor:
 
 def refined(rules: DensificationRules, step: int, num_gaussians: int = 300) -> DeviceGaussians:
     gaussians = random_gaussians(num_gaussians)
-    subject = Densification(rules, SCENE_SCALE, seed=3)
+    subject = DefaultStrategy(rules, SCENE_SCALE, seed=3)
     subject.statistics = random_statistics(num_gaussians)
     subject.refine(step, gaussians)
     return gaussians
@@ -175,7 +176,7 @@ def test_rows_are_sorted_when_it_is_worth_it(max_gaussians, step, sorts):
     gaussians = random_gaussians(300)
     order = morton_order(gaussians.read("means"))
     gaussians.keep(order)
-    subject = Densification(rules, SCENE_SCALE, seed=3)
+    subject = DefaultStrategy(rules, SCENE_SCALE, seed=3)
     statistics = random_statistics(300)
     subject.statistics = Statistics(*(values[order] for values in vars(statistics).values()))
     subject.refine(step, gaussians)
@@ -194,13 +195,13 @@ def test_rows_are_sorted_when_it_is_worth_it(max_gaussians, step, sorts):
 
 
 def test_the_number_of_appended_rows_is_part_of_the_state():
-    subject = Densification(DensificationRules(prune_opa=0.0, max_gaussians=320), SCENE_SCALE, seed=3)
+    subject = DefaultStrategy(DensificationRules(prune_opa=0.0, max_gaussians=320), SCENE_SCALE, seed=3)
     subject.statistics = random_statistics(300)
     subject.refine(600, random_gaussians(300))
-    resumed = Densification(subject.rules, SCENE_SCALE, seed=3)
+    resumed = DefaultStrategy(subject.rules, SCENE_SCALE, seed=3)
     resumed.load_state_dict(subject.state_dict())
     assert resumed.state_dict()["num_appended"] == 20
-    before_any = Densification(subject.rules, SCENE_SCALE, seed=3)
+    before_any = DefaultStrategy(subject.rules, SCENE_SCALE, seed=3)
     before_any.load_state_dict({})
     assert before_any.statistics is None
 
@@ -229,7 +230,7 @@ def test_schedule_of_refinements_and_resets():
     )
     gaussians = random_gaussians(5)
     gaussians.parameters["opacities"].data.fill_(2.0)
-    subject = Densification(rules, SCENE_SCALE, seed=0)
+    subject = DefaultStrategy(rules, SCENE_SCALE, seed=0)
     refinements, resets = [], []
     for step in range(120):
         gaussians.parameters["opacities"].data.fill_(2.0)
@@ -245,7 +246,7 @@ def test_schedule_of_refinements_and_resets():
 
 
 def test_gradients_are_measured_in_half_pictures():
-    subject = Densification(DensificationRules(refine_scale2d_stop_iter=10), SCENE_SCALE, seed=0)
+    subject = DefaultStrategy(DensificationRules(refine_scale2d_stop_iter=10), SCENE_SCALE, seed=0)
     subject.statistics = Statistics.zeros(5, CPU)
     info = packed_info(5, 0.001)
     info["gaussian_ids"] = torch.tensor([0, 2, 2, 3, 4])  # row 2 in two cameras
@@ -261,7 +262,7 @@ def test_gradients_are_measured_in_half_pictures():
 def test_removing_everything_stops():
     gaussians = random_gaussians(20)
     gaussians.parameters["opacities"].data.fill_(-20.0)
-    subject = Densification(DensificationRules(), SCENE_SCALE, seed=0)
+    subject = DefaultStrategy(DensificationRules(), SCENE_SCALE, seed=0)
     subject.statistics = random_statistics(20)
     with pytest.raises(TrainingStopped, match="--prune_opa"):
         subject.refine(600, gaussians)
@@ -270,10 +271,10 @@ def test_removing_everything_stops():
 
 def test_growth_past_memory_is_skipped(monkeypatch):
     """What is to be removed is removed nevertheless."""
-    monkeypatch.setattr(densification, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(ops, "available_bytes", lambda device: 1000)
     gaussians = random_gaussians(300)
     kept = (torch.sigmoid(gaussians.read("opacities")) >= 0.005).nonzero().squeeze(1).tolist()
-    subject = Densification(DensificationRules(), SCENE_SCALE, seed=0)
+    subject = DefaultStrategy(DensificationRules(), SCENE_SCALE, seed=0)
     subject.statistics = random_statistics(300)
     subject.refine(600, gaussians)
     assert row_numbers(gaussians) == kept
@@ -284,7 +285,7 @@ def test_growth_that_runs_out_of_memory_half_way_is_undone(monkeypatch, call):
     """Whichever tensor does not fit: the rows are those of a refinement that adds none, moments included."""
     expected, gaussians = random_gaussians(300), random_gaussians(300)
     expected.keep((torch.sigmoid(expected.read("opacities")) >= 0.005).nonzero().squeeze(1))
-    subject = Densification(DensificationRules(), SCENE_SCALE, seed=0)
+    subject = DefaultStrategy(DensificationRules(), SCENE_SCALE, seed=0)
     subject.statistics = random_statistics(300)
     cat, calls = torch.cat, [0]
 
@@ -330,7 +331,9 @@ def test_same_gaussians_as_gsplat(step, refine_scale2d_stop_iter):
     strategy._grow_gs(params, optimizers, state, step)
     strategy._prune_gs(params, optimizers, state, step)
 
-    subject = Densification(DensificationRules(refine_scale2d_stop_iter=refine_scale2d_stop_iter), SCENE_SCALE, seed=0)
+    subject = DefaultStrategy(
+        DensificationRules(refine_scale2d_stop_iter=refine_scale2d_stop_iter), SCENE_SCALE, seed=0
+    )
     subject.statistics = statistics
     subject.refine(step, ours)
 

@@ -25,7 +25,8 @@ from offload.store.host_store import HostStore
 from offload.store.layout import GROUP_NAMES, row_bytes
 from offload.store.memory import HostArray
 from offload.store.morton import morton_order
-from training.densification import Densification, Statistics, grow
+from strategies.default import DefaultStrategy, Statistics
+from strategies.ops import grow
 
 NAMES = {
     "geometry": ("means", "scales", "quats", "opacities"),
@@ -357,7 +358,7 @@ def test_refinement_equals_that_of_device_gaussians(step):
     count = torch.randint(0, 4, (2000,)).float()
     statistics = [count * 4e-4 * torch.rand(2000), count, 0.3 * torch.rand(2000)]
     for store in pair:
-        densification = Densification(DensificationRules(), scene_scale=2.0, seed=3)
+        densification = DefaultStrategy(DensificationRules(), scene_scale=2.0, seed=3)
         densification.statistics = Statistics(*(values.clone() for values in statistics))
         densification.refine(step, store)
         store.clamp_opacities(-4.0)

@@ -20,10 +20,10 @@ from offload.culling.margins import largest_correction, largest_drift
 from offload.culling.native import BlockBounds
 from offload.pipelines.forwarded import ForwardedPipeline, shared_positions
 from offload.pipelines.streamed_host import StreamedHostPipeline
+from strategies.default import DefaultStrategy
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, train
 from training import command_line
 from training.checkpoints import load_checkpoint
-from training.densification import Densification
 
 pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
 
@@ -111,9 +111,7 @@ def test_a_failure_to_save_after_an_error_is_a_sentence_too(monkeypatch, city_bl
     def fail(*arguments: object) -> None:
         raise ValueError("a defect")
 
-    monkeypatch.setattr(
-        simple_trainer_hybrid_optimized.Densification, "resets_at", lambda self, step: step > 5 and fail()
-    )
+    monkeypatch.setattr(DefaultStrategy, "resets_at", lambda self, step: step > 5 and fail())
     monkeypatch.setattr(simple_trainer_hybrid_optimized.ForwardedGaussians, "state", fail)
     with pytest.raises(SystemExit, match="1"):
         train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, "--max_steps", 20)
@@ -185,7 +183,7 @@ def test_arranged_views_give_the_model_of_gpu_only_with_less_traffic(monkeypatch
 
 def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, city_block, tmp_path):
     made, changed = [], []
-    rebuild, after_step = BlockBounds.rebuild, Densification.after_step
+    rebuild, after_step = BlockBounds.rebuild, DefaultStrategy.after_step
 
     def observed_after_step(self, step: int, info, store, *ids: object) -> bool:
         refined = after_step(self, step, info, store, *ids)
@@ -194,7 +192,7 @@ def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, 
         return refined
 
     monkeypatch.setattr(BlockBounds, "rebuild", lambda self, rows: (made.append(len(rows)), rebuild(self, rows)))
-    monkeypatch.setattr(Densification, "after_step", observed_after_step)
+    monkeypatch.setattr(DefaultStrategy, "after_step", observed_after_step)
     options = ("--geometry", "host", *DENSIFICATION, "--max_steps", 60)
     train(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, *options)
     assert len(set(changed)) > 3

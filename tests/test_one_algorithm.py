@@ -29,10 +29,10 @@ from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
+from strategies.ops import grow
 from tests import sabotage
 from tests.triton_places import INTERPRETED
 from training import schedules
-from training.densification import grow
 from training.gaussians import initial_gaussians
 from training.views import View
 

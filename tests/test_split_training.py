@@ -16,8 +16,8 @@ from offload.models.geometry_device import DeviceGeometry
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from rendering.losses import photometric_loss
+from strategies.default import DefaultStrategy, Statistics
 from training import tiles
-from training.densification import Densification, Statistics
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
 from training.views import View, render
 
@@ -75,8 +75,8 @@ class Step:
         self.loss, self.gradients, self.statistics = loss.item(), gradients, vars(statistics)
 
 
-def rules(cfg: Config) -> Densification:
-    densification = Densification(cfg, 1.0, 0)
+def rules(cfg: Config) -> DefaultStrategy:
+    densification = DefaultStrategy(cfg, 1.0, 0)
     densification.statistics = Statistics.zeros(N, CPU)
     return densification
 

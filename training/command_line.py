@@ -21,8 +21,9 @@ from configs import (
     RunOptions,
 )
 from errors import InputError, TrainingStopped
+from offload.errors import sentence_of
 from trainers import trainer_of
-from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, sentence_of, write_ending
+from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, write_ending
 from training.folder_lock import FolderTaken
 from training.run import TrainingRun
 from training.streams import unbreakable_output

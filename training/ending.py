@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from errors import NotEnoughMemory
-from offload.errors import ParameterError
 from training.files import write_file
 
 ENDED = "ended.json"
@@ -39,11 +38,6 @@ def ending_of(error: BaseException, message: str) -> Ending:
             return Ending(OUT_OF_MEMORY, message)
         cause = cause.__cause__
     return Ending(FAILED, message)
-
-
-def sentence_of(error: Exception) -> str:
-    """Return what the user is told of an error: options are named as they are on the command line."""
-    return error.of_options() if isinstance(error, ParameterError) else str(error)
 
 
 def write_ending(folder: Path, ending: Ending) -> None:

@@ -271,19 +271,20 @@ def needs(
     ]
 
 
-def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int) -> str:
+def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int, option: str = "max_gaussians") -> str:
     """Refuse what cannot fit.
 
     Args:
         all_needs: Of a trainer.
         num_gaussians: That training starts with.
-        max_gaussians: The option; 0 where it is not set.
+        max_gaussians: The number that an option lets the model grow to; 0 where none does.
+        option: Which one.
 
     Returns:
         One or two lines for the user: what these Gaussians take, and what the allowed number takes or could be.
 
     Raises:
-        NotEnoughMemory: The Gaussians at hand do not fit, or those that --max_gaussians allows.
+        NotEnoughMemory: The Gaussians at hand do not fit, or those that the option lets it grow to.
     """
     for need in all_needs:
         needed = need.bytes_from_start(num_gaussians)
@@ -296,14 +297,15 @@ def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int) 
     if max_gaussians > most:
         need = min(all_needs, key=Need.most_gaussians)
         raise NotEnoughMemory(
-            f"--max_gaussians {max_gaussians} would take about {format_bytes(need.bytes(max_gaussians))} of "
+            f"--{option} {max_gaussians} would take about {format_bytes(need.bytes(max_gaussians))} of "
             f"{need.memory}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
         )
     listed = _listed(all_needs, [need.bytes_from_start(num_gaussians) for need in all_needs])
     lines = [f"Memory for {num_gaussians:,} Gaussians: {listed}."]
     if max_gaussians > num_gaussians:
         listed = _listed(all_needs, [need.bytes(max_gaussians) for need in all_needs])
-        lines.append(f"Memory for {max_gaussians:,}, as --max_gaussians allows: {listed}.")
+        verb = "allows" if option == "max_gaussians" else "asks"
+        lines.append(f"Memory for {max_gaussians:,}, as --{option} {verb}: {listed}.")
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
     return "\n".join(lines)

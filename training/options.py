@@ -46,6 +46,7 @@ COUNT, INTERVAL = Range(0), Range(1, MAX_STEPS)
 RATE = Range(0, 10)  # of learning
 SHARE = Range(0, 1e6)  # of a scene or a picture, which may be larger than it
 THRESHOLD = Range(0, 1e6)
+WEIGHT = Range(0, 1e6)  # in the loss
 
 # Every option that is a number, of all scripts. tests/test_options.py says that none is missing.
 RANGES: dict[str, Range] = {
@@ -89,6 +90,10 @@ RANGES: dict[str, Range] = {
     "reset_every": Range(1),
     "pause_refine_after_reset": COUNT,
     "max_gaussians": Range(0, meaning="0 sets no bound"),
+    "target_gaussians": Range(0, meaning="0 sets none"),
+    "noise_lr": Range(0, 1e12),
+    "opacity_reg": WEIGHT,
+    "scale_reg": WEIGHT,
     "sh_degree": Range(0, 3),
     "sh_degree_interval": Range(1),
     "init_opacity": Range(0, 0.5, above=True, below=True),
@@ -155,6 +160,17 @@ def check_options(cfg: Config) -> None:
         raise InputError(
             "--state compact has geometry in host memory where the CPU updates it: give --geometry host too."
         )
+    if cfg.target_gaussians > 0 and cfg.strategy == "mcmc":
+        raise InputError(
+            "--target_gaussians is of --strategy default: mcmc grows to --max_gaussians, give that in its place."
+        )
+    if cfg.target_gaussians > 0 and cfg.max_gaussians > 0:
+        raise InputError(
+            f"--target_gaussians {cfg.target_gaussians} and --max_gaussians {cfg.max_gaussians} both say where growth "
+            "ends: give one of them, and 0 for the other."
+        )
+    if cfg.strategy == "mcmc" and cfg.max_gaussians == 0:
+        raise InputError("--strategy mcmc grows to a bound: give --max_gaussians, such as 1000000.")
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)
     if budget is not None:

@@ -75,10 +75,16 @@ class ProgressBar:
             device = "device_allocated" if run.device.type == "cuda" else "host"
             self._bar.set_postfix(
                 loss=f"{loss.item():.4f}",
-                GS=f"{run.model.num_gaussians:,}",
+                GS=f"{run.model.num_gaussians:,}" + _towards(run, steps_done),
                 sh=run.sh_degree,
                 mem=format_bytes(peak_bytes(run.device)[device]),
             )
+
+
+def _towards(run: TrainingRun, steps_done: int) -> str:
+    """Return how many Gaussians growth is heading for, as the bar shows it; nothing where nothing says."""
+    heading = run.strategy and run.strategy.heading(steps_done - 1, run.model.num_gaussians)
+    return f" to {heading:,}" if heading else ""
 
 
 class Counted:

@@ -24,17 +24,20 @@ from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
+from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
+from strategies.contract import Strategy
+from strategies.default import DefaultStrategy
+from strategies.mcmc import MCMCStrategy
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
 from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
-from training.densification import Densification
-from training.ending import FINISHED, INTERRUPTED, Ending, sentence_of
+from training.ending import FINISHED, INTERRUPTED, Ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
@@ -94,8 +97,9 @@ class TrainingRun(Generic[AnyConfig]):
         observers: Who is told of every step; append to it before `steps`.
         view: While `steps` runs, the view of the present step.
         upcoming: While `steps` runs, the view of the step after the present one; None at the last, and where
-            densification will change rows before it.
+            the strategy will change rows before it.
         sh_degree: Degree of the spherical harmonics that the present step uses.
+        strategy: What changes the number of Gaussians; None before `steps`.
         ending: How the run has ended, for programs.
     """
 
@@ -150,6 +154,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.upcoming: View | None = None
         self.sh_degree = 0
         self.ending = Ending(FINISHED)
+        self.strategy: Strategy | None = None
         self._model: GaussianModel | None = None
         self._draw: Callable[[Cameras, bool], Tensor] | None = None
         self._step = 0
@@ -179,10 +184,12 @@ class TrainingRun(Generic[AnyConfig]):
         Before that, print what training will take of host and device memory.
 
         Raises:
+            InputError: There are more than --target_gaussians.
             NotEnoughMemory: It does not fit, with the option to change.
         """
         if self._evaluated is not None:
             return self._evaluated.gaussians
+        self._check_target()
         self._check_memory()
         if self.saving.resumed is not None:
             return {name: stored_values(self.saving.resumed.state, name) for name in PARAMETER_NAMES}
@@ -204,6 +211,30 @@ class TrainingRun(Generic[AnyConfig]):
         """Say how Adam updates the Gaussians."""
         return schedules.adam_options(self.cfg, self.scene_scale)
 
+    def new_strategy(self) -> Strategy:
+        """Return the strategy that the options choose, as it is before the first step."""
+        if self.cfg.strategy == "mcmc":
+            means_lr = schedules.means_lr_of_steps(self.cfg, self.scene_scale)
+            return MCMCStrategy(self.cfg, means_lr, self.cfg.seed)
+        return DefaultStrategy(self.cfg, self.scene_scale, self.cfg.seed)
+
+    def _check_target(self) -> None:
+        """Refuse a target that a run cannot come to from the Gaussians that it begins with."""
+        target, begun = self.cfg.target_gaussians, self.num_initial_gaussians
+        if target == 0 or self.saving.resumed is not None:
+            return
+        if target < begun:
+            raise InputError(
+                f"--target_gaussians {target} is below the {counted(begun, 'Gaussian')} that training begins with: "
+                "give more, or --max_gaussians, which takes fewer of the points."
+            )
+        reached = self.new_strategy().heading(-1, begun) or begun
+        if reached < target:
+            raise InputError(
+                f"--target_gaussians {target} cannot be reached from {counted(begun, 'Gaussian')}: a refinement at "
+                f"most doubles them, which leads to {reached}; raise --refine_stop_iter or lower --refine_every."
+            )
+
     def _check_memory(self) -> None:
         all_needs = needs(
             self._trainer.footprint(self.cfg),
@@ -214,7 +245,8 @@ class TrainingRun(Generic[AnyConfig]):
             device_remedy=remedy(self._trainer, self.cfg, "device"),
         )
         all_needs[-1] = replace(all_needs[-1], other_bytes=all_needs[-1].other_bytes + self.modules.nbytes)
-        print(check_memory(all_needs, self.num_initial_gaussians, self.cfg.max_gaussians))
+        option = "target_gaussians" if self.cfg.target_gaussians > 0 else "max_gaussians"
+        print(check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option))
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
@@ -257,7 +289,7 @@ class TrainingRun(Generic[AnyConfig]):
     def steps(
         self,
         model: GaussianModel,
-        densification: Densification,
+        strategy: Strategy,
         draw: Callable[[Cameras, bool], Tensor] | None = None,
     ) -> Iterator[tuple[int, View]]:
         """Yield the step numbers and the view of each, until max_steps or Ctrl-C; from 0 or where it stopped before.
@@ -266,11 +298,11 @@ class TrainingRun(Generic[AnyConfig]):
 
         Args:
             model: The Gaussians that are trained.
-            densification: What changes their number.
+            strategy: What changes their number.
             draw: Makes the picture [1, H, W, 3] of one camera from them, for evaluation, with a fourth channel for
                 depth where it is told so; None: all rows at once.
         """
-        self._model = model
+        self._model, self.strategy = model, strategy
         self._draw = draw
         if self._evaluated is not None:
             self._begin(None)
@@ -281,7 +313,7 @@ class TrainingRun(Generic[AnyConfig]):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
-        first = self._first_step = self.saving.begin(model, {"densification": densification, **self.modules.parts})
+        first = self._first_step = self.saving.begin(model, {strategy.name: strategy, **self.modules.parts})
         self.modules.begin_at(first)
         if first >= self.cfg.max_steps:
             tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
@@ -319,7 +351,7 @@ class TrainingRun(Generic[AnyConfig]):
             assert view is not None  # there is one for each step
             if step + 1 < self.cfg.max_steps:
                 following = View.from_batch(next(loader), self.cfg, self.device)
-            self.upcoming = None if densification.changes_rows_after(step) else following
+            self.upcoming = None if strategy.changes_rows_after(step) else following
             self.times.mark("load")
             self.view = view
             self.modules.begin_step(view)

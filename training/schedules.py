@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from configs import Config
 from offload.adam.options import AdamOptions
 
@@ -55,6 +57,11 @@ def means_lr(cfg: Config, scene_scale: float, step: int) -> float:
 def decay(cfg: Config, step: int) -> float:
     """Return by which factor learning rates that decay have done so at a step from 0: to 1 % at max_steps."""
     return 0.01 ** (step / cfg.max_steps)
+
+
+def means_lr_of_steps(cfg: Config, scene_scale: float) -> np.ndarray:
+    """Return the learning rate of the means at each step of a run, float64 [max_steps]."""
+    return learning_rates(cfg, scene_scale)["means"] * 0.01 ** (np.arange(cfg.max_steps) / cfg.max_steps)
 
 
 def sh_degree(cfg: Config, step: int) -> int:

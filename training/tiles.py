@@ -18,11 +18,13 @@ from rendering.losses import count_windows, photometric_loss, photometric_sum
 from rendering.region import Region
 from training.views import Backdrop, View, render
 
+MOVED_BY = ("scales", "quats", "opacities")  # what a strategy moves means by
+
 
 def halo_of(cfg: Config) -> int:
     """Return how many pixels around a tile must be rendered with it.
 
-    SSIM looks 5 pixels around itself. Where densification adds up absolute values of pixels' gradients, each of these
+    SSIM looks 5 pixels around itself. Where a strategy adds up absolute values of pixels' gradients, each of these
     must be complete in one tile, and so must all windows that reach it, and what they see.
     """
     return 2 * HALO if cfg.absgrad else HALO
@@ -150,19 +152,21 @@ class _Sums:
 
 
 class ScreenGradients:
-    """Gather what densification asks of a rendering of a view, from renderings of its parts.
+    """Gather what a strategy asks of a rendering of a view, from renderings of its parts.
 
     A Gaussian that several tiles of a picture see has its gradients added up before their norm is taken.
     """
 
-    def __init__(self, cameras: Cameras, *, needed: bool = True) -> None:
+    def __init__(self, cameras: Cameras, *, needed: bool = True, with_rows: bool = False) -> None:
         """
         Args:
             cameras: Of the view that is rendered.
-            needed: Whether densification will look; else nothing is kept.
+            needed: Whether the strategy will look; else nothing is kept.
+            with_rows: Whether it will also ask for the geometry of what was drawn.
         """
         self._cameras = cameras
         self._needed = needed
+        self._rows: dict[str, Tensor] | None = {} if needed and with_rows else None  # [V, ...], right where drawn
         self._whole: Mapping[str, Any] | None = None  # info of the one part that is all of the view
         self._sums: _Sums | None = None  # of the others
 
@@ -179,6 +183,8 @@ class ScreenGradients:
             return
         if part.tile is None:
             self._whole = info
+            if self._rows is not None:
+                self._rows = {name: part.rows[name].detach() for name in MOVED_BY}
             return
         means2d, absolute = info["means2d"], getattr(info["means2d"], "absgrad", None)
         rows = info["gaussian_ids"] if part.positions is None else part.positions[info["gaussian_ids"]]
@@ -187,14 +193,36 @@ class ScreenGradients:
             gradients = means2d.new_zeros(len(self._cameras.Ks), num_visible, 2)
             of_absolute = None if absolute is None else torch.zeros_like(gradients)
             self._sums = _Sums(gradients, of_absolute, radii.new_zeros(gradients.shape[:2]))
+        if self._rows is not None:
+            for name in MOVED_BY:
+                drawn = part.rows[name].detach()[info["gaussian_ids"]]
+                every = self._rows.setdefault(name, drawn.new_zeros(num_visible, *drawn.shape[1:]))
+                every.index_copy_(0, rows, drawn)
         camera = part.tile.camera
         self._sums.radii[camera].index_copy_(0, rows, radii)
         self._sums.gradients[camera].index_add_(0, rows, means2d.grad)
         if self._sums.absolute is not None and absolute is not None:
             self._sums.absolute[camera].index_add_(0, rows, absolute)
 
+    def newly_drawn(self, part: ViewTile, info: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return which rows of a part are drawn, as `info` says it, without those that a part before has drawn.
+
+        Args:
+            part: What is rendered.
+            info: Of its rendering.
+        """
+        if self._sums is None or part.tile is None:
+            return info
+        drawn = info["gaussian_ids"]
+        rows = drawn if part.positions is None else part.positions[drawn]
+        return {"gaussian_ids": drawn[self._sums.radii[:, rows].amax(0) == 0], "n_cameras": 1}
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return the geometry [V, ...] of the view's rows, where they were drawn, with the values that were."""
+        return self._rows or {}
+
     def info(self) -> dict[str, Any]:
-        """Return what one rendering of the view would have told `Densification`."""
+        """Return what one rendering of the view would have told a strategy."""
         if not self._needed:
             return {}
         if self._whole is not None:

@@ -83,7 +83,7 @@ def render(
     Args:
         rows: The Gaussians' parameters, as `training.gaussians.activate` takes them.
         cameras: C of them.
-        cfg: Says whether densification wants absolute gradients, and whether depths count.
+        cfg: Says whether the strategy wants absolute gradients, and whether depths count.
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene, or what makes those of each pixel; None is black.
         region: Render these pixels only; None: all.
@@ -92,7 +92,7 @@ def render(
 
     Returns:
         Colours [C, H, W, 3 or 4], of the region's size, and `rendering.rasterize`'s info; where gradients are wanted,
-        `info["means2d"]` keeps its own, on the screen, for densification. Where depths count in training,
+        `info["means2d"]` keeps its own, on the screen, for the strategy. Where depths count in training,
         `info["expected_depths"]` [C, H, W] are those of the pixels, 0 where nothing is drawn.
     """
     device = rows["means"].device

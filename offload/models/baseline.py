@@ -15,7 +15,7 @@ from offload.adam.state import State, copy_current
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.contract import StepOrder, check_names, check_rows
-from offload.pipelines.contract import Counters
+from offload.pipelines.contract import MEANS, Counters, Displacement
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import RowTransfer
 from offload.store.contract import RowStore
@@ -64,6 +64,7 @@ class BaselineGaussians:
             self._gradients[name] = HostArray(columns, max_rows=store.max_rows)
         self._ids = torch.zeros(0, dtype=torch.int64)  # [V] of the present view
         self._rows: dict[str, Tensor] = {}
+        self._displaced: Displacement | None = None  # of all rows, with the present step
         self._finite = FiniteGradients(device)
         self._order = StepOrder()
 
@@ -96,6 +97,11 @@ class BaselineGaussians:
         with self._order.taking("prefetch", cameras=cameras):
             pass
 
+    def displace(self, rows: Tensor, offsets: Tensor) -> None:
+        """Move the means of these rows [D] of the view by offsets [D, 3], with the update."""
+        with self._order.taking("displace"):
+            self._displaced = Displacement(self._ids[rows.cpu()], offsets)
+
     def update(self) -> None:
         """Take a step of dense Adam over all rows, with the gradients of those that `fetch` gave."""
         with self._order.taking("update"):
@@ -113,6 +119,9 @@ class BaselineGaussians:
             adam.begin_step(self._rates[name](adam.step + 1))
             with store.changing(None) as rows:
                 adam.dense(rows, gradients)
+                if self._displaced is not None and name == "geometry":
+                    self._displaced.add_to(rows.parameters[:, MEANS])
+                    self._displaced = None
             gradients.index_fill_(0, self._ids, 0.0)
         self._rows = {}
         self._set_steps_done(self.steps_done + 1)
@@ -158,7 +167,7 @@ class BaselineGaussians:
         """
         if any(adam.step != self.steps_done for adam in self._adams.values()):
             raise RuntimeError("the step had been applied in part")
-        self._rows = {}
+        self._rows, self._displaced = {}, None
         self._order.undo()
 
     # --------------------------------------------------------------------------------------------------- figures

@@ -5,6 +5,7 @@ A training step is
     rows = model.fetch(cameras)     the rows that the view needs, as leaves of autograd or views of such
     model.prefetch(next_cameras)    optional: the rows of the next view travel while this one is rendered
     ...                             rendering and the backward pass
+    model.displace(rows, offsets)   optional: means of rows of the view move with the update
     model.update()                  one step of Adam on the gradients of the rows
 
 Where something has been prefetched, the next `fetch` must be of those very cameras: of the same object, not of equal
@@ -46,7 +47,7 @@ Phase = Literal[
     "between fetch() and update()",
     "between prefetch() and update()",
 ]
-Verb = Literal["fetch", "prefetch", "update", "read", "change"]
+Verb = Literal["fetch", "prefetch", "displace", "update", "read", "change"]
 
 ORDER: Mapping[tuple[Phase, Verb], Phase] = {
     ("between steps", "read"): "between steps",
@@ -54,6 +55,8 @@ ORDER: Mapping[tuple[Phase, Verb], Phase] = {
     ("between steps", "fetch"): "between fetch() and update()",
     ("before fetch() has succeeded", "fetch"): "between fetch() and update()",
     ("between fetch() and update()", "prefetch"): "between prefetch() and update()",
+    ("between fetch() and update()", "displace"): "between fetch() and update()",
+    ("between prefetch() and update()", "displace"): "between prefetch() and update()",
     ("between fetch() and update()", "update"): "between steps",
     ("between prefetch() and update()", "update"): "between steps",
 }
@@ -64,6 +67,7 @@ BEGUN: Mapping[str, Phase] = {
 PLACES: Mapping[Verb, str] = {
     "fetch": "between steps, once before each update()",
     "prefetch": "between fetch() and update(), once a step",
+    "displace": "between fetch() and update()",
     "update": "after fetch(), once a step",
     "read": "between steps",
     "change": "between steps",
@@ -215,6 +219,17 @@ class GaussianModel(Protocol):
     def update(self) -> None:
         """Take one step of Adam on the gradients of the rows that `fetch` gave; all others have none."""
 
+    def displace(self, rows: Tensor, offsets: Tensor) -> None:
+        """Move the means of some rows of the view together with the step of Adam that `update` takes.
+
+        Culling of the next view ahead allows for steps of Adam, and not for this: what moves into the next view is
+        found for the one after it. Where the step is undone, nothing has moved. It is called once a step.
+
+        Args:
+            rows: int64 [D] on the rendering device, positions among the rows of the view, ascending, each once.
+            offsets: float32 [D, 3] there, in world units.
+        """
+
     @property
     def ids(self) -> Tensor:
         """Return which Gaussians the last `fetch` gave, int64 [V] on the rendering device.
@@ -321,6 +336,9 @@ class GeometryPlace(Protocol):
 
     def update(self, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Take the next step of Adam on rows [V] with their gradients, as from `gather`."""
+
+    def displace(self, ids: Tensor, offsets: Tensor) -> None:
+        """Add offsets [D, 3] to the means of rows [D], where geometry does not travel; they may lag behind."""
 
     def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
         """Apply the skipped steps of rows [M], each of them once; None: of all rows.

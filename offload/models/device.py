@@ -12,7 +12,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.state import ARRAYS, State, copy_current
 from offload.culling.cameras import Cameras
 from offload.models.contract import StepOrder, check_names, check_rows
-from offload.pipelines.contract import Counters
+from offload.pipelines.contract import Counters, Displacement
 from offload.store.contract import RowStore
 from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
@@ -50,6 +50,7 @@ class DeviceGaussians:
         self._means_lr = adam.means_lr
         self._finite = FiniteGradients(device)
         self._order = StepOrder()
+        self._displaced: Displacement | None = None  # with the present step
 
     @property
     def num_gaussians(self) -> int:
@@ -77,6 +78,11 @@ class DeviceGaussians:
         with self._order.taking("prefetch", cameras=cameras):
             pass
 
+    def displace(self, rows: Tensor, offsets: Tensor) -> None:
+        """Move the means of these rows [D] by offsets [D, 3], with the update."""
+        with self._order.taking("displace"):
+            self._displaced = Displacement(rows, offsets)
+
     def update(self, drawn: Tensor | None = None) -> None:
         """Take one step of Adam on the gradients of what `fetch` gave.
 
@@ -91,6 +97,9 @@ class DeviceGaussians:
                     group["lr"] = self._means_lr(self.steps_done)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if self._displaced is not None:
+                self._displaced.add_to(self.parameters["means"].detach())
+                self._displaced = None
             self.steps_done += 1
 
     # ----------------------------------------------------------------------------------------------------- state
@@ -130,6 +139,7 @@ class DeviceGaussians:
             RuntimeError: They have been applied.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self._displaced = None
         counts = (state["step"].item() for state in self.optimizer.state.values())
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")

@@ -24,6 +24,7 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
 from offload.culling.margins import margin_ahead
+from offload.pipelines.contract import Displacement
 from offload.store.contract import RowStore
 from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
@@ -114,6 +115,10 @@ class DeviceGeometry:
         rates = self._rates(self.tables.step + 1)
         self._kernels.step_rows(self._state, ids, gradients, self.tables, self.tables.next_step_sizes(rates))
         self.tables.begin_step(rates)
+
+    def displace(self, ids: Tensor, offsets: Tensor) -> None:
+        """Add offsets [D, 3] to the means of rows [D]; they may lag behind."""
+        Displacement(ids, offsets).add_to(self._state.parameters["means"])
 
     def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
         """Apply the skipped steps of rows.

@@ -87,6 +87,9 @@ class HostGeometry(HostStore):
         """Count the step that the pipeline has taken."""
         self.steps_done += 1
 
+    def displace(self, ids: Tensor, offsets: Tensor) -> None:
+        """Do nothing: rows travel, and their pipeline moves them."""
+
     def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
         """Return the parameters [N, ...] by name, not copied; their pipeline has applied the skipped steps."""
         return self.snapshot()

@@ -20,7 +20,7 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.models.named_rows import named_rows
-from offload.pipelines.contract import Counters, FetchedRows, Pipeline
+from offload.pipelines.contract import Counters, Displacement, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
@@ -60,6 +60,7 @@ class OffloadedGaussians:
         self._rows: FetchedRows | None = None  # of the present view, or of its present tile
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)  # [V] of the present view
         self._leaves: dict[str, Tensor] = {}  # [V, ...] of geometry that does not travel
+        self._displaced: Displacement | None = None  # rows of the present view, with its update
 
     @property
     def num_gaussians(self) -> int:
@@ -91,12 +92,23 @@ class OffloadedGaussians:
         with self._order.taking("prefetch", cameras=cameras):
             self._pipeline.prefetch(cameras)
 
+    def displace(self, rows: Tensor, offsets: Tensor) -> None:
+        """Move the means of these rows [D] of the view by offsets [D, 3], with the update."""
+        with self._order.taking("displace"):
+            self._displaced = Displacement(rows, offsets)
+
     def update(self) -> None:
         """Take Adam's step on the gradients of the rows that `fetch` gave."""
         with self._order.taking("update"):
             self._keep_finite()
             gradients = self._geometry_gradients()
+            travels, displaced = "geometry" in self._groups, self._displaced
+            if travels and displaced is not None:
+                self._pipeline.displace(displaced)
             self._update_travelled()
+            if not travels and displaced is not None:
+                self._geometry.displace(self._ids[displaced.rows], displaced.offsets)
+            self._displaced = None
             self._geometry.update(self._ids, gradients)
             self._pipeline.geometry_moved()
             self._leaves, self._rows = {}, None
@@ -214,7 +226,7 @@ class OffloadedGaussians:
         counts = [self._geometry.steps_done, *(group.adam.step for group in self._groups.values())]
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
-        self._leaves, self._rows = {}, None
+        self._leaves, self._rows, self._displaced = {}, None, None
         self._order.undo()
 
     # --------------------------------------------------------------------------------------------------- figures

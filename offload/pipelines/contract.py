@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from offload.culling.cameras import Cameras
+from offload.store.layout import group_columns
+
+MEANS = group_columns("geometry", sh_degree=0)["means"]  # columns of a row of geometry, in every form
 
 
 class FetchedRows(Protocol):
@@ -26,6 +29,23 @@ class FetchedRows(Protocol):
     @property
     def values(self) -> dict[str, Tensor]:
         """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """Hold how far means of some rows move together with a step of Adam.
+
+    Adam's steps do not depend on the values of parameters, so that it makes no difference whether these are added to
+    before or after one, or to a row that lags behind.
+    """
+
+    rows: Tensor  # int64 [D], each once
+    offsets: Tensor  # float32 [D, 3] in world units
+
+    def add_to(self, means: Tensor) -> None:
+        """Add the offsets to means [N, 3] of which these are rows, in place."""
+        rows = self.rows.to(means.device)
+        means[rows] = means[rows] + self.offsets.to(means.device)
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,9 @@ class Pipeline(Protocol):
 
     def update(self) -> None:
         """Take Adam's step on the gradients of the rows that `fetch` gave."""
+
+    def displace(self, displacement: Displacement) -> None:
+        """Move means of rows of the present view with the update that comes next; geometry is among the rows."""
 
     def geometry_moved(self) -> None:
         """Note that geometry which stays on the device has taken its step as well, so that it may be culled."""

@@ -35,7 +35,7 @@ from offload.adam.finite import gradient_of
 from offload.adam.host import DeferredAdam
 from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows, to_host
-from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Downloaded, RowTransfer, Uploaded
@@ -121,6 +121,7 @@ class ForwardedPipeline:
         self._ahead: WorkAhead[Ahead] = WorkAhead(self._times)
         self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
         self._applied = False  # whether gradients of the present view may have reached the rows
+        self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -143,14 +144,20 @@ class ForwardedPipeline:
         # All that takes device memory comes before anything is changed, so that it can be done again.
         if ahead is None or ahead.upcoming is None:
             self._applied = True
+            self._displace(present)
             remaining = torch.arange(len(present.host_ids))
         else:
             urgent = self._download_urgently(ahead.upcoming.shared_before, gradients)
             self._applied = True
+            self._displace(present)
             self._update_shared(ahead, ahead.upcoming, present, lambda name: self._arrived(urgent[name]))
             remaining = ahead.upcoming.only_before
         self._owed.append(partial(self._commit, present.host_ids[remaining], remaining, downloads))
         self._end_step()
+
+    def displace(self, displacement: Displacement) -> None:
+        """Move means of rows of the present view, on the host, with the update that comes next."""
+        self._displaced = displacement
 
     def geometry_moved(self) -> None:
         """Do nothing: the next view is culled later, on the same stream."""
@@ -232,7 +239,7 @@ class ForwardedPipeline:
         self._found = self._present
         self._step_begun = False
         self._ahead.forget()
-        self._rows = self._present = None
+        self._rows = self._present = self._displaced = None
 
     def counters(self) -> Counters:
         """Count allocations of staging memory; and milliseconds that the worker has culled, forwarded and committed
@@ -374,6 +381,16 @@ class ForwardedPipeline:
 
             with group.store.changing(host_ids):
                 self._transfers[name].complete(ahead.uploads[name], upcoming.shared_here, fill)
+
+    def _displace(self, present: VisibleRows) -> Tensor:
+        """Move means of rows of the present view, while the worker rests; return which, int64 [D] on the host."""
+        displaced, self._displaced = self._displaced, None
+        if displaced is None:
+            return torch.zeros(0, dtype=torch.int64)
+        store, host_ids = self._groups["geometry"].store, present.host_ids[displaced.rows.cpu()]
+        with store.changing(host_ids) as rows:
+            Displacement(host_ids, displaced.offsets).add_to(rows.parameters[:, MEANS])
+        return host_ids
 
     def _begin_step(self) -> None:
         """Begin the step of the present view, if that has not been done."""

@@ -34,7 +34,7 @@ from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
-from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.store.layout import PackedRows, RowState, packed_rows
@@ -161,6 +161,10 @@ class PackedPipeline:
         self._write(view, leaving)
         self._lacking = None if leaving is None else view
         self._previous, self._present = view, None
+
+    def displace(self, displacement: Displacement) -> None:
+        """Move means of rows of the present view, whose values on the device the update begins with."""
+        displacement.add_to(fetched(self._present).values["geometry"].detach()[:, MEANS])
 
     def geometry_moved(self) -> None:
         """Do nothing: geometry is among the rows."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
-from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of
 from offload.pipelines.lanes import Lane
 from offload.store.layout import RowState
@@ -97,6 +97,10 @@ class ResidentPipeline:
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it
         view.values, self._present = {}, None
+
+    def displace(self, displacement: Displacement) -> None:
+        """Move means of rows of the present view, whose values on the device the update begins with."""
+        displacement.add_to(fetched(self._present).values["geometry"].detach()[:, MEANS])
 
     def geometry_moved(self) -> None:
         """Do nothing: culling waits for the next `fetch`, which comes later on the same stream."""

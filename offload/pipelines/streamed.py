@@ -29,7 +29,7 @@ from torch import Tensor
 from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
-from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.contract import Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.store.layout import RowState
@@ -172,6 +172,9 @@ class StreamedPipeline:
         self._write_to_host(view, None if upcoming is None else upcoming.leaving)
         self._host_lacks_previous = upcoming is not None
         self._previous, self._present = view, None
+
+    def displace(self, displacement: Displacement) -> None:
+        """Do nothing: geometry is not among the rows."""
 
     def geometry_moved(self) -> None:
         """Note that geometry which stays on the device has taken its step as well, so that it may be culled."""

@@ -35,7 +35,7 @@ from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
-from offload.pipelines.contract import Counters, fetched, upcoming_ids_of
+from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of, positions_among
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
@@ -152,6 +152,10 @@ class StreamedHostPipeline:
         view.step, view.updated = self.step_count, compute.record()
         self._ready = view.updated
         self._unnoted, self._present = view, None
+
+    def displace(self, displacement: Displacement) -> None:
+        """Move means of rows of the present view, whose values on the device the update begins with."""
+        displacement.add_to(fetched(self._present).values["geometry"].detach()[:, MEANS])
 
     def geometry_moved(self) -> None:
         """Do nothing: geometry is among the rows."""

@@ -205,6 +205,7 @@ class TiledPipeline(ForwardedPipeline):
         upcoming = None if ahead is None else ahead.upcoming
         gradient_rows, urgent = self._urgent_gradients(upcoming, progress, gradients)
         self._applied = True
+        displaced_ids = self._displace(present)
         slots = progress.slots[progress.tile.numbers()[shared]].long()
         for name, download in summed.items():
             progress.sums[name][slots] += self._arrived(download)
@@ -217,6 +218,7 @@ class TiledPipeline(ForwardedPipeline):
                 lambda name: torch.cat([self._arrived(urgent[name]), progress.sums[name]]),
                 gradient_rows,
             )
+            self._forward_again(ahead, upcoming, displaced_ids)
             remains[upcoming.shared_before] = False
         sums = {name: Downloaded(rows, None) for name, rows in progress.sums.items()}
         several = (remains & (progress.slots >= 0)).nonzero().squeeze(1)
@@ -291,6 +293,24 @@ class TiledPipeline(ForwardedPipeline):
             here, among = map(to_host, shared_positions(first.ids, present.ids[waiting.to(first.ids.device)]))
             before = waiting[among]
         return Upcoming.of(view, first.host_ids, (here, before), len(present.host_ids))
+
+    def _forward_again(self, ahead: Ahead, upcoming: Upcoming, moved_ids: Tensor) -> None:
+        """Forward rows anew that have moved since the worker did: an earlier tile alone had them.
+
+        Args:
+            ahead: What was forwarded.
+            upcoming: The next view, which has some of these rows.
+            moved_ids: int64 [D] on the host, sorted, rows whose means have moved.
+        """
+        here, _ = shared_positions(upcoming.only_here_ids, moved_ids)
+        if len(here) == 0:
+            return
+        group, ids = self._groups["geometry"], upcoming.only_here_ids[here]
+
+        def fill(out: Tensor, begin: int, end: int) -> None:
+            group.adam.forward(group.store.rows, group.store.last_step, ids[begin:end], out)
+
+        self._transfers["geometry"].complete(ahead.uploads["geometry"], upcoming.only_here[here], fill)
 
     def _prepare_tile(self, host_ids: Tensor) -> Ahead:
         """Upload the next tile of the present view, as it was before the step."""

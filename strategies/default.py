@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from configs import DensificationRules
 from errors import InputError, TrainingStopped
+from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
-from training.ending import sentence_of
-from training.memory import available_bytes, format_bytes
+from strategies.ops import RoomForGrowth, drawn_rows, generator_at, grow, is_worth_sorting
+from strategies.regularizers import Regularizers
 
-SORTED_AGAIN = 0.25  # share of rows that may be appended before all are sorted
+DOUBLINGS = 40  # lead from one Gaussian to any number
+TARGET_TOLERANCE = 0.05  # share of a target that growth may miss
 
 
 @dataclass
@@ -45,8 +46,11 @@ class Statistics:
         self.grad2d, self.count, self.radii = (x.to(device) for x in (self.grad2d, self.count, self.radii))
 
 
-class Densification:
-    """Gather statistics at every step and refines a store of Gaussians when the rules say so."""
+class DefaultStrategy:
+    """Gather statistics at every step and refine a store of Gaussians when the rules say so."""
+
+    name: ClassVar[str] = "densification"  # as checkpoints have called it from the beginning
+    moves_rows: ClassVar[bool] = False
 
     def __init__(self, rules: DensificationRules, scene_scale: float, seed: int) -> None:
         """
@@ -59,12 +63,36 @@ class Densification:
         self.scene_scale = scene_scale
         self.statistics: Statistics | None = None
         self._seed = seed
-        self._told_of_memory = False
+        self._room = RoomForGrowth()
+        self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0)
         self._num_appended = 0  # rows at most, since all were last in Morton order
 
     def changes_rows_after(self, step: int) -> bool:
         """Return whether rows may be added, removed or overwritten after this step, counted from 0."""
         return self.refines_at(step) or self.resets_at(step)
+
+    def looks_at(self, step: int) -> bool:
+        """Return whether it asks what the rendering of this step has drawn."""
+        return step < self.rules.refine_stop_iter or self._regularizers.is_on
+
+    def heading(self, step: int, num_gaussians: int) -> int | None:
+        """Return the target, or what can be reached of it; None where there is no target, or growth has ended."""
+        if self.rules.target_gaussians == 0:
+            return None
+        coming = filter(self.refines_at, range(step + 1, self.rules.refine_stop_iter))
+        left = len(list(islice(coming, DOUBLINGS)))  # each doubles the number at most
+        return min(self.rules.target_gaussians, num_gaussians * 2**left) if left else None
+
+    def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
+        """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
+        return loss + self._regularizers.of(rows, drawn_rows(info)) if self._regularizers.is_on else loss
+
+    def before_update(
+        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
+    ) -> None:
+        """Count the rows that were drawn, where a regularizer asks for them; nothing moves."""
+        if self._regularizers.is_on:
+            self._regularizers.count(len(drawn_rows(info)))
 
     def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
@@ -99,12 +127,14 @@ class Densification:
     def state_dict(self) -> dict[str, Tensor]:
         """Return what has been gathered since the last refinement, by name; not copied."""
         gathered = {} if self.statistics is None else dict(vars(self.statistics))
-        return {**gathered, "num_appended": torch.tensor(self._num_appended)}
+        counted = self._regularizers.state_dict()
+        return {**gathered, **counted, "num_appended": torch.tensor(self._num_appended)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state; `after_step` puts the statistics where geometry is."""
-        gathered = {name: value.clone() for name, value in state.items() if name != "num_appended"}
+        gathered = {item.name: state[item.name].clone() for item in fields(Statistics) if item.name in state}
         self._num_appended = int(state.get("num_appended", 0))
+        self._regularizers.load_state_dict(state)
         if gathered:
             self.statistics = Statistics(**gathered)
 
@@ -120,6 +150,10 @@ class Densification:
     def resets_at(self, step: int) -> bool:
         """Return whether opacities are reset after this step, counted from 0."""
         return 0 < step < self.rules.refine_stop_iter and step % self.rules.reset_every == 0
+
+    def _refinements_from(self, step: int) -> int:
+        """Count the refinements after this step and later ones."""
+        return sum(map(self.refines_at, range(step, self.rules.refine_stop_iter)))
 
     @torch.no_grad()
     def observe(self, info: Mapping[str, Any], ids: Tensor | None = None) -> None:
@@ -153,19 +187,22 @@ class Densification:
         self.statistics = None  # whatever happens below, they will not fit the rows
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
         largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
+        if rules.target_gaussians > 0:
+            remove = select_removal(
+                rules, step, store.read("opacities"), largest_scale, statistics.radii, self.scene_scale
+            )
+            average_grad = average_grad.masked_fill(remove, 0.0)
+            growth = planned_growth(rules, len(remove), int(remove.sum()), self._refinements_from(step))
+            rules = steered(rules, average_grad, growth)
         duplicate, split = select_growth(rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale)
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
         num_new = len(duplicate_ids) + len(split_ids)
-        lack = lacking_memory(store, num_new)
-        if lack is not None:
-            self._tell_of_memory(lack)
+        if not self._room.holds(store, num_new):
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
-        # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0]))
         try:
-            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator)
+            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seed, step))
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            self._tell_of_memory(f"Growing to {store.num_gaussians + num_new} Gaussians failed ({sentence_of(error)}).")
+            self._room.tell(f"Growing to {store.num_gaussians + num_new} Gaussians failed ({sentence_of(error)}).")
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
@@ -179,35 +216,62 @@ class Densification:
                 "lower --prune_opa or raise --prune_scale3d."
             )
         self._num_appended += len(duplicate_ids) + len(split_ids)
-        sorts = self._is_worth_sorting(step, len(kept_ids))
+        is_last = self._refinements_from(step + 1) == 0
+        sorts = is_worth_sorting(self._num_appended, len(kept_ids), is_last=is_last)
         if sorts:
             kept_ids = kept_ids[morton_order(store.read("means")[kept_ids]).to(kept_ids.device)]
             self._num_appended = 0
         if sorts or len(kept_ids) < len(remove):
             store.keep(kept_ids)
         self.statistics = Statistics.zeros(store.num_gaussians, store.device)
+        if is_last:
+            self._tell_of_target(store.num_gaussians)
+
+    def _tell_of_target(self, num_gaussians: int) -> None:
+        """Say, after the last refinement, where growth has ended far from the target."""
+        target = self.rules.target_gaussians
+        if target > 0 and abs(num_gaussians - target) > TARGET_TOLERANCE * target:
+            tqdm.write(
+                f"Warning: growth ended with {num_gaussians:,} Gaussians, and --target_gaussians is {target:,}: a "
+                "refinement adds at most as many as there are; raise --refine_stop_iter or lower --refine_every."
+            )
 
     def _gathered(self) -> Statistics:
         if self.statistics is None:
             raise RuntimeError("no statistics are gathered at this step")
         return self.statistics
 
-    def _tell_of_memory(self, sentence: str) -> None:
-        """Say once that the next refinements will find no more memory."""
-        if not self._told_of_memory:
-            tqdm.write(f"Warning: {sentence} Gaussians that do not fit are not added.")
-        self._told_of_memory = True
 
-    def _is_worth_sorting(self, step: int, num_gaussians: int) -> bool:
-        """Return whether rows shall be put into Morton order again, in which those of a view come in runs.
+def planned_growth(rules: DensificationRules, num_gaussians: int, num_removed: int, refinements_left: int) -> int:
+    """Return how many rows a refinement adds, so that growth ends at `target_gaussians` with the last one.
 
-        Appended rows are in runs of their own, which are the shorter, the fewer there are. Once they are some tenths
-        of all, fetching and committing the rows of a view takes up to a fifth more time (a half more where the order
-        is random), and sorting takes as long as some tens of steps. So it is done each time that the rows have grown
-        by a share, which adds up to a few times the cost of the last time, and after the last refinement.
-        """
-        is_last = not any(map(self.refines_at, range(step + 1, self.rules.refine_stop_iter)))
-        return self._num_appended > (0 if is_last else SORTED_AGAIN * num_gaussians)
+    Each of the refinements that are left gets the same share of what is missing, and what it removes on top. What one
+    of them could not add is spread over those that follow, and so is what was removed otherwise.
+
+    Args:
+        rules: With a target.
+        num_gaussians: Before the refinement.
+        num_removed: Of these, that it will remove.
+        refinements_left: This one included.
+    """
+    missing = rules.target_gaussians - num_gaussians
+    return max(num_removed + math.ceil(missing / refinements_left), 0)
+
+
+def steered(rules: DensificationRules, average_grad: Tensor, growth: int) -> DensificationRules:
+    """Return rules by which as many rows grow as are planned: those of the largest gradients.
+
+    Args:
+        rules: Their threshold of gradients gives way to one that so many rows exceed, and their bound to that number.
+        average_grad: [N] mean norm of the screen-space gradient; 0 where a row is not to grow.
+        growth: Rows to add.
+    """
+    num_gaussians = len(average_grad)
+    threshold = 0.0  # rows that no view has shown never grow
+    if 0 < growth < num_gaussians:
+        smallest = average_grad.kthvalue(num_gaussians - growth + 1).values  # of those that grow; others may be equal
+        threshold = float(torch.nextafter(smallest, torch.zeros_like(smallest)))
+    return replace(rules, grow_grad2d=threshold, max_gaussians=num_gaussians + growth)
 
 
 def select_growth(
@@ -275,72 +339,3 @@ def select_removal(
         if step < rules.refine_scale2d_stop_iter:
             remove |= radii > rules.prune_scale2d
     return remove
-
-
-def grow(
-    store: GaussianModel,
-    duplicate_ids: Tensor,
-    split_ids: Tensor,
-    revised_opacity: bool,
-    generator: torch.Generator,
-) -> None:
-    """Append copies of the first rows, and replace each of the second rows by two smaller Gaussians in it.
-
-    Args:
-        store: N Gaussians; afterwards N + D + S.
-        duplicate_ids: [D] rows to copy.
-        split_ids: [S] rows to split: one half takes the row's place, the other is appended.
-        revised_opacity: Whether the halves' opacity follows arXiv 2404.06109.
-        generator: On the CPU, of the halves' positions.
-
-    Raises:
-        OutOfMemoryError, InputError: There is no memory for them; nothing has changed.
-    """
-    num_before = store.num_gaussians
-    new_ids = torch.cat([duplicate_ids, split_ids])
-    if not len(new_ids):
-        return
-    scales, quats = store.read("scales")[split_ids], store.read("quats")[split_ids]  # [S, 3], [S, 4]
-    noise = torch.randn(2, len(split_ids), 3, generator=generator).to(scales.device)
-    offsets = torch.einsum("nij,bnj->bni", rotation_matrices(quats), scales.exp() * noise)  # [2, S, 3]
-    means = store.read("means")[split_ids] + offsets  # [2, S, 3]
-    values = {"scales": scales - math.log(1.6)}  # the constant of 3DGS (arXiv 2308.04079, 5.2)
-    if revised_opacity:
-        opacities = torch.sigmoid(store.read("opacities")[split_ids])
-        values["opacities"] = torch.logit(1 - torch.sqrt(1 - opacities))
-    try:
-        store.append_copies(new_ids)
-        first_new = num_before + len(duplicate_ids)
-        appended_ids = torch.arange(first_new, first_new + len(split_ids), device=split_ids.device)
-        store.overwrite(appended_ids, {**values, "means": means[1]})
-    except Exception:
-        store.truncate(num_before)
-        raise
-    store.overwrite(split_ids, {**values, "means": means[0]})
-
-
-def rotation_matrices(quats: Tensor) -> Tensor:
-    """Return rotations [N, 3, 3] of quaternions [N, 4] (w x y z) of any length."""
-    w, x, y, z = F.normalize(quats, dim=-1).unbind(-1)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
-
-
-def lacking_memory(store: GaussianModel, num_new: int) -> str | None:
-    """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
-    if num_new == 0:
-        return None
-    for device, needed in store.growth_bytes(num_new).items():
-        free = available_bytes(device)
-        if needed > free:
-            memory = "host memory" if device.type == "cpu" else "GPU memory"
-            return (
-                f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
-                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: set --max_gaussians or "
-                "raise --grow_grad2d."
-            )
-    return None

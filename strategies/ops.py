@@ -1,0 +1,197 @@
+"""What strategies are made of: changes of rows, random choices that all trainers make alike, and room for growth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from offload.models.contract import GaussianModel
+from training.memory import available_bytes, format_bytes
+
+SORTED_AGAIN = 0.25  # share of rows that may be out of order before all are sorted
+MOST_COPIES = 51  # of one Gaussian at one place, in the correction; gsplat's bound
+
+
+def generator_at(seed: int, step: int) -> torch.Generator:
+    """Return the random numbers of a step: on the CPU, so that devices agree, and alike in a resumed run."""
+    return torch.Generator().manual_seed(word_at(seed, step))
+
+
+def word_at(seed: int, step: int) -> int:
+    """Return 32 random bits that follow from a seed and a step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def drawn_rows(info: Mapping[str, Any]) -> Tensor:
+    """Return which rows a packed rendering has drawn, int64 [D], each once.
+
+    Args:
+        info: Of `rendering.rasterize`.
+    """
+    rows = info["gaussian_ids"]  # [nnz], once for each camera that shows it
+    return rows if info["n_cameras"] == 1 else rows.unique()
+
+
+def grow(
+    store: GaussianModel,
+    duplicate_ids: Tensor,
+    split_ids: Tensor,
+    revised_opacity: bool,
+    generator: torch.Generator,
+) -> None:
+    """Append copies of the first rows, and replace each of the second rows by two smaller Gaussians in it.
+
+    Args:
+        store: N Gaussians; afterwards N + D + S.
+        duplicate_ids: [D] rows to copy.
+        split_ids: [S] rows to split: one half takes the row's place, the other is appended.
+        revised_opacity: Whether the halves' opacity follows arXiv 2404.06109.
+        generator: On the CPU, of the halves' positions.
+
+    Raises:
+        OutOfMemoryError, InputError: There is no memory for them; nothing has changed.
+    """
+    num_before = store.num_gaussians
+    new_ids = torch.cat([duplicate_ids, split_ids])
+    if not len(new_ids):
+        return
+    scales, quats = store.read("scales")[split_ids], store.read("quats")[split_ids]  # [S, 3], [S, 4]
+    noise = torch.randn(2, len(split_ids), 3, generator=generator).to(scales.device)
+    offsets = torch.einsum("nij,bnj->bni", rotation_matrices(quats), scales.exp() * noise)  # [2, S, 3]
+    means = store.read("means")[split_ids] + offsets  # [2, S, 3]
+    values = {"scales": scales - math.log(1.6)}  # the constant of 3DGS (arXiv 2308.04079, 5.2)
+    if revised_opacity:
+        opacities = torch.sigmoid(store.read("opacities")[split_ids])
+        values["opacities"] = torch.logit(1 - torch.sqrt(1 - opacities))
+    try:
+        store.append_copies(new_ids)
+        first_new = num_before + len(duplicate_ids)
+        appended_ids = torch.arange(first_new, first_new + len(split_ids), device=split_ids.device)
+        store.overwrite(appended_ids, {**values, "means": means[1]})
+    except Exception:
+        store.truncate(num_before)
+        raise
+    store.overwrite(split_ids, {**values, "means": means[0]})
+
+
+def rotation_matrices(quats: Tensor) -> Tensor:
+    """Return rotations [N, 3, 3] of quaternions [N, 4] (w x y z) of any length."""
+    w, x, y, z = F.normalize(quats, dim=-1).unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def sample_by_weight(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw rows with replacement, each with a probability in proportion to its weight.
+
+    Args:
+        weights: [N], at least 0, and above 0 somewhere. Ranks may gather theirs: the draw depends on these alone.
+        count: M.
+        generator: On the CPU.
+
+    Returns:
+        int64 [M] where the weights are.
+    """
+    eligible = torch.where(weights > 0)[0]
+    ends = weights[eligible].double().cumsum(0)
+    places = torch.rand(count, dtype=torch.float64, generator=generator).to(ends.device) * ends[-1]
+    return eligible[torch.searchsorted(ends, places, right=True).clamp_(max=len(eligible) - 1)]
+
+
+def _correction_table() -> Tensor:
+    """Return C(n, j) (-1)^(j-1) / sqrt(j), float64 [MOST_COPIES + 1, MOST_COPIES + 1], for n rows and j columns."""
+    size = MOST_COPIES + 1
+    return torch.tensor(
+        [[math.comb(n, j) * (-1) ** (j - 1) / math.sqrt(j) if j else 0.0 for j in range(size)] for n in range(size)],
+        dtype=torch.float64,
+    )
+
+
+def shared_opacities_and_shrinking(opacities: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute what n Gaussians at one place must be so that together they draw what one has drawn.
+
+    With o the opacity of the one (3DGS-MCMC, arXiv 2404.09591, equation 9):
+
+        o_n = 1 - (1 - o)^(1/n)
+        s_n / s = o / sum_{i=1..n} sum_{k=0..i-1} C(i-1, k) (-1)^k o_n^(k+1) / sqrt(k+1)
+
+    The inner sums over i are sums of binomials, C(n, k+1), so that one sum is left, over j = k + 1.
+
+    Args:
+        opacities: [M] in (0, 1).
+        copies: [M] integers, n; more than `MOST_COPIES` count as that many.
+
+    Returns:
+        Opacities [M] and the factors [M] of the standard deviations, both float64.
+    """
+    copies = copies.clamp(1, MOST_COPIES)
+    opacities = opacities.double()
+    shared = -torch.expm1(torch.log1p(-opacities) / copies)
+    table = _correction_table().to(opacities.device)
+    total = torch.zeros_like(shared)
+    for j in range(MOST_COPIES, 0, -1):  # Horner's rule, a pass for each j, so that memory stays flat
+        total = (total + table[copies, j]) * shared
+    return shared, opacities / total
+
+
+def is_worth_sorting(num_misplaced: int, num_gaussians: int, *, is_last: bool) -> bool:
+    """Return whether rows shall be put into Morton order again, in which those of a view come in runs.
+
+    Appended rows are in runs of their own, which are the shorter, the fewer there are. Once they are some tenths
+    of all, fetching and committing the rows of a view takes up to a fifth more time (a half more where the order
+    is random), and sorting takes as long as some tens of steps. So it is done each time that the rows have grown
+    by a share, which adds up to a few times the cost of the last time, and after the last refinement.
+
+    Args:
+        num_misplaced: Rows that were appended or relocated since all were sorted, at most.
+        num_gaussians: N.
+        is_last: Whether no refinement will follow.
+    """
+    return num_misplaced > (0 if is_last else SORTED_AGAIN * num_gaussians)
+
+
+class RoomForGrowth:
+    """Ask for memory before rows are added, and say once that there is none."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def holds(self, store: GaussianModel, num_new: int) -> bool:
+        """Return whether so many more Gaussians can be held."""
+        lack = lacking_memory(store, num_new)
+        if lack is not None:
+            self.tell(lack)
+        return lack is None
+
+    def tell(self, sentence: str) -> None:
+        """Say, the first time only, why rows are not added."""
+        if not self._told:
+            tqdm.write(f"Warning: {sentence} Gaussians that do not fit are not added.")
+        self._told = True
+
+
+def lacking_memory(store: GaussianModel, num_new: int) -> str | None:
+    """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
+    if num_new == 0:
+        return None
+    for device, needed in store.growth_bytes(num_new).items():
+        free = available_bytes(device)
+        if needed > free:
+            memory = "host memory" if device.type == "cpu" else "GPU memory"
+            return (
+                f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
+                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: set --max_gaussians or "
+                "raise --grow_grad2d."
+            )
+    return None
