@@ -73,7 +73,8 @@ class MCMCStrategy:
 
     def heading(self, step: int, num_gaussians: int) -> int | None:
         """Return the bound, while growth goes on towards it."""
-        return self.rules.max_gaussians if num_gaussians < self.rules.max_gaussians else None
+        grows = num_gaussians < self.rules.max_gaussians and self._refines_from(step + 1)
+        return self.rules.max_gaussians if grows else None
 
     def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
@@ -104,13 +105,17 @@ class MCMCStrategy:
         num_relocated = self._relocate_dead(step, store, generator)
         num_added = self._grow(step, store, generator)
         self._num_misplaced += num_relocated + num_added
-        is_last = not any(map(self.changes_rows_after, range(step + 1, self.rules.refine_stop_iter)))
+        is_last = not self._refines_from(step + 1)
         if is_worth_sorting(self._num_misplaced, store.num_gaussians, is_last=is_last):
             order = morton_order(store.read("means"))
             store.keep(order.to(store.device))
             self._noise.keep(order)
             self._num_misplaced = 0
         return True
+
+    def _refines_from(self, step: int) -> bool:
+        """Return whether a refinement follows this step, or comes with it."""
+        return any(map(self.changes_rows_after, range(step, self.rules.refine_stop_iter)))
 
     def _relocate_dead(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
         """Put dead Gaussians where others are; return how many."""

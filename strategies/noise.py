@@ -23,9 +23,9 @@ What is not the same as noise at every step:
   of what was slept through is off by 10 % and, at o = 0.005, where noise is largest, by 25 % where gradients have
   lasted; it is exact where a row was at rest.
 - A row is found by where it was last seen, not by where noise would have carried it meanwhile.
-- Rows of the view after the present one are found before the noise of the present step (as they are before its
-  update, for which a margin allows): a row that noise carries into that view is drawn from the next on. Only rows that
-  are nearly transparent have noise.
+- Rows of the view after the present one are found before the noise of the present step, with a margin of 1 % of the
+  scene scale for it (`AdamOptions.displacement`). A row that noise carries farther, into that view, may be drawn from
+  the view after it on: such rows are large and nearly transparent, and by them alone trainers may differ.
 
 Whoever reads all means (saving, evaluation, export, a refinement) reads them without what is owed. It does not matter:
 the noise has no mean, it is owed to rows that are nearly transparent, and decisions about rows look at opacities

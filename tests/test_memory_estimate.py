@@ -157,6 +157,24 @@ def test_a_scene_that_does_not_fit_is_refused(monkeypatch, city_block, tmp_path,
     assert_one_sentence(capsys.readouterr().err, ["600 Gaussians", "585.9 KiB are free", *words])
 
 
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        (10**6, "--target_gaussians 1000000 would take about "),
+        (599, "--target_gaussians 599 is below the 600 Gaussians that training begins with: give more, or"),
+        (
+            10**9,
+            "--target_gaussians 1000000000 cannot be reached from 600 Gaussians: a refinement at most doubles them",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused(monkeypatch, city_block, tmp_path, capsys, target, sentence):
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 20 * 1000**2)
+    options = ("--target_gaussians", target, "--refine_stop_iter", 2000)
+    assert run(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 2
+    assert_one_sentence(capsys.readouterr().err, [sentence])
+
+
 def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(monkeypatch, city_block, tmp_path, capsys):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 20 * 1000**2)
     script = simple_trainer_hybrid_optimized

@@ -85,6 +85,15 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
         (["--ssim_lambda", 2], "--ssim_lambda is 2.0, but must be at least 0 and at most 1."),
         (["--max_steps", 10, "--profile", 5], "--profile is 5, but must leave 22 of the 10 steps of --max_steps"),
         (["--save_every", "soon"], "--save_every is 'soon', but must be steps"),
+        (["--strategy", "mcmc"], "--strategy mcmc grows to a bound: give --max_gaussians"),
+        (
+            ["--strategy", "mcmc", "--target_gaussians", 9],
+            "--target_gaussians is of --strategy default: mcmc grows to --max_gaussians, give that in its place.",
+        ),
+        (
+            ["--target_gaussians", 900, "--max_gaussians", 800],
+            "--target_gaussians 900 and --max_gaussians 800 both say where growth ends: give one of them",
+        ),
         (["--ckpt", "a.pt", "--resume"], "--ckpt evaluates a checkpoint and --resume trains on"),
     ],
 )

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import simple_trainer
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from offload.adam.state import current_rows
 from tests.interrupted_runs import DENSIFYING, SCRIPTS, STEPS, assert_same_state, interrupt_after, run_script, saved
-from tests.training_scripts import differences
+from tests.training_scripts import MCMC, differences
 from training.ply import load_ply
 
 pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
@@ -27,6 +28,7 @@ COMPACT = [
     pytest.param(simple_trainer_hybrid_streamed, ("--state", "compact", "--geometry", place), id=f"compact, {place}")
     for place in ("device", "host")
 ]
+HOST = ("--geometry", "host")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,39 @@ def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, scri
     assert_same_state(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
     if script is simple_trainer_hybrid_optimized_split:
         assert any("upcoming/tiles" in saved(tmp_path / "parts", stop).state for stop in stops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        pytest.param(simple_trainer, ("--adam", "deferred", *MCMC), id="gpu-only, deferred, mcmc"),
+        pytest.param(simple_trainer_hybrid_streamed, (*HOST, "--state", "compact", *MCMC), id="compact, host, mcmc"),
+        pytest.param(simple_trainer_hybrid_optimized_split, (*HOST, "--split_threshold", 0.5, *MCMC), id="split, mcmc"),
+        pytest.param(simple_trainer_hybrid_optimized, ("--target_gaussians", 900, "--scale_reg", 0.1), id="target"),
+    ],
+)
+def test_an_interrupted_run_of_other_strategies_is_bit_equal(monkeypatch, city_block, tmp_path, script, options):
+    options = (*DENSIFYING, *options, "--keep", 0)
+    assert run_script(monkeypatch, script, city_block, tmp_path / "whole", *options) == 0
+    interrupt_after(monkeypatch, 17, 31)
+    for _ in range(3):
+        assert run_script(monkeypatch, script, city_block, tmp_path / "parts", *options, "--resume") == 0
+    assert_same_state(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+    num_gaussians = len(saved(tmp_path / "whole").gaussians["means"])
+    assert abs(num_gaussians - 900) <= 45 if "--target_gaussians" in options else num_gaussians > 700
+
+
+@pytest.mark.slow
+def test_another_strategy_goes_on(monkeypatch, city_block, tmp_path):
+    """Its state begins anew: mcmc owes no noise of the steps before, and default has no statistics."""
+    options = ("--keep", 0, *DENSIFYING, "--max_gaussians", 700)
+    interrupt_after(monkeypatch, 15, 32)
+    for strategy in ("default", "mcmc", "default"):
+        given = (*options, "--strategy", strategy, "--resume")
+        assert run_script(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path, *given) == 0
+    assert (saved(tmp_path, 32).state["mcmc/owed_from"] >= 15).all()
+    assert "mcmc/owed_from" not in saved(tmp_path).state
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
 from rendering.rasterize import rasterize
 from tests import sabotage
-from tests.training_scripts import EXACT, anisotropic_start, start_one_ulp_off, train
+from tests.training_scripts import EXACT, MCMC, anisotropic_start, start_one_ulp_off, train
 from trainers import TRAINERS
 from training.gaussians import activate
 from training.views import View
@@ -47,6 +47,7 @@ DENSIFYING = (
     *("--max_steps", 400, "--refine_start_iter", 50, "--refine_every", 50, "--refine_stop_iter", 350),
     *("--grow_grad2d", 0.002, "--sh_degree_interval", 100, "--test_every", 2),
 )
+RELOCATING = (*MCMC, "--max_steps", 60)
 STARTS = (1, 2, 3)  # draws of `start_one_ulp_off`
 LARGEST_SIZE_DIFFERENCE = 0.0025  # of the number of Gaussians
 LARGEST_PSNR_DIFFERENCE = 0.05  # dB
@@ -75,7 +76,9 @@ def city_block(tmp_path_factory) -> Path:
     return data_dir
 
 
-@pytest.fixture(scope="module", params=[AS_MANY_ROWS, OTHER_MODES], ids=["200 steps", "other modes"])
+@pytest.fixture(
+    scope="module", params=[AS_MANY_ROWS, OTHER_MODES, RELOCATING], ids=["200 steps", "other modes", "mcmc"]
+)
 def reference(request, city_block, tmp_path_factory) -> Reference:
     results = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as monkeypatch:

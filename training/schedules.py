@@ -9,6 +9,9 @@ import numpy as np
 from configs import Config
 from offload.adam.options import AdamOptions
 
+# Noise that culling ahead allows for, as a share of the scene scale: eight of Adam's largest first steps of means.
+NOISE_MARGIN = 0.01
+
 
 def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:
     """Return how Adam updates the Gaussians of a run.
@@ -21,6 +24,7 @@ def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:
         learning_rates(cfg, scene_scale),
         lambda step: means_lr(cfg, scene_scale, step),
         adam_betas(cfg.batch_size),
+        displacement=NOISE_MARGIN * scene_scale if cfg.strategy == "mcmc" else 0.0,
     )
 
 

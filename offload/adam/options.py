@@ -15,9 +15,11 @@ class AdamOptions:
         means_lr: Gives the means' learning rate at a step, counted from 0. It never grows: culling ahead relies on it.
         betas: The decay rates of the first and second moment.
         eps: What is added to the root of the second moment.
+        displacement: How far `displace` may move means so that culling ahead finds what is drawn, in world units.
     """
 
     learning_rates: Mapping[str, float]
     means_lr: Callable[[int], float]
     betas: tuple[float, float]
     eps: float = 1e-15
+    displacement: float = 0.0

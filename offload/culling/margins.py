@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
@@ -71,4 +72,5 @@ def margin_ahead(adam: AdamOptions, steps_done: int, *, lagging: bool, rounded: 
     """
     step = largest_rounded_step(adam.betas) if rounded else largest_step(adam.betas)
     change = step + (largest_drift(adam.betas, step) if lagging else 0.0)
-    return margin_of(change * largest_correction(adam.betas, steps_done + 1), adam.learning_rates)
+    margin = margin_of(change * largest_correction(adam.betas, steps_done + 1), adam.learning_rates)
+    return replace(margin, means=margin.means + adam.displacement)

@@ -222,8 +222,8 @@ class GaussianModel(Protocol):
     def displace(self, rows: Tensor, offsets: Tensor) -> None:
         """Move the means of some rows of the view together with the step of Adam that `update` takes.
 
-        Culling of the next view ahead allows for steps of Adam, and not for this: what moves into the next view is
-        found for the one after it. Where the step is undone, nothing has moved. It is called once a step.
+        Culling of the next view ahead allows for `AdamOptions.displacement`: what moves farther, into the next view,
+        may be found for the one after it only. Where the step is undone, nothing has moved. It is called once a step.
 
         Args:
             rows: int64 [D] on the rendering device, positions among the rows of the view, ascending, each once.
