@@ -129,7 +129,7 @@ def test_loops_differ_only_where_it_is_said(script):
 
 
 def test_tiles_are_trained_as_whole_views_are_but_for_rendering():
-    tiled = [line.replace("screen.info()", "info") for line in lines_of_train(SPLIT)]
+    tiled = [line.replace("screen.info()", "info").replace("screen.rows()", "rows") for line in lines_of_train(SPLIT)]
     whole = lines_of_train(OPTIMIZED)
     first = whole.index("ids = gaussians.ids")
     assert tiled[tiled.index("ids = gaussians.ids") :] == whole[first : whole.index("del rows, colors, info, loss")]
