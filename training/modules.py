@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -80,10 +80,7 @@ class RunModules:
         if {before, self._background} not in ({self._background}, {"black", "random"}):
             print(f"Warning: the checkpoint was trained with --background {before}, not {self._background}.")
         if self._sky is not None:
-            try:
-                self._sky.load_state_dict(state_of(checkpoint, "sky"))
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise InputError("The sky of the checkpoint of --ckpt cannot be used: choose another.") from error
+            _load(self._sky, state_of(checkpoint, "sky"))
 
     def begin_at(self, steps_done: int) -> None:
         """Let modules of which a checkpoint held no state begin anew after so many steps."""
@@ -141,6 +138,28 @@ def state_of(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     """Return the tensors that a part has in a checkpoint, by its own names."""
     prefix = f"{part}/"
     return {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
+
+
+def sky_of(state: Mapping[str, Tensor], device: torch.device) -> Backdrop:
+    """Return a sky that is trained no more.
+
+    Args:
+        state: Of the sky, in a checkpoint.
+        device: Where pictures are rendered.
+
+    Raises:
+        InputError: It cannot be used.
+    """
+    sky = Sky(Training(lambda step: 0.0, (0.9, 0.999), device))
+    _load(sky, state)
+    return partial(_sky_behind, sky, sky.values(sky.row)[0])
+
+
+def _load(sky: Sky, state: Mapping[str, Tensor]) -> None:
+    try:
+        sky.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError("The sky in the checkpoint cannot be used: choose another checkpoint.") from error
 
 
 def _sky_behind(sky: Sky, coefficients: Tensor, cameras: Cameras, region: Region | None) -> Tensor:

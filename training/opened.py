@@ -15,8 +15,9 @@ from offload.culling.cameras import Cameras
 from offload.models.streamed import StreamedGaussians
 from offload.store.morton import morton_order
 from training.gaussians import PARAMETER_NAMES
+from training.modules import sky_of
 from training.starting_model import StartingModel
-from training.views import posed_cameras, render
+from training.views import Backdrop, posed_cameras, render
 
 STILL = AdamOptions(dict.fromkeys(PARAMETER_NAMES, 0.0), lambda step: 0.0, (0.9, 0.999))  # nothing is trained
 
@@ -28,13 +29,22 @@ class OpenedModel:
         gaussians: The streamed trainer's model of them, with geometry on the host.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device, *, antialiased: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        antialiased: bool = False,
+        backgrounds: Tensor | Backdrop | None = None,
+    ) -> None:
         """
         Args:
             parameters: The six tensors of `training.gaussians.initial_gaussians`, best in Morton order.
             device: Where views are rendered.
             antialiased: As it was trained.
+            backgrounds: What is behind it, of one camera, as `training.views.render` takes it.
         """
+        self._backgrounds = backgrounds
         self._degree = round((parameters["shN"].shape[1] + 1) ** 0.5) - 1
         self._cfg = Config(antialiased=antialiased)
         # Of moments, which are never touched, the smaller ones take less where memory is pinned.
@@ -46,7 +56,8 @@ class OpenedModel:
 
     def draw(self, cameras: Cameras) -> Tensor:
         """Return the picture [1, H, W, 3] that one camera sees."""
-        return render(self.gaussians.read_view(cameras), cameras, self._cfg, sh_degree=self._degree)[0]
+        rows = self.gaussians.read_view(cameras)
+        return render(rows, cameras, self._cfg, sh_degree=self._degree, backgrounds=self._backgrounds)[0]
 
 
 def open_model(path: Path, device: torch.device, *, antialiased: bool) -> tuple[OpenedModel, np.ndarray, np.ndarray]:
@@ -68,7 +79,13 @@ def open_model(path: Path, device: torch.device, *, antialiased: bool) -> tuple[
     parameters = {name: found.gaussians[name][order] for name in PARAMETER_NAMES}
     # The normalized world has its widest spread along x and its least along z; COLMAP's camera axes have y down.
     up = np.array([0.0, -1.0, 0.0]) if found.transform is None else np.array([0.0, 0.0, 1.0])
-    return OpenedModel(parameters, device, antialiased=antialiased), up, pose_before(parameters["means"].numpy(), up)
+    backgrounds: Tensor | Backdrop | None = None
+    if found.sky:
+        backgrounds = sky_of(found.sky, device)
+    elif found.background == "white":
+        backgrounds = torch.ones(1, 3, device=device)
+    model = OpenedModel(parameters, device, antialiased=antialiased, backgrounds=backgrounds)
+    return model, up, pose_before(parameters["means"].numpy(), up)
 
 
 def pose_before(means: np.ndarray, up: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from errors import InputError
 from offload.store.morton import morton_order
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
+from training.modules import state_of
 from training.ply import load_ply, transform_of_ply
 from training.similarity import moved, with_degree
 
@@ -29,6 +31,8 @@ class StartingModel:
     path: Path
     gaussians: dict[str, Tensor]  # as `training.gaussians.initial_gaussians`
     transform: np.ndarray | None  # [4, 4] from the dataset's coordinates to theirs; None where the file says none
+    background: str = "black"  # that it was trained before, as the option
+    sky: Mapping[str, Tensor] = field(default_factory=dict)  # state of the sky that was trained with them; or nothing
 
     @classmethod
     def load(cls, path: Path, what: str = "--init_ckpt") -> StartingModel:
@@ -47,10 +51,11 @@ class StartingModel:
             is_ply = file.read(3) == b"ply"
         transform: np.ndarray | None
         if is_ply:
-            gaussians, transform = load_ply(path), transform_of_ply(path)
+            gaussians, transform, background, sky = load_ply(path), transform_of_ply(path), "black", {}
         else:
             checkpoint = load_checkpoint(path)
             gaussians, transform = checkpoint.gaussians, checkpoint.transform
+            background, sky = str(checkpoint.options.get("background", "black")), state_of(checkpoint, "sky")
         if len(gaussians["means"]) == 0:
             raise InputError(f"{what} {path} holds no Gaussians: choose another file.")
         broken = [name for name in PARAMETER_NAMES if not bool(torch.isfinite(gaussians[name]).all())]
@@ -64,7 +69,7 @@ class StartingModel:
             )
         if transform is not None and not is_similarity(transform):
             raise InputError(f"{what} {path} holds no usable transform: choose another file.")
-        return cls(path, gaussians, transform)
+        return cls(path, gaussians, transform, background, sky)
 
     def placed(self, transform: np.ndarray, cfg: Config, say: Say) -> dict[str, Tensor]:
         """Return the Gaussians in the world of a run, in Morton order, with harmonics of the run's degree.
