@@ -1,0 +1,126 @@
+"""The ranks that train one model together, one process a GPU: how they meet, talk and part.
+
+What torch.distributed is asked for, it is asked for here. Its rules:
+
+- A collective is called by all ranks, in one order, by the main thread. Whoever decides something for itself asks the
+  others first (`any`, `gather`), and only then turns off the way.
+- Small objects go through gloo, from host memory, also where tensors go through NCCL: they wait for no kernel.
+- Tensors lie on the device of the rank, and go through NCCL or, on the CPU, gloo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Hold which of the W ranks this process is, and speak with the others.
+
+    Attributes:
+        rank: From 0; rank 0 speaks to people and writes what there is one of.
+        size: W, at least 2.
+        device: Where this rank renders, and its tensors lie that are sent.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    _control: dist.ProcessGroup = field(repr=False)  # gloo, for small objects; tensors have the default group
+
+    @property
+    def leads(self) -> bool:
+        """Return whether this is the rank that speaks."""
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------------------------- small objects
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order, at every rank; small ones that can be pickled."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value at every rank; a small one that can be pickled."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set at some rank."""
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flags)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        dist.barrier(group=self._control)
+
+    # ------------------------------------------------------------------------------------------------------- tensors
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send each rank its part of some rows.
+
+        Args:
+            rows: [S, D] on this rank's device: the rows for rank 0, then those for rank 1, and so on.
+            sent: W counts of rows, S in sum.
+            received: W counts of the rows that each rank sends here, R in sum.
+
+        Returns:
+            [R, D]: the rows from rank 0, then those from rank 1, and so on.
+        """
+        result = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent))
+        return result
+
+    # ------------------------------------------------------------------------------------------------------- the end
+
+    def leave(self) -> None:
+        """Part from the others; whatever is under way between them is given up."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: torch.device) -> Ranks | None:
+    """Meet the other processes that torchrun has started; None where there are none, and nothing has been done.
+
+    Args:
+        device: Kind of device to render on; of several GPUs a rank takes that of its LOCAL_RANK.
+
+    Raises:
+        InputError: There are more processes on this machine than GPUs, or torchrun has not started them.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"The environment has WORLD_SIZE={size} but no {missing[0]}: start with torchrun, or unset WORLD_SIZE to "
+            "train with one process."
+        )
+    if device.type == "cuda":
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise InputError(
+                f"torchrun has started at least {local_rank + 1} processes on this machine, which has {num_devices} "
+                f"GPUs that can be seen: use --nproc_per_node {num_devices}."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    return Ranks(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
