@@ -9,7 +9,7 @@ from torch import Tensor
 
 from native import rendering as native
 from rendering.native import array, zeros
-from rendering.projection import Projection, project
+from rendering.projection import Exchange, Projection, project
 from rendering.region import Region
 from rendering.spherical_harmonics import spherical_harmonics
 
@@ -69,6 +69,8 @@ def blend(
         # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
         raise ValueError(f"absgrad works for at most {native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
     p = projection
+    if p.row_offsets is None:
+        raise ValueError("the projection has no row_offsets")
     intersections = native.intersect_tiles(
         *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, p.opacities)),
         width, height, torch.get_num_threads(),
@@ -108,6 +110,7 @@ def rasterize_packed(
     render_mode: str,
     absgrad: bool,
     rasterize_mode: str,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, dict]:
     """Do what `rendering.rasterize.rasterize` says, for CPU tensors, float32 or float64.
 
@@ -116,7 +119,8 @@ def rasterize_packed(
     """
     if isinstance(colors, tuple):
         colors = torch.cat(colors, dim=1)
-    _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height, sh_degree)
+    num_drawn = len(viewmats) if exchange is None else exchange.num_cameras
+    _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, num_drawn, width, height, sh_degree)
     projection = project(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
@@ -138,8 +142,11 @@ def rasterize_packed(
         backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
 
     projection = replace(projection, means2d=region.relative(projection.means2d))
+    drawn = projection
+    if exchange is not None:
+        drawn, colors = exchange(projection, colors)
     render_colors, render_alphas, num_intersections = blend(
-        projection, colors, backgrounds, region.width, region.height, absgrad
+        drawn, colors, backgrounds, region.width, region.height, absgrad
     )
     if render_mode in ("ED", "RGB+ED"):
         depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
@@ -161,7 +168,7 @@ def rasterize_packed(
     return render_colors, render_alphas, info
 
 
-def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height, sh_degree) -> None:
+def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, num_drawn, width, height, sh_degree):
     N, C = len(means), len(viewmats)
     shapes = {
         "means": (means, (N, 3)),
@@ -173,7 +180,7 @@ def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, w
         "colors": (colors, (N, colors.shape[1]) if sh_degree is None else (N, colors.shape[1], 3)),
     }
     if backgrounds is not None:
-        shapes["backgrounds"] = (backgrounds, (C, colors.shape[1] if sh_degree is None else 3))
+        shapes["backgrounds"] = (backgrounds, (num_drawn, colors.shape[1] if sh_degree is None else 3))
     for name, (t, shape) in shapes.items():
         if t.shape != shape:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from rendering.projection import Exchange, Projection
 from rendering.region import Region
 from rendering.spherical_harmonics_triton import Harmonics
 
@@ -39,12 +40,13 @@ def rasterize_packed(
     render_mode: str,
     absgrad: bool,
     rasterize_mode: str,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, dict]:
     """Do what `rendering.rasterize.rasterize` says, for CUDA tensors; float32, packed."""
     # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
     from gsplat.cuda._wrapper import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels
 
-    num_cameras = len(viewmats)
+    num_cameras = len(viewmats) if exchange is None else exchange.num_cameras  # that are drawn
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     depth_only = render_mode in ("D", "ED")
@@ -79,15 +81,18 @@ def rasterize_packed(
         backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
 
     means2d = region.relative(means2d)
+    drawn = projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
+    if exchange is not None:
+        drawn, features = exchange(projection, features)
     tiles = (math.ceil(region.width / TILE_SIZE), math.ceil(region.height / TILE_SIZE))
     _, isect_ids, flatten_ids = isect_tiles(
-        means2d, radii, depths, TILE_SIZE, *tiles, packed=True, n_images=num_cameras, image_ids=camera_ids,
-        gaussian_ids=gaussian_ids,
+        drawn.means2d, drawn.radii, drawn.depths, TILE_SIZE, *tiles, packed=True, n_images=num_cameras,
+        image_ids=drawn.camera_ids, gaussian_ids=drawn.gaussian_ids,
     )  # fmt: skip
     offsets = isect_offset_encode(isect_ids, num_cameras, *tiles).view(num_cameras, tiles[1], tiles[0])
     render_colors, render_alphas = rasterize_to_pixels(
-        means2d, conics, features, opacities, region.width, region.height, TILE_SIZE, offsets, flatten_ids,
-        packed=True, absgrad=absgrad,
+        drawn.means2d, drawn.conics, features, drawn.opacities, region.width, region.height, TILE_SIZE, offsets,
+        flatten_ids, packed=True, absgrad=absgrad,
     )  # fmt: skip
     if backgrounds is not None:
         # gsplat's own check refuses backgrounds when packed.
@@ -105,7 +110,7 @@ def rasterize_packed(
         "opacities": opacities,
         "width": width,
         "height": height,
-        "n_cameras": num_cameras,
+        "n_cameras": len(viewmats),
         "n_intersections": len(isect_ids),
         "tile_size": TILE_SIZE,
     }

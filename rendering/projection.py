@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ class Projection:
     `means2d`, `depths`, `conics` and `opacities` carry gradients to the Gaussians.
     """
 
-    row_offsets: Tensor  # [C + 1] int64: camera c has rows row_offsets[c] to row_offsets[c + 1]
     camera_ids: Tensor  # [nnz] int64
     gaussian_ids: Tensor  # [nnz] int64
     radii: Tensor  # [nnz, 2] int32, pixels
@@ -26,6 +26,23 @@ class Projection:
     depths: Tensor  # [nnz]
     conics: Tensor  # [nnz, 3] xx, xy, yy of the inverse image covariance, 1/pixels^2
     opacities: Tensor  # [nnz] with the compensation, when antialiased
+    row_offsets: Tensor | None = None  # [C + 1] int64: camera c has rows row_offsets[c] to row_offsets[c + 1]; on CPUs
+
+
+class Exchange(Protocol):
+    """Stands between projection and blending where those who hold Gaussians and those who draw cameras are many."""
+
+    @property
+    def num_cameras(self) -> int:
+        """Count the cameras that are drawn here."""
+
+    def __call__(self, projection: Projection, features: Tensor) -> tuple[Projection, Tensor]:
+        """Return the pairs of the cameras drawn here, whoever has projected them.
+
+        Args:
+            projection: The Gaussians held here, in the cameras of all.
+            features: [nnz, D] of these pairs, which are blended.
+        """
 
 
 class _Project(torch.autograd.Function):
@@ -96,6 +113,7 @@ def project(
         antialiased: multiply opacities by the compensation of Mip-Splatting (Yu et al. 2024).
     """
     limits = (near_plane, far_plane, radius_clip, eps2d)
-    return Projection(
-        *_Project.apply(means, quats, scales, opacities, viewmats, Ks, (width, height), limits, antialiased)
+    row_offsets, camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities = _Project.apply(
+        means, quats, scales, opacities, viewmats, Ks, (width, height), limits, antialiased
     )
+    return Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities, row_offsets)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from errors import InputError
 from rendering.backends import kernels_for
+from rendering.projection import Exchange
 from rendering.region import Region
 
 _RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
@@ -35,6 +36,7 @@ def rasterize(
     render_mode: str = "RGB",
     absgrad: bool = False,
     rasterize_mode: str = "classic",
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, dict]:
     """Render Gaussians into C images, with the meaning of `gsplat.rasterization` (1.5.3).
 
@@ -52,6 +54,9 @@ def rasterize(
         render_mode: RGB, D (accumulated depth), ED (expected depth), RGB+D or RGB+ED (depth as last channel).
         absgrad: the backward pass sets `info["means2d"].absgrad`.
         rasterize_mode: classic or antialiased.
+        exchange: between projection and blending takes the pairs of all C cameras to whoever draws them. Pictures and
+            backgrounds then are those of the cameras drawn here; the info is that of the Gaussians given, in all C
+            cameras, but for n_intersections.
 
     Returns:
         render_colors [C, H, W, D], render_alphas [C, H, W, 1], of the region's size, and info, which holds for the nnz
@@ -71,7 +76,7 @@ def rasterize(
         means, quats, scales, opacities, colors, viewmats, Ks, width, height,
         region=region or Region(0, 0, width, height), near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, backgrounds=backgrounds, render_mode=render_mode,
-        absgrad=absgrad, rasterize_mode=rasterize_mode,
+        absgrad=absgrad, rasterize_mode=rasterize_mode, exchange=exchange,
     )  # fmt: skip
 
 
