@@ -54,6 +54,8 @@ class RunOptions:
     """How many of those stay, the newest ones; 0 keeps all. Checkpoints of save_steps and the last always stay."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to render; auto takes CUDA where there is a GPU."""
+    shares: list[int] = field(default_factory=list)
+    """On several GPUs: in which proportion they hold the Gaussians, such as 2 1 1; if empty, equally."""
     seed: int = 42
     """The order of views, the first Gaussians' rotations, what strategies draw and random backgrounds follow it."""
     max_steps: int = 30_000
@@ -95,7 +97,7 @@ class OptimizationOptions:
     """Set which loss Adam follows, and how."""
 
     batch_size: int = 1
-    """Views per step; learning rates scale by its square root (Grendel, arXiv 2406.18533)."""
+    """Views per step, of each GPU; learning rates scale by its square root (Grendel, arXiv 2406.18533)."""
     view_window: int = 1
     """Arrange so many views at a time, drawn at random, so that neighbours see the same; 1 leaves them as drawn."""
     position_lr: float = 1.6e-4

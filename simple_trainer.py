@@ -58,7 +58,9 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         rows = gaussians.fetch(view.cameras)
         run.mark("fetch")
 
-        colors, info = render(rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view))
+        colors, info = render(
+            rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
+        )
         colors = run.modules.exposed(colors, view)
         run.mark("render")
 

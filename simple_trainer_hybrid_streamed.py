@@ -69,7 +69,9 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
             gaussians.prefetch(run.upcoming.cameras)
         run.mark("cull")
 
-        colors, info = render(rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view))
+        colors, info = render(
+            rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
+        )
         colors = run.modules.exposed(colors, view)
         run.mark("render")
 

@@ -38,6 +38,7 @@ class Trainer:
     less_device: Mapping[str, str] | str = ""  # empty: nothing does
     less_host: Mapping[str, str] | str = ""
     smaller_views_help: bool = True  # where device memory is too small: rows come there view by view
+    several_gpus: bool = True  # whether processes can train one model together (docs/several_gpus.md)
     few_steps: bool = False  # it is so slow that a benchmark measures a tenth of the steps
 
     @property
@@ -125,6 +126,7 @@ TRAINERS: dict[str, Trainer] = {
         traffic=lambda n, v: Traffic(host=48 * n + 28 * 60 * n + 8 * 60 * v, link=240 * v),
         less_device="split_geometry_on_host",
         less_host="optimized",
+        several_gpus=False,
         few_steps=True,
     ),
     "optimized": Trainer(
@@ -153,6 +155,7 @@ TRAINERS: dict[str, Trainer] = {
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
         less_device={"geometry": "host"},
+        several_gpus=False,
     ),
     "split_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
@@ -160,12 +163,14 @@ TRAINERS: dict[str, Trainer] = {
         traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
         options={"geometry": "host"},
         less_host={"state": "compact"},
+        several_gpus=False,
     ),
     "split_compact": Trainer(
         "simple_trainer_hybrid_optimized_split",
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),
         options={"geometry": "host", "state": "compact"},
+        several_gpus=False,
     ),
     "streamed": Trainer(
         "simple_trainer_hybrid_streamed",

@@ -24,15 +24,17 @@ from datasets.scene import Scene
 from datasets.view_order import ViewWindows
 from errors import InputError
 
+WHOLE = slice(None)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold C views, in main memory."""
+    """Hold C views, in main memory; or the pictures of C of them, and the cameras of all G."""
 
     images: torch.Tensor  # [C, H, W, 3] uint8
     masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source or is hidden; None: nowhere
-    Ks: torch.Tensor  # [C, 3, 3] float32, pixels
-    camtoworlds: torch.Tensor  # [C, 4, 4] float32, normalized world
+    Ks: torch.Tensor  # [G, 3, 3] float32, pixels
+    camtoworlds: torch.Tensor  # [G, 4, 4] float32, normalized world
     image_ids: torch.Tensor  # [C] int64, into the scene's images
     inverse_depths: torch.Tensor | None = None  # [C, H, W] float32, one over the depth, 0: unknown; None: not wanted
 
@@ -49,14 +51,24 @@ class BatchLoader:
         scene: Scene,
         batches_of_ids: Iterator[np.ndarray],
         *,
+        own: slice = WHOLE,
         num_workers: int | None = None,
         pin_memory: bool = False,
         depths: Depths | None = None,
     ):
+        """
+        Args:
+            scene: where pictures and cameras come from.
+            batches_of_ids: [G] indices of the images of each batch.
+            own: which of a batch's pictures are loaded; the cameras of all are given.
+            num_workers: threads; one per processor, at most 16, where None.
+            pin_memory: give pinned tensors, for asynchronous copies to a CUDA device.
+        """
         pixels = max((camera.source_width * camera.source_height for camera in scene.cameras), default=1)
         workers = fitting_workers(num_workers or min(os.cpu_count() or 1, 16), pixels)
         self._scene = scene
         self._batches_of_ids = batches_of_ids
+        self._own = own
         self._pin_memory = pin_memory
         self._depths = depths
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="image-loader")
@@ -90,7 +102,8 @@ class BatchLoader:
     def _submit_next(self) -> None:
         ids = next(self._batches_of_ids, None)
         if ids is not None:
-            self._pending.append(self._pool.submit(_load_batch, self._scene, ids, self._pin_memory, self._depths))
+            work = self._pool.submit(_load_batch, self._scene, ids, self._own, self._pin_memory, self._depths)
+            self._pending.append(work)
 
 
 def training_loader(
@@ -101,6 +114,8 @@ def training_loader(
     seed: int = 0,
     view_window: int = 1,
     start_step: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
     num_workers: int | None = None,
     pin_memory: bool = False,
 ) -> BatchLoader:
@@ -109,11 +124,13 @@ def training_loader(
     Args:
         scene: where pictures and cameras come from.
         train_ids: [n] indices of the images to train on.
-        batch_size: views in a batch.
+        batch_size: views in a batch of one process; together they are what one would draw of as many.
         seed: decides the order: one permutation of `train_ids` after another.
         view_window: so many consecutive images of a permutation are arranged so that neighbours see the same points;
             1 leaves them as drawn.
         start_step: batches to pass over, so that a resumed run goes on where it stopped.
+        rank: which of the processes that train together this is; it loads its own pictures only.
+        num_ranks: how many there are.
         num_workers: threads; one per processor, at most 16, where None.
         pin_memory: give pinned tensors, for asynchronous copies to a CUDA device.
 
@@ -122,18 +139,20 @@ def training_loader(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1 (got {batch_size}).")
-    if batch_size > 1:
+    if batch_size * num_ranks > 1:
         used = (scene.cameras[index] for index in np.unique(scene.camera_indices[train_ids]))
         sizes = sorted({(camera.width, camera.height) for camera in used})
         if len(sizes) > 1:
+            several = f"batch_size={batch_size}" if num_ranks == 1 else f"Training with {num_ranks} processes"
             raise InputError(
-                f"batch_size={batch_size} needs pictures of one size, but {scene.data_dir} has "
+                f"{several} needs pictures of one size, but {scene.data_dir} has "
                 f"{len(sizes)} sizes (such as {sizes[0][0]}x{sizes[0][1]} and {sizes[-1][0]}x{sizes[-1][1]}): "
-                "use batch_size=1."
+                f"use {'batch_size=1' if num_ranks == 1 else 'one process'}."
             )
     arrange = ViewWindows.of_scene(scene, view_window).arrange if view_window > 1 else None
-    order = _training_order(train_ids, batch_size, seed, start_step, arrange)
-    return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory, depths=scene.depths)
+    order = _training_order(train_ids, batch_size * num_ranks, seed, start_step, arrange)
+    own = slice(rank * batch_size, (rank + 1) * batch_size)
+    return BatchLoader(scene, order, own=own, num_workers=num_workers, pin_memory=pin_memory, depths=scene.depths)
 
 
 def evaluation_loader(
@@ -168,10 +187,10 @@ def _training_order(
         yield batch
 
 
-def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool, depths: Depths | None) -> Batch:
+def _load_batch(scene: Scene, image_ids: np.ndarray, own: slice, pin_memory: bool, depths: Depths | None) -> Batch:
     cameras = [scene.cameras[index] for index in scene.camera_indices[image_ids]]
     images, masks = [], []
-    for image_id, camera in zip(image_ids, cameras, strict=True):
+    for image_id, camera in zip(image_ids[own], cameras[own], strict=True):
         size = camera.source_width, camera.source_height
         image, seen = decode_picture(scene.image_paths[image_id], size)
         images.append(camera.undistort(image))
@@ -181,12 +200,12 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, pin_memory: bool, depths: D
         masks=_stack_masks(masks, images),
         Ks=torch.from_numpy(np.stack([camera.K for camera in cameras])).float(),
         camtoworlds=torch.from_numpy(scene.camtoworlds[image_ids]).float(),
-        image_ids=torch.from_numpy(image_ids),
+        image_ids=torch.from_numpy(image_ids[own]),
     )
     if depths is not None:
         inverse = [
             depths.inverse(int(image_id), camera, scene.camtoworlds[image_id])
-            for image_id, camera in zip(image_ids, cameras, strict=True)
+            for image_id, camera in zip(image_ids[own], cameras[own], strict=True)
         ]
         batch = replace(batch, inverse_depths=torch.from_numpy(np.stack(inverse)))
     if not pin_memory:

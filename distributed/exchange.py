@@ -6,7 +6,8 @@ backward pass (Grendel, arXiv 2406.18533). gsplat 1.5.3 does so within its raste
 packed, and without absolute gradients; this stands between its kernels, and between the native ones of the CPU.
 
 A rank's loss is the mean over its own pictures. Gradients that come home are divided by the number of ranks: they are
-those of the mean over the pictures of all.
+those of the mean over the pictures of all. Where one of them is not finite, all are NaN at every rank, so that
+optimizers skip the step everywhere (`offload.adam.finite`).
 
 In float32 a pair is 48 bytes on the way out and 36 on the way home, 44 with absolute gradients.
 """
@@ -108,7 +109,9 @@ class _Exchange(torch.autograd.Function):
         if route.absgrad:
             gradients.append(route.drawn.absgrad)
             widths = [*widths, 2]
-        came = route.come_home(torch.cat(gradients, dim=1)).div_(route.ranks.size)
+        pairs = torch.cat(gradients, dim=1)
+        spoiled = route.ranks.largest((~pairs.isfinite().all()).to(torch.uint8))
+        came = route.come_home(pairs).div_(route.ranks.size).masked_fill_(spoiled.bool(), torch.nan)
         v_means2d, v_conics, v_opacities, v_features, *absolute = came.split(widths, dim=1)
         if route.absgrad:
             route.home.absgrad = absolute[0]

@@ -11,7 +11,8 @@ What torch.distributed is asked for, it is asked for here. Its rules:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from errors import InputError
+from offload.errors import ParameterError
 
 T = TypeVar("T")
 
@@ -32,12 +34,19 @@ class Ranks:
         rank: From 0; rank 0 speaks to people and writes what there is one of.
         size: W, at least 2.
         device: Where this rank renders, and its tensors lie that are sent.
+        proportions: W numbers, in which the ranks are to hold the Gaussians.
     """
 
     rank: int
     size: int
     device: torch.device
+    proportions: tuple[int, ...]
     _control: dist.ProcessGroup = field(repr=False)  # gloo, for small objects; tensors have the default group
+
+    @property
+    def shares(self) -> list[float]:
+        """Return which part of all Gaussians each rank is to hold; they add up to 1."""
+        return [proportion / sum(self.proportions) for proportion in self.proportions]
 
     @property
     def leads(self) -> bool:
@@ -68,6 +77,18 @@ class Ranks:
         """Wait until all ranks are here."""
         dist.barrier(group=self._control)
 
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Let the first rank of each machine do something before the others, which then find it done."""
+        is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if not is_first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if is_first:
+                self.barrier()
+
     # ------------------------------------------------------------------------------------------------------- tensors
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -85,6 +106,18 @@ class Ranks:
         dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent))
         return result
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over the ranks of a tensor on this rank's device, which stays as it is."""
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def largest(self, value: Tensor) -> Tensor:
+        """Return the largest of each value over the ranks; as `mean`."""
+        found = value.detach().clone()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
+
     # ------------------------------------------------------------------------------------------------------- the end
 
     def leave(self) -> None:
@@ -93,16 +126,28 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join(device: torch.device) -> Ranks | None:
+def local_ranks() -> int:
+    """Count the processes on this machine that torchrun has started; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
     """Meet the other processes that torchrun has started; None where there are none, and nothing has been done.
 
     Args:
         device: Kind of device to render on; of several GPUs a rank takes that of its LOCAL_RANK.
+        proportions: In which the ranks are to hold the Gaussians, a number for each; empty: equally.
 
     Raises:
-        InputError: There are more processes on this machine than GPUs, or torchrun has not started them.
+        InputError: There are more processes on this machine than GPUs, torchrun has not started them, or there are
+            not as many as proportions.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if proportions and len(proportions) != size:
+        raise ParameterError(
+            f"{{shares}} has {len(proportions)} numbers, but WORLD_SIZE, the number of processes that torchrun has "
+            f"started, is {size}: give one for each, or none to deal the Gaussians equally."
+        )
     if size == 1:
         return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -123,4 +168,5 @@ def join(device: torch.device) -> Ranks | None:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+    proportions = tuple(proportions) or (1,) * size
+    return Ranks(dist.get_rank(), size, device, proportions, dist.new_group(backend="gloo"))

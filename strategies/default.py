@@ -11,13 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from configs import DensificationRules
+from distributed.levelling import level
+from distributed.mesh import Ranks
+from distributed.selection import largest_within
 from errors import InputError, TrainingStopped
 from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
@@ -47,23 +50,27 @@ class Statistics:
 
 
 class DefaultStrategy:
-    """Gather statistics at every step and refine a store of Gaussians when the rules say so."""
+    """Gather statistics at every step and refine a store of Gaussians when the rules say so.
 
-    name: ClassVar[str] = "densification"  # as checkpoints have called it from the beginning
-    moves_rows: ClassVar[bool] = False
 
-    def __init__(self, rules: DensificationRules, scene_scale: float, seed: int) -> None:
+    Where ranks train together each refines its own Gaussians. All follow the same rules, of which those that look at
+    the whole model hold for the Gaussians of all ranks.
+    """
+
+    def __init__(self, rules: DensificationRules, scene_scale: float, seed: int, ranks: Ranks | None = None) -> None:
         """
         Args:
             rules: Thresholds and schedule.
             scene_scale: Extent of the cameras in world units.
             seed: Of the positions of split Gaussians.
+            ranks: That train together; all of them refine at once.
         """
         self.rules = rules
         self.scene_scale = scene_scale
         self.statistics: Statistics | None = None
-        self._seed = seed
-        self._room = RoomForGrowth()
+        self._seeds = [seed] if ranks is None else [seed, ranks.rank]
+        self._ranks = ranks
+        self._room = RoomForGrowth(ranks)
         self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0)
         self._num_appended = 0  # rows at most, since all were last in Morton order
 
@@ -194,30 +201,39 @@ class DefaultStrategy:
             average_grad = average_grad.masked_fill(remove, 0.0)
             growth = planned_growth(rules, len(remove), int(remove.sum()), self._refinements_from(step))
             rules = steered(rules, average_grad, growth)
-        duplicate, split = select_growth(rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale)
+        duplicate, split = select_growth(
+            rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale, self._ranks
+        )
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
         num_new = len(duplicate_ids) + len(split_ids)
         if not self._room.holds(store, num_new):
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
+        failure = None
         try:
-            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seed, step))
+            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seeds, step))
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            self._room.tell(f"Growing to {store.num_gaussians + num_new} Gaussians failed ({sentence_of(error)}).")
+            failure = f"Growing to {store.num_gaussians + num_new} Gaussians failed ({sentence_of(error)})."
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
+
+        self._room.tell_any(failure)
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
         radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])
         largest_scale = store.read("scales").amax(dim=-1).exp()
         remove = select_removal(rules, step, store.read("opacities"), largest_scale, radii, self.scene_scale)
         kept_ids = torch.where(~remove)[0]
-        if len(kept_ids) == 0:
+        if self._sum(len(kept_ids)) == 0:
             raise TrainingStopped(
-                f"The refinement at step {step} would remove all {store.num_gaussians} Gaussians: "
+                f"The refinement at step {step} would remove all {self._sum(store.num_gaussians)} Gaussians: "
                 "lower --prune_opa or raise --prune_scale3d."
             )
         self._num_appended += len(duplicate_ids) + len(split_ids)
         is_last = self._refinements_from(step + 1) == 0
         sorts = is_worth_sorting(self._num_appended, len(kept_ids), is_last=is_last)
+        if self._ranks is not None:
+            store.keep(kept_ids)
+            sorts |= level(store, self._ranks)
+            remove = kept_ids = torch.arange(store.num_gaussians, device=kept_ids.device)
         if sorts:
             kept_ids = kept_ids[morton_order(store.read("means")[kept_ids]).to(kept_ids.device)]
             self._num_appended = 0
@@ -240,6 +256,10 @@ class DefaultStrategy:
         if self.statistics is None:
             raise RuntimeError("no statistics are gathered at this step")
         return self.statistics
+
+    def _sum(self, count: int) -> int:
+        """Return the sum of a count over the ranks."""
+        return count if self._ranks is None else sum(self._ranks.gather(count))
 
 
 def planned_growth(rules: DensificationRules, num_gaussians: int, num_removed: int, refinements_left: int) -> int:
@@ -281,6 +301,7 @@ def select_growth(
     largest_scale: Tensor,
     radii: Tensor,
     scene_scale: float,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return which Gaussians to duplicate and which to split.
 
@@ -291,6 +312,7 @@ def select_growth(
         largest_scale: [N] largest standard deviation in world units.
         radii: [N] largest radius on screen as a share of the picture.
         scene_scale: In world units.
+        ranks: Those whose Gaussians `max_gaussians` bounds together; all of them call this at once.
 
     Returns:
         Two masks [N]; together they grow at most to `max_gaussians`, largest gradients first.
@@ -302,11 +324,9 @@ def select_growth(
     if step < rules.refine_scale2d_stop_iter:
         split |= radii > rules.grow_scale2d  # as in gsplat, such a row may be duplicated as well
     if rules.max_gaussians > 0:
-        room = max(rules.max_gaussians - len(average_grad), 0)
-        order = torch.argsort(average_grad, descending=True, stable=True)  # [N]
-        new_rows = duplicate.long() + split.long()  # [N]
-        allowed = torch.empty_like(duplicate)
-        allowed[order] = torch.cumsum(new_rows[order], dim=0) <= room
+        num_gaussians = len(average_grad) if ranks is None else sum(ranks.gather(len(average_grad)))
+        room = max(rules.max_gaussians - num_gaussians, 0)
+        allowed = largest_within(average_grad, duplicate.long() + split.long(), room, ranks)
         duplicate &= allowed
         split &= allowed
     return duplicate, split

@@ -101,7 +101,7 @@ class MCMCStrategy:
         """
         if not self.changes_rows_after(step):
             return False
-        generator = generator_at(self._seed, step)
+        generator = generator_at([self._seed], step)
         num_relocated = self._relocate_dead(step, store, generator)
         num_added = self._grow(step, store, generator)
         self._num_misplaced += num_relocated + num_added

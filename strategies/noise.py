@@ -90,7 +90,7 @@ class Noise:
         sizes = variances.sqrt().float().to(device)
         sizes = sizes * torch.sigmoid(-STEEPNESS * (torch.sigmoid(rows["opacities"]) - HALF_OPACITY))
         turns = rotation_matrices(rows["quats"])  # [M, 3, 3]
-        normal = normal_numbers(ids.to(device), word_at(self._seed, step))
+        normal = normal_numbers(ids.to(device), word_at([self._seed], step))
         local = torch.einsum("nji,nj->ni", turns, normal) * (2 * rows["scales"]).exp()  # along the axes
         offsets = torch.einsum("nij,nj->ni", turns, local) * sizes[:, None]
         return torch.where(offsets.isfinite(), offsets, 0.0)

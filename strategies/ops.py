@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from distributed.mesh import Ranks
 from offload.models.contract import GaussianModel
 from training.memory import available_bytes, format_bytes
 
@@ -19,14 +20,14 @@ SORTED_AGAIN = 0.25  # share of rows that may be out of order before all are sor
 MOST_COPIES = 51  # of one Gaussian at one place, in the correction; gsplat's bound
 
 
-def generator_at(seed: int, step: int) -> torch.Generator:
+def generator_at(seeds: Sequence[int], step: int) -> torch.Generator:
     """Return the random numbers of a step: on the CPU, so that devices agree, and alike in a resumed run."""
-    return torch.Generator().manual_seed(word_at(seed, step))
+    return torch.Generator().manual_seed(word_at(seeds, step))
 
 
-def word_at(seed: int, step: int) -> int:
-    """Return 32 random bits that follow from a seed and a step."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def word_at(seeds: Sequence[int], step: int) -> int:
+    """Return 32 random bits that follow from seeds and a step."""
+    return int(np.random.SeedSequence([*seeds, step]).generate_state(1)[0])
 
 
 def drawn_rows(info: Mapping[str, Any]) -> Tensor:
@@ -63,9 +64,10 @@ def grow(
     if not len(new_ids):
         return
     scales, quats = store.read("scales")[split_ids], store.read("quats")[split_ids]  # [S, 3], [S, 4]
-    noise = torch.randn(2, len(split_ids), 3, generator=generator).to(scales.device)
+    means = store.read("means")[split_ids]  # [S, 3]
+    noise = noise_of_halves(means, generator)  # [2, S, 3]
     offsets = torch.einsum("nij,bnj->bni", rotation_matrices(quats), scales.exp() * noise)  # [2, S, 3]
-    means = store.read("means")[split_ids] + offsets  # [2, S, 3]
+    means = means + offsets  # [2, S, 3]
     values = {"scales": scales - math.log(1.6)}  # the constant of 3DGS (arXiv 2308.04079, 5.2)
     if revised_opacity:
         opacities = torch.sigmoid(store.read("opacities")[split_ids])
@@ -79,6 +81,11 @@ def grow(
         store.truncate(num_before)
         raise
     store.overwrite(split_ids, {**values, "means": means[0]})
+
+
+def noise_of_halves(means: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw where the halves of rows with these means [S, 3] lie: [2, S, 3], in units of their axes."""
+    return torch.randn(2, len(means), 3, generator=generator).to(means.device)
 
 
 def rotation_matrices(quats: Tensor) -> Tensor:
@@ -162,17 +169,23 @@ def is_worth_sorting(num_misplaced: int, num_gaussians: int, *, is_last: bool) -
 
 
 class RoomForGrowth:
-    """Ask for memory before rows are added, and say once that there is none."""
+    """Ask for memory before rows are added, and say once that there is none; ranks that train together ask at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks
         self._told = False
 
     def holds(self, store: GaussianModel, num_new: int) -> bool:
-        """Return whether so many more Gaussians can be held."""
-        lack = lacking_memory(store, num_new)
-        if lack is not None:
-            self.tell(lack)
-        return lack is None
+        """Return whether so many more Gaussians can be held, by each rank its own."""
+        return not self.tell_any(lacking_memory(store, num_new))
+
+    def tell_any(self, sentence: str | None) -> bool:
+        """Say why rows are not added, where this process or another rank has a sentence; return whether one has."""
+        sentences = [sentence] if self._ranks is None else self._ranks.gather(sentence)
+        lacks = [each for each in sentences if each is not None]
+        if lacks:
+            self.tell(lacks[0])
+        return bool(lacks)
 
     def tell(self, sentence: str) -> None:
         """Say, the first time only, why rows are not added."""

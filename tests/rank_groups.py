@@ -26,7 +26,8 @@ def run_in_group(size: int, cases: Mapping[str, Case], folder: Path) -> dict[str
     The cases are functions of a module; a process that fails ends the group, with its traceback.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which chooses a port that is free
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # a process that has no threads, and is forked for each rank
+    context.set_forkserver_preload(["training.run"])  # so that it is imported once
     processes = [
         context.Process(target=_work, args=(rank, size, store.port, cases, folder), daemon=True) for rank in range(size)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -94,6 +95,7 @@ def all_ids(model: GaussianModel) -> Tensor:
     return torch.arange(model.num_gaussians)
 
 
+NO_ROWS = defaultdict(lambda: torch.tensor(0), {"parameters/means": torch.zeros(0, 3)})  # of any model
 READING = {
     "rows": lambda model: model.rows(0, 3),
     "read_view": lambda model: model.read_view(A),
@@ -102,6 +104,8 @@ READING = {
 CHANGING = {
     "read": lambda model: model.read("means"),
     "append_copies": lambda model: model.append_copies(torch.arange(3)),
+    "moving_rows": lambda model: model.moving_rows(torch.arange(3)),
+    "append_rows": lambda model: model.append_rows(NO_ROWS),
     "truncate": lambda model: model.truncate(N),
     "overwrite": lambda model: model.overwrite(torch.arange(3), {"opacities": torch.zeros(3)}),
     "relocate": lambda model: model.relocate(torch.arange(3), torch.arange(5, 8)),
@@ -116,6 +120,30 @@ def refused(call: Callable[[], object], method: str, where: str) -> None:
     with pytest.raises(WrongOrder, match=re.escape(f"{method}() was called {where}")) as error:
         call()
     assert str(error.value).count(".") == 1
+
+
+@KINDS
+def test_rows_that_have_moved_go_on_as_they_would_have_done(kind):
+    """Into a model that was without, and within one."""
+    stayed, left = MODELS[kind](start()), MODELS[kind](start())
+    empty = MODELS[kind]({name: value[:0] for name, value in start().items()})
+    for cameras in (A, B, A):
+        for model in (stayed, left, empty):
+            step(model, cameras)
+    stayed.moving_rows(all_ids(stayed))  # which applies the steps that they have skipped
+    order = torch.cat([torch.arange(5, N), torch.arange(5)])
+    some, others = left.moving_rows(torch.arange(5)), left.moving_rows(torch.arange(5, N))
+    left.append_rows(some)
+    left.keep(torch.cat([torch.arange(5, N), torch.arange(N, N + 5)]))
+    empty.append_rows(others)
+    empty.append_rows(some)
+    stayed.keep(order)
+    for cameras in (A, B, A):
+        for model in (stayed, left, empty):
+            step(model, cameras)
+    for name, value in values_of(stayed).items():
+        assert torch.equal(values_of(left)[name], value)
+        assert torch.equal(values_of(empty)[name], value)
 
 
 @KINDS

@@ -167,12 +167,12 @@ def test_where_all_are_transparent_training_stops_in_one_sentence():
 
 def test_random_numbers_are_normal_and_differ_by_row_step_and_axis():
     ids = torch.arange(50_000)
-    numbers = torch.cat([normal_numbers(ids, ops.word_at(1, step)) for step in range(3)], dim=1)  # [M, 9]
+    numbers = torch.cat([normal_numbers(ids, ops.word_at([1], step)) for step in range(3)], dim=1)  # [M, 9]
     for column in numbers.T:
         assert stats.kstest(column.numpy(), "norm").pvalue > 1e-3
     correlations = np.corrcoef(numbers.T.numpy()) - np.eye(9)
     assert np.abs(correlations).max() < 0.02
-    assert torch.equal(normal_numbers(ids[7:9], ops.word_at(1, 0)), numbers[7:9, :3])  # whichever others are drawn
+    assert torch.equal(normal_numbers(ids[7:9], ops.word_at([1], 0)), numbers[7:9, :3])  # whichever others are drawn
 
 
 STANDARD_DEVIATIONS = (0.3, 0.1, 0.02)

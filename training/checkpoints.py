@@ -266,7 +266,7 @@ class _Guard:
         self._store = store
         self._tensors = tensors
         self._copier = copier
-        largest_row = max(tensor.nbytes // max(len(tensor), 1) for tensor, _ in tensors)
+        largest_row = max(1, *(tensor.nbytes // max(len(tensor), 1) for tensor, _ in tensors))  # 1: there are none
         self._block_rows = max(min(GUARDED_ROWS, block_bytes // largest_row), 1)
         num_blocks = -(-len(tensors[0][0]) // self._block_rows)
         self._copies: list[Future[None] | None] = [None] * num_blocks

@@ -75,7 +75,7 @@ class ProgressBar:
             device = "device_allocated" if run.device.type == "cuda" else "host"
             self._bar.set_postfix(
                 loss=f"{loss.item():.4f}",
-                GS=f"{run.model.num_gaussians:,}" + _towards(run, steps_done),
+                GS=f"{run.num_gaussians:,}" + _towards(run, steps_done),
                 sh=run.sh_degree,
                 mem=format_bytes(peak_bytes(run.device)[device]),
             )
@@ -127,7 +127,7 @@ class TensorBoardLog:
 
     def _scalars(self, run: TrainingRun, loss: Tensor) -> Iterator[tuple[str, float]]:
         yield "train/loss", loss.item()
-        yield "train/num_GS", run.model.num_gaussians
+        yield "train/num_GS", run.num_gaussians
         yield "train/elapsed_seconds", run.saving.elapsed_seconds
         for kind, num_bytes in peak_bytes(run.device).items():
             yield f"memory/{kind}_GiB", num_bytes / 2**30

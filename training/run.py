@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
@@ -20,6 +22,8 @@ from configs import AnyConfig
 from datasets.loader import training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
+from distributed.dealing import dealt_rows
+from distributed.mesh import Ranks, join, local_ranks
 from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.adam.state import num_gaussians_of, stored_values
@@ -59,7 +63,7 @@ from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
 from training.timelapse import Timelapse
-from training.views import Backdrop, View, render
+from training.views import Backdrop, View, draw_together, render
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
@@ -88,6 +92,7 @@ class TrainingRun(Generic[AnyConfig]):
         scene_name: What is trained on, as the command line calls it.
         said_of_input: Sentences on what is used of the dataset, and what is not.
         device: Where views are rendered.
+        ranks: The processes that train this model together; None: this one alone.
         scene: The dataset, in normalized coordinates.
         scene_scale: Extent of the cameras in world units, with gsplat's margin of 10 %.
         times: Stage times; the trainer marks its stages.
@@ -121,19 +126,21 @@ class TrainingRun(Generic[AnyConfig]):
         self.cfg = cfg.with_scaled_steps()
         self.said_of_input: list[str] = []
         self.device = select_device(cfg.device)
-        self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
-        given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
-        torch.manual_seed(cfg.seed)
         with ExitStack() as resources:
-            self.results = ResultFolder(cfg)
+            self.ranks = self._join(resources)
+            self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
+            given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
+            torch.manual_seed(cfg.seed)
+            self.results = ResultFolder(self._with_own_folder())
             resources.callback(self.results.close)
             live = None if cfg.viewer is None or cfg.ckpt else LiveViewer(self.cfg)
             if live is not None:
                 resources.callback(live.page.close)
-            if scene_name == "demo":
-                ensure_city_block(Path(cfg.data_dir))
             resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
-            dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
+            with nullcontext() if self.ranks is None else self.ranks.one_first():  # pictures are scaled once
+                if scene_name == "demo":
+                    ensure_city_block(Path(cfg.data_dir))
+                dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
             self.scene: Scene = dataset.scene
             if live is not None:
                 live.place(self.scene)
@@ -153,6 +160,8 @@ class TrainingRun(Generic[AnyConfig]):
         self.view: View | None = None
         self.upcoming: View | None = None
         self.sh_degree = 0
+        self._num_gaussians = 0  # of all ranks
+        self._changes_rows_after: Callable[[int], bool] = lambda step: False
         self.ending = Ending(FINISHED)
         self.strategy: Strategy | None = None
         self._model: GaussianModel | None = None
@@ -166,11 +175,61 @@ class TrainingRun(Generic[AnyConfig]):
         print(sentence)
         self.said_of_input.append(sentence)
 
+    # ------------------------------------------------------------------------------------------------ several processes
+
+    def _join(self, resources: ExitStack) -> Ranks | None:
+        """Meet the other processes, which share the device that this one renders on with it no more.
+
+        Raises:
+            InputError: The script or the options are not for so many.
+        """
+        ranks = join(self.device, self.cfg.shares)
+        if ranks is None:
+            return None
+        resources.callback(ranks.leave)
+        if not self._trainer.several_gpus:
+            raise InputError(
+                f"{self._trainer.path.name} trains on one GPU: start it without torchrun, or take "
+                "simple_trainer_hybrid_streamed.py."
+            )
+        for option, is_given in (
+            ("--background sky", self.cfg.background == "sky"),
+            ("--exposure", self.cfg.exposure != "none"),
+            ("--strategy mcmc", self.cfg.strategy == "mcmc"),
+            ("--target_gaussians", bool(self.cfg.target_gaussians)),
+            ("--opacity_reg", bool(self.cfg.opacity_reg)),
+            ("--scale_reg", bool(self.cfg.scale_reg)),
+            ("--viewer", self.cfg.viewer is not None),
+            ("--timelapse", bool(self.cfg.timelapse)),
+        ):
+            if is_given:
+                raise InputError(f"{option} is for one process: leave it out, or start without torchrun.")
+        self.device = ranks.device
+        if not ranks.leads:
+            resources.enter_context(redirect_stdout(StringIO()))  # rank 0 tells the same
+        return ranks
+
+    def _with_own_folder(self) -> AnyConfig:
+        """Return the options with a result folder that no other rank writes."""
+        if self.ranks is None:
+            return self.given
+        return replace(self.given, result_dir=str(Path(self.given.result_dir) / f"rank_{self.ranks.rank}"))
+
+    @property
+    def num_ranks(self) -> int:
+        """Count the processes that train this model together, 1 where it is this one alone."""
+        return 1 if self.ranks is None else self.ranks.size
+
+    @property
+    def speaks(self) -> bool:
+        """Return whether this process tells the user what all of them do."""
+        return self.ranks is None or self.ranks.leads
+
     # --------------------------------------------------------------------------------------- what a trainer starts with
 
     @property
     def num_initial_gaussians(self) -> int:
-        """Count the Gaussians that `initial_gaussians` returns."""
+        """Count the Gaussians that training starts with, at all ranks."""
         if self._evaluated is not None:
             return num_gaussians_of(self._evaluated.state)
         if self._given_gaussians is not None:
@@ -181,18 +240,28 @@ class TrainingRun(Generic[AnyConfig]):
     def initial_gaussians(self) -> dict[str, Tensor]:
         """Return one Gaussian per point of the scene, in Morton order; those of a checkpoint or file that is given.
 
-        Before that, print what training will take of host and device memory.
+        Where ranks train together each gets its own. Before that, print what training will take of host and device
+        memory.
 
         Raises:
             InputError: There are more than --target_gaussians.
             NotEnoughMemory: It does not fit, with the option to change.
         """
+        if self._evaluated is None:
+            self._check_target()
+            self._check_memory()
+            if self.saving.resumed is not None:
+                return {name: stored_values(self.saving.resumed.state, name) for name in PARAMETER_NAMES}
+        gaussians = self._all_gaussians()
+        if self.ranks is None:
+            return gaussians
+        own = dealt_rows(len(gaussians["means"]), self.ranks.rank, self.ranks.proportions)
+        return {name: value[own] for name, value in gaussians.items()}
+
+    def _all_gaussians(self) -> dict[str, Tensor]:
+        """Return the Gaussians of all ranks: every one makes the same, or reads them."""
         if self._evaluated is not None:
             return self._evaluated.gaussians
-        self._check_target()
-        self._check_memory()
-        if self.saving.resumed is not None:
-            return {name: stored_values(self.saving.resumed.state, name) for name in PARAMETER_NAMES}
         if self._given_gaussians is not None:
             gaussians, self._given_gaussians = self._given_gaussians, None
             return gaussians
@@ -208,15 +277,20 @@ class TrainingRun(Generic[AnyConfig]):
 
     @property
     def adam(self) -> AdamOptions:
-        """Say how Adam updates the Gaussians."""
-        return schedules.adam_options(self.cfg, self.scene_scale)
+        """Say how Adam updates the Gaussians: as one process does with the views of all ranks."""
+        return schedules.adam_options(replace(self.cfg, batch_size=self.views_per_step), self.scene_scale)
+
+    @property
+    def views_per_step(self) -> int:
+        """Count the views of a step, of all ranks."""
+        return self.cfg.batch_size * self.num_ranks
 
     def new_strategy(self) -> Strategy:
         """Return the strategy that the options choose, as it is before the first step."""
         if self.cfg.strategy == "mcmc":
             means_lr = schedules.means_lr_of_steps(self.cfg, self.scene_scale)
             return MCMCStrategy(self.cfg, means_lr, self.cfg.seed)
-        return DefaultStrategy(self.cfg, self.scene_scale, self.cfg.seed)
+        return DefaultStrategy(self.cfg, self.scene_scale, self.cfg.seed, self.ranks)
 
     def _check_target(self) -> None:
         """Refuse a target that a run cannot come to from the Gaussians that it begins with."""
@@ -238,15 +312,26 @@ class TrainingRun(Generic[AnyConfig]):
     def _check_memory(self) -> None:
         all_needs = needs(
             self._trainer.footprint(self.cfg),
-            share_in_largest_view(self.scene, self.cfg.batch_size),
+            share_in_largest_view(self.scene, self.views_per_step),
             self.cfg.batch_size * max(camera.width * camera.height for camera in self.scene.cameras),
             self.device,
             host_remedy=remedy(self._trainer, self.cfg, "host"),
             device_remedy=remedy(self._trainer, self.cfg, "device"),
         )
         all_needs[-1] = replace(all_needs[-1], other_bytes=all_needs[-1].other_bytes + self.modules.nbytes)
+        share, where = 1.0, ""
         option = "target_gaussians" if self.cfg.target_gaussians > 0 else "max_gaussians"
-        print(check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option))
+        if self.ranks is not None:
+            share = self.ranks.shares[self.ranks.rank]
+            where = f"For the share of one of {self.ranks.size} ranks:\n"
+            # Ranks of one machine share its memory, and have a GPU each.
+            all_needs = [
+                need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // local_ranks())
+                for need in all_needs
+            ]
+        first = math.ceil(share * self.num_initial_gaussians)
+        most = math.ceil(share * getattr(self.cfg, option))
+        print(where + check_memory(all_needs, first, most, option))
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
@@ -258,12 +343,19 @@ class TrainingRun(Generic[AnyConfig]):
         return self._model
 
     @property
+    def num_gaussians(self) -> int:
+        """Count the Gaussians of all ranks."""
+        return self.model.num_gaussians if self.ranks is None else self._num_gaussians
+
+    @property
     def steps_of_this_run(self) -> int:
         """Count the steps done since it was started or resumed."""
         return self.model.steps_done - self._first_step
 
     def draw(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
         """Return the picture that one camera sees of the model; training is not disturbed.
+
+        Where ranks train together all of them call it at once, each with the camera that it wants to see.
 
         Args:
             cameras: One.
@@ -274,7 +366,10 @@ class TrainingRun(Generic[AnyConfig]):
         """
         if self._draw is not None:
             return self._draw(cameras, depth)
-        rows, shown = self.model.read_view(cameras), self.shown_backgrounds(cameras)
+        shown = self.shown_backgrounds(cameras)
+        if self.ranks is not None:
+            return draw_together(self.model, cameras, self.cfg, self.ranks, backgrounds=shown, depth=depth)
+        rows = self.model.read_view(cameras)
         return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, backgrounds=shown, depth=depth)[0]
 
     @property
@@ -304,6 +399,8 @@ class TrainingRun(Generic[AnyConfig]):
         """
         self._model, self.strategy = model, strategy
         self._draw = draw
+        self._changes_rows_after = strategy.changes_rows_after
+        self._count_gaussians()
         if self._evaluated is not None:
             self._begin(None)
             self._evaluation.evaluate(self, self._evaluated.steps)
@@ -332,14 +429,21 @@ class TrainingRun(Generic[AnyConfig]):
                 seed=self.cfg.seed,
                 view_window=self.cfg.view_window,
                 start_step=first,
+                rank=0 if self.ranks is None else self.ranks.rank,
+                num_ranks=self.num_ranks,
                 num_workers=self.cfg.num_workers or None,
                 pin_memory=self.device.type == "cuda",
             )
         )
-        bar = tqdm(total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=self.cfg.max_steps, initial=first, desc="train", unit="step", dynamic_ncols=True,
+            disable=not self.speaks,
+        )  # fmt: skip
         self._resources.enter_context(bar)
-        watching = (ProgressBar(bar), BlankPictures(), TensorBoardLog(), self._timelapse)
-        self.observers += [*watching, *self._results_of_the_end]
+        if self.speaks:
+            self.observers += [ProgressBar(bar), BlankPictures(), TensorBoardLog()]
+        if self.ranks is None:
+            self.observers += [self._timelapse, *self._results_of_the_end]
         following: View | None = View.from_batch(next(loader), self.cfg, self.device)
         step_done = self._resources.enter_context(
             profiled_steps(self.cfg.profile, self.results.path / "profile", self.device)
@@ -380,11 +484,16 @@ class TrainingRun(Generic[AnyConfig]):
 
     def backgrounds(self, view: View) -> Tensor | Backdrop | None:
         """Return what is behind a training view, as `training.views.render` takes it."""
+        first = 0 if self.ranks is None else self.ranks.rank * len(view.images)
+        own = slice(first, first + len(view.images))  # of the cameras of all ranks
         if self.cfg.background != "random":
-            return self.shown_backgrounds(view.cameras)
+            cameras = view.cameras
+            if self.ranks is not None:
+                cameras = replace(cameras, viewmats=cameras.viewmats[own], Ks=cameras.Ks[own])
+            return self.shown_backgrounds(cameras)
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
-        colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.images), 3), np.float32)
-        return torch.from_numpy(colors).to(self.device)
+        colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.cameras.Ks), 3), np.float32)
+        return torch.from_numpy(colors[own]).to(self.device)
 
     @property
     def depth_weight(self) -> float:
@@ -410,12 +519,24 @@ class TrainingRun(Generic[AnyConfig]):
         if self.results.make_again():
             self.saving.now()
         self.saving.after_step(step + 1)
+        loss = loss.detach()
+        if self.ranks is not None:
+            loss = self.ranks.mean(loss)
+            if self._changes_rows_after(step):
+                self._count_gaussians()
         for observer in self.observers:
-            observer.after_step(self, step + 1, loss.detach())
+            observer.after_step(self, step + 1, loss)
         self.saving.look_at_failures()
+
+    def _count_gaussians(self) -> None:
+        """Count the Gaussians of all ranks, which call this at once."""
+        if self.ranks is not None:
+            self._num_gaussians = sum(self.ranks.gather(self.model.num_gaussians))
 
     def _look_at_skipped_steps(self) -> None:
         skipped, in_a_row = self.model.skipped_steps()
+        if self.ranks is not None:  # one that sees nothing of a step cannot tell
+            skipped, in_a_row = max(self.ranks.gather((skipped, in_a_row)))
         if in_a_row >= MOST_SKIPPED_STEPS:
             raise TrainingStopped(
                 f"The gradients of the last {in_a_row} steps were not finite, so nothing is learned any more: look at "

@@ -24,7 +24,7 @@ from training.dataset import Dataset, photos_of
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
-    *("data_dir", "model_dir", "result_dir", "device", "resume", "force", "new_photos", "save_every", "keep"),
+    *("data_dir", "model_dir", "result_dir", "device", "shares", "resume", "force", "new_photos", "save_every", "keep"),
     "init_ckpt",  # a resumed run has left behind what it began from
     *("num_workers", "log_every", "profile"),
     *("video", "trajectory", "video_seconds", "video_size", "video_depth", "timelapse"),

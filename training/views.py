@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from configs import Config
 from datasets.loader import Batch
+from distributed.exchange import PairExchange
+from distributed.mesh import Ranks
 from offload.culling.cameras import Cameras
+from offload.models.contract import GaussianModel
 from rendering.rasterize import rasterize
 from rendering.region import Region
 from training.gaussians import activate
@@ -26,10 +29,14 @@ class Backdrop(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Hold C photos of one size on the training device, and the cameras that took them on the host."""
+    """Hold C photos of one size on the training device, and the cameras of the step on the host.
+
+    The cameras are those that took the photos; where ranks train together, those that took the photos of all ranks, in
+    their order.
+    """
 
     images: Tensor  # [C, H, W, 3] float32 in [0, 1]
-    cameras: Cameras  # C, of which culling and the rasterizer take all they know
+    cameras: Cameras  # C or W C, of which culling and the rasterizer take all they know
     masks: Tensor | None = None  # [C, H, W] bool, True where the picture is valid; None: everywhere
     image_ids: Tensor | None = None  # [C] int64 on the host, into the scene's images; None: no images of a scene
     inverse_depths: Tensor | None = None  # [C, H, W] float32, one over the depth, 0: unknown; None: depths do not count
@@ -77,18 +84,20 @@ def render(
     backgrounds: Tensor | Backdrop | None = None,
     region: Region | None = None,
     depth: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, dict]:
     """Draw Gaussians as cameras see them; no photo is needed.
 
     Args:
         rows: The Gaussians' parameters, as `training.gaussians.activate` takes them.
-        cameras: C of them.
+        cameras: C of them; where ranks train together W C, of which each rank draws C.
         cfg: Says whether the strategy wants absolute gradients, and whether depths count.
         sh_degree: Degree of the spherical harmonics to use.
         backgrounds: [C, 3] colours behind the scene, or what makes those of each pixel; None is black.
         region: Render these pixels only; None: all.
         depth: Add a fourth channel: the mean distance along the viewing direction of what is seen, in world units; 0
             where nothing is.
+        ranks: Each gives its own Gaussians, all of them call this together; None: there is this process only.
 
     Returns:
         Colours [C, H, W, 3 or 4], of the region's size, and `rendering.rasterize`'s info; where gradients are wanted,
@@ -96,6 +105,7 @@ def render(
         `info["expected_depths"]` [C, H, W] are those of the pixels, 0 where nothing is drawn.
     """
     device = rows["means"].device
+    exchange = None if ranks is None else PairExchange(ranks, len(cameras.Ks) // ranks.size, cfg.absgrad)
     depths_count = cfg.depth_loss and torch.is_grad_enabled()  # which training alone looks at
     colors, alphas, info = rasterize(
         **activate(rows),
@@ -112,6 +122,7 @@ def render(
         absgrad=cfg.absgrad,
         render_mode="RGB+ED" if depth or depths_count else "RGB",
         backgrounds=None if callable(backgrounds) else backgrounds,
+        exchange=exchange,
     )
     if callable(backgrounds):
         behind = (1.0 - alphas) * backgrounds(cameras, region)
@@ -122,3 +133,33 @@ def render(
     if info["means2d"].requires_grad:
         info["means2d"].retain_grad()
     return colors, info
+
+
+@torch.no_grad()
+def draw_together(
+    model: GaussianModel,
+    cameras: Cameras,
+    cfg: Config,
+    ranks: Ranks,
+    *,
+    backgrounds: Tensor | Backdrop | None = None,
+    depth: bool = False,
+) -> Tensor:
+    """Return the pictures [C, H, W, 3 or 4] that a rank's cameras see of the Gaussians of all ranks.
+
+    All of them call this at once, each with as many cameras; their pictures may differ in size. Backgrounds and depth
+    are those of `render`, for the rank's own cameras.
+    """
+    everyone = ranks.gather(cameras)
+    if len({(each.width, each.height) for each in everyone}) == 1:
+        batches = [everyone]
+    else:  # a rendering has pictures of one size: all ranks draw those of each
+        batches = [[each] * ranks.size for each in everyone]
+    pictures = []
+    for batch in batches:
+        viewmats, Ks = (torch.cat([getattr(each, name) for each in batch]) for name in ("viewmats", "Ks"))
+        together = replace(batch[0], viewmats=viewmats, Ks=Ks)
+        rows, degree = model.read_view(together), cfg.sh_degree
+        drawn = render(rows, together, cfg, sh_degree=degree, backgrounds=backgrounds, depth=depth, ranks=ranks)
+        pictures.append(drawn[0])
+    return pictures[0] if len(batches) == 1 else pictures[ranks.rank]

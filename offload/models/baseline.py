@@ -194,6 +194,20 @@ class BaselineGaussians:
             for store in self.stores.values():
                 store.append_copies(ids)
 
+    def moving_rows(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return copies of rows [M] with their moments, named as in `state`; for `append_rows`."""
+        with self._order.taking("change", "moving_rows"):
+            return {key: stored[ids] for key, stored in self._arrays_by_name().items()}
+
+    def append_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Append rows [M] that `moving_rows` has returned."""
+        with self._order.taking("change", "append_rows"):
+            first = self.num_gaussians
+            for store in self.stores.values():
+                store.append_blank(len(rows["parameters/means"]))
+            for key, stored in self._arrays_by_name().items():
+                stored[first:] = rows[key]
+
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where one store has them only, since appending has failed."""
         with self._order.taking("change", "truncate"):

@@ -10,9 +10,9 @@ A training step is
 
 Where something has been prefetched, the next `fetch` must be of those very cameras: of the same object, not of equal
 ones. Between steps, and only there, rows may be read (`read_view`, `rows`, `state`), which keeps what was prefetched,
-and changed (`read`, `append_copies`, `truncate`, `overwrite`, `relocate`, `keep`, `clamp_opacities`, `load_state`),
-which drops it. `undo_step` is allowed at any time and leads back to where the step began. Everything else, numbers of
-Gaussians and counters, may be asked at any time.
+and changed (`read`, `append_copies`, `moving_rows`, `append_rows`, `truncate`, `overwrite`, `relocate`, `keep`,
+`clamp_opacities`, `load_state`), which drops it. `undo_step` is allowed at any time and leads back to where the step
+began. Everything else, numbers of Gaussians and counters, may be asked at any time.
 
 `ORDER` says the same as a table, and `StepOrder` keeps a model to it: whatever is asked in a wrong order is refused by
 one sentence, before anything has changed.
@@ -254,6 +254,12 @@ class GaussianModel(Protocol):
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
 
+    def moving_rows(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return copies of rows [M] with their moments, all steps applied, named as in `state`; for `append_rows`."""
+
+    def append_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Append rows [M] that a model of the same kind has returned from `moving_rows` after as many steps."""
+
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where appending has failed half-way."""
 
@@ -348,6 +354,8 @@ class GeometryPlace(Protocol):
         Returns:
             The parameters [N, ...] by name, not copied.
         """
+
+    def append_blank(self, count: int) -> None: ...
 
     def append_copies(self, ids: Tensor) -> None: ...
 

@@ -183,6 +183,24 @@ class DeviceGaussians:
                 lambda moment: torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])]),
             )
 
+    def moving_rows(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return copies of rows [M] with their moments, named as in `state`; for `append_rows`."""
+        with self._order.taking("change", "moving_rows"):
+            return {key: value[ids] for key, value in self._state().items() if key != "step_count"}
+
+    def append_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Append rows [M] that `moving_rows` has returned."""
+        with self._order.taking("change", "append_rows"):
+            first, count = self.num_gaussians, len(rows["parameters/means"])
+
+            def grown(value: Tensor) -> Tensor:
+                return torch.cat([value, value.new_zeros(count, *value.shape[1:])])
+
+            self._replace_rows(grown, grown)
+            for key, stored in self._state().items():
+                if key != "step_count":
+                    stored[first:] = rows[key].to(self.device)
+
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where some tensors have them only, since appending has failed."""
         with self._order.taking("change", "truncate"):

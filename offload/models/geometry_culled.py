@@ -107,6 +107,10 @@ class CulledGeometry:
         self._bounds_are_good = False
         return self._store.layout.named(self._store.rows.parameters)
 
+    def append_blank(self, count: int) -> None:
+        """Append so many rows whose values and moments are written next."""
+        self._store.append_blank(count)
+
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""
         self._store.append_copies(ids)

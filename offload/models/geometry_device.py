@@ -151,6 +151,13 @@ class DeviceGeometry:
         """Count the bytes that appending this many Gaussians takes at its peak: one tensor stands twice."""
         return {self.device: num_new * BYTES + self.num_gaussians * 4 * 4}
 
+    def append_blank(self, count: int) -> None:
+        """Append so many rows whose values and moments are written next."""
+        for values in (self._state.parameters, self._state.exp_avg, self._state.exp_avg_sq):
+            for name, value in values.items():
+                values[name] = torch.cat([value, value.new_zeros(count, *value.shape[1:])])
+        self._state.last_step = torch.cat([self.last_step, self.last_step.new_full((count,), self.steps_done)])
+
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], which have been caught up, without moments."""
         for name, value in self._state.parameters.items():

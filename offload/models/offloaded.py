@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.finite import FiniteGradients, gradient_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.adam.state import State, load_deferred
+from offload.adam.state import ARRAYS, State, load_deferred
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
 from offload.models.geometry_culled import CulledGeometry
@@ -144,6 +144,22 @@ class OffloadedGaussians:
         with self._changing("append_copies", ids):
             for place in self._places():
                 place.append_copies(ids)
+
+    def moving_rows(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return copies of rows [M] with their moments, all steps applied, named as in `state`; for `append_rows`."""
+        with self._changing("moving_rows", ids):
+            return {key: stored[ids.to(stored.device)] for key, stored in self._stored_rows().items()}
+
+    def append_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Append rows [M] that `moving_rows` has returned after as many steps."""
+        first, count = self.num_gaussians, len(next(iter(rows.values())))
+        with self._changing("append_rows", torch.zeros(0, dtype=torch.int64)), ExitStack() as changes:
+            for place in self._places():
+                place.append_blank(count)
+            for group in self._groups.values():
+                changes.enter_context(group.store.changing(None))
+            for key, stored in self._stored_rows().items():
+                stored[first:] = rows[key].to(stored.device)
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where some places have them only, since appending has failed."""
@@ -295,6 +311,13 @@ class OffloadedGaussians:
         for name in self._geometry.stores:
             self._pipeline.catch_up(name, None)
         return self._geometry.catch_up(None)
+
+    def _stored_rows(self) -> dict[str, Tensor]:
+        """Return the parameters and moments of all rows [N, ...] under the names of `state`; not copied."""
+        rows = {key: value for key, value in self._geometry.state().items() if key.partition("/")[0] in ARRAYS}
+        for group in self._groups.values():
+            rows.update(group.store.arrays_by_name())
+        return rows
 
     def _places(self) -> list[GeometryPlace | RowStore]:
         """Return geometry and the stores of all else."""

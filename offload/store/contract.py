@@ -66,6 +66,9 @@ class RowStore(Protocol):
     def arrays_by_name(self) -> dict[str, Tensor]:
         """Return views of the stored parameters and moments, under the names of `offload.adam.state`."""
 
+    def append_blank(self, count: int) -> None:
+        """Append so many rows whose values and moments are written next."""
+
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
 

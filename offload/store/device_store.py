@@ -109,6 +109,13 @@ class DeviceStore:
             for name, view in self.layout.named(values).items()
         }
 
+    def append_blank(self, count: int) -> None:
+        """Append so many rows whose values and moments are written next; as `append_copies` where memory runs out."""
+        with self.changing(None):
+            for index, array in enumerate(self._arrays):
+                self._arrays[index] = torch.cat([array, array.new_zeros(count, array.shape[1])])
+            self._last_step = torch.cat([self._last_step, self._last_step.new_full((count,), self.step)])
+
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments.
 

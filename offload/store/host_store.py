@@ -171,6 +171,13 @@ class HostStore:
         """Return the stored values of one parameter: a view of the rows."""
         return self.snapshot()[name]
 
+    def append_blank(self, count: int) -> None:
+        """Append so many rows whose values and moments are written next."""
+        with self.changing(None):
+            num_before = self.num_gaussians
+            self._resize(num_before + count)
+            self.last_step[num_before:] = self.step
+
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
         ids = self._checked(ids)
