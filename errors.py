@@ -5,6 +5,7 @@ InputError            the input cannot be used; exit code 2, no traceback
   DamagedError        a checkpoint is not what was written
 TrainingStopped       training cannot go on; exit code 1
   NotSaved            and what was trained last could not be saved
+  EndedElsewhere      another of the processes that train together has said why
 
 offload/errors.py adds those that name a parameter, which the command line calls by its option.
 """
@@ -36,6 +37,10 @@ class TrainingStopped(Exception):
 
 class NotSaved(TrainingStopped):
     """Say that training has come to an end that could not be saved, and which checkpoint there is before it."""
+
+
+class EndedElsewhere(TrainingStopped):
+    """Say that another rank tells people why training has ended; this process says nothing and exits with code 1."""
 
 
 def reason(error: BaseException) -> str:

@@ -20,10 +20,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.board import Board
 from errors import InputError
 from offload.errors import ParameterError
 
 T = TypeVar("T")
+
+
+class RanksParted(RuntimeError):
+    """Say that a collective has failed, since another rank has ended or cannot be reached."""
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of whatever kind torch's back ends have
+        raise RanksParted(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -35,12 +48,14 @@ class Ranks:
         size: W, at least 2.
         device: Where this rank renders, and its tensors lie that are sent.
         proportions: W numbers, in which the ranks are to hold the Gaussians.
+        board: For what is said out of turn.
     """
 
     rank: int
     size: int
     device: torch.device
     proportions: tuple[int, ...]
+    board: Board = field(repr=False)
     _control: dist.ProcessGroup = field(repr=False)  # gloo, for small objects; tensors have the default group
 
     @property
@@ -55,24 +70,35 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------------------- small objects
 
+    @_talking()
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order, at every rank; small ones that can be pickled."""
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self._control)
         return values
 
+    @_talking()
     def broadcast(self, value: T) -> T:
         """Return rank 0's value at every rank; a small one that can be pickled."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
+    @_talking()
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set at some rank."""
         flags = torch.tensor([flag], dtype=torch.uint8)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
         return bool(flags)
 
+    @_talking()
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each of some flags, as many everywhere, whether it is set at some rank."""
+        found = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
+        return found.bool().tolist()
+
+    @_talking()
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier(group=self._control)
@@ -80,7 +106,7 @@ class Ranks:
     @contextmanager
     def one_first(self) -> Iterator[None]:
         """Let the first rank of each machine do something before the others, which then find it done."""
-        is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        is_first = is_first_of_machine()
         if not is_first:
             self.barrier()
         try:
@@ -91,6 +117,7 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------------------------- tensors
 
+    @_talking()
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send each rank its part of some rows.
 
@@ -106,12 +133,14 @@ class Ranks:
         dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent))
         return result
 
+    @_talking()
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean over the ranks of a tensor on this rank's device, which stays as it is."""
         total = value.detach().clone()
         dist.all_reduce(total)
         return total / self.size
 
+    @_talking()
     def largest(self, value: Tensor) -> Tensor:
         """Return the largest of each value over the ranks; as `mean`."""
         found = value.detach().clone()
@@ -124,6 +153,11 @@ class Ranks:
         """Part from the others; whatever is under way between them is given up."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_first_of_machine() -> bool:
+    """Return whether this is the first process on its machine that torchrun has started, or was started without it."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def local_ranks() -> int:
@@ -169,4 +203,4 @@ def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
     else:
         dist.init_process_group("gloo")
     proportions = tuple(proportions) or (1,) * size
-    return Ranks(dist.get_rank(), size, device, proportions, dist.new_group(backend="gloo"))
+    return Ranks(dist.get_rank(), size, device, proportions, Board(), dist.new_group(backend="gloo"))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,10 +52,13 @@ class Statistics:
 class DefaultStrategy:
     """Gather statistics at every step and refine a store of Gaussians when the rules say so.
 
-
     Where ranks train together each refines its own Gaussians. All follow the same rules, of which those that look at
     the whole model hold for the Gaussians of all ranks.
     """
+
+    name: ClassVar[str] = "densification"  # as checkpoints have called it from the beginning
+    moves_rows: ClassVar[bool] = False
+    rows_of_state: ClassVar[tuple[str, ...]] = ("grad2d", "count", "radii")
 
     def __init__(self, rules: DensificationRules, scene_scale: float, seed: int, ranks: Ranks | None = None) -> None:
         """

@@ -1,12 +1,14 @@
 """Kills training runs at random moments, again and again, and resumes them.
 
     python -m tests.fault_trials --kills 50 --num_gaussians 200000
+    python -m tests.fault_trials --kills 20 --num_gaussians 20000 --ranks 2 --trainers streamed
 
 Each trainer trains one scene in a child process that is killed (SIGKILL) at a random moment: at any time, shortly
 after a step, a refinement or the writing of a checkpoint has begun. After each kill the newest valid checkpoint must
 be at least as new as the newest one that had been reported as written, and the run is resumed. When all kills are
 done the run goes to its end, and its last checkpoint is compared with that of a run that was never killed: on the CPU
-they must be bit-equal. Prints a row for each trainer.
+they must be bit-equal. Prints a row for each trainer. With --ranks each run is so many processes that train together,
+of which one is killed; the others must then end by themselves.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from datasets.synthetic import write_city_block
 from offload.adam.state import num_gaussians_of
+from tests.ranked_scripts import LIMIT, environment
 from trainers import TRAINERS
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import load_checkpoint
+from training.joined_rows import whole
 
 MOMENTS = ("step", "refinement", "writing", "publishing")
 STEPS_PER_KILL = 5
@@ -46,9 +51,10 @@ class Report:
     steps_repeated: int = 0  # that had been computed after the newest checkpoint
     num_gaussians: int = 0  # at the end
     bit_equal: bool = False
+    longest_end: float = 0.0  # seconds that other ranks took to end after the kill
 
 
-def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> Report:
+def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0, ranks: int = 1) -> Report:
     """Kill and resume one trainer so many times.
 
     Args:
@@ -56,6 +62,7 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
         kills: How often.
         num_gaussians: That training starts with.
         seed: Of the moments.
+        ranks: How many processes train together.
     """
     rng, report = random.Random(seed), Report(trainer)
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,10 +76,10 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
             *("--num_workers", 1, *TRAINERS[trainer].arguments),
         )
         ending = ("--result_dir", str(Path(scratch) / "whole"), "--resume")
-        whole = subprocess.Popen((*child(trainer), *map(str, options), *ending), **SILENT)
+        undisturbed = Run(trainer, (*options, *ending), ranks, is_heard=False)
         published = 0  # steps of the newest checkpoint that has been reported as written
         while report.kills < kills:
-            with Run(trainer, (*options, "--result_dir", killed, "--resume")) as run:
+            with Run(trainer, (*options, "--result_dir", killed, "--resume"), ranks) as run:
                 moment = rng.choice(("any", *MOMENTS))
                 # Let some steps pass, so that the run gets on.
                 if not run.wait_for("step", rng.randint(1, STEPS_PER_KILL - 1)):
@@ -81,7 +88,7 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
                     time.sleep(rng.uniform(0, 1.0))
                 else:
                     time.sleep(rng.uniform(0, 0.03))
-                run.kill()
+                report.longest_end = max(report.longest_end, run.kill(rng.randrange(ranks)))
             report.kills += 1
             report.moments[run.doing] += 1
             found = newest(killed)
@@ -91,15 +98,17 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0) -> 
             print(
                 f"killed {trainer} at {run.doing} after {run.steps_done} steps: resumes after {found}", file=sys.stderr
             )
-        subprocess.run((*child(trainer), *map(str, options), "--result_dir", str(killed), "--resume"), **SILENT)
-        whole.wait()
+        Run(trainer, (*options, "--result_dir", killed, "--resume"), ranks, is_heard=False).wait()
+        undisturbed.wait()
         checkpoints = [
             load_checkpoint(Path(scratch) / name / f"ckpts/ckpt_{max_steps}.pt") for name in ("killed", "whole")
         ]
         states = [dict(checkpoint.state) for checkpoint in checkpoints]
         report.num_gaussians = num_gaussians_of(states[0])
         report.bit_equal = states[0].keys() == states[1].keys() and all(
-            torch.equal(value, states[1][name]) for name, value in states[0].items() if name != "elapsed_seconds"
+            torch.equal(whole(value), whole(states[1][name]))
+            for name, value in states[0].items()
+            if name != "elapsed_seconds"
         )
     return report
 
@@ -117,11 +126,18 @@ def child(trainer: str) -> tuple[str, ...]:
 
 
 class Run:
-    """A training run in a child process, which says what it is doing."""
+    """A training run in a child process, which says what it is doing; or in several, of which the first does."""
 
-    def __init__(self, trainer: str, options: tuple[object, ...]) -> None:
+    def __init__(self, trainer: str, options: tuple[object, ...], ranks: int = 1, *, is_heard: bool = True) -> None:
         command = (*child(trainer), *map(str, options))
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environments = [environment(rank, ranks, self._store) for rank in range(ranks)] if ranks > 1 else [None]
+        heard = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self._processes = [
+            subprocess.Popen(command, env=env, **(heard if is_heard and rank == 0 else SILENT))
+            for rank, env in enumerate(environments)
+        ]
+        self._process = self._processes[0]
         self.output = ""
         self.doing = "starting"
         self.steps_done = 0
@@ -136,18 +152,26 @@ class Run:
             times -= self._heard(line) == moment
         return True
 
-    def kill(self) -> None:
-        self._process.kill()
+    def kill(self, rank: int) -> float:
+        """Kill one process; return the seconds until all have ended, which the others must do by themselves."""
+        began = time.monotonic()
+        self._processes[rank].kill()
         for line in self._process.stdout:
             self._heard(line)
-        self._process.wait()
+        self.wait()
+        return time.monotonic() - began
+
+    def wait(self) -> None:
+        for process in self._processes:
+            process.wait(None if len(self._processes) == 1 else 10 * LIMIT)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        for process in self._processes:
+            process.kill()
+        self.wait()
 
     def _heard(self, line: str) -> str:
         self.output += line
@@ -165,6 +189,7 @@ def be_child(trainer: str, arguments: list[str]) -> None:
     """Train in this process, and say on stdout what begins."""
     from strategies.default import DefaultStrategy
     from training import checkpoint_folder, command_line
+    from training.checkpoint_parts import JointCheckpoint
     from training.checkpoints import PartialCheckpoint
     from training.run import TrainingRun
 
@@ -176,7 +201,7 @@ def be_child(trainer: str, arguments: list[str]) -> None:
         method = getattr(owner, name)
 
         def announced(self, *arguments: object, **options: object) -> object:
-            steps = arguments[1].steps if owner is PartialCheckpoint and len(arguments) > 1 else None
+            steps = arguments[1].steps if owner is checkpoint and len(arguments) > 1 else None
             if name == "publish":
                 steps = int(self.path.stem.split("_")[1])
             if name == "after_step":
@@ -189,8 +214,9 @@ def be_child(trainer: str, arguments: list[str]) -> None:
 
         setattr(owner, name, announced)
 
-    announce(PartialCheckpoint, "__init__", "writing", "training")
-    announce(PartialCheckpoint, "publish", "publishing", "published")
+    checkpoint = PartialCheckpoint if os.environ.get("WORLD_SIZE", "1") == "1" else JointCheckpoint
+    announce(checkpoint, "__init__", "writing", "training")
+    announce(checkpoint, "publish", "publishing", "published")
     announce(DefaultStrategy, "refine", "refinement", "training")
     announce(TrainingRun, "after_step", "step")
     assert checkpoint_folder.PartialCheckpoint is PartialCheckpoint
@@ -207,17 +233,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="how many, of all trainers together (50)")
     parser.add_argument("--num_gaussians", type=int, default=200_000, help="that training starts with (200000)")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), help="all")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run, of which one is killed (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     arguments = parser.parse_args()
     kills = -(-arguments.kills // len(arguments.trainers))
     failed = False
     for trainer in arguments.trainers:
-        report = kill_trials(trainer, kills, arguments.num_gaussians, arguments.seed)
+        report = kill_trials(trainer, kills, arguments.num_gaussians, arguments.seed, arguments.ranks)
         failed |= report.lost > 0 or not report.bit_equal
         moments = ", ".join(f"{count} {moment}" for moment, count in report.moments.items())
         print(
             f"{trainer}: {report.kills} kills ({moments}), {report.num_gaussians} Gaussians at the end, "
             f"{report.lost} checkpoints lost, {report.steps_repeated} steps computed again, "
+            f"{f'the others ended within {report.longest_end:.0f} s, ' if arguments.ranks > 1 else ''}"
             f"{'bit-equal' if report.bit_equal else 'NOT EQUAL'} to a run that was not killed",
             flush=True,
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
+from distributed.mesh import Ranks
 from errors import DamagedError, InputError
 from offload.store.contract import RowStore
+from training.checkpoint_parts import JointCheckpoint, remove_checkpoint, remove_unfinished
 from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -56,21 +59,26 @@ class CheckpointFolder:
     under its name is always complete.
     """
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, *, keep: int, ranks: Ranks | None = None) -> None:
         """
         Args:
             path: Of the folder, which exists.
             keep: How many periodic checkpoints stay; 0 for all.
+            ranks: Of whom each has a part of the model; then all ranks call `newest_valid` and `save` alike.
         """
         self.path = path
+        self._ranks = ranks
+        self._notice = ""
         self._longest_stall = 0.0  # seconds; but for the last checkpoint's copies
         self._keep = keep
         self._periodic: list[Path] = []  # oldest first, those that may be dropped
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-publisher")
-        self._partial: PartialCheckpoint | None = None  # the last one
+        self._partial: PartialCheckpoint | JointCheckpoint | None = None  # the last one
         self._publishing: Future[None] | None = None  # the same
         self._failure: Exception | None = None  # of the last file, not told yet
         self._sequence = max((checkpoint.sequence for _, checkpoint in self._readable()), default=0)
+        if ranks is not None:
+            self._sequence, self._notice = ranks.broadcast((self._sequence, f"checkpoint {uuid.uuid4().hex}"))
 
     def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
         """Return the checkpoint to go on from, compared with its checksums; None where the folder holds none at all.
@@ -89,19 +97,22 @@ class CheckpointFolder:
                 skipped += 1
             elif isinstance(error, InputError):
                 raise error
-        candidates = sorted(self._readable(), key=lambda found: (found[1].sequence, found[1].steps))
+        found = sorted(self._readable(), key=lambda found: (found[1].sequence, found[1].steps))
+        candidates = [(file, peeked.can_resume, peeked.periodic) for file, peeked in found]
+        if self._ranks is not None:
+            candidates = self._ranks.broadcast(candidates)
         while candidates:
-            file, peeked = candidates[-1]
+            file, can_resume, _ = candidates[-1]
             try:
-                if not peeked.can_resume:
+                if not can_resume:
                     raise DamagedError(f"{file} was written by an earlier version, without what resuming needs.")
-                checkpoint = load_checkpoint(file)
+                checkpoint = self._load(file)
             except DamagedError as error:
                 say(f"Skipped: {error}")
                 skipped += 1
                 candidates.pop()
                 continue
-            self._periodic = [path for path, other in candidates if other.periodic]
+            self._periodic = [path for path, _, periodic in candidates if periodic]
             return checkpoint
         if skipped > 0:
             raise InputError(
@@ -129,8 +140,12 @@ class CheckpointFolder:
         self._finish()
         self._longest_stall = self.longest_stall
         self._sequence += 1
-        path = self.path / f"ckpt_{checkpoint.steps}.pt"
-        self._partial = PartialCheckpoint(path, replace(checkpoint, sequence=self._sequence), copied_before_change)
+        path, checkpoint = self.path / f"ckpt_{checkpoint.steps}.pt", replace(checkpoint, sequence=self._sequence)
+        self._partial = (
+            PartialCheckpoint(path, checkpoint, copied_before_change)
+            if self._ranks is None
+            else JointCheckpoint(path, checkpoint, copied_before_change, self._ranks, self._notice)
+        )
         self._failure = None
         self._publishing = self._publisher.submit(self._publish, self._partial, checkpoint.periodic)
         self._longest_stall = max(self._longest_stall, time.perf_counter() - begin)
@@ -153,8 +168,25 @@ class CheckpointFolder:
 
     def remove_unfinished(self) -> None:
         """Remove what runs that were killed while they wrote have left."""
-        for file in self.path.glob("ckpt_*.pt.partial"):
-            file.unlink(missing_ok=True)
+        remove_unfinished(self.path)
+
+    def _load(self, file: Path) -> Checkpoint:
+        """Read a checkpoint; of several ranks each compares a share of it with its checksums, for all.
+
+        Raises:
+            DamagedError: It is not what was written, as some rank has found.
+        """
+        if self._ranks is None:
+            return load_checkpoint(file)
+        checkpoint, failure = None, None
+        try:
+            checkpoint = load_checkpoint(file, share=(self._ranks.rank, self._ranks.size))
+        except InputError as error:
+            failure = str(error)
+        failures = [found for found in self._ranks.gather(failure) if found is not None]
+        if checkpoint is None or failures:
+            raise DamagedError(failures[0])
+        return checkpoint
 
     def _finish(self) -> None:
         """Wait for the last checkpoint."""
@@ -162,7 +194,7 @@ class CheckpointFolder:
             self._partial.copy_all()
             wait([self._publishing])
 
-    def _publish(self, partial: PartialCheckpoint, periodic: bool) -> None:
+    def _publish(self, partial: PartialCheckpoint | JointCheckpoint, periodic: bool) -> None:
         try:
             partial.publish()
         except Exception as error:  # whatever it is: the checkpoint is not there
@@ -173,7 +205,9 @@ class CheckpointFolder:
             return
         self._periodic.append(partial.path)
         while 0 < self._keep < len(self._periodic):
-            self._periodic.pop(0).unlink(missing_ok=True)
+            dropped = self._periodic.pop(0)
+            if self._ranks is None or self._ranks.leads:
+                remove_checkpoint(dropped)
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.path.glob("ckpt_*.pt") if file.is_file())

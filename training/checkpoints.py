@@ -8,6 +8,11 @@
 
 Files of earlier versions lack the photos.
 
+Where several processes train one model, each writes its Gaussians into a file of its own, a part, and the first then
+a file without tensors, whose header names the parts with their sizes and the checksums of their headers: that is the
+checkpoint, and appears when all its parts are on disk. The header of a part has, beside the above, its place among
+the parts and the names of the tensors that have a row of each Gaussian; the others are the same in all parts.
+
 Files of version 1, which hold the six parameters only, are torch's own archives; they can still be evaluated.
 """
 
@@ -23,7 +28,7 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -39,8 +44,10 @@ from offload.store.contract import RowStore
 from offload.store.layout import GROUP_NAMES, packed_words
 from training.files import open_new
 from training.gaussians import PARAMETER_NAMES
+from training.joined_rows import joined_state
 
-FORMAT_VERSION = 3  # of compact states; of others 2, which earlier versions of this suite can read
+# Of parts and what joins them; of a whole compact state 3, of others 2, which earlier versions of this suite can read.
+FORMAT_VERSION = 4
 MAGIC = b"3DGS checkpoint\n"
 PROLOGUE = struct.Struct("<16sIQQI")  # magic, version, place of the header, its length, its CRC-32
 PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
@@ -55,6 +62,15 @@ GUARDED_ROWS = 2048  # copied at once at most, where one of them is to change; r
 
 
 @dataclass(frozen=True)
+class Part:
+    """Say which part of a checkpoint a file holds."""
+
+    rank: int  # of the process that wrote it, from 0
+    size: int  # how many parts there are
+    of_rows: Sequence[str]  # names of the tensors that have a row of each Gaussian
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Hold what a checkpoint file holds."""
 
@@ -62,13 +78,15 @@ class Checkpoint:
     transform: np.ndarray  # [4, 4] similarity from the dataset's coordinates to the model's
     state: Mapping[
         str, Tensor
-    ]  # as `offload.adam.state`, and more that a run needs to go on; read as views of the file
+    ]  # as `offload.adam.state`, and more that a run needs to go on; read as views of the file, or of several
     options: Mapping[str, object] = field(default_factory=dict)  # of the run
     sequence: int = 0  # larger than that of all checkpoints that lay in the folder before
     periodic: bool = False  # whether later ones may take its place
     photos: Mapping[str, Sequence[float]] = field(
         default_factory=dict
     )  # of the dataset: positions in the model's world
+    part: Part | None = None  # where it is not the whole model
+    parts: Sequence[Checkpoint] = ()  # of which it is joined
 
     @property
     def gaussians(self) -> dict[str, Tensor]:
@@ -114,6 +132,7 @@ class PartialCheckpoint:
             OSError: The file cannot be written; none is left.
         """
         self.path = path
+        self.identity: dict[str, int] = {}  # of the published file: its size and the checksum of its header
         self._partial = path.with_name(path.name + ".partial")
         self._file = open_new(self._partial)
         self._copier = _Copier(self._file)
@@ -144,18 +163,14 @@ class PartialCheckpoint:
             for guard in self._guards:
                 guard.copy_rest()
             self._release()
-            _seal(self._file, self._header)
+            self.identity = _seal(self._file, self._header)
             os.fsync(self._file)
             os.replace(self._partial, self.path)
         except BaseException:
             self.discard()
             raise
         os.close(self._file)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Remove the file."""
@@ -197,21 +212,59 @@ class PartialCheckpoint:
             copy.result()
         for store, tensors in of_stores.items():
             self._guards.append(_Guard(store, tensors, self._copier, block_bytes))
-        return {
-            "steps": checkpoint.steps,
-            "sequence": checkpoint.sequence,
-            "periodic": checkpoint.periodic,
-            "transform": np.asarray(checkpoint.transform, np.float64).tolist(),
-            "options": dict(checkpoint.options),
-            "photos": {name: list(position) for name, position in checkpoint.photos.items()},
-            "tensors": entries,
-        }
+        return _header_of(checkpoint, entries)
 
     def _release(self) -> None:
         """Let rows change without being copied, and wait for copies that are under way."""
         for guard in self._guards:
             guard.end()
         self._copier.close()
+
+
+def write_joining_file(path: Path, whole: Checkpoint, parts: Sequence[Mapping[str, object]]) -> None:
+    """Write the file that makes a checkpoint of parts on disk; it appears under its name when it is on disk itself.
+
+    Args:
+        path: Of the file, beside the parts.
+        whole: What it says beside the tensors, which the parts have.
+        parts: Of each the name of its file, and its size and the checksum of its header (`PartialCheckpoint.identity`).
+
+    Raises:
+        OSError: The file cannot be written; a file that was there before is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    file = open_new(partial)
+    try:
+        _seal(file, {**_header_of(whole, {}), "parts": list(parts)})
+        os.fsync(file)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+    _sync_folder(path.parent)
+
+
+def _header_of(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    header = {
+        "steps": checkpoint.steps,
+        "sequence": checkpoint.sequence,
+        "periodic": checkpoint.periodic,
+        "transform": np.asarray(checkpoint.transform, np.float64).tolist(),
+        "options": dict(checkpoint.options),
+        "photos": {name: list(position) for name, position in checkpoint.photos.items()},
+        "tensors": tensors,
+    }
+    return header if checkpoint.part is None else {**header, "part": asdict(checkpoint.part)}
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class _Copier:
@@ -325,8 +378,8 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _seal(file: int, header: dict[str, Any]) -> None:
-    """Add the checksums of what has been copied, the header and what stands before it."""
+def _seal(file: int, header: dict[str, Any]) -> dict[str, int]:
+    """Add the checksums of what has been copied, the header and what stands before it; return the file's identity."""
     end = PROLOGUE_BYTES
     for entry in header["tensors"].values():
         row_bytes = DTYPES[entry["dtype"]].itemsize * math.prod(entry["shape"][1:])
@@ -336,9 +389,13 @@ def _seal(file: int, header: dict[str, Any]) -> None:
         entry["crc32"] = [zlib.crc32(os.pread(file, min(step, end - place), place)) for place in places]
     content = json.dumps(header).encode()
     _write_all(file, content, end)
-    version = FORMAT_VERSION if format_of(header["tensors"]) == "compact" else 2
+    if {"part", "parts"} & header.keys():
+        version = FORMAT_VERSION
+    else:
+        version = 3 if format_of(header["tensors"]) == "compact" else 2
     prologue = PROLOGUE.pack(MAGIC, version, end, len(content), zlib.crc32(content))
     _write_all(file, prologue + struct.pack("<I", zlib.crc32(prologue)), 0)
+    return {"bytes": end + len(content), "crc32": zlib.crc32(content)}
 
 
 def _check_rows(state: Mapping[str, Tensor]) -> None:
@@ -358,18 +415,24 @@ def _write_all(file: int, content: bytes | memoryview, place: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and compare all of it with its checksums. Tensors are views of the file.
+def load_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """Read a checkpoint and compare it with its checksums. Tensors are views of the file; of several, `JoinedRows`.
+
+    Args:
+        path: Of the file; of one in parts the one that names them.
+        share: Number of this process, and how many read the same file and compare a share of its blocks each.
 
     Raises:
         InputError: There is no such file, it is damaged, or it was written by a newer version.
     """
     checkpoint, blocks = _open_checkpoint(path)
+    number, count = share
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
-        if not all(threads.map(lambda block: zlib.crc32(block[0]) == block[1], blocks)):
+        if not all(threads.map(lambda block: zlib.crc32(block[0]) == block[1], blocks[number::count])):
             raise _damaged(path)
     try:
-        check_state(checkpoint.state)
+        for part in checkpoint.parts or [checkpoint]:
+            check_state(part.state)
     except Exception as error:  # whatever the numbers of a stranger's file may lead to
         raise _damaged(path) from error
     return checkpoint
@@ -384,6 +447,15 @@ def peek_checkpoint(path: Path) -> Checkpoint:
     return _open_checkpoint(path)[0]
 
 
+def files_of_parts(path: Path) -> list[Path]:
+    """Return the files that a checkpoint names as its parts, whether they are there or not; none where it is whole.
+
+    Raises:
+        InputError: The file is none of this suite's.
+    """
+    return [path.parent / entry["file"] for entry in _read_header(path)[0].get("parts", [])]
+
+
 def _damaged(path: Path) -> DamagedError:
     return DamagedError(f"{path} is not a complete checkpoint of this suite: choose another.")
 
@@ -396,6 +468,29 @@ def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[tuple[memoryview, int
         with open(path, "rb") as file:
             if file.read(4) == b"PK\x03\x04":
                 return _read_version_1(path), []
+        header, content, end, _ = _read_header(path)
+        if "parts" in header:
+            return _join(path, header)
+        if "part" in header:
+            raise InputError(
+                f"{path} is one of the {_part_of(header).size} parts of a checkpoint: give the file that names them, "
+                f"ckpt_{header['steps']}.pt beside it."
+            )
+        checkpoint, blocks = _parse(header, content, end)
+        if num_gaussians_of(checkpoint.state) == 0:
+            raise ValueError("no Gaussians")
+        return checkpoint, blocks
+    except InputError:
+        raise
+    # What torch and the standard library raise for content that nobody has meant to write is beyond listing.
+    except Exception as error:
+        raise _damaged(path) from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], mmap.mmap, int, int]:
+    """Return the header of a file, the file's content, the place where its tensors end, and the header's checksum."""
+    try:
+        with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         prologue, (prologue_crc,) = content[: PROLOGUE.size], struct.unpack_from("<I", content, PROLOGUE.size)
         magic, version, header_place, header_length, header_crc = PROLOGUE.unpack(prologue)
@@ -406,12 +501,42 @@ def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[tuple[memoryview, int
         header = content[header_place : header_place + header_length]
         if header_place + header_length != len(content) or zlib.crc32(header) != header_crc:
             raise _damaged(path)
-        return _parse(json.loads(header), content, header_place)
+        return json.loads(header), content, header_place, header_crc
     except InputError:
         raise
-    # What torch and the standard library raise for content that nobody has meant to write is beyond listing.
-    except Exception as error:
+    except Exception as error:  # as in `_open_checkpoint`
         raise _damaged(path) from error
+
+
+def _join(path: Path, header: Mapping[str, Any]) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
+    """Return the checkpoint whose header names its parts, and the blocks of all of them."""
+    parts, all_blocks = [], []
+    for rank, entry in enumerate(header["parts"]):
+        file = path.parent / entry["file"]
+        if file.parent != path.parent:
+            raise ValueError(entry["file"])
+        if not file.is_file():
+            raise DamagedError(f"{path} lacks its part {file.name}: put it back beside it, or choose another.")
+        part_header, content, end, crc = _read_header(file)
+        is_of_it = crc == entry["crc32"] and len(content) == entry["bytes"]
+        part = _part_of(part_header)
+        if not is_of_it or (part.rank, part.size) != (rank, len(header["parts"])):
+            raise DamagedError(f"{path} was written with another {file.name} than the one beside it: choose another.")
+        checkpoint, blocks = _parse(part_header, content, end)
+        parts.append(replace(checkpoint, part=part))
+        all_blocks += blocks
+    of_rows = parts[0].part.of_rows if parts[0].part else ()
+    if any(part.steps != header["steps"] or not part.part or part.part.of_rows != of_rows for part in parts):
+        raise ValueError("parts")
+    state = joined_state([part.state for part in parts], of_rows)
+    if num_gaussians_of(state) == 0:
+        raise ValueError("no Gaussians")
+    return replace(_checkpoint_of(header, state), parts=parts), all_blocks
+
+
+def _part_of(header: Mapping[str, Any]) -> Part:
+    part = header["part"]
+    return Part(_count(part["rank"]), _count(part["size"]), [str(name) for name in part["of_rows"]])
 
 
 def _newer(path: Path, version: object) -> InputError:
@@ -440,25 +565,31 @@ def _parse(header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Che
         for index, crc in enumerate(entry["crc32"]):
             first = place + index * block_rows * row_bytes
             blocks.append((view[first : min(first + block_rows * row_bytes, place + num_bytes)], crc))
-    transform = np.array(header["transform"], np.float64)
-    steps = _count(header["steps"])
     counts = [tensor.item() for name, tensor in state.items() if name.rpartition("/")[2] == "step_count"]
-    if steps > MAX_STEPS or any(count != steps for count in counts):
+    if any(count != header["steps"] for count in counts):
         raise ValueError("steps")
-    _check_gaussians(state, transform)
+    checkpoint = _checkpoint_of(header, state)
+    _check_gaussians(state, checkpoint.transform)
+    return checkpoint, blocks
+
+
+def _checkpoint_of(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> Checkpoint:
+    """Return a checkpoint with a state, and what a header says beside its tensors."""
+    steps = _count(header["steps"])
+    if steps > MAX_STEPS:
+        raise ValueError("steps")
     photos = {str(name): [float(x) for x in position] for name, position in header.get("photos", {}).items()}
     if any(len(position) != 3 or not np.isfinite(position).all() for position in photos.values()):
         raise ValueError("photos")
-    checkpoint = Checkpoint(
+    return Checkpoint(
         steps,
-        transform,
+        np.array(header["transform"], np.float64),
         state,
         options=dict(header["options"]),
         sequence=_count(header["sequence"]),
         periodic=header["periodic"] is True,
         photos=photos,
     )
-    return checkpoint, blocks
 
 
 def _count(value: object) -> int:
@@ -468,7 +599,7 @@ def _count(value: object) -> int:
 
 
 def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None:
-    """Raise ValueError or KeyError unless there are Gaussians and all that belongs to them has their shapes."""
+    """Raise ValueError or KeyError unless all that belongs to Gaussians has their shapes."""
     if format_of(state) == "compact":
         for group in GROUP_NAMES:
             rows = state[f"packed/{group}"]
@@ -476,8 +607,8 @@ def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None
                 raise ValueError(group)
             if rows.dtype != torch.int32:
                 raise ValueError(group)
-        if num_gaussians_of(state) == 0 or sh_degree_of(state) not in range(4) or transform.shape != (4, 4):
-            raise ValueError("no Gaussians")
+        if sh_degree_of(state) not in range(4) or transform.shape != (4, 4):
+            raise ValueError("degree")
         return
     num_gaussians, num_rest = state["parameters/shN"].shape[:2]
     rest = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (num_rest, 3)}
@@ -488,8 +619,8 @@ def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None
             dtypes = (torch.float32,) if array == "parameters" else (torch.float32, torch.bfloat16)
             if tensor.shape != (num_gaussians, *shape) or tensor.dtype not in dtypes:
                 raise ValueError(name)
-    if num_gaussians == 0 or num_rest not in (0, 3, 8, 15) or transform.shape != (4, 4):
-        raise ValueError("no Gaussians")
+    if num_rest not in (0, 3, 8, 15) or transform.shape != (4, 4):
+        raise ValueError("degree")
 
 
 def _read_version_1(path: Path) -> Checkpoint:
@@ -499,4 +630,6 @@ def _read_version_1(path: Path) -> Checkpoint:
     state = {f"parameters/{name}": content["splats"][name] for name in PARAMETER_NAMES}
     transform = content["transform"].numpy()
     _check_gaussians(state, transform)
+    if num_gaussians_of(state) == 0:
+        raise ValueError("no Gaussians")
     return Checkpoint(_count(content["step"]), transform, state)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, make_dataclass
@@ -20,13 +22,14 @@ from configs import (
     OptimizationOptions,
     RunOptions,
 )
-from errors import InputError, TrainingStopped
+from distributed.mesh import is_first_of_machine
+from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
 from trainers import trainer_of
 from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, write_ending
 from training.folder_lock import FolderTaken
 from training.run import TrainingRun
-from training.streams import unbreakable_output
+from training.streams import silent_output, unbreakable_output
 
 # The groups of --help in their order, by what they are called there; the options of a script alone come last.
 GROUPS: dict[str, type] = {
@@ -59,27 +62,32 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
     folder: Path | None = None
     run: TrainingRun[AnyConfig] | None = None
     try:
-        scene, cfg = parse(configs, sys.argv[1:], description)
+        with silent_output(silent=not is_first_of_machine()):  # all read the same command
+            scene, cfg = parse(configs, sys.argv[1:], description)
         folder = Path(cfg.result_dir)
         trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
         with TrainingRun(cfg, scene, trainer) as run:
             train(run)
-        _conclude(run, run.ending)
+        if run.speaks:
+            _conclude(run, run.ending)
         return
     except FolderTaken as error:  # what lies there is another run's
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     except InputError as error:
-        ending, exit_code = ending_of(error, f"Error: {sentence_of(error)}"), 2
+        ending, exit_code = ending_of(error, f"Error: {_of_rank(sentence_of(error))}"), 2
+    except EndedElsewhere:
+        sys.exit(1)
     except TrainingStopped as error:
-        ending, exit_code = ending_of(error, f"Stopped: {error}"), 1
+        ending, exit_code = ending_of(error, f"Stopped: {_of_rank(str(error))}"), 1
     except KeyboardInterrupt:
         ending, exit_code = Ending(INTERRUPTED, "Stopped at once, without saving."), 130
     except Exception as error:  # a defect: whoever mends it wants to see where
         _write_ending(folder, run, ending_of(error, f"{type(error).__name__}: {error}"))
         raise
     _write_ending(folder, run, ending)
-    print(ending.message, file=sys.stderr)
+    if folder is not None or is_first_of_machine():
+        print(ending.message, file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -91,6 +99,13 @@ def _conclude(run: TrainingRun[AnyConfig], ending: Ending) -> None:
     write_report(run, ending)
     if ending.status in (FINISHED, INTERRUPTED):
         say_where(run.results.path)
+
+
+def _of_rank(sentence: str) -> str:
+    """Return a sentence that begins with the rank that says it, where several processes train together."""
+    rank = os.environ.get("RANK", "0")
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or sentence.startswith("rank ")
+    return sentence if alone else f"rank {rank} ({socket.gethostname()}): {sentence}"
 
 
 def _write_ending(folder: Path | None, run: TrainingRun[AnyConfig] | None, ending: Ending) -> None:

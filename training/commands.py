@@ -71,7 +71,20 @@ def arguments_of(cfg: Config, default: Config) -> list[str]:
 
 
 def _command(script_and_arguments: list[str]) -> str:
-    return shlex.join([_interpreter(), *script_and_arguments, "--resume"])
+    return shlex.join([*_launcher(), *script_and_arguments, "--resume"])
+
+
+def _launcher() -> list[str]:
+    """Return how a script is started as this one was: by Python, or by torchrun."""
+    interpreter, processes = _interpreter(), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return [interpreter]
+    torchrun = ["torchrun"] if shutil.which("torchrun") else [interpreter, "-m", "torch.distributed.run"]
+    if machines == 1:
+        return [*torchrun, "--standalone", "--nproc_per_node", processes]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500"]
+    return [*torchrun, "--nnodes", str(machines), "--nproc_per_node", processes, *meeting]
 
 
 def _interpreter() -> str:

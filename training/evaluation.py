@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distributed.mesh import Ranks
+from distributed.together import failing_together
 from offload.culling.cameras import Cameras
 from training.color_correction import color_corrected
 from training.views import View
@@ -45,41 +48,44 @@ def load_lpips(net: Literal["alex", "vgg"], device: torch.device) -> Callable[[T
 
 @torch.no_grad()
 def evaluate(
-    views: Iterable[tuple[str, View]],
+    views: Iterable[tuple[str | None, View]],
     draw: Callable[[Cameras], Tensor],
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
     save_picture: Callable[[int, np.ndarray], None],
     device: torch.device,
     *,
     color_correct: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, object]:
     """Render views one by one and compare them with their photos.
 
     Args:
-        views: Name and view, with one camera each.
+        views: Name and view, with one camera each; no name where it is drawn for other ranks' sake alone.
         draw: Makes the picture [1, H, W, 3] of one camera.
         lpips: Metric on [1, 3, H, W] pictures, or None.
         save_picture: Takes an index and [H, 2 W, 3] uint8, photo and rendering side by side.
         device: Where rendering runs.
         color_correct: Report the same of renderings whose colours are made like the photos' as well.
+        ranks: Each of which has its own views, `distributed.together.taken_in_turn`; None: this process has all.
 
     Returns:
         Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the values of
-        each; cc_psnr, cc_ssim and cc_lpips with corrected colours, where those are wanted. Pixels outside a view's
-        mask count for nothing in PSNR, nor do windows around them in SSIM; for LPIPS, and for windows that reach them,
-        they are black in both pictures. Views that are hidden entirely are left out.
+        each, of all ranks; cc_psnr, cc_ssim and cc_lpips with corrected colours, where those are wanted. Pixels outside
+        a view's mask count for nothing in PSNR, nor do windows around them in SSIM; for LPIPS, and for windows that
+        reach them, they are black in both pictures. Views that are hidden entirely are left out.
     """
-    images: list[dict[str, Any]] = []
+    images: dict[int, dict[str, Any]] = {}  # by the number of the view
     written: list[Future[None]] = []
+    first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     with ThreadPoolExecutor(max_workers=4) as writers:
-        for index, (name, view) in enumerate(tqdm(views, desc="evaluate", unit="view", leave=False)):
-            if view.masks is not None and not view.masks.any():
-                continue
+        for index, (name, view) in zip(count(first, step), tqdm(views, desc="evaluate", unit="view", leave=False)):
             synchronize(device)
             begin = time.perf_counter()
-            rendered = draw(view.cameras)
+            rendered = draw(view.cameras)  # also of what does not count: other ranks draw with this one
             synchronize(device)
             seconds = time.perf_counter() - begin
+            if name is None or (view.masks is not None and not view.masks.any()):
+                continue
 
             rendered = rendered.clamp(0.0, 1.0)
             found = _metrics(rendered, view, lpips)
@@ -88,19 +94,22 @@ def evaluate(
                 found |= {f"cc_{key}": value for key, value in _metrics(corrected, view, lpips).items()}
             canvas = (torch.cat(_masked(view, view.images, rendered), dim=2)[0] * 255.0).round().byte().cpu().numpy()
             written.append(writers.submit(save_picture, index, canvas))
-            images.append({"name": name, **found, "seconds": seconds})
+            images[index] = {"name": name, **found, "seconds": seconds}
 
-    for picture in written:
-        picture.result()  # raises what writing raised
+    with failing_together(ranks):
+        for picture in written:
+            picture.result()  # raises what writing raised
+    if ranks is not None:
+        images = {index: image for of_rank in ranks.gather(images) for index, image in of_rank.items()}
 
     def mean(key: str) -> float:
-        return float(np.mean([image[key] for image in images]))
+        return float(np.mean([images[index][key] for index in sorted(images)]))
 
     means: dict[str, object] = {}
     for kind in ("", "cc_") if color_correct else ("",):
         means |= {f"{kind}psnr": mean(f"{kind}psnr"), f"{kind}ssim": mean(f"{kind}ssim")}
         means[f"{kind}lpips"] = None if lpips is None else mean(f"{kind}lpips")
-    return {**means, "seconds_per_image": mean("seconds"), "images": images}
+    return {**means, "seconds_per_image": mean("seconds"), "images": [images[index] for index in sorted(images)]}
 
 
 def _metrics(rendered: Tensor, view: View, lpips: Callable[[Tensor, Tensor], Tensor] | None) -> dict[str, float | None]:

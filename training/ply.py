@@ -7,10 +7,11 @@ a JSON file of the same name beside it, say how to come back: input = offset + s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from plyfile import PlyData
 from torch import Tensor
 
 from datasets.ply import check_counts
+from distributed.mesh import Ranks
+from distributed.together import failing_together
 from errors import InputError, reason
-from training.files import replacing, write_file
+from training.files import open_new, replacing, write_file
 from training.gaussians import PARAMETER_NAMES
 
 MODEL_SHARE = 128  # what is read and written at a time is at most this part of the model, which is never copied whole
@@ -34,6 +37,7 @@ def save_ply(
     transform: np.ndarray,
     *,
     axes: str = "",
+    ranks: Ranks | None = None,
 ) -> None:
     """Write Gaussians in the model's (normalized) coordinates, with the way back to the dataset's.
 
@@ -44,6 +48,10 @@ def save_ply(
         num_gaussians: How many there are.
         transform: [4, 4] similarity from the dataset's coordinates to the model's; kept as a comment as well.
         axes: What the axes are, where that is not what training makes them.
+        ranks: Each of which has other rows; they write them into one file, at their places, in the order of the ranks.
+
+    Raises:
+        OSError: It cannot be written; at all ranks where it cannot at one.
     """
     side_file = path.with_suffix(".json")
     comments = [
@@ -52,16 +60,70 @@ def save_ply(
         TRANSFORM_COMMENT + " ".join(repr(float(x)) for x in np.ravel(transform)),
         *([AXES_COMMENT + axes] if axes else []),
     ]
-    write_ply(path, rows, num_gaussians, comments)
-    write_way_back(side_file, transform, axes=axes)
+    if ranks is None:
+        write_ply(path, rows, num_gaussians, comments)
+    else:
+        _write_together(path, rows, num_gaussians, comments, ranks)
+    if ranks is None or ranks.leads:
+        write_way_back(side_file, transform, axes=axes)
 
 
 def write_ply(
     path: Path, rows: Callable[[int, int], Mapping[str, Tensor]], num_gaussians: int, comments: Sequence[str] = ()
 ) -> None:
     """Write Gaussians as they are; the arguments are those of `save_ply`, and lines of comments for the header."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(_header(rows, num_gaussians, comments))
+        _write_rows(file, rows, num_gaussians)
+
+
+def _write_together(
+    path: Path,
+    rows: Callable[[int, int], Mapping[str, Tensor]],
+    num_gaussians: int,
+    comments: Sequence[str],
+    ranks: Ranks,
+) -> None:
+    """Write one file by all ranks: the first makes it, with its header, and gives it its name in the end."""
+    counts = ranks.gather(num_gaussians)
+    header = _header(rows, sum(counts), comments)
+    row_bytes = 4 * len(_column_names(rows))
+    partial = ranks.broadcast(path.with_name("partial_" + path.name))
+    try:
+        with failing_together(ranks):
+            if ranks.leads:
+                file = open_new(partial)
+                try:
+                    os.truncate(file, len(header) + sum(counts) * row_bytes)
+                    os.pwrite(file, header, 0)
+                finally:
+                    os.close(file)
+        with failing_together(ranks), open(partial, "r+b") as own_rows:
+            own_rows.seek(len(header) + sum(counts[: ranks.rank]) * row_bytes)
+            _write_rows(own_rows, rows, num_gaussians)
+        with failing_together(ranks):
+            if ranks.leads:
+                os.replace(partial, path)
+    finally:
+        if ranks.leads:
+            partial.unlink(missing_ok=True)
+
+
+def _header(rows: Callable[[int, int], Mapping[str, Tensor]], num_gaussians: int, comments: Sequence[str]) -> bytes:
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        *(f"comment {comment}" for comment in comments),
+        f"element vertex {num_gaussians}",
+        *(f"property float {name}" for name in _column_names(rows)),
+        "end_header",
+    ]
+    return ("\n".join(header) + "\n").encode("ascii")
+
+
+def _column_names(rows: Callable[[int, int], Mapping[str, Tensor]]) -> list[str]:
     num_rest = 3 * rows(0, 0)["shN"].shape[1]
-    names = [
+    return [
         *("x", "y", "z", "nx", "ny", "nz"),
         *(f"f_dc_{i}" for i in range(3)),
         *(f"f_rest_{i}" for i in range(num_rest)),
@@ -69,20 +131,13 @@ def write_ply(
         *(f"scale_{i}" for i in range(3)),
         *(f"rot_{i}" for i in range(4)),
     ]
-    header = [
-        "ply",
-        "format binary_little_endian 1.0",
-        *(f"comment {comment}" for comment in comments),
-        f"element vertex {num_gaussians}",
-        *(f"property float {name}" for name in names),
-        "end_header",
-    ]
-    with replacing(path) as partial, open(partial, "wb") as file:
-        file.write(("\n".join(header) + "\n").encode("ascii"))
-        block_rows = min(max(num_gaussians // MODEL_SHARE, FEWEST_ROWS), MOST_ROWS)
-        for first in range(0, num_gaussians, block_rows):
-            block = rows(first, min(first + block_rows, num_gaussians))
-            file.write(_columns(block).numpy().astype("<f4", copy=False).data)
+
+
+def _write_rows(file: BinaryIO, rows: Callable[[int, int], Mapping[str, Tensor]], num_gaussians: int) -> None:
+    block_rows = min(max(num_gaussians // MODEL_SHARE, FEWEST_ROWS), MOST_ROWS)
+    for first in range(0, num_gaussians, block_rows):
+        block = rows(first, min(first + block_rows, num_gaussians))
+        file.write(_columns(block).numpy().astype("<f4", copy=False).data)
 
 
 def write_way_back(path: Path, transform: np.ndarray, *, axes: str = "") -> None:

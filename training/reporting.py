@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from configs import Config
 from datasets.loader import evaluation_loader
+from distributed.together import taken_in_turn
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.memory import allocated_bytes, format_bytes, peak_bytes
 from training.per_step import PerStep
@@ -149,15 +150,17 @@ class TrainStatistics:
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write the file where it is due."""
         if steps_done in run.cfg.save_steps or steps_done == run.cfg.max_steps:
-            with run.results.missed_if_unwritable(f"The statistics of step {steps_done}"):
-                run.results.save_statistics("train", steps_done, self._statistics(run))
+            statistics = self._statistics(run)
+            if run.speaks:
+                with run.results.missed_if_unwritable(f"The statistics of step {steps_done}"):
+                    run.results.save_statistics("train", steps_done, statistics)
 
     def make_missing(self, run: TrainingRun, steps: int) -> None:
         """Write what is still known of the training."""
-        if not run.results.has(f"stats/train_step{steps}.json"):
+        if not run.results.has(f"stats/train_step{steps}.json") and run.speaks:
             seconds = run.saving.elapsed_seconds
             known = {
-                "num_GS": run.model.num_gaussians,
+                "num_GS": run.num_gaussians,
                 "elapsed_seconds": seconds,
                 "steps_per_second": steps / seconds,
             }
@@ -167,8 +170,11 @@ class TrainStatistics:
     def _statistics(self, run: TrainingRun) -> dict[str, object]:
         synchronize(run.device)
         seconds, peaks = run.saving.elapsed_seconds, peak_bytes(run.device)
+        of_ranks = {}
+        if run.ranks is not None:
+            of_ranks = {"ranks": run.ranks.gather({"num_GS": run.model.num_gaussians, "peak_bytes": peaks})}
         return {
-            "num_GS": run.model.num_gaussians,
+            "num_GS": run.num_gaussians,
             "elapsed_seconds": seconds,
             "steps_per_second": run.model.steps_done / seconds,
             "peak_device_bytes_allocated": peaks["device_allocated"],
@@ -178,6 +184,7 @@ class TrainStatistics:
             "longest_save_seconds": run.saving.longest_stall,
             "stages_ms": run.times.mean_milliseconds("statistics"),
             **self._counted.since_last(run),
+            **of_ranks,
         }
 
 
@@ -240,10 +247,11 @@ class Evaluation:
 
     def _evaluate(self, run: TrainingRun, steps: int) -> None:
         scene, results = run.scene, run.results
-        with evaluation_loader(scene, scene.test_ids, num_workers=run.cfg.num_workers or None) as loader:
+        own_ids, num_counted = taken_in_turn(scene.test_ids, run.ranks)
+        names = [scene.image_names[own_id] if turn < num_counted else None for turn, own_id in enumerate(own_ids)]
+        with evaluation_loader(scene, own_ids, num_workers=run.cfg.num_workers or None) as loader:
             views = (
-                (scene.image_names[int(batch.image_ids[0])], View.from_batch(batch, run.cfg, run.device))
-                for batch in loader
+                (name, View.from_batch(batch, run.cfg, run.device)) for name, batch in zip(names, loader, strict=True)
             )
             found = evaluate(
                 views,
@@ -252,8 +260,11 @@ class Evaluation:
                 lambda index, canvas: results.save_rendering(steps, index, canvas),
                 run.device,
                 color_correct=run.cfg.exposure != "none",
+                ranks=run.ranks,
             )
-        statistics: dict[str, Any] = {"num_GS": run.model.num_gaussians, **found}
+        if not run.speaks:
+            return
+        statistics: dict[str, Any] = {"num_GS": run.num_gaussians, **found}
         results.save_statistics("val", steps, statistics)
         for key in ("psnr", "ssim", "lpips", "cc_psnr", "cc_ssim", "cc_lpips"):
             if statistics.get(key) is not None:
@@ -264,11 +275,12 @@ class Evaluation:
         tqdm.write(
             f"Step {steps}: PSNR {statistics['psnr']:.2f} dB{corrected}, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
             f"on {len(statistics['images'])} held-out views, "
-            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {run.model.num_gaussians} Gaussians"
+            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {run.num_gaussians} Gaussians"
         )
 
     def record_video(self, run: TrainingRun, steps: int) -> None:
         """Write the video where --video asks for it; as `evaluate`."""
         if run.cfg.video:
             with run.results.missed_if_unwritable(f"The video of step {steps}"):
-                record_video(run.scene, run.cfg, run.draw, run.results.path / video_file(run.cfg, steps))
+                path = run.results.path / video_file(run.cfg, steps)
+                record_video(run.scene, run.cfg, run.draw, path, run.ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from configs import Config
+from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
 from training.ending import forget_ending
@@ -31,7 +33,8 @@ FOLDERS = ("ckpts", "stats", "renders", "ply", "tb")
 # What only a run writes. A folder that holds some of the first is a run's; the others come with them.
 RESULTS = ("ckpts/ckpt_*.pt", "stats/train_step*.json", "ply/point_cloud_*.ply")
 BESIDE_RESULTS = (
-    *("ckpts/ckpt_*.pt.partial", "stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
+    *("ckpts/ckpt_*.pt.partial", "ckpts/ckpt_*.part", "ckpts/ckpt_*.part.partial"),
+    *("stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
     *(f"videos/{name}_*.mp4" for name in NAMES),
     *("report.html", VIDEO, f"{FRAMES}/step_*.jpg", "tb/events.out.tfevents.*", "*/partial_*", f"{FRAMES}/partial_*"),
 )
@@ -67,33 +70,32 @@ class ResultFolder:
 
     tensorboard: SummaryWriter
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, ranks: Ranks | None = None) -> None:
         """Take the folder; nothing that lies in it changes before `begin`.
+
+        Args:
+            cfg: The options.
+            ranks: That write into it together: the first has the folder, as a run of one process has, and writes all
+                but the others' parts. All of them make a `ResultFolder`, and call `begin`, `make_again` and `has`.
 
         Raises:
             FolderTaken: Another run is in it, or has been and the options do not say what to do with that.
-            InputError: The folder cannot be made or written.
+            InputError: The folder cannot be made or written, or is not one for all ranks.
         """
         self.path = Path(cfg.result_dir)
         self._cfg = cfg
+        self._ranks = ranks
         self._made: list[Path] = []
         self._is_missing = False
         self._is_logging = False
         self.has_begun = False
         self.missed: list[str] = []
-        try:
-            self._lock = self._take()
-        except OSError as error:
-            raise InputError(
-                f"result_dir {self.path} cannot be written ({error.strerror}): choose another --result_dir."
-            ) from error
-        if not (cfg.resume or cfg.ckpt or cfg.force) and holds_run(self.path):
-            self._give_back()
-            raise FolderTaken(
-                f"{self.path} holds a run already: give --resume to go on with it, --force to begin anew in its place, "
-                "or another --result_dir."
-            )
-        self.checkpoints = CheckpointFolder(self.path / "ckpts", keep=cfg.keep)
+        self._lock: FolderLock | None = None
+        if self._leads:
+            self._take_first()
+        if ranks is not None:
+            self._check_shared(ranks)
+        self.checkpoints = CheckpointFolder(self.path / "ckpts", keep=cfg.keep, ranks=ranks)
 
     def begin(self, first_step: int | None) -> None:
         """Write cfg.yml, and remove what the run replaces: all that could be refused has been checked.
@@ -105,6 +107,12 @@ class ResultFolder:
             OSError: It cannot be written.
         """
         self.has_begun = True
+        if self._leads:
+            self._begin(first_step)
+        if self._ranks is not None:
+            self._ranks.barrier()  # from now on the others write, too
+
+    def _begin(self, first_step: int | None) -> None:
         forget_ending(self.path)
         if not self._cfg.ckpt:
             self.checkpoints.remove_unfinished()
@@ -122,7 +130,19 @@ class ResultFolder:
         Returns:
             Whether it had to be. Where it cannot be made, that is said, and what is written fails, too.
         """
-        if self._lock.is_in_place():
+        if self._ranks is None:
+            return self._make_again()
+        is_new = self._ranks.broadcast(self._leads and self._make_again())
+        self.path = self._ranks.broadcast(self.path)
+        self.checkpoints.path = self.path / "ckpts"
+        return is_new
+
+    def is_lost(self) -> bool:
+        """Return whether the folder has been removed or renamed; asked of the process that has it."""
+        return self._lock is not None and not self._lock.is_in_place()
+
+    def _make_again(self) -> bool:
+        if self._lock is None or not self.is_lost():
             return False
         said = f"Warning: {self.path} has been removed or renamed while training went on"
         try:
@@ -184,7 +204,8 @@ class ResultFolder:
 
     def has(self, name: str) -> bool:
         """Return whether a result is there, by its path in the folder."""
-        return (self.path / name).is_file()
+        is_there = (self.path / name).is_file()
+        return is_there if self._ranks is None else self._ranks.broadcast(is_there)
 
     def save_ply(
         self,
@@ -193,8 +214,8 @@ class ResultFolder:
         num_gaussians: int,
         transform: np.ndarray,
     ) -> None:
-        """Write ply/point_cloud_{steps}.ply, and .json beside it; as `training.ply.save_ply`."""
-        save_ply(self.path / "ply" / f"point_cloud_{steps}.ply", rows, num_gaussians, transform)
+        """Write ply/point_cloud_{steps}.ply, and .json beside it; as `training.ply.save_ply`, of all ranks."""
+        save_ply(self.path / "ply" / f"point_cloud_{steps}.ply", rows, num_gaussians, transform, ranks=self._ranks)
 
     def save_statistics(self, kind: str, steps: int, statistics: Mapping[str, object]) -> None:
         """Write stats/{kind}_step{steps}.json."""
@@ -223,6 +244,47 @@ class ResultFolder:
             if path.is_file():  # and not one that a mask hides
                 self.tensorboard.add_image(f"val/{index:04d}", imageio.imread(path), steps, dataformats="HWC")
 
+    @property
+    def _leads(self) -> bool:
+        return self._ranks is None or self._ranks.leads
+
+    def _take_first(self) -> None:
+        try:
+            self._lock = self._take()
+        except OSError as error:
+            raise InputError(
+                f"result_dir {self.path} cannot be written ({error.strerror}): choose another --result_dir."
+            ) from error
+        cfg = self._cfg
+        if not (cfg.resume or cfg.ckpt or cfg.force) and holds_run(self.path):
+            self._give_back()
+            raise FolderTaken(
+                f"{self.path} holds a run already: give --resume to go on with it, --force to begin anew in its place, "
+                "or another --result_dir."
+            )
+
+    def _check_shared(self, ranks: Ranks) -> None:
+        """Refuse a folder that is not the same at all ranks.
+
+        Raises:
+            InputError: At all of them.
+        """
+        name = ranks.broadcast(f".shared_by_{os.getpid()}")
+        if self._leads:
+            with contextlib.suppress(OSError):  # a full disk is told of later
+                (self.path / name).touch()
+        ranks.barrier()
+        seen = ranks.gather((socket.gethostname(), (self.path / name).exists()))
+        if self._leads:
+            (self.path / name).unlink(missing_ok=True)
+        lacking = [f"rank {rank} ({host})" for rank, (host, is_there) in enumerate(seen) if not is_there]
+        if lacking and seen[0][1]:
+            self._give_back()
+            raise InputError(
+                f"result_dir {self.path} of rank 0 ({seen[0][0]}) is not that of {lacking[0]}: give a folder that all "
+                "machines share."
+            )
+
     def _take(self) -> FolderLock:
         self._make(self.path)
         lock = FolderLock(self.path)
@@ -241,6 +303,8 @@ class ResultFolder:
 
     def _give_back(self) -> None:
         """Release the lock; a run that has not begun leaves nothing."""
+        if self._lock is None:
+            return
         self._lock.release(remove=not self.has_begun)
         if not self.has_begun:
             for folder in reversed(self._made):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, redirect_stdout
-from dataclasses import replace
-from io import StringIO
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
@@ -19,16 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import AnyConfig
-from datasets.loader import training_loader
+from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
 from distributed.dealing import dealt_rows
-from distributed.mesh import Ranks, join, local_ranks
-from errors import InputError, NotSaved, TrainingStopped, counted
+from distributed.mesh import Ranks, RanksParted, is_first_of_machine, join, local_ranks
+from distributed.watch import End, Watch
+from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
-from offload.errors import sentence_of
+from offload.errors import ParameterError, sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
@@ -37,11 +38,12 @@ from strategies.default import DefaultStrategy
 from strategies.mcmc import MCMCStrategy
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
+from training.agreement import check_same_dataset, check_same_options
 from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
-from training.ending import FINISHED, INTERRUPTED, Ending
+from training.ending import FAILED, FINISHED, INTERRUPTED, Ending, write_ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
@@ -62,6 +64,7 @@ from training.results import ResultFolder
 from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
+from training.streams import loud, silent_output
 from training.timelapse import Timelapse
 from training.views import Backdrop, View, draw_together, render
 
@@ -81,6 +84,30 @@ def select_device(name: str) -> torch.device:
     limit_fragmentation()
     check_gsplat()
     return torch.device("cuda")
+
+
+@contextmanager
+def _told_once(kind: type[InputError]) -> Iterator[None]:
+    """Let one process of each machine tell of an error that all have alike, before they can speak with each other.
+
+    Raises:
+        EndedElsewhere: Another one does.
+    """
+    try:
+        yield
+    except kind as error:
+        if is_first_of_machine():
+            raise
+        raise EndedElsewhere(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Hold what ranks have agreed on for a step; one process asks nobody, and everything is false."""
+
+    interrupted: bool = False  # training ends before the step
+    is_due: bool = False  # a periodic checkpoint is saved after it
+    is_lost: bool = False  # the result folder is made again after it
 
 
 class TrainingRun(Generic[AnyConfig]):
@@ -119,19 +146,22 @@ class TrainingRun(Generic[AnyConfig]):
         Raises:
             InputError: Something in the options, the dataset or the machine cannot be used.
         """
-        check_options(cfg)
         self.given = cfg
         self.scene_name = scene_name
         self._trainer = trainer
+        with _told_once(InputError):
+            check_options(cfg)
+            self.device = select_device(cfg.device)
         self.cfg = cfg.with_scaled_steps()
         self.said_of_input: list[str] = []
-        self.device = select_device(cfg.device)
-        with ExitStack() as resources:
-            self.ranks = self._join(resources)
+        self.ranks: Ranks | None = None
+        self._watch: Watch | None = None
+        with ExitStack() as resources, self._ending_together():
+            self._join(resources)
             self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
             given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
             torch.manual_seed(cfg.seed)
-            self.results = ResultFolder(self._with_own_folder())
+            self.results = ResultFolder(cfg, self.ranks)
             resources.callback(self.results.close)
             live = None if cfg.viewer is None or cfg.ckpt else LiveViewer(self.cfg)
             if live is not None:
@@ -145,12 +175,14 @@ class TrainingRun(Generic[AnyConfig]):
             if live is not None:
                 live.place(self.scene)
                 print(f"Watch the training at {live.page.url}.")
+            if self.ranks is not None:
+                check_same_dataset(self.ranks, self.scene)
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device)
             if self._evaluated is not None:
                 self.modules.load_evaluated(self._evaluated)
             self._evaluation = Evaluation(cfg, self.device)
-            self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed)
+            self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed, self.ranks)
             self._resources = resources.pop_all()  # which an error above closes
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)
@@ -170,6 +202,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._first_step = 0
         self._skipped_steps = 0
         self._interrupted = False
+        self._agreed = Agreed()
 
     def _say_of_input(self, sentence: str) -> None:
         print(sentence)
@@ -177,16 +210,20 @@ class TrainingRun(Generic[AnyConfig]):
 
     # ------------------------------------------------------------------------------------------------ several processes
 
-    def _join(self, resources: ExitStack) -> Ranks | None:
+    def _join(self, resources: ExitStack) -> None:
         """Meet the other processes, which share the device that this one renders on with it no more.
 
         Raises:
-            InputError: The script or the options are not for so many.
+            InputError: The script or the options are not for so many, or not the same everywhere.
         """
-        ranks = join(self.device, self.cfg.shares)
+        with _told_once(ParameterError):
+            ranks = self.ranks = join(self.device, self.cfg.shares)
         if ranks is None:
-            return None
+            return
         resources.callback(ranks.leave)
+        self._watch = resources.enter_context(Watch(ranks, self._last_words))
+        resources.enter_context(silent_output(silent=not ranks.leads))  # rank 0 tells the same
+        check_same_options(ranks, self.given)
         if not self._trainer.several_gpus:
             raise InputError(
                 f"{self._trainer.path.name} trains on one GPU: start it without torchrun, or take "
@@ -205,15 +242,40 @@ class TrainingRun(Generic[AnyConfig]):
             if is_given:
                 raise InputError(f"{option} is for one process: leave it out, or start without torchrun.")
         self.device = ranks.device
-        if not ranks.leads:
-            resources.enter_context(redirect_stdout(StringIO()))  # rank 0 tells the same
-        return ranks
 
-    def _with_own_folder(self) -> AnyConfig:
-        """Return the options with a result folder that no other rank writes."""
-        if self.ranks is None:
-            return self.given
-        return replace(self.given, result_dir=str(Path(self.given.result_dir) / f"rank_{self.ranks.rank}"))
+    def _last_words(self, sentence: str) -> None:
+        """Tell why the ranks end, where this process cannot leave by itself."""
+        ending = Ending(FAILED, f"Stopped: {sentence}. Continue with: {resume_command()}")
+        print(ending.message, file=loud(sys.stderr), flush=True)
+        write_ending(Path(self.given.result_dir), ending)
+
+    @contextmanager
+    def _ending_together(self) -> Iterator[None]:
+        """Let an error of one rank be the end of all, of which one rank tells.
+
+        Raises:
+            EndedElsewhere: Another rank does.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._watch is None:
+                raise
+            end = self._end_of(error, sentence_of(error))
+            if end.told_by != self._watch.rank:
+                raise EndedElsewhere(end.sentence) from error
+            if isinstance(error, RanksParted):
+                raise TrainingStopped(f"{end.sentence}.") from error
+            raise
+
+    def _end_of(self, error: Exception, sentence: str) -> End:
+        """Return why all ranks end, after this one has met an error; others that wait for it wait no more."""
+        assert self._watch is not None
+        assert self.ranks is not None
+        end = self._watch.end_by_others(error) if isinstance(error, RanksParted) else self._watch.end_by(sentence)
+        if self.device.type == "cpu":  # NCCL may wait for the others: there the watch ends those that do
+            self.ranks.leave()
+        return end
 
     @property
     def num_ranks(self) -> int:
@@ -251,7 +313,8 @@ class TrainingRun(Generic[AnyConfig]):
             self._check_target()
             self._check_memory()
             if self.saving.resumed is not None:
-                return {name: stored_values(self.saving.resumed.state, name) for name in PARAMETER_NAMES}
+                state = self.saving.own_state(self.saving.resumed)
+                return {name: stored_values(state, name) for name in PARAMETER_NAMES}
         gaussians = self._all_gaussians()
         if self.ranks is None:
             return gaussians
@@ -443,8 +506,10 @@ class TrainingRun(Generic[AnyConfig]):
         if self.speaks:
             self.observers += [ProgressBar(bar), BlankPictures(), TensorBoardLog()]
         if self.ranks is None:
-            self.observers += [self._timelapse, *self._results_of_the_end]
-        following: View | None = View.from_batch(next(loader), self.cfg, self.device)
+            self.observers.append(self._timelapse)
+        self.observers += self._results_of_the_end
+        self._step = first - 1
+        following = self._following(loader)
         step_done = self._resources.enter_context(
             profiled_steps(self.cfg.profile, self.results.path / "profile", self.device)
         )
@@ -453,8 +518,10 @@ class TrainingRun(Generic[AnyConfig]):
             self.times.start()
             view, following = following, None
             assert view is not None  # there is one for each step
-            if step + 1 < self.cfg.max_steps:
-                following = View.from_batch(next(loader), self.cfg, self.device)
+            following = self._following(loader)
+            if self._agreed.interrupted:
+                self._end_interrupted()
+                return
             self.upcoming = None if strategy.changes_rows_after(step) else following
             self.times.mark("load")
             self.view = view
@@ -463,15 +530,52 @@ class TrainingRun(Generic[AnyConfig]):
             self.view = None
             del view
             step_done()
-            if self._interrupted:
-                sentence = f"Interrupted after {counted(model.steps_done, 'step')}; saved {self.saving.at_the_end()}"
-                self.ending = Ending(INTERRUPTED, sentence)
-                self._timelapse.make_video(self)
-                tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
+            if self._interrupted and self.ranks is None:
+                self._end_interrupted()
                 return
         self.saving.at_the_end()
         self._timelapse.make_video(self)
+        if self.ranks is not None:
+            self.ranks.barrier()  # whoever waits for others has what it waits for
         self.results.check_none_missed()
+
+    def _following(self, loader: BatchLoader) -> View | None:
+        """Return the view of the next step, None behind the last; where ranks train together, when all have theirs."""
+        view, failure = None, None
+        try:
+            if self._step + 1 < self.cfg.max_steps:
+                view = View.from_batch(next(loader), self.cfg, self.device)
+        except Exception as error:
+            if self.ranks is None:
+                raise
+            failure = error
+        if self.ranks is not None:
+            self._agree(self.ranks, failure)
+        return view
+
+    def _agree(self, ranks: Ranks, failure: Exception | None) -> None:
+        """Ask the other ranks what all do around the next step; none has begun it.
+
+        Raises:
+            Exception: Some rank has no picture.
+        """
+        steps_done = self._step + 1
+        is_due, is_lost = ranks.leads and self.saving.is_due(steps_done), ranks.leads and self.results.is_lost()
+        failed, *agreed = ranks.any_of([failure is not None, self._interrupted, is_due, is_lost])
+        self._agreed = Agreed(*agreed)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RanksParted("another rank has no picture")
+
+    def _end_interrupted(self) -> None:
+        saved = self.saving.at_the_end()
+        sentence = f"Interrupted after {counted(self.model.steps_done, 'step')}; saved {saved}"
+        self.ending = Ending(INTERRUPTED, sentence)
+        self._timelapse.make_video(self)
+        tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
+        if self.ranks is not None:
+            self.ranks.barrier()
 
     def _begin(self, first_step: int | None) -> None:
         """Let the run write to its folder; as `ResultFolder.begin`."""
@@ -516,9 +620,13 @@ class TrainingRun(Generic[AnyConfig]):
         self.modules.update()
         if is_looked_at(step + 1, self.cfg.max_steps):
             self._look_at_skipped_steps()
-        if self.results.make_again():
+        if self.ranks is None:
+            is_new, is_due = self.results.make_again(), None
+        else:
+            is_new, is_due = self._agreed.is_lost and self.results.make_again(), self._agreed.is_due
+        if is_new:
             self.saving.now()
-        self.saving.after_step(step + 1)
+        self.saving.after_step(step + 1, is_due)
         loss = loss.detach()
         if self.ranks is not None:
             loss = self.ranks.mean(loss)
@@ -559,32 +667,62 @@ class TrainingRun(Generic[AnyConfig]):
     ) -> None:
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
+            if self._watch is not None:
+                self._exit_together(self._watch, error)
+                return
             if isinstance(error, NotSaved) or not isinstance(error, Exception):
                 return
             if self._evaluated is None and self.results.has_begun and self.model.steps_done > 0:
                 raise self._stopped(error) from error
 
+    def _exit_together(self, watch: Watch, error: BaseException | None) -> None:
+        """End as all ranks do; where all stand after the same step, save them.
+
+        Raises:
+            TrainingStopped, EndedElsewhere: This rank tells why, or another one.
+        """
+        if isinstance(error, KeyboardInterrupt):
+            watch.end_by("stopped at once, without saving")
+        if not isinstance(error, Exception):
+            return
+        if self._evaluated is not None or not self.results.has_begun or self.model.steps_done == 0:
+            with self._ending_together():
+                raise error
+        message, command = self._told_of(error)
+        end = self._end_of(error, message)
+        outcome = f"Continue with: {command}" if end.is_gone else self._saved_together(watch, command)
+        if end.told_by != watch.rank:
+            raise EndedElsewhere(end.sentence) from error
+        raise TrainingStopped(f"{end.sentence.rstrip('.')}. {outcome}") from error
+
+    def _saved_together(self, watch: Watch, command: str) -> str:
+        """Save the Gaussians of all ranks after an error, and return the sentence that says so, or why not."""
+        try:
+            self.model.undo_step()
+            steps_done = self.model.steps_done
+        except Exception:  # applied in part, which no checkpoint can hold
+            steps_done = -1
+        try:
+            if not watch.all_stand_at(steps_done) or steps_done < 0:
+                return (
+                    "The ranks have not ended after the same step, so the Gaussians are not saved: continue from the "
+                    f"checkpoint before, if there is one, with: {command}"
+                )
+            return f"The Gaussians are saved in {self.saving.at_the_end()}. Continue with: {command}"
+        except NotSaved as failure:
+            return str(failure)
+
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
         if self._interrupted and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         self._interrupted = True
+        if self.ranks is not None and signal_number == signal.SIGTERM:
+            return  # by torchrun, where another rank has ended: that one tells
         tqdm.write("Stopping after this step; press Ctrl-C again to stop at once without saving.")
 
     def _stopped(self, error: Exception) -> TrainingStopped:
         """Return the sentence for an error that ends training, with everything trained so far saved."""
-        message, is_defect = sentence_of(error), False
-        command = resume_command()
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            clear_frames(error.__traceback__)  # which hold what the step had allocated
-            torch.cuda.empty_cache()
-            message = (
-                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with {self.model.num_gaussians} "
-                "Gaussians: continue in a trainer that needs less of it, or raise --data_factor."
-            )
-            smaller = smaller_trainer(self._trainer, self.cfg, "device")
-            command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
-        elif not isinstance(error, TrainingStopped | InputError):
-            message, is_defect = f"An error ended training after {counted(self.model.steps_done, 'step')}.", True
+        message, command = self._told_of(error)
         try:
             self.model.undo_step()
             return TrainingStopped(
@@ -594,6 +732,20 @@ class TrainingRun(Generic[AnyConfig]):
             return TrainingStopped(f"{message} {failure}")
         except Exception as failure:  # of whatever kind: the user gets the sentence
             return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
-        finally:
-            if is_defect:  # whoever mends it wants to see where
-                print_exception(error)
+
+    def _told_of(self, error: Exception) -> tuple[str, str]:
+        """Return the sentence for an error that ends training, and the command to continue with."""
+        message, command = sentence_of(error), resume_command()
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            clear_frames(error.__traceback__)  # which hold what the step had allocated
+            torch.cuda.empty_cache()
+            message = (
+                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with {self.model.num_gaussians} "
+                "Gaussians: continue in a trainer that needs less of it, or raise --data_factor."
+            )
+            smaller = smaller_trainer(self._trainer, self.cfg, "device")
+            command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
+        elif not isinstance(error, TrainingStopped | InputError | RanksParted):
+            message = f"An error ended training after {counted(self.model.steps_done, 'step')}."
+            print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
+        return message, command

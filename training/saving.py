@@ -14,13 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
+from distributed.dealing import dealt_rows
+from distributed.mesh import Ranks
 from errors import InputError, NotSaved, counted
-from offload.adam.state import format_of, sh_degree_of
+from offload.adam.state import format_of, names_of_rows, num_gaussians_of, sh_degree_of
 from offload.models.contract import GaussianModel
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
+from training.joined_rows import picked_state, whole
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
@@ -34,7 +37,11 @@ TOLD_APART = ("state",)  # an option that is told of by what a checkpoint holds
 
 
 class Stateful(Protocol):
-    """Stand for a part of a run that has a state of its own: densification, a strategy, a module with its optimizer."""
+    """Stand for a part of a run that has a state of its own: densification, a strategy, a module with its optimizer.
+
+    One whose state has rows of the Gaussians names these tensors in an attribute `rows_of_state`: other ranks have
+    other rows of them.
+    """
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return everything that it goes on from, by name."""
@@ -51,7 +58,12 @@ class Saving:
     """
 
     def __init__(
-        self, cfg: Config, dataset: Dataset, checkpoints: CheckpointFolder, resumed: Checkpoint | None
+        self,
+        cfg: Config,
+        dataset: Dataset,
+        checkpoints: CheckpointFolder,
+        resumed: Checkpoint | None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
@@ -59,11 +71,13 @@ class Saving:
             dataset: What is trained on.
             checkpoints: Where they lie.
             resumed: What training goes on from, as `checkpoint_to_resume` found it; None where it begins anew.
+            ranks: Of whom this one trains a part of the Gaussians; None where it trains all.
         """
         self._cfg = cfg
         self._dataset = dataset
         self._checkpoints = checkpoints
         self._schedule = SaveSchedule(cfg.save_every)
+        self._ranks = ranks
         self._model: GaussianModel | None = None
         self._parts: Mapping[str, Stateful] = {}
         self._began = time.perf_counter()  # earlier by what the run before had taken
@@ -98,14 +112,25 @@ class Saving:
         checkpoint, self.resumed = self.resumed, None
         if checkpoint is not None:
             self._load(checkpoint)
+        if self._ranks is not None:
+            self._ranks.barrier()  # nobody reads any more what the first to save may drop
         self._schedule = SaveSchedule(self._cfg.save_every)  # time begins now
         return self._saved_steps
 
-    def after_step(self, steps_done: int) -> None:
-        """Save what is due; where that fails, say so and train on."""
+    def is_due(self, steps_done: int) -> bool:
+        """Return whether a periodic checkpoint is due after so many steps, by this process's clock; ask once a step."""
+        return self._schedule.is_due(steps_done)
+
+    def after_step(self, steps_done: int, is_due: bool | None = None) -> None:
+        """Save what is due; where that fails, say so and train on.
+
+        Args:
+            steps_done: So far.
+            is_due: Whether a periodic checkpoint is, as the ranks have agreed; None: as `is_due` says.
+        """
         if steps_done in self._cfg.save_steps or steps_done == self._cfg.max_steps:
             self._save(periodic=False)
-        elif self._schedule.is_due(steps_done):
+        elif self.is_due(steps_done) if is_due is None else is_due:
             self._save(periodic=True)
 
     def now(self) -> None:
@@ -150,13 +175,16 @@ class Saving:
             f"{name}/{key}": value for name, part in self._parts.items() for key, value in part.state_dict().items()
         }
         elapsed = torch.tensor(self.elapsed_seconds, dtype=torch.float64)
+        state = {**self._model.state(), **parts, "elapsed_seconds": elapsed}
+        ranks = self._ranks
         checkpoint = Checkpoint(
             steps=steps_done,
             transform=self._dataset.scene.transform,
-            state={**self._model.state(), **parts, "elapsed_seconds": elapsed},
+            state=state,
             options=asdict(self._cfg),
             periodic=periodic,
             photos=photos_of(self._dataset.scene),
+            part=None if ranks is None else Part(ranks.rank, ranks.size, self._names_of_rows(state)),
         )
         try:
             self._checkpoints.save(checkpoint, self._model.copied_before_change())
@@ -171,12 +199,35 @@ class Saving:
             "Those before it are untouched, and training goes on."
         )
 
+    def _names_of_rows(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the tensors that have a row of each Gaussian, those of the parts too."""
+        of_parts = (f"{name}/{key}" for name, part in self._parts.items() for key in getattr(part, "rows_of_state", ()))
+        return names_of_rows(state) + [name for name in of_parts if name in state]
+
     # ------------------------------------------------------------------------------------------------------ resuming
+
+    def own_state(self, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+        """Return what this process goes on from: all of a checkpoint, or the rows that a rank gets of it.
+
+        As many ranks as have written it go on with their own parts. Others, and those with other --shares, are dealt
+        its rows anew, in the order of the parts.
+        """
+        if self._ranks is None:
+            return checkpoint.state
+        rank, size = self._ranks.rank, self._ranks.size
+        if len(checkpoint.parts) == size and checkpoint.options.get("shares") == self._cfg.shares:
+            return checkpoint.parts[rank].state
+        ids = dealt_rows(num_gaussians_of(checkpoint.state), rank, self._ranks.proportions)
+        return picked_state(checkpoint.state, self._names_of_rows(checkpoint.state), ids.numpy())
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Put a state in place: each part takes the tensors under its name, and the Gaussians the others."""
         assert self._model is not None  # `begin` came before
-        state = dict(checkpoint.state)
+        state = dict(self.own_state(checkpoint))
+        writers, readers = max(len(checkpoint.parts), 1), 1 if self._ranks is None else self._ranks.size
+        if writers != readers:
+            done = "are joined" if readers == 1 else f"are dealt to {readers} processes"
+            print(f"The checkpoint was written by {counted(writers, 'rank')}: its Gaussians {done}.")
         view_has_changed = self._dataset.has_changed
         for name, value in json.loads(json.dumps(asdict(self._cfg))).items():
             before = checkpoint.options.get(name, value)
@@ -195,7 +246,7 @@ class Saving:
             for part_name, part in self._parts.items():
                 prefix = f"{part_name}/"
                 part.load_state_dict(
-                    {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                    {key.removeprefix(prefix): whole(value) for key, value in state.items() if key.startswith(prefix)}
                 )
             self._began -= state["elapsed_seconds"].item()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -204,9 +255,8 @@ class Saving:
                 "resuming needs: remove it."
             ) from error
         self._saved_steps = checkpoint.steps
-        print(
-            f"Resuming after {counted(checkpoint.steps, 'step')} with {counted(self._model.num_gaussians, 'Gaussian')}."
-        )
+        num_gaussians = num_gaussians_of(checkpoint.state)
+        print(f"Resuming after {counted(checkpoint.steps, 'step')} with {counted(num_gaussians, 'Gaussian')}.")
 
 
 def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:

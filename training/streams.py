@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a reader that has ended, a terminal that was closed
 
@@ -59,6 +59,44 @@ class Unbreakable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class Silent:
+    """Drop what is said; its stream is there for last words."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """
+        Args:
+            stream: That is kept still.
+        """
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Drop text."""
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def loud(stream: TextIO) -> TextIO:
+    """Return a stream that people see, also where this one is silent."""
+    return stream.stream if isinstance(stream, Silent) else stream
+
+
+@contextlib.contextmanager
+def silent_output(*, silent: bool) -> Iterator[None]:
+    """Drop what is printed meanwhile, by whomever, but for last words (`loud`); where it is not to be, do nothing."""
+    before: Any = sys.stdout, sys.stderr
+    if silent:
+        sys.stdout, sys.stderr = cast(TextIO, Silent(before[0])), cast(TextIO, Silent(before[1]))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 @contextlib.contextmanager

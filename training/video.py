@@ -23,6 +23,8 @@ from datasets.scene import Scene
 from datasets.trajectories import FASTEST_TURN, SHAPES, fastest_turn, through, trajectory
 from datasets.trajectory_file import read_key_poses
 from datasets.view_order import sample_of
+from distributed.mesh import Ranks
+from distributed.together import taken_in_turn
 from offload.culling.cameras import Cameras
 from training.files import replacing
 from training.views import posed_cameras
@@ -88,8 +90,7 @@ class Lens:
         return Lens(K, width, height)
 
 
-@torch.no_grad()
-def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path) -> None:
+def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path, ranks: Ranks | None = None) -> None:
     """Render a path through the scene, frame by frame as held-out views are, and write it as an H.264 video.
 
     Args:
@@ -97,6 +98,7 @@ def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path) -> None:
         cfg: Says which path, how long and how large, and how cameras draw.
         draw: Makes the picture of one camera.
         path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them.
+        ranks: That draw together; the first one writes the file.
 
     Raises:
         OSError: The file cannot be written.
@@ -108,16 +110,37 @@ def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path) -> None:
             f"Warning: the given path turns by {turn:.0f} degrees a second in {len(poses) / FRAMES_PER_SECOND:.1f} s: "
             "a longer --video_seconds is calmer."
         )
+    frames = _frames(scene, cfg, draw, poses, lens, ranks)
+    try:
+        if ranks is None or ranks.leads:
+            with replacing(path) as partial, whole_video(partial, len(poses)) as append:
+                for frame in tqdm(frames, desc="video", total=len(poses), unit="frame", leave=False):
+                    append(frame)
+    finally:
+        if ranks is not None:  # they draw together, whoever looks at the frames
+            for _ in frames:
+                pass
+
+
+@torch.no_grad()
+def _frames(
+    scene: Scene, cfg: Config, draw: Draw, poses: np.ndarray, lens: Lens, ranks: Ranks | None
+) -> Iterator[np.ndarray]:
+    """Yield the frames [H, W, 3] uint8 at poses [F, 4, 4], at all ranks."""
     K = torch.from_numpy(lens.K).float()[None]
     span = depth_span(scene.points, poses, lens) if cfg.video_depth else None
-    with replacing(path) as partial, whole_video(partial, len(poses)) as append:
-        for pose in tqdm(torch.from_numpy(poses), desc="video", unit="frame", leave=False):
-            cameras = posed_cameras(torch.linalg.inv(pose).float()[None], K, lens.width, lens.height, cfg)
-            picture = draw(cameras, depth=span is not None)[0].cpu().numpy()  # [H, W, 3 or 4]
-            frame = pixels(picture[..., :3])
-            if span is not None:
-                frame = np.concatenate([frame, depth_colors(picture[..., 3], span)], axis=1)
-            append(even(frame))
+    own, _ = taken_in_turn(np.arange(len(poses)), ranks)
+    for turn, index in enumerate(own):
+        viewmat = torch.linalg.inv(torch.from_numpy(poses[index])).float()[None]
+        cameras = posed_cameras(viewmat, K, lens.width, lens.height, cfg)
+        picture = draw(cameras, depth=span is not None)[0].cpu().numpy()  # [H, W, 3 or 4]
+        frame = pixels(picture[..., :3])
+        if span is not None:
+            frame = np.concatenate([frame, depth_colors(picture[..., 3], span)], axis=1)
+        if ranks is None:
+            yield even(frame)
+        else:
+            yield from ranks.gather(even(frame))[: len(poses) - turn * ranks.size]
 
 
 def pixels(colors: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ A trainer that defers steps adds, for each group of parameters ("geometry", "app
 
 and rows of such a group stand as they were after their last update. Without these a group's rows are current.
 
+Readers ask of what has N rows for its shape, its dtype and slices of rows only, so that it may lie in several files.
+
 A compact state has, in place of parameters and moments, the rows of its groups as they are stored, all deferred:
 
     packed/GROUP                    [N, words] int32, as `offload.store.layout.packed_rows`
@@ -84,12 +86,18 @@ def sh_degree_of(state: State) -> int:
     return round((state["parameters/shN"].shape[1] + 1) ** 0.5) - 1
 
 
+def names_of_rows(state: State) -> list[str]:
+    """Return the names of the tensors that have a row of each Gaussian."""
+    packed = [f"packed/{group}" for group in GROUP_NAMES]
+    return [name for name in state if name in packed or name.partition("/")[0] in (*ARRAYS, "last_step")]
+
+
 def stored_values(state: State, name: str) -> Tensor:
     """Return a parameter [N, ...] as it is stored: before the steps that rows have skipped; not copied."""
     if format_of(state) == "float32":
-        return state[f"parameters/{name}"]
+        return state[f"parameters/{name}"][:]
     group, _ = _place_of(state, name)
-    rows = packed_rows(state[f"packed/{group}"], group)
+    rows = packed_rows(state[f"packed/{group}"][:], group)
     return RowLayout.of(group, sh_degree_of(state), "compact").named(rows.parameters)[name]
 
 
@@ -119,7 +127,7 @@ def check_state(state: State) -> None:
         DeferredAdam.from_tables(tables)
         if last_step.shape != (num_gaussians,) or last_step.dtype != torch.int32:
             raise ValueError("last_step")
-        if int(last_step.min()) < 0 or int(last_step.max()) > int(state["step_count"]):
+        if num_gaussians and (int(last_step.min()) < 0 or int(last_step.max()) > int(state["step_count"])):
             raise ValueError("last_step")
     ids = state.get("upcoming/ids", torch.zeros(0, dtype=torch.int64))
     if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids[1:] <= ids[:-1]).any()):
@@ -250,7 +258,7 @@ def load_deferred(place: DeferredPlace, group: str, adam: DeferralTables, state:
     if is_deferred(state, group) and adam.matches(tables) and all(key in state for key in stored):
         for key, rows in stored.items():
             copy_blocks(rows, state[key])
-        place.last_step.copy_(state[f"last_step/{group}"])
+        copy_blocks(place.last_step, state[f"last_step/{group}"])
         adam.load_state(tables)
         return
     if f"packed/{group}" in stored:

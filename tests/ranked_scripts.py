@@ -1,0 +1,108 @@
+"""Trainer scripts in several processes that train together, with faults in one of them, for tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from trainers import TRAINERS
+
+LIMIT = 120  # seconds; processes that take longer hang
+
+
+class ScriptGroup:
+    """So many processes of a trainer script, which meet as if torchrun had started them."""
+
+    def __init__(self, size: int, trainer: str, options: tuple[object, ...], faults: Mapping[int, str] = {}) -> None:
+        """
+        Args:
+            size: How many.
+            trainer: A key of `TRAINERS`.
+            options: Of the script.
+            faults: What happens to which rank: see `be_child`.
+        """
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.processes = [
+            subprocess.Popen(
+                (sys.executable, "-m", "tests.ranked_scripts", trainer, faults.get(rank, "none"), *map(str, options)),
+                env=environment(rank, size, self._store),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+
+    def ends(self) -> list[tuple[int, str]]:
+        """Exit code and output of each rank."""
+        try:
+            outputs = [process.communicate(timeout=LIMIT)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, output) for process, output in zip(self.processes, outputs, strict=True)]
+
+
+def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
+    """What torchrun would tell a process."""
+    return os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
+    """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7"."""
+    import startup  # noqa: F401
+    from errors import InputError
+    from training import command_line, reporting
+    from training.run import TrainingRun
+    from training.views import View
+
+    what, _, step = fault.partition("@")
+    reporting.load_lpips = lambda net, device: None
+    mark, from_batch = TrainingRun.mark, View.from_batch
+    loaded = 0
+
+    def marked(self: TrainingRun, stage: str) -> None:
+        mark(self, stage)
+        if stage == "render" and self.model.steps_done + 1 == int(step):
+            if what == "error":
+                raise MemoryError("no memory for a test")
+            if what == "kill":
+                time.sleep(0.2)  # so that the checkpoint before is published
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def decoded(*batch: object) -> View:
+        nonlocal loaded
+        loaded += 1
+        if loaded == int(step):
+            raise InputError("photos/7.png cannot be decoded: replace it.")
+        return from_batch(*batch)
+
+    if what == "picture":
+        View.from_batch = decoded
+    elif what != "none":
+        TrainingRun.mark = marked
+    script = TRAINERS[trainer].load()
+    sys.argv = [TRAINERS[trainer].path.name, "default", *arguments]
+    command_line.main(script.CONFIGS, script.train, "")
+
+
+def options_for(data_dir: Path, result_dir: Path, *options: object) -> tuple[object, ...]:
+    """Options of a short run on the CPU."""
+    return ("--data_dir", data_dir, "--result_dir", result_dir, "--device", "cpu", "--num_workers", 1, *options)
+
+
+if __name__ == "__main__":
+    be_child(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,344 @@
+"""Checkpoints of several processes: whole or not there, continued by any number of them, and by one end for all."""
+
+import errno
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plyfile import PlyData
+from scipy.optimize import linear_sum_assignment
+
+from configs import Config
+from datasets.scene import load_scene
+from distributed.mesh import Ranks
+from errors import DamagedError, InputError
+from offload.adam.state import names_of_rows
+from tests.interrupted_runs import assert_same_state
+from tests.rank_groups import run_in_group
+from tests.ranked_scripts import ScriptGroup, options_for
+from tests.training_scripts import anisotropic_start, differences
+from trainers import TRAINERS
+from training.agreement import check_same_dataset, check_same_options
+from training.checkpoint_folder import CheckpointFolder
+from training.checkpoints import Checkpoint, Part, load_checkpoint, peek_checkpoint
+from training.command_line import main
+from training.joined_rows import JoinedRows, Runs, whole
+
+STEPS = (
+    *("--refine_start_iter", 8, "--refine_every", 8, "--refine_stop_iter", 30, "--reset_every", 1000),
+    *("--grow_grad2d", 4e-4, "--sh_degree_interval", 15, "--save_every", 0, "--eval_steps", 1000),
+)
+BOUND = 1e-4
+
+
+class StayingRanks(Ranks):
+    """Ranks that go on to the next run."""
+
+    def leave(self) -> None:
+        pass
+
+
+def smooth_noise(means: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise that follows from the rows, whoever holds them and in whichever order."""
+    return torch.stack([torch.sin(30 * means), torch.cos(30 * means)])
+
+
+def train(ranks: Ranks | None, data_dir: Path, result_dir: Path, *options: object, trainer: str = "streamed") -> None:
+    """Train with a script in this process, as one of the ranks."""
+    way = TRAINERS[trainer]
+    script = way.load()
+    staying = None if ranks is None else StayingRanks(**vars(ranks))
+    arguments = (*options_for(data_dir, result_dir), *STEPS, *options, *way.arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.run.join", lambda *given: staying)
+        patch.setattr("training.run.initial_gaussians", anisotropic_start)
+        patch.setattr("training.densification.noise_of_halves", smooth_noise)
+        patch.setattr("training.reporting.load_lpips", lambda net, device: None)
+        patch.setattr("sys.argv", [f"{way.script}.py", "default", *map(str, arguments)])
+        main(script.CONFIGS, script.train, "")
+
+
+def go_on(ranks: Ranks, data_dir: Path, result_dir: Path) -> None:
+    train(ranks, data_dir, result_dir, "--max_steps", 32, "--resume", "--save_every", 4, "--keep", 1)
+
+
+def stop_and_go_on(ranks: Ranks, data_dir: Path, result_dir: Path, trainer: str) -> None:
+    """Train 16 steps, and the last of them once more from the checkpoint before."""
+    train(ranks, data_dir, result_dir, "--max_steps", 16, "--save_steps", 10, trainer=trainer)
+    ranks.barrier()
+    if ranks.leads:
+        shutil.copytree(result_dir, result_dir.with_name("undisturbed"))
+        (result_dir / "ckpts/ckpt_16.pt").unlink()
+    ranks.barrier()
+    train(ranks, data_dir, result_dir, "--max_steps", 16, "--save_steps", 10, "--resume", trainer=trainer)
+
+
+def differ(ranks: Ranks, data_dir: Path, folder: Path) -> list[str]:
+    """What this rank says where it has other options, or another dataset, than the other."""
+    said = []
+    own_dir = folder / f"data_{ranks.rank}"
+    shutil.copytree(data_dir, own_dir)
+    for change in (lambda: None, lambda: add_a_byte(own_dir / "images/03.png")):
+        if ranks.rank == 1:
+            change()
+        try:
+            check_same_dataset(ranks, load_scene(own_dir))
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    with pytest.raises(InputError) as error:
+        check_same_options(ranks, Config(seed=ranks.rank, num_workers=ranks.rank))
+    return [*said, str(error.value)]
+
+
+def add_a_byte(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"0")
+
+
+def fail_to_save(ranks: Ranks, folder: Path) -> list[str]:
+    """What two checkpoints come to, of which the second rank cannot write the first."""
+    checkpoints, found = CheckpointFolder(folder, keep=0, ranks=ranks), []
+    state = load_checkpoint(folder.parent / "one/ckpts/ckpt_16.pt").state
+    for failing in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            if ranks.rank == failing:
+                patch.setattr("training.checkpoints._seal", disk_is_full)
+            part = Part(ranks.rank, ranks.size, names_of_rows(state))
+            checkpoints.save(Checkpoint(16, np.eye(4), state, part=part))
+            found.append(repr(checkpoints.wait()))
+        ranks.barrier()
+        found.append(" ".join(sorted(file.name for file in folder.iterdir())))
+        ranks.barrier()
+    checkpoints.close()
+    return found
+
+
+def disk_is_full(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, "no room for a test")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[Any]]:
+    """What the cases of two ranks have found, beside the runs."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def runs(city_block, tmp_path_factory, found) -> Path:
+    """A folder with runs that several processes have done: several, by 3, 1 and 2 of them, and the same by one process,
+    whose batches are as large; stopped and undisturbed."""
+    folder = tmp_path_factory.mktemp("runs")
+    several = folder / "several"
+    train_by_one(folder, city_block)
+    cases: dict[str, Callable[[Ranks], Any]] = {
+        "train": functools.partial(train_to_16, data_dir=city_block, result_dir=several)
+    }
+    run_in_group(3, cases, tmp_path_factory.mktemp("three"))
+    train(None, city_block, several, "--max_steps", 24, "--resume")
+    shutil.copytree(several, folder / "joined")
+    cases = {
+        "go on": functools.partial(go_on, data_dir=city_block, result_dir=several),
+        "stop": functools.partial(
+            stop_and_go_on, data_dir=city_block, result_dir=folder / "stop/stopped", trainer="optimized"
+        ),
+        "differ": functools.partial(differ, data_dir=city_block, folder=tmp_path_factory.mktemp("differ")),
+        "fail": functools.partial(fail_to_save, folder=folder / "failed"),
+    }
+    (folder / "failed").mkdir()
+    found.update(run_in_group(2, cases, tmp_path_factory.mktemp("two")))
+    return folder
+
+
+def train_by_one(folder: Path, city_block: Path) -> None:
+    """The same by one process, whose batches are as large as those of all ranks."""
+    one = folder / "one"
+    for size, steps in ((3, 16), (1, 24), (2, 32)):
+        train(None, city_block, one, "--max_steps", steps, "--batch_size", size, *(["--resume"] if size < 3 else []))
+
+
+def train_to_16(ranks: Ranks, data_dir: Path, result_dir: Path) -> None:
+    train(ranks, data_dir, result_dir, "--max_steps", 16)
+
+
+@pytest.mark.parametrize("steps", [16, 24, 32])
+def test_a_run_by_3_then_1_then_2_processes_is_that_of_one(runs, steps):
+    actual, expected = (
+        load_checkpoint(runs / name / f"ckpts/ckpt_{steps}.pt").gaussians for name in ("several", "one")
+    )
+    assert len(actual["means"]) == len(expected["means"])
+    mine, its = linear_sum_assignment(torch.cdist(actual["means"], expected["means"]))  # rows may be anywhere
+    found = differences({n: v[mine] for n, v in actual.items()}, {n: v[its] for n, v in expected.items()})
+    assert max(found.values()) < BOUND, found
+
+
+def test_the_same_ranks_continue_bit_by_bit(runs):
+    stopped, undisturbed = (
+        load_checkpoint(runs / "stop" / name / "ckpts/ckpt_16.pt") for name in ("stopped", "undisturbed")
+    )
+    for part, expected in zip(stopped.parts, undisturbed.parts, strict=True):
+        assert_same_state(part, expected)
+    for statistics in ("densification/grad2d", "parameters/means"):
+        rows = [len(part.state[statistics]) for part in stopped.parts]
+        assert min(rows) > 0
+        assert len(stopped.state[statistics]) == sum(rows)
+
+
+def test_one_file_makes_a_checkpoint_and_goes_first(runs):
+    """Of periodic checkpoints one was to stay; parts have gone with the others."""
+    names = sorted(file.name for file in (runs / "several/ckpts").iterdir())
+    wholes = [name for name in names if name.endswith(".pt")]
+    assert wholes == ["ckpt_16.pt", "ckpt_24.pt", "ckpt_28.pt", "ckpt_32.pt"]
+    counts = {name: sum(part.startswith(name.removesuffix("pt")) for part in names) - 1 for name in wholes}
+    assert counts == {"ckpt_16.pt": 3, "ckpt_24.pt": 0, "ckpt_28.pt": 2, "ckpt_32.pt": 2}
+
+
+@pytest.mark.parametrize("steps", [16, 32])  # by 3 ranks, of whom one draws a view that does not count, and by 2
+def test_results_are_those_of_the_whole_model(runs, city_block, tmp_path, steps):
+    """One PLY file with all rows in the order of the parts, one evaluation that says what one process says."""
+    folder = runs / "several"
+    file = folder / f"ckpts/ckpt_{steps}.pt"
+    vertex = PlyData.read(folder / f"ply/point_cloud_{steps}.ply")["vertex"]
+    means = np.stack([vertex[axis] for axis in "xyz"], axis=1)
+    assert np.array_equal(means, load_checkpoint(file).gaussians["means"].numpy())
+    train(None, city_block, tmp_path, "--ckpt", file)
+    ours, alone = (json.loads((path / f"stats/val_step{steps}.json").read_text()) for path in (folder, tmp_path))
+    assert [image["name"] for image in ours["images"]] == [image["name"] for image in alone["images"]]
+    for key in ("psnr", "ssim"):
+        assert ours[key] == pytest.approx(alone[key], rel=1e-4)
+    assert ours["num_GS"] == alone["num_GS"] == len(means)
+    assert json.loads((folder / "ended.json").read_text())["status"] == "finished"
+
+
+def test_a_damaged_or_missing_part_is_found_and_the_checkpoint_before_is_taken(runs, tmp_path):
+    def newest(damage: Callable[[Path], None]) -> tuple[int, list[str]]:
+        folder, said = tmp_path / damage.__name__, []
+        shutil.copytree(runs / "several/ckpts", folder)
+        (part,) = folder.glob("ckpt_32.*.2of2.part")
+        damage(part)
+        with pytest.raises(DamagedError, match="ckpt_32"):
+            load_checkpoint(folder / "ckpt_32.pt")
+        checkpoints = CheckpointFolder(folder, keep=0)
+        found = checkpoints.newest_valid(said.append)
+        checkpoints.close()
+        return found.steps, said
+
+    def flip(part: Path) -> None:
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+
+    def another(part: Path) -> None:
+        (older,) = part.parent.glob("ckpt_28.*.2of2.part")
+        shutil.copy(older, part)
+
+    for damage in (flip, another, Path.unlink):
+        steps, said = newest(damage)
+        assert (steps, len(said)) == (28, 1)
+        assert "ckpt_32" in said[0]
+
+
+def test_a_part_that_cannot_be_written_leaves_no_checkpoint(runs, found):
+    for failure, left, second, names in found["fail"]:
+        assert "no room for a test" in failure
+        assert (left, second) == ("", "None")
+        assert names == "ckpt_16.2.1of2.part ckpt_16.2.2of2.part ckpt_16.pt"
+    whole_model, half = load_checkpoint(runs / "failed/ckpt_16.pt"), load_checkpoint(runs / "one/ckpts/ckpt_16.pt")
+    assert torch.equal(whole_model.gaussians["means"], half.gaussians["means"].repeat(2, 1))
+
+
+def test_ranks_with_other_options_or_photos_are_refused_at_all_of_them(runs, found):
+    for alike, photos, options in found["differ"]:
+        assert alike == ""
+        assert re.fullmatch(r"rank 1 .* and rank 0 .* differ in the sizes of the files of photos in .*", photos)
+        assert re.fullmatch(r"rank 1 .* and rank 0 .* differ in --seed \(1 instead of 0\): .*", options)
+
+
+def test_what_a_killed_save_leaves_is_removed(runs, tmp_path):
+    shutil.copytree(runs / "several/ckpts", tmp_path / "ckpts")
+    before = set((tmp_path / "ckpts").iterdir())
+    for name in ("ckpt_33.9.1of2.part", "ckpt_33.9.2of2.part.partial", "ckpt_33.pt.partial"):
+        (tmp_path / "ckpts" / name).write_bytes(b"1")
+    checkpoints = CheckpointFolder(tmp_path / "ckpts", keep=0)
+    checkpoints.remove_unfinished()
+    checkpoints.close()
+    assert set((tmp_path / "ckpts").iterdir()) == before
+
+
+def test_a_part_is_not_taken_for_a_model(runs):
+    (part,) = (runs / "several/ckpts").glob("ckpt_32.*.1of2.part")
+    with pytest.raises(InputError, match=r"one of the 2 parts .* ckpt_32\.pt"):
+        load_checkpoint(part)
+    assert len(peek_checkpoint(part.with_name("ckpt_32.pt")).parts) == 2
+
+
+def test_joined_rows_are_read_like_a_tensor():
+    rows = torch.arange(60).view(20, 3)
+    parts = [rows[:7], rows[7:7], rows[7:19], rows[19:]]
+    joined = JoinedRows(parts, Runs.of_all([len(part) for part in parts]))
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        first, last = sorted(generator.integers(0, 25, 2).tolist())
+        assert torch.equal(joined[first:last], rows[first:last])
+        ids = np.flatnonzero(generator.random(20) < 0.6)
+        assert torch.equal(whole(joined.picked(ids)), rows[ids])
+    assert joined.shape == rows.shape
+
+
+# ------------------------------------------------------------------------------------------------ one end for all
+
+
+def ends(city_block: Path, result_dir: Path, fault: str) -> tuple[list[tuple[int, str]], int]:
+    """How two ranks end, of whom the second meets a fault, and the steps of the newest checkpoint they leave."""
+    options = options_for(city_block, result_dir, "--max_steps", 1000, "--save_every", 4, *STEPS[:4])
+    found = ScriptGroup(2, "streamed", options, {1: fault}).ends()
+    checkpoints = CheckpointFolder(result_dir / "ckpts", keep=0)
+    newest = checkpoints.newest_valid(print)
+    checkpoints.close()
+    return found, newest.steps
+
+
+def sentences(ended: list[tuple[int, str]], beginning: str) -> list[str]:
+    lines = [line for _, output in ended for line in output.splitlines()]
+    return [line for line in lines if line.startswith(beginning)]
+
+
+def test_a_killed_rank_ends_the_others_with_a_sentence(city_block, tmp_path):
+    ended, steps = ends(city_block, tmp_path, "kill@7")
+    assert [code for code, _ in ended] == [1, -9]
+    (sentence,) = sentences(ended, "Stopped: ")
+    assert "rank 1 (process" in sentence
+    assert sentence.endswith("--resume")
+    assert steps == 4
+    assert json.loads((tmp_path / "ended.json").read_text()) == {"status": "failed", "message": sentence}
+
+
+@pytest.mark.parametrize(
+    ("fault", "steps", "status", "told"),
+    [
+        ("picture@7", 5, "failed", "rank 1 .*: photos/7.png cannot be decoded"),
+        ("error@7", 6, "out of memory", "rank 1 .*: An error ended training after 6 steps"),
+    ],
+)
+def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, fault, steps, status, told):
+    ended, saved = ends(city_block, tmp_path, fault)
+    assert [code for code, _ in ended] == [1, 1]
+    (sentence,) = sentences(ended, "Stopped: ")
+    assert re.search(told, sentence)
+    assert f"The Gaussians are saved in {tmp_path}/ckpts/ckpt_{steps}.pt" in sentence
+    assert saved == steps
+    assert json.loads((tmp_path / "ended.json").read_text()) == {"status": status, "message": sentence}
+
+
+def test_ctrl_c_at_one_rank_ends_all_after_the_same_step(city_block, tmp_path):
+    ended, steps = ends(city_block, tmp_path, "interrupt@7")
+    assert [code for code, _ in ended] == [0, 0]
+    (sentence,) = sentences(ended, "Interrupted after")
+    assert sentence == f"Interrupted after 7 steps; saved {tmp_path}/ckpts/ckpt_7.pt"
+    assert steps == 7
