@@ -14,11 +14,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from distributed.board import Board
 from errors import InputError
@@ -165,6 +166,13 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def _meeting() -> dict[str, Any]:
+    """Return where the ranks meet: in torchrun's store, but not among what ranks before a restart have left there."""
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": size}
+
+
 def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
     """Meet the other processes that torchrun has started; None where there are none, and nothing has been done.
 
@@ -199,8 +207,8 @@ def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, **_meeting())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting())
     proportions = tuple(proportions) or (1,) * size
     return Ranks(dist.get_rank(), size, device, proportions, Board(), dist.new_group(backend="gloo"))
