@@ -75,10 +75,10 @@ class RunOfShapes(AerialRun):
         super().__init__(cfg, job)
         self.found: list[tuple[Spread, dict[str, float], float]] = []  # ms per step, of its stages, bytes over the link
 
-    def steps(self, model: GaussianModel, densification: object, draw: object = None) -> Iterator[tuple[int, View]]:
+    def steps(self, model: GaussianModel, strategy: object, draw: object = None) -> Iterator[tuple[int, View]]:
         each = self.job.steps // len(self.shapes)
         link_bytes = 0
-        for step, view in super().steps(model, densification, draw):
+        for step, view in super().steps(model, strategy, draw):
             index, turn = divmod(step - self.num_warmup, each)
             if index >= 0 and turn == 0:
                 self.shapes[index].use()

@@ -38,6 +38,7 @@ from offload.device_memory import bound_memory
 from offload.models.contract import GaussianModel
 from offload.pipelines.contract import Counters
 from reporting.numbers import count, gigabytes, number, percent
+from strategies.contract import Strategy
 from trainers import TRAINERS, Traffic
 from training import schedules
 from training.command_line import parse
@@ -46,6 +47,7 @@ from training.modules import RunModules
 from training.per_step import PerStep
 from training.run import select_device
 from training.stages import StageTimes
+from training.strategy import strategy_of
 from training.views import View
 
 SCENE_SCALE = 3.2  # world units: how far the cameras stand apart
@@ -122,6 +124,7 @@ class AerialRun:
         self._counted_before = Counters()
         self.modules = RunModules(cfg, [], np.empty(0, np.int64), self.device)  # of a run without any
         self.depth_weight = 0.0
+        self.ranks = None
 
     def make_scene(self) -> tuple[dict[str, Tensor], AerialCameras]:
         """Make the Gaussians that training starts with, in Morton order, and the cameras."""
@@ -143,11 +146,15 @@ class AerialRun:
         parameters, self._parameters = self._parameters, {}  # not held while the trainer has its own
         return parameters
 
+    def new_strategy(self) -> Strategy:
+        """Return the strategy that the options choose."""
+        return strategy_of(self.cfg, self.scene_scale)
+
     def mark(self, stage: str) -> None:
         """End a stage of the present step."""
         self.times.mark(stage)
 
-    def steps(self, model: GaussianModel, densification: object, draw: object = None) -> Iterator[tuple[int, View]]:
+    def steps(self, model: GaussianModel, strategy: object, draw: object = None) -> Iterator[tuple[int, View]]:
         """Yield the steps to warm up and those to measure."""
         self.model = model
         if self.device.type == "cuda":

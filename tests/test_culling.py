@@ -504,7 +504,7 @@ def test_training_draws_what_its_cameras_say(monkeypatch):
     parameters = {"means": torch.zeros(1, 3), "scales": torch.zeros(1, 3), "quats": torch.ones(1, 4)}
     parameters |= {"opacities": torch.zeros(1), "colors": torch.zeros(1, 1, 3)}
     cameras = random_cameras(63, near_plane=0.3, far_plane=70.0, eps2d=0.4, antialiased=True)
-    views.render(parameters, cameras, SimpleNamespace(absgrad=False), sh_degree=0)
+    views.render(parameters, cameras, SimpleNamespace(absgrad=False, depth_loss=False), sh_degree=0)
     assert (asked["near_plane"], asked["far_plane"], asked["eps2d"]) == (0.3, 70.0, 0.4)
     assert asked["rasterize_mode"] == "antialiased"
 

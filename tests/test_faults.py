@@ -55,7 +55,8 @@ def test_sigterm_stops_like_ctrl_c_and_prints_the_command_to_continue(monkeypatc
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7, number=signal.SIGTERM)
         assert run_script(patch, simple_trainer, city_block, tmp_path / "a b", "--max_steps", 20) == 0
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    lines = capsys.readouterr().out.splitlines()
+    command = shlex.split(lines[lines.index("Continue with:") + 1])
     assert saved(tmp_path / "a b", 7).can_resume
     assert command[1:3] == ["simple_trainer.py", "default"]
     assert command[-1] == "--resume"

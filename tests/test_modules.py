@@ -168,7 +168,14 @@ def test_the_sky_has_the_harmonics_of_gaussians():
     ids, count = torch.arange(len(means)), len(means) // 2
     nothing = torch.empty(0)
     projection = Projection(
-        torch.tensor([0, count, 2 * count]), ids // count, ids, nothing, nothing, nothing, nothing, nothing
+        camera_ids=ids // count,
+        gaussian_ids=ids,
+        row_offsets=torch.tensor([0, count, 2 * count]),
+        radii=nothing,
+        means2d=nothing,
+        depths=nothing,
+        conics=nothing,
+        opacities=nothing,
     )
     expected = spherical_harmonics(3, means, viewmats, coefficients.expand(len(means), 16, 3).contiguous(), projection)
     torch.testing.assert_close(colors.view(-1, 3), expected, rtol=0, atol=1e-5)

@@ -34,8 +34,6 @@ from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from strategies.contract import Strategy
-from strategies.default import DefaultStrategy
-from strategies.mcmc import MCMCStrategy
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
 from training.agreement import check_same_dataset, check_same_options
@@ -64,6 +62,7 @@ from training.results import ResultFolder
 from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
+from training.strategy import strategy_of
 from training.streams import loud, silent_output
 from training.timelapse import Timelapse
 from training.views import Backdrop, View, draw_together, render
@@ -350,10 +349,7 @@ class TrainingRun(Generic[AnyConfig]):
 
     def new_strategy(self) -> Strategy:
         """Return the strategy that the options choose, as it is before the first step."""
-        if self.cfg.strategy == "mcmc":
-            means_lr = schedules.means_lr_of_steps(self.cfg, self.scene_scale)
-            return MCMCStrategy(self.cfg, means_lr, self.cfg.seed)
-        return DefaultStrategy(self.cfg, self.scene_scale, self.cfg.seed, self.ranks)
+        return strategy_of(self.cfg, self.scene_scale, self.ranks)
 
     def _check_target(self) -> None:
         """Refuse a target that a run cannot come to from the Gaussians that it begins with."""
