@@ -1,0 +1,23 @@
+"""Which strategy the options choose."""
+
+from __future__ import annotations
+
+from configs import Config
+from distributed.mesh import Ranks
+from strategies.contract import Strategy
+from strategies.default import DefaultStrategy
+from strategies.mcmc import MCMCStrategy
+from training import schedules
+
+
+def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> Strategy:
+    """Return the strategy that the options choose, as it is before the first step.
+
+    Args:
+        cfg: The options.
+        scene_scale: Extent of the cameras in world units.
+        ranks: That train together; None: there is this process only.
+    """
+    if cfg.strategy == "mcmc":
+        return MCMCStrategy(cfg, schedules.means_lr_of_steps(cfg, scene_scale), cfg.seed)
+    return DefaultStrategy(cfg, scene_scale, cfg.seed, ranks)
