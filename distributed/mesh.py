@@ -36,6 +36,8 @@ class RanksParted(RuntimeError):
 def _talking() -> Iterator[None]:
     try:
         yield
+    except torch.cuda.OutOfMemoryError:  # for what is received: this rank's own, and the others hear of it
+        raise
     except RuntimeError as error:  # of whatever kind torch's back ends have
         raise RanksParted(str(error)) from error
 

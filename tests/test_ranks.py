@@ -147,6 +147,16 @@ def test_as_few_rows_move_as_level_the_ranks():
         assert count - sum(moves[rank]) + sum(row[rank] for row in moves) == wanted[rank]
 
 
+def test_too_little_memory_for_what_comes_is_not_told_as_ranks_that_parted(monkeypatch):
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Tensor, "new_empty", out_of_memory)
+    ranks = Ranks(0, 2, torch.device("cpu"), (1, 1), None, None)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ranks.all_to_all(torch.zeros(3, 2), [1, 2], [4, 0])
+
+
 # ------------------------------------------------------------------------------------------------------ whole trainers
 
 STEPS = (

@@ -118,7 +118,7 @@ class ForwardedPipeline:
         self._present: VisibleRows | None = None
         self._rows: ForwardedRows | None = None
         self._step_begun = False
-        self._ahead: WorkAhead[Ahead] = WorkAhead(self._times)
+        self._ahead: WorkAhead[Ahead] = WorkAhead(self._times, device)
         self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
         self._applied = False  # whether gradients of the present view may have reached the rows
         self._displaced: Displacement | None = None  # rows of the present view, with its update

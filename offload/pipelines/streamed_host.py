@@ -94,7 +94,7 @@ class StreamedHostPipeline:
         self._ready: torch.cuda.Event | None = None  # when rows of the next view may be fetched
         self._applied = False  # whether gradients of the present view may have reached its rows
         self._times = OffloadTimes()
-        self._ahead: WorkAhead[_Upcoming] = WorkAhead(self._times)
+        self._ahead: WorkAhead[_Upcoming] = WorkAhead(self._times, device)
         self._rows_found, self._rows_updated = 0, 0
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0

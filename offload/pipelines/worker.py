@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+import torch
 
 from offload.pipelines.times import OffloadTimes
 
@@ -14,12 +17,17 @@ Result = TypeVar("Result")
 class WorkAhead(Generic[Result]):
     """One thread, which does one thing after another, and the work that it has been given last."""
 
-    def __init__(self, times: OffloadTimes) -> None:
+    def __init__(self, times: OffloadTimes, device: torch.device) -> None:
         """
         Args:
             times: Receives how long the main thread waits, as "wait_for_worker".
+            device: Where the thread gives work to streams, a GPU or the CPU.
         """
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload")
+        # A new thread has the first GPU: leaving a stream of another one there makes a context on it, which takes
+        # hundreds of megabytes of it for each process.
+        on_gpu = device.type == "cuda" and device.index is not None
+        initializer = functools.partial(torch.cuda.set_device, device) if on_gpu else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload", initializer=initializer)
         self._times = times
         self._work: Future[Result] | None = None
         self._before: Future[None] | None = None
