@@ -19,6 +19,7 @@ from configs import Config
 from datasets.scene import load_scene
 from distributed.mesh import Ranks
 from errors import DamagedError, InputError
+from exports.source import open_source
 from offload.adam.state import names_of_rows
 from tests.interrupted_runs import assert_same_state
 from tests.rank_groups import run_in_group
@@ -216,6 +217,14 @@ def test_results_are_those_of_the_whole_model(runs, city_block, tmp_path, steps)
     assert json.loads((folder / "ended.json").read_text())["status"] == "finished"
 
 
+def test_exports_read_rows_of_all_parts_in_any_order(runs):
+    checkpoint = runs / "several/ckpts/ckpt_32.pt"
+    source, expected = open_source(checkpoint), load_checkpoint(checkpoint).gaussians
+    order = torch.randperm(source.num_gaussians, generator=torch.Generator().manual_seed(0))
+    for name, values in expected.items():
+        assert torch.equal(source.parameter(name, order), values[order])
+
+
 def test_a_damaged_or_missing_part_is_found_and_the_checkpoint_before_is_taken(runs, tmp_path):
     def newest(damage: Callable[[Path], None]) -> tuple[int, list[str]]:
         folder, said = tmp_path / damage.__name__, []
@@ -288,6 +297,10 @@ def test_joined_rows_are_read_like_a_tensor():
         assert torch.equal(joined[first:last], rows[first:last])
         ids = np.flatnonzero(generator.random(20) < 0.6)
         assert torch.equal(whole(joined.picked(ids)), rows[ids])
+        numbers = torch.from_numpy(generator.integers(0, 20, first))
+        assert torch.equal(joined[numbers], rows[numbers])
+        numbers = torch.from_numpy(generator.permutation(len(ids)))
+        assert torch.equal(joined.picked(ids)[numbers], rows[ids][numbers])
     assert joined.shape == rows.shape
 
 

@@ -27,18 +27,27 @@ class Runs:
 
     def picked(self, ids: np.ndarray) -> Runs:
         """Return some of these rows, by their increasing numbers int64 [M]."""
-        run_of_ids = np.searchsorted(self.starts, ids, side="right") - 1  # [M]
-        places = self.firsts[run_of_ids] + ids - self.starts[run_of_ids]  # [M] in the part
+        run_of_ids, places = self._runs_of(ids)
         follows = (np.diff(run_of_ids) == 0) & (np.diff(ids) == 1)
         begins = np.concatenate([[True], ~follows])[: len(ids)].nonzero()[0]
         return Runs(self.parts[run_of_ids[begins]], places[begins], np.append(begins, len(ids)))
 
+    def places_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return in which part [M] and at which of its rows [M] some of these rows lie, by numbers [M] in any order."""
+        run_of_ids, places = self._runs_of(ids)
+        return self.parts[run_of_ids], places
+
+    def _runs_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the run [M] that each row lies in, and its row [M] in the part."""
+        run_of_ids = np.searchsorted(self.starts, ids, side="right") - 1
+        return run_of_ids, self.firsts[run_of_ids] + ids - self.starts[run_of_ids]
+
 
 class JoinedRows:
-    """Stand for a tensor [N, ...] whose rows lie in the parts' tensors; a slice of it is a copy.
+    """Stand for a tensor [N, ...] whose rows lie in the parts' tensors; what is read of it is a copy.
 
-    It has of a tensor what readers of a state ask for rows: their shape, dtype and number, and slices of them. So the
-    whole, which may be larger than memory, is never made.
+    It has of a tensor what readers of a state ask for rows: their shape, dtype and number, slices of them, and rows by
+    their numbers. So the whole, which may be larger than memory, is never made.
     """
 
     def __init__(self, tensors: Sequence[Tensor], runs: Runs) -> None:
@@ -59,7 +68,10 @@ class JoinedRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Return a slice, or rows by their numbers int64 [M], from 0, in any order."""
+        if isinstance(rows, Tensor):
+            return self._numbered(rows.numpy())
         first, last, step = rows.indices(len(self))
         if step != 1:
             raise ValueError("rows are read one after the other")
@@ -72,6 +84,14 @@ class JoinedRows:
             source = self._tensors[self._runs.parts[run]][place : place + end - next_row]
             result[next_row - first : end - first] = source
             next_row, run = end, run + 1
+        return result
+
+    def _numbered(self, ids: np.ndarray) -> Tensor:
+        parts, places = self._runs.places_of(ids)
+        result = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
+        for part in np.unique(parts):
+            here = np.flatnonzero(parts == part)
+            result[torch.from_numpy(here)] = self._tensors[part][torch.from_numpy(places[here])]
         return result
 
     def picked(self, ids: np.ndarray) -> JoinedRows:
