@@ -11,6 +11,7 @@ What torch.distributed is asked for, it is asked for here. Its rules:
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from errors import InputError
 from offload.errors import ParameterError
 
 T = TypeVar("T")
+TELLS_WITHIN = 10.0  # seconds, of processes that have been started together
 
 
 class RanksParted(RuntimeError):
@@ -161,6 +163,16 @@ class Ranks:
 def is_first_of_machine() -> bool:
     """Return whether this is the first process on its machine that torchrun has started, or was started without it."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def let_first_tell() -> None:
+    """Wait, in a process that is not the first of its machine, while that one tells of an error that all have alike.
+
+    If one left before, torchrun would end the first, too, which may have begun later; as soon as the first has told
+    and left, torchrun ends those that wait.
+    """
+    if not is_first_of_machine():
+        time.sleep(TELLS_WITHIN)
 
 
 def local_ranks() -> int:

@@ -60,7 +60,11 @@ def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
 
 
 def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
-    """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7"."""
+    """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7".
+
+    One that is "slow" begins two seconds later. With "late_error" torchrun finds that another rank has left before
+    this one has told why.
+    """
     import startup  # noqa: F401
     from errors import InputError
     from training import command_line, reporting
@@ -69,19 +73,25 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
 
     what, _, step = fault.partition("@")
     reporting.load_lpips = lambda net, device: None
-    mark, from_batch = TrainingRun.mark, View.from_batch
+    mark, leave, from_batch = TrainingRun.mark, TrainingRun.__exit__, View.from_batch
     loaded = 0
 
     def marked(self: TrainingRun, stage: str) -> None:
         mark(self, stage)
         if stage == "render" and self.model.steps_done + 1 == int(step):
-            if what == "error":
+            if what in ("error", "late_error"):
                 raise MemoryError("no memory for a test")
             if what == "kill":
                 time.sleep(0.2)  # so that the checkpoint before is published
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
+
+    def left(self: TrainingRun, *error: object) -> None:
+        try:
+            leave(self, *error)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def decoded(*batch: object) -> View:
         nonlocal loaded
@@ -90,10 +100,14 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
             raise InputError("photos/7.png cannot be decoded: replace it.")
         return from_batch(*batch)
 
-    if what == "picture":
+    if what == "slow":
+        time.sleep(2)
+    elif what == "picture":
         View.from_batch = decoded
     elif what != "none":
         TrainingRun.mark = marked
+    if what == "late_error":
+        TrainingRun.__exit__ = left
     script = TRAINERS[trainer].load()
     sys.argv = [TRAINERS[trainer].path.name, "default", *arguments]
     command_line.main(script.CONFIGS, script.train, "")

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(city_block, tmp_path):
     [
         ("picture@7", 5, "failed", "rank 1 .*: photos/7.png cannot be decoded"),
         ("error@7", 6, "out of memory", "rank 1 .*: An error ended training after 6 steps"),
+        ("late_error@7", 6, "out of memory", "rank 1 .*: An error ended training after 6 steps"),
     ],
 )
 def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, fault, steps, status, told):
@@ -347,6 +349,21 @@ def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, f
     assert f"The Gaussians are saved in {tmp_path}/ckpts/ckpt_{steps}.pt" in sentence
     assert saved == steps
     assert json.loads((tmp_path / "ended.json").read_text()) == {"status": status, "message": sentence}
+
+
+@pytest.mark.parametrize("wrong", [("--save_every", "xyz"), ("--shares", "0", "1"), ("--no_such_option",)])
+def test_a_wrong_option_is_told_by_the_first_although_another_process_is_sooner(tmp_path, wrong):
+    """torchrun ends all as soon as one has left."""
+    options = options_for(tmp_path, tmp_path / "results", *wrong)
+    group = ScriptGroup(2, "gpu_only", options, {0: "slow"})
+    while all(process.poll() is None for process in group.processes):
+        time.sleep(0.05)
+    for process in group.processes:
+        process.terminate()
+    (first, told), (_, silent) = group.ends()
+    assert first == 2
+    assert wrong[0] in told
+    assert wrong[0] not in silent
 
 
 def test_ctrl_c_at_one_rank_ends_all_after_the_same_step(city_block, tmp_path):

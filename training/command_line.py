@@ -22,7 +22,7 @@ from configs import (
     OptimizationOptions,
     RunOptions,
 )
-from distributed.mesh import is_first_of_machine
+from distributed.mesh import is_first_of_machine, let_first_tell
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
 from trainers import trainer_of
@@ -63,7 +63,11 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
     run: TrainingRun[AnyConfig] | None = None
     try:
         with silent_output(silent=not is_first_of_machine()):  # all read the same command
-            scene, cfg = parse(configs, sys.argv[1:], description)
+            try:
+                scene, cfg = parse(configs, sys.argv[1:], description)
+            except (InputError, SystemExit):
+                let_first_tell()
+                raise
         folder = Path(cfg.result_dir)
         trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
         with TrainingRun(cfg, scene, trainer) as run:

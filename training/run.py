@@ -23,7 +23,7 @@ from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
 from distributed.dealing import dealt_rows
-from distributed.mesh import Ranks, RanksParted, is_first_of_machine, join, local_ranks
+from distributed.mesh import Ranks, RanksParted, is_first_of_machine, join, let_first_tell, local_ranks
 from distributed.watch import End, Watch
 from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
@@ -97,6 +97,7 @@ def _told_once(kind: type[InputError]) -> Iterator[None]:
     except kind as error:
         if is_first_of_machine():
             raise
+        let_first_tell()
         raise EndedElsewhere(str(error)) from error
 
 
@@ -272,6 +273,8 @@ class TrainingRun(Generic[AnyConfig]):
         assert self._watch is not None
         assert self.ranks is not None
         end = self._watch.end_by_others(error) if isinstance(error, RanksParted) else self._watch.end_by(sentence)
+        if end.told_by == self._watch.rank:  # torchrun sends it as soon as another rank has left, before this one tells
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.device.type == "cpu":  # NCCL may wait for the others: there the watch ends those that do
             self.ranks.leave()
         return end
@@ -468,7 +471,7 @@ class TrainingRun(Generic[AnyConfig]):
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                self._resources.callback(signal.signal, number, signal.signal(number, self._on_interrupt))
+                self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self.saving.begin(model, {strategy.name: strategy, **self.modules.parts})
         self.modules.begin_at(first)
         if first >= self.cfg.max_steps:
@@ -707,6 +710,11 @@ class TrainingRun(Generic[AnyConfig]):
             return f"The Gaussians are saved in {self.saving.at_the_end()}. Continue with: {command}"
         except NotSaved as failure:
             return str(failure)
+
+    def _give_back(self, number: signal.Signals, handler: Callable | int | None) -> None:
+        """Let a signal do what it did before `steps`, unless it is ignored since, as ranks end."""
+        if signal.getsignal(number) == self._on_interrupt:
+            signal.signal(number, handler)
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
         if self._interrupted and signal_number == signal.SIGINT:
