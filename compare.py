@@ -35,6 +35,7 @@ from comparing.runs import (
     read_options,
     read_run,
 )
+from distributed.mesh import local_ranks
 from errors import InputError
 from reporting.machine import describe_machine
 from trainers import TRAINERS
@@ -98,8 +99,10 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
     """Train a scene in all wanted ways, and report after each.
 
     Raises:
-        InputError: Options that cannot be used; nothing has been started.
+        InputError: Options that cannot be used, or torchrun has started this; nothing has been started.
     """
+    if local_ranks() > 1:
+        raise InputError("compare.py starts each trainer as one process: start it without torchrun.")
     plans = plan(options.scene, options.trainers, options.result_dir, passed_on)
     check_free_folders(plans)
     if not options.force:

@@ -330,6 +330,17 @@ def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
     return Plan(folder.name, folder, ("-c", "pass"), cfg)
 
 
+def test_processes_of_torchrun_start_no_trainers(monkeypatch, tmp_path, capsys):
+    """Each would start all of them, which would take each other for their ranks."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "demo", "--result_dir", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 def test_what_finished_means(tmp_path):
     done = write_run(tmp_path / "run")
     assert is_finished(done.folder, done.cfg)
