@@ -161,6 +161,25 @@ def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_
     assert "exclude each other" in run("--random_background", "--background", "white", result_dir="other")
 
 
+def test_modules_are_saved_at_the_step_of_the_gaussians_where_a_refinement_ends_training(
+    monkeypatch, city_block, tmp_path
+):
+    """The Gaussians have taken their step then, and the modules take theirs last."""
+    schedule = ("--refine_start_iter", 2, "--refine_every", 5, "--sh_degree_interval", 10, *QUIET[-4:])
+    modules = ("--background", "sky", "--exposure", "affine")
+
+    def run(result_dir: str, *options: object) -> int:
+        return run_script(monkeypatch, simple_trainer, city_block, tmp_path / result_dir, *modules, *options)
+
+    assert run("whole", *QUIET, "--max_steps", 12, "--save_steps", 6) == 0
+    assert run("stopped", *schedule, "--max_steps", 12, "--prune_opa", 0.49) == 1
+    stopped, whole = (module_rows(saved(tmp_path / folder, 6)) for folder in ("stopped", "whole"))
+    assert stopped.keys() == whole.keys()
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+    assert run("stopped", *schedule, "--max_steps", 12, "--resume") == 0
+    assert saved(tmp_path / "stopped", 12).state["sky/step_count"] == 12
+
+
 def opened_with_its_sky(path: Path) -> None:
     """What view.py draws."""
     device, checkpoint = torch.device("cpu"), load_checkpoint(path)

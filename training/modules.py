@@ -133,6 +133,16 @@ class RunModules:
         for module in self.parts.values():
             module.update()
 
+    def complete_step(self, steps_done: int) -> None:
+        """Apply the step of a view after an error, where the Gaussians have taken theirs, so that both are saved alike.
+
+        Args:
+            steps_done: By the Gaussians.
+        """
+        for module in self.parts.values():
+            if module.is_fetched and module.steps_done < steps_done:
+                module.update()
+
 
 def state_of(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     """Return the tensors that a part has in a checkpoint, by its own names."""

@@ -729,6 +729,7 @@ class TrainingRun(Generic[AnyConfig]):
         message, command = self._told_of(error)
         try:
             self.model.undo_step()
+            self.modules.complete_step(self.model.steps_done)
             return TrainingStopped(
                 f"{message} The Gaussians are saved in {self.saving.at_the_end()}. Continue with: {command}"
             )
