@@ -125,17 +125,19 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         screen = ScreenGradients(view.cameras, needed=strategy.looks_at(step), with_rows=strategy.moves_rows)
         upcoming = None if run.upcoming is None else run.upcoming.cameras
         loss = gaussians.train_view(view.cameras, upcoming, partial(train_part, view=view, screen=screen))
+        rows, info = screen.rows(), screen.info()
 
         # Every Gaussian has one gradient, whatever the number of tiles, and is updated once.
         ids = gaussians.ids
-        strategy.before_update(step, screen.rows(), screen.info(), gaussians, ids)
+        strategy.before_update(step, rows, info, gaussians, ids)
         gaussians.update()
         run.mark("update")
 
-        strategy.after_step(step, screen.info(), gaussians, ids)
+        strategy.after_step(step, info, gaussians, ids)
         run.mark("densify")
 
         run.after_step(step, loss)
+        del screen, rows, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------------------------

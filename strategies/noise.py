@@ -85,7 +85,8 @@ class Noise:
             float32 [M, 3], to be added to the means, where the rows are. Rows that are not finite get nothing.
         """
         device = rows["scales"].device
-        variances = self._variances[step + 1] - self._variances.to(ids.device)[owed_from[ids].long()]  # [M]
+        self._variances = self._variances.to(ids.device)  # once: a copy at each step would wait for the device
+        variances = self._variances[step + 1] - self._variances[owed_from[ids].long()]  # [M]
         owed_from[ids] = step + 1
         sizes = variances.sqrt().float().to(device)
         sizes = sizes * torch.sigmoid(-STEEPNESS * (torch.sigmoid(rows["opacities"]) - HALF_OPACITY))
