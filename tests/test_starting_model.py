@@ -192,3 +192,26 @@ def test_what_cannot_be_begun_from_is_refused(monkeypatch, run, city_block, tmp_
     with pytest.raises(InputError, match="no degree"):
         StartingModel.load(write_ply(tmp_path / "b.ply", gaussians, np.eye(4)))
     assert len(load_ply(tmp_path / "b.ply")["means"]) == len(gaussians["means"])
+
+
+@pytest.mark.parametrize(
+    ("background", "sky", "now", "sentence"),
+    [
+        ("sky", {"rows": torch.zeros(1, 48)}, "black", "Its sky is not taken: --background is black."),
+        ("sky", {"rows": torch.zeros(1, 48)}, "sky", "Its sky is not taken: a grey one is trained anew."),
+        ("white", {}, "sky", "It was trained before white, and --background is sky."),
+        ("white", {}, "white", None),
+        ("random", {}, "black", None),
+        ("black", {}, "white", None),  # a PLY file does not say before what it was trained
+    ],
+)
+def test_what_was_behind_a_model_and_is_not_taken_is_told(background, sky, now, sentence):
+    means = torch.rand(4, 3)
+    gaussians = {
+        "means": means, "scales": torch.zeros(4, 3), "quats": torch.ones(4, 4), "opacities": torch.zeros(4),
+        "sh0": torch.zeros(4, 1, 3), "shN": torch.zeros(4, 15, 3),
+    }  # fmt: skip
+    said: list[str] = []
+    model = StartingModel(Path("model.pt"), gaussians, np.eye(4), background, sky)
+    model.placed(np.eye(4), Config(background=now), said.append)
+    assert said[1:] == ([] if sentence is None else [sentence])

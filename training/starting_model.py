@@ -103,5 +103,10 @@ class StartingModel:
         if degree != cfg.sh_degree:
             done = "higher ones begin at 0" if degree < cfg.sh_degree else "higher ones are cut off"
             say(f"Its harmonics have degree {degree}, and --sh_degree is {cfg.sh_degree}: {done}.")
+        if self.sky:
+            follows = "a grey one is trained anew" if cfg.background == "sky" else f"--background is {cfg.background}"
+            say(f"Its sky is not taken: {follows}.")
+        elif self.background == "white" != cfg.background:
+            say(f"It was trained before white, and --background is {cfg.background}.")
         order = morton_order(gaussians["means"])
         return {name: gaussians[name][order] for name in PARAMETER_NAMES}
