@@ -250,9 +250,13 @@ class DefaultStrategy:
         """Say, after the last refinement, where growth has ended far from the target."""
         target = self.rules.target_gaussians
         if target > 0 and abs(num_gaussians - target) > TARGET_TOLERANCE * target:
+            cause = (
+                "a refinement adds at most as many as there are; raise --refine_stop_iter or lower --refine_every."
+                if num_gaussians < target
+                else "training went on with more than that, and none are removed for a target."
+            )
             tqdm.write(
-                f"Warning: growth ended with {num_gaussians:,} Gaussians, and --target_gaussians is {target:,}: a "
-                "refinement adds at most as many as there are; raise --refine_stop_iter or lower --refine_every."
+                f"Warning: growth ended with {num_gaussians:,} Gaussians, and --target_gaussians is {target:,}: {cause}"
             )
 
     def _gathered(self) -> Statistics:

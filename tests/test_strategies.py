@@ -441,7 +441,17 @@ def test_a_target_that_growth_has_missed_is_told(capsys):
     strategy = DefaultStrategy(DensificationRules(target_gaussians=5000, refine_stop_iter=601), SCALE, seed=3)
     strategy.statistics = random_statistics(300)
     strategy.refine(600, gaussians)
-    assert "and --target_gaussians is 5,000" in capsys.readouterr().out
+    assert "and --target_gaussians is 5,000: a refinement adds at most" in capsys.readouterr().out
+
+
+def test_a_target_below_what_training_went_on_with_is_told(capsys):
+    gaussians = random_gaussians(300)
+    gaussians.overwrite(torch.arange(300), {"opacities": torch.zeros(300), "scales": torch.full((300, 3), -9.0)})
+    strategy = DefaultStrategy(DensificationRules(target_gaussians=100, refine_stop_iter=601), SCALE, seed=3)
+    strategy.statistics = random_statistics(300)
+    strategy.refine(600, gaussians)
+    assert gaussians.num_gaussians == 300
+    assert "--target_gaussians is 100: training went on with more" in capsys.readouterr().out
 
 
 def test_growth_follows_the_largest_gradients():
