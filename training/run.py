@@ -362,7 +362,7 @@ class TrainingRun(Generic[AnyConfig]):
         if target < begun:
             raise InputError(
                 f"--target_gaussians {target} is below the {counted(begun, 'Gaussian')} that training begins with: "
-                "give more, or --max_gaussians, which takes fewer of the points."
+                "give more, or in its place --max_gaussians, which takes fewer of the points."
             )
         reached = self.new_strategy().heading(-1, begun) or begun
         if reached < target:
