@@ -35,19 +35,27 @@ class Box:
 
 @dataclass(frozen=True)
 class Polygons:
-    """Hold closed lines in the plane of x and y; what an odd number of them surrounds is inside, at any height."""
+    """Hold polygons in the plane of x and y, each of closed lines, its outline and holes; any height is inside."""
 
-    rings: tuple[np.ndarray, ...]  # [n, 2] each
+    polygons: tuple[tuple[np.ndarray, ...], ...]  # of each its lines, [n, 2] each
 
     def contains(self, points: np.ndarray) -> np.ndarray:
-        """Return whether points [M, 3] lie inside, [M] bool: a line from each to the right crosses an odd number."""
-        x, y = points[:, 0], points[:, 1]
+        """Return whether points [M, 3] lie inside at least one, [M] bool."""
         inside = np.zeros(len(points), bool)
-        for ring in self.rings:
-            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-                if y0 != y1:
-                    inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) / (y1 - y0) * (x1 - x0))
+        for rings in self.polygons:
+            inside |= _surrounded(points, rings)
         return inside
+
+
+def _surrounded(points: np.ndarray, rings: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Return of points [M, 3] whether a line to the right crosses an odd number of closed lines, [M] bool."""
+    x, y = points[:, 0], points[:, 1]
+    inside = np.zeros(len(points), bool)
+    for ring in rings:
+        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            if y0 != y1:
+                inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) / (y1 - y0) * (x1 - x0))
+    return inside
 
 
 def read_region(crop: Sequence[str]) -> Region | None:
@@ -78,10 +86,11 @@ def read_region(crop: Sequence[str]) -> Region | None:
 
 def _read_polygons(path: Path) -> Polygons:
     try:
-        text = path.read_text()
-        rings = _rings(json.loads(text)) if text.lstrip().startswith("{") else [_corners(text)]
-        found = tuple(np.array(ring, np.float64)[:, :2] for ring in rings)
-        if not found or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in found):
+        text = path.read_text(encoding="utf-8-sig")  # some programs on Windows begin a file with a mark
+        polygons = _polygons(json.loads(text)) if text.lstrip().startswith("{") else [[_corners(text)]]
+        found = tuple(tuple(np.array(ring, np.float64)[:, :2] for ring in rings) for rings in polygons)
+        rings = [ring for rings in found for ring in rings]
+        if not rings or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in rings):
             raise ValueError("it has fewer than three corners")
     except Exception as error:  # of the disk, json and NumPy
         raise InputError(
@@ -95,16 +104,15 @@ def _corners(text: str) -> list[list[float]]:
     return [[float(number) for number in line[:2]] for line in lines if line]
 
 
-def _rings(content: dict[str, Any]) -> list[Any]:
-    """Return the rings of all polygons of GeoJSON (RFC 7946), holes among them."""
+def _polygons(content: dict[str, Any]) -> list[Any]:
+    """Return the polygons of GeoJSON (RFC 7946): of each its rings, the outline and holes."""
     kind = content["type"]
     if kind == "FeatureCollection":
-        return [ring for feature in content["features"] for ring in _rings(feature)]
+        return [polygon for feature in content["features"] for polygon in _polygons(feature)]
     if kind == "Feature":
-        return _rings(content["geometry"])
+        return _polygons(content["geometry"])
     if kind == "GeometryCollection":
-        return [ring for geometry in content["geometries"] for ring in _rings(geometry)]
+        return [polygon for geometry in content["geometries"] for polygon in _polygons(geometry)]
     if kind not in ("Polygon", "MultiPolygon"):
         raise ValueError(f"{kind} is not a polygon")
-    polygons = content["coordinates"] if kind == "MultiPolygon" else [content["coordinates"]]
-    return [ring for polygon in polygons for ring in polygon]
+    return list(content["coordinates"]) if kind == "MultiPolygon" else [content["coordinates"]]
