@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 import startup  # noqa: F401, before torch is imported
-from errors import InputError, reason
+from errors import InputError, counted, reason
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
 from exports.gaussians import choose
@@ -89,7 +89,7 @@ def export(options: Options) -> None:
         )
     _check_space(to, form, gaussians.count, degree)
     print(
-        f"Writing {gaussians.count:,} Gaussians of {source.path} with {_harmonics(degree, source)} to {to} "
+        f"Writing {counted(gaussians.count, 'Gaussian')} of {source.path} with {_harmonics(degree, source)} to {to} "
         f"({form.name}), in {place.describe(options.world)}."
     )
     try:
@@ -111,6 +111,8 @@ def export(options: Options) -> None:
 def _check_target(to: Path) -> None:
     """Refuse a name under which something lies, or for which there is no folder."""
     target = to.parent if to.name == INDEX else to
+    if target == Path("."):
+        raise InputError(f"--to {to} names no folder: name one that is made, as in garden/{INDEX}.")
     for path in (target, _side_file(to)):
         if path.exists():
             raise InputError(f"--to {to}: {path} is there already: remove it, or choose another name.")

@@ -36,7 +36,7 @@ class Options:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to render; auto takes CUDA where there is a GPU."""
     antialiased: bool = False
-    """Draw as a model that was trained with --antialiased."""
+    """Draw as a model that was trained with --antialiased; of a checkpoint this is known."""
 
 
 def main() -> None:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from datasets.normalize import is_similarity
 from errors import InputError
-from exports.world import AXES, Up
 from offload.adam.state import CurrentValues, num_gaussians_of, sh_degree_of
 from training.checkpoints import load_checkpoint
-from training.ply import PlyRows, frame_of_ply
+from training.ply import PlyRows, Up, frame_of_ply
 
 DEGREES = {(degree + 1) ** 2: degree for degree in range(4)}  # of spherical harmonics, by how many there are
 
@@ -39,7 +38,8 @@ def open_source(path: Path) -> Source:
         InputError: It cannot be read, or holds no Gaussians.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: name a checkpoint (.pt) or a 3DGS PLY file.")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {problem}: name a checkpoint (.pt) or a 3DGS PLY file.")
     with open(path, "rb") as file:
         is_ply = file.read(3) == b"ply"
     source = _open_ply(path) if is_ply else _open_checkpoint(path)
@@ -70,7 +70,5 @@ def _open_ply(path: Path) -> Source:
             f"{path} holds {rows.num_harmonics} harmonics of each colour, which no degree has: choose a 3DGS PLY file "
             "of degree 0 to 3."
         )
-    transform, axes = frame_of_ply(path)
-    named = {text: up for up, text in AXES.items()}
-    up: Up | None = named.get(axes, None if transform is None or axes else "z")
+    transform, up = frame_of_ply(path)
     return Source(path, rows.num_gaussians, DEGREES[rows.num_harmonics], transform, up, False, rows.parameter)

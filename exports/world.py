@@ -8,12 +8,10 @@ from typing import Literal
 import numpy as np
 
 from errors import InputError
+from training.ply import AXES, AXES_OF_DATASET, Up
 
 World = Literal["normalized", "input"]
-Up = Literal["y", "z"]
 
-# Training makes z vertical. Viewers take the axes of COLMAP and 3DGS, y down, and turn them over when they draw.
-AXES: dict[Up, str] = {"z": "x right, y forward, z up", "y": "x right, y down, z forward"}
 TURN: dict[Up, np.ndarray] = {  # [4, 4] from z up
     "z": np.eye(4),
     "y": np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]),
@@ -33,8 +31,8 @@ class Placement:
 
     @property
     def axes(self) -> str:
-        """Return what the axes are, or nothing where they are as training makes them or not known."""
-        return AXES["y"] if self.up == "y" else ""
+        """Return what the axes are, or nothing where they are as training makes them."""
+        return "" if self.up == "z" else AXES_OF_DATASET if self.up is None else AXES[self.up]
 
     def describe(self, world: World) -> str:
         """Return as words which coordinates these are."""

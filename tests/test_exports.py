@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.lib.recfunctions import repack_fields
+from plyfile import PlyData, PlyElement
 from torch import Tensor
 
 import export
@@ -35,7 +37,7 @@ from tests.oracles.splat_formats import (
     turned_over,
 )
 from training.checkpoints import Checkpoint, save_checkpoint
-from training.ply import load_ply, save_ply
+from training.ply import frame_of_ply, load_ply, save_ply
 from training.similarity import moved
 from training.views import render
 
@@ -380,6 +382,15 @@ def test_a_file_that_is_upright_is_not_turned_again(model, checkpoint, tmp_path)
     np.testing.assert_allclose(read_ply(tmp_path / "z.ply")["means"], model["means"].numpy(), atol=1e-6)
 
 
+def test_coordinates_of_the_dataset_are_not_turned_later(checkpoint, tmp_path):
+    """Nobody has said what is up there, and the file says so."""
+    run(checkpoint, "--to", tmp_path / "input.ply", "--world", "input")
+    run(tmp_path / "input.ply", "--to", tmp_path / "again.splat")
+    run(checkpoint, "--to", tmp_path / "once.splat", "--world", "input")
+    assert (tmp_path / "again.splat").read_bytes() == (tmp_path / "once.splat").read_bytes()
+    assert frame_of_ply(tmp_path / "input.ply")[1] is None
+
+
 def test_another_programs_ply_keeps_its_axes(model, tmp_path):
     run(write_model(tmp_path / "ckpt.pt", model), "--to", tmp_path / "plain.ply", "--plain")
     assert b"comment" not in (tmp_path / "plain.ply").read_bytes()[:2000]
@@ -441,6 +452,22 @@ def test_polygons_crop_and_may_have_holes(model, checkpoint, tmp_path):
     assert triangle.contains(points).tolist() == [True, False, False, True]
 
 
+def test_polygons_that_overlap_crop_to_all_of_both(tmp_path):
+    left = [[[0, 0], [2, 0], [2, 2], [0, 2], [0, 0]], [[0.2, 0.2], [0.4, 0.2], [0.4, 0.4], [0.2, 0.4]]]
+    right = [[[1, 0], [3, 0], [3, 2], [1, 2], [1, 0]]]
+    features = [{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": rings}} for rings in (left, right)]
+    contents = (
+        {"type": "FeatureCollection", "features": features},
+        {"type": "MultiPolygon", "coordinates": [left, right]},
+    )
+    points = np.array([[0.5, 1, 0], [1.5, 1, 0], [2.5, 1, 0], [3.5, 1, 0], [0.3, 0.3, 0]])
+    for content in contents:
+        (tmp_path / "a.geojson").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+        region = read_region([str(tmp_path / "a.geojson")])
+        assert region is not None
+        assert region.contains(points).tolist() == [True, True, True, False, False]
+
+
 def test_the_most_important_stay(model, checkpoint, tmp_path):
     run(checkpoint, "--to", tmp_path / "a.ply", "--max_gaussians", 50)
     weights = (importance(model)).numpy()
@@ -477,6 +504,7 @@ def test_values_that_are_not_finite_are_left_out(model, tmp_path, capsys):
         (["--to", "there.spz"], r"there\.spz is there already: remove it, or choose another name"),
         (["--to", "folder/lod-meta.json"], "folder is there already"),
         (["--to", "another.ply"], r"another\.json is there already"),
+        (["--to", "lod-meta.json"], "lod-meta.json names no folder: name one that is made"),
         (["--to", "a.spz", "--plain"], r"--plain is for \.ply"),
         (["--to", "a.ply", "--sh_degree", 4], "--sh_degree is 4, but must be 0 to 3"),
         (["--to", "a.ply", "--max_gaussians", -1], "--max_gaussians is -1"),
@@ -508,6 +536,22 @@ def test_a_model_that_cannot_be_read_is_named(content, tmp_path):
         (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.pt "):
         run(tmp_path / "a.pt", "--to", tmp_path / "a.spz")
+
+
+def test_a_folder_is_no_model(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder: name a checkpoint"):
+        run(tmp_path, "--to", tmp_path / "a.spz")
+
+
+def test_harmonics_that_colours_do_not_share_evenly_are_refused(model, tmp_path):
+    save_ply(tmp_path / "a.ply", lambda a, b: {n: v[a:b] for n, v in model.items()}, 600, TRANSFORM)
+    vertex = PlyData.read(tmp_path / "a.ply")["vertex"].data
+    kept = [name for name in vertex.dtype.names if name not in {f"f_rest_{i}" for i in range(10, 45)}]
+    PlyData([PlyElement.describe(repack_fields(vertex[kept]), "vertex")]).write(tmp_path / "b.ply")
+    with pytest.raises(InputError, match=r"it has 10 properties f_rest_\*, which are not as many of each colour"):
+        run(tmp_path / "b.ply", "--to", tmp_path / "b.spz")
+    with pytest.raises(InputError, match="10 properties"):
+        load_ply(tmp_path / "b.ply")
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(checkpoint, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -15,17 +16,18 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+import export
 import simple_trainer
 import simple_trainer_hybrid_streamed
 import view
 from configs import Config
 from errors import InputError
 from training import command_line
-from training.checkpoints import load_checkpoint
+from training.checkpoints import load_checkpoint, save_checkpoint
 from training.opened import open_model
 from training.views import posed_cameras, render
 from viewer.pace import LEAST_PIXELS, RESTS_AFTER, Pace
-from viewer.page import cameras_of
+from viewer.page import cameras_of, check_free
 
 CPU = torch.device("cpu")
 
@@ -144,7 +146,34 @@ def test_an_opened_model_draws_what_all_its_rows_draw(trained, name):
     torch.testing.assert_close(model.draw(cameras), expected, atol=2e-6, rtol=0)
 
 
+def test_an_exported_model_stands_upright(trained, tmp_path):
+    y_down, z_up = [0, -1, 0], [0, 0, 1]
+    for world, up, expected in (("normalized", "y", y_down), ("normalized", "z", z_up), ("input", None, y_down)):
+        to = tmp_path / f"{world}_{up}.ply"
+        export.export(export.Options(trained / "ckpts/ckpt_12.pt", to, world=world, up=up))
+        assert open_model(to, CPU, antialiased=False)[1].tolist() == expected
+
+
+def test_a_checkpoint_says_that_it_was_trained_antialiased(trained, tmp_path):
+    saved = load_checkpoint(trained / "ckpts/ckpt_12.pt")
+    options = {**saved.options, "antialiased": True}
+    save_checkpoint(tmp_path / "ckpt.pt", dataclasses.replace(saved, options=options))
+    pictures = []
+    for path, antialiased in ((tmp_path / "ckpt.pt", False), (trained / "ckpts/ckpt_12.pt", True)):
+        model, _, pose = open_model(path, CPU, antialiased=antialiased)
+        pictures.append(model.draw(cameras_of(page_camera(pose), 80 * 60, model.make_cameras)))
+    torch.testing.assert_close(pictures[0], pictures[1], atol=0, rtol=0)
+    plain, _, pose = open_model(trained / "ckpts/ckpt_12.pt", CPU, antialiased=False)
+    assert not torch.equal(pictures[0], plain.draw(cameras_of(page_camera(pose), 80 * 60, plain.make_cameras)))
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_that_is_none_is_one_sentence(port):
+    with pytest.raises(InputError, match=f"Port {port} is none: give one from 1024 to 65535"):
+        check_free(port, "127.0.0.1")
 
 
 @pytest.mark.parametrize("program", ["script", "view.py"])

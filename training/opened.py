@@ -66,7 +66,7 @@ def open_model(path: Path, device: torch.device, *, antialiased: bool) -> tuple[
     Args:
         path: Of any program that writes the layout of 3DGS, or a checkpoint.
         device: Where views are rendered.
-        antialiased: As it was trained.
+        antialiased: As it was trained, where the file does not say; a checkpoint does.
 
     Returns:
         The model; the direction that is up in its world [3]; and a pose [4, 4] from which most of it is seen.
@@ -77,14 +77,15 @@ def open_model(path: Path, device: torch.device, *, antialiased: bool) -> tuple[
     found = StartingModel.load(path, "The model")
     order = morton_order(found.gaussians["means"])
     parameters = {name: found.gaussians[name][order] for name in PARAMETER_NAMES}
-    # The normalized world has its widest spread along x and its least along z; COLMAP's camera axes have y down.
-    up = np.array([0.0, -1.0, 0.0]) if found.transform is None else np.array([0.0, 0.0, 1.0])
+    # Where the file does not say what is up, it most likely has the axes of COLMAP and 3DGS, with y down.
+    up = np.array([0.0, 0.0, 1.0]) if found.up == "z" else np.array([0.0, -1.0, 0.0])
     backgrounds: Tensor | Backdrop | None = None
     if found.sky:
         backgrounds = sky_of(found.sky, device)
     elif found.background == "white":
         backgrounds = torch.ones(1, 3, device=device)
-    model = OpenedModel(parameters, device, antialiased=antialiased, backgrounds=backgrounds)
+    is_antialiased = antialiased or found.antialiased
+    model = OpenedModel(parameters, device, antialiased=is_antialiased, backgrounds=backgrounds)
     return model, up, pose_before(parameters["means"].numpy(), up)
 
 

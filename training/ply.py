@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ from training.gaussians import PARAMETER_NAMES
 MODEL_SHARE = 128  # what is read and written at a time is at most this part of the model, which is never copied whole
 FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 14
 TRANSFORM_COMMENT, AXES_COMMENT = "transform_from_input ", "axes "  # how these comments begin
+
+Up = Literal["y", "z"]
+# Training makes z vertical. Viewers take the axes of COLMAP and 3DGS, y down, and turn them over when they draw.
+AXES: dict[Up, str] = {"z": "x right, y forward, z up", "y": "x right, y down, z forward"}
+AXES_OF_DATASET = "those of the dataset"  # of which nobody says what is up
 
 
 def save_ply(
@@ -180,23 +185,14 @@ def _columns(block: Mapping[str, Tensor]) -> Tensor:
     )  # [M, 17 + 3 (K - 1)]
 
 
-def transform_of_ply(path: Path) -> np.ndarray | None:
-    """Return the similarity [4, 4] from the dataset's coordinates to those of a PLY file that `save_ply` wrote.
+def frame_of_ply(path: Path) -> tuple[np.ndarray | None, Up | None]:
+    """Return the similarity [4, 4] from the dataset's coordinates to those of a PLY file, and which of its axes is up.
 
-    It stands in the header; a program that rewrote the file may have left it out, and then the JSON file beside says
-    the same.
+    They stand in the header of a file of `save_ply`; a program that rewrote the file may have left them out, and then
+    the JSON file beside says the same.
 
     Returns:
-        None where neither says it, as of another program's file.
-
-    Raises:
-        InputError: What is said cannot be read.
-    """
-    return frame_of_ply(path)[0]
-
-
-def frame_of_ply(path: Path) -> tuple[np.ndarray | None, str]:
-    """Return what `transform_of_ply` does, and what the file's axes are: empty, where that is not said.
+        None for what neither says, as of another program's file.
 
     Raises:
         InputError: What is said cannot be read.
@@ -206,19 +202,24 @@ def frame_of_ply(path: Path) -> tuple[np.ndarray | None, str]:
         comments = PlyData.read(path, mmap=True).comments
         values = _after(TRANSFORM_COMMENT, comments)
         if values is not None:
-            return np.array(values.split(), np.float64).reshape(4, 4), _after(AXES_COMMENT, comments) or ""
+            return np.array(values.split(), np.float64).reshape(4, 4), _up(_after(AXES_COMMENT, comments))
         way_back = json.loads(side_file.read_text()) if side_file.is_file() else {}
         if not isinstance(way_back, dict) or not {"offset", "scale", "rotation"} <= way_back.keys():
-            return None, ""
+            return None, None
         inverse = np.eye(4)
         inverse[:3, :3] = float(way_back["scale"]) * np.array(way_back["rotation"], np.float64)
         inverse[:3, 3] = way_back["offset"]
-        return np.linalg.inv(inverse), str(way_back.get("axes", ""))
+        return np.linalg.inv(inverse), _up(way_back.get("axes"))
     except Exception as error:  # of plyfile, NumPy and json
         raise InputError(
             f"{path} or {side_file.name} beside it does not say how to come back to the dataset's coordinates "
             f"({reason(error)}): remove that file, or choose a complete PLY file."
         ) from error
+
+
+def _up(axes: object) -> Up | None:
+    """Return which axis is vertical of a file that says how to come back: as training makes it, if it says no axes."""
+    return next((up for up, text in AXES.items() if text == (axes or AXES["z"])), None)
 
 
 def _after(key: str, comments: Sequence[str]) -> str | None:
@@ -251,6 +252,8 @@ class PlyRows:
             missing = [name for columns in self._columns.values() for name in columns if name not in names]
             if missing:
                 raise ValueError(f"there is no property {missing[0]}")
+            if rest % 3:
+                raise ValueError(f"it has {rest} properties f_rest_*, which are not as many of each colour")
         self.num_gaussians = len(self._vertex)
         self.num_harmonics = rest // 3 + 1  # of each colour
 

@@ -18,7 +18,7 @@ from offload.store.morton import morton_order
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
 from training.modules import state_of
-from training.ply import load_ply, transform_of_ply
+from training.ply import Up, frame_of_ply, load_ply
 from training.similarity import moved, with_degree
 
 _SAME = 1e-9  # of the transforms of one dataset: nothing is moved, so that the model draws what it drew
@@ -31,6 +31,8 @@ class StartingModel:
     path: Path
     gaussians: dict[str, Tensor]  # as `training.gaussians.initial_gaussians`
     transform: np.ndarray | None  # [4, 4] from the dataset's coordinates to theirs; None where the file says none
+    up: Up | None = None  # which of their axes is vertical; None where the file does not say
+    antialiased: bool = False  # trained with the compensation of Mip-Splatting
     background: str = "black"  # that it was trained before, as the option
     sky: Mapping[str, Tensor] = field(default_factory=dict)  # state of the sky that was trained with them; or nothing
 
@@ -46,16 +48,25 @@ class StartingModel:
             InputError: It cannot be read, or holds no Gaussians that can be drawn.
         """
         if not path.is_file():
-            raise InputError(f"{what} {path} does not exist: name a checkpoint (.pt) or a 3DGS PLY file.")
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise InputError(f"{what} {path} {problem}: name a checkpoint (.pt) or a 3DGS PLY file.")
         with open(path, "rb") as file:
             is_ply = file.read(3) == b"ply"
-        transform: np.ndarray | None
         if is_ply:
-            gaussians, transform, background, sky = load_ply(path), transform_of_ply(path), "black", {}
+            transform, up = frame_of_ply(path)
+            found = cls(path, load_ply(path), transform, up)
         else:
             checkpoint = load_checkpoint(path)
-            gaussians, transform = checkpoint.gaussians, checkpoint.transform
-            background, sky = str(checkpoint.options.get("background", "black")), state_of(checkpoint, "sky")
+            found = cls(
+                path,
+                checkpoint.gaussians,
+                checkpoint.transform,
+                "z",
+                checkpoint.options.get("antialiased") is True,
+                str(checkpoint.options.get("background", "black")),
+                state_of(checkpoint, "sky"),
+            )
+        gaussians, transform = found.gaussians, found.transform
         if len(gaussians["means"]) == 0:
             raise InputError(f"{what} {path} holds no Gaussians: choose another file.")
         broken = [name for name in PARAMETER_NAMES if not bool(torch.isfinite(gaussians[name]).all())]
@@ -69,7 +80,7 @@ class StartingModel:
             )
         if transform is not None and not is_similarity(transform):
             raise InputError(f"{what} {path} holds no usable transform: choose another file.")
-        return cls(path, gaussians, transform, background, sky)
+        return found
 
     def placed(self, transform: np.ndarray, cfg: Config, say: Say) -> dict[str, Tensor]:
         """Return the Gaussians in the world of a run, in Morton order, with harmonics of the run's degree.
