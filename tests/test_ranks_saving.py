@@ -33,6 +33,8 @@ from training.checkpoints import Checkpoint, Part, load_checkpoint, peek_checkpo
 from training.command_line import main
 from training.joined_rows import JoinedRows, Runs, whole
 
+pytestmark = pytest.mark.slow  # several processes each
+
 STEPS = (
     *("--refine_start_iter", 8, "--refine_every", 8, "--refine_stop_iter", 30, "--reset_every", 1000),
     *("--grow_grad2d", 4e-4, "--sh_degree_interval", 15, "--save_every", 0, "--eval_steps", 1000),
