@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 import startup  # noqa: F401, before torch is imported
+from distributed.mesh import local_ranks
 from errors import InputError, counted, reason
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
@@ -72,6 +73,8 @@ def export(options: Options) -> None:
     Raises:
         InputError: It cannot be written; nothing is left of it.
     """
+    if local_ranks() > 1:
+        raise InputError("export.py writes a model as one process: start it without torchrun.")
     to, form = options.to, _check(options)
     _check_target(to)
     region = read_region(options.crop)

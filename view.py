@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 import startup  # noqa: F401, before torch is imported
+from distributed.mesh import local_ranks
 from errors import InputError
 from training.opened import open_model
 from training.run import select_device
@@ -57,6 +58,8 @@ def show(options: Options) -> None:
     Raises:
         InputError: The model cannot be read, viser is not installed, or the port is taken.
     """
+    if local_ranks() > 1:
+        raise InputError("view.py shows a model as one process: start it without torchrun.")
     page = Page(options.port, options.host)
     try:
         model, up, pose = open_model(options.model, select_device(options.device), antialiased=options.antialiased)

@@ -30,6 +30,7 @@ HEADER = struct.Struct("<IIIBBBB")  # magic, version, number, degree of harmonic
 MAGIC, VERSION, ANTIALIASED = 0x5053474E, 3, 1
 LARGEST = (1 << 23) - 1  # of a position, in fixed point
 MOST_FRACTION_BITS = 20
+USUAL_FRACTION_BITS = 12  # of other writers; with fewer, what is lost is worth a word
 COLOR_SCALE = 0.15
 SH_BITS = (5, 4, 4)  # that coefficients of each degree keep
 TURN = np.diag([1.0, -1.0, -1.0, 1.0])  # to those axes
@@ -48,6 +49,11 @@ def encode_spz(file: BinaryIO, gaussians: Gaussians) -> None:
     fraction_bits = MOST_FRACTION_BITS
     while fraction_bits > 0 and farthest * (1 << fraction_bits) >= LARGEST:
         fraction_bits -= 1
+    if fraction_bits < USUAL_FRACTION_BITS:
+        print(
+            f"Warning: this format keeps positions to {0.5**fraction_bits:g} units here, since a Gaussian lies "
+            f"{farthest:,.0f} from the origin: --crop leaves out what is far, and .sog and .ply keep more."
+        )
     flags = ANTIALIASED if gaussians.antialiased else 0
     with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=LEVEL, mtime=0) as stream:
         stream.write(HEADER.pack(MAGIC, VERSION, gaussians.count, gaussians.sh_degree, fraction_bits, flags, 0))

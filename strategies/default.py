@@ -73,7 +73,7 @@ class DefaultStrategy:
         self.statistics: Statistics | None = None
         self._seeds = [seed] if ranks is None else [seed, ranks.rank]
         self._ranks = ranks
-        self._room = RoomForGrowth(ranks)
+        self._room = RoomForGrowth("set --max_gaussians or raise --grow_grad2d", ranks)
         self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0)
         self._num_appended = 0  # rows at most, since all were last in Morton order
 

@@ -56,7 +56,7 @@ class MCMCStrategy:
         """
         self.rules = rules
         self._seed = seed
-        self._room = RoomForGrowth()
+        self._room = RoomForGrowth("lower --max_gaussians")
         weights = (REGULARIZER if weight is None else weight for weight in (rules.opacity_reg, rules.scale_reg))
         self._regularizers = Regularizers(*weights)
         self._noise = Noise(rules.noise_lr * means_lr, seed)

@@ -171,13 +171,19 @@ def is_worth_sorting(num_misplaced: int, num_gaussians: int, *, is_last: bool) -
 class RoomForGrowth:
     """Ask for memory before rows are added, and say once that there is none; ranks that train together ask at once."""
 
-    def __init__(self, ranks: Ranks | None = None) -> None:
+    def __init__(self, remedy: str, ranks: Ranks | None = None) -> None:
+        """
+        Args:
+            remedy: What bounds growth.
+            ranks: That train together; None: there is this process only.
+        """
+        self._remedy = remedy
         self._ranks = ranks
         self._told = False
 
     def holds(self, store: GaussianModel, num_new: int) -> bool:
         """Return whether so many more Gaussians can be held, by each rank its own."""
-        return not self.tell_any(lacking_memory(store, num_new))
+        return not self.tell_any(lacking_memory(store, num_new, self._remedy))
 
     def tell_any(self, sentence: str | None) -> bool:
         """Say why rows are not added, where this process or another rank has a sentence; return whether one has."""
@@ -194,7 +200,7 @@ class RoomForGrowth:
         self._told = True
 
 
-def lacking_memory(store: GaussianModel, num_new: int) -> str | None:
+def lacking_memory(store: GaussianModel, num_new: int, remedy: str) -> str | None:
     """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
     if num_new == 0:
         return None
@@ -204,7 +210,6 @@ def lacking_memory(store: GaussianModel, num_new: int) -> str | None:
             memory = "host memory" if device.type == "cpu" else "GPU memory"
             return (
                 f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
-                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: set --max_gaussians or "
-                "raise --grow_grad2d."
+                f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: {remedy}."
             )
     return None

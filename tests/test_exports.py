@@ -139,11 +139,19 @@ def test_spz_holds_fixed_point_numbers(degree, model, checkpoint, tmp_path):
     assert (np.abs(found["shN"] - expected["shN"][:, :kept]) <= step / 2 + 0.51 / 128).all()
 
 
-def test_spz_gives_a_large_model_the_bits_that_it_needs(model, tmp_path):
+def test_spz_gives_a_large_model_the_bits_that_it_needs(model, tmp_path, capsys):
     far = {**model, "means": model["means"] * 10_000}
     run(write_model(tmp_path / "ckpt.pt", far), "--to", tmp_path / "a.spz")
     expected = as_numbers(in_file_order(far))["means"]
     assert np.abs(turned_over(read_spz(tmp_path / "a.spz"))["means"] - expected).max() <= np.abs(expected).max() / 2**22
+    (step,) = re.findall(r"keeps positions to (\S+) units here, since a Gaussian lies", capsys.readouterr().out)
+    assert np.abs(expected).max() / 2**23 < float(step) <= np.abs(expected).max() / 2**22
+
+
+def test_exports_are_made_by_one_process(monkeypatch, checkpoint, tmp_path):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without torchrun"):
+        run(checkpoint, "--to", tmp_path / "a.spz")
 
 
 def test_splat_holds_float32_and_bytes(model, checkpoint, tmp_path, capsys):

@@ -14,8 +14,8 @@ from test_contract import ADAM, BOUND, MODELS, A, B, C, N, values_of
 from test_densification import random_gaussians, random_statistics
 from torch import Tensor
 
-from configs import DensificationRules
-from errors import TrainingStopped
+from configs import Config, DensificationRules
+from errors import InputError, TrainingStopped
 from offload.adam.options import AdamOptions
 from offload.models.contract import GaussianModel
 from offload.models.deferred import DeferredGaussians
@@ -26,6 +26,7 @@ from strategies.mcmc import MCMCStrategy
 from strategies.noise import Noise, normal_numbers
 from strategies.ops import MOST_COPIES, drawn_rows, sample_by_weight, shared_opacities_and_shrinking
 from strategies.regularizers import Regularizers
+from training.options import check_options
 
 CPU = torch.device("cpu")
 SCALE = 2.0  # of the scene
@@ -152,7 +153,7 @@ def test_growth_ends_at_the_bound_and_without_memory(monkeypatch, capsys):
     monkeypatch.setattr(ops, "available_bytes", lambda device: 1000)
     strategy.after_step(30, {}, gaussians)
     assert gaussians.num_gaussians == 310
-    assert "set --max_gaussians" in capsys.readouterr().out
+    assert "lower --max_gaussians" in capsys.readouterr().out
 
 
 def test_where_all_are_transparent_training_stops_in_one_sentence():
@@ -471,3 +472,9 @@ def test_what_is_planned_makes_up_for_what_is_removed():
     assert planned_growth(given, 400, 50, 6) == 150
     assert planned_growth(given, 1100, 50, 1) == 0
     assert BOUND["max_gaussians"] == 2 * N  # which the models above may grow to
+
+
+@pytest.mark.parametrize(("name", "value"), [("noise_lr", 1.0), ("depth_lambda", 0.5)])
+def test_numbers_of_what_is_off_are_refused(name, value):
+    with pytest.raises(InputError, match=f"--{name} is of --"):
+        check_options(Config(**{name: value}))

@@ -170,6 +170,13 @@ def check_options(cfg: Config) -> None:
             f"--target_gaussians {cfg.target_gaussians} and --max_gaussians {cfg.max_gaussians} both say where growth "
             "ends: give one of them, and 0 for the other."
         )
+    default = Config()
+    for name, belongs_to, is_used in (
+        ("noise_lr", "--strategy mcmc", cfg.strategy == "mcmc"),
+        ("depth_lambda", "--depth_loss", cfg.depth_loss),
+    ):
+        if not is_used and getattr(cfg, name) != getattr(default, name):
+            raise InputError(f"--{name} is of {belongs_to}: give that, too.")
     if cfg.strategy == "mcmc" and cfg.max_gaussians == 0:
         raise InputError("--strategy mcmc grows to a bound: give --max_gaussians, such as 1000000.")
     SaveSchedule(cfg.save_every)
