@@ -212,6 +212,6 @@ def test_what_was_behind_a_model_and_is_not_taken_is_told(background, sky, now, 
         "sh0": torch.zeros(4, 1, 3), "shN": torch.zeros(4, 15, 3),
     }  # fmt: skip
     said: list[str] = []
-    model = StartingModel(Path("model.pt"), gaussians, np.eye(4), background, sky)
+    model = StartingModel(Path("model.pt"), gaussians, np.eye(4), background=background, sky=sky)
     model.placed(np.eye(4), Config(background=now), said.append)
     assert said[1:] == ([] if sentence is None else [sentence])
