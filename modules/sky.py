@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from modules.contract import TrainedModule, Training
+from rendering.harmonics import real_harmonics
 
 DEGREE = 3
 LEARNING_RATE = 0.01
@@ -73,7 +72,7 @@ class _Colors(torch.autograd.Function):
     def forward(ctx, coefficients: Tensor, towards: Tensor) -> Tensor:
         ctx.save_for_backward(towards)
         colors = torch.full_like(towards, 0.5)
-        for harmonic, coefficient in zip(_harmonics(towards), coefficients, strict=True):
+        for harmonic, coefficient in zip(real_harmonics(towards), coefficients, strict=True):
             colors += harmonic[..., None] * coefficient
         return colors
 
@@ -81,26 +80,5 @@ class _Colors(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, v_colors: Tensor):
         (towards,) = ctx.saved_tensors
-        gradients = [(harmonic[..., None] * v_colors).sum(dim=(0, 1, 2)) for harmonic in _harmonics(towards)]
+        gradients = [(harmonic[..., None] * v_colors).sum(dim=(0, 1, 2)) for harmonic in real_harmonics(towards)]
         return torch.stack(gradients), None
-
-
-def _harmonics(towards: Tensor) -> Iterator[Tensor]:
-    """Yield the 16 real spherical harmonics of unit vectors [..., 3], each [...], as 3DGS orders and signs them."""
-    x, y, z = towards.unbind(dim=-1)
-    yield torch.full_like(x, 0.28209479177387814)
-    yield -0.4886025119029199 * y
-    yield 0.4886025119029199 * z
-    yield -0.4886025119029199 * x
-    yield 1.0925484305920792 * x * y
-    yield -1.0925484305920792 * y * z
-    yield 0.31539156525252005 * (3.0 * z * z - 1.0)
-    yield -1.0925484305920792 * x * z
-    yield 0.5462742152960396 * (x * x - y * y)
-    yield -0.5900435899266435 * y * (3.0 * x * x - y * y)
-    yield 2.890611442640554 * x * y * z
-    yield -0.4570457994644658 * y * (5.0 * z * z - 1.0)
-    yield 0.3731763325901154 * z * (5.0 * z * z - 3.0)
-    yield -0.4570457994644658 * x * (5.0 * z * z - 1.0)
-    yield 1.445305721320277 * z * (x * x - y * y)
-    yield -0.5900435899266435 * x * (x * x - 3.0 * y * y)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+
+from rendering.harmonics import real_harmonics
 
 _DIRECTIONS = 64  # of which the turned harmonics are fitted; a band has 7 at most
 
@@ -44,7 +48,7 @@ def _turned(shN: Tensor, turn: np.ndarray) -> Tensor:
     directions = np.random.default_rng(0).normal(size=(_DIRECTIONS, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     # What was seen in direction d is now seen in turn @ d; each band of harmonics is turned into itself.
-    before, after = harmonics(directions, degree), harmonics(directions @ turn.T, degree)
+    before, after = _harmonics(directions, degree), _harmonics(directions @ turn.T, degree)
     for band in range(1, degree + 1):
         rows = slice(band**2 - 1, (band + 1) ** 2 - 1)  # of shN
         columns = slice(band**2, (band + 1) ** 2)
@@ -53,31 +57,9 @@ def _turned(shN: Tensor, turn: np.ndarray) -> Tensor:
     return result
 
 
-def harmonics(directions: np.ndarray, degree: int) -> np.ndarray:
-    """Return the real spherical harmonics [M, (degree + 1)^2] of unit directions [M, 3], in 3DGS's order and signs."""
-    x, y, z = directions.T
-    xx, yy, zz = x * x, y * y, z * z
-    bands = [
-        [np.full_like(x, 0.28209479177387814)],
-        [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x],
-        [
-            1.0925484305920792 * x * y,
-            -1.0925484305920792 * y * z,
-            0.31539156525252005 * (2 * zz - xx - yy),
-            -1.0925484305920792 * x * z,
-            0.5462742152960396 * (xx - yy),
-        ],
-        [
-            -0.5900435899266435 * y * (3 * xx - yy),
-            2.890611442640554 * x * y * z,
-            -0.4570457994644658 * y * (4 * zz - xx - yy),
-            0.3731763325901154 * z * (2 * zz - 3 * xx - 3 * yy),
-            -0.4570457994644658 * x * (4 * zz - xx - yy),
-            1.445305721320277 * z * (xx - yy),
-            -0.5900435899266435 * x * (xx - 3 * yy),
-        ],
-    ]
-    return np.stack([value for band in bands[: degree + 1] for value in band], axis=1)
+def _harmonics(directions: np.ndarray, degree: int) -> np.ndarray:
+    """Return the real spherical harmonics [M, (degree + 1)^2] of unit directions [M, 3]."""
+    return torch.stack(list(islice(real_harmonics(torch.from_numpy(directions)), (degree + 1) ** 2)), dim=1).numpy()
 
 
 def with_degree(shN: Tensor, degree: int) -> Tensor:
