@@ -95,7 +95,7 @@ class DefaultStrategy:
 
     def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
-        return loss + self._regularizers.of(rows, drawn_rows(info)) if self._regularizers.is_on else loss
+        return self._regularizers.added_to(loss, rows, info)
 
     def before_update(
         self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None

@@ -78,7 +78,7 @@ class MCMCStrategy:
 
     def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
-        return loss + self._regularizers.of(rows, drawn_rows(info)) if self._regularizers.is_on else loss
+        return self._regularizers.added_to(loss, rows, info)
 
     @torch.no_grad()
     def before_update(

@@ -18,9 +18,12 @@ last tile of a view that is rendered in tiles. So the first step of a run has no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from strategies.ops import drawn_rows
 
 MEMORY = 100  # steps that the mean number of drawn rows looks back
 
@@ -43,6 +46,16 @@ class Regularizers:
     def is_on(self) -> bool:
         """Return whether there is anything to add."""
         return self._opacity_reg > 0 or self._scale_reg > 0
+
+    def added_to(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
+        """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn.
+
+        Args:
+            loss: Scalar.
+            rows: As for `of`.
+            info: Of `rendering.rasterize`; of a tile, with the rows that no tile before has drawn.
+        """
+        return loss + self.of(rows, drawn_rows(info)) if self.is_on else loss
 
     def of(self, rows: Mapping[str, Tensor], drawn: Tensor) -> Tensor:
         """Return what rows add to the loss, a scalar.
