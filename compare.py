@@ -36,7 +36,7 @@ from comparing.runs import (
     read_run,
 )
 from distributed.mesh import local_ranks
-from errors import InputError
+from errors import InputError, refusing
 from reporting.machine import describe_machine
 from trainers import TRAINERS
 from training.streams import unbreakable_output
@@ -68,10 +68,8 @@ def main() -> None:
 
 def _main(options: Options, passed_on: Sequence[str]) -> None:
     try:
-        sys.exit(compare_runs(options, passed_on) if options.runs else train_all(options, passed_on))
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with refusing():
+            sys.exit(compare_runs(options, passed_on) if options.runs else train_all(options, passed_on))
     except KeyboardInterrupt:  # before the first trainer has been started
         sys.exit(130)
 

@@ -10,6 +10,10 @@ TrainingStopped       training cannot go on; exit code 1
 offload/errors.py adds those that name a parameter, which the command line calls by its option.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(Exception):
     """Say in one sentence which file, option or machine cannot be used, and what to do.
@@ -41,6 +45,16 @@ class NotSaved(TrainingStopped):
 
 class EndedElsewhere(TrainingStopped):
     """Say that another rank tells people why training has ended; this process says nothing and exits with code 1."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """End the process with exit code 2 and one sentence where something in the input cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def reason(error: BaseException) -> str:

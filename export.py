@@ -18,7 +18,7 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import local_ranks
-from errors import InputError, counted, reason
+from errors import InputError, counted, reason, refusing
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
 from exports.gaussians import choose
@@ -56,12 +56,9 @@ class Options:
 def main() -> None:
     """Export; the exit code is 0, or 2 with one sentence where something in the input cannot be used."""
     options = tyro.cli(Options, description=__doc__)
-    with unbreakable_output():
+    with unbreakable_output(), refusing():
         try:
             export(options)
-        except InputError as error:
-            print(f"Error: {error}", file=sys.stderr)
-            sys.exit(2)
         except KeyboardInterrupt:
             print("Stopped; nothing was written.", file=sys.stderr)
             sys.exit(130)

@@ -8,7 +8,6 @@ device, so that a model may be many times larger than the GPU's memory.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import local_ranks
-from errors import InputError
+from errors import InputError, refusing
 from training.opened import open_model
 from training.run import select_device
 from viewer.page import HOST, PORT, Page
@@ -43,13 +42,11 @@ class Options:
 def main() -> None:
     """Show a model until Ctrl-C; the exit code is 2 for bad input."""
     options = tyro.cli(Options, description=__doc__)
-    try:
-        show(options)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Closed.")
+    with refusing():
+        try:
+            show(options)
+        except KeyboardInterrupt:
+            print("Closed.")
 
 
 def show(options: Options) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.aerial_scene import HEIGHT, WIDTH, aerial_scene, geometry_rows, one_by_one
 from benchmarks.timing import copy_bandwidth
 from configs import Config
-from errors import InputError
+from errors import InputError, refusing
 from offload.adam.deferral import DeferralTables
 from offload.adam.host import DeferredAdam
 from offload.backends import kernels_for
@@ -322,8 +322,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         main(tyro.cli(Options, description=__doc__))
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-from errors import InputError
+from errors import refusing
 
 
 @dataclass
@@ -29,13 +27,3 @@ def run(main: Callable[[Options], None], options: type[Options], description: st
     """Parse the command line and measure; the exit code is 2, with one sentence, for options that cannot be used."""
     with refusing():
         main(tyro.cli(options, description=description))
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """End with exit code 2 and one sentence for options that cannot be used."""
-    try:
-        yield
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)

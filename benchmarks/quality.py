@@ -27,11 +27,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.command_line import BenchmarkOptions, refusing
+from benchmarks.command_line import BenchmarkOptions
 from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
-from errors import InputError
+from errors import InputError, refusing
 from reporting.numbers import count
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED

@@ -16,7 +16,7 @@ from pathlib import Path
 from configs import scene_config
 from datasets import gauu_scene, matrix_city, mega_nerf
 from datasets.prepared import check_prepared
-from errors import InputError
+from errors import InputError, refusing
 
 _COLMAP_RESULTS = (
     "the COLMAP models of CityGaussian (colmap_results), linked in\n"
@@ -89,24 +89,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Prepare or check a dataset, and exit: 0 when it can be trained on, 2 with one sentence when it cannot."""
     options = _parse(arguments)
     dataset = options.dataset
-    cfg = scene_config(dataset)
-    data_dir = options.data_dir or Path(cfg.data_dir)
+    data_dir = options.data_dir or Path(scene_config(dataset).data_dir)
     source = options.source or data_dir
     try:
-        if not options.check:
-            if not source.is_dir():
-                print(instructions(dataset))
-                raise InputError(f"{source} does not exist: download what is named above, or correct --source.")
-            if dataset == "aerial":
-                matrix_city.prepare(source, options.colmap, options.points, data_dir)
-            elif INSTRUCTIONS[dataset] is _GAUU_SCENE:
-                gauu_scene.prepare(source, options.colmap, data_dir)
-            else:
-                mega_nerf.prepare(cfg, source, options.colmap, getattr(options, "photos", None), data_dir)
-        lines = check_prepared(dataset, data_dir)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with refusing():
+            if not options.check:
+                _prepare(options, source, data_dir)
+            lines = check_prepared(dataset, data_dir)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
@@ -116,6 +105,24 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"  {line}" for line in lines))
     if dataset in PUBLISHED_COUNTS:
         print("  published: {} train, {} test".format(*PUBLISHED_COUNTS[dataset]))
+
+
+def _prepare(options: argparse.Namespace, source: Path, data_dir: Path) -> None:
+    """Make a dataset of a download.
+
+    Raises:
+        InputError: It is not there, or not what is published.
+    """
+    dataset = options.dataset
+    if not source.is_dir():
+        print(instructions(dataset))
+        raise InputError(f"{source} does not exist: download what is named above, or correct --source.")
+    if dataset == "aerial":
+        matrix_city.prepare(source, options.colmap, options.points, data_dir)
+    elif INSTRUCTIONS[dataset] is _GAUU_SCENE:
+        gauu_scene.prepare(source, options.colmap, data_dir)
+    else:
+        mega_nerf.prepare(scene_config(dataset), source, options.colmap, getattr(options, "photos", None), data_dir)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -47,7 +47,7 @@ from datasets.photogrammetry import (
 )
 from datasets.prepared import check_prepared
 from datasets.video_frames import open_video, write_sharpest_frames
-from errors import InputError, counted, reason
+from errors import InputError, counted, reason, refusing
 
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
 _NAMED = 5  # of photos of a kind, in the report; all are in a file
@@ -62,10 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     of_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        lines = reconstruct(options, print)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with refusing():
+            lines = reconstruct(options, print)
     except KeyboardInterrupt:
         command = shlex.join(["python", "-m", "datasets.reconstruct", *words])
         print(f"Stopped; what has been done is kept, and this goes on from there: {command}", file=sys.stderr)
