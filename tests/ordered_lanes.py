@@ -254,9 +254,7 @@ def _rows_of(packet: object, name: str, values: dict) -> Rows:
     if packet in (ops.index, ops.index_put_) and len(values["indices"]) == 1 and values["indices"][0] is not None:
         indices = values["indices"][0]
         return indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-    if packet == ops.masked_fill_ and values["mask"].ndim == 1:
-        return values["mask"].nonzero()[:, 0]
-    return None
+    return None  # `masked_fill_` too: on a GPU it writes again what it has read of the others
 
 
 def _unnoted(function: Callable[..., None]) -> Callable[..., None]:

@@ -308,7 +308,7 @@ def test_growth_that_runs_out_of_memory_half_way_is_undone(monkeypatch, call):
 @pytest.mark.parametrize("step", [600, 3100])
 @pytest.mark.parametrize("refine_scale2d_stop_iter", [0, 5000])
 def test_same_gaussians_as_gsplat(step, refine_scale2d_stop_iter):
-    from gsplat.strategy import DefaultStrategy
+    from gsplat.strategy import DefaultStrategy as GsplatStrategy
 
     device = torch.device("cuda")
     num_gaussians = 20_000
@@ -321,7 +321,7 @@ def test_same_gaussians_as_gsplat(step, refine_scale2d_stop_iter):
     for name in PARAMETER_NAMES:
         params[name].grad = torch.ones_like(params[name])
         optimizers[name].step()
-    strategy = DefaultStrategy(refine_scale2d_stop_iter=refine_scale2d_stop_iter)
+    strategy = GsplatStrategy(refine_scale2d_stop_iter=refine_scale2d_stop_iter)
     state = {
         "grad2d": statistics.grad2d.clone(),
         "count": statistics.count.clone(),

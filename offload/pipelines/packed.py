@@ -122,6 +122,8 @@ class PackedPipeline:
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
+            if upcoming.sources is not None:
+                self._date_moved_rows(view, upcoming.sources)
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         compute.uses(view.ids)
@@ -371,10 +373,18 @@ class PackedPipeline:
         """Move rows that both views have from the present one to the next."""
         compute = Lane.current(self._device)
         compute.wait(found, None if self._previous is None else self._previous.written)  # which was there before
-        for name, group in self._groups.items():
+        for name in self._groups:
             self._kernels.move_rows(RowState(view.words(name), ()), sources, RowState(upcoming.words(name), ()))
-            upcoming.last_step(name).masked_fill_(sources >= 0, group.adam.step)
         compute.uses(sources)
+
+    def _date_moved_rows(self, view: PackedView, sources: Tensor) -> None:
+        """Note the step of rows that have been moved from the view before, when all others have been fetched.
+
+        Not while they are: on a GPU `masked_fill_` writes all rows, those that it leaves as they were when it read them.
+        """
+        moved = sources >= 0
+        for name, group in self._groups.items():
+            view.last_step(name).masked_fill_(moved, group.adam.step)
 
     def _decoded(self, name: str, view: PackedView) -> Tensor:
         return self._values_of(name, view.words(name), view.last_step(name))
