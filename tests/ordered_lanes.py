@@ -298,12 +298,6 @@ class OrderedKernels:
         self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)
 
     @_unnoted
-    def move_rows(self, rows: RowState, sources: Tensor, out: RowState) -> None:
-        places = _chosen(sources >= 0)
-        reads = [(sources, None), *_all(rows, sources[places])]
-        self._do("move_rows", (rows, sources, out), reads, _all(out, places))
-
-    @_unnoted
     def read_packed_rows(self, host: Sequence[PackedRows], ids: Tensor, wanted: Rows, view: Sequence[PackedRows]):
         chosen = torch.arange(len(ids)) if wanted is None else _chosen(wanted)
         reads = [(ids, None), (wanted, None), *((tensor, ids[chosen]) for pair in host for tensor in pair)]

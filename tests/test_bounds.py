@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.aerial_scene import aerial_scene
 from offload.adam.options import AdamOptions
-from offload.culling import kernels
+from offload.culling import bounds, kernels
 from offload.culling.balls import Balls
 from offload.culling.boxes import BLOCK_ROWS, Boxes
 from offload.culling.cameras import Cameras, Margin
@@ -142,7 +144,7 @@ def test_a_row_that_is_not_finite_hides_no_other(number):
 
 @pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
 def test_kernels_find_what_torch_finds(place):
-    from offload.culling import kernels_triton
+    from offload.culling import bounds_triton, kernels_triton
 
     for seed, n in enumerate((0, 1, 300, 3001)):
         rows = random_geometry(n, seed) if n else torch.zeros(0, 12)
@@ -155,6 +157,35 @@ def test_kernels_find_what_torch_finds(place):
             assert torch.isin(exact(rows, cameras, MARGIN), found).all()
             differing = len(found) + len(expected) - 2 * int(torch.isin(found, expected).sum())
             assert differing <= 0.002 * len(expected)
+
+            boxes = vars(bounds_of("boxes", rows))["_boxes"]
+            found = bounds_triton.visible_boxes(boxes.to(place), cameras, MARGIN).cpu()
+            expected = bounds.visible_boxes(boxes, cameras, MARGIN)
+            assert torch.isin(exact(rows, cameras, MARGIN) // BLOCK_ROWS, found).all()
+            assert torch.equal(found, expected)  # with these seeds none is so close to the border
+
+
+@pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
+def test_kernels_follow_rows_as_torch_does(place):
+    """Also rows that are not finite, of which a box knows nothing and a ball the number itself."""
+    from offload.culling import bounds_triton
+
+    for n in (1, 64, 100, 1000):
+        before, after = random_geometry(n, seed=n), random_geometry(n, seed=n + 1)
+        if n == 1000:
+            after[500, 0], after[700, 4] = float("nan"), float("inf")
+        rows = torch.cat([after, torch.zeros(n, 4)], dim=1)  # wider than what is taken
+        for kind, share in product(BOUNDS, (0.4, 0.0, 1.0)):
+            torch.manual_seed(n)
+            some = bounds_of(kind, before)
+            ids = some.whole((torch.rand(n) < share).nonzero()[:, 0])
+            expected = vars(some)[f"_{kind}"]
+            found = expected.clone().to(place)
+            getattr(bounds, f"follow_{kind}")(expected, ids, rows[ids])
+            getattr(bounds_triton, f"follow_{kind}")(found, ids.to(place), rows[ids].to(place))
+            finite = expected.isfinite()
+            assert torch.equal(found.cpu()[finite], expected[finite])
+            assert not found.cpu()[~finite].isfinite().any()
 
 
 @pytest.mark.parametrize("num_gaussians", [40_000, 400_000])

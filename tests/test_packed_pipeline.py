@@ -15,6 +15,7 @@ from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
+from offload.pipelines import overlap
 from offload.pipelines import packed as packed_pipeline
 from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
@@ -148,7 +149,8 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
 
     def begin(left_out: tuple[str, int, int] | None = None) -> OrderedLanes:
         lanes = OrderedLanes(left_out)
-        monkeypatch.setattr(packed_pipeline, "kernels_for", lambda device, module: OrderedKernels(lanes))
+        kernels = {"offload.adam.rows": OrderedKernels(lanes), "offload.pipelines.overlap": overlap}
+        monkeypatch.setattr(packed_pipeline, "kernels_for", lambda device, module: kernels[module])
         monkeypatch.setattr(packed_pipeline, "Lane", lanes)
         monkeypatch.setattr(packed_pipeline, "SMALLEST_PART", 4)
         monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note

@@ -126,15 +126,16 @@ def copy(
     Args:
         source, target: Rows of the groups, and the steps of their last updates.
         ids, wanted: As for `offload.adam.rows.read_packed_rows`.
-        blocks: Thread blocks, which loop over the tiles.
+        blocks: Thread blocks, which loop over the tiles, where rows cross the link.
         to_view: Whether the view is the target.
     """
     if len(ids) == 0:
         return
     (words, steps), (out, out_steps) = source[0], target[0]
     (other_words, other_steps), (other_out, other_out_steps) = (source[1], target[1]) if source[1:] else (NONE, NONE)
+    tiles, stays = triton.cdiv(len(ids), COPIED_ROWS), words.is_cuda and out.is_cuda
     with torch.cuda.device_of(ids):
-        _copy_kernel[(min(triton.cdiv(len(ids), COPIED_ROWS), blocks),)](
+        _copy_kernel[(tiles if stays else min(tiles, blocks),)](
             words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, len(ids),
             TO_VIEW=to_view, VECTORS=words.shape[1] // 4,
             OTHER_VECTORS=0 if other_words is None else other_words.shape[1] // 4,

@@ -131,7 +131,7 @@ def step_view_rows(
 def read_packed_rows(
     host: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, view: Sequence[PackedRows]
 ) -> None:
-    """Copy packed rows, and the steps of their last updates, from compact stores to a view.
+    """Copy packed rows, and the steps of their last updates, from compact stores, or another view, to a view.
 
     Args:
         host: N rows of one group or both, pinned or on the device.
@@ -147,7 +147,7 @@ def read_packed_rows(
 def write_packed_rows(
     view: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, host: Sequence[PackedRows]
 ) -> None:
-    """Copy packed rows, and the steps of their last updates, from a view to compact stores.
+    """Copy packed rows, and the steps of their last updates, from a view to compact stores, or another view.
 
     Args:
         view, ids, host: As for `read_packed_rows`.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offload.backends import kernels_for
+from offload.culling.bounds import balls_of
 from offload.culling.cameras import Cameras, Margin
 
 
@@ -22,7 +23,8 @@ class Balls:
             device: Where they are.
         """
         self._device = device
-        self._kernels = kernels_for(device, "offload.culling.kernels")
+        self._visible = kernels_for(device, "offload.culling.kernels").visible_balls
+        self._follow = kernels_for(device, "offload.culling.bounds").follow_balls
         self._balls = torch.empty(5, 0, device=device)  # x, y, z, the largest log scale, the logit opacity
 
     def rebuild(self, num_rows: int, rows: Iterator[Tensor]) -> None:
@@ -35,22 +37,17 @@ class Balls:
         self._balls = torch.empty(5, num_rows, device=self._device)
         first = 0
         for some in rows:
-            self._balls[:, first : first + len(some)] = _balls_of(some)
+            self._balls[:, first : first + len(some)] = balls_of(some)
             first += len(some)
 
     def follow(self, ids: Tensor, rows: Tensor) -> None:
         """Take new geometry [V, columns] of Gaussians [V]."""
-        self._balls[:, ids] = _balls_of(rows)
+        self._follow(self._balls, ids, rows)
 
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
         """Find the sorted ids, int64 [V], of what cameras may draw after moving as far as the margin; waits."""
-        return self._kernels.visible_balls(self._balls, cameras, margin)
+        return self._visible(self._balls, cameras, margin)
 
     def whole(self, ids: Tensor) -> Tensor:
         """Return ids: each has a ball."""
         return ids
-
-
-def _balls_of(rows: Tensor) -> Tensor:
-    """Return balls [5, M] of rows [M, columns] of geometry."""
-    return torch.stack([*rows[:, :3].unbind(1), rows[:, 3:6].amax(1), rows[:, 10]])

@@ -63,7 +63,7 @@ def visible_ids(
     drawn = torch.zeros(len(means), dtype=torch.uint8, device=means.device)
     if len(means):
         packed = np.concatenate([pack(cameras, lag_margin), pack(cameras, margin)])
-        arguments = _as_arguments(packed, means.device)
+        arguments = as_arguments(packed, means.device)
         num_cameras = len(arguments) // 2
         for lagging, camera in zip(arguments[:num_cameras], arguments[num_cameras:], strict=True):
             _mark_visible[(triton.cdiv(len(means), BLOCK),)](
@@ -79,7 +79,7 @@ def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     num_rows = balls.shape[1]
     drawn = torch.zeros(num_rows, dtype=torch.uint8, device=balls.device)
     if num_rows:
-        for camera in _as_arguments(pack(cameras, margin), balls.device):
+        for camera in as_arguments(pack(cameras, margin), balls.device):
             _mark_balls[(triton.cdiv(num_rows, BLOCK),)](balls, balls.stride(0), num_rows, camera, drawn, BLOCK=BLOCK)
     return drawn.nonzero().squeeze(1)
 
@@ -90,7 +90,7 @@ def covered_cells(parameters: Mapping[str, Tensor], cameras: Cameras, margin: Ma
     num_rows, device = len(means), means.device
     columns, lines = grid_of(cameras, cell)
     found = []
-    for camera in _as_arguments(pack(cameras, margin), device):
+    for camera in as_arguments(pack(cameras, margin), device):
         cells = torch.empty(4, num_rows, dtype=torch.int16, device=device)
         corners = torch.zeros(4, columns + 1, lines + 1, dtype=torch.int32, device=device)
         if num_rows:
@@ -120,7 +120,7 @@ def rows_in_boxes(cells: Tensor, boxes: Sequence[tuple[int, int, int, int]]) -> 
 _TAKES_TUPLES = hasattr(tl, "tuple")
 
 
-def _as_arguments(packed: np.ndarray, device: torch.device) -> Sequence[tuple[float, ...] | Tensor]:
+def as_arguments(packed: np.ndarray, device: torch.device) -> Sequence[tuple[float, ...] | Tensor]:
     """Make packed cameras [C, native.CAMERA_FLOATS] what kernels take."""
     if _TAKES_TUPLES:
         return list(map(tuple, packed.tolist()))
@@ -129,16 +129,16 @@ def _as_arguments(packed: np.ndarray, device: torch.device) -> Sequence[tuple[fl
 
 
 @triton.jit
-def _number_of_tuple(camera, FIELD: tl.constexpr):
+def _of_tuple(camera, FIELD: tl.constexpr):
     return camera[FIELD]
 
 
 @triton.jit
-def _number_of_tensor(camera, FIELD: tl.constexpr):
+def _of_tensor(camera, FIELD: tl.constexpr):
     return tl.load(camera + FIELD)
 
 
-_number = _number_of_tuple if _TAKES_TUPLES else _number_of_tensor  # of a packed camera
+number = _of_tuple if _TAKES_TUPLES else _of_tensor  # of a packed camera
 
 
 @triton.jit
@@ -164,9 +164,9 @@ def _load_quats(quats, i, mask):
 @triton.jit
 def _axis(camera, row: tl.constexpr):
     """Load one of the camera's axes in world coordinates: a row of the rotation."""
-    w0 = _number(camera, ROTATION + 3 * row)
-    w1 = _number(camera, ROTATION + 3 * row + 1)
-    w2 = _number(camera, ROTATION + 3 * row + 2)
+    w0 = number(camera, ROTATION + 3 * row)
+    w1 = number(camera, ROTATION + 3 * row + 1)
+    w2 = number(camera, ROTATION + 3 * row + 2)
     return w0, w1, w2
 
 
@@ -174,17 +174,17 @@ def _axis(camera, row: tl.constexpr):
 def _coordinate(camera, row: tl.constexpr, mx, my, mz):
     """Compute a coordinate of means in camera space."""
     w0, w1, w2 = _axis(camera, row)
-    return w0 * mx + w1 * my + w2 * mz + _number(camera, TRANSLATION + row)
+    return w0 * mx + w1 * my + w2 * mz + number(camera, TRANSLATION + row)
 
 
 @triton.jit
 def _between_borders(camera, AXIS: tl.constexpr, x, z, largest_scale, error):
     """Tell whether a ball of the largest scale may reach the picture from both of its borders along an axis."""
-    ball = _number(camera, REACH + AXIS) * largest_scale + _number(camera, ERROR_REACH + AXIS) * error
-    focal = _number(camera, FOCAL + AXIS)
-    centre = _number(camera, CENTRE + AXIS)
-    size = _number(camera, SIZE + AXIS)
-    blur_reach = _number(camera, BLUR_REACH)
+    ball = number(camera, REACH + AXIS) * largest_scale + number(camera, ERROR_REACH + AXIS) * error
+    focal = number(camera, FOCAL + AXIS)
+    centre = number(camera, CENTRE + AXIS)
+    size = number(camera, SIZE + AXIS)
+    blur_reach = number(camera, BLUR_REACH)
     return (focal * x + (centre + blur_reach) * z + ball >= 0) & (
         -focal * x + (size - centre + blur_reach) * z + ball >= 0
     )
@@ -199,9 +199,9 @@ def _reaches(camera, mx, my, mz, log_s0, log_s1, log_s2, valid):
     x = _coordinate(camera, 0, mx, my, mz)
     y = _coordinate(camera, 1, mx, my, mz)
     z = _coordinate(camera, 2, mx, my, mz)
-    size = tl.abs(mx) + tl.abs(my) + tl.abs(mz) + _number(camera, LARGEST_TRANSLATION)
-    error = _number(camera, MOVE) + POSITION_ERROR * size
-    drawn = valid & (z >= _number(camera, NEAR_PLANE) - error) & (z <= _number(camera, FAR_PLANE) + error)
+    size = tl.abs(mx) + tl.abs(my) + tl.abs(mz) + number(camera, LARGEST_TRANSLATION)
+    error = number(camera, MOVE) + POSITION_ERROR * size
+    drawn = valid & (z >= number(camera, NEAR_PLANE) - error) & (z <= number(camera, FAR_PLANE) + error)
     s0, s1, s2 = tl.exp(log_s0), tl.exp(log_s1), tl.exp(log_s2)
     largest_scale = tl.maximum(s0, tl.maximum(s1, s2))
     drawn &= _between_borders(camera, 0, x, z, largest_scale, error)
@@ -226,7 +226,7 @@ def _mark_balls(
     log_scale = tl.load(balls + 3 * stride + i, mask=valid, other=0.0)
     logit = tl.load(balls + 4 * stride + i, mask=valid, other=0.0)
     reaches, _x, _y, _z, _error, _s0, _s1, _s2 = _reaches(camera, mx, my, mz, log_scale, log_scale, log_scale, valid)
-    reaches &= logit >= LOGIT_THRESHOLD - RELATIVE_ERROR - _number(camera, LOGIT_GAIN)
+    reaches &= logit >= LOGIT_THRESHOLD - RELATIVE_ERROR - number(camera, LOGIT_GAIN)
     tl.store(drawn + i, 1, mask=reaches)
 
 
@@ -240,15 +240,15 @@ def _image_extent(
     Returned with it are its length squared, the rounding error of that, and by how much the length may grow when the
     centre moves and the axes turn.
     """
-    low = _number(camera, SLOPE_LOW + AXIS)
-    high = _number(camera, SLOPE_HIGH + AXIS)
+    low = number(camera, SLOPE_LOW + AXIS)
+    high = number(camera, SLOPE_HIGH + AXIS)
     w0, w1, w2 = _axis(camera, AXIS)
     v0, v1, v2 = _axis(camera, 2)
     slope = tl.minimum(tl.maximum(raw_slope, low), high)
     slope_change = tl.minimum(relative_move * (1 + tl.abs(raw_slope)), high - low)
     length = tl.sqrt(1 + slope * slope)
     length_change = relative_move * (1 + tl.abs(slope)) + (1 + relative_move) * slope_change
-    focal_z = _number(camera, FOCAL + AXIS) / z
+    focal_z = number(camera, FOCAL + AXIS) / z
     j0, j1, j2 = w0 - slope * v0, w1 - slope * v1, w2 - slope * v2
     a0 = focal_z * s0 * (j0 * r00 + j1 * r10 + j2 * r20)
     a1 = focal_z * s1 * (j0 * r01 + j1 * r11 + j2 * r21)
@@ -264,15 +264,15 @@ def _image_extent(
 @triton.jit
 def _interval(camera, AXIS: tl.constexpr, slope, variance, rounding, change, extent, relative_move):
     """Compute where the rectangle around the centre begins and ends along one axis, in pixels."""
-    focal = _number(camera, FOCAL + AXIS)
-    centre = _number(camera, CENTRE + AXIS)
-    size = _number(camera, SIZE + AXIS)
-    sigma = _number(camera, GROWTH) * (tl.sqrt(variance + rounding) + change)
-    radius = extent * tl.sqrt(sigma * sigma + _number(camera, EPS2D))
+    focal = number(camera, FOCAL + AXIS)
+    centre = number(camera, CENTRE + AXIS)
+    size = number(camera, SIZE + AXIS)
+    sigma = number(camera, GROWTH) * (tl.sqrt(variance + rounding) + change)
+    radius = extent * tl.sqrt(sigma * sigma + number(camera, EPS2D))
     offset = focal * slope
     half = (
         tl.ceil(radius + 1e-4)
-        + _number(camera, EXTRA_PIXELS)
+        + number(camera, EXTRA_PIXELS)
         + RELATIVE_ERROR * (radius + tl.abs(offset))
         + focal * relative_move * (1 + tl.abs(slope))
         + 1e-6 * (tl.abs(centre) + size)
@@ -283,8 +283,8 @@ def _interval(camera, AXIS: tl.constexpr, slope, variance, rounding, change, ext
 @triton.jit
 def _largest_compensation(camera, x0, x1, x2, xx, rounding_x, change_x, y0, y1, y2, yy, rounding_y, change_y):
     """Bound the factor by which Mip-Splatting lowers opacities, from what `_image_extent` gives along x and y."""
-    growth = _number(camera, GROWTH)
-    eps2d = _number(camera, EPS2D)
+    growth = number(camera, GROWTH)
+    eps2d = number(camera, EPS2D)
     length_x, length_y = tl.sqrt(xx), tl.sqrt(yy)
     xy = x0 * y0 + x1 * y1 + x2 * y2
     area = tl.sqrt(tl.maximum(xx * yy - xy * xy, 0.0))
@@ -305,7 +305,7 @@ def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2
     Returned with them are the borders of their rectangles in pixels: left, right, top, bottom.
     """
     # Of the positions within the error only those behind the near plane can be drawn.
-    near = _number(camera, NEAR_PLANE)
+    near = number(camera, NEAR_PLANE)
     z = tl.maximum(z, near)
     relative_move = error / tl.maximum(z - error, near)
     slope_x, slope_y = x / z, y / z
@@ -323,7 +323,7 @@ def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2
     r00, r01, r02 = 1 - 2 * (qy * qy + qz * qz), 2 * (qx * qy - qw * qz), 2 * (qx * qz + qw * qy)
     r10, r11, r12 = 2 * (qx * qy + qw * qz), 1 - 2 * (qx * qx + qz * qz), 2 * (qy * qz - qw * qx)
     r20, r21, r22 = 2 * (qx * qz - qw * qy), 2 * (qy * qz + qw * qx), 1 - 2 * (qx * qx + qy * qy)
-    turn = tl.minimum(2 * _number(camera, TURN) / tl.maximum(norm, 1e-18), 2.0)
+    turn = tl.minimum(2 * number(camera, TURN) / tl.maximum(norm, 1e-18), 2.0)
 
     x0, x1, x2, xx, rounding_x, change_x = _image_extent(
         camera, 0, slope_x, z, relative_move, turn, r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2
@@ -331,7 +331,7 @@ def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2
     y0, y1, y2, yy, rounding_y, change_y = _image_extent(
         camera, 1, slope_y, z, relative_move, turn, r00, r01, r02, r10, r11, r12, r20, r21, r22, s0, s1, s2
     )
-    opacity255 = 255 * (1 + RELATIVE_ERROR) / (1 + tl.exp(-(logit + _number(camera, LOGIT_GAIN))))
+    opacity255 = 255 * (1 + RELATIVE_ERROR) / (1 + tl.exp(-(logit + number(camera, LOGIT_GAIN))))
     if ANTIALIASED:
         opacity255 *= _largest_compensation(
             camera, x0, x1, x2, xx, rounding_x, change_x, y0, y1, y2, yy, rounding_y, change_y
@@ -341,7 +341,7 @@ def _rectangles(camera, qw, qx, qy, qz, logit, drawn, x, y, z, error, s0, s1, s2
     extent = tl.minimum(extent, OPAQUE_EXTENT) * (1 + RELATIVE_ERROR)
     left, right = _interval(camera, 0, slope_x, xx, rounding_x, change_x, extent, relative_move)
     top, bottom = _interval(camera, 1, slope_y, yy, rounding_y, change_y, extent, relative_move)
-    width, height = _number(camera, SIZE), _number(camera, SIZE + 1)
+    width, height = number(camera, SIZE), number(camera, SIZE + 1)
     drawn &= (right > 0) & (left < width) & (bottom > 0) & (top < height)
     return drawn, left, right, top, bottom
 

@@ -35,8 +35,9 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, chunks_of, positions_among
+from offload.pipelines.groups import RowGroup, chunks_of
 from offload.pipelines.lanes import Lane
+from offload.pipelines.overlap import Overlap
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
@@ -70,8 +71,7 @@ class _Upcoming:
 
     ids: Tensor  # [V] int64 on the device
     view: PackedView | None = None  # whose rows are on their way but for those of the present view; None: no space
-    sources: Tensor | None = None  # [V] int64, where its rows are in the present view; -1 where they are not
-    leaving: Tensor | None = None  # [V of the present view] bool, which rows of that it does not need
+    overlap: Overlap | None = None  # with the views before; where there is a view
     found: torch.cuda.Event | None = None  # that ids, or all of these, are there, and its space may be written to
 
 
@@ -99,6 +99,7 @@ class PackedPipeline:
         self._whole = whole
         self._device = device
         self._kernels = kernels_for(device, "offload.adam.rows")
+        self._overlap = kernels_for(device, "offload.pipelines.overlap").overlap
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         columns = {name: group.store.packed.shape[1] for name, group in groups.items()}
         self._arena = Arena(columns | {STEPS + name: 1 for name in groups}, device, torch.int32)
@@ -122,8 +123,6 @@ class PackedPipeline:
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
-            if upcoming.sources is not None:
-                self._date_moved_rows(view, upcoming.sources)
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         compute.uses(view.ids)
@@ -157,9 +156,9 @@ class PackedPipeline:
         view.values = {}
         self._rows_given += len(view.ids)
         leaving = None
-        if upcoming is not None and upcoming.view is not None and upcoming.sources is not None:
-            self._hand_on(view, upcoming.view, upcoming.sources, upcoming.found)
-            leaving = upcoming.leaving
+        if upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
+            self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found)
+            leaving = upcoming.overlap.leaving
         self._write(view, leaving)
         self._lacking = None if leaving is None else view
         self._previous, self._present = view, None
@@ -252,9 +251,9 @@ class PackedPipeline:
         if self._applied:
             raise RuntimeError("the step had been applied in part")
         upcoming, self._upcoming = self._upcoming, None
-        if upcoming is not None and upcoming.sources is not None:
+        if upcoming is not None and upcoming.overlap is not None:
             self._fetch_lane.finish()
-            given_up = int((upcoming.sources >= 0).sum())  # they would have been handed on
+            given_up = int(upcoming.overlap.moved.sum())  # they would have been handed on
             self._rows_found, self._rows_retained = self._rows_found - given_up, self._rows_retained - given_up
         self.finish()
         self._found_ids, self._present, self._previous = self._present.ids, None, None
@@ -290,30 +289,27 @@ class PackedPipeline:
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
-            sources, leaving = positions_among(present.ids, ids), positions_among(ids, present.ids) < 0
-            on_host = sources < 0  # [V]
-            kept, places = ids[:0], ids[:0]  # rows of the view before the present one, and where they are there
+            common = self._overlap(ids, present.ids, ids[:0] if previous is None else previous.ids)
+            kept = places = ids[:0]  # rows of the view before the present one, and where they are there
             if previous is not None:
-                places = positions_among(previous.ids, ids)
-                kept = (on_host & (places >= 0)).nonzero().squeeze(1)
-                places = places[kept]
-                on_host[kept] = False
+                kept = (common.places >= 0).nonzero().squeeze(1)
+                places = common.places[kept]
             found = lane.record()
         if not self._arena.has_space_for(len(present.ids), len(ids)):
             return _Upcoming(ids, found=found)
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
-            self._rows_retained += (sources >= 0).sum()
+            self._rows_retained += common.moved.sum()
             self._rows_kept += len(kept)
-            aside = {} if previous is None else {key: space[places] for key, space in previous.space.items()}
+            aside = None if previous is None else self._copied(previous, places)
             found = lane.record()
-            self._read_behind_writing(view, on_host)
-            for key, rows in aside.items():
-                view.space[key].index_copy_(0, kept, rows)
+            self._read_behind_writing(view, common.on_host)
+            if aside is not None:
+                self._kernels.write_packed_rows(aside, kept, None, self._packed(view))
             view.fetched = lane.record()
-            lane.uses(ids, sources, on_host, kept, places, *view.space.values())
-        return _Upcoming(ids, view, sources, leaving, found)
+            lane.uses(ids, common.moved, common.on_host, kept, places, *view.space.values())
+        return _Upcoming(ids, view, common, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
         """Fetch a view that has not been fetched ahead; there is no other on the device."""
@@ -338,9 +334,16 @@ class PackedPipeline:
         wanted = None if wanted is None else wanted[rows]
         self._kernels.read_packed_rows(stored, view.ids[rows], wanted, self._packed(view, rows))
 
-    def _packed(self, view: PackedView, rows: slice) -> list[PackedRows]:
+    def _packed(self, view: PackedView, rows: slice = slice(None)) -> list[PackedRows]:
         """Return some rows of a view in each group."""
         return [(view.words(name)[rows], view.last_step(name)[rows]) for name in self._groups]
+
+    def _copied(self, view: PackedView, places: Tensor) -> list[PackedRows]:
+        """Copy the rows at places [M] of a view, of each group."""
+        rows = self._packed(view)
+        copies = [(words.new_empty(len(places), words.shape[1]), steps.new_empty(len(places))) for words, steps in rows]
+        self._kernels.read_packed_rows(rows, places, None, copies)
+        return copies
 
     def _read_behind_writing(self, view: PackedView, wanted: Tensor) -> None:
         """Read rows part by part, each when what lay there is on the host."""
@@ -369,22 +372,12 @@ class PackedPipeline:
                 view.written = lane.record()
         self._writing[view.at_end] = parts
 
-    def _hand_on(self, view: PackedView, upcoming: PackedView, sources: Tensor, found: torch.cuda.Event | None) -> None:
-        """Move rows that both views have from the present one to the next."""
+    def _hand_on(self, view: PackedView, upcoming: PackedView, common: Overlap, found: torch.cuda.Event | None) -> None:
+        """Move rows that both views have from the present one to the next, whose others may still come meanwhile."""
         compute = Lane.current(self._device)
         compute.wait(found, None if self._previous is None else self._previous.written)  # which was there before
-        for name in self._groups:
-            self._kernels.move_rows(RowState(view.words(name), ()), sources, RowState(upcoming.words(name), ()))
-        compute.uses(sources)
-
-    def _date_moved_rows(self, view: PackedView, sources: Tensor) -> None:
-        """Note the step of rows that have been moved from the view before, when all others have been fetched.
-
-        Not while they are: on a GPU `masked_fill_` writes all rows, those that it leaves as they were when it read them.
-        """
-        moved = sources >= 0
-        for name, group in self._groups.items():
-            view.last_step(name).masked_fill_(moved, group.adam.step)
+        self._kernels.read_packed_rows(self._packed(view), common.sources, common.moved, self._packed(upcoming))
+        compute.uses(common.sources, common.moved)
 
     def _decoded(self, name: str, view: PackedView) -> Tensor:
         return self._values_of(name, view.words(name), view.last_step(name))

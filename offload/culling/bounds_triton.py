@@ -1,0 +1,133 @@
+"""`offload/culling/bounds.py` as CUDA kernels in Triton, each one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offload.backends import native
+from offload.culling import bounds
+from offload.culling.cameras import Cameras, Margin
+from offload.culling.kernels_triton import as_arguments, number
+
+BLOCK = 256  # rows, or boxes
+BLOCK_ROWS = tl.constexpr(bounds.BLOCK_ROWS)
+NUM_HALF_SPACES = tl.constexpr(bounds.NUM_HALF_SPACES)
+POSITION_ERROR = tl.constexpr(native.POSITION_ERROR)
+
+
+def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Do as `offload.culling.bounds.follow_balls`."""
+    if len(ids):
+        with torch.cuda.device_of(balls):
+            _follow_balls[(triton.cdiv(len(ids), BLOCK),)](
+                balls, balls.stride(0), ids, rows, rows.stride(0), len(ids), BLOCK=BLOCK
+            )
+
+
+def follow_boxes(boxes: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Do as `offload.culling.bounds.follow_boxes`."""
+    if len(ids):
+        with torch.cuda.device_of(boxes):
+            _follow_boxes[(triton.cdiv(len(ids), bounds.BLOCK_ROWS),)](
+                boxes, boxes.stride(0), ids, rows, rows.stride(0), len(ids), num_warps=2
+            )
+
+
+def visible_boxes(boxes: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    """Do as `offload.culling.bounds.visible_boxes`."""
+    num_boxes = boxes.shape[1]
+    drawn = torch.zeros(num_boxes, dtype=torch.uint8, device=boxes.device)
+    if num_boxes:
+        with torch.cuda.device_of(boxes):
+            for test in as_arguments(bounds.tests_of(cameras, margin), boxes.device):
+                _mark_boxes[(triton.cdiv(num_boxes, BLOCK),)](
+                    boxes, boxes.stride(0), num_boxes, test, drawn, BLOCK=BLOCK
+                )
+    return drawn.nonzero().squeeze(1)
+
+
+@triton.jit(do_not_specialize=["stride", "num_rows"])
+def _follow_balls(
+    balls,  # [5, N]
+    stride,  # between two of these five
+    ids,  # [V]
+    rows,  # [V, columns]
+    columns,
+    num_rows,  # V
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    i = tl.load(ids + row, mask=inside, other=0)
+    values = rows + row * columns
+    for axis in tl.static_range(3):
+        tl.store(balls + axis * stride + i, tl.load(values + axis, mask=inside, other=0.0), mask=inside)
+    s0 = tl.load(values + 3, mask=inside, other=0.0)
+    s1 = tl.load(values + 4, mask=inside, other=0.0)
+    s2 = tl.load(values + 5, mask=inside, other=0.0)
+    spoiled = (s0 - s0) + (s1 - s1) + (s2 - s2)  # NaN where any is not finite, which `maximum` hides
+    tl.store(balls + 3 * stride + i, tl.maximum(s0, tl.maximum(s1, s2)) + spoiled, mask=inside)
+    tl.store(balls + 4 * stride + i, tl.load(values + 10, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["stride", "num_rows"])
+def _follow_boxes(
+    boxes,  # [7, blocks]
+    stride,  # between two of these seven
+    ids,  # [V], whole blocks
+    rows,  # [V, columns]
+    columns,
+    num_rows,  # V
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    row = tl.minimum(row, num_rows - 1)  # those that the last block lacks: its last row once more
+    box = boxes + tl.load(ids + first) // BLOCK_ROWS
+    values = rows + row * columns
+    for axis in tl.static_range(3):
+        x = tl.load(values + axis)
+        spoiled = tl.sum(x - x, axis=0)  # NaN where any is not finite, which `min` and `max` hide
+        tl.store(box + axis * stride, tl.min(x, axis=0) + spoiled)
+        tl.store(box + (3 + axis) * stride, tl.max(x, axis=0) + spoiled)
+    s0, s1, s2 = tl.load(values + 3), tl.load(values + 4), tl.load(values + 5)
+    spoiled = tl.sum((s0 - s0) + (s1 - s1) + (s2 - s2), axis=0)
+    tl.store(box + 6 * stride, tl.max(tl.maximum(s0, tl.maximum(s1, s2)), axis=0) + spoiled)
+
+
+@triton.jit(do_not_specialize=["stride", "num_boxes"])
+def _mark_boxes(
+    boxes,  # [7, blocks]
+    stride,  # between two of these seven
+    num_boxes,
+    test,  # of `tests_of`
+    drawn,  # [blocks] uint8
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < num_boxes
+    low_x = tl.load(boxes + i, mask=inside, other=0.0)
+    low_y = tl.load(boxes + stride + i, mask=inside, other=0.0)
+    low_z = tl.load(boxes + 2 * stride + i, mask=inside, other=0.0)
+    high_x = tl.load(boxes + 3 * stride + i, mask=inside, other=0.0)
+    high_y = tl.load(boxes + 4 * stride + i, mask=inside, other=0.0)
+    high_z = tl.load(boxes + 5 * stride + i, mask=inside, other=0.0)
+    scale = tl.exp(tl.load(boxes + 6 * stride + i, mask=inside, other=0.0))
+    x, y, z = (low_x + high_x) / 2, (low_y + high_y) / 2, (low_z + high_z) / 2
+    reach_x, reach_y, reach_z = (high_x - low_x) / 2, (high_y - low_y) / 2, (high_z - low_z) / 2
+    largest_x = tl.maximum(tl.abs(low_x), tl.abs(high_x))
+    largest_y = tl.maximum(tl.abs(low_y), tl.abs(high_y))
+    largest_z = tl.maximum(tl.abs(low_z), tl.abs(high_z))
+    largest = tl.maximum(largest_x, tl.maximum(largest_y, largest_z))
+    error = number(test, 1) + 2 * POSITION_ERROR * (3 * largest + number(test, 0))
+    misses = i < 0
+    for half_space in tl.static_range(NUM_HALF_SPACES):
+        first = 2 + 6 * half_space
+        nx, ny, nz = number(test, first), number(test, first + 1), number(test, first + 2)
+        value = x * nx + y * ny + z * nz
+        value += reach_x * tl.abs(nx) + reach_y * tl.abs(ny) + reach_z * tl.abs(nz)
+        value += scale * number(test, first + 4) + number(test, first + 3)
+        misses |= value + number(test, first + 5) * error < 0  # NaN is not
+    tl.store(drawn + i, 1, mask=inside & ~misses)

@@ -1,0 +1,64 @@
+"""`offload/pipelines/overlap.py` as a CUDA kernel in Triton: one launch in place of twenty."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offload.pipelines.overlap import Overlap
+
+BLOCK = 256  # rows
+
+
+def overlap(ids: Tensor, present: Tensor, previous: Tensor) -> Overlap:
+    """Do as `offload.pipelines.overlap.overlap`."""
+    sources, places = torch.empty_like(ids), torch.empty_like(ids)
+    moved, on_host = (torch.empty_like(ids, dtype=torch.bool) for _ in range(2))
+    leaving = torch.ones_like(present, dtype=torch.bool)
+    if len(ids):
+        with torch.cuda.device_of(ids):
+            _overlap_kernel[(triton.cdiv(len(ids), BLOCK),)](
+                ids, len(ids), present, len(present), previous, len(previous), sources, moved.view(torch.uint8), places,
+                on_host.view(torch.uint8), leaving.view(torch.uint8), BLOCK=BLOCK,
+            )  # fmt: skip
+    return Overlap(sources, moved, places, on_host, leaving)
+
+
+@triton.jit
+def _position(others, count, number, wanted):
+    """Find where numbers stand among `count` sorted others: the place, and whether they do; by halving."""
+    low = number * 0
+    high = low + count
+    length = count
+    while length > 0:
+        middle = (low + high) // 2
+        open_yet = wanted & (low < high)
+        below = open_yet & (tl.load(others + middle, mask=open_yet, other=0) < number)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(open_yet & ~below, middle, high)
+        length = length // 2
+    there = wanted & (low < count)
+    return low, there & (tl.load(others + low, mask=there, other=-1) == number)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_present", "num_previous"])
+def _overlap_kernel(
+    ids, num_rows,  # [V]
+    present, num_present,  # [V of the present view]
+    previous, num_previous,  # [V of the view before that]
+    sources, moved, places, on_host,  # [V] of `Overlap`, bytes where it has bool, to be written
+    leaving,  # [V of the present view], 1 so far
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < num_rows
+    number = tl.load(ids + i, mask=inside, other=0)
+    source, is_moved = _position(present, num_present, number, inside)
+    place, is_kept = _position(previous, num_previous, number, inside & ~is_moved)
+    tl.store(sources + i, tl.where(is_moved, source, -1), mask=inside)
+    tl.store(moved + i, is_moved.to(tl.uint8), mask=inside)
+    tl.store(places + i, tl.where(is_kept, place, -1), mask=inside)
+    tl.store(on_host + i, 1 - (is_moved | is_kept).to(tl.uint8), mask=inside)
+    tl.store(leaving + source, 0, mask=is_moved)
