@@ -526,7 +526,7 @@ def test_cameras_that_are_tensors_are_those_that_are_tuples(monkeypatch, antiali
     rows, cameras = random_geometry(2000, seed=61), random_cameras(62, antialiased=antialiased)
     expected = with_triton(rows, cameras)
     monkeypatch.setattr(culling_triton, "_TAKES_TUPLES", False)
-    monkeypatch.setattr(culling_triton, "_number", culling_triton._number_of_tensor)
+    monkeypatch.setattr(culling_triton, "number", culling_triton._of_tensor)
     assert torch.equal(with_triton(rows, cameras), expected)
 
 
