@@ -124,10 +124,15 @@ def _mark_boxes(
     error = number(test, 1) + 2 * POSITION_ERROR * (3 * largest + number(test, 0))
     misses = i < 0
     for half_space in tl.static_range(NUM_HALF_SPACES):
-        first = 2 + 6 * half_space
-        nx, ny, nz = number(test, first), number(test, first + 1), number(test, first + 2)
-        value = x * nx + y * ny + z * nz
-        value += reach_x * tl.abs(nx) + reach_y * tl.abs(ny) + reach_z * tl.abs(nz)
-        value += scale * number(test, first + 4) + number(test, first + 3)
-        misses |= value + number(test, first + 5) * error < 0  # NaN is not
+        misses |= _beyond(test, 2 + 6 * half_space, x, y, z, reach_x, reach_y, reach_z, scale, error)
     tl.store(drawn + i, 1, mask=inside & ~misses)
+
+
+@triton.jit
+def _beyond(test, FIRST: tl.constexpr, x, y, z, reach_x, reach_y, reach_z, scale, error):
+    """Tell which boxes lie outside of a half-space whose numbers begin at FIRST; not those with NaN."""
+    nx, ny, nz = number(test, FIRST), number(test, FIRST + 1), number(test, FIRST + 2)
+    value = x * nx + y * ny + z * nz
+    value += reach_x * tl.abs(nx) + reach_y * tl.abs(ny) + reach_z * tl.abs(nz)
+    value += scale * number(test, FIRST + 4) + number(test, FIRST + 3)
+    return value + number(test, FIRST + 5) * error < 0
