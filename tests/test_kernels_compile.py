@@ -1,0 +1,91 @@
+"""Every kernel in Triton compiles for a GPU, for the arguments that tests launch it with; no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import (
+    test_bounds,
+    test_culling,
+    test_device_geometry,
+    test_gradients,
+    test_losses,
+    test_named_rows,
+    test_overlap,
+    test_row_kernels,
+    test_spherical_harmonics_triton,
+    test_split_planning,
+)
+from tests.compiled_kernels import compiled_as_launched
+from tests.triton_places import INTERPRETED
+
+ROOT = Path(__file__).parent.parent
+HERE = ("triton", "cpu")
+
+pytestmark = [pytest.mark.skipif(not INTERPRETED, reason="a GPU has them compiled by other tests"), pytest.mark.slow]
+
+
+def kernels_of(*rooms: str) -> set[str]:
+    """The kernels in these folders that no other one calls."""
+    texts = [path.read_text() for room in rooms for path in (ROOT / room).rglob("*_triton.py")]
+    kernels = {name for text in texts for name in re.findall(r"@triton\.jit[^\n]*\ndef (\w+)\(", text)}
+    called = {name for text in texts for name in re.findall(r"(?<!def )\b(\w+)\(", text)}
+    return kernels - called
+
+
+def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form in test_row_kernels.APART:
+        test_row_kernels.test_triton_equals_torch(*HERE, "appearance", 79, form)
+        for gradient in (True, False):
+            test_row_kernels.test_a_step_on_the_host_is_that_of_rows_that_come_and_go(*HERE, "geometry", form, gradient)
+    for group, degree in test_row_kernels.PACKED[:2]:
+        for gradient in (True, False):
+            test_row_kernels.test_triton_equals_torch_for_packed_rows(*HERE, group, degree, 79, gradient)
+        groups = test_row_kernels.PACKED[:2]
+        test_row_kernels.test_packed_rows_are_copied_as_they_are(*HERE, groups, degree == 3, 256)
+    test_named_rows.test_gradients_are_joined(*HERE, 1, monkeypatch)
+    test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
+    test_device_geometry.test_what_is_settled_equals_dense_adam_in_float64(*HERE)
+
+
+def launch_culling(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_bounds.test_kernels_find_what_torch_finds("cpu")
+    test_bounds.test_kernels_follow_rows_as_torch_does("cpu")
+    test_overlap.test_each_row_is_found_where_it_is(*HERE)
+    for antialiased in (False, True):
+        test_culling.with_triton(
+            test_culling.random_geometry(100, seed=1), test_culling.random_cameras(2, antialiased=antialiased)
+        )
+    test_split_planning.test_no_rows(test_split_planning.with_triton)
+
+
+def launch_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    for degree in (0, 3):
+        test_spherical_harmonics_triton.test_colors_and_gradients_equal_the_native_ones(1, degree, 2)
+    test_losses.test_interpreted_triton_kernels_equal_torch()
+
+
+LAUNCHES = {
+    launch_row_kernels: ("offload/adam", "offload/models"),
+    launch_culling: ("offload/culling", "offload/pipelines"),
+    launch_rendering: ("rendering",),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_kernels_compile(launch, monkeypatch):
+    with compiled_as_launched() as names:
+        launch(monkeypatch)
+    assert names >= kernels_of(*LAUNCHES[launch])  # none is forgotten
+
+
+def test_what_the_compiler_refuses_is_noticed():
+    """A number that is a constant to the interpreter, and once it has a name no longer one to the compiler."""
+    from tests.refused_kernel import double
+
+    with pytest.raises(AssertionError, match="double does not compile"), compiled_as_launched():
+        double[(1,)](torch.ones(8), (1.0, 2.0), BLOCK=8)
