@@ -157,8 +157,13 @@ class Ranks:
 
     def leave(self) -> None:
         """Part from the others; whatever is under way between them is given up."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Part from the other ranks, where this process has met any and has not left them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_first_of_machine() -> bool:

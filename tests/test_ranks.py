@@ -220,7 +220,7 @@ def trained(trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *op
     script = way.load()
     arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", "cpu", *STEPS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.join", lambda device, shares: staying(ranks, shares))
+        patch.setattr("training.joint_run.join", lambda device, shares: staying(ranks, shares))
         patch.setattr("training.run.initial_gaussians", anisotropic_start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         patch.setattr("training.reporting.load_lpips", lambda net, device: None)

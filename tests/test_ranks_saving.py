@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,8 @@ def train(ranks: Ranks | None, data_dir: Path, result_dir: Path, *options: objec
     staying = None if ranks is None else StayingRanks(**vars(ranks))
     arguments = (*options_for(data_dir, result_dir), *STEPS, *options, *way.arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.join", lambda *given: staying)
+        patch.setattr("training.joint_run.join", lambda *given: staying)
+        patch.setattr("training.command_line.leave", lambda: None)
         patch.setattr("training.run.initial_gaussians", anisotropic_start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         patch.setattr("training.reporting.load_lpips", lambda net, device: None)
@@ -366,6 +368,20 @@ def test_a_wrong_option_is_told_by_the_first_although_another_process_is_sooner(
     assert first == 2
     assert wrong[0] in told
     assert wrong[0] not in silent
+
+
+@pytest.mark.parametrize("wrong", [("--max_steps", "-1"), ("--data_dir", "nowhere")])
+def test_the_group_is_left_when_all_is_told(monkeypatch, capsys, city_block, tmp_path, wrong):
+    """NCCL may wait for ranks that are gone."""
+    monkeypatch.setattr("training.command_line.leave", lambda: print("left", file=sys.stderr))
+    arguments = options_for(city_block, tmp_path, *wrong)
+    monkeypatch.setattr("sys.argv", ["script", "default", *map(str, arguments)])
+    script = TRAINERS["gpu_only"].load()
+    with pytest.raises(SystemExit):
+        main(script.CONFIGS, script.train, "")
+    said = capsys.readouterr().err
+    assert "Error: " in said
+    assert said.endswith("left\n")
 
 
 def test_ctrl_c_at_one_rank_ends_all_after_the_same_step(city_block, tmp_path):

@@ -22,7 +22,7 @@ from configs import (
     OptimizationOptions,
     RunOptions,
 )
-from distributed.mesh import is_first_of_machine, let_first_tell
+from distributed.mesh import is_first_of_machine, leave, let_first_tell
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
 from trainers import trainer_of
@@ -55,7 +55,10 @@ def main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConfi
         description: Of the script, for --help.
     """
     with unbreakable_output():
-        _main(configs, train, description)
+        try:
+            _main(configs, train, description)
+        finally:
+            leave()  # when all is said: NCCL may wait for ranks that are gone
 
 
 def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConfig]], None], description: str) -> None:

@@ -6,8 +6,8 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
@@ -22,27 +22,25 @@ from configs import AnyConfig
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
-from distributed.dealing import dealt_rows
-from distributed.mesh import Ranks, RanksParted, is_first_of_machine, join, let_first_tell, local_ranks
-from distributed.watch import End, Watch
-from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped, counted
+from distributed.mesh import RanksParted, local_ranks
+from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
-from offload.errors import ParameterError, sentence_of
+from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from strategies.contract import Strategy
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
-from training.agreement import check_same_dataset, check_same_options
 from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
-from training.ending import FAILED, FINISHED, INTERRUPTED, Ending, write_ending
+from training.ending import FINISHED, INTERRUPTED, Ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
+from training.joint_run import Agreed, JointRun, told_once
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
@@ -63,7 +61,7 @@ from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
 from training.strategy import strategy_of
-from training.streams import loud, silent_output
+from training.streams import loud
 from training.timelapse import Timelapse
 from training.views import Backdrop, View, draw_together, render
 
@@ -83,31 +81,6 @@ def select_device(name: str) -> torch.device:
     limit_fragmentation()
     check_gsplat()
     return torch.device("cuda")
-
-
-@contextmanager
-def _told_once(kind: type[InputError]) -> Iterator[None]:
-    """Let one process of each machine tell of an error that all have alike, before they can speak with each other.
-
-    Raises:
-        EndedElsewhere: Another one does.
-    """
-    try:
-        yield
-    except kind as error:
-        if is_first_of_machine():
-            raise
-        let_first_tell()
-        raise EndedElsewhere(str(error)) from error
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """Hold what ranks have agreed on for a step; one process asks nobody, and everything is false."""
-
-    interrupted: bool = False  # training ends before the step
-    is_due: bool = False  # a periodic checkpoint is saved after it
-    is_lost: bool = False  # the result folder is made again after it
 
 
 class TrainingRun(Generic[AnyConfig]):
@@ -149,15 +122,14 @@ class TrainingRun(Generic[AnyConfig]):
         self.given = cfg
         self.scene_name = scene_name
         self._trainer = trainer
-        with _told_once(InputError):
+        with told_once(InputError):
             check_options(cfg)
-            self.device = select_device(cfg.device)
+            self._joint = JointRun(cfg, select_device(cfg.device))
         self.cfg = cfg.with_scaled_steps()
         self.said_of_input: list[str] = []
-        self.ranks: Ranks | None = None
-        self._watch: Watch | None = None
-        with ExitStack() as resources, self._ending_together():
-            self._join(resources)
+        with ExitStack() as resources, self._joint.ending_together():
+            self._joint.meet(trainer, resources)
+            self.ranks, self.device = self._joint.ranks, self._joint.device
             self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
             given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
             torch.manual_seed(cfg.seed)
@@ -167,7 +139,7 @@ class TrainingRun(Generic[AnyConfig]):
             if live is not None:
                 resources.callback(live.page.close)
             resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
-            with nullcontext() if self.ranks is None else self.ranks.one_first():  # pictures are scaled once
+            with self._joint.one_first():  # pictures are scaled once
                 if scene_name == "demo":
                     ensure_city_block(Path(cfg.data_dir))
                 dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
@@ -175,8 +147,7 @@ class TrainingRun(Generic[AnyConfig]):
             if live is not None:
                 live.place(self.scene)
                 print(f"Watch the training at {live.page.url}.")
-            if self.ranks is not None:
-                check_same_dataset(self.ranks, self.scene)
+            self._joint.check_same_dataset(self.scene)
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device)
             if self._evaluated is not None:
@@ -208,86 +179,15 @@ class TrainingRun(Generic[AnyConfig]):
         print(sentence)
         self.said_of_input.append(sentence)
 
-    # ------------------------------------------------------------------------------------------------ several processes
-
-    def _join(self, resources: ExitStack) -> None:
-        """Meet the other processes, which share the device that this one renders on with it no more.
-
-        Raises:
-            InputError: The script or the options are not for so many, or not the same everywhere.
-        """
-        with _told_once(ParameterError):
-            ranks = self.ranks = join(self.device, self.cfg.shares)
-        if ranks is None:
-            return
-        resources.callback(ranks.leave)
-        self._watch = resources.enter_context(Watch(ranks, self._last_words))
-        resources.enter_context(silent_output(silent=not ranks.leads))  # rank 0 tells the same
-        check_same_options(ranks, self.given)
-        if not self._trainer.several_gpus:
-            raise InputError(
-                f"{self._trainer.path.name} trains on one GPU: start it without torchrun, or take "
-                "simple_trainer_hybrid_streamed.py."
-            )
-        for option, is_given in (
-            ("--background sky", self.cfg.background == "sky"),
-            ("--exposure", self.cfg.exposure != "none"),
-            ("--strategy mcmc", self.cfg.strategy == "mcmc"),
-            ("--target_gaussians", bool(self.cfg.target_gaussians)),
-            ("--opacity_reg", bool(self.cfg.opacity_reg)),
-            ("--scale_reg", bool(self.cfg.scale_reg)),
-            ("--viewer", self.cfg.viewer is not None),
-            ("--timelapse", bool(self.cfg.timelapse)),
-        ):
-            if is_given:
-                raise InputError(f"{option} is for one process: leave it out, or start without torchrun.")
-        self.device = ranks.device
-
-    def _last_words(self, sentence: str) -> None:
-        """Tell why the ranks end, where this process cannot leave by itself."""
-        ending = Ending(FAILED, f"Stopped: {sentence}. Continue with: {resume_command()}")
-        print(ending.message, file=loud(sys.stderr), flush=True)
-        write_ending(Path(self.given.result_dir), ending)
-
-    @contextmanager
-    def _ending_together(self) -> Iterator[None]:
-        """Let an error of one rank be the end of all, of which one rank tells.
-
-        Raises:
-            EndedElsewhere: Another rank does.
-        """
-        try:
-            yield
-        except Exception as error:
-            if self._watch is None:
-                raise
-            end = self._end_of(error, sentence_of(error))
-            if end.told_by != self._watch.rank:
-                raise EndedElsewhere(end.sentence) from error
-            if isinstance(error, RanksParted):
-                raise TrainingStopped(f"{end.sentence}.") from error
-            raise
-
-    def _end_of(self, error: Exception, sentence: str) -> End:
-        """Return why all ranks end, after this one has met an error; others that wait for it wait no more."""
-        assert self._watch is not None
-        assert self.ranks is not None
-        end = self._watch.end_by_others(error) if isinstance(error, RanksParted) else self._watch.end_by(sentence)
-        if end.told_by == self._watch.rank:  # torchrun sends it as soon as another rank has left, before this one tells
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.device.type == "cpu":  # NCCL may wait for the others: there the watch ends those that do
-            self.ranks.leave()
-        return end
-
     @property
     def num_ranks(self) -> int:
         """Count the processes that train this model together, 1 where it is this one alone."""
-        return 1 if self.ranks is None else self.ranks.size
+        return self._joint.size
 
     @property
     def speaks(self) -> bool:
         """Return whether this process tells the user what all of them do."""
-        return self.ranks is None or self.ranks.leads
+        return self._joint.speaks
 
     # --------------------------------------------------------------------------------------- what a trainer starts with
 
@@ -317,11 +217,7 @@ class TrainingRun(Generic[AnyConfig]):
             if self.saving.resumed is not None:
                 state = self.saving.own_state(self.saving.resumed)
                 return {name: stored_values(state, name) for name in PARAMETER_NAMES}
-        gaussians = self._all_gaussians()
-        if self.ranks is None:
-            return gaussians
-        own = dealt_rows(len(gaussians["means"]), self.ranks.rank, self.ranks.proportions)
-        return {name: value[own] for name, value in gaussians.items()}
+        return self._joint.own_rows(self._all_gaussians())
 
     def _all_gaussians(self) -> dict[str, Tensor]:
         """Return the Gaussians of all ranks: every one makes the same, or reads them."""
@@ -534,38 +430,21 @@ class TrainingRun(Generic[AnyConfig]):
                 return
         self.saving.at_the_end()
         self._timelapse.make_video(self)
-        if self.ranks is not None:
-            self.ranks.barrier()  # whoever waits for others has what it waits for
+        self._joint.wait_for_all()  # whoever waits for others has what it waits for
         self.results.check_none_missed()
 
     def _following(self, loader: BatchLoader) -> View | None:
         """Return the view of the next step, None behind the last; where ranks train together, when all have theirs."""
-        view, failure = None, None
-        try:
-            if self._step + 1 < self.cfg.max_steps:
-                view = View.from_batch(next(loader), self.cfg, self.device)
-        except Exception as error:
-            if self.ranks is None:
-                raise
-            failure = error
-        if self.ranks is not None:
-            self._agree(self.ranks, failure)
+
+        def load() -> View | None:
+            return View.from_batch(next(loader), self.cfg, self.device) if self._step + 1 < self.cfg.max_steps else None
+
+        def wishes() -> Agreed:
+            is_due = self.speaks and self.saving.is_due(self._step + 1)
+            return Agreed(self._interrupted, is_due, self.speaks and self.results.is_lost())
+
+        view, self._agreed = self._joint.load_and_agree(load, wishes)
         return view
-
-    def _agree(self, ranks: Ranks, failure: Exception | None) -> None:
-        """Ask the other ranks what all do around the next step; none has begun it.
-
-        Raises:
-            Exception: Some rank has no picture.
-        """
-        steps_done = self._step + 1
-        is_due, is_lost = ranks.leads and self.saving.is_due(steps_done), ranks.leads and self.results.is_lost()
-        failed, *agreed = ranks.any_of([failure is not None, self._interrupted, is_due, is_lost])
-        self._agreed = Agreed(*agreed)
-        if failure is not None:
-            raise failure
-        if failed:
-            raise RanksParted("another rank has no picture")
 
     def _end_interrupted(self) -> None:
         saved = self.saving.at_the_end()
@@ -573,8 +452,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.ending = Ending(INTERRUPTED, sentence)
         self._timelapse.make_video(self)
         tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
-        if self.ranks is not None:
-            self.ranks.barrier()
+        self._joint.wait_for_all()
 
     def _begin(self, first_step: int | None) -> None:
         """Let the run write to its folder; as `ResultFolder.begin`."""
@@ -626,24 +504,19 @@ class TrainingRun(Generic[AnyConfig]):
         if is_new:
             self.saving.now()
         self.saving.after_step(step + 1, is_due)
-        loss = loss.detach()
-        if self.ranks is not None:
-            loss = self.ranks.mean(loss)
-            if self._changes_rows_after(step):
-                self._count_gaussians()
+        loss = self._joint.mean(loss.detach())
+        if self._changes_rows_after(step):
+            self._count_gaussians()
         for observer in self.observers:
             observer.after_step(self, step + 1, loss)
         self.saving.look_at_failures()
 
     def _count_gaussians(self) -> None:
         """Count the Gaussians of all ranks, which call this at once."""
-        if self.ranks is not None:
-            self._num_gaussians = sum(self.ranks.gather(self.model.num_gaussians))
+        self._num_gaussians = sum(self._joint.gather(self.model.num_gaussians))
 
     def _look_at_skipped_steps(self) -> None:
-        skipped, in_a_row = self.model.skipped_steps()
-        if self.ranks is not None:  # one that sees nothing of a step cannot tell
-            skipped, in_a_row = max(self.ranks.gather((skipped, in_a_row)))
+        skipped, in_a_row = max(self._joint.gather(self.model.skipped_steps()))  # a rank that sees nothing cannot tell
         if in_a_row >= MOST_SKIPPED_STEPS:
             raise TrainingStopped(
                 f"The gradients of the last {in_a_row} steps were not finite, so nothing is learned any more: look at "
@@ -666,50 +539,29 @@ class TrainingRun(Generic[AnyConfig]):
     ) -> None:
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
-            if self._watch is not None:
-                self._exit_together(self._watch, error)
+            if isinstance(error, KeyboardInterrupt):
+                self._joint.stop_at_once()
+            if not isinstance(error, Exception):
                 return
-            if isinstance(error, NotSaved) or not isinstance(error, Exception):
-                return
-            if self._evaluated is None and self.results.has_begun and self.model.steps_done > 0:
+            if self._evaluated is not None or not self.results.has_begun or self.model.steps_done == 0:
+                with self._joint.ending_together():
+                    raise error
+            if self.ranks is not None:
+                message, command = self._told_of(error)
+                save = self.saving.at_the_end
+                raise self._joint.stopped(error, message, command, self._undo_step, save) from error
+            if not isinstance(error, NotSaved):
                 raise self._stopped(error) from error
 
-    def _exit_together(self, watch: Watch, error: BaseException | None) -> None:
-        """End as all ranks do; where all stand after the same step, save them.
+    def _undo_step(self) -> int:
+        """Forget the step that an error has ended, so that what is left can be saved; return how many are done.
 
         Raises:
-            TrainingStopped, EndedElsewhere: This rank tells why, or another one.
+            RuntimeError: It has been applied in part.
         """
-        if isinstance(error, KeyboardInterrupt):
-            watch.end_by("stopped at once, without saving")
-        if not isinstance(error, Exception):
-            return
-        if self._evaluated is not None or not self.results.has_begun or self.model.steps_done == 0:
-            with self._ending_together():
-                raise error
-        message, command = self._told_of(error)
-        end = self._end_of(error, message)
-        outcome = f"Continue with: {command}" if end.is_gone else self._saved_together(watch, command)
-        if end.told_by != watch.rank:
-            raise EndedElsewhere(end.sentence) from error
-        raise TrainingStopped(f"{end.sentence.rstrip('.')}. {outcome}") from error
-
-    def _saved_together(self, watch: Watch, command: str) -> str:
-        """Save the Gaussians of all ranks after an error, and return the sentence that says so, or why not."""
-        try:
-            self.model.undo_step()
-            steps_done = self.model.steps_done
-        except Exception:  # applied in part, which no checkpoint can hold
-            steps_done = -1
-        try:
-            if not watch.all_stand_at(steps_done) or steps_done < 0:
-                return (
-                    "The ranks have not ended after the same step, so the Gaussians are not saved: continue from the "
-                    f"checkpoint before, if there is one, with: {command}"
-                )
-            return f"The Gaussians are saved in {self.saving.at_the_end()}. Continue with: {command}"
-        except NotSaved as failure:
-            return str(failure)
+        self.model.undo_step()
+        self.modules.complete_step(self.model.steps_done)
+        return self.model.steps_done
 
     def _give_back(self, number: signal.Signals, handler: Callable | int | None) -> None:
         """Let a signal do what it did before `steps`, unless it is ignored since, as ranks end."""
@@ -728,8 +580,7 @@ class TrainingRun(Generic[AnyConfig]):
         """Return the sentence for an error that ends training, with everything trained so far saved."""
         message, command = self._told_of(error)
         try:
-            self.model.undo_step()
-            self.modules.complete_step(self.model.steps_done)
+            self._undo_step()
             return TrainingStopped(
                 f"{message} The Gaussians are saved in {self.saving.at_the_end()}. Continue with: {command}"
             )
