@@ -18,7 +18,7 @@ from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report, spread
 from benchmarks.timing import Clock, Spread
 from offload.backends import num_threads
-from rendering.cpu_rasterizer import blend
+from rendering.cpu_rasterizer import blend_pairs
 from rendering.projection import Projection, project
 from rendering.rasterize import rasterize
 from reporting.numbers import number
@@ -123,7 +123,7 @@ def main(options: Options) -> None:
     seen = replace(seen, means2d=rows[0], conics=rows[1], opacities=rows[2])
 
     def native() -> tuple[Tensor, list[Tensor]]:
-        return blend(seen, colors, None, width, height, absgrad=False)[0], leaves
+        return blend_pairs(seen, colors, None, 1, width, height, absgrad=False)[0], leaves
 
     def plain_torch() -> tuple[Tensor, list[Tensor]]:
         return torch_blend(seen, colors, width, height)[None], leaves

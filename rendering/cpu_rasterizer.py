@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from native import rendering as native
 from rendering.native import array, zeros
-from rendering.projection import Exchange, Projection, project
-from rendering.region import Region
+from rendering.projection import Projection, project
 from rendering.spherical_harmonics import spherical_harmonics
+
+TILE_SIZE: int = native.TILE_SIZE  # pixels
 
 
 class _Blend(torch.autograd.Function):
@@ -55,41 +54,7 @@ class _Blend(torch.autograd.Function):
         return None, None, None, *gradients, v_backgrounds
 
 
-def blend(
-    projection: Projection,
-    colors: Tensor,
-    backgrounds: Tensor | None,
-    width: int,
-    height: int,
-    absgrad: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """Blend projected Gaussians with colours [nnz, D] over backgrounds [C, D] into images [C, H, W, D] and alphas
-    [C, H, W, 1]; D may be any number. The third result is how often Gaussians meet tiles."""
-    if absgrad and colors.shape[1] > native.MAX_CHANNELS:
-        # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
-        raise ValueError(f"absgrad works for at most {native.MAX_CHANNELS} channels, there are {colors.shape[1]}")
-    p = projection
-    if p.row_offsets is None:
-        raise ValueError("the projection has no row_offsets")
-    intersections = native.intersect_tiles(
-        *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, p.opacities)),
-        width, height, torch.get_num_threads(),
-    )  # fmt: skip
-    image_shape = (len(p.row_offsets) - 1, height, width)
-    blended, alphas = [], []
-    for first in range(0, colors.shape[1], native.MAX_CHANNELS):
-        channels = slice(first, first + native.MAX_CHANNELS)
-        part, part_alphas = _Blend.apply(
-            intersections, image_shape, absgrad, p.means2d, p.conics, colors[:, channels], p.opacities,
-            None if backgrounds is None else backgrounds[:, channels],
-        )  # fmt: skip
-        blended.append(part)
-        alphas.append(part_alphas)  # the same of every group
-    render_colors = blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)
-    return render_colors, alphas[0], intersections.count
-
-
-def rasterize_packed(
+def project_pairs(
     means: Tensor,
     quats: Tensor,
     scales: Tensor,
@@ -100,75 +65,74 @@ def rasterize_packed(
     width: int,
     height: int,
     *,
-    region: Region,
     near_plane: float,
     far_plane: float,
     radius_clip: float,
     eps2d: float,
     sh_degree: int | None,
-    backgrounds: Tensor | None,
     render_mode: str,
-    absgrad: bool,
     rasterize_mode: str,
-    exchange: Exchange | None = None,
-) -> tuple[Tensor, Tensor, dict]:
-    """Do what `rendering.rasterize.rasterize` says, for CPU tensors, float32 or float64.
+) -> tuple[Projection, Tensor]:
+    """Do what `rendering.rasterize.project_pairs` says, for CPU tensors, float32 or float64.
 
-    Differentiable in means, quats, scales, opacities, colors and backgrounds, not in the cameras. The result does
-    not depend on the number of threads, bit for bit.
+    Differentiable in means, quats, scales, opacities and colors, not in the cameras. The result does not depend on the
+    number of threads, bit for bit.
     """
     if isinstance(colors, tuple):
         colors = torch.cat(colors, dim=1)
-    num_drawn = len(viewmats) if exchange is None else exchange.num_cameras
-    _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, num_drawn, width, height, sh_degree)
+    _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height, sh_degree)
     projection = project(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
     )  # fmt: skip
-    ids = projection.gaussian_ids
-
     if render_mode in ("D", "ED"):
-        colors = projection.depths[:, None]
+        return projection, projection.depths[:, None]
+    if sh_degree is None:
+        features = colors[projection.gaussian_ids]
     else:
-        if sh_degree is None:
-            colors = colors[ids]
-        else:
-            colors = spherical_harmonics(sh_degree, means, viewmats, colors, projection)
-        if render_mode != "RGB":
-            colors = torch.cat([colors, projection.depths[:, None]], dim=-1)
-    if backgrounds is not None and render_mode != "RGB":
-        # Depth has background 0.
-        rgb = backgrounds[:, : colors.shape[1] - 1]
-        backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
-
-    projection = replace(projection, means2d=region.relative(projection.means2d))
-    drawn = projection
-    if exchange is not None:
-        drawn, colors = exchange(projection, colors)
-    render_colors, render_alphas, num_intersections = blend(
-        drawn, colors, backgrounds, region.width, region.height, absgrad
-    )
-    if render_mode in ("ED", "RGB+ED"):
-        depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
-        render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
-    info = {
-        "camera_ids": projection.camera_ids,
-        "gaussian_ids": ids,
-        "radii": projection.radii,
-        "means2d": projection.means2d,
-        "depths": projection.depths,
-        "conics": projection.conics,
-        "opacities": projection.opacities,
-        "width": width,
-        "height": height,
-        "n_cameras": len(viewmats),
-        "n_intersections": num_intersections,
-        "tile_size": native.TILE_SIZE,
-    }
-    return render_colors, render_alphas, info
+        features = spherical_harmonics(sh_degree, means, viewmats, colors, projection)
+    if render_mode != "RGB":
+        features = torch.cat([features, projection.depths[:, None]], dim=-1)
+    return projection, features
 
 
-def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, num_drawn, width, height, sh_degree):
+def blend_pairs(
+    projection: Projection,
+    features: Tensor,
+    backgrounds: Tensor | None,
+    num_cameras: int,
+    width: int,
+    height: int,
+    absgrad: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """Do what `rendering.rasterize.blend_pairs` says, but for expected depths; differentiable in backgrounds too."""
+    p = projection
+    if absgrad and features.shape[1] > native.MAX_CHANNELS:
+        # Channels are blended in groups, and absolute values of the groups' gradients do not add up.
+        raise ValueError(f"absgrad works for at most {native.MAX_CHANNELS} channels, there are {features.shape[1]}")
+    if p.row_offsets is None:
+        raise ValueError("the projection has no row_offsets")
+    if backgrounds is not None:
+        _check_like("backgrounds", backgrounds, (num_cameras, features.shape[1]), features)
+    intersections = native.intersect_tiles(
+        *(array(t) for t in (p.row_offsets, p.means2d, p.radii, p.depths, p.conics, p.opacities)),
+        width, height, torch.get_num_threads(),
+    )  # fmt: skip
+    image_shape = (num_cameras, height, width)
+    blended, alphas = [], []
+    for first in range(0, features.shape[1], native.MAX_CHANNELS):
+        channels = slice(first, first + native.MAX_CHANNELS)
+        part, part_alphas = _Blend.apply(
+            intersections, image_shape, absgrad, p.means2d, p.conics, features[:, channels], p.opacities,
+            None if backgrounds is None else backgrounds[:, channels],
+        )  # fmt: skip
+        blended.append(part)
+        alphas.append(part_alphas)  # the same of every group
+    render_colors = blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)
+    return render_colors, alphas[0], intersections.count
+
+
+def _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height, sh_degree):
     N, C = len(means), len(viewmats)
     shapes = {
         "means": (means, (N, 3)),
@@ -179,13 +143,8 @@ def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, n
         "Ks": (Ks, (C, 3, 3)),
         "colors": (colors, (N, colors.shape[1]) if sh_degree is None else (N, colors.shape[1], 3)),
     }
-    if backgrounds is not None:
-        shapes["backgrounds"] = (backgrounds, (num_drawn, colors.shape[1] if sh_degree is None else 3))
     for name, (t, shape) in shapes.items():
-        if t.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
-        if t.dtype != means.dtype or t.dtype not in (torch.float32, torch.float64) or t.is_cuda:
-            raise TypeError(f"{name} must be float32 or float64 on the CPU, like means; it is {t.dtype} on {t.device}")
+        _check_like(name, t, shape, means)
     if sh_degree is not None and not 0 <= sh_degree <= native.MAX_SH_DEGREE:
         raise ValueError(f"sh_degree is {sh_degree}, expected 0 to {native.MAX_SH_DEGREE}")
     if sh_degree is not None and colors.shape[1] < (sh_degree + 1) ** 2:
@@ -196,3 +155,10 @@ def _check(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, n
         raise ValueError(f"image size must be positive, it is {width} x {height}")
     if viewmats.requires_grad or Ks.requires_grad:
         raise ValueError("the CPU rasterizer has no gradient for viewmats and Ks")
+
+
+def _check_like(name, t, shape, means):
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
+    if t.dtype != means.dtype or t.dtype not in (torch.float32, torch.float64) or t.is_cuda:
+        raise TypeError(f"{name} must be float32 or float64 on the CPU, like means; it is {t.dtype} on {t.device}")

@@ -12,14 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from rendering.projection import Exchange, Projection
-from rendering.region import Region
+from rendering.projection import Projection
 from rendering.spherical_harmonics_triton import Harmonics
 
 TILE_SIZE = 16  # pixels
 
 
-def rasterize_packed(
+def project_pairs(
     means: Tensor,
     quats: Tensor,
     scales: Tensor,
@@ -30,23 +29,18 @@ def rasterize_packed(
     width: int,
     height: int,
     *,
-    region: Region,
     near_plane: float,
     far_plane: float,
     radius_clip: float,
     eps2d: float,
     sh_degree: int | None,
-    backgrounds: Tensor | None,
     render_mode: str,
-    absgrad: bool,
     rasterize_mode: str,
-    exchange: Exchange | None = None,
-) -> tuple[Tensor, Tensor, dict]:
-    """Do what `rendering.rasterize.rasterize` says, for CUDA tensors; float32, packed."""
+) -> tuple[Projection, Tensor]:
+    """Do what `rendering.rasterize.project_pairs` says, for CUDA tensors; float32, packed."""
     # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
-    from gsplat.cuda._wrapper import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels
+    from gsplat.cuda._wrapper import fully_fused_projection
 
-    num_cameras = len(viewmats) if exchange is None else exchange.num_cameras  # that are drawn
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     depth_only = render_mode in ("D", "ED")
@@ -61,57 +55,46 @@ def rasterize_packed(
     opacities = opacities.index_select(0, gaussian_ids)  # [nnz]
     if compensations is not None:
         opacities = opacities * compensations
-
+    projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
     if depth_only:
-        features = depths[:, None]  # [nnz, D], blended into D channels
+        return projection, depths[:, None]
+    if harmonics is None:
+        if isinstance(colors, tuple):
+            raise ValueError("colors are two tensors, but sh_degree is None")
+        features = colors.index_select(0, gaussian_ids)
     else:
-        if harmonics is None:
-            if isinstance(colors, tuple):
-                raise ValueError("colors are two tensors, but sh_degree is None")
-            features = colors.index_select(0, gaussian_ids)
-        else:
-            # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
-            camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
-            features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
-        if render_mode != "RGB":
-            features = torch.cat([features, depths[:, None]], dim=-1)
-    if backgrounds is not None and render_mode != "RGB":
-        # Depth has background 0.
-        rgb = backgrounds[:, : features.shape[1] - 1]
-        backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
+        # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
+        camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
+        features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
+    if render_mode != "RGB":
+        features = torch.cat([features, depths[:, None]], dim=-1)
+    return projection, features
 
-    means2d = region.relative(means2d)
-    drawn = projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
-    if exchange is not None:
-        drawn, features = exchange(projection, features)
-    tiles = (math.ceil(region.width / TILE_SIZE), math.ceil(region.height / TILE_SIZE))
+
+def blend_pairs(
+    projection: Projection,
+    features: Tensor,
+    backgrounds: Tensor | None,
+    num_cameras: int,
+    width: int,
+    height: int,
+    absgrad: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """Do what `rendering.rasterize.blend_pairs` says, but for expected depths."""
+    from gsplat.cuda._wrapper import isect_offset_encode, isect_tiles, rasterize_to_pixels
+
+    p = projection
+    tiles = (math.ceil(width / TILE_SIZE), math.ceil(height / TILE_SIZE))
     _, isect_ids, flatten_ids = isect_tiles(
-        drawn.means2d, drawn.radii, drawn.depths, TILE_SIZE, *tiles, packed=True, n_images=num_cameras,
-        image_ids=drawn.camera_ids, gaussian_ids=drawn.gaussian_ids,
+        p.means2d, p.radii, p.depths, TILE_SIZE, *tiles, packed=True, n_images=num_cameras, image_ids=p.camera_ids,
+        gaussian_ids=p.gaussian_ids,
     )  # fmt: skip
     offsets = isect_offset_encode(isect_ids, num_cameras, *tiles).view(num_cameras, tiles[1], tiles[0])
     render_colors, render_alphas = rasterize_to_pixels(
-        drawn.means2d, drawn.conics, features, drawn.opacities, region.width, region.height, TILE_SIZE, offsets,
-        flatten_ids, packed=True, absgrad=absgrad,
+        p.means2d, p.conics, features, p.opacities, width, height, TILE_SIZE, offsets, flatten_ids, packed=True,
+        absgrad=absgrad,
     )  # fmt: skip
     if backgrounds is not None:
         # gsplat's own check refuses backgrounds when packed.
         render_colors = render_colors + (1.0 - render_alphas) * backgrounds[:, None, None, :]
-    if render_mode in ("ED", "RGB+ED"):
-        depth = render_colors[..., -1:] / render_alphas.clamp(min=1e-10)
-        render_colors = torch.cat([render_colors[..., :-1], depth], dim=-1)
-    info = {
-        "camera_ids": camera_ids,
-        "gaussian_ids": gaussian_ids,
-        "radii": radii,
-        "means2d": means2d,
-        "depths": depths,
-        "conics": conics,
-        "opacities": opacities,
-        "width": width,
-        "height": height,
-        "n_cameras": len(viewmats),
-        "n_intersections": len(isect_ids),
-        "tile_size": TILE_SIZE,
-    }
-    return render_colors, render_alphas, info
+    return render_colors, render_alphas, len(isect_ids)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from errors import InputError
 from rendering.backends import kernels_for
-from rendering.projection import Exchange
+from rendering.projection import Exchange, Projection
 from rendering.region import Region
 
 _RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
@@ -68,16 +71,116 @@ def rasterize(
     Raises:
         ValueError, TypeError: tensors that do not fit each other.
     """
+    projection, features = project_pairs(
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=near_plane,
+        far_plane=far_plane, radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, render_mode=render_mode,
+        rasterize_mode=rasterize_mode,
+    )  # fmt: skip
+    region = region or Region(0, 0, width, height)
+    drawn = projection = replace(projection, means2d=region.relative(projection.means2d))
+    if exchange is not None:
+        drawn, features = exchange(projection, features)
+    num_drawn = len(viewmats) if exchange is None else exchange.num_cameras
+    render_colors, render_alphas, num_intersections = blend_pairs(
+        drawn, features, num_drawn, region.width, region.height, backgrounds=backgrounds, render_mode=render_mode,
+        absgrad=absgrad,
+    )  # fmt: skip
+    info = {
+        "camera_ids": projection.camera_ids,
+        "gaussian_ids": projection.gaussian_ids,
+        "radii": projection.radii,
+        "means2d": projection.means2d,
+        "depths": projection.depths,
+        "conics": projection.conics,
+        "opacities": projection.opacities,
+        "width": width,
+        "height": height,
+        "n_cameras": len(viewmats),
+        "n_intersections": num_intersections,
+        "tile_size": _kernels(means).TILE_SIZE,
+    }
+    return render_colors, render_alphas, info
+
+
+def project_pairs(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor | tuple[Tensor, Tensor],
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    radius_clip: float = 0.0,
+    eps2d: float = 0.3,
+    sh_degree: int | None = None,
+    render_mode: str = "RGB",
+    rasterize_mode: str = "classic",
+) -> tuple[Projection, Tensor]:
+    """Project Gaussians into C cameras: the first half of `rasterize`, which says what the arguments are.
+
+    Returns:
+        The nnz pairs of a camera and a Gaussian that it sees, and their features [nnz, D], which are blended.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other.
+    """
     if render_mode not in _RENDER_MODES:
         raise ValueError(f"render_mode is {render_mode!r}, expected one of {', '.join(_RENDER_MODES)}")
     if rasterize_mode not in _RASTERIZE_MODES:
         raise ValueError(f"rasterize_mode is {rasterize_mode!r}, expected one of {', '.join(_RASTERIZE_MODES)}")
-    return kernels_for(means.device, "rendering.cpu_rasterizer").rasterize_packed(
-        means, quats, scales, opacities, colors, viewmats, Ks, width, height,
-        region=region or Region(0, 0, width, height), near_plane=near_plane, far_plane=far_plane,
-        radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, backgrounds=backgrounds, render_mode=render_mode,
-        absgrad=absgrad, rasterize_mode=rasterize_mode, exchange=exchange,
+    return _kernels(means).project_pairs(
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=near_plane,
+        far_plane=far_plane, radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, render_mode=render_mode,
+        rasterize_mode=rasterize_mode,
     )  # fmt: skip
+
+
+def blend_pairs(
+    projection: Projection,
+    features: Tensor,
+    num_cameras: int,
+    width: int,
+    height: int,
+    *,
+    backgrounds: Tensor | None = None,
+    render_mode: str = "RGB",
+    absgrad: bool = False,
+) -> tuple[Tensor, Tensor, int]:
+    """Blend pairs into pictures: the second half of `rasterize`.
+
+    Args:
+        projection: pairs of C cameras, whose means2d count from the corner of what is drawn.
+        features: [nnz, D] of these.
+        num_cameras: C.
+        width, height: of what is drawn, pixels.
+        backgrounds: [C, 3]. render_mode, absgrad: as `rasterize` has them.
+
+    Returns:
+        render_colors [C, H, W, D], render_alphas [C, H, W, 1], and how often Gaussians meet 16x16 tiles of pixels.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other.
+    """
+    if backgrounds is not None and render_mode != "RGB":
+        # Depth has background 0.
+        rgb = backgrounds[:, : features.shape[1] - 1]
+        backgrounds = torch.cat([rgb, rgb.new_zeros(len(rgb), 1)], dim=-1)
+    colors, alphas, num_intersections = _kernels(features).blend_pairs(
+        projection, features, backgrounds, num_cameras, width, height, absgrad
+    )
+    if render_mode in ("ED", "RGB+ED"):
+        depth = colors[..., -1:] / alphas.clamp(min=1e-10)
+        colors = torch.cat([colors[..., :-1], depth], dim=-1)
+    return colors, alphas, num_intersections
+
+
+def _kernels(tensor: Tensor) -> ModuleType:
+    return kernels_for(tensor.device, "rendering.cpu_rasterizer")
 
 
 def check_gsplat() -> None:
