@@ -18,16 +18,20 @@ import startup  # noqa: F401, before torch is imported
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from configs import Config, ForwardedOptions, scenes
+from distributed.mesh import Ranks
 from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
+from offload.tiles.boxes import Tile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from training.command_line import main
 from training.depth_loss import with_depth_loss
+from training.joint_tiles import JointView
 from training.memory import available_bytes, format_bytes, parse_bytes
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
@@ -56,15 +60,17 @@ class SplitConfig(SplitOptions, Config):
         return 0.3 if self.split_threshold is None else self.split_threshold
 
 
-def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:
+def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget | None:
     """Return how large the parts of a view may be; a budget bounds what torch takes from now on.
+
+    Where ranks train together the rows of a view are brought whole, and pairs are cut into tiles (`JointView`).
 
     Raises:
         InputError: The budget is more than there is, or too small for the geometry alone.
     """
     cfg = run.cfg
     if cfg.device_memory_budget is None:
-        return RowLimit(cfg.largest_part)
+        return RowLimit(cfg.largest_part) if run.ranks is None else None
     budget = parse_bytes(cfg.device_memory_budget, "--device_memory_budget")
     if run.device.type == "cuda" and budget > available_bytes(run.device):
         raise InputError(
@@ -101,17 +107,20 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         shown = run.shown_backgrounds(cameras)
         return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, backgrounds=shown, depth=depth)
 
+    def share_of_loss(colors: Tensor, info: dict, view: View, tile: Tile | None) -> Tensor:
+        """Return what a rendered tile, or all of the view, has of the view's loss."""
+        colors = run.modules.exposed(colors, view, tile, halo)
+        run.mark("render")
+        loss = part_loss(colors, view, tile, ssim_lambda=cfg.ssim_lambda, halo=halo)
+        return with_depth_loss(loss, info, view, run.depth_weight, tile, halo)
+
     def train_part(part: ViewTile, view: View, screen: ScreenGradients) -> TileResult:
         """Render one tile with its halo, or all of the view, and propagate its share of the loss back."""
         run.mark("fetch")
         colors, info = render_part(
             part, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), halo=halo
         )
-        colors = run.modules.exposed(colors, view, part.tile, halo)
-        run.mark("render")
-
-        loss = part_loss(colors, view, part.tile, ssim_lambda=cfg.ssim_lambda, halo=halo)
-        loss = with_depth_loss(loss, info, view, run.depth_weight, part.tile, halo)
+        loss = share_of_loss(colors, info, view, part.tile)
         loss = strategy.regularized(loss, part.rows, screen.newly_drawn(part, info))
         loss.backward()
         screen.add(part, len(gaussians.ids), info)
@@ -119,12 +128,31 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         run.mark("backward")
         return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 
-    for step, view in run.steps(gaussians, strategy, draw):
+    def train_together(part: ViewTile, view: View, screen: ScreenGradients, ranks: Ranks) -> TileResult:
+        """Render what this rank draws, of the Gaussians of all ranks, tile by tile; gradients go home once."""
+        run.mark("fetch")
+        pairs = JointView(part.rows, view.cameras, cfg, sh_degree=run.sh_degree, halo=halo, ranks=ranks)
+        loss = torch.zeros((), device=run.device)
+        for tile in pairs.tiles(RowLimit(cfg.largest_part), run.num_gaussians):
+            colors, info = pairs.render(tile, run.backgrounds(view))
+            share = share_of_loss(colors, info, view, tile)
+            share.backward()
+            pairs.gather()
+            run.modules.gather()
+            loss += share.detach()
+        loss = strategy.regularized(loss, part.rows, pairs.info)
+        pairs.propagate(loss)
+        screen.add(part, len(gaussians.ids), pairs.info)
+        run.mark("backward")
+        return TileResult(loss.detach(), 0, 0)  # memory is not measured
+
+    train_tile = train_part if run.ranks is None else partial(train_together, ranks=run.ranks)
+    for step, view in run.steps(gaussians, strategy, draw if run.ranks is None else None):
         # Behind the rendering of each part the CPU commits gradients of the part before and sends the rows of the next
         # part, or of the next view's first one. A part that runs out of memory is rendered in finer tiles.
         screen = ScreenGradients(view.cameras, needed=strategy.looks_at(step), with_rows=strategy.moves_rows)
         upcoming = None if run.upcoming is None else run.upcoming.cameras
-        loss = gaussians.train_view(view.cameras, upcoming, partial(train_part, view=view, screen=screen))
+        loss = gaussians.train_view(view.cameras, upcoming, partial(train_tile, view=view, screen=screen))
         rows, info = screen.rows(), screen.info()
 
         # Every Gaussian has one gradient, whatever the number of tiles, and is updated once.

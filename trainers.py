@@ -155,7 +155,6 @@ TRAINERS: dict[str, Trainer] = {
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
         less_device={"geometry": "host"},
-        several_gpus=False,
     ),
     "split_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
@@ -163,14 +162,12 @@ TRAINERS: dict[str, Trainer] = {
         traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
         options={"geometry": "host"},
         less_host={"state": "compact"},
-        several_gpus=False,
     ),
     "split_compact": Trainer(
         "simple_trainer_hybrid_optimized_split",
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),
         options={"geometry": "host", "state": "compact"},
-        several_gpus=False,
     ),
     "streamed": Trainer(
         "simple_trainer_hybrid_streamed",

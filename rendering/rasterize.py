@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,20 +86,8 @@ def rasterize(
         drawn, features, num_drawn, region.width, region.height, backgrounds=backgrounds, render_mode=render_mode,
         absgrad=absgrad,
     )  # fmt: skip
-    info = {
-        "camera_ids": projection.camera_ids,
-        "gaussian_ids": projection.gaussian_ids,
-        "radii": projection.radii,
-        "means2d": projection.means2d,
-        "depths": projection.depths,
-        "conics": projection.conics,
-        "opacities": projection.opacities,
-        "width": width,
-        "height": height,
-        "n_cameras": len(viewmats),
-        "n_intersections": num_intersections,
-        "tile_size": _kernels(means).TILE_SIZE,
-    }
+    info = pair_info(projection, width, height, len(viewmats))
+    info["n_intersections"] = num_intersections
     return render_colors, render_alphas, info
 
 
@@ -177,6 +166,23 @@ def blend_pairs(
         depth = colors[..., -1:] / alphas.clamp(min=1e-10)
         colors = torch.cat([colors[..., :-1], depth], dim=-1)
     return colors, alphas, num_intersections
+
+
+def pair_info(projection: Projection, width: int, height: int, num_cameras: int) -> dict[str, Any]:
+    """Return what `rasterize` says in its info of the pairs of C cameras, whose pictures have this size in pixels."""
+    return {
+        "camera_ids": projection.camera_ids,
+        "gaussian_ids": projection.gaussian_ids,
+        "radii": projection.radii,
+        "means2d": projection.means2d,
+        "depths": projection.depths,
+        "conics": projection.conics,
+        "opacities": projection.opacities,
+        "width": width,
+        "height": height,
+        "n_cameras": num_cameras,
+        "tile_size": _kernels(projection.means2d).TILE_SIZE,
+    }
 
 
 def _kernels(tensor: Tensor) -> ModuleType:

@@ -13,12 +13,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from configs import Config
 from datasets.synthetic import write_city_block
 from distributed.dealing import BLOCK_ROWS, dealt_rows
 from distributed.exchange import PairExchange
 from distributed.levelling import moves_between, shared_out
 from distributed.mesh import Ranks
 from distributed.selection import largest_within
+from offload.tiles.budget import RowLimit
+from rendering.losses import photometric_loss
 from rendering.rasterize import rasterize
 from tests.gaussian_scenes import PARAMETERS, GaussianScene, random_scene, weights_like
 from tests.rank_groups import run_in_group
@@ -26,7 +29,11 @@ from tests.test_same_model import LARGEST_SIZE_DIFFERENCE
 from tests.training_scripts import ROUNDED, anisotropic_start, differences
 from trainers import TRAINERS, trainer_of
 from training.command_line import parse
+from training.depth_loss import with_depth_loss
+from training.joint_tiles import JointView
 from training.run import TrainingRun
+from training.tiles import halo_of, part_loss
+from training.views import View, posed_cameras, render
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +113,62 @@ def test_exchange_equals_one_process(group, size, case):
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------------- tiles of pairs
+
+
+def tiles(ranks: Ranks) -> tuple[int, dict[str, float]]:
+    """Into how many tiles this rank cuts its two pictures, and how far gradients differ from those of uncut ones."""
+    cameras, width, height = 2 * ranks.size, 144, 80
+    scene = random_scene(600, seed=5, n_cameras=cameras, width=width, height=height)
+    rows = slice(ranks.rank, None, ranks.size)
+    given = {name: getattr(scene, name)[rows].float() for name in PARAMETERS}
+    given |= {"scales": given["scales"].log(), "opacities": given["opacities"].logit()}
+    cfg = Config(absgrad=True, depth_loss=True)
+    all_cameras = posed_cameras(scene.viewmats.float(), scene.Ks.float(), width, height, cfg)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    images, depths = torch.rand(2, height, width, 3, generator=generator), torch.rand(2, height, width)
+    masks = torch.rand(2, height, width, generator=generator) < 0.9
+    view, behind = View(images, all_cameras, masks, inverse_depths=depths), torch.rand(2, 3, generator=generator)
+
+    def leaves() -> dict[str, Tensor]:
+        return {name: value.clone().requires_grad_() for name, value in given.items()}
+
+    def found(loss: Tensor, rows: dict[str, Tensor], info: dict) -> dict[str, Tensor]:
+        on_screen = info["means2d"]
+        gradients = {name: value.grad for name, value in rows.items()}
+        return {"loss": loss.detach(), "on_screen": on_screen.grad, "absolute": on_screen.absgrad, **gradients}
+
+    whole = leaves()
+    colors, info = render(whole, all_cameras, cfg, sh_degree=3, backgrounds=behind, ranks=ranks)
+    loss = photometric_loss(colors, images, ssim_lambda=0.2, masks=masks)
+    loss = with_depth_loss(loss, info, view, 0.5)
+    loss.backward()
+    expected = found(loss, whole, info)
+
+    cut, halo = leaves(), halo_of(cfg)
+    pairs = JointView(cut, all_cameras, cfg, sh_degree=3, halo=halo, ranks=ranks)
+    limit = RowLimit(0.2 if ranks.rank == 0 else 0.5)  # so that ranks have different numbers of tiles
+    total, its_tiles = torch.zeros(()), pairs.tiles(limit, 600)
+    for tile in its_tiles:
+        colors, info = pairs.render(tile, behind)
+        share = part_loss(colors, view, tile, ssim_lambda=0.2, halo=halo)
+        share = with_depth_loss(share, info, view, 0.5, tile, halo)
+        share.backward()
+        pairs.gather()
+        total += share.detach()
+    pairs.propagate(total)
+    actual = found(total, cut, pairs.info)
+    return len(its_tiles), {
+        name: float((actual[name] - value).norm() / value.norm()) for name, value in expected.items()
+    }
+
+
+def test_tiles_of_pairs_add_up_to_the_view(group):
+    (num_tiles, differences), (others, its_differences) = group(2)["tiles"]
+    assert num_tiles > others == 2  # one rank cuts its pictures
+    assert max(*differences.values(), *its_differences.values()) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ choices of all ranks
@@ -188,6 +251,7 @@ RUNS: dict[int, dict[str, tuple[str, tuple]]] = {
     2: {
         **{trainer: (trainer, ()) for trainer in (*EXACT_RUNS, "streamed_geometry_on_host", "streamed_compact")},
         "two views each": ("streamed", (*MODES, "--shares", *SHARES)),
+        "two views each, split": ("split_geometry_on_host", (*MODES, "--split_threshold", 0.1)),
     },
     3: {"streamed": ("streamed", ())},
 }
@@ -233,6 +297,7 @@ def trained(trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *op
 CASES: dict[str, Callable[[Ranks], Any]] = {
     **{name: functools.partial(exchange, **options) for name, options in EXCHANGES.items()},
     "choices": choices,
+    "tiles": tiles,
 }
 
 

@@ -257,6 +257,7 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
         ("--scale_reg", bool(cfg.scale_reg)),
         ("--viewer", cfg.viewer is not None),
         ("--timelapse", bool(cfg.timelapse)),
+        ("--device_memory_budget", getattr(cfg, "device_memory_budget", None) is not None),
     ):
         if is_given:
             raise InputError(f"{option} is for one process: leave it out, or start without torchrun.")

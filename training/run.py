@@ -268,8 +268,11 @@ class TrainingRun(Generic[AnyConfig]):
             )
 
     def _check_memory(self) -> None:
+        footprint = self._trainer.footprint(self.cfg)
+        if self.ranks is not None:  # who bring the rows of views whole
+            footprint = replace(footprint, largest_part=1.0)
         all_needs = needs(
-            self._trainer.footprint(self.cfg),
+            footprint,
             share_in_largest_view(self.scene, self.views_per_step),
             self.cfg.batch_size * max(camera.width * camera.height for camera in self.scene.cameras),
             self.device,

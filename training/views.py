@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -104,35 +104,49 @@ def render(
         `info["means2d"]` keeps its own, on the screen, for the strategy. Where depths count in training,
         `info["expected_depths"]` [C, H, W] are those of the pixels, 0 where nothing is drawn.
     """
-    device = rows["means"].device
     exchange = None if ranks is None else PairExchange(ranks, len(cameras.Ks) // ranks.size, cfg.absgrad)
     depths_count = cfg.depth_loss and torch.is_grad_enabled()  # which training alone looks at
     colors, alphas, info = rasterize(
-        **activate(rows),
-        viewmats=cameras.viewmats.to(device, non_blocking=True),
-        Ks=cameras.Ks.to(device, non_blocking=True),
-        width=cameras.width,
-        height=cameras.height,
+        **projected_by(rows, cameras, sh_degree=sh_degree),
         region=region,
-        sh_degree=sh_degree,
-        near_plane=cameras.near_plane,
-        far_plane=cameras.far_plane,
-        eps2d=cameras.eps2d,
-        rasterize_mode="antialiased" if cameras.antialiased else "classic",
         absgrad=cfg.absgrad,
         render_mode="RGB+ED" if depth or depths_count else "RGB",
         backgrounds=None if callable(backgrounds) else backgrounds,
         exchange=exchange,
     )
     if callable(backgrounds):
-        behind = (1.0 - alphas) * backgrounds(cameras, region)
-        colors = torch.cat([colors[..., :3] + behind, colors[..., 3:]], dim=-1)
+        colors = before_backdrop(colors, alphas, backgrounds, cameras, region)
     if depths_count:
         info["expected_depths"] = colors[..., 3]
         colors = colors if depth else colors[..., :3]
     if info["means2d"].requires_grad:
         info["means2d"].retain_grad()
     return colors, info
+
+
+def projected_by(rows: Mapping[str, Tensor], cameras: Cameras, *, sh_degree: int) -> dict[str, Any]:
+    """Return what `rendering.rasterize` asks of Gaussians and cameras, by its names; as `render` takes them."""
+    device = rows["means"].device
+    return dict(
+        **activate(rows),
+        viewmats=cameras.viewmats.to(device, non_blocking=True),
+        Ks=cameras.Ks.to(device, non_blocking=True),
+        width=cameras.width,
+        height=cameras.height,
+        sh_degree=sh_degree,
+        near_plane=cameras.near_plane,
+        far_plane=cameras.far_plane,
+        eps2d=cameras.eps2d,
+        rasterize_mode="antialiased" if cameras.antialiased else "classic",
+    )
+
+
+def before_backdrop(
+    colors: Tensor, alphas: Tensor, backdrop: Backdrop, cameras: Cameras, region: Region | None
+) -> Tensor:
+    """Return colours [C, h, w, 3 or 4] with a backdrop behind what alphas [C, h, w, 1] leave free."""
+    behind = (1.0 - alphas) * backdrop(cameras, region)
+    return torch.cat([colors[..., :3] + behind, colors[..., 3:]], dim=-1)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class TiledGaussians(OffloadedGaussians):
         adam: AdamOptions,
         *,
         device: torch.device,
-        limit: RowLimit | MemoryBudget,
+        limit: RowLimit | MemoryBudget | None,
         geometry: Place = "device",
         state: StateFormat = "float32",
         max_gaussians: int = 0,
@@ -65,7 +65,7 @@ class TiledGaussians(OffloadedGaussians):
                 view's rows come in runs.
             adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
-            limit: How large a tile may be.
+            limit: How large a tile may be; None: all views are rendered whole, and memory that runs out is an error.
             geometry: Where means, scales, quats and opacities are; on the host where the state is compact.
             state: The form of rows.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
@@ -205,7 +205,8 @@ class TiledGaussians(OffloadedGaussians):
         self._tiles.abandon_tile()
         if self._rendering_device.type == "cuda":
             torch.cuda.empty_cache()
-        self._limit.exceeded()
+        if self._limit is not None:
+            self._limit.exceeded()
         finer = self._planner.refine(*fetched(self._present), self._tiles.tile)
         if len(finer) < 2:
             raise torch.cuda.OutOfMemoryError("The smallest tile does not fit into device memory.")

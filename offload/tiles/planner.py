@@ -64,10 +64,10 @@ class TilePlanner:
     exceed the limit; so nothing has to be renewed when densification has changed the scene.
     """
 
-    def __init__(self, limit: RowLimit | MemoryBudget, geometry: CulledGeometry, halo: int) -> None:
+    def __init__(self, limit: RowLimit | MemoryBudget | None, geometry: CulledGeometry, halo: int) -> None:
         """
         Args:
-            limit: How large a tile may be.
+            limit: How large a tile may be; None: all views are rendered whole.
             geometry: The Gaussians.
             halo: Pixels around a tile that are rendered with it.
         """
@@ -92,7 +92,7 @@ class TilePlanner:
         host_ids, num_pixels = to_host(ids), len(cameras.Ks) * cameras.width * cameras.height
         num_gaussians = self._geometry.num_gaussians
         whole = TiledRows(ids, host_ids, [TileRows()])
-        if self._limit.allows(len(ids), num_pixels, num_gaussians):
+        if self._limit is None or self._limit.allows(len(ids), num_pixels, num_gaussians):
             return whole
         cells, coverages = self._look(cameras, ids)
         plans = self._limit.plan(coverages, len(ids), num_gaussians, must_fit=must_fit)
@@ -107,6 +107,8 @@ class TilePlanner:
         Returns:
             Tiles that together have its rows and pixels; or one alone, where it cannot be cut.
         """
+        if self._limit is None:
+            return [tile]
         cells, coverages = self._look(cameras, view.of_tile(tile).ids)
         plans: list[list[Box]] = []
         for camera, coverage in enumerate(coverages):
