@@ -35,7 +35,7 @@ class Batch:
     masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source or is hidden; None: nowhere
     Ks: torch.Tensor  # [G, 3, 3] float32, pixels
     camtoworlds: torch.Tensor  # [G, 4, 4] float32, normalized world
-    image_ids: torch.Tensor  # [C] int64, into the scene's images
+    image_ids: torch.Tensor  # [G] int64, into the scene's images
     inverse_depths: torch.Tensor | None = None  # [C, H, W] float32, one over the depth, 0: unknown; None: not wanted
 
 
@@ -200,7 +200,7 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, own: slice, pin_memory: boo
         masks=_stack_masks(masks, images),
         Ks=torch.from_numpy(np.stack([camera.K for camera in cameras])).float(),
         camtoworlds=torch.from_numpy(scene.camtoworlds[image_ids]).float(),
-        image_ids=torch.from_numpy(image_ids[own]),
+        image_ids=torch.from_numpy(image_ids),
     )
     if depths is not None:
         inverse = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from offload.adam.deferral import DeferralTables, adam_step, caught_up, decayed
 
 EPS = 1e-15  # of Adam, as for the Gaussians
+ALL = slice(None)
 ARRAYS = ("rows", "exp_avg", "exp_avg_sq")  # [n, d] each
 
 
@@ -86,10 +87,16 @@ class TrainedModule(nn.Module):
         w, m, v, last_step = self._stored(rows.to(self.last_step.device))
         return caught_up(w, m, v, last_step, self._tables).view(-1, *self._shape)
 
-    def fetch(self, rows: Tensor) -> None:
-        """Begin a step that uses rows [C], of which some may be the same; int64 on the host."""
+    def fetch(self, rows: Tensor, own: slice = ALL) -> None:
+        """Begin a step that uses rows.
+
+        Args:
+            rows: [G] int64 on the host, of which some may be the same. Where ranks train together, those of all ranks,
+                which have the sum of their gradients.
+            own: Which of them this process uses: C.
+        """
         ids, places = torch.unique(rows, return_inverse=True)  # on the host, where nothing waits for the device
-        ids, self._places = (t.to(self.last_step.device, non_blocking=True) for t in (ids, places))
+        ids, self._places = (t.to(self.last_step.device, non_blocking=True) for t in (ids, places[own]))
         self._ids = ids
         self._values = self.values(ids).view(len(ids), -1)
         self._gradient = torch.zeros_like(self._values)
@@ -111,6 +118,11 @@ class TrainedModule(nn.Module):
         if self._leaf is not None and self._leaf.grad is not None:
             self._gradient += self._leaf.grad
         self._leaf = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """Return the gradient [U, d] of the step's rows, as far as it is gathered; not copied."""
+        return self._gradient
 
     def penalty(self, rows: Tensor) -> Tensor | None:
         """Return what the loss has of the step's rows [U, ...] themselves, whatever they show; None for nothing."""

@@ -235,10 +235,11 @@ STEPS = (
         "--refine_stop_iter",
         55,
     ),
-    *("--grow_grad2d", 4e-4, "--max_gaussians", 900, "--sh_degree_interval", 15, "--random_background"),
+    *("--grow_grad2d", 4e-4, "--max_gaussians", 900, "--sh_degree_interval", 15, "--background", "random"),
     *("--save_every", 0, "--num_workers", 1),
 )
 SHARES = (3, 1)
+MODULES = ("--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", "--depth_lambda", 0.1)
 MODES = ("--batch_size", 2, "--absgrad", "--antialiased", "--max_gaussians", 0, "--grow_grad2d", 3e-3)
 
 
@@ -246,14 +247,18 @@ EXACT_RUNS = ("gpu_only", "gpu_only_deferred", "optimized", "optimized_geometry_
 # One process differs from itself, from starts one float off, by up to 4e-5, and in shN, of which sixty steps have made
 # little, by 3.4e-4: the largest of 3 draws of the 3 models below.
 BOUNDS = {"all": 2e-4, "shN": 1.5e-3}
-# By the number of processes, what is trained in them: a trainer, and its options.
-RUNS: dict[int, dict[str, tuple[str, tuple]]] = {
+CUT = ("--split_threshold", 0.1)
+MODULES_BOUND = 2e-3  # found: 4e-4, of the first moments of grids
+# By the number of processes, what is trained in them: a trainer, options that one process is given too, and its own.
+RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
     2: {
-        **{trainer: (trainer, ()) for trainer in (*EXACT_RUNS, "streamed_geometry_on_host", "streamed_compact")},
-        "two views each": ("streamed", (*MODES, "--shares", *SHARES)),
-        "two views each, split": ("split_geometry_on_host", (*MODES, "--split_threshold", 0.1)),
+        **{trainer: (trainer, (), ()) for trainer in (*EXACT_RUNS, "streamed_geometry_on_host", "streamed_compact")},
+        "two views each": ("streamed", MODES, ("--shares", *SHARES)),
+        "two views each, split": ("split_geometry_on_host", MODES, CUT),
+        "modules": ("optimized", MODULES, ()),
+        "modules, split": ("split", MODULES, CUT),
     },
-    3: {"streamed": ("streamed", ())},
+    3: {"streamed": ("streamed", (), ())},
 }
 AS_MANY_ROWS = ("--refine_start_iter", 1000)
 WITH_NONE = ("gpu_only", "streamed_compact")  # trained from so few Gaussians that one of two ranks has none
@@ -279,7 +284,7 @@ def smooth_noise(means: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def trained(trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *options: object) -> dict[str, Tensor]:
-    """The Gaussians that this process holds after training."""
+    """The Gaussians that this process holds after training, and all rows of modules."""
     way = TRAINERS[trainer]
     script = way.load()
     arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", "cpu", *STEPS)
@@ -288,10 +293,13 @@ def trained(trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *op
         patch.setattr("training.run.initial_gaussians", anisotropic_start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         patch.setattr("training.reporting.load_lpips", lambda net, device: None)
+        patch.setattr("offload.tiles.boxes.SMALLEST", 16)  # pixels, so that these pictures can be cut
         scene, cfg = parse(script.CONFIGS, [*map(str, (*arguments, *options)), *way.arguments], "test")
         with TrainingRun(cfg, scene, trainer_of(way.script, cfg)) as run:
             script.train(run)
-            return run.model.rows(0, run.model.num_gaussians)
+            state = {name: module.state_dict() for name, module in run.modules.parts.items()}
+            modules = {f"{name}/{key}": state[name][key] for name in state for key in ("rows", "exp_avg")}
+            return {**run.model.rows(0, run.model.num_gaussians), **modules}
 
 
 CASES: dict[str, Callable[[Ranks], Any]] = {
@@ -320,9 +328,9 @@ def group(city_block, tiny_block, tmp_path_factory) -> Callable[[int], dict[str,
     @functools.cache
     def found(size: int) -> dict[str, list[Any]]:
         folder, cases = tmp_path_factory.mktemp("group"), dict(CASES)
-        for name, (trainer, options) in RUNS[size].items():
+        for name, (trainer, modes, options) in RUNS[size].items():
             cases[name] = functools.partial(
-                part_trained, trainer=trainer, data_dir=city_block, folder=folder / name, options=options
+                part_trained, trainer=trainer, data_dir=city_block, folder=folder / name, options=(*modes, *options)
             )
         for trainer in WITH_NONE if size == 2 else ():
             cases[f"none, {trainer}"] = functools.partial(
@@ -339,7 +347,7 @@ def reference(city_block, tmp_path_factory) -> Callable[..., dict[str, Tensor]]:
 
     @functools.cache
     def alone(trainer: str, size: int, *options: object) -> dict[str, Tensor]:
-        views = 2 * size if options else size  # as MODES has them
+        views = 2 * size if options == MODES else size
         return trained(trainer, None, city_block, tmp_path_factory.mktemp("alone"), *options, "--batch_size", views)
 
     return alone
@@ -347,6 +355,10 @@ def reference(city_block, tmp_path_factory) -> Callable[..., dict[str, Tensor]]:
 
 def assert_same_model(parts: list[dict[str, Tensor]], expected: dict[str, Tensor], bounds: dict[str, float]) -> None:
     """Rows may be anywhere, and some by chance at the other side of a threshold; see tests/test_same_model.py."""
+    for name in [name for name in expected if "/" in name]:  # of modules, which all ranks have
+        value, (first, *others) = expected.pop(name), [part[name] for part in parts]
+        assert all(torch.equal(other, first) for other in others)
+        assert (first - value).norm() < MODULES_BOUND * value.norm()
     actual = {name: torch.cat([part[name] for part in parts]) for name in expected}
     count = len(expected["means"])
     assert abs(len(actual["means"]) - count) <= LARGEST_SIZE_DIFFERENCE * count
@@ -360,13 +372,13 @@ def assert_same_model(parts: list[dict[str, Tensor]], expected: dict[str, Tensor
 
 @pytest.mark.parametrize(("size", "run"), [(size, run) for size, runs in RUNS.items() for run in runs])
 def test_ranks_train_the_model_of_one_process(group, reference, size, run):
-    trainer, options = RUNS[size][run]
+    trainer, modes, options = RUNS[size][run]
     is_rounded = trainer in ROUNDED
     parts = group(size)[run]
     shares = SHARES if "--shares" in options else (1,) * size
     counts = [len(part["means"]) for part in parts]
     assert max(c / share for c, share in zip(counts, shares, strict=True)) <= 1.1 * sum(counts) / sum(shares)
-    expected = reference(trainer if is_rounded else "gpu_only", size, *(MODES if options else ()))
+    expected = {**reference(trainer if is_rounded else "gpu_only", size, *modes)}
     assert len(expected["means"]) > 800
     assert_same_model(parts, expected, {"all": 0.05} if is_rounded else BOUNDS)
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from rendering.losses import count_windows, photometric_sum
 from training.reporting import is_looked_at
+from training.views import own_cameras
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -71,7 +72,7 @@ class BlankPictures:
             return
         behind = run.backgrounds(run.view)
         if callable(behind):
-            behind = behind(run.view.cameras, None)
+            behind = behind(own_cameras(run.view.cameras, run.ranks), None)
         blank = blank_loss(run.view.images, run.cfg.ssim_lambda, behind, run.view.masks)
         self._losses.append((loss.item(), blank.item()))
         first_look = steps_done == FIRST_LOOK or (is_last and steps_done >= FEWEST_STEPS)

@@ -13,7 +13,12 @@ from training.views import View
 
 
 def with_depth_loss(
-    loss: Tensor, info: Mapping[str, Any], view: View, weight: float, tile: Tile | None = None, halo: int = 0
+    loss: Tensor,
+    info: Mapping[str, Any],
+    view: View,
+    weight: float | Tensor,
+    tile: Tile | None = None,
+    halo: int = 0,
 ) -> Tensor:
     """Add to a loss the mean difference of inverse depths over the pixels where the photos' are known.
 
@@ -32,9 +37,7 @@ def with_depth_loss(
     """
     if view.inverse_depths is None:
         return loss
-    known = view.inverse_depths > 0
-    if view.masks is not None:
-        known &= view.masks
+    known = known_depths(view)
     share = weight / known.sum().clamp(min=1)
     depths, wanted = info["expected_depths"], view.inverse_depths  # [C, H, W]
     if tile is not None:
@@ -50,3 +53,15 @@ def with_depth_loss(
     drawn = depths > 0  # where nothing is drawn the depth is 0, and its inverse counts as 0
     inverse = torch.where(drawn, 1.0 / torch.where(drawn, depths, 1.0), 0.0)
     return loss + share * torch.where(known, (inverse - wanted).abs(), 0.0).sum()
+
+
+def known_depths(view: View) -> Tensor:
+    """Return where depths of a view's photos are known and count, bool [C, H, W].
+
+    Raises:
+        RuntimeError: Its depths do not count.
+    """
+    if view.inverse_depths is None:
+        raise RuntimeError("the depths of this view are not known")
+    known = view.inverse_depths > 0
+    return known if view.masks is None else known & view.masks

@@ -249,8 +249,6 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
             "simple_trainer_hybrid_streamed.py."
         )
     for option, is_given in (
-        ("--background sky", cfg.background == "sky"),
-        ("--exposure", cfg.exposure != "none"),
         ("--strategy mcmc", cfg.strategy == "mcmc"),
         ("--target_gaussians", bool(cfg.target_gaussians)),
         ("--opacity_reg", bool(cfg.opacity_reg)),

@@ -26,7 +26,7 @@ from offload.tiles.budget import RowLimit
 from rendering.projection import Projection
 from rendering.rasterize import blend_pairs, pair_info, project_pairs
 from rendering.region import Region
-from training.views import Backdrop, before_backdrop, projected_by
+from training.views import Backdrop, before_backdrop, own_cameras, projected_by
 
 
 class JointView:
@@ -51,9 +51,7 @@ class JointView:
             halo: Pixels around a tile to render with it.
             ranks: W of them.
         """
-        num_own = len(cameras.Ks) // ranks.size  # B
-        own = slice(ranks.rank * num_own, (ranks.rank + 1) * num_own)
-        self._cameras = replace(cameras, viewmats=cameras.viewmats[own], Ks=cameras.Ks[own])
+        self._cameras = own_cameras(cameras, ranks)  # B
         self._cfg, self._halo = cfg, halo
         self._render_mode = "RGB+ED" if cfg.depth_loss else "RGB"
         projection, features = project_pairs(
@@ -61,7 +59,7 @@ class JointView:
         )
         projection.means2d.retain_grad()
         self.info: dict[str, Any] = pair_info(projection, cameras.width, cameras.height, len(cameras.Ks))
-        self._pairs, self._features = PairExchange(ranks, num_own, cfg.absgrad)(projection, features)
+        self._pairs, self._features = PairExchange(ranks, len(self._cameras.Ks), cfg.absgrad)(projection, features)
         self._cells = _covered_cells(self._pairs, self._cameras, halo)
         self._sums = [torch.zeros_like(values) for values in self._values()]
         self._absolute = torch.zeros_like(self._pairs.means2d)  # [P, 2] gradients, where the strategy wants those

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
+from distributed.mesh import Ranks
 from errors import InputError
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Exposure, Place
@@ -20,7 +21,7 @@ from rendering.region import Region
 from training import schedules
 from training.checkpoints import Checkpoint
 from training.memory import format_bytes
-from training.views import Backdrop, View
+from training.views import Backdrop, View, own_views
 
 EXPOSURES: dict[str, type[AffineExposure] | type[BilateralGrid]] = {
     "affine": AffineExposure,
@@ -35,15 +36,25 @@ class RunModules:
         parts: The modules by the names that their state has in checkpoints.
     """
 
-    def __init__(self, cfg: Config, photos: Sequence[str], train_ids: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        photos: Sequence[str],
+        train_ids: np.ndarray,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
         """
         Args:
             cfg: Says which there are.
             photos: Names of all photos.
             train_ids: Numbers, int64, of those that are trained on.
             device: Where pictures are rendered.
+            ranks: That train together, each with the same modules; None: there is this process only.
         """
-        training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(cfg.batch_size), device)
+        views_per_step = cfg.batch_size * (1 if ranks is None else ranks.size)
+        training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(views_per_step), device)
+        self._ranks = ranks
         self._background = cfg.background
         self.parts: dict[str, TrainedModule] = {}
         self._sky: Sky | None = None
@@ -95,7 +106,7 @@ class RunModules:
             self._sky.fetch(self._sky.row)
         if self._exposure is not None:
             assert view.image_ids is not None  # training views are photos of the scene
-            self._exposure.fetch(self._rows[view.image_ids])
+            self._exposure.fetch(self._rows[view.image_ids], own_views(len(view.images), self._ranks))
 
     def backdrop(self) -> Backdrop | None:
         """Return the sky, of which a step finds the gradient; None where there is none."""
@@ -129,18 +140,33 @@ class RunModules:
             module.gather()
 
     def update(self) -> None:
-        """Apply one step of Adam to what the view needed."""
+        """Apply one step of Adam to what the view needed; ranks call this at once, and all apply the same."""
+        self.gather()
+        if self._ranks is not None and self.parts:
+            self._average_gradients(self._ranks)
         for module in self.parts.values():
             module.update()
+
+    def _average_gradients(self, ranks: Ranks) -> None:
+        """Give all ranks the mean of their gradients: the loss of a step is the mean of theirs."""
+        gradients = [module.gradient for module in self.parts.values()]
+        means = ranks.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, means.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def complete_step(self, steps_done: int) -> None:
         """Apply the step of a view after an error, where the Gaussians have taken theirs, so that both are saved alike.
 
         Args:
             steps_done: By the Gaussians.
+
+        Raises:
+            RuntimeError: Other ranks have gradients that belong to it, and are asked no more.
         """
         for module in self.parts.values():
             if module.is_fetched and module.steps_done < steps_done:
+                if self._ranks is not None:
+                    raise RuntimeError("the step had been applied in part")
                 module.update()
 
 

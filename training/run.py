@@ -38,6 +38,7 @@ from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
+from training.depth_loss import known_depths
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.joint_run import Agreed, JointRun, told_once
@@ -63,7 +64,7 @@ from training.starting_model import StartingModel
 from training.strategy import strategy_of
 from training.streams import loud
 from training.timelapse import Timelapse
-from training.views import Backdrop, View, draw_together, render
+from training.views import Backdrop, View, draw_together, own_cameras, own_views, render
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
@@ -149,7 +150,7 @@ class TrainingRun(Generic[AnyConfig]):
                 print(f"Watch the training at {live.page.url}.")
             self._joint.check_same_dataset(self.scene)
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
-            self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device)
+            self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device, self.ranks)
             if self._evaluated is not None:
                 self.modules.load_evaluated(self._evaluated)
             self._evaluation = Evaluation(cfg, self.device)
@@ -172,6 +173,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._step = 0
         self._first_step = 0
         self._skipped_steps = 0
+        self._depth_share: float | Tensor = 1.0
         self._interrupted = False
         self._agreed = Agreed()
 
@@ -424,6 +426,7 @@ class TrainingRun(Generic[AnyConfig]):
             self.times.mark("load")
             self.view = view
             self.modules.begin_step(view)
+            self._depth_share = self._share_of_depths(view)
             yield step, view
             self.view = None
             del view
@@ -468,21 +471,23 @@ class TrainingRun(Generic[AnyConfig]):
 
     def backgrounds(self, view: View) -> Tensor | Backdrop | None:
         """Return what is behind a training view, as `training.views.render` takes it."""
-        first = 0 if self.ranks is None else self.ranks.rank * len(view.images)
-        own = slice(first, first + len(view.images))  # of the cameras of all ranks
         if self.cfg.background != "random":
-            cameras = view.cameras
-            if self.ranks is not None:
-                cameras = replace(cameras, viewmats=cameras.viewmats[own], Ks=cameras.Ks[own])
-            return self.shown_backgrounds(cameras)
+            return self.shown_backgrounds(own_cameras(view.cameras, self.ranks))
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
         colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.cameras.Ks), 3), np.float32)
-        return torch.from_numpy(colors[own]).to(self.device)
+        return torch.from_numpy(colors[own_views(len(view.images), self.ranks)]).to(self.device)
 
     @property
-    def depth_weight(self) -> float:
-        """Return the weight of the mean difference of inverse depths, which are in world units."""
-        return self.cfg.depth_lambda * self.scene_scale
+    def depth_weight(self) -> float | Tensor:
+        """Return the weight that this rank's mean difference of inverse depths, which are in world units, has."""
+        return self.cfg.depth_lambda * self.scene_scale * self._depth_share
+
+    def _share_of_depths(self, view: View) -> float | Tensor:
+        """Return how many depths a view knows, by the mean of all ranks: its own mean counts by their number."""
+        if self.ranks is None or view.inverse_depths is None:
+            return 1.0
+        count = known_depths(view).sum().float()
+        return count / self.ranks.mean(count).clamp(min=1 / self.ranks.size)
 
     def shown_backgrounds(self, cameras: Cameras) -> Tensor | Backdrop | None:
         """Return what is behind pictures that are shown or compared with photos; black where training has none."""

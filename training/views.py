@@ -38,7 +38,7 @@ class View:
     images: Tensor  # [C, H, W, 3] float32 in [0, 1]
     cameras: Cameras  # C or W C, of which culling and the rasterizer take all they know
     masks: Tensor | None = None  # [C, H, W] bool, True where the picture is valid; None: everywhere
-    image_ids: Tensor | None = None  # [C] int64 on the host, into the scene's images; None: no images of a scene
+    image_ids: Tensor | None = None  # int64 on the host, of each camera its image of the scene; None: of no scene
     inverse_depths: Tensor | None = None  # [C, H, W] float32, one over the depth, 0: unknown; None: depths do not count
 
     @staticmethod
@@ -115,13 +115,27 @@ def render(
         exchange=exchange,
     )
     if callable(backgrounds):
-        colors = before_backdrop(colors, alphas, backgrounds, cameras, region)
+        colors = before_backdrop(colors, alphas, backgrounds, own_cameras(cameras, ranks), region)
     if depths_count:
         info["expected_depths"] = colors[..., 3]
         colors = colors if depth else colors[..., :3]
     if info["means2d"].requires_grad:
         info["means2d"].retain_grad()
     return colors, info
+
+
+def own_views(num_own: int, ranks: Ranks | None) -> slice:
+    """Return which of a step's views are this process's, which has so many: all, or as many as each other rank."""
+    first = 0 if ranks is None else ranks.rank * num_own
+    return slice(first, first + num_own)
+
+
+def own_cameras(cameras: Cameras, ranks: Ranks | None) -> Cameras:
+    """Return those of a step's cameras whose pictures this process draws."""
+    if ranks is None:
+        return cameras
+    own = own_views(len(cameras.Ks) // ranks.size, ranks)
+    return replace(cameras, viewmats=cameras.viewmats[own], Ks=cameras.Ks[own])
 
 
 def projected_by(rows: Mapping[str, Tensor], cameras: Cameras, *, sh_degree: int) -> dict[str, Any]:
