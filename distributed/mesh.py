@@ -6,7 +6,7 @@ What torch.distributed is asked for, it is asked for here. Its rules:
   autograd, for which the main thread waits. Whoever decides something for itself asks the
   others first (`any`, `gather`), and only then turns off the way.
 - Small objects go through gloo, from host memory, also where tensors go through NCCL: they wait for no kernel.
-- Tensors lie on the device of the rank, and go through NCCL or, on the CPU, gloo.
+- Tensors lie on the device of the rank, and go through NCCL or, on the CPU and in tests that have one GPU, gloo.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -225,10 +225,22 @@ def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
                 f"torchrun has started at least {local_rank + 1} processes on this machine, which has {num_devices} "
                 f"GPUs that can be seen: use --nproc_per_node {num_devices}."
             )
-        device = torch.device("cuda", local_rank)
+        return meet(torch.device("cuda", local_rank), "nccl", proportions)
+    return meet(device, "gloo", proportions)
+
+
+def meet(device: torch.device, backend: Literal["nccl", "gloo"], proportions: Sequence[int] = ()) -> Ranks:
+    """Meet the other processes, whose number and addresses stand in the environment.
+
+    Args:
+        device: Where this rank renders. NCCL wants another GPU for each rank of a machine; gloo, which carries tensors
+            of a GPU through pinned host memory, does not, so that one GPU can stand for several.
+        backend: Of torch.distributed, for tensors.
+        proportions: As for `join`.
+    """
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **_meeting())
-    else:
-        dist.init_process_group("gloo", **_meeting())
-    proportions = tuple(proportions) or (1,) * size
-    return Ranks(dist.get_rank(), size, device, proportions, Board(), dist.new_group(backend="gloo"))
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None, **_meeting())
+    size = dist.get_world_size()
+    control = dist.new_group(backend="gloo")
+    return Ranks(dist.get_rank(), size, device, tuple(proportions) or (1,) * size, Board(), control)

@@ -13,23 +13,26 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from distributed.mesh import Ranks, join
+from distributed.mesh import Ranks, meet
 
 LIMIT = 240  # seconds; a group that takes longer hangs
 
 Case = Callable[[Ranks], Any]  # what it returns can be pickled
 
 
-def run_in_group(size: int, cases: Mapping[str, Case], folder: Path) -> dict[str, list[Any]]:
+def run_in_group(size: int, cases: Mapping[str, Case], folder: Path, device: str = "cpu") -> dict[str, list[Any]]:
     """What each case returns at each rank.
 
-    The cases are functions of a module; a process that fails ends the group, with its traceback.
+    The cases are functions of a module; a process that fails ends the group, with its traceback. All ranks have one
+    device.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which chooses a port that is free
-    context = multiprocessing.get_context("forkserver")  # a process that has no threads, and is forked for each rank
+    # A process that has no threads, and is forked for each rank; CUDA wants processes that are started anew.
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["training.run"])  # so that it is imported once
     processes = [
-        context.Process(target=_work, args=(rank, size, store.port, cases, folder), daemon=True) for rank in range(size)
+        context.Process(target=_work, args=(rank, size, store.port, cases, folder, device), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -44,15 +47,14 @@ def run_in_group(size: int, cases: Mapping[str, Case], folder: Path) -> dict[str
     return {name: [results[name] for results in found] for name in cases}
 
 
-def _work(rank: int, size: int, port: int, cases: Mapping[str, Case], folder: Path) -> None:
+def _work(rank: int, size: int, port: int, cases: Mapping[str, Case], folder: Path, device: str) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     torch.set_num_threads(1)
     try:
-        ranks = join(torch.device("cpu"))
-        assert ranks is not None
+        ranks = meet(torch.device(device), "gloo")
         results = {name: case(ranks) for name, case in cases.items()}
         ranks.barrier()
         ranks.leave()

@@ -18,8 +18,9 @@ from datasets.synthetic import write_city_block
 from distributed.dealing import BLOCK_ROWS, dealt_rows
 from distributed.exchange import PairExchange
 from distributed.levelling import moves_between, shared_out
-from distributed.mesh import Ranks
+from distributed.mesh import Ranks, join
 from distributed.selection import largest_within
+from errors import InputError
 from offload.tiles.budget import RowLimit
 from rendering.losses import photometric_loss
 from rendering.rasterize import rasterize
@@ -48,28 +49,31 @@ def exchanged_scene(cameras: int, blind: int | None) -> GaussianScene:
     return scene
 
 
-def drawn(scene: GaussianScene, absgrad: bool, rows: slice, exchange: PairExchange | None = None) -> dict[str, Any]:
-    """Pictures of some rows, and in double precision their gradients, of a loss that is a mean over pictures."""
-    scene = replace(scene, **{name: getattr(scene, name)[rows] for name in PARAMETERS}).to("cpu", torch.float64)
+def drawn(
+    scene: GaussianScene, absgrad: bool, rows: slice, exchange: PairExchange | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """Pictures of some rows and their gradients, of a loss that is a mean over pictures; on a CPU in float64."""
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    scene = replace(scene, **{name: getattr(scene, name)[rows] for name in PARAMETERS}).to(device, dtype)
     cameras, first = len(scene.viewmats), 0
     own = cameras if exchange is None else exchange.num_cameras
     if exchange is not None:
         first = exchange.ranks.rank * own
-    backgrounds = torch.linspace(0.2, 0.9, 3 * cameras, dtype=torch.float64).view(cameras, 3)[first : first + own]
+    backgrounds = torch.linspace(0.2, 0.9, 3 * cameras, dtype=dtype).view(cameras, 3)[first : first + own].to(device)
     colors, alphas, info = rasterize(
         scene.means, scene.quats, scene.scales, scene.opacities, (scene.sh0, scene.shN), scene.viewmats, scene.Ks,
         scene.width, scene.height, sh_degree=3, backgrounds=backgrounds, absgrad=absgrad, exchange=exchange,
     )  # fmt: skip
     info["means2d"].retain_grad()
-    weights = weights_like(torch.empty(cameras, *colors.shape[1:], dtype=torch.float64))[first : first + own]
+    weights = weights_like(torch.empty(cameras, *colors.shape[1:], dtype=dtype))[first : first + own].to(device)
     ((colors * weights).mean() + (alphas * weights[..., :1]).mean()).backward()
     on_screen = info["means2d"].absgrad if absgrad else info["means2d"].grad
     return {
-        "pictures": colors.detach(),
-        "pairs": torch.stack([info["camera_ids"], info["gaussian_ids"] + rows.start]),
-        "radii": info["radii"],
-        "on_screen": on_screen,
-        "gradients": {name: getattr(scene, name).grad for name in PARAMETERS},
+        "pictures": colors.detach().cpu(),
+        "pairs": torch.stack([info["camera_ids"], info["gaussian_ids"] + rows.start]).cpu(),
+        "radii": info["radii"].cpu(),
+        "on_screen": on_screen.cpu(),
+        "gradients": {name: getattr(scene, name).grad.cpu() for name in PARAMETERS},
         "n_cameras": info["n_cameras"],
     }
 
@@ -80,8 +84,8 @@ def part_of(rank: int, size: int) -> slice:
 
 
 def exchange(ranks: Ranks, *, own: int, absgrad: bool, blind: int | None = None) -> dict[str, Any]:
-    scene = exchanged_scene(ranks.size * own, blind)
-    return drawn(scene, absgrad, part_of(ranks.rank, ranks.size), PairExchange(ranks, own, absgrad))
+    scene, device = exchanged_scene(ranks.size * own, blind), str(ranks.device)
+    return drawn(scene, absgrad, part_of(ranks.rank, ranks.size), PairExchange(ranks, own, absgrad), device)
 
 
 EXCHANGES: dict[str, dict[str, Any]] = {
@@ -95,24 +99,29 @@ EXCHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("case", EXCHANGES)
 def test_exchange_equals_one_process(group, size, case):
-    options = EXCHANGES[case]
-    expected = drawn(exchanged_scene(size * options["own"], options.get("blind")), options["absgrad"], slice(0, 90))
-    parts = group(size)[case]
+    assert_exchanged(case, group(size)[case], 1e-12)
+
+
+def assert_exchanged(case: str, parts: list[dict[str, Any]], bound: float, device: str = "cpu") -> None:
+    """Of the largest value of each kind, bound is how far they may be from those of one process."""
+    options, size = EXCHANGES[case], len(parts)
+    scene = exchanged_scene(size * options["own"], options.get("blind"))
+    expected = drawn(scene, options["absgrad"], slice(0, 90), device=device)
     assert all(part["n_cameras"] == expected["n_cameras"] for part in parts)
-    assert_close(torch.cat([part["pictures"] for part in parts]), expected["pictures"])
+    assert_close(torch.cat([part["pictures"] for part in parts]), expected["pictures"], bound)
     for name, value in expected["gradients"].items():
-        assert_close(torch.cat([part["gradients"][name] for part in parts]), value)
+        assert_close(torch.cat([part["gradients"][name] for part in parts]), value, bound)
         assert value.abs().max() > 0
     pairs = torch.cat([part["pairs"] for part in parts], dim=1)
     order = (pairs[0] * 90 + pairs[1]).argsort()
     assert torch.equal(pairs[:, order], expected["pairs"])
     assert torch.equal(torch.cat([part["radii"] for part in parts])[order], expected["radii"])
-    assert_close(torch.cat([part["on_screen"] for part in parts])[order], expected["on_screen"])
+    assert_close(torch.cat([part["on_screen"] for part in parts])[order], expected["on_screen"], bound)
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
     assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert (actual - expected).abs().max() <= bound * expected.abs().max()
 
 
 # ------------------------------------------------------------------------------------------------------- tiles of pairs
@@ -283,11 +292,13 @@ def smooth_noise(means: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([torch.sin(30 * means), torch.cos(30 * means)])
 
 
-def trained(trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *options: object) -> dict[str, Tensor]:
+def trained(
+    trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *options: object, device: str = "cpu"
+) -> dict[str, Tensor]:
     """The Gaussians that this process holds after training, and all rows of modules."""
     way = TRAINERS[trainer]
     script = way.load()
-    arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", "cpu", *STEPS)
+    arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", device, *STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.joint_run.join", lambda device, shares: staying(ranks, shares))
         patch.setattr("training.run.initial_gaussians", anisotropic_start)
@@ -310,7 +321,8 @@ CASES: dict[str, Callable[[Ranks], Any]] = {
 
 
 def part_trained(ranks: Ranks, trainer: str, data_dir: Path, folder: Path, options: tuple) -> dict[str, Tensor]:
-    return trained(trainer, ranks, data_dir, folder, *options)
+    rows = trained(trainer, ranks, data_dir, folder, *options, device=ranks.device.type)
+    return {name: value.cpu() for name, value in rows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +401,42 @@ def test_a_rank_without_gaussians_changes_nothing(group, tiny_block, tmp_path, t
     assert len(none["means"]) == 0
     expected = trained(trainer, None, tiny_block, tmp_path, *AS_MANY_ROWS, "--batch_size", 2)
     assert all(torch.equal(some[name], value) for name, value in expected.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- one GPU
+
+ON_ONE_GPU = ("gpu_only", "streamed")
+
+
+@pytest.fixture(scope="module")
+def group_on_gpu(city_block, tmp_path_factory) -> dict[str, list[Any]]:
+    """What two processes find that share one GPU, which NCCL would refuse; gloo does not."""
+    folder, cases = tmp_path_factory.mktemp("gpu"), {name: CASES[name] for name in EXCHANGES}
+    for trainer in ON_ONE_GPU:
+        cases[trainer] = functools.partial(
+            part_trained, trainer=trainer, data_dir=city_block, folder=folder / trainer, options=()
+        )
+    return run_in_group(2, cases, folder, "cuda:0")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_exchange_on_a_gpu_equals_one_process(group_on_gpu, case):
+    assert_exchanged(case, group_on_gpu[case], 1e-4, "cuda:0")  # float32, added up in any order
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("trainer", ON_ONE_GPU)
+def test_ranks_on_a_gpu_train_the_model_of_one_process(group_on_gpu, city_block, tmp_path, trainer):
+    expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2, device="cuda")
+    assert len(expected["means"]) > 800
+    assert_same_model(group_on_gpu[trainer], {name: value.cpu() for name, value in expected.items()}, BOUNDS)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"at least 2 processes .* has 1 GPUs that can be seen: use --nproc_per_node 1"):
+        join(torch.device("cuda"))
