@@ -1,23 +1,27 @@
 """Levelling: where densification has made one rank fuller than its share, rows move to the others.
 
-Rows go with their moments, between steps, some at a time. Each rank keeps what it sends until all have what they
-receive: where one of them finds no memory for it, nobody has lost anything and all is as before.
+Rows go with their moments, between steps, some at a time. Each rank asks for the memory that a part of them takes
+before any rank sends it, and keeps what it sends until all have what they receive: where one of them finds no memory,
+nobody has lost anything, all is as before, and one sentence says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distributed.dealing import BLOCK_ROWS
 from distributed.mesh import Ranks
-from errors import InputError
+from errors import InputError, reason
 from offload.models.contract import GaussianModel
 
 MOST = 1.1  # of its share that the fullest rank may hold
 MOVED_ROWS = 1 << 18  # at most, from a rank to another at once: 0.2 GB of rows
+NO_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError, InputError)  # of the device, the host, pinned memory
 _SPREAD = 0.6180339887  # multiples of the golden ratio modulo 1 lie evenly, however many
 
 
@@ -41,19 +45,32 @@ def level(model: GaussianModel, ranks: Ranks) -> bool:
     here, num_before = ranks.rank, model.num_gaussians
     leaving = _spread_rows(num_before, sum(moves[here]))
     parts = leaving.split(moves[here])  # by the rank that they go to
-    failure = False
+    failure: str | None = None
     for first in range(0, max(map(max, moves)), MOVED_ROWS):
         sent = [part[first : first + MOVED_ROWS] for part in parts]
         received = [min(max(row[here] - first, 0), MOVED_ROWS) for row in moves]
-        rows = model.moving_rows(torch.cat(sent).to(model.device))
-        came = {key: _sent_on(values, ranks, [len(ids) for ids in sent], received) for key, values in rows.items()}
-        if not failure and sum(received) > 0:
-            try:
+        parcels: list[_Parcel] = []
+        try:
+            if failure is None:
+                rows = model.moving_rows(torch.cat(sent).to(model.device))
+                parcels = [_Parcel.of(key, values, ranks.device, sum(received)) for key, values in rows.items()]
+        except NO_MEMORY as error:
+            failure = reason(error)
+        if ranks.any(failure is not None):
+            break
+        came = {parcel.key: parcel.sent_on(ranks, [len(ids) for ids in sent], received) for parcel in parcels}
+        try:
+            if sum(received) > 0:
                 model.append_rows(came)
-            except (torch.cuda.OutOfMemoryError, MemoryError, InputError):  # of the device, the host, pinned memory
-                failure = True
-    if ranks.any(failure):
+        except NO_MEMORY as error:
+            failure = reason(error)
+    failures = [f"rank {rank} ({said})" for rank, said in enumerate(ranks.gather(failure)) if said is not None]
+    if failures:
         model.truncate(num_before)
+        tqdm.write(
+            f"Warning: Gaussians do not move to where there are fewer, for lack of memory at {failures[0]}: training "
+            "goes on, and each rank keeps its own."
+        )
         return False
     stays = torch.ones(model.num_gaussians, dtype=torch.bool)
     stays[leaving] = False
@@ -97,10 +114,24 @@ def _spread_rows(num_rows: int, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def _sent_on(values: Tensor, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    """Exchange rows [S, ...] of any type for rows [R, ...]; they travel as bytes."""
-    rows = values.to(ranks.device).contiguous()
-    shape = rows.shape[1:]
-    flat = rows.view(len(rows), shape.numel()).view(torch.uint8)
-    came = ranks.all_to_all(flat, sent, received)
-    return came.view(rows.dtype).view(len(came), *shape)
+@dataclass(frozen=True)
+class _Parcel:
+    """Hold rows of any type as bytes on a rank's device, and memory for those that it receives of them."""
+
+    key: str
+    dtype: torch.dtype
+    shape: torch.Size  # of a row
+    sent: Tensor  # [S, bytes of a row] uint8
+    received: Tensor  # [R, bytes of a row] uint8
+
+    @staticmethod
+    def of(key: str, values: Tensor, device: torch.device, num_received: int) -> _Parcel:
+        """Pack rows [S, ...], and ask for memory for others."""
+        rows, shape = values.to(device).contiguous(), values.shape[1:]
+        sent = rows.view(len(rows), shape.numel()).view(torch.uint8)
+        return _Parcel(key, rows.dtype, shape, sent, sent.new_empty(num_received, sent.shape[1]))
+
+    def sent_on(self, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Exchange the rows for [R, ...]; all ranks call this at once, with their counts of rows by rank."""
+        came = ranks.all_to_all(self.sent, sent, received, self.received)
+        return came.view(self.dtype).view(len(came), *self.shape)

@@ -124,18 +124,22 @@ class Ranks:
     # ------------------------------------------------------------------------------------------------------- tensors
 
     @_talking()
-    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    def all_to_all(
+        self, rows: Tensor, sent: Sequence[int], received: Sequence[int], result: Tensor | None = None
+    ) -> Tensor:
         """Send each rank its part of some rows.
 
         Args:
             rows: [S, D] on this rank's device: the rows for rank 0, then those for rank 1, and so on.
             sent: W counts of rows, S in sum.
             received: W counts of the rows that each rank sends here, R in sum.
+            result: [R, D] to write them to, of a rank that has asked for this memory before others wait for it.
 
         Returns:
             [R, D]: the rows from rank 0, then those from rank 1, and so on.
         """
-        result = rows.new_empty(sum(received), *rows.shape[1:])
+        if result is None:
+            result = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent))
         return result
 
