@@ -132,19 +132,22 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         """Render what this rank draws, of the Gaussians of all ranks, tile by tile; gradients go home once."""
         run.mark("fetch")
         pairs = JointView(part.rows, view.cameras, cfg, sh_degree=run.sh_degree, halo=halo, ranks=ranks)
-        loss = torch.zeros((), device=run.device)
-        for tile in pairs.tiles(RowLimit(cfg.largest_part), run.num_gaussians):
-            colors, info = pairs.render(tile, run.backgrounds(view))
-            share = share_of_loss(colors, info, view, tile)
-            share.backward()
-            pairs.gather()
-            run.modules.gather()
-            loss += share.detach()
-        loss = strategy.regularized(loss, part.rows, pairs.info)
+        tiles = pairs.tiles(RowLimit(cfg.largest_part), run.num_gaussians)
+        losses = [train_pairs(pairs, tile, view) for tile in tiles]
+        loss = strategy.regularized(torch.stack(losses).sum(), part.rows, pairs.info)
         pairs.propagate(loss)
         screen.add(part, len(gaussians.ids), pairs.info)
         run.mark("backward")
         return TileResult(loss.detach(), 0, 0)  # memory is not measured
+
+    def train_pairs(pairs: JointView, tile: Tile, view: View) -> Tensor:
+        """Render one tile of a view of several ranks, propagate its share of the loss to its pairs, and return it."""
+        colors, info = pairs.render(tile, run.backgrounds(view))
+        share = share_of_loss(colors, info, view, tile)
+        share.backward()
+        pairs.gather()
+        run.modules.gather()
+        return share.detach()
 
     train_tile = train_part if run.ranks is None else partial(train_together, ranks=run.ranks)
     for step, view in run.steps(gaussians, strategy, draw if run.ranks is None else None):
