@@ -22,6 +22,7 @@ from errors import InputError, counted, reason, refusing
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
 from exports.gaussians import choose
+from exports.placing import check_target, placing, side_file
 from exports.ply import write_commented_ply
 from exports.source import Source, open_source
 from exports.streamed import INDEX
@@ -73,7 +74,7 @@ def export(options: Options) -> None:
     if local_ranks() > 1:
         raise InputError("export.py writes a model as one process: start it without torchrun.")
     to, form = options.to, _check(options)
-    _check_target(to)
+    check_target(to)
     region = read_region(options.crop)
     source = open_source(options.model)
     up = options.up
@@ -93,32 +94,20 @@ def export(options: Options) -> None:
         f"({form.name}), in {place.describe(options.world)}."
     )
     try:
-        if form is PLY and not options.plain:
-            write_commented_ply(to, gaussians, place)
-        else:
-            form.write(to, gaussians)
-        if place.transform is not None:
-            write_way_back(_side_file(to), place.transform, axes=place.axes)
+        with placing(to) as path:
+            if form is PLY and not options.plain:
+                write_commented_ply(path, gaussians, place)
+            else:
+                form.write(path, gaussians)
+            if place.transform is not None:
+                write_way_back(side_file(path), place.transform, axes=place.axes)
     except OSError as error:
         raise InputError(f"--to {to} cannot be written ({reason(error)}): choose another place.") from error
     files = [file for file in to.parent.rglob("*") if file.is_file()] if to.name == INDEX else [to]
     size = sum(file.stat().st_size for file in files)
     print(f"Wrote {to}, {format_bytes(size)}.")
     if place.transform is not None:
-        print(f"{_side_file(to)} says how to come back to the dataset's coordinates.")
-
-
-def _check_target(to: Path) -> None:
-    """Refuse a name under which something lies, or for which there is no folder."""
-    target = to.parent if to.name == INDEX else to
-    if target == Path("."):
-        raise InputError(f"--to {to} names no folder: name one that is made, as in garden/{INDEX}.")
-    for path in (target, _side_file(to)):
-        if path.exists():
-            raise InputError(f"--to {to}: {path} is there already: remove it, or choose another name.")
-    folder = target.resolve().parent
-    if not folder.is_dir():
-        raise InputError(f"--to {to}: the folder {folder} does not exist: make it, or choose another.")
+        print(f"{side_file(to)} says how to come back to the dataset's coordinates.")
 
 
 def _check(options: Options) -> Format:
@@ -142,13 +131,6 @@ def _check_space(to: Path, form: Format, count: int, degree: int) -> None:
             f"--to {to} can take {format_bytes(needed)}, and {format_bytes(free)} are free on its disk: free some, or "
             "keep less with --max_gaussians, --crop or --sh_degree."
         )
-
-
-def _side_file(to: Path) -> Path:
-    """Return where the way back to the dataset's coordinates is written."""
-    if to.name == INDEX:
-        return to.with_name("input.json")
-    return to.with_suffix(".json") if format_of(to) is PLY else to.with_name(to.name + ".json")
 
 
 def _harmonics(degree: int, source: Source) -> str:

@@ -11,7 +11,6 @@ https://developer.playcanvas.com/user-manual/gaussian-splatting/formats/streamed
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,21 +37,14 @@ DIGITS = 7  # of numbers in the index
 
 
 def write_streamed(path: Path, gaussians: Gaussians) -> None:
-    """Write a streamed SOG; the folder appears under its name when it is complete.
+    """Write a streamed SOG, chunk by chunk and its index in the end.
 
     Args:
         path: Of the index, which must be called lod-meta.json; its folder is made.
         gaussians: What is written.
     """
-    folder = path.parent
-    partial = folder.with_name("partial_" + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        _write(partial, gaussians)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    path.parent.mkdir()
+    _write(path.parent, gaussians)
 
 
 def streamed_bytes(count: int, sh_degree: int) -> int:

@@ -21,16 +21,17 @@ class FolderTaken(InputError):
 class FolderLock:
     """Hold a folder for this process; the file says by whom it is held, and may stay when it no longer is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = LOCK) -> None:
         """
         Args:
             folder: That exists.
+            name: Of the file in it.
 
         Raises:
-            FolderTaken: Another run holds it.
+            FolderTaken: Another process holds it.
             OSError: The file cannot be written.
         """
-        self._path = folder / LOCK
+        self._path = folder / name
         if self._path.is_symlink():
             self._path.unlink()
         self._take(folder)
