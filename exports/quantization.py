@@ -12,7 +12,7 @@ ENTRIES = 256  # of a codebook, so that a code is one byte
 BINS, WIDE_BINS = 1 << 14, 1 << 9  # of histograms: the one that a codebook is fitted to, and one for its beginning
 SWEEPS = 30  # of Lloyd's algorithm over the histogram
 COARSE_SAMPLE, COARSE_SWEEPS, FINE_SWEEPS = 1 << 16, 8, 4  # of Lloyd's algorithm over harmonics
-ASSIGNED_ROWS = 1 << 14  # compared with all centres at a time
+ASSIGNED_ROWS = 1 << 10  # compared with all centres at a time: their distances stay in the processor's cache
 
 
 def rounded(values: Tensor, most: int) -> Tensor:
@@ -127,5 +127,9 @@ def _lloyd(rows: Tensor, count: int, sweeps: int) -> Tensor:
 def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
     """Return the number of the nearest centre of each row, int64 [M]."""
     lengths = centres.square().sum(dim=1)
-    parts = [torch.addmm(lengths, part, centres.T, alpha=-2).argmin(dim=1) for part in rows.split(ASSIGNED_ROWS)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    nearest = np.empty(len(rows), np.int64)
+    for first in range(0, len(rows), ASSIGNED_ROWS):
+        part = slice(first, first + ASSIGNED_ROWS)
+        distances = torch.addmm(lengths, rows[part], centres.T, alpha=-2)  # [M, centres], but for the rows' own lengths
+        nearest[part] = distances.numpy().argmin(axis=1)  # five times as fast as torch's
+    return torch.from_numpy(nearest)
