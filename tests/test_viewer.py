@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import re
 import signal
 import socket
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +25,18 @@ import simple_trainer
 import simple_trainer_hybrid_streamed
 import view
 from configs import Config
+from datasets.image_files import decode_image
+from datasets.scene import load_scene
 from errors import InputError
-from training import command_line
+from training import command_line, live
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.opened import open_model
 from training.views import posed_cameras, render
+from viewer import frustums
+from viewer import page as page_module
+from viewer.frustums import Frustums, Photo
 from viewer.pace import LEAST_PIXELS, RESTS_AFTER, Pace
-from viewer.page import cameras_of, check_free
+from viewer.page import Page, cameras_of, check_free
 
 CPU = torch.device("cpu")
 
@@ -167,7 +176,134 @@ def test_a_checkpoint_says_that_it_was_trained_antialiased(trained, tmp_path):
     assert not torch.equal(pictures[0], plain.draw(cameras_of(page_camera(pose), 80 * 60, plain.make_cameras)))
 
 
+# ---------------------------------------------------------------------------------------------------------- photos
+
+
+class Box:
+    """Stand for viser's checkbox."""
+
+    value = False
+
+    def on_update(self, callback) -> None:
+        self._callback = callback
+
+    def tick(self, value: bool, position: np.ndarray) -> None:
+        self.value = value
+        self._callback(SimpleNamespace(client=SimpleNamespace(camera=SimpleNamespace(position=position))))
+
+
+def shown(photos: list[Photo]) -> tuple[Frustums, Box, dict[str, SimpleNamespace]]:
+    """Frustums on a page that keeps what it is told, by the photos' names, in their order."""
+    kept: dict[str, SimpleNamespace] = {}
+
+    def add(name: str, **options) -> SimpleNamespace:
+        kept[name.removeprefix("/cameras/")] = frustum = SimpleNamespace(**options, image=None)
+        frustum.on_click = lambda callback: setattr(frustum, "click", callback)
+        return frustum
+
+    box = Box()
+    scene = SimpleNamespace(add_camera_frustum=add)
+    server = SimpleNamespace(scene=scene, gui=SimpleNamespace(add_checkbox=lambda *_, **__: box))
+    return Frustums(server, photos, 0.1), box, kept
+
+
+def photo_at(x: float, read) -> Photo:
+    pose = np.eye(4)
+    pose[0, 3] = x
+    return Photo(f"{x:g}", pose, 1.0, 1.5, read)
+
+
+def test_photos_are_read_when_they_are_shown_and_the_nearest_first():
+    order: list[float] = []
+
+    def reads(x: float):
+        def read(pixels: int) -> np.ndarray:
+            order.append(x)
+            if x == 3:
+                raise OSError("damaged")
+            return np.full((pixels, pixels, 3), x, np.uint8)
+
+        return read
+
+    places = [0.0, 1.0, 3.0, 7.0]
+    photos, box, kept = shown([photo_at(x, reads(x)) for x in places])
+    assert not any(frustum.visible or order for frustum in kept.values())
+    box.tick(True, np.array([3.05, 0, 0]))
+    photos._reader.submit(lambda: None).result()  # until all are read
+    assert order == [3.0, 1.0, 0.0, 7.0]
+    assert [None if f.image is None else int(f.image.max()) for f in kept.values()] == [0, 1, None, 7]
+    # Who stands in a photo's place would see it in place of the model.
+    assert [f.visible for f in kept.values()] == [True, True, False, True]
+    camera = SimpleNamespace()
+    kept["7"].click(SimpleNamespace(client=SimpleNamespace(camera=camera, atomic=contextlib.nullcontext)))
+    assert camera.position.tolist() == [7, 0, 0]
+    assert [f.visible for f in kept.values()] == [True, True, True, False]
+    photos.close()
+
+
+def test_photos_that_are_hidden_again_are_not_read():
+    began, goes_on, order = threading.Event(), threading.Event(), []
+
+    def read(pixels: int) -> np.ndarray:
+        began.set()
+        goes_on.wait(10)
+        order.append(0)
+        return np.zeros((2, 3, 3), np.uint8)
+
+    photos, box, _ = shown([photo_at(float(x), read) for x in range(5)])
+    box.tick(True, np.full(3, 9.0))
+    assert began.wait(10)
+    box.tick(False, np.full(3, 9.0))
+    goes_on.set()
+    photos.close()
+    assert len(order) == 1
+
+
+def test_of_many_photos_some_are_shown_evenly():
+    _, _, kept = shown([photo_at(float(x), None) for x in range(1000)])
+    places = sorted(map(float, kept))
+    assert len(places) == frustums.MOST
+    assert (places[0], places[-1]) == (0, 999)
+    assert set(np.diff(places)) == {5.0, 6.0}
+    assert shown([])[2] == {}
+
+
+def test_a_photo_on_the_page_is_what_its_camera_sees(city_block):
+    scene = load_scene(city_block)
+    for index in (0, len(scene.image_names) - 1):
+        photo = live.photo_of(scene, index)
+        camera = scene.cameras[scene.camera_indices[index]]
+        small = photo.read(40)
+        assert max(small.shape) == 40
+        assert small.shape[1] / small.shape[0] == pytest.approx(photo.aspect, rel=0.05)
+        whole = camera.undistort(decode_image(scene.image_paths[index]))
+        np.testing.assert_allclose(small.mean(axis=(0, 1)), whole.mean(axis=(0, 1)), atol=1.0)
+        assert photo.fov == pytest.approx(2 * np.arctan(0.5 * camera.height / camera.K[1, 1]))
+        np.testing.assert_array_equal(photo.pose, scene.camtoworlds[index])
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_page_that_is_served_everywhere_is_named_by_an_address_that_opens():
+    pytest.importorskip("viser")
+    page = Page(free_port(), "0.0.0.0")
+    try:
+        assert "0.0.0.0" not in page.url
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page.url, timeout=20) as answer:
+            assert answer.status == 200
+    finally:
+        page.close()
+
+
+def test_without_a_network_the_address_of_this_machine_is_named(monkeypatch):
+    class Unreachable(socket.socket):
+        def connect(self, address) -> None:
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "socket", Unreachable)
+    assert page_module.address_of("0.0.0.0") == "127.0.0.1"
+    assert page_module.address_of("192.0.2.7") == "192.0.2.7"
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])

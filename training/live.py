@@ -6,14 +6,17 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from torch import Tensor
 
 from configs import Config
+from datasets.image_files import decode_image
 from datasets.scene import Scene
 from datasets.trajectories import level_frame, middle_of
 from datasets.upright import up_direction
 from training.views import posed_cameras
+from viewer.frustums import Photo
 from viewer.page import HOST, PORT, Page
 
 if TYPE_CHECKING:
@@ -41,13 +44,10 @@ class LiveViewer:
         near_ids = np.setdiff1d(scene.train_ids, scene.far_ids)
         ids = near_ids if len(near_ids) else scene.train_ids
         poses = scene.camtoworlds[ids]
-        camera = scene.cameras[scene.camera_indices[ids[0]]]
         up = up_direction(poses, scene.points)
         focus = middle_of(level_frame(up), poses, scene.points.astype(np.float64))
         self.page.place(up, poses[0], float(np.linalg.norm(focus - poses[0, :3, 3])))
-        fov = 2 * np.arctan(camera.height / 2 / camera.K[1, 1])
-        names = [scene.image_names[index] for index in ids]
-        self.page.show_cameras(poses, names, float(fov), camera.width / camera.height, 0.03 * scene.scene_scale)
+        self.page.show_photos([photo_of(scene, index) for index in ids], 0.03 * scene.scene_scale)
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Draw what is due, and wait where training is paused."""
@@ -72,3 +72,17 @@ class LiveViewer:
                 f"{run.model.num_gaussians:,} Gaussians",
             ]
         )
+
+
+def photo_of(scene: Scene, index: int) -> Photo:
+    """Return a photo of a scene for a page: as its pinhole camera sees it, read when it is asked for."""
+    camera = scene.cameras[scene.camera_indices[index]]
+
+    def read(most_pixels: int) -> np.ndarray:
+        picture = camera.undistort(decode_image(scene.image_paths[index]))
+        scale = min(1.0, most_pixels / max(picture.shape))
+        size = [max(round(scale * side), 1) for side in (camera.width, camera.height)]
+        return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+    fov = 2 * np.arctan(camera.height / 2 / camera.K[1, 1])
+    return Photo(scene.image_names[index], scene.camtoworlds[index], float(fov), camera.width / camera.height, read)

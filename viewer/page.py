@@ -9,7 +9,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,13 @@ from scipy.spatial.transform import Rotation
 from errors import InputError
 from offload.culling.cameras import Cameras
 from viewer.frame import frame
+from viewer.frustums import Frustums, Photo
 from viewer.pace import Pace
 
 PORT, HOST = 8080, "127.0.0.1"
+EVERYWHERE = "0.0.0.0"  # as a host: by whoever reaches this machine
+ELSEWHERE = ("192.0.2.1", 9)  # an address that is nobody's (RFC 5737)
 LONGEST_SIDE = 960  # pixels of a picture, at first
-MOST_CAMERAS = 200  # that are shown, evenly of all
 SAY_AGAIN = 0.5  # seconds between changes of what the page says
 
 
@@ -76,6 +78,16 @@ def check_free(port: int, host: str) -> None:
         ) from error
 
 
+def address_of(host: str) -> str:
+    """Return under which address a page is opened that is served to a host."""
+    if host != EVERYWHERE:
+        return host
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect(ELSEWHERE)  # sends nothing, but finds by which address this machine goes out
+        return way.getsockname()[0]
+    return HOST  # it is in no network
+
+
 class Page:
     """Serve a page, and draw for all who have it open. Nothing is drawn by itself: whoever has the model calls `draw`.
 
@@ -104,7 +116,7 @@ class Page:
         logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # whoever knocks and goes prints no traceback
         with _quiet():
             self._server = viser.ViserServer(host=host, port=port, label="Gaussians", verbose=False)
-        self.url = f"http://{host}:{port}"
+        self.url = f"http://{address_of(host)}:{port}"
         self.is_paused = False
         self._clients: dict[int, _Client] = {}
         self._said = -math.inf
@@ -112,7 +124,7 @@ class Page:
         gui.configure_theme(dark_mode=True)
         self._text = gui.add_markdown("")
         self._longest_side = gui.add_slider("Longest side", min=160, max=2560, step=32, initial_value=LONGEST_SIDE)
-        self._frustums: list[Any] = []
+        self._frustums: Frustums | None = None
         if can_pause:
             self._button = gui.add_button("Pause")
             self._button.on_click(lambda _: self._toggle())
@@ -136,34 +148,14 @@ class Page:
         start.look_at = pose[:3, 3] + distance * pose[:3, 2]
         start.up = up
 
-    def show_cameras(self, poses: np.ndarray, names: list[str], fov: float, aspect: float, size: float) -> None:
-        """Let the cameras of photos be shown; a click on one moves there.
+    def show_photos(self, photos: Sequence[Photo], size: float) -> None:
+        """Let photos and their cameras be shown.
 
         Args:
-            poses: [n, 4, 4].
-            names: n.
-            fov: Of their pictures' height, radians.
-            aspect: Width by height.
+            photos: All that there are.
             size: Of what stands for one, in world units.
         """
-        shows_cameras = self._server.gui.add_checkbox("Cameras", initial_value=False)
-        shows_cameras.on_update(lambda _: self._show_frustums(shows_cameras.value))
-        for index in np.unique(np.linspace(0, len(poses) - 1, MOST_CAMERAS).round().astype(int))[: len(poses)]:
-            pose = poses[index]
-            x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat()
-            frustum: Any = self._server.scene.add_camera_frustum(
-                f"/cameras/{names[index]}",
-                fov=fov,
-                aspect=aspect,
-                scale=size,
-                thickness=0.03 * size,  # of its lines, in world units too
-                color=(232, 113, 10),
-                wxyz=(w, x, y, z),
-                position=pose[:3, 3],
-                visible=False,
-            )
-            frustum.on_click(self._jump_to(pose))
-            self._frustums.append(frustum)
+        self._frustums = Frustums(self._server, photos, size)
 
     def draw(self, draw: Callable[[Cameras], torch.Tensor], make: MakeCameras, version: int) -> int:
         """Draw for all pages for which a picture is due; one for which device memory does not suffice is black.
@@ -206,6 +198,8 @@ class Page:
 
     def close(self) -> None:
         """Serve no longer."""
+        if self._frustums is not None:
+            self._frustums.close()
         with _quiet():
             self._server.stop()
 
@@ -225,21 +219,6 @@ class Page:
     def _toggle(self) -> None:
         self.is_paused = not self.is_paused
         self._button.label = "Go on" if self.is_paused else "Pause"
-
-    def _show_frustums(self, visible: bool) -> None:
-        for frustum in self._frustums:
-            frustum.visible = visible
-
-    @staticmethod
-    def _jump_to(pose: np.ndarray) -> Callable[[Any], None]:
-        x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat()
-
-        def jump(event: Any) -> None:
-            with event.client.atomic():
-                event.client.camera.wxyz = (w, x, y, z)
-                event.client.camera.position = pose[:3, 3]
-
-        return jump
 
 
 @contextlib.contextmanager
