@@ -36,8 +36,7 @@ class Placement:
 
     def describe(self, world: World) -> str:
         """Return as words which coordinates these are."""
-        own = "the file's own coordinates" if self.transform is None else "the file's own, normalized coordinates"
-        where = "the dataset's coordinates" if world == "input" else own
+        where = "the dataset's coordinates" if world == "input" else "the file's own coordinates"
         if self.offset is not None:
             where += f" less {' '.join(map(repr, self.offset.tolist()))}"
         return f"{where}, with {AXES[self.up]}" if self.up else f"{where}, with its axes as they are"

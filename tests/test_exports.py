@@ -551,6 +551,55 @@ def test_a_folder_is_no_model(tmp_path):
         run(tmp_path, "--to", tmp_path / "a.spz")
 
 
+@pytest.mark.parametrize("ending", [".compressed.ply", ".spz", ".sog", ".splat", ".html", "/lod-meta.json"])
+def test_a_file_for_viewers_is_no_model(ending, checkpoint, tmp_path):
+    made = tmp_path / f"a{ending}"
+    run(checkpoint, "--to", made, "--max_gaussians", 20)
+    with pytest.raises(InputError, match=re.escape(f"{made} is a file for viewers, which keeps less than a model has")):
+        run(made, "--to", tmp_path / "b.ply")
+    if made.suffix == ".ply":
+        made = made.rename(tmp_path / "renamed.ply")
+        with pytest.raises(
+            InputError, match=r"renamed\.ply cannot be read as a 3DGS PLY file \(it is a compressed one"
+        ):
+            run(made, "--to", tmp_path / "b.ply")
+
+
+@pytest.mark.parametrize("change", ["types", "order", "ascii", "big-endian", "more", "names"])
+def test_a_ply_of_another_program_is_read_or_named(change, model, tmp_path, capsys):
+    """Its numbers are the same in another layout; or a property has another name, which the sentence says."""
+    save_ply(tmp_path / "a.ply", lambda a, b: {n: v[a:b] for n, v in model.items()}, 600, TRANSFORM)
+    vertex = PlyData.read(tmp_path / "a.ply")["vertex"].data
+    names = [name for name in vertex.dtype.names if not name.startswith("n")]
+    types = dict.fromkeys(names, "f8" if change == "types" else "f4")
+    if change == "order":
+        names = names[::-1]
+    if change == "more":
+        types["segment"] = "i4"
+        names = ["segment", *names]
+    changed = {"opacity": "alpha"} if change == "names" else {}
+    theirs = np.zeros(600, [(changed.get(name, name), types[name]) for name in names])
+    for name in names:
+        if name != "segment":
+            theirs[changed.get(name, name)] = vertex[name]
+    elements = [PlyElement.describe(theirs, "vertex")]
+    if change == "more":
+        elements.insert(0, PlyElement.describe(np.zeros(3, [("fx", "f4")]), "camera"))
+    path = tmp_path / "theirs.ply"
+    PlyData(elements, text=change == "ascii", byte_order=">" if change == "big-endian" else "<").write(path)
+    if change == "names":
+        with pytest.raises(
+            InputError, match=r"theirs\.ply cannot be read as a 3DGS PLY file \(there is no property opacity"
+        ):
+            run(path, "--to", tmp_path / "b.ply")
+        return
+    run(path, "--to", tmp_path / "b.ply")
+    assert "in the file's own coordinates, with its axes as they are." in capsys.readouterr().out
+    found = load_ply(tmp_path / "b.ply")
+    for name, value in model.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6 if change == "ascii" else 0, atol=1e-6)
+
+
 def test_harmonics_that_colours_do_not_share_evenly_are_refused(model, tmp_path):
     save_ply(tmp_path / "a.ply", lambda a, b: {n: v[a:b] for n, v in model.items()}, 600, TRANSFORM)
     vertex = PlyData.read(tmp_path / "a.ply")["vertex"].data

@@ -249,6 +249,8 @@ class PlyRows:
                 "sh0": [f"f_dc_{i}" for i in range(3)],
                 "shN": [f"f_rest_{i}" for i in range(rest)],
             }
+            if "packed_position" in names:
+                raise ValueError("it is a compressed one, which keeps its numbers in few bits")
             missing = [name for columns in self._columns.values() for name in columns if name not in names]
             if missing:
                 raise ValueError(f"there is no property {missing[0]}")
