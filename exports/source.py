@@ -43,8 +43,8 @@ def open_source(path: Path) -> Source:
         raise InputError(f"{path} {problem}: name a checkpoint (.pt) or a 3DGS PLY file.")
     if path.name.lower().endswith(FOR_VIEWERS):
         raise InputError(
-            f"{path} is a file for viewers, which keeps less than a model has: name the checkpoint or the PLY file that "
-            "it was made of."
+            f"{path} is a file for viewers, which keeps less than a model has: name the checkpoint or the PLY file "
+            "that it was made of."
         )
     with open(path, "rb") as file:
         is_ply = file.read(3) == b"ply"
