@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -16,6 +17,11 @@ def render_page(template: Path, **values: object) -> str:
         template: Fills the blocks of base.html.
         values: That it shows.
     """
-    loader = FileSystemLoader([template.parent, HERE])
-    pages = Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)
-    return pages.get_template(template.name).render(**values)
+    return _pages(template.parent).get_template(template.name).render(**values)
+
+
+@cache  # with what it has compiled: a run writes its page after each evaluation
+def _pages(folder: Path) -> Environment:
+    """Return the templates of a folder, and base.html."""
+    loader = FileSystemLoader([folder, HERE])
+    return Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)

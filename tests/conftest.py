@@ -1,10 +1,19 @@
+import os
+
+# Two processes of tests on two cores would wait for one another's threads. What several threads must not change is
+# tested with as many as each test says, and by tests/test_other_machines.py with five.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# isort: split
+
 import startup  # noqa: F401, before torch is imported
 
 # isort: split
 
 import importlib.util
-import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +43,16 @@ def city_block(tmp_path_factory) -> Path:
 def anisotropic_gaussians(monkeypatch) -> None:
     """Let training begin with Gaussians whose axes differ, from which two runs can be compared."""
     monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def charts_stay_undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the charts of a run's page empty, which cost more than a small run, but in modules about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("charts"):
+            empty = '<svg role="img" aria-label="{}"></svg>'
+            patch.setattr("reporting.charts._svg", lambda figure, title: empty.format(title))
+        yield
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -18,6 +18,8 @@ from training.report import MOST_VIEWS
 from training.reporting import TensorBoardLog
 from training.results import MOST_LOGGED
 
+pytestmark = pytest.mark.charts
+
 
 def train(monkeypatch, data_dir: Path, result_dir: Path, *options: object) -> None:
     arguments = ("--data_dir", data_dir, "--result_dir", result_dir, "--device", "cpu", *options)
@@ -94,6 +96,7 @@ def test_tensorboard_shows_pictures(finished):
     assert [event.step for event in log.Images(tags[0])] == [4, 9]
 
 
+@pytest.mark.slow
 def test_the_last_lines_say_where_everything_is(monkeypatch, city_block, tmp_path, capsys):
     postfixes = []
     set_postfix = reporting.tqdm.set_postfix
@@ -136,6 +139,7 @@ def test_an_evaluated_checkpoint_has_a_page(monkeypatch, finished, city_block, t
     assert "PSNR" in shown
 
 
+@pytest.mark.slow
 def test_damaged_statistics_and_pictures_cost_their_part_of_the_page_alone(
     monkeypatch, finished, city_block, tmp_path, capsys
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,19 @@ from training.gaussians import initial_gaussians
 ROUNDED_OPTIONS = {("moments", "bfloat16"), ("state", "compact")}
 ROUNDED = [name for name, way in TRAINERS.items() if ROUNDED_OPTIONS & set(way.options.items())]
 EXACT = [name for name in TRAINERS if name not in ROUNDED]  # that keep all in float32
+QUICK_TRAINERS = ("gpu_only", "split", "streamed_compact")  # three scripts, all kinds of Adam, both states
+
+
+def slow_but(quick: Collection[str], cases: Iterable) -> list:
+    """Mark the cases of a test as slow, but for those of these ids.
+
+    A run of a script takes most of a second: where a test runs it for many cases, the quick set has one of each kind.
+    """
+    marked = []
+    for case in cases:
+        values, name = (case.values, case.id) if hasattr(case, "values") else ((case,), str(case))
+        marked.append(pytest.param(*values, id=name, marks=() if name in quick else pytest.mark.slow))
+    return marked
 
 
 def train(
