@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from gaussian_offload_native import offload as native_kernels
 from torch import Tensor
 
 from offload.adam.host import DeferredAdam
@@ -320,7 +321,9 @@ def test_moments_do_not_drift_over_many_steps():
         adam.commit(*rows.state(), None, gradients)
     for moment, beta, power in ((rows.exp_avg, BETAS[0], 1), (rows.exp_avg_sq, BETAS[1], 2)):
         expected = (1 - beta**steps) * gradients.double() ** power
-        torch.testing.assert_close(moment.double(), expected, rtol=4e-6, atol=0)
+        # Without fused multiply-add a step rounds twice, at worst always the same way: what 1 / (1 - beta) steps add.
+        rtol = 2**-23 / (1 - beta) if native_kernels.INSTRUCTION_SET == "baseline" else 4e-6
+        torch.testing.assert_close(moment.double(), expected, rtol=rtol, atol=0)
 
 
 @pytest.mark.slow

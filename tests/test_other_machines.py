@@ -60,8 +60,5 @@ def test_numbers_are_right_on_another_machine(instruction_set, threads):
         "ATEN_CPU_CAPABILITY": OF_TORCH.get(instruction_set, instruction_set),
         "OMP_NUM_THREADS": threads,
     }
-    # Without fused multiply-add moments drift by 4e-5 in 5,000 steps of a gradient that never changes.
-    drift = "tests/test_adam.py::test_moments_do_not_drift_over_many_steps"
-    without = ["--deselect", drift] if instruction_set == "baseline" else []
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *without]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow"]
     run_python(["-m", "pytest", *options, *files], **environment)
