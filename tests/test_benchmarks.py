@@ -122,6 +122,7 @@ def test_a_trainer_without_memory_is_reported_and_the_rest_go_on(tmp_path, monke
     assert finished["remark"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
 def test_scaling_varies_one_number_at_a_time(tmp_path):
     options = scaling.Options(
@@ -177,6 +178,7 @@ def test_visible_counts_are_those_of_the_scene():
     assert counts.mean(500.0) > 2 * counts.mean(1000.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
 def test_views_of_the_city_see_what_those_of_clm_see(tmp_path):
     names = ("streamed_compact_geometry_on_host", "streamed_bfloat16")

@@ -328,6 +328,7 @@ def test_options_that_cannot_be_are_refused(options):
         calibrate.main(calibrate.Options(**options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_on_some_gpu")
 def test_the_trainers_it_is_about_print_it(monkeypatch, tmp_path, capsys):
     save_verdict("some GPU in some host", H200, SMALL)

@@ -189,6 +189,7 @@ def test_kernels_make_the_same_codes(kind, device, moments):
         torch.testing.assert_close(actual, other, rtol=2e-6, atol=torch.finfo(torch.float32).tiny)
 
 
+@pytest.mark.slow
 def test_roundings_of_moments_are_right_on_average(codec):
     """Of values between two codes, at codes, at the ends of the codes' range and beside ones that differ by octaves."""
     rows, columns = 20_000, 48

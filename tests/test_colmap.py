@@ -126,6 +126,7 @@ def test_read_only_model_is_cached_for_the_user(tmp_path, monkeypatch):
     assert_same(load_sparse_model(tmp_path)[0], first)
 
 
+@pytest.mark.slow
 def test_valid_cache_needs_no_pycolmap(tmp_path):
     write_scene(tmp_path, write_pictures=False)
     program = (

@@ -263,6 +263,7 @@ class NativeRows(HostRows):
         self.native.commit(self.state, self.last_step, ids, gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "group"), ROUNDED[1:])
 def test_what_is_rounded_is_right_on_average(form, group):
     """Where gradients stay alike, steps change moments, and float16, by less than they hold; the mean must follow."""

@@ -29,6 +29,7 @@ from offload.pipelines.streamed import StreamedPipeline
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from offload.pipelines.transfer import RowTransfer
 from offload.tiles.budget import RowLimit
+from tests.training_scripts import slow_but
 
 CPU = torch.device("cpu")
 N = 600
@@ -53,7 +54,9 @@ MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
         start, ADAM, limit=RowLimit(1.0), geometry="host", state="compact", **BOUND
     ),
 }
-KINDS = pytest.mark.parametrize("kind", MODELS)
+# The quick set has one of each class and of each store.
+QUICK = ("GPU only", "baseline", "forwarded, host", "streamed", "streamed, compact", "tiled")
+KINDS = pytest.mark.parametrize("kind", slow_but(QUICK, MODELS))
 A, B, C = (random_cameras(seed, count=1, fov=50) for seed in (3, 7, 11))
 
 
@@ -336,7 +339,8 @@ def travel_of(kind: str) -> tuple[type, str]:
     }.get(kind, (RowTransfer, "upload"))
 
 
-TRAVELLING = pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "GPU only"])  # there nothing can fail
+CAN_FAIL = slow_but(QUICK, [kind for kind in MODELS if kind != "GPU only"])
+TRAVELLING = pytest.mark.parametrize("kind", CAN_FAIL)
 
 
 @TRAVELLING

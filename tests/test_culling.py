@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from inspect import signature
@@ -159,9 +160,9 @@ def missing(drawn: Tensor, found: Tensor) -> Tensor:
     return drawn[~torch.isin(drawn, found)]
 
 
-def check(rows: Tensor, cameras: Cameras, cull) -> tuple[Tensor, Tensor]:
-    """Nothing drawn is left out, at most 2 % is in excess; returns what is drawn and what was found."""
-    drawn, found = drawn_ids(rows, cameras), cull(rows, cameras)
+def check(rows: Tensor, cameras: Cameras, cull, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nothing drawn is left out, at most 2 % is in excess; returns what is drawn, if not known, and what was found."""
+    drawn, found = drawn_ids(rows, cameras) if drawn is None else drawn, cull(rows, cameras)
     assert found.dtype == torch.int64
     assert torch.equal(found, found.unique())  # sorted, each once
     assert len(missing(drawn, found)) == 0
@@ -169,16 +170,30 @@ def check(rows: Tensor, cameras: Cameras, cull) -> tuple[Tensor, Tensor]:
     return drawn, found
 
 
+def two_blocks(num_rows: int) -> int:
+    """Return a power of two that is half of the rows or more: the interpreter's time goes with the number of blocks."""
+    return max(64, 1 << (max(num_rows - 1, 1).bit_length() - 1))
+
+
 def with_triton(rows: Tensor, cameras: Cameras, margin: Margin | None = None) -> Tensor:
     from offload.culling import kernels_triton as culling_triton
 
     if INTERPRETED:
-        culling_triton.BLOCK = 1 << 16  # the interpreter takes as long for a small block as for a large one
+        culling_triton.BLOCK = two_blocks(len(rows))
     return on_device(culling_triton, rows, cameras, margin, TRITON_DEVICE)
 
 
-ALL = pytest.mark.parametrize("cull", [native, on_the_cpu, with_torch, pytest.param(with_triton, marks=NEEDS)])
+INTERPRETED_SLOWLY = pytest.param(with_triton, marks=[*NEEDS, pytest.mark.slow])
+ALL = pytest.mark.parametrize("cull", [native, on_the_cpu, with_torch, INTERPRETED_SLOWLY])
 MODES = pytest.mark.parametrize("antialiased", [False, True], ids=["classic", "antialiased"])
+
+
+@functools.cache  # for each way of culling
+def drawn_of(fov: float, median_scale: float, antialiased: bool) -> tuple[Tensor, Cameras, Tensor]:
+    """Rows, cameras, and the ids of the rows that are drawn."""
+    rows = random_geometry(50_000, seed=1, median_scale=median_scale)
+    cameras = random_cameras(2, fov=fov, antialiased=antialiased)
+    return rows, cameras, drawn_ids(rows, cameras)
 
 
 @pytest.mark.slow
@@ -187,17 +202,26 @@ MODES = pytest.mark.parametrize("antialiased", [False, True], ids=["classic", "a
 @pytest.mark.parametrize("fov", [15, 60, 140])
 @pytest.mark.parametrize("median_scale", [3e-4, 0.01, 0.05, 0.5, 5])
 def test_everything_drawn_is_found(cull, antialiased, fov, median_scale):
-    rows = random_geometry(50_000, seed=1, median_scale=median_scale)
-    drawn, _ = check(rows, random_cameras(2, fov=fov, antialiased=antialiased), cull)
+    rows, cameras, drawn = drawn_of(fov, median_scale, antialiased)
+    check(rows, cameras, cull, drawn)
     assert len(drawn) > (20 if not antialiased else 0)  # the smallest fade when antialiased
 
 
+@pytest.mark.slow
 @ALL
 @MODES
 def test_needles_discs_and_all_sizes_at_once(cull, antialiased):
     rows = random_geometry(30_000, seed=3, median_scale=0.02, spread=2.5)
     check(rows, random_cameras(4, antialiased=antialiased), cull)
     check(rows, random_cameras(5, antialiased=antialiased, inside=False), cull)
+
+
+@functools.cache  # for each way of culling
+def drawn_in_both_precisions(offset: float, antialiased: bool) -> tuple[Tensor, Cameras, Tensor, Tensor]:
+    """Rows, cameras, and the ids of the rows that are drawn in float32 and in float64."""
+    rows = random_geometry(200_000, seed=6, median_scale=0.01, offset=offset)
+    cameras = random_cameras(7, count=4, offset=offset, antialiased=antialiased, near_plane=0.1, far_plane=5.0)
+    return rows, cameras, drawn_ids(rows, cameras), drawn_ids(rows, cameras, torch.float64)
 
 
 @pytest.mark.slow
@@ -207,9 +231,7 @@ def test_needles_discs_and_all_sizes_at_once(cull, antialiased):
 def test_rounding_of_the_rasterizer_never_matters(cull, antialiased, offset):
     """Far from the origin float32 positions are coarse, and the rasterizer in float32 and in float64 draws different
     Gaussians at the border; both must be found."""
-    rows = random_geometry(200_000, seed=6, median_scale=0.01, offset=offset)
-    cameras = random_cameras(7, count=4, offset=offset, antialiased=antialiased, near_plane=0.1, far_plane=5.0)
-    single, double = drawn_ids(rows, cameras), drawn_ids(rows, cameras, torch.float64)
+    rows, cameras, single, double = drawn_in_both_precisions(offset, antialiased)
     assert not offset or not torch.equal(single, double)
     found = cull(rows, cameras)
     assert len(missing(single, found)) == len(missing(double, found)) == 0
@@ -260,11 +282,9 @@ def test_depth_limits(cull):
     assert len(drawn) < 0.7 * len(drawn_ids(rows, random_cameras(9)))
 
 
-@pytest.mark.slow
-@ALL
-@MODES
-def test_a_trained_scene(cull, antialiased):
-    """After some steps of Adam, which make Gaussians long, flat, faint and large."""
+@functools.cache  # for each way of culling
+def trained_scene() -> tuple[Tensor, Cameras]:
+    """Rows after some steps of Adam, which make Gaussians long, flat, faint and large, and the cameras of these."""
     rows = random_geometry(1500, seed=10, median_scale=0.15)
     cameras = random_cameras(11, count=4, inside=False)
     leaves = {name: rows[:, columns].clone().requires_grad_() for name, columns in COLUMNS.items()}
@@ -284,6 +304,14 @@ def test_a_trained_scene(cull, antialiased):
     for name, columns in COLUMNS.items():
         trained[:, columns] = leaves[name].detach()
     assert (trained - rows).abs().max() > 0.5
+    return trained, cameras
+
+
+@pytest.mark.slow
+@ALL
+@MODES
+def test_a_trained_scene(cull, antialiased):
+    trained, cameras = trained_scene()
     for seed in range(14, 24):
         check(trained, random_cameras(seed, antialiased=antialiased), cull)
         check(trained, replace(cameras, antialiased=antialiased), cull)

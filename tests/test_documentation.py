@@ -94,6 +94,7 @@ def test_the_documents_name_commands():
     assert DEMO_COMMANDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_documents_is_one_that_its_program_takes(command, tmp_path):
     with pytest.raises(SystemExit, match=r"^0$") if "--help" in command else contextlib.nullcontext():

@@ -15,7 +15,7 @@ from datasets.loader import evaluation_loader
 from datasets.scene import load_scene
 from offload.culling.native import BlockBounds, visible_ids
 from offload.store.host_store import HostStore
-from tests.training_scripts import ROUNDED, anisotropic_start, train
+from tests.training_scripts import QUICK_TRAINERS, ROUNDED, anisotropic_start, slow_but, train
 from trainers import TRAINERS
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
@@ -112,14 +112,14 @@ def starting_from(make_start) -> pytest.MarkDecorator:
 
 
 @starting_from(one_gaussian)
-@pytest.mark.parametrize("trainer", OFFLOADING)
+@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, OFFLOADING))
 def test_one_gaussian(monkeypatch, city_block, tmp_path, reference, trainer):
     actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
     assert_same(trainer, actual, reference)
 
 
 @starting_from(in_all_views_in_one_and_in_none)
-@pytest.mark.parametrize("trainer", OFFLOADING)
+@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, OFFLOADING))
 def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path, reference, trainer):
     start = reference.start
     actual = train_from(monkeypatch, start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
@@ -140,7 +140,7 @@ def test_every_view_shows_all_rows(monkeypatch, city_block, tmp_path, reference,
     assert_same(trainer, actual, reference)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, TRAINERS))
 def test_no_view_shows_a_row(monkeypatch, city_block, tmp_path, trainer):
     start = first_gaussians(city_block, 50)
     start["means"] += 1e6
@@ -148,7 +148,7 @@ def test_no_view_shows_a_row(monkeypatch, city_block, tmp_path, trainer):
     assert all(torch.equal(actual[name], start[name]) for name in PARAMETER_NAMES)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, TRAINERS))
 def test_a_refinement_that_would_leave_none_stops_with_all_saved(monkeypatch, city_block, tmp_path, capsys, trainer):
     options = ("--max_steps", 40, "--refine_start_iter", 5, "--refine_every", 10, "--prune_opa", 0.49)
     with pytest.raises(SystemExit, match="1"):

@@ -10,6 +10,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from tests.interrupted_runs import SCRIPTS, assert_same_state, run_script, saved
+from tests.training_scripts import slow_but
 from training.ply import load_ply
 
 COMMON = (
@@ -36,6 +37,7 @@ EXTREMES = [
     ),
     pytest.param(simple_trainer, (), ("--prune_opa", 0.49, "--init_opacity", 0.499), id="nearly all pruned"),
 ]
+QUICK = ("no harmonics, streamed",)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def city_block(tmp_path_factory) -> Path:
     return data_dir
 
 
-@pytest.mark.parametrize(("script", "place", "options"), EXTREMES)
+@pytest.mark.parametrize(("script", "place", "options"), slow_but(QUICK, EXTREMES))
 def test_what_is_written_can_be_read(monkeypatch, city_block, tmp_path, capsys, script, place, options):
     result_dir, options = tmp_path / "results (with blanks), ä", (*COMMON, *place, *options)
     assert run_script(monkeypatch, script, city_block, result_dir, *options) == 0

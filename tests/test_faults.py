@@ -105,6 +105,7 @@ def test_saving_by_time_does_not_notice_a_clock_that_jumps(monkeypatch):
     assert not schedule.is_due(1)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_does_not_depend_on_the_clock(monkeypatch, city_block, tmp_path, capsys):
     options = ("--max_steps", 12, "--save_every", 4)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
@@ -155,6 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(monkeypatch, city_block, tmp_
     assert_same_state(saved(tmp_path, 12), before)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(monkeypatch, city_block, tmp_path):
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 2) == 0
     path = tmp_path / "ckpts/ckpt_2.pt"
@@ -216,6 +218,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_training(monkeypatch, city_block
     assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {f"ckpt_{n}.pt" for n in (10, 40, 50, 60)}
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_is_said_at_the_end(monkeypatch, city_block, tmp_path, capsys):
     save = checkpoint_folder.PartialCheckpoint
 

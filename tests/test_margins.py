@@ -64,7 +64,9 @@ def missed_rows(gaussians: OffloadedGaussians) -> int:
     return missed
 
 
-@pytest.mark.parametrize(("kind", "place"), TRAINERS + ROUNDED)
+@pytest.mark.parametrize(
+    ("kind", "place"), [*TRAINERS, *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED)]
+)
 def test_views_culled_ahead_miss_nothing(kind, place):
     gaussians = start(kind, place)
     assert missed_rows(gaussians) == 0
@@ -73,6 +75,7 @@ def test_views_culled_ahead_miss_nothing(kind, place):
 
 
 # Boxes are so wide that they find these rows without a margin.
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "place"), [*TRAINERS, ROUNDED[0], ROUNDED[2]])
 def test_without_a_margin_rows_are_missed(kind, place):
     gaussians = start(kind, place)

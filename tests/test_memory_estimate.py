@@ -187,6 +187,7 @@ def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(mon
     assert f"Memory for {most:,}, as --max_gaussians allows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_device_memory_names_what_takes_less_of_it(monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB if device.type == "cuda" else 999 * GIB)
     split = "use simple_trainer_hybrid_optimized_split.py --geometry host, which needs less of it, raise --data_factor"

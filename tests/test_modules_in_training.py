@@ -161,6 +161,7 @@ def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_
     assert "exclude each other" in run("--random_background", "--background", "white", result_dir="other")
 
 
+@pytest.mark.slow
 def test_modules_are_saved_at_the_step_of_the_gaussians_where_a_refinement_ends_training(
     monkeypatch, city_block, tmp_path
 ):

@@ -112,6 +112,7 @@ def transform_of_earlier_versions(scene: Scene) -> np.ndarray:
     return other @ scene.transform
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_keeps_its_world(monkeypatch, tmp_path, capsys):
     """It does not name its photos, and its normalization was another one."""
     data_dir = dataset(tmp_path / "a", list(range(9)))
@@ -143,6 +144,7 @@ def test_a_checkpoint_of_an_earlier_version_keeps_its_world(monkeypatch, tmp_pat
 # ------------------------------------------------------------------------------------------------ a moved world
 
 
+@pytest.mark.slow
 def test_a_georeferenced_dataset_trains_and_resumes_as_the_local_one(monkeypatch, tmp_path, capsys):
     """Easting and northing, z up, ten times the scale: the same model, up to the rounding of the input."""
     local = dataset(tmp_path / "local", list(range(9)))

@@ -181,6 +181,7 @@ def test_arranged_views_give_the_model_of_gpu_only_with_less_traffic(monkeypatch
     assert traffic["arranged"]["link_bytes"] < 0.9 * traffic["drawn"]["link_bytes"]
 
 
+@pytest.mark.slow
 def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, city_block, tmp_path):
     made, changed = [], []
     rebuild, after_step = BlockBounds.rebuild, DefaultStrategy.after_step
@@ -199,6 +200,7 @@ def test_bounds_of_blocks_are_made_once_when_all_rows_have_changed(monkeypatch, 
     assert made == [600, *changed]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_as_by_gpu_only(monkeypatch, city_block, tmp_path, capsys):
     train(monkeypatch, simple_trainer, city_block, tmp_path / "run", "--max_steps", 30)
     lines = []

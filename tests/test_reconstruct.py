@@ -154,6 +154,7 @@ def test_a_model_of_photos_that_are_all_in_larger_ones_is_left_out(tmp_path):
     assert "the others hold 1 photo that it lacks" in sentences[0]
 
 
+@pytest.mark.slow
 def test_photos_with_nothing_in_common(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for number in range(3):
@@ -220,6 +221,7 @@ def test_a_video_gives_the_sharpest_frame_of_each_interval(tmp_path, monkeypatch
     assert video_frames.write_sharpest_frames(tmp_path / "a.mp4", 100.0, tmp_path / "all") == 30  # no more than it has
 
 
+@pytest.mark.slow
 def test_a_video_is_matched_in_its_order(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reconstruct, "open_video", lambda video: (10.0, 0.4, iter(())))
     monkeypatch.setattr(
@@ -252,6 +254,7 @@ def test_videos_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     assert "pip install imageio-ffmpeg" in refused(capsys, "--video", video, "--out", tmp_path / "scene")
 
 
+@pytest.mark.slow
 def test_counting_leaves_the_database_to_those_who_write(tmp_path, capsys):
     """A reader of another SQLite library would end by removing the log that a writer of this process has mapped."""
     database, names = tmp_path / "database.db", ["a.png", "b.png", "c.png"]
@@ -276,6 +279,7 @@ def test_counting_leaves_the_database_to_those_who_write(tmp_path, capsys):
     assert "2/3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_import_goes_on_with_the_camera_it_began_with(tmp_path):
     names = ["a.png", "b.png", "large.png", "c.png"]
     for name in names:
@@ -287,6 +291,7 @@ def test_an_interrupted_import_goes_on_with_the_camera_it_began_with(tmp_path):
     assert cameras["a.png"] == cameras["b.png"] == cameras["c.png"] != cameras["large.png"]
 
 
+@pytest.mark.slow
 def test_photos_in_their_order_are_compared_with_all_near_ones_and_some_far_ones(tmp_path):
     names = [f"{number:02d}.png" for number in range(40)]
     for name in names:
@@ -350,6 +355,7 @@ if __name__ == "__main__":
     assert not is_running(child)
 
 
+@pytest.mark.slow
 def test_a_request_to_end_and_a_fault_are_one_sentence_and_nothing_is_lost(photos, tmp_path, capsys, monkeypatch):
     command = (photos[0], "--out", tmp_path / "scene")
     monkeypatch.setattr(reconstruct, "extract_features", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))

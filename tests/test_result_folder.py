@@ -63,12 +63,13 @@ def on_step(monkeypatch, number: int, act) -> None:
 # ------------------------------------------------------------------------------------------------ output and signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "output",
     [
         pytest.param("SCRIPT 2>&1 | head -c 300", id="reader goes away"),
-        pytest.param("SCRIPT > /dev/full 2>&1", id="full log", marks=pytest.mark.slow),
-        pytest.param("SCRIPT >&- 2>&-", id="closed", marks=pytest.mark.slow),
+        pytest.param("SCRIPT > /dev/full 2>&1", id="full log"),
+        pytest.param("SCRIPT >&- 2>&-", id="closed"),
     ],
 )
 def test_output_that_cannot_be_written_costs_no_step(city_block, tmp_path, output):
@@ -111,6 +112,7 @@ def test_characters_without_a_code_are_escaped(tmp_path, monkeypatch):
     assert path.read_text() == "ply/\\xe9.ply\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_closed_terminal_saves(monkeypatch, city_block, tmp_path, number):
     interrupt_after(monkeypatch, 7, number=number)
@@ -119,6 +121,7 @@ def test_a_closed_terminal_saves(monkeypatch, city_block, tmp_path, number):
     assert read_ending(tmp_path).status == "interrupted"
 
 
+@pytest.mark.slow
 def test_nohup_is_heeded(monkeypatch, city_block, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -156,7 +159,9 @@ def test_ctrl_c_while_modules_load_is_no_traceback(tmp_path):
 # ------------------------------------------------------------------------------------------------ a folder that goes
 
 
-@pytest.mark.parametrize("script", [simple_trainer, simple_trainer_hybrid_streamed])
+@pytest.mark.parametrize(
+    "script", [pytest.param(simple_trainer, marks=pytest.mark.slow), simple_trainer_hybrid_streamed]
+)
 def test_a_removed_folder_is_made_again(monkeypatch, city_block, tmp_path, capsys, script):
     folder = tmp_path / "run"
     on_step(monkeypatch, 7, lambda: shutil.rmtree(folder))
@@ -169,15 +174,22 @@ def test_a_removed_folder_is_made_again(monkeypatch, city_block, tmp_path, capsy
     assert read_ending(folder).status == "finished"
 
 
+@pytest.mark.slow
 def test_a_renamed_folder_loses_nothing(monkeypatch, city_block, tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "moved"
-    on_step(monkeypatch, 7, lambda: folder.rename(moved))
+
+    def rename() -> None:
+        wait_for((folder / "ckpts/ckpt_5.pt").is_file)  # which is written while training goes on
+        folder.rename(moved)
+
+    on_step(monkeypatch, 7, rename)
     options = ("--max_steps", 12, "--save_every", 5, "--num_workers", 1)
     assert run_script(monkeypatch, simple_trainer, city_block, folder, *options) == 0
     assert saved(moved, 5).can_resume
     assert saved(folder, 12).can_resume
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_another_run_s_meanwhile_is_left_to_it(monkeypatch, city_block, tmp_path):
     folder, locks = tmp_path / "run", []
 
@@ -193,6 +205,7 @@ def test_a_folder_that_is_another_run_s_meanwhile_is_left_to_it(monkeypatch, cit
     assert saved(tmp_path / f"run_{os.getpid()}", 12).can_resume
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_with_the_last_step_is_saved_to(monkeypatch, city_block, tmp_path):
     """Also where it is removed after the last look at it."""
     after_step = TrainingRun.after_step
@@ -274,6 +287,7 @@ def test_a_folder_without_results_is_nobody_s(monkeypatch, city_block, tmp_path)
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["ckpt_12.pt"]
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(monkeypatch, city_block, tmp_path, capsys):
     lock = FolderLock(tmp_path)
     for options in (SMALL, (*SMALL, "--resume"), (*SMALL, "--force")):
@@ -302,6 +316,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
 # ------------------------------------------------------------------------------------------------ planted links
 
 
+@pytest.mark.slow
 def test_planted_links_are_not_followed(monkeypatch, city_block, tmp_path):
     treasure = tmp_path / "treasure"
     treasure.write_text("mine")

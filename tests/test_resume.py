@@ -1,7 +1,10 @@
 """A run that was interrupted and resumed gives, bit for bit on the CPU, what one that never stopped gives."""
 
+import functools
 import random
+import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -100,20 +103,36 @@ def test_saving_changes_nothing(monkeypatch, city_block, tmp_path):
     assert_same_state(saved(tmp_path / "saving"), saved(tmp_path / "plain"))
 
 
+UNDISTURBED = ("--max_steps", 21, "--save_steps", 20, "--refine_start_iter", 1000, "--num_workers", 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(city_block, tmp_path_factory):
+    """Of a trainer, the folder of a run of 21 steps that has saved after 20 of them."""
+
+    @functools.cache
+    def run(script: ModuleType, place: tuple) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            assert run_script(monkeypatch, script, city_block, folder, *UNDISTURBED, *place) == 0
+        return folder
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("after_script", "after_place"), SCRIPTS)
 @pytest.mark.parametrize(("before_script", "before_place"), [SCRIPTS[0], SCRIPTS[1], SCRIPTS[4], SCRIPTS[5]])
 def test_another_trainer_goes_on(
-    monkeypatch, city_block, tmp_path, before_script, before_place, after_script, after_place
+    monkeypatch, city_block, tmp_path, undisturbed, before_script, before_place, after_script, after_place
 ):
     """Its first step after the change gives what the first trainer's would have given, up to rounding."""
-    options = ("--max_steps", 21, "--save_steps", 20, "--refine_start_iter", 1000, "--num_workers", 1)
-    assert run_script(monkeypatch, before_script, city_block, tmp_path / "whole", *options, *before_place) == 0
-    (tmp_path / "changed/ckpts").mkdir(parents=True)
-    (tmp_path / "whole/ckpts/ckpt_20.pt").rename(tmp_path / "changed/ckpts/ckpt_20.pt")
-    options = (*options, "--max_gaussians", 700, "--resume")
-    assert run_script(monkeypatch, after_script, city_block, tmp_path / "changed", *options, *after_place) == 0
-    expected, actual = saved(tmp_path / "whole", 21), saved(tmp_path / "changed", 21)
+    whole = undisturbed(before_script, before_place)
+    (tmp_path / "ckpts").mkdir()
+    shutil.copy(whole / "ckpts/ckpt_20.pt", tmp_path / "ckpts")
+    options = (*UNDISTURBED, "--max_gaussians", 700, "--resume", *after_place)
+    assert run_script(monkeypatch, after_script, city_block, tmp_path, *options) == 0
+    expected, actual = saved(whole, 21), saved(tmp_path, 21)
     for name, value in expected.gaussians.items():
         assert torch.allclose(actual.gaussians[name], value, rtol=1e-5, atol=1e-6), name
     current = (next(current_rows(checkpoint.state, "sh0"))[1] for checkpoint in (expected, actual))

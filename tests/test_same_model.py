@@ -39,7 +39,7 @@ from training.gaussians import activate
 from training.views import View
 
 OFFLOADING = [name for name in EXACT if name != "gpu_only"]
-DEFERRING = [name for name in OFFLOADING if name != "baseline"]
+DEFERRING = ["optimized", "streamed"]  # on the host, and on the device
 
 AS_MANY_ROWS = ("--refine_start_iter", 10**6, "--max_steps", 200, "--sh_degree_interval", 50)
 OTHER_MODES = ("--batch_size", 2, "--antialiased", "--random_background", "--max_steps", 50, "--sh_degree_interval", 10)
@@ -235,12 +235,16 @@ def test_densification_comes_to_the_same_size_and_quality(small_block, tmp_path,
     pairs differs by more than is allowed, two of three do in 3 p^2 of the tests. Of 25 pairs, under AVX-512, AVX2 and
     neither, none differed by more than one row of 1790 and 0.03 dB: with p = 1/27 one test in 240 would err.
     """
-    difference = median_difference(densify(trainer, small_block, tmp_path), densified)
+    outcomes = densify(trainer, small_block, tmp_path, STARTS[:2])
+    pairs = zip(outcomes, densified, strict=False)
+    if not all(median_difference([ours], [theirs]).is_rounding for ours, theirs in pairs):
+        outcomes += densify(trainer, small_block, tmp_path, STARTS[2:])  # where two agree, a third does not decide
+    difference = median_difference(outcomes, densified[: len(outcomes)])
     assert difference.is_rounding, difference
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["optimized", "streamed"])
+@pytest.mark.parametrize("trainer", DEFERRING)
 @pytest.mark.parametrize(
     "break_trainer",
     [

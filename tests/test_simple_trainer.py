@@ -84,6 +84,7 @@ def test_training_writes_everything_and_improves(monkeypatch, city_block, tmp_pa
     assert not list((again / "ckpts").iterdir())
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps_is_written(monkeypatch, city_block, tmp_path):
     assert train(monkeypatch, city_block, tmp_path, "--max_steps", 30, "--profile", 3) == 0
     events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
@@ -113,6 +114,7 @@ def test_two_runs_with_one_seed_are_bit_equal(monkeypatch, city_block, tmp_path)
     assert not torch.equal(models[0]["quats"][:100], models[2]["quats"][:100])
 
 
+@pytest.mark.slow
 def test_batches_masks_and_other_modes_train(monkeypatch, city_block, tmp_path):
     options = ("--batch_size", 3, "--antialiased", "--absgrad", "--sh_degree", 1, *SHORT_DENSIFYING)
     assert train(monkeypatch, city_block, tmp_path, *options) == 0

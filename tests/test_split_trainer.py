@@ -111,6 +111,7 @@ def run(monkeypatch, capsys, script, *options: object) -> str:
     return printed.out + printed.err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_in_tiles(monkeypatch, city_block, tmp_path, parts, capsys):
     data = ("--data_dir", city_block, "--result_dir", tmp_path)
     run(monkeypatch, capsys, OPTIMIZED, *data, "--max_steps", 20)

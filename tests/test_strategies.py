@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from scipy.spatial.transform import Rotation
-from test_contract import ADAM, BOUND, MODELS, A, B, C, N, values_of
+from test_contract import ADAM, BOUND, MODELS, QUICK, A, B, C, N, values_of
 from test_densification import random_gaussians, random_statistics
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from strategies.mcmc import MCMCStrategy
 from strategies.noise import Noise, normal_numbers
 from strategies.ops import MOST_COPIES, drawn_rows, sample_by_weight, shared_opacities_and_shrinking
 from strategies.regularizers import Regularizers
+from tests.training_scripts import slow_but
 from training.options import check_options
 
 CPU = torch.device("cpu")
@@ -203,6 +204,7 @@ def local_noise(means: Tensor) -> np.ndarray:
     return (means.double().numpy() @ turn / np.array(STANDARD_DEVIATIONS) ** 2).ravel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_skipped", [1, 30, 1000])
 def test_noise_of_slept_steps_is_distributed_as_noise_at_every_step(num_skipped):
     """Rows are seen at step 5, and then not before so many others have passed; a variance of 1.1 is noticed."""
@@ -320,7 +322,7 @@ def values_of_after(model: GaussianModel, drawn: list[Tensor]) -> dict[str, Tens
     return values_of(model)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "GPU only"])
+@pytest.mark.parametrize("kind", slow_but(QUICK, [kind for kind in MODELS if kind != "GPU only"]))
 def test_mcmc_is_the_same_in_every_model(kind, expected):
     drawn, reference = expected
     actual = values_of_after(MODELS[kind](start_transparent()), drawn)
@@ -405,6 +407,7 @@ def test_a_row_that_several_cameras_draw_counts_once():
 # -------------------------------------------------------------------------------------------------------------- target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "target"), [(100, 2000), (100, 310), (1000, 2000), (5000, 550)])
 @pytest.mark.parametrize("pruned", [0.0, 0.01])
 def test_growth_ends_at_the_target(every, target, pruned, capsys):

@@ -107,12 +107,14 @@ def color_errors(data_dir, model, shift=(0.0, 0.0), change_pose=lambda matrix: m
     return np.concatenate(errors)
 
 
+@pytest.mark.slow
 def test_points_have_the_colours_of_their_pixels(exact):
     errors = color_errors(*exact)
     assert np.median(errors) < 0.02
     assert np.mean(errors < 0.1) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("pixels", [-0.5, 0.5])
 def test_half_a_pixel_off_fits_worse(exact, axis, pixels):
@@ -120,6 +122,7 @@ def test_half_a_pixel_off_fits_worse(exact, axis, pixels):
     assert color_errors(*exact, shift=shift).mean() > 1.1 * color_errors(*exact).mean()
 
 
+@pytest.mark.slow
 def test_another_pose_convention_does_not_fit(exact):
     def inverted(pose):
         return np.hstack([pose[:, :3].T, -pose[:, :3].T @ pose[:, 3:]])
@@ -131,6 +134,7 @@ def test_another_pose_convention_does_not_fit(exact):
         assert np.median(color_errors(*exact, change_pose=wrong)) > 0.08
 
 
+@pytest.mark.slow
 def test_hidden_points_are_in_no_track(exact):
     """A framed point that is missing from a track has a nearer one beside it in the picture."""
     _, model = exact
@@ -200,6 +204,7 @@ def test_rays_and_shadows_agree_with_marching_in_small_steps():
     assert agree[level].mean() > 0.99
 
 
+@pytest.mark.slow
 def test_the_picture_is_far_from_its_mean_colour(exact):
     data_dir, _ = exact
     pictures = [picture(data_dir, path.name) for path in (data_dir / "images").iterdir()]
@@ -207,6 +212,7 @@ def test_the_picture_is_far_from_its_mean_colour(exact):
     assert 12 < np.mean(psnr) < 17
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_every_byte_and_another_changes_them(noisy, tmp_path):
     first, _ = noisy
     again, other = tmp_path / "again", tmp_path / "other"
@@ -239,6 +245,7 @@ def test_unusual_sizes(tmp_path, options):
         assert picture(tmp_path / "city", image.name).shape == (options["height"], options["width"], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch, error):
     def fail_at_the_end(*_):

@@ -67,6 +67,7 @@ def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_p
     assert (tmp_path / "ckpts/ckpt_2.pt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["the end is missing", "ffmpeg ends"])
 def test_a_video_that_is_cut_short_by_a_full_disk_is_missed(monkeypatch, city_block, tmp_path, capsys, fault):
     """What ffmpeg leaves of it then has the size of a video and is none; imageio does not look at that."""
@@ -186,6 +187,7 @@ def test_what_no_video_can_be_made_of_is_refused(monkeypatch, city_block, tmp_pa
     assert not (tmp_path / "r/cfg.yml").exists()
 
 
+@pytest.mark.slow
 def test_a_timelapse_goes_on_where_it_was_stopped_and_changes_nothing(monkeypatch, city_block, tmp_path):
     """A frame each 4 steps; one run is stopped in the middle, as by Ctrl-C, and another draws none."""
     options = ("--data_dir", city_block, "--max_steps", 10, *("--timelapse", 4))
