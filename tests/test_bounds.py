@@ -20,8 +20,8 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.aerial_training import views_of
-from tests.test_culling import random_cameras, random_geometry
-from tests.triton_places import NEEDS, TRITON_DEVICE
+from tests.test_culling import random_cameras, random_geometry, two_blocks
+from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 CPU = torch.device("cpu")
 BOUNDS = {"balls": Balls, "boxes": Boxes}
@@ -143,10 +143,12 @@ def test_a_row_that_is_not_finite_hides_no_other(number):
 
 
 @pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
-def test_kernels_find_what_torch_finds(place):
+def test_kernels_find_what_torch_finds(monkeypatch, place):
     from offload.culling import bounds_triton, kernels_triton
 
     for seed, n in enumerate((0, 1, 300, 3001)):
+        if INTERPRETED:
+            monkeypatch.setattr(kernels_triton, "BLOCK", two_blocks(n))
         rows = random_geometry(n, seed) if n else torch.zeros(0, 12)
         balls = vars(bounds_of("balls", rows))["_balls"]
         for view in range(3):

@@ -27,6 +27,7 @@ from offload.store.memory import HostArray
 from offload.store.morton import morton_order
 from strategies.default import DefaultStrategy, Statistics
 from strategies.ops import grow
+from tests.training_scripts import slow_but
 
 NAMES = {
     "geometry": ("means", "scales", "quats", "opacities"),
@@ -161,7 +162,7 @@ def test_operations_equal_those_on_a_plain_model(group, sh_degree, threads, monk
         assert_same(store, model)
 
 
-@pytest.mark.parametrize("num_gaussians", [0, 1, 2, 33, 60_000])
+@pytest.mark.parametrize("num_gaussians", slow_but(["1", "33"], [0, 1, 2, 33, 60_000]))
 @pytest.mark.parametrize("kept", ["none", "all", "first", "last", "few", "most", "half", "unordered"])
 @pytest.mark.parametrize("threads", ["1", "2", "7"])
 def test_keep(num_gaussians, kept, threads, monkeypatch):
@@ -210,7 +211,7 @@ def permutations(n: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 1000, 30_001])
+@pytest.mark.parametrize("n", slow_but(["1", "33"], [0, 1, 31, 32, 33, 1000, 30_001]))
 @pytest.mark.parametrize("kind", ["none", "rotated", "reversed", "odd", "neighbours", "random"])
 @pytest.mark.parametrize("threads", ["1", "5"])
 @pytest.mark.parametrize("group", GROUP_NAMES)
