@@ -56,6 +56,7 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
     for step, view in run.steps(gaussians, strategy):
         # All Gaussians are on the device; the rasterizer finds those in view, or culling has where Adam is deferred.
         rows = gaussians.fetch(view.cameras)
+        strays = strategy.strays(step, gaussians, gaussians.ids, rows) if deferred else None
         run.mark("fetch")
 
         colors, info = render(
@@ -69,7 +70,7 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         loss = strategy.regularized(loss, rows, info)
         loss.backward()
         if run.upcoming is not None:
-            gaussians.prefetch(run.upcoming.cameras)  # is culled behind the backward pass where Adam is deferred
+            gaussians.prefetch(run.upcoming.cameras, strays)  # culled behind the backward pass where Adam is deferred
         run.mark("backward")
 
         # Dense Adam visits every Gaussian; outside the rows that were drawn all gradients are zero.

@@ -54,7 +54,7 @@ def train(run: TrainingRun[HybridConfig]) -> None:
 
         # Behind the rendering the CPU commits the last view's gradients and forwards the next view's rows.
         if run.upcoming is not None:
-            gaussians.prefetch(run.upcoming.cameras)
+            gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))
         run.mark("cull")
 
         colors, info = render(

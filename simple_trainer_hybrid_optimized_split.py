@@ -155,7 +155,8 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         # part, or of the next view's first one. A part that runs out of memory is rendered in finer tiles.
         screen = ScreenGradients(view.cameras, needed=strategy.looks_at(step), with_rows=strategy.moves_rows)
         upcoming = None if run.upcoming is None else run.upcoming.cameras
-        loss = gaussians.train_view(view.cameras, upcoming, partial(train_tile, view=view, screen=screen))
+        strays = partial(strategy.strays, step, gaussians)
+        loss = gaussians.train_view(view.cameras, upcoming, partial(train_tile, view=view, screen=screen), strays)
         rows, info = screen.rows(), screen.info()
 
         # Every Gaussian has one gradient, whatever the number of tiles, and is updated once.

@@ -66,7 +66,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
 
         # Behind the rendering the next view's rows come from the host, and those of the last one go there.
         if run.upcoming is not None:
-            gaussians.prefetch(run.upcoming.cameras)
+            gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))
         run.mark("cull")
 
         colors, info = render(

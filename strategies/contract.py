@@ -3,6 +3,7 @@
 A training step with a strategy is
 
     rows = model.fetch(cameras)
+    strays = strategy.strays(step, model, ids, rows)      what `prefetch` must know of rows that `before_update` moves
     ...                                                   rendering; `info` says which rows were drawn
     loss = strategy.regularized(loss, rows, info)
     loss.backward()
@@ -46,6 +47,19 @@ class Strategy(Protocol):
             loss: Scalar.
             rows: The parameters [V, ...] that were rendered, as `fetch` gave them.
             info: Of `rendering.rasterize`; of a tile, with the rows that no tile of the view before has drawn.
+        """
+
+    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor | None:
+        """Return which rows of the view `before_update` may move too far for culling ahead, for `prefetch`.
+
+        Args:
+            step: Number of the step.
+            store: The Gaussians.
+            ids: Sorted int64 [V] on the rendering device, which Gaussians the rows are.
+            rows: Their parameters [V, ...], as `fetch` gave them.
+
+        Returns:
+            int64 [F] of the ids, sorted; None: nothing moves.
         """
 
     def before_update(

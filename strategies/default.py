@@ -97,6 +97,9 @@ class DefaultStrategy:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
         return self._regularizers.added_to(loss, rows, info)
 
+    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Return None: nothing moves but by Adam."""
+
     def before_update(
         self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
     ) -> None:

@@ -25,7 +25,7 @@ from errors import InputError, TrainingStopped
 from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
-from strategies.noise import Noise
+from strategies.noise import MOVED_BY, Noise
 from strategies.ops import (
     RoomForGrowth,
     drawn_rows,
@@ -47,19 +47,21 @@ class MCMCStrategy:
     name: ClassVar[str] = "mcmc"
     moves_rows: ClassVar[bool] = True
 
-    def __init__(self, rules: DensificationRules, means_lr: np.ndarray, seed: int) -> None:
+    def __init__(self, rules: DensificationRules, means_lr: np.ndarray, seed: int, margin: float) -> None:
         """
         Args:
             rules: Bound and schedule; Gaussians of at most `prune_opa` are dead.
             means_lr: [steps] float64, the learning rate of means at each step.
             seed: Of what is drawn.
+            margin: How far culling ahead lets any coordinate of a mean be moved, in world units.
         """
         self.rules = rules
         self._seed = seed
         self._room = RoomForGrowth("lower --max_gaussians")
         weights = (REGULARIZER if weight is None else weight for weight in (rules.opacity_reg, rules.scale_reg))
         self._regularizers = Regularizers(*weights)
-        self._noise = Noise(rules.noise_lr * means_lr, seed)
+        self._noise = Noise(rules.noise_lr * means_lr, [seed], margin)
+        self._moved: Tensor | None = None  # int64 [D] the rows whose noise the present step pays
         self._num_misplaced = 0  # rows at most, since all were last in Morton order
 
     def changes_rows_after(self, step: int) -> bool:
@@ -81,16 +83,22 @@ class MCMCStrategy:
         return self._regularizers.added_to(loss, rows, info)
 
     @torch.no_grad()
+    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return which rows of the view the noise of the step would carry too far for culling ahead to find them."""
+        self._noise.begin(step, store.num_gaussians, store.device)
+        return self._noise.strays(step, ids, rows)
+
+    @torch.no_grad()
     def before_update(
         self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
     ) -> None:
         """Add to the means of rows that were drawn the noise that they are owed, with the update that follows."""
         drawn = drawn_rows(info)  # [D]
         self._regularizers.count(len(drawn))
-        owed_from = self._noise.owed_from(step, store.num_gaussians, store.device)
-        drawn_ids = (drawn if ids is None else ids[drawn]).to(store.device)
-        geometry = {name: rows[name][drawn] for name in ("scales", "quats", "opacities")}
-        store.displace(drawn, self._noise.draw(step, drawn_ids, owed_from, geometry))
+        self._noise.begin(step, store.num_gaussians, store.device)
+        self._moved = (drawn if ids is None else ids[drawn]).to(store.device)
+        geometry = {name: rows[name][drawn] for name in MOVED_BY}
+        store.displace(drawn, self._noise.offsets(step, self._moved, geometry))
 
     @torch.no_grad()
     def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
@@ -99,8 +107,12 @@ class MCMCStrategy:
         Raises:
             TrainingStopped: All Gaussians are dead.
         """
+        if self._moved is not None:  # by the update, which might have failed
+            self._noise.owe_from(step + 1, self._moved)
+            self._moved = None
         if not self.changes_rows_after(step):
             return False
+        self._noise.begin(step + 1, store.num_gaussians, store.device)
         generator = generator_at([self._seed], step)
         num_relocated = self._relocate_dead(step, store, generator)
         num_added = self._grow(step, store, generator)
@@ -133,7 +145,8 @@ class MCMCStrategy:
         sources, values, _ = self._shared(step, store, opacities, source_ids)
         store.overwrite(sources, values)
         store.relocate(source_ids, dead_ids)
-        self._noise.forget(step, dead_ids)
+        self._noise.owe_from(step + 1, source_ids)
+        self._noise.owe_from(step + 1, dead_ids)
         return len(dead_ids)
 
     def _grow(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
@@ -154,13 +167,14 @@ class MCMCStrategy:
             self._room.tell(f"Growing to {num_before + num_new} Gaussians failed ({sentence_of(error)}).")
             return 0
         store.overwrite(sources, values)
-        self._noise.append(step, num_new)
+        self._noise.owe_from(step + 1, source_ids)
+        self._noise.append(step + 1, num_new)
         return num_new
 
     def _shared(
         self, step: int, store: GaussianModel, opacities: Tensor, source_ids: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Compute what rows become of which others become copies; their means get the noise that they are owed.
+        """Compute what rows become of which others become copies; their means have the noise that they are owed.
 
         Args:
             step: From 0.
@@ -172,9 +186,8 @@ class MCMCStrategy:
             The rows [S], each once; their new values by name; and for each copy the place [M] of its row among them.
         """
         sources, places, copies = source_ids.unique(return_inverse=True, return_counts=True)
-        geometry = {name: store.read(name)[sources] for name in ("scales", "quats", "opacities")}
-        owed_from = self._noise.owed_from(step + 1, store.num_gaussians, store.device)
-        means = store.read("means")[sources] + self._noise.draw(step, sources, owed_from, geometry)
+        geometry = {name: store.read(name)[sources] for name in MOVED_BY}
+        means = store.read("means")[sources] + self._noise.offsets(step, sources, geometry)
         shared, shrinking = shared_opacities_and_shrinking(opacities[sources], copies + 1)
         values = {
             "means": means,

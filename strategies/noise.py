@@ -23,9 +23,12 @@ What is not the same as noise at every step:
   of what was slept through is off by 10 % and, at o = 0.005, where noise is largest, by 25 % where gradients have
   lasted; it is exact where a row was at rest.
 - A row is found by where it was last seen, not by where noise would have carried it meanwhile.
-- Rows of the view after the present one are found before the noise of the present step, with a margin of 1 % of the
-  scene scale for it (`AdamOptions.displacement`). A row that noise carries farther, into that view, may be drawn from
-  the view after it on: such rows are large and nearly transparent, and by them alone trainers may differ.
+
+All else is exact, and trainers draw the same rows. Those of the view after the present one are found before the noise
+of the present step, with a margin for it (`AdamOptions.displacement`, 1 % of the scene scale). A row that noise would
+carry farther in any coordinate, if the step draws it, is a stray, which the next view gets wherever it lies
+(`offload/culling/strays.py`). All that decides it is known before the step is rendered: its random numbers, and what
+rows are and are owed. Nearly all rows are opaque or small, and ruled out by a bound that needs neither.
 
 Whoever reads all means (saving, evaluation, export, a refinement) reads them without what is owed. It does not matter:
 the noise has no mean, it is owed to rows that are nearly transparent, and decisions about rows look at opacities
@@ -37,7 +40,7 @@ Random numbers are a hash of seed, step and row, so that all trainers draw the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -46,70 +49,83 @@ from torch import Tensor
 from offload.adam.bfloat16 import random_bits
 from strategies.ops import rotation_matrices, word_at
 
+MOVED_BY = ("scales", "quats", "opacities")  # the parameters that say how far
 STEEPNESS, HALF_OPACITY = 100.0, 0.005  # of g, which is 1/2 at this opacity
+LARGEST = math.sqrt(2 * 2 * math.log(2.0**33))  # norm of three of `normal_numbers`, whose uniform ones are above 2^-33
+ROUNDING = 0.99  # of a margin, which float32 arithmetic does not use up
 
 
 class Noise:
     """Keep which noise each row is owed, and draw it."""
 
-    def __init__(self, rates: np.ndarray, seed: int) -> None:
+    def __init__(self, rates: np.ndarray, seeds: Sequence[int], margin: float) -> None:
         """
         Args:
             rates: [steps] float64, lr_i * noise_lr of each step.
-            seed: Of the random numbers.
+            seeds: Of the random numbers.
+            margin: How far culling ahead lets any coordinate of a mean be moved, in world units.
         """
         self._variances = torch.from_numpy(np.concatenate([[0.0], np.cumsum(rates**2)]))  # [steps + 1] of steps before
-        self._seed = seed
+        self._largest_sizes = self._variances.sqrt().tolist()  # [steps + 1] of rows that are owed all of these
+        self._seeds = seeds
+        self._margin = ROUNDING * margin
         self._owed_from: Tensor | None = None  # [N] int32 where geometry is, the first step whose noise a row is owed
 
-    def owed_from(self, step: int, num_gaussians: int, device: torch.device) -> Tensor:
-        """Return the first step whose noise each row is owed, int32 [N] where geometry is; written by `draw`.
-
-        A run that begins, or goes on without a state, owes from `step` on.
-        """
+    def begin(self, step: int, num_gaussians: int, device: torch.device) -> None:
+        """Keep what N rows are owed on a device; a run that begins, or goes on without a state, owes from `step` on."""
         if self._owed_from is None:
             self._owed_from = torch.full((num_gaussians,), step, dtype=torch.int32)
         self._owed_from = self._owed_from.to(device)
-        return self._owed_from
 
-    def draw(self, step: int, ids: Tensor, owed_from: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """Draw all that rows are owed up to a step, this one included, and note that it is paid.
+    def offsets(self, step: int, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return all noise that rows are owed up to a step, this one included; it is owed until `owe_from` says else.
 
         Args:
             step: Number of the step, from 0.
-            ids: int64 [M] where geometry is, the rows, each once.
-            owed_from: As `owed_from` gives it.
+            ids: int64 [M] on any device, the rows, each once.
             rows: Their `scales` [M, 3] (log), `quats` [M, 4] and `opacities` [M] (logits), on any device.
 
         Returns:
             float32 [M, 3], to be added to the means, where the rows are. Rows that are not finite get nothing.
         """
-        device = rows["scales"].device
-        self._variances = self._variances.to(ids.device)  # once: a copy at each step would wait for the device
-        variances = self._variances[step + 1] - self._variances[owed_from[ids].long()]  # [M]
-        owed_from[ids] = step + 1
-        sizes = variances.sqrt().float().to(device)
-        sizes = sizes * torch.sigmoid(-STEEPNESS * (torch.sigmoid(rows["opacities"]) - HALF_OPACITY))
+        device, owed_from = rows["scales"].device, self._owed()
+        self._variances = self._variances.to(owed_from.device)  # once: a copy at each step would wait for the device
+        variances = self._variances[step + 1] - self._variances[owed_from[ids.to(owed_from.device)].long()]  # [M]
+        sizes = variances.sqrt().float().to(device) * _shares(rows["opacities"])
         turns = rotation_matrices(rows["quats"])  # [M, 3, 3]
-        normal = normal_numbers(ids.to(device), word_at([self._seed], step))
+        normal = normal_numbers(ids.to(device), word_at(self._seeds, step))
         local = torch.einsum("nji,nj->ni", turns, normal) * (2 * rows["scales"]).exp()  # along the axes
         offsets = torch.einsum("nij,nj->ni", turns, local) * sizes[:, None]
         return torch.where(offsets.isfinite(), offsets, 0.0)
 
-    def forget(self, step: int, ids: Tensor) -> None:
-        """Owe rows [M] that were overwritten the noise from the step after this on."""
-        if self._owed_from is not None:
-            self._owed_from[ids] = step + 1
+    def strays(self, step: int, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return which rows the noise of a step would carry farther than culling allows for, int64 [F] of the ids.
+
+        Args:
+            step: Number of the step, from 0.
+            ids: Sorted int64 [V], on the device of the rows.
+            rows: As for `offsets`.
+        """
+        largest = self._largest_sizes[step + 1] * LARGEST
+        bounds = largest * _shares(rows["opacities"]) * (2 * rows["scales"].amax(dim=1)).exp()  # [V]
+        some = (bounds > self._margin).nonzero().squeeze(1)
+        offsets = self.offsets(step, ids[some], {name: rows[name][some] for name in MOVED_BY})
+        return ids[some[offsets.abs().amax(dim=1) > self._margin]]
+
+    def owe_from(self, step: int, ids: Tensor) -> None:
+        """Owe rows [M] the noise from a step on, and none of the steps before."""
+        owed_from = self._owed()
+        owed_from[ids.to(owed_from.device)] = step
 
     def append(self, step: int, num_new: int) -> None:
-        """Owe rows that were appended the noise from the step after this on."""
-        if self._owed_from is not None:
-            self._owed_from = torch.cat([self._owed_from, self._owed_from.new_full((num_new,), step + 1)])
+        """Owe rows that were appended the noise from a step on."""
+        owed_from = self._owed()
+        self._owed_from = torch.cat([owed_from, owed_from.new_full((num_new,), step)])
 
     def keep(self, ids: Tensor) -> None:
         """Follow rows [M] that were kept, in this order."""
-        if self._owed_from is not None:
-            self._owed_from = self._owed_from[ids.to(self._owed_from.device)]
+        owed_from = self._owed()
+        self._owed_from = owed_from[ids.to(owed_from.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is owed, by name; not copied."""
@@ -118,6 +134,16 @@ class Noise:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state; one that is empty owes nothing."""
         self._owed_from = state["owed_from"].clone() if "owed_from" in state else None
+
+    def _owed(self) -> Tensor:
+        if self._owed_from is None:
+            raise RuntimeError("nobody has said yet how many rows there are")
+        return self._owed_from
+
+
+def _shares(opacities: Tensor) -> Tensor:
+    """Return g [M] of the opacities of rows [M], which are logits."""
+    return torch.sigmoid(-STEEPNESS * (torch.sigmoid(opacities) - HALF_OPACITY))
 
 
 def normal_numbers(ids: Tensor, word: int) -> Tensor:

@@ -240,6 +240,11 @@ def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
         changed.parameters[ids] = values
     geometry.follow(ids, values)
     assert_culled()
+    away = Cameras(torch.eye(4)[None], 1e3 * torch.eye(3)[None], 4, 4, near_plane=1e5)
+    geometry.expect_strays(torch.tensor([3, 970]))
+    assert torch.equal(geometry.visible_ids(away), geometry.whole(torch.tensor([3, 970])))
+    geometry.expect_strays(None)
+    assert len(geometry.visible_ids(away)) == 0
     geometry.catch_up(None)
     geometry.append_copies(torch.arange(70))
     assert_culled()

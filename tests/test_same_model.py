@@ -47,7 +47,7 @@ DENSIFYING = (
     *("--max_steps", 400, "--refine_start_iter", 50, "--refine_every", 50, "--refine_stop_iter", 350),
     *("--grow_grad2d", 0.002, "--sh_degree_interval", 100, "--test_every", 2),
 )
-RELOCATING = (*MCMC, "--max_steps", 60, "--noise_lr", 5e4)  # of which culling ahead misses no row
+RELOCATING = (*MCMC, "--max_steps", 60)
 STARTS = (1, 2, 3)  # draws of `start_one_ulp_off`
 LARGEST_SIZE_DIFFERENCE = 0.0025  # of the number of Gaussians
 LARGEST_PSNR_DIFFERENCE = 0.05  # dB

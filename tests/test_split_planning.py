@@ -11,6 +11,7 @@ import torch
 from offload.culling import kernels
 from offload.culling.cameras import Margin
 from offload.culling.cells import CoveredCells, covered_cells
+from offload.culling.strays import Strays
 from offload.tiles.boxes import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxes
 from rendering.rasterize import rasterize
 from rendering.region import Region
@@ -55,6 +56,36 @@ def cells() -> np.ndarray:
 @pytest.fixture(scope="module")
 def coverage(cells) -> Coverage:
     return Coverage(corners_of(cells), WIDTH, HEIGHT)
+
+
+def test_strays_are_in_every_cell(cells):
+    """Also those that draw in none where they lie."""
+    hidden = cells.copy()
+    ends = np.array([-(-WIDTH // CELL), -(-HEIGHT // CELL)])
+    hidden[:, 5::50] = np.array([ends[0], 0, ends[1], 0])[:, None]
+    drawn = hidden[0] < hidden[1]
+    ids, strays = torch.arange(0, 8000, 2), Strays()
+    strays.expect(torch.tensor([5, 6, 10, 402, 7998]))  # of which one is none of these rows
+    covered = CoveredCells(torch.from_numpy(hidden), corners_of(hidden[:, drawn]))
+    (everywhere,) = strays.everywhere([covered], ids)
+    expected = hidden.copy()
+    expected[:, [3, 5, 201, 3999]] = np.array([0, ends[0], 0, ends[1]])[:, None]
+    assert np.array_equal(everywhere.cells.numpy(), expected)
+    assert np.array_equal(everywhere.corners, corners_of(expected[:, expected[0] < expected[1]]))
+    assert np.array_equal(covered.cells.numpy(), hidden)
+    strays.expect(None)
+    assert strays.everywhere([covered], ids) == [covered]
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_strays_are_joined_in_order(count):
+    generator = torch.Generator().manual_seed(count)
+    ids = torch.randperm(100, generator=generator)[:count].sort().values
+    strays = Strays()
+    assert strays.beside(ids) is ids
+    for some in ([0], [99], [3, 4, 50], range(100)):
+        strays.expect(torch.tensor([*some]))
+        assert torch.equal(strays.beside(ids), torch.cat([ids, torch.tensor([*some])]).unique())
 
 
 def test_counts_of_any_box(cells, coverage):

@@ -76,7 +76,7 @@ DENSIFICATION = (
     *("--sh_degree_interval", 15, "--grow_grad2d", 1e-4),
 )
 
-# With noise, which what is nearly transparent has, and within the margin of culling.
+# With noise, which what is nearly transparent has; a dozen rows a step leave the margin of culling by it.
 MCMC = (
     *("--strategy", "mcmc", "--max_gaussians", 2100, "--init_opacity", 0.05, "--refine_start_iter", 5),
     *("--refine_every", 10, "--refine_stop_iter", 50, "--sh_degree_interval", 10),

@@ -24,8 +24,13 @@ def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:
         learning_rates(cfg, scene_scale),
         lambda step: means_lr(cfg, scene_scale, step),
         adam_betas(cfg.batch_size),
-        displacement=NOISE_MARGIN * scene_scale if cfg.strategy == "mcmc" else 0.0,
+        displacement=noise_margin(scene_scale) if cfg.strategy == "mcmc" else 0.0,
     )
+
+
+def noise_margin(scene_scale: float) -> float:
+    """Return how far culling ahead lets noise move any coordinate of a mean, in world units as the scene scale."""
+    return NOISE_MARGIN * scene_scale
 
 
 def learning_rates(cfg: Config, scene_scale: float) -> dict[str, float]:

@@ -19,5 +19,6 @@ def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> 
         ranks: That train together; None: there is this process only.
     """
     if cfg.strategy == "mcmc":
-        return MCMCStrategy(cfg, schedules.means_lr_of_steps(cfg, scene_scale), cfg.seed)
+        means_lr = schedules.means_lr_of_steps(cfg, scene_scale)
+        return MCMCStrategy(cfg, means_lr, cfg.seed, schedules.noise_margin(scene_scale))
     return DefaultStrategy(cfg, scene_scale, cfg.seed, ranks)

@@ -16,9 +16,8 @@ from offload.models.tiled import ViewTile
 from offload.tiles.boxes import HALO, Tile
 from rendering.losses import count_windows, photometric_loss, photometric_sum
 from rendering.region import Region
+from strategies.noise import MOVED_BY
 from training.views import Backdrop, View, render
-
-MOVED_BY = ("scales", "quats", "opacities")  # what a strategy moves means by
 
 
 def halo_of(cfg: Config) -> int:

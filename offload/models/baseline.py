@@ -92,7 +92,7 @@ class BaselineGaussians:
         self._order.check_ids()
         return self._ids.to(self._rendering_device)
 
-    def prefetch(self, cameras: Cameras) -> None:
+    def prefetch(self, cameras: Cameras, strays: Tensor | None = None) -> None:
         """Do nothing: the next view's rows are fetched when it is rendered."""
         with self._order.taking("prefetch", cameras=cameras):
             pass

@@ -213,8 +213,14 @@ class GaussianModel(Protocol):
     def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
         """Return the rows [V] that cameras may draw, for `training.gaussians.activate`, on the rendering device."""
 
-    def prefetch(self, cameras: Cameras) -> None:
-        """Prepare the view after this one; not where rows will be changed before it."""
+    def prefetch(self, cameras: Cameras, strays: Tensor | None = None) -> None:
+        """Prepare the view after this one; not where rows will be changed before it.
+
+        Args:
+            cameras: Of that view.
+            strays: int64 [F], sorted, rows of the present view that `displace` may move farther than
+                `AdamOptions.displacement`, which belong to that view wherever they lie; None: none.
+        """
 
     def update(self) -> None:
         """Take one step of Adam on the gradients of the rows that `fetch` gave; all others have none."""
@@ -222,8 +228,8 @@ class GaussianModel(Protocol):
     def displace(self, rows: Tensor, offsets: Tensor) -> None:
         """Move the means of some rows of the view together with the step of Adam that `update` takes.
 
-        Culling of the next view ahead allows for `AdamOptions.displacement`: what moves farther, into the next view,
-        may be found for the one after it only. Where the step is undone, nothing has moved. It is called once a step.
+        Where the next view is prefetched, rows that move farther than `AdamOptions.displacement` in any coordinate have
+        been named there. Where the step is undone, nothing has moved. It is called once a step.
 
         Args:
             rows: int64 [D] on the rendering device, positions among the rows of the view, ascending, each once.
@@ -326,6 +332,9 @@ class GeometryPlace(Protocol):
 
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids [V], where geometry is, of what cameras may draw after one more step."""
+
+    def expect_strays(self, ids: Tensor | None) -> None:
+        """Find these rows, sorted int64 [F], for every camera from now on; None: none any more."""
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
         """Find in which cells of each camera's picture rows [V] may draw after one more step.

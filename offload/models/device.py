@@ -73,7 +73,7 @@ class DeviceGaussians:
         self._order.check_ids()
         return torch.arange(self.num_gaussians, device=self.device)
 
-    def prefetch(self, cameras: Cameras) -> None:
+    def prefetch(self, cameras: Cameras, strays: Tensor | None = None) -> None:
         """Do nothing: what the next view needs is on the device."""
         with self._order.taking("prefetch", cameras=cameras):
             pass

@@ -20,6 +20,7 @@ from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
+from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.store.contract import RowStore
 from offload.store.layout import packed_rows
@@ -43,6 +44,7 @@ class CulledGeometry:
             device: Where views are rendered.
         """
         self.steps_done = 0  # the store's `step` is ahead of it while a step is under way
+        self._strays = Strays()
         self._store = store
         self._adam = adam
         self._device = device
@@ -67,7 +69,7 @@ class CulledGeometry:
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
         self._make_bounds()
-        return self._bounds.visible_ids(cameras, self._margin())
+        return self._strays.beside(self._bounds.visible_ids(cameras, self._margin()))
 
     def whole(self, ids: Tensor) -> Tensor:
         """Return these sorted ids [V] with those that are fetched whenever they are, sorted."""
@@ -79,6 +81,10 @@ class CulledGeometry:
         if self._bounds_are_good:
             self._bounds.follow(ids, values)
 
+    def expect_strays(self, ids: Tensor | None) -> None:
+        """Find these rows, sorted int64 [F], for every camera from now on; None: none any more."""
+        self._strays.expect(None if ids is None else self.whole(ids))
+
     def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
         """Find in which cells of each camera's picture rows [V] may draw after one more step.
 
@@ -89,7 +95,8 @@ class CulledGeometry:
             cell: Pixels of a cell's side.
         """
         margin = replace(self._margin(), pixels=halo)
-        return covered_cells(self._store.rows.parameters[:, :CULLED_COLUMNS].cpu(), ids.cpu(), cameras, margin, cell)
+        rows = self._store.rows.parameters[:, :CULLED_COLUMNS].cpu()
+        return self._strays.everywhere(covered_cells(rows, ids.cpu(), cameras, margin, cell), ids)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copy nothing: rows travel."""

@@ -24,6 +24,7 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
 from offload.culling.margins import margin_ahead
+from offload.culling.strays import Strays
 from offload.pipelines.contract import Displacement
 from offload.store.contract import RowStore
 from offload.store.host_store import check_relocation
@@ -58,6 +59,7 @@ class DeviceGeometry:
         )
         multipliers, self._rates = schedules_of("geometry", 0, adam)
         self.tables = DeferralTables(multipliers, adam.betas, adam.eps, device)
+        self._strays = Strays()
         self._adam = adam
         self._kernels = kernels_for(device, "offload.adam.geometry")
         self._culling = kernels_for(device, "offload.culling.kernels")
@@ -87,7 +89,11 @@ class DeviceGeometry:
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
         margin, lag_margin = self._margin(lagging=False), self._margin(lagging=True)
-        return self._culling.visible_ids(self._state, self.tables, cameras, margin, lag_margin)
+        return self._strays.beside(self._culling.visible_ids(self._state, self.tables, cameras, margin, lag_margin))
+
+    def expect_strays(self, ids: Tensor | None) -> None:
+        """Find these rows, sorted int64 [F], for every camera from now on; None: none any more."""
+        self._strays.expect(ids)
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
         """Find in which cells of each camera's picture rows [V] may draw after one more step.
@@ -99,7 +105,8 @@ class DeviceGeometry:
             cell: Pixels of a cell's side.
         """
         margin = replace(self._margin(lagging=False), pixels=halo)
-        return self._culling.covered_cells(self.gather(ids), cameras, margin, cell)
+        covered = self._culling.covered_cells(self.gather(ids), cameras, margin, cell)
+        return self._strays.everywhere(covered, ids)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copy the current values of rows [V]."""

@@ -13,6 +13,7 @@ from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.culling.native import BlockBounds, visible_ids
+from offload.culling.strays import Strays
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore
 from offload.store.layout import StateFormat
@@ -53,6 +54,7 @@ class HostGeometry(HostStore):
         )
         self.on_change = self._follow_change
         self.steps_done = 0  # `step` is ahead of it while a step is under way
+        self._strays = Strays()
         self._adam = adam
         self._bounds: BlockBounds | None = None  # None until they are next needed
 
@@ -65,7 +67,12 @@ class HostGeometry(HostStore):
         """Find the sorted ids, int64 [V] on the host, of what cameras may draw after one more step."""
         if self._bounds is None:  # once after a refinement, whose operations are several
             self._bounds = BlockBounds(self._culled_rows())
-        return visible_ids(self._culled_rows(), self._bounds, cameras, self._margin(lagging=True))
+        ids = visible_ids(self._culled_rows(), self._bounds, cameras, self._margin(lagging=True))
+        return self._strays.beside(ids)
+
+    def expect_strays(self, ids: Tensor | None) -> None:
+        """Find these rows, sorted int64 [F], for every camera from now on; None: none any more."""
+        self._strays.expect(ids)
 
     def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
         """Find in which cells of each camera's picture rows [V] may draw after one more step.
@@ -77,7 +84,7 @@ class HostGeometry(HostStore):
             cell: Pixels of a cell's side.
         """
         margin = replace(self._margin(lagging=True), pixels=halo)
-        return covered_cells(self._culled_rows(), ids, cameras, margin, cell)
+        return self._strays.everywhere(covered_cells(self._culled_rows(), ids, cameras, margin, cell), ids)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copy nothing: rows travel."""

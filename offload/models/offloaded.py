@@ -87,9 +87,10 @@ class OffloadedGaussians:
         self._order.check_ids()
         return self._ids
 
-    def prefetch(self, cameras: Cameras) -> None:
-        """Prepare the view after this one; not where densification will change rows before it."""
+    def prefetch(self, cameras: Cameras, strays: Tensor | None = None) -> None:
+        """Prepare the view after this one, `strays` [F] included; not where densification changes rows before it."""
         with self._order.taking("prefetch", cameras=cameras):
+            self._geometry.expect_strays(strays)
             self._pipeline.prefetch(cameras)
 
     def displace(self, rows: Tensor, offsets: Tensor) -> None:
@@ -111,6 +112,7 @@ class OffloadedGaussians:
             self._displaced = None
             self._geometry.update(self._ids, gradients)
             self._pipeline.geometry_moved()
+            self._geometry.expect_strays(None)  # which have moved, so that they are found where they lie
             self._leaves, self._rows = {}, None
             self.steps_done += 1
 
@@ -243,6 +245,7 @@ class OffloadedGaussians:
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
         self._leaves, self._rows, self._displaced = {}, None, None
+        self._geometry.expect_strays(None)
         self._order.undo()
 
     # --------------------------------------------------------------------------------------------------- figures

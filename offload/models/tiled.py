@@ -21,6 +21,8 @@ from offload.tiles.boxes import HALO, Tile
 from offload.tiles.budget import MemoryBudget, RowLimit
 from offload.tiles.planner import TiledRows, TilePlanner
 
+StraysOf = Callable[[Tensor, Mapping[str, Tensor]], Tensor | None]  # of ids [T] and the values of their rows
+
 
 @dataclass
 class ViewTile:
@@ -90,9 +92,14 @@ class TiledGaussians(OffloadedGaussians):
         self._present: tuple[Cameras, TiledRows] | None = None
         self._tile_rows: Tensor | None = None  # [T] which of the view's rows the present tile has; None: all
         self._sums: dict[str, Tensor] = {}  # [V, ...] gradients of geometry that does not travel, of tiles so far
+        self._strays: list[Tensor] = []  # [F] each, of the tiles of the present view so far
 
     def train_view(
-        self, cameras: Cameras, upcoming: Cameras | None, train_tile: Callable[[ViewTile], TileResult]
+        self,
+        cameras: Cameras,
+        upcoming: Cameras | None,
+        train_tile: Callable[[ViewTile], TileResult],
+        strays_of: StraysOf | None = None,
     ) -> Tensor:
         """Render a view and propagate its loss back, in tiles where it exceeds the limit; `update` comes after it.
 
@@ -103,14 +110,16 @@ class TiledGaussians(OffloadedGaussians):
             upcoming: Of the view after it; None at the last, and where densification will change rows before it.
             train_tile: Renders one tile and runs the backward pass of its share of the loss. It must leave no trace
                 when it fails.
+            strays_of: Names the strays for `prefetch` among rows [T] with these values, as they are rendered.
 
         Returns:
             The loss, a scalar.
         """
+        self._strays = []
         with self._order.taking("fetch", "train_view", cameras):
             self._forget_other_rows(cameras)
             _once_more(self._begin, cameras)
-            losses = self._train_tiles(upcoming, train_tile)
+            losses = self._train_tiles(upcoming, train_tile, strays_of)
         if upcoming is not None:
             with self._order.taking("prefetch", "train_view", upcoming):
                 pass  # it has been done behind the last tile
@@ -155,12 +164,17 @@ class TiledGaussians(OffloadedGaussians):
         self._present = cameras, view
         self._ids = view.ids.to(self._rendering_device)
 
-    def _train_tiles(self, upcoming: Cameras | None, train_tile: Callable[[ViewTile], TileResult]) -> list[Tensor]:
+    def _train_tiles(
+        self,
+        upcoming: Cameras | None,
+        train_tile: Callable[[ViewTile], TileResult],
+        strays_of: StraysOf | None,
+    ) -> list[Tensor]:
         """Render all tiles of the present view; return the loss of each."""
         losses = []
         while True:
             try:
-                result = self._train_tile(upcoming, train_tile)
+                result = self._train_tile(upcoming, train_tile, strays_of)
             except torch.cuda.OutOfMemoryError:
                 result = None
             if result is None:  # here, where what the failed tile held is free
@@ -174,9 +188,16 @@ class TiledGaussians(OffloadedGaussians):
             self._rows = None
             _once_more(self._tiles.next_tile)
 
-    def _train_tile(self, upcoming: Cameras | None, train_tile: Callable[[ViewTile], TileResult]) -> TileResult:
+    def _train_tile(
+        self,
+        upcoming: Cameras | None,
+        train_tile: Callable[[ViewTile], TileResult],
+        strays_of: StraysOf | None,
+    ) -> TileResult:
         fetched_rows = self._tiles.fetch_tile()
         rows, tile = self._to_render(fetched_rows), self._tiles.tile
+        if upcoming is not None and strays_of is not None:
+            self._expect_strays(strays_of(fetched_rows.ids, rows))
         self._tile_rows = tile.rows
         view_tile = ViewTile(tile.tile, rows, None if tile.rows is None else tile.rows.to(self._rendering_device))
         budget = self._budget
@@ -194,6 +215,12 @@ class TiledGaussians(OffloadedGaussians):
             grown = peak - before - arrived
             budget.observe(len(fetched_rows.host_ids), result.num_intersections, result.num_pixels, grown, peak)
         return result
+
+    def _expect_strays(self, strays: Tensor | None) -> None:
+        """Expect those of the present tile [F], and of the tiles before it."""
+        if strays is not None and len(strays):
+            self._strays.append(strays)
+            self._geometry.expect_strays(torch.cat(self._strays).unique())
 
     def _refine_tile(self) -> None:
         """Split the present tile, which has run out of memory.
