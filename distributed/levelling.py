@@ -7,7 +7,7 @@ nobody has lost anything, all is as before, and one sentence says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,11 @@ from offload.models.contract import GaussianModel
 MOST = 1.1  # of its share that the fullest rank may hold
 MOVED_ROWS = 1 << 18  # at most, from a rank to another at once: 0.2 GB of rows
 NO_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError, InputError)  # of the device, the host, pinned memory
+BESIDE = "beside/"  # before the names of what is kept beside the model, while it travels
 _SPREAD = 0.6180339887  # multiples of the golden ratio modulo 1 lie evenly, however many
 
 
-def level(model: GaussianModel, ranks: Ranks) -> bool:
+def level(model: GaussianModel, ranks: Ranks, beside: MutableMapping[str, Tensor] | None = None) -> bool:
     """Move rows between ranks, which call this at once, where the fullest holds 10 % more than its share.
 
     Rows that leave are blocks from everywhere in a rank's order, and those that come are appended.
@@ -33,16 +34,20 @@ def level(model: GaussianModel, ranks: Ranks) -> bool:
     Args:
         model: What this rank holds.
         ranks: All of them.
+        beside: Tensors [N, ...], of the same names everywhere, that are kept beside the model and of which each row
+            goes where its Gaussian goes; they are replaced by those that fit the model. None: there are none.
 
     Returns:
         Whether rows have moved; also False where memory was lacking.
     """
+    beside = {} if beside is None else beside
     counts = ranks.gather(model.num_gaussians)
     wanted = shared_out(sum(counts), ranks.shares)
     if all(count <= max(MOST * share, share + 1) for count, share in zip(counts, wanted, strict=True)):
         return False
     moves = moves_between(counts, wanted)
     here, num_before = ranks.rank, model.num_gaussians
+    followed = dict(beside)
     leaving = _spread_rows(num_before, sum(moves[here]))
     parts = leaving.split(moves[here])  # by the rank that they go to
     failure: str | None = None
@@ -52,7 +57,9 @@ def level(model: GaussianModel, ranks: Ranks) -> bool:
         parcels: list[_Parcel] = []
         try:
             if failure is None:
-                rows = model.moving_rows(torch.cat(sent).to(model.device))
+                moving = torch.cat(sent)
+                rows = model.moving_rows(moving.to(model.device))
+                rows.update({BESIDE + name: values[moving.to(values.device)] for name, values in beside.items()})
                 parcels = [_Parcel.of(key, values, ranks.device, sum(received)) for key, values in rows.items()]
         except NO_MEMORY as error:
             failure = reason(error)
@@ -60,6 +67,8 @@ def level(model: GaussianModel, ranks: Ranks) -> bool:
             break
         came = {parcel.key: parcel.sent_on(ranks, [len(ids) for ids in sent], received) for parcel in parcels}
         try:
+            for name, values in followed.items():
+                followed[name] = torch.cat([values, came.pop(BESIDE + name).to(values.device)])
             if sum(received) > 0:
                 model.append_rows(came)
         except NO_MEMORY as error:
@@ -74,7 +83,9 @@ def level(model: GaussianModel, ranks: Ranks) -> bool:
         return False
     stays = torch.ones(model.num_gaussians, dtype=torch.bool)
     stays[leaving] = False
-    model.keep(stays.nonzero().squeeze(1).to(model.device))
+    kept = stays.nonzero().squeeze(1)
+    model.keep(kept.to(model.device))
+    beside.update({name: values[kept.to(values.device)] for name, values in followed.items()})
     return True
 
 
@@ -134,4 +145,4 @@ class _Parcel:
     def sent_on(self, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Exchange the rows for [R, ...]; all ranks call this at once, with their counts of rows by rank."""
         came = ranks.all_to_all(self.sent, sent, received, self.received)
-        return came.view(self.dtype).view(len(came), *self.shape)
+        return came.view(-1).view(self.dtype).view(len(came), *self.shape)  # the former also of rows without columns

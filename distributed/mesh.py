@@ -105,6 +105,13 @@ class Ranks:
         return found.bool().tolist()
 
     @_talking()
+    def sums(self, counts: Sequence[int]) -> list[int]:
+        """Return for each of some counts, as many everywhere, the sum over the ranks."""
+        total = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(total, group=self._control)
+        return total.tolist()
+
+    @_talking()
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier(group=self._control)

@@ -25,7 +25,7 @@ from errors import InputError, TrainingStopped
 from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
-from strategies.ops import RoomForGrowth, drawn_rows, generator_at, grow, is_worth_sorting
+from strategies.ops import RoomForGrowth, drawn_rows, generator_at, grow, is_worth_sorting, seeds_of
 from strategies.regularizers import Regularizers
 
 DOUBLINGS = 40  # lead from one Gaussian to any number
@@ -71,10 +71,10 @@ class DefaultStrategy:
         self.rules = rules
         self.scene_scale = scene_scale
         self.statistics: Statistics | None = None
-        self._seeds = [seed] if ranks is None else [seed, ranks.rank]
+        self._seeds = seeds_of(seed, ranks)
         self._ranks = ranks
         self._room = RoomForGrowth("set --max_gaussians or raise --grow_grad2d", ranks)
-        self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0)
+        self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0, ranks)
         self._num_appended = 0  # rows at most, since all were last in Morton order
 
     def changes_rows_after(self, step: int) -> bool:
@@ -87,7 +87,7 @@ class DefaultStrategy:
 
     def heading(self, step: int, num_gaussians: int) -> int | None:
         """Return the target, or what can be reached of it; None where there is no target, or growth has ended."""
-        if self.rules.target_gaussians == 0:
+        if num_gaussians >= self.rules.target_gaussians:
             return None
         coming = filter(self.refines_at, range(step + 1, self.rules.refine_stop_iter))
         left = len(list(islice(coming, DOUBLINGS)))  # each doubles the number at most
@@ -205,8 +205,11 @@ class DefaultStrategy:
                 rules, step, store.read("opacities"), largest_scale, statistics.radii, self.scene_scale
             )
             average_grad = average_grad.masked_fill(remove, 0.0)
-            growth = planned_growth(rules, len(remove), int(remove.sum()), self._refinements_from(step))
-            rules = steered(rules, average_grad, growth)
+            num_gaussians, num_removed = self._sum(len(remove)), self._sum(int(remove.sum()))
+            growth = planned_growth(rules, num_gaussians, num_removed, self._refinements_from(step))
+            # Whatever the threshold of gradients says: rows that no view has shown never grow, and of the others those
+            # of the largest gradients do.
+            rules = replace(rules, grow_grad2d=0.0, max_gaussians=num_gaussians + growth)
         duplicate, split = select_growth(
             rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale, self._ranks
         )
@@ -246,13 +249,13 @@ class DefaultStrategy:
         if sorts or len(kept_ids) < len(remove):
             store.keep(kept_ids)
         self.statistics = Statistics.zeros(store.num_gaussians, store.device)
-        if is_last:
-            self._tell_of_target(store.num_gaussians)
+        if is_last and rules.target_gaussians > 0:
+            self._tell_of_target(self._sum(store.num_gaussians))
 
     def _tell_of_target(self, num_gaussians: int) -> None:
         """Say, after the last refinement, where growth has ended far from the target."""
         target = self.rules.target_gaussians
-        if target > 0 and abs(num_gaussians - target) > TARGET_TOLERANCE * target:
+        if abs(num_gaussians - target) > TARGET_TOLERANCE * target:
             cause = (
                 "a refinement adds at most as many as there are; raise --refine_stop_iter or lower --refine_every."
                 if num_gaussians < target
@@ -286,22 +289,6 @@ def planned_growth(rules: DensificationRules, num_gaussians: int, num_removed: i
     """
     missing = rules.target_gaussians - num_gaussians
     return max(num_removed + math.ceil(missing / refinements_left), 0)
-
-
-def steered(rules: DensificationRules, average_grad: Tensor, growth: int) -> DensificationRules:
-    """Return rules by which as many rows grow as are planned: those of the largest gradients.
-
-    Args:
-        rules: Their threshold of gradients gives way to one that so many rows exceed, and their bound to that number.
-        average_grad: [N] mean norm of the screen-space gradient; 0 where a row is not to grow.
-        growth: Rows to add.
-    """
-    num_gaussians = len(average_grad)
-    threshold = 0.0  # rows that no view has shown never grow
-    if 0 < growth < num_gaussians:
-        smallest = average_grad.kthvalue(num_gaussians - growth + 1).values  # of those that grow; others may be equal
-        threshold = float(torch.nextafter(smallest, torch.zeros_like(smallest)))
-    return replace(rules, grow_grad2d=threshold, max_gaussians=num_gaussians + growth)
 
 
 def select_growth(

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from configs import DensificationRules
+from distributed.levelling import level
+from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
@@ -32,6 +34,7 @@ from strategies.ops import (
     generator_at,
     is_worth_sorting,
     sample_by_weight,
+    seeds_of,
     shared_opacities_and_shrinking,
 )
 from strategies.regularizers import Regularizers
@@ -42,25 +45,38 @@ LARGEST_OPACITY = 1 - torch.finfo(torch.float32).eps
 
 
 class MCMCStrategy:
-    """Relocate, add and move Gaussians as samples of a distribution, up to a bound."""
+    """Relocate, add and move Gaussians as samples of a distribution, up to a bound.
+
+    Ranks that train together draw from the distribution of all Gaussians, and grow to the bound together.
+    """
 
     name: ClassVar[str] = "mcmc"
     moves_rows: ClassVar[bool] = True
+    rows_of_state: ClassVar[tuple[str, ...]] = ("owed_from",)
 
-    def __init__(self, rules: DensificationRules, means_lr: np.ndarray, seed: int, margin: float) -> None:
+    def __init__(
+        self,
+        rules: DensificationRules,
+        means_lr: np.ndarray,
+        seed: int,
+        margin: float,
+        ranks: Ranks | None = None,
+    ) -> None:
         """
         Args:
             rules: Bound and schedule; Gaussians of at most `prune_opa` are dead.
             means_lr: [steps] float64, the learning rate of means at each step.
             seed: Of what is drawn.
             margin: How far culling ahead lets any coordinate of a mean be moved, in world units.
+            ranks: That train together; all of them call `after_step` at once.
         """
         self.rules = rules
         self._seed = seed
-        self._room = RoomForGrowth("lower --max_gaussians")
-        weights = (REGULARIZER if weight is None else weight for weight in (rules.opacity_reg, rules.scale_reg))
-        self._regularizers = Regularizers(*weights)
-        self._noise = Noise(rules.noise_lr * means_lr, [seed], margin)
+        self._ranks = ranks
+        self._room = RoomForGrowth("lower --max_gaussians", ranks)
+        opacity_reg, scale_reg = (REGULARIZER if reg is None else reg for reg in (rules.opacity_reg, rules.scale_reg))
+        self._regularizers = Regularizers(opacity_reg, scale_reg, ranks)
+        self._noise = Noise(rules.noise_lr * means_lr, seeds_of(seed, ranks), margin)
         self._moved: Tensor | None = None  # int64 [D] the rows whose noise the present step pays
         self._num_misplaced = 0  # rows at most, since all were last in Morton order
 
@@ -118,10 +134,11 @@ class MCMCStrategy:
         num_added = self._grow(step, store, generator)
         self._num_misplaced += num_relocated + num_added
         is_last = not self._refines_from(step + 1)
-        if is_worth_sorting(self._num_misplaced, store.num_gaussians, is_last=is_last):
-            order = morton_order(store.read("means"))
-            store.keep(order.to(store.device))
-            self._noise.keep(order)
+        sorts = is_worth_sorting(self._num_misplaced, store.num_gaussians, is_last=is_last)
+        if self._ranks is not None:
+            sorts |= self._level(store, self._ranks)
+        if sorts:
+            self._keep(store, morton_order(store.read("means")))
             self._num_misplaced = 0
         return True
 
@@ -130,46 +147,98 @@ class MCMCStrategy:
         return any(map(self.changes_rows_after, range(step, self.rules.refine_stop_iter)))
 
     def _relocate_dead(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
-        """Put dead Gaussians where others are; return how many."""
+        """Put dead Gaussians where others are; return how many rows of this process are copies."""
         opacities = torch.sigmoid(store.read("opacities"))  # [N]
         dead = opacities <= self.rules.prune_opa
         dead_ids = torch.where(dead)[0]
-        if len(dead_ids) == len(opacities):
+        num_dead, num_gaussians = self._sums(len(dead_ids), len(opacities))
+        if num_dead == num_gaussians:
             raise TrainingStopped(
-                f"At step {step} all {len(opacities)} Gaussians are transparent, so there is none to relocate others "
+                f"At step {step} all {num_gaussians} Gaussians are transparent, so there is none to relocate others "
                 "to: lower --opacity_reg or --prune_opa."
             )
-        if len(dead_ids) == 0:
+        if num_dead == 0:
             return 0
-        source_ids = sample_by_weight(opacities.masked_fill(dead, 0.0), len(dead_ids), generator)
-        sources, values, _ = self._shared(step, store, opacities, source_ids)
-        store.overwrite(sources, values)
-        store.relocate(source_ids, dead_ids)
-        self._noise.owe_from(step + 1, source_ids)
-        self._noise.owe_from(step + 1, dead_ids)
-        return len(dead_ids)
+        source_ids = sample_by_weight(opacities.masked_fill(dead, 0.0), num_dead, generator, self._ranks)
+        return self._copy(step, store, opacities, source_ids, dead_ids)
 
     def _grow(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
-        """Append Gaussians where others are, up to the bound; return how many."""
-        num_before = store.num_gaussians
+        """Append Gaussians where others are, up to the bound; return how many rows of this process are copies."""
+        (num_before,) = self._sums(store.num_gaussians)
         num_new = max(min(self.rules.max_gaussians, int((1 + GROWTH) * num_before)) - num_before, 0)
-        if num_new == 0 or not self._room.holds(store, num_new):
+        if num_new == 0:
             return 0
         opacities = torch.sigmoid(store.read("opacities"))  # [N]
-        source_ids = sample_by_weight(opacities, num_new, generator)
+        source_ids = sample_by_weight(opacities, num_new, generator, self._ranks)
+        return self._copy(step, store, opacities, source_ids, source_ids[:0])
+
+    def _copy(self, step: int, store: GaussianModel, opacities: Tensor, source_ids: Tensor, dead_ids: Tensor) -> int:
+        """Make copies of rows: in the places of dead ones as far as there are any, and of the others at the end.
+
+        Where ranks train together, copies are made where their rows are. As many dead rows as there are copies are
+        overwritten or removed in all, but one rank may have more of the former, and another more of the latter.
+
+        Args:
+            step: From 0.
+            store: The Gaussians.
+            opacities: [N] in [0, 1].
+            source_ids: int64 [M] the row that each copy is made of; rows may repeat.
+            dead_ids: int64 [D] rows that are none of these.
+
+        Returns:
+            The number of copies, M; 0 where memory for them is lacking, here or at another rank, and nothing is done.
+        """
+        num_taken = min(len(source_ids), len(dead_ids))
+        taken_ids, left_ids = dead_ids[:num_taken], dead_ids[num_taken:]
         sources, values, places = self._shared(step, store, opacities, source_ids)
-        try:
-            store.append_copies(source_ids)
-            new_ids = torch.arange(num_before, num_before + num_new, device=source_ids.device)
-            store.overwrite(new_ids, {name: value[places] for name, value in values.items()})
-        except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            store.truncate(num_before)
-            self._room.tell(f"Growing to {num_before + num_new} Gaussians failed ({sentence_of(error)}).")
+        appended = {name: value[places[num_taken:]] for name, value in values.items()}
+        if not self._append(store, source_ids[num_taken:], appended):
             return 0
-        store.overwrite(sources, values)
-        self._noise.owe_from(step + 1, source_ids)
-        self._noise.append(step + 1, num_new)
-        return num_new
+        if len(source_ids) > 0:
+            store.overwrite(sources, values)
+            self._noise.owe_from(step + 1, sources)
+        if num_taken > 0:
+            store.relocate(source_ids[:num_taken], taken_ids)
+            self._noise.owe_from(step + 1, taken_ids)
+        self._noise.append(step + 1, len(source_ids) - num_taken)
+        if len(left_ids) > 0:
+            kept = torch.ones(store.num_gaussians, dtype=torch.bool, device=left_ids.device)
+            kept[left_ids] = False
+            self._keep(store, kept.nonzero().squeeze(1))
+        return len(source_ids)
+
+    def _append(self, store: GaussianModel, source_ids: Tensor, values: Mapping[str, Tensor]) -> bool:
+        """Append copies of rows [M] with these values [M, ...]; return whether all ranks have memory for theirs."""
+        num_before, num_new = store.num_gaussians, len(source_ids)
+        if not self._room.holds(store, num_new):
+            return False
+        failure = None
+        try:
+            if num_new > 0:
+                store.append_copies(source_ids)
+                store.overwrite(torch.arange(num_before, num_before + num_new, device=source_ids.device), values)
+        except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
+            failure = f"Growing to {num_before + num_new} Gaussians failed ({sentence_of(error)})."
+        if self._room.tell_any(failure):
+            store.truncate(num_before)
+            return False
+        return True
+
+    def _keep(self, store: GaussianModel, ids: Tensor) -> None:
+        """Keep only these rows [M], in this order, and what they are owed."""
+        store.keep(ids.to(store.device))
+        self._noise.keep(ids)
+
+    def _level(self, store: GaussianModel, ranks: Ranks) -> bool:
+        """Move rows, and what they are owed, between ranks where one is too full; return whether any have moved."""
+        owed = self._noise.state_dict()
+        has_moved = level(store, ranks, owed)
+        self._noise.load_state_dict(owed)
+        return has_moved
+
+    def _sums(self, *counts: int) -> list[int]:
+        """Return the sum of each count over the ranks."""
+        return list(counts) if self._ranks is None else self._ranks.sums(counts)
 
     def _shared(
         self, step: int, store: GaussianModel, opacities: Tensor, source_ids: Tensor

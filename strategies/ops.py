@@ -25,6 +25,11 @@ def generator_at(seeds: Sequence[int], step: int) -> torch.Generator:
     return torch.Generator().manual_seed(word_at(seeds, step))
 
 
+def seeds_of(seed: int, ranks: Ranks | None) -> list[int]:
+    """Return seeds of what each process draws for its own rows; they have the same numbers at every rank."""
+    return [seed] if ranks is None else [seed, ranks.rank]
+
+
 def word_at(seeds: Sequence[int], step: int) -> int:
     """Return 32 random bits that follow from seeds and a step."""
     return int(np.random.SeedSequence([*seeds, step]).generate_state(1)[0])
@@ -99,20 +104,33 @@ def rotation_matrices(quats: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
-def sample_by_weight(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_weight(weights: Tensor, count: int, generator: torch.Generator, ranks: Ranks | None = None) -> Tensor:
     """Draw rows with replacement, each with a probability in proportion to its weight.
 
     Args:
-        weights: [N], at least 0, and above 0 somewhere. Ranks may gather theirs: the draw depends on these alone.
+        weights: [N] of this process's rows, at least 0, and above 0 somewhere, if only at another rank.
         count: M.
-        generator: On the CPU.
+        generator: On the CPU; that of all ranks gives the same numbers.
+        ranks: From whose rows together M are drawn, each of which its rank gets; all of them call this at once.
 
     Returns:
-        int64 [M] where the weights are.
+        int64 [M] where the weights are; where ranks draw together, those of this one.
     """
     eligible = torch.where(weights > 0)[0]
     ends = weights[eligible].double().cumsum(0)
-    places = torch.rand(count, dtype=torch.float64, generator=generator).to(ends.device) * ends[-1]
+    places = torch.rand(count, dtype=torch.float64, generator=generator).to(ends.device)
+    if ranks is None:
+        places = places * ends[-1]
+    else:
+        totals = ranks.gather(float(ends[-1]) if len(ends) else 0.0)
+        before = [sum(totals[:rank]) for rank in range(ranks.size)]  # the same floats everywhere: each is drawn once
+        after = [*before[1:], math.inf]
+        if not any(totals[ranks.rank + 1 :]):
+            after[ranks.rank] = math.inf  # rounding brings nothing to those behind, who have no rows
+        places = places * sum(totals)
+        places = places[(places >= before[ranks.rank]) & (places < after[ranks.rank])] - before[ranks.rank]
+        if len(eligible) == 0:
+            return eligible
     return eligible[torch.searchsorted(ends, places, right=True).clamp_(max=len(eligible) - 1)]
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed.mesh import Ranks
 from strategies.ops import drawn_rows
 
 MEMORY = 100  # steps that the mean number of drawn rows looks back
@@ -31,12 +32,14 @@ MEMORY = 100  # steps that the mean number of drawn rows looks back
 class Regularizers:
     """Add both regularizers to the loss of a step, and count the rows that steps draw."""
 
-    def __init__(self, opacity_reg: float, scale_reg: float) -> None:
+    def __init__(self, opacity_reg: float, scale_reg: float, ranks: Ranks | None = None) -> None:
         """
         Args:
             opacity_reg: Weight of the mean opacity.
             scale_reg: Weight of the mean standard deviation, in world units.
+            ranks: That train together, each with its own rows: the sums go over all of them.
         """
+        self._ranks = ranks
         self._opacity_reg = opacity_reg
         self._scale_reg = scale_reg
         self._num_steps = 0  # that were counted
@@ -55,7 +58,12 @@ class Regularizers:
             rows: As for `of`.
             info: Of `rendering.rasterize`; of a tile, with the rows that no tile before has drawn.
         """
-        return loss + self.of(rows, drawn_rows(info)) if self.is_on else loss
+        if not self.is_on:
+            return loss
+        own = self.of(rows, drawn_rows(info))
+        if self._ranks is not None:  # whose losses are averaged, while no other rank adds to these rows' gradients
+            own = own + (self._ranks.size - 1) * own.detach()
+        return loss + own
 
     def of(self, rows: Mapping[str, Tensor], drawn: Tensor) -> Tensor:
         """Return what rows add to the loss, a scalar.
@@ -74,7 +82,11 @@ class Regularizers:
         return total
 
     def count(self, num_drawn: int) -> None:
-        """Take in how many rows a step has drawn."""
+        """Take in how many rows a step has drawn, at each rank of its own; all of them call this at once."""
+        if not self.is_on:
+            return
+        if self._ranks is not None:
+            (num_drawn,) = self._ranks.sums([num_drawn])
         self._num_steps += 1
         self._mean_drawn += (num_drawn - self._mean_drawn) / min(self._num_steps, MEMORY)
 

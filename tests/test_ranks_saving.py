@@ -41,6 +41,11 @@ STEPS = (
     *("--grow_grad2d", 4e-4, "--sh_degree_interval", 15, "--save_every", 0, "--eval_steps", 1000),
 )
 BOUND = 1e-4
+# Options, by the strategy's name in checkpoints; with mcmc most rows are owed noise, and some are dead.
+STRATEGIES: dict[str, tuple[object, ...]] = {
+    "densification": (),
+    "mcmc": ("--strategy", "mcmc", "--max_gaussians", 700, "--init_opacity", 0.05, "--prune_opa", 0.045),
+}
 
 
 class StayingRanks(Ranks):
@@ -75,15 +80,16 @@ def go_on(ranks: Ranks, data_dir: Path, result_dir: Path) -> None:
     train(ranks, data_dir, result_dir, "--max_steps", 32, "--resume", "--save_every", 4, "--keep", 1)
 
 
-def stop_and_go_on(ranks: Ranks, data_dir: Path, result_dir: Path, trainer: str) -> None:
+def stop_and_go_on(ranks: Ranks, data_dir: Path, result_dir: Path, trainer: str, strategy: str) -> None:
     """Train 16 steps, and the last of them once more from the checkpoint before."""
-    train(ranks, data_dir, result_dir, "--max_steps", 16, "--save_steps", 10, trainer=trainer)
+    options = ("--max_steps", 16, "--save_steps", 10, *STRATEGIES[strategy])
+    train(ranks, data_dir, result_dir, *options, trainer=trainer)
     ranks.barrier()
     if ranks.leads:
         shutil.copytree(result_dir, result_dir.with_name("undisturbed"))
         (result_dir / "ckpts/ckpt_16.pt").unlink()
     ranks.barrier()
-    train(ranks, data_dir, result_dir, "--max_steps", 16, "--save_steps", 10, "--resume", trainer=trainer)
+    train(ranks, data_dir, result_dir, *options, "--resume", trainer=trainer)
 
 
 def differ(ranks: Ranks, data_dir: Path, folder: Path) -> list[str]:
@@ -151,9 +157,16 @@ def runs(city_block, tmp_path_factory, found) -> Path:
     shutil.copytree(several, folder / "joined")
     cases = {
         "go on": functools.partial(go_on, data_dir=city_block, result_dir=several),
-        "stop": functools.partial(
-            stop_and_go_on, data_dir=city_block, result_dir=folder / "stop/stopped", trainer="optimized"
-        ),
+        **{
+            f"stop, {name}": functools.partial(
+                stop_and_go_on,
+                data_dir=city_block,
+                result_dir=folder / name / "stopped",
+                trainer="optimized",
+                strategy=name,
+            )
+            for name in STRATEGIES
+        },
         "differ": functools.partial(differ, data_dir=city_block, folder=tmp_path_factory.mktemp("differ")),
         "fail": functools.partial(fail_to_save, folder=folder / "failed"),
     }
@@ -184,13 +197,14 @@ def test_a_run_by_3_then_1_then_2_processes_is_that_of_one(runs, steps):
     assert max(found.values()) < BOUND, found
 
 
-def test_the_same_ranks_continue_bit_by_bit(runs):
+@pytest.mark.parametrize(("strategy", "gathered"), [("densification", "grad2d"), ("mcmc", "owed_from")])
+def test_the_same_ranks_continue_bit_by_bit(runs, strategy, gathered):
     stopped, undisturbed = (
-        load_checkpoint(runs / "stop" / name / "ckpts/ckpt_16.pt") for name in ("stopped", "undisturbed")
+        load_checkpoint(runs / strategy / name / "ckpts/ckpt_16.pt") for name in ("stopped", "undisturbed")
     )
     for part, expected in zip(stopped.parts, undisturbed.parts, strict=True):
         assert_same_state(part, expected)
-    for statistics in ("densification/grad2d", "parameters/means"):
+    for statistics in (f"{strategy}/{gathered}", "parameters/means"):
         rows = [len(part.state[statistics]) for part in stopped.parts]
         assert min(rows) > 0
         assert len(stopped.state[statistics]) == sum(rows)

@@ -16,6 +16,7 @@ from errors import InputError
 from tests.interrupted_runs import run_script, saved
 from training.checkpoints import load_checkpoint
 from training.commands import resume_command
+from training.dataset import load_dataset
 from training.ply import load_ply, save_ply
 from training.similarity import moved
 from training.starting_model import StartingModel
@@ -98,6 +99,15 @@ def test_a_moved_model_draws_the_same_from_moved_cameras(run, scene, degree, see
     if degree > 0:  # the harmonics have a part in it
         unturned = {**moved(gaussians, transform), "shN": gaussians["shN"]}
         assert (picture(unturned, scene, 3, camtoworld) - expected).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("begins", ["from a model", "from points"])
+def test_a_subset_of_points_is_told_of_where_points_are_used(city_block, begins):
+    said: list[str] = []
+    given = {"init_ckpt": "model.ply"} if begins == "from a model" else {}
+    dataset = load_dataset(Config(data_dir=str(city_block), max_gaussians=100, **given), None, said.append)
+    is_told = any("subset" in sentence for sentence in said)
+    assert is_told == (len(dataset.scene.points) == 100) == (begins == "from points")
 
 
 def test_exports_begin_where_they_ended(run, scene):

@@ -95,8 +95,8 @@ def test_a_refinement_relocates_and_adds_row_by_row(monkeypatch):
     """From the rows that were drawn at random: what becomes of each, after the paper's formulas."""
     draws, sample = [], ops.sample_by_weight
 
-    def watched(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        draws.append((weights.clone(), sample(weights, count, generator)))
+    def watched(weights: Tensor, count: int, generator: torch.Generator, ranks: None) -> Tensor:
+        draws.append((weights.clone(), sample(weights, count, generator, ranks)))
         return draws[-1][1]
 
     monkeypatch.setattr("strategies.mcmc.sample_by_weight", watched)
@@ -496,7 +496,8 @@ def test_growth_ends_at_the_target(every, target, pruned, capsys):
     generator = torch.Generator().manual_seed(0)
     for step in filter(strategy.refines_at, range(5001)):
         count = gaussians.num_gaussians
-        assert strategy.heading(step - 1, count) == min(target, count * 2 ** min(len_left(strategy, step), 40))
+        expected = min(target, count * 2 ** min(len_left(strategy, step), 40))
+        assert strategy.heading(step - 1, count) == (expected if count < target else None)
         lost = torch.randperm(count, generator=generator)[: int(pruned * count)]
         gaussians.overwrite(lost, {"opacities": torch.full((len(lost),), -9.0)})
         strategy.statistics = random_statistics(count)
@@ -510,6 +511,11 @@ def test_growth_ends_at_the_target(every, target, pruned, capsys):
 
 def len_left(strategy: DefaultStrategy, step: int) -> int:
     return sum(map(strategy.refines_at, range(step, 5001)))
+
+
+def test_the_bar_shows_no_target_that_is_reached():
+    strategy = DefaultStrategy(DensificationRules(target_gaussians=500, refine_stop_iter=601), SCALE, seed=3)
+    assert [strategy.heading(9, count) for count in (499, 500, 501)] == [500, None, None]
 
 
 def test_a_target_that_growth_has_missed_is_told(capsys):

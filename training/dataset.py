@@ -51,7 +51,7 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
         test_every=cfg.test_every,
         test_after=cfg.test_after,
         init_ply=cfg.init_ply,
-        max_points=cfg.max_gaussians if checkpoint is None else 0,
+        max_points=0 if checkpoint is not None or cfg.init_ckpt else cfg.max_gaussians,  # Gaussians begin from points
         num_workers=cfg.num_workers or None,
         say=say,
         transform=None if checkpoint is None else checkpoint.transform,

@@ -249,10 +249,6 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
             "simple_trainer_hybrid_streamed.py."
         )
     for option, is_given in (
-        ("--strategy mcmc", cfg.strategy == "mcmc"),
-        ("--target_gaussians", bool(cfg.target_gaussians)),
-        ("--opacity_reg", bool(cfg.opacity_reg)),
-        ("--scale_reg", bool(cfg.scale_reg)),
         ("--viewer", cfg.viewer is not None),
         ("--timelapse", bool(cfg.timelapse)),
         ("--device_memory_budget", getattr(cfg, "device_memory_budget", None) is not None),

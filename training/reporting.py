@@ -84,7 +84,7 @@ class ProgressBar:
 
 def _towards(run: TrainingRun, steps_done: int) -> str:
     """Return how many Gaussians growth is heading for, as the bar shows it; nothing where nothing says."""
-    heading = run.strategy and run.strategy.heading(steps_done - 1, run.model.num_gaussians)
+    heading = run.strategy and run.strategy.heading(steps_done - 1, run.num_gaussians)
     return f" to {heading:,}" if heading else ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from configs import Config
 from distributed.mesh import Ranks
 from strategies.contract import Strategy
@@ -19,6 +21,7 @@ def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> 
         ranks: That train together; None: there is this process only.
     """
     if cfg.strategy == "mcmc":
-        means_lr = schedules.means_lr_of_steps(cfg, scene_scale)
-        return MCMCStrategy(cfg, means_lr, cfg.seed, schedules.noise_margin(scene_scale))
+        views = cfg.batch_size * (1 if ranks is None else ranks.size)
+        means_lr = schedules.means_lr_of_steps(replace(cfg, batch_size=views), scene_scale)
+        return MCMCStrategy(cfg, means_lr, cfg.seed, schedules.noise_margin(scene_scale), ranks)
     return DefaultStrategy(cfg, scene_scale, cfg.seed, ranks)
