@@ -71,3 +71,12 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number and what it counts as a part of such a sentence: "1 photo", "2,000 photos"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return bytes in the largest fitting binary unit, as a part of such a sentence: "3.20 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

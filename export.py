@@ -18,7 +18,7 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import local_ranks
-from errors import InputError, counted, reason, refusing
+from errors import InputError, counted, format_bytes, reason, refusing
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
 from exports.gaussians import choose
@@ -27,7 +27,6 @@ from exports.ply import write_commented_ply
 from exports.source import Source, open_source
 from exports.streamed import INDEX
 from exports.world import Up, World, placement
-from training.memory import format_bytes
 from training.ply import write_way_back
 from training.streams import unbreakable_output
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from configs import Config, ForwardedOptions, scenes
 from distributed.mesh import Ranks
-from errors import InputError
+from errors import InputError, format_bytes
 from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
@@ -32,7 +32,7 @@ from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from training.command_line import main
 from training.depth_loss import with_depth_loss
 from training.joint_tiles import JointView
-from training.memory import available_bytes, format_bytes, parse_bytes
+from training.memory import available_bytes, parse_bytes
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
 from training.views import View

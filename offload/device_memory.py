@@ -24,6 +24,11 @@ def most_bytes(device: torch.device) -> int:
     return most if _bound is None else min(most, _bound)
 
 
+def unallocated_bytes(device: torch.device) -> int:
+    """Count the bytes that torch may still allocate on a GPU."""
+    return max(most_bytes(device) - torch.cuda.memory_allocated(device), 0)
+
+
 def begin_stretch(device: torch.device) -> None:
     """Begin a stretch of work whose peak `stretch_peak` gives."""
     for kind, num_bytes in peak_memory(device).items():

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.free_memory import free_bytes
 from distributed.mesh import Ranks
+from errors import format_bytes
+from offload.device_memory import unallocated_bytes
 from offload.models.contract import GaussianModel
-from training.memory import available_bytes, format_bytes
 
 SORTED_AGAIN = 0.25  # share of rows that may be out of order before all are sorted
 MOST_COPIES = 51  # of one Gaussian at one place, in the correction; gsplat's bound
@@ -223,9 +225,9 @@ def lacking_memory(store: GaussianModel, num_new: int, remedy: str) -> str | Non
     if num_new == 0:
         return None
     for device, needed in store.growth_bytes(num_new).items():
-        free = available_bytes(device)
+        memory = "host memory" if device.type == "cpu" else "GPU memory"
+        free = free_bytes() if device.type == "cpu" else unallocated_bytes(device)
         if needed > free:
-            memory = "host memory" if device.type == "cpu" else "GPU memory"
             return (
                 f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
                 f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: {remedy}."

@@ -271,7 +271,7 @@ def test_removing_everything_stops():
 
 def test_growth_past_memory_is_skipped(monkeypatch):
     """What is to be removed is removed nevertheless."""
-    monkeypatch.setattr(ops, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(ops, "free_bytes", lambda: 1000)
     gaussians = random_gaussians(300)
     kept = (torch.sigmoid(gaussians.read("opacities")) >= 0.005).nonzero().squeeze(1).tolist()
     subject = DefaultStrategy(DensificationRules(), SCENE_SCALE, seed=0)

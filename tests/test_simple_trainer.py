@@ -136,7 +136,7 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint(monkeypatch, city_block, 
 
 
 def test_growth_past_memory_is_skipped_with_one_warning(monkeypatch, city_block, tmp_path, capsys):
-    monkeypatch.setattr(ops, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(ops, "free_bytes", lambda: 1000)
     assert train(monkeypatch, city_block, tmp_path, *SHORT_DENSIFYING) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "Growing from 600" in line]
     assert len(warnings) == 1

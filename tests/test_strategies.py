@@ -152,7 +152,7 @@ def test_growth_ends_at_the_bound_and_without_memory(monkeypatch, capsys):
         assert gaussians.num_gaussians == 310
     assert strategy.heading(20, 310) is None
     strategy.rules.max_gaussians = 1000
-    monkeypatch.setattr(ops, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(ops, "free_bytes", lambda: 1000)
     strategy.after_step(30, {}, gaussians)
     assert gaussians.num_gaussians == 310
     assert "lower --max_gaussians" in capsys.readouterr().out

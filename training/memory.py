@@ -11,7 +11,7 @@ import torch
 
 from datasets.free_memory import free_bytes
 from errors import InputError
-from offload.device_memory import most_bytes, peak_memory
+from offload.device_memory import peak_memory, unallocated_bytes
 
 
 def limit_fragmentation() -> None:
@@ -26,7 +26,7 @@ def limit_fragmentation() -> None:
 def available_bytes(device: torch.device) -> int:
     """Return the memory in bytes that this process can still take on a device; on the CPU, of the machine."""
     if device.type == "cuda":
-        return max(most_bytes(device) - torch.cuda.memory_allocated(device), 0)
+        return unallocated_bytes(device)
     return free_bytes()
 
 
@@ -44,15 +44,6 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 def allocated_bytes(device: torch.device) -> int:
     """Return the device memory in bytes that tensors take now; after a view it should be what it was before."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Return bytes in the largest fitting binary unit, such as '3.2 GiB'."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
 
 
 def parse_bytes(text: str, option: str) -> int:

@@ -28,14 +28,14 @@ import torch
 
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
-from errors import NotEnoughMemory
+from errors import NotEnoughMemory, format_bytes
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
 from offload.store.layout import GROUP_NAMES, LAST_STEP_BYTES, Moments, StateFormat, num_columns, row_bytes
-from training.memory import available_bytes, format_bytes
+from training.memory import available_bytes
 
 RENDERING_BYTES = 200  # of a Gaussian in view
 PIXEL_BYTES = 100

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import Config
 from distributed.mesh import Ranks
-from errors import InputError
+from errors import InputError, format_bytes
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Exposure, Place
 from modules.sky import Sky
@@ -20,7 +20,6 @@ from offload.tiles.boxes import Tile
 from rendering.region import Region
 from training import schedules
 from training.checkpoints import Checkpoint
-from training.memory import format_bytes
 from training.views import Backdrop, View, own_views
 
 EXPOSURES: dict[str, type[AffineExposure] | type[BilateralGrid]] = {

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from configs import Config
 from datasets.loader import evaluation_loader
 from distributed.together import taken_in_turn
+from errors import format_bytes
 from training.evaluation import evaluate, load_lpips, synchronize
-from training.memory import allocated_bytes, format_bytes, peak_bytes
+from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
 from training.video import record_video, video_file
 from training.views import View

@@ -1,0 +1,39 @@
+"""Imports run one way: rooms know nothing of those above them (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"errors", "configs"}
+ABOVE = {"training", "strategies", "modules", "exports", "viewer", "comparing", "benchmarks", "tests"} | SCRIPTS
+ROOMS = {
+    "offload": ABOVE | {"datasets", "rendering", "distributed", "configs"},
+    "rendering": ABOVE | {"datasets", "distributed", "configs"},
+    "datasets": (ABOVE - {"startup"}) | {"offload", "rendering", "distributed"},
+    "distributed": ABOVE | {"datasets", "configs"},
+    "strategies": ABOVE - {"strategies"},
+    "modules": ABOVE - {"modules"},
+}
+
+
+def imported_by(file: Path) -> set[str]:
+    """The first names of all modules that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_none_above_it(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    found = {str(file.relative_to(ROOT)): imported_by(file) & ROOMS[room] for file in files}
+    assert {file: names for file, names in found.items() if names} == {}
