@@ -365,6 +365,7 @@ RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
         "modules": ("optimized", MODULES, ()),
         "modules, split": ("split", MODULES, CUT),
         "mcmc": ("streamed", RELOCATING, ()),
+        "mcmc, split": ("split_geometry_on_host", RELOCATING, CUT),
         "a target": ("gpu_only_deferred", STEERED, ()),
     },
     3: {"streamed": ("streamed", (), ())},

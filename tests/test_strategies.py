@@ -27,6 +27,7 @@ from strategies.noise import Noise, normal_numbers
 from strategies.ops import MOST_COPIES, drawn_rows, sample_by_weight, shared_opacities_and_shrinking
 from strategies.regularizers import Regularizers
 from tests.training_scripts import slow_but
+from training.gaussians import PARAMETER_NAMES
 from training.options import check_options
 
 CPU = torch.device("cpu")
@@ -304,6 +305,65 @@ def test_noise_is_owed_until_the_update_has_been_done(monkeypatch):
     strategy.after_step(10, {}, gaussians)
     assert (strategy.state_dict()["owed_from"] == 4).all()
     assert torch.equal(gaussians.read("means"), means)
+
+
+# -------------------------------------------------------------------------------------------------------- beside gsplat
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("case", "lowest", "most"), [("relocation", -7.0, 20_000), ("growth", -5.0, 40_000)])
+def test_rows_become_those_of_gsplat(case, lowest, most, monkeypatch):
+    """From equal rows and equal draws, row by row. Growth relocates none: both draw from the opacities that are given."""
+    from gsplat.strategy import MCMCStrategy as GsplatStrategy
+
+    device, count, step = torch.device("cuda"), 20_000, 10
+    logits = lowest + 9 * torch.rand(count, generator=torch.Generator().manual_seed(0))
+    ours, theirs = random_gaussians(count, device), random_gaussians(count, device)
+    for gaussians in (ours, theirs):
+        gaussians.overwrite(torch.arange(count, device=device), {"opacities": logits.to(device)})
+    params = torch.nn.ParameterDict({name: torch.nn.Parameter(theirs.read(name).clone()) for name in PARAMETER_NAMES})
+    optimizers = {name: torch.optim.Adam([params[name]], lr=0.0) for name in PARAMETER_NAMES}
+    for name in PARAMETER_NAMES:
+        params[name].grad = torch.ones_like(params[name])
+        optimizers[name].step()
+
+    subject = mcmc(refine_every=step)
+    subject.rules.max_gaussians = most
+    monkeypatch.setattr("strategies.mcmc.is_worth_sorting", lambda *_, **__: False)
+    assert subject.after_step(step, {}, ours)
+    generator = ops.generator_at([3], step)  # of the seed that `mcmc` has
+    monkeypatch.setattr(
+        "gsplat.strategy.ops._multinomial_sample",
+        lambda weights, n, replacement=True: sample_by_weight(weights, n, generator),
+    )
+    strategy = GsplatStrategy(cap_max=most, noise_lr=0.0, refine_start_iter=0, refine_stop_iter=40, refine_every=step)
+    strategy.step_post_backward(params, optimizers, strategy.initialize_state(), step, {}, lr=0.0)
+
+    assert ours.num_gaussians == (count if case == "relocation" else 21_000)
+    changed = (ours.read("opacities")[:count] != logits.to(device)).sum()
+    assert changed > (6_000 if case == "relocation" else 900)  # rows that were dead, and those that were copied
+    for name in PARAMETER_NAMES:
+        # gsplat adds up the binomials in float32, whose signs alternate
+        torch.testing.assert_close(ours.read(name), params[name].detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+def test_noise_is_that_of_gsplat(monkeypatch):
+    from gsplat.strategy.ops import inject_noise_to_position
+
+    device, count, rate = torch.device("cuda"), 5000, 0.3
+    rows = random_gaussians(count, device).rows(0, count)
+    normal = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    monkeypatch.setattr("strategies.noise.normal_numbers", lambda ids, word: normal)
+    noise = Noise(np.full(20, rate), [0], margin=0.0)
+    noise.begin(7, count, device)
+    offsets = noise.offsets(7, torch.arange(count, device=device), rows)
+    monkeypatch.setattr(torch, "randn_like", lambda like: normal)
+    params = {**rows, "means": torch.zeros_like(rows["means"])}
+    inject_noise_to_position(params=params, optimizers={}, state={}, scaler=rate)
+    largest = rate * (2 * rows["scales"].amax(dim=1)).exp() * torch.sigmoid(0.5 - 100 * rows["opacities"].sigmoid())
+    assert ((offsets - params["means"]).norm(dim=1) <= 1e-4 * largest * normal.norm(dim=1) + 1e-30).all()
+    assert (offsets.norm(dim=1) > 0.1 * largest).sum() > 0.9 * count
 
 
 # ------------------------------------------------------------------------------------------------------ all the models
