@@ -313,7 +313,7 @@ def test_noise_is_owed_until_the_update_has_been_done(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize(("case", "lowest", "most"), [("relocation", -7.0, 20_000), ("growth", -5.0, 40_000)])
 def test_rows_become_those_of_gsplat(case, lowest, most, monkeypatch):
-    """From equal rows and equal draws, row by row. Growth relocates none: both draw from the opacities that are given."""
+    """From equal rows and equal draws, row by row. Growth relocates none, so that both draw from equal opacities."""
     from gsplat.strategy import MCMCStrategy as GsplatStrategy
 
     device, count, step = torch.device("cuda"), 20_000, 10
