@@ -92,6 +92,9 @@ def export(options: Options) -> None:
         f"Writing {counted(gaussians.count, 'Gaussian')} of {source.path} with {_harmonics(degree, source)} to {to} "
         f"({form.name}), in {place.describe(options.world)}."
     )
+    if source.background in ("sky", "white"):
+        what = "a sky" if source.background == "sky" else "white"
+        print(f"It was trained before {what}, which no format holds: a viewer shows its own background.")
     try:
         with placing(to) as path:
             if form is PLY and not options.plain:

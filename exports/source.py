@@ -29,6 +29,7 @@ class Source:
     transform: np.ndarray | None  # [4, 4] from the dataset's coordinates to the file's; None where it says none
     up: Up | None  # which of the file's axes is vertical; None where it does not say
     antialiased: bool  # trained with the compensation of Mip-Splatting
+    background: str  # that it was trained before, as the option; black where the file does not say
     parameter: Callable[[str, slice | Tensor], Tensor]  # rows [M, ...] of one of the six stored parameters, on the CPU
 
 
@@ -65,6 +66,7 @@ def _open_checkpoint(path: Path) -> Source:
         checkpoint.transform,
         "z",
         checkpoint.options.get("antialiased") is True,
+        str(checkpoint.options.get("background", "black")),
         CurrentValues(checkpoint.state).parameter,
     )
 
@@ -77,4 +79,4 @@ def _open_ply(path: Path) -> Source:
             "of degree 0 to 3."
         )
     transform, up = frame_of_ply(path)
-    return Source(path, rows.num_gaussians, DEGREES[rows.num_harmonics], transform, up, False, rows.parameter)
+    return Source(path, rows.num_gaussians, DEGREES[rows.num_harmonics], transform, up, False, "black", rows.parameter)

@@ -148,6 +148,15 @@ def test_spz_gives_a_large_model_the_bits_that_it_needs(model, tmp_path, capsys)
     assert np.abs(expected).max() / 2**23 < float(step) <= np.abs(expected).max() / 2**22
 
 
+@pytest.mark.parametrize(("background", "said"), [("sky", "before a sky"), ("white", "before white"), ("random", "")])
+def test_a_background_that_no_format_holds_is_named(background, said, model, tmp_path, capsys):
+    state = {f"parameters/{name}": value for name, value in model.items()}
+    save_checkpoint(tmp_path / "ckpt.pt", Checkpoint(1, TRANSFORM, state, options={"background": background}))
+    run(tmp_path / "ckpt.pt", "--to", tmp_path / "a.splat")
+    told = f"It was trained {said}, which no format holds" in capsys.readouterr().out
+    assert told == bool(said)
+
+
 def test_exports_are_made_by_one_process(monkeypatch, checkpoint, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start it without torchrun"):
