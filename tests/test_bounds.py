@@ -20,7 +20,7 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.aerial_training import views_of
-from tests.test_culling import random_cameras, random_geometry, two_blocks
+from tests.test_culling import interpreted_block, random_cameras, random_geometry
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_kernels_find_what_torch_finds(monkeypatch, place):
 
     for seed, n in enumerate((0, 1, 300, 3001)):
         if INTERPRETED:
-            monkeypatch.setattr(kernels_triton, "BLOCK", two_blocks(n))
+            monkeypatch.setattr(kernels_triton, "BLOCK", interpreted_block(n))
         rows = random_geometry(n, seed) if n else torch.zeros(0, 12)
         balls = vars(bounds_of("balls", rows))["_balls"]
         for view in range(3):

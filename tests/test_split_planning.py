@@ -16,7 +16,7 @@ from offload.tiles.boxes import CELL, HALO, SMALLEST, Box, Coverage, box_of, pla
 from rendering.rasterize import rasterize
 from rendering.region import Region
 from tests.oracles import culling as oracle
-from tests.test_culling import COLUMNS, activated, random_cameras, random_geometry, two_blocks
+from tests.test_culling import COLUMNS, activated, interpreted_block, random_cameras, random_geometry
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 WIDTH, HEIGHT = 403, 299  # no multiples of anything
@@ -193,7 +193,7 @@ def with_triton(rows, ids, cameras, margin) -> list[CoveredCells]:
     from offload.culling import kernels_triton as culling_triton
 
     if INTERPRETED:
-        culling_triton.BLOCK = two_blocks(len(ids))
+        culling_triton.BLOCK = interpreted_block(len(ids))
     found = culling_triton.covered_cells(named(rows[ids], TRITON_DEVICE), cameras, margin, CELL)
     return [CoveredCells(covered.cells.cpu(), covered.corners) for covered in found]
 
