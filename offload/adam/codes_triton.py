@@ -63,7 +63,8 @@ def decode_moments(words, reach, COLUMNS: tl.constexpr, LANES: tl.constexpr):
     words = words.to(tl.int32) & 0xFFFF
     scale = tl.zeros_like(words).to(tl.float32)
     for number in tl.static_range(DEGREE):
-        bits = tl.sum(tl.where(lane == VALUES + number, words, 0), axis=1) << 16  # [ROWS]
+        # The largest of one and zeros [ROWS]: the interpreter of Triton 3.2 makes 64 bits of a sum.
+        bits = tl.max(tl.where(lane == VALUES + number, words, 0), axis=1) << 16
         scale = tl.where(_in_block(lane, number), bits.to(tl.float32, bitcast=True)[:, None], scale)
     root = scale * _relative_root(words >> 8)
     ratio = (words & 0x7F).to(tl.float32) / _LARGEST_RATIO

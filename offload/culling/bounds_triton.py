@@ -125,7 +125,7 @@ def _mark_boxes(
     misses = i < 0
     for half_space in tl.static_range(NUM_HALF_SPACES):
         misses |= _beyond(test, 2 + 6 * half_space, x, y, z, reach_x, reach_y, reach_z, scale, error)
-    tl.store(drawn + i, 1, mask=inside & ~misses)
+    tl.store(drawn + i, 1, mask=inside & (misses == 0))  # `~` is unknown to the interpreter of Triton 3.2
 
 
 @triton.jit
