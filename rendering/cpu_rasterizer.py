@@ -75,8 +75,8 @@ def project_pairs(
 ) -> tuple[Projection, Tensor]:
     """Do what `rendering.rasterize.project_pairs` says, for CPU tensors, float32 or float64.
 
-    Differentiable in means, quats, scales, opacities and colors, not in the cameras. The result does not depend on the
-    number of threads, bit for bit.
+    Differentiable in means, quats, scales, opacities, colors and the cameras' poses, not in Ks. The result does not
+    depend on the number of threads, bit for bit.
     """
     if isinstance(colors, tuple):
         colors = torch.cat(colors, dim=1)
@@ -153,8 +153,8 @@ def _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height,
         )
     if width <= 0 or height <= 0:
         raise ValueError(f"image size must be positive, it is {width} x {height}")
-    if viewmats.requires_grad or Ks.requires_grad:
-        raise ValueError("the CPU rasterizer has no gradient for viewmats and Ks")
+    if Ks.requires_grad:
+        raise ValueError("rasterizers have no gradient for Ks")
 
 
 def _check_like(name, t, shape, means):

@@ -16,7 +16,7 @@ from rendering.native import array, tensor, zeros
 class Projection:
     """Hold the Gaussians that each camera sees, camera after camera, Gaussians ascending within a camera.
 
-    `means2d`, `depths`, `conics` and `opacities` carry gradients to the Gaussians.
+    `means2d`, `depths`, `conics` and `opacities` carry gradients to the Gaussians and the cameras' poses.
     """
 
     camera_ids: Tensor  # [nnz] int64
@@ -75,11 +75,12 @@ class _Project(torch.autograd.Function):
             )
         ]
         v_inputs = [zeros(t.shape, like) for t in inputs[:4]]  # means, quats, scales, opacities
+        v_viewmats = zeros(inputs[4].shape, like) if ctx.needs_input_grad[4] else None
         native.project_backward(
             *(array(t) for t in inputs), *ctx.image_size, ctx.eps2d,
-            *(array(t) for t in (*saved, *v_rows, *v_inputs)), torch.get_num_threads(),
+            *(array(t) for t in (*saved, *v_rows, *v_inputs, v_viewmats)), torch.get_num_threads(),
         )  # fmt: skip
-        return *v_inputs, None, None, None, None, None
+        return *v_inputs, v_viewmats, None, None, None, None
 
 
 def project(

@@ -23,14 +23,15 @@ class _SphericalHarmonics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v_colors):
-        means, _, coeffs, *_ = ctx.saved_tensors
+        means, camera_positions, coeffs, *_ = ctx.saved_tensors
         v_means, v_coeffs = zeros(means.shape, means), zeros(coeffs.shape, means)
+        v_positions = zeros(camera_positions.shape, means) if ctx.needs_input_grad[2] else None
         native.spherical_harmonics_backward(
             ctx.sh_degree,
-            *(array(t) for t in (*ctx.saved_tensors, v_colors, v_means, v_coeffs)),
+            *(array(t) for t in (*ctx.saved_tensors, v_colors, v_means, v_coeffs, v_positions)),
             torch.get_num_threads(),
         )
-        return None, v_means, None, v_coeffs, None, None
+        return None, v_means, v_positions, v_coeffs, None, None
 
 
 def spherical_harmonics(

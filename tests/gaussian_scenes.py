@@ -94,13 +94,15 @@ def weights_like(image: Tensor, seed: int = 5) -> Tensor:
     return torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(image)
 
 
-def gradients(scene: GaussianScene, colors: Tensor, alphas: Tensor) -> dict[str, Tensor]:
-    """Gradients of the six parameters, from a randomly weighted sum of all pixels and alphas."""
+def gradients(
+    scene: GaussianScene, colors: Tensor, alphas: Tensor, names: tuple[str, ...] = PARAMETERS
+) -> dict[str, Tensor]:
+    """Gradients of the six parameters, or what is named, from a randomly weighted sum of all pixels and alphas."""
     loss = (colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()
-    found = torch.autograd.grad(loss, [getattr(scene, name) for name in PARAMETERS], allow_unused=True)
+    found = torch.autograd.grad(loss, [getattr(scene, name) for name in names], allow_unused=True)
     return {
         name: torch.zeros_like(getattr(scene, name)) if g is None else g
-        for name, g in zip(PARAMETERS, found, strict=True)
+        for name, g in zip(names, found, strict=True)
     }
 
 

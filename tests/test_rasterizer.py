@@ -34,6 +34,8 @@ SETTINGS = {
 def test_image_and_gradients_equal_the_dense_oracle(name, dtype, tolerance):
     scene = random_scene(400, seed=1, n_cameras=2)
     ours, exact = scene.to("cpu", dtype), scene.to("cpu", torch.float64)
+    for each in (ours, exact):
+        each.viewmats.requires_grad_()
     colors, alphas, info = render(rasterize, ours, **SETTINGS[name])
     expected_colors, expected_alphas, visible = render(dense_rasterize, exact, **SETTINGS[name])
 
@@ -41,8 +43,10 @@ def test_image_and_gradients_equal_the_dense_oracle(name, dtype, tolerance):
     assert relative_error(colors, expected_colors) < tolerance
     assert relative_error(alphas, expected_alphas) < tolerance
     assert info["gaussian_ids"].tolist() == torch.cat(visible).tolist()
-    expected = gradients(exact, expected_colors, expected_alphas)
-    for parameter, gradient in gradients(ours, colors, alphas).items():
+    expected = gradients(exact, expected_colors, expected_alphas, (*PARAMETERS, "viewmats"))
+    for parameter, gradient in gradients(ours, colors, alphas, (*PARAMETERS, "viewmats")).items():
+        if parameter == "viewmats":  # whose last row is constant
+            gradient, expected[parameter] = gradient[:, :3], expected[parameter][:, :3]
         # The guard of gsplat's compensation gradient (1e-6) is no part of the oracle.
         loose = 1e-4 if SETTINGS[name].get("rasterize_mode") else tolerance
         assert relative_error(gradient, expected[parameter]) < loose, parameter
@@ -70,17 +74,18 @@ def test_opaque_pixels_stop_as_in_the_oracle():
 def test_gradients_equal_finite_differences(options):
     scene = random_scene(12, seed=3, width=20, height=18, median_scale=0.4).to("cpu", torch.float64)
     backgrounds = torch.tensor([[0.1, 0.5, 0.9]], dtype=torch.float64, requires_grad=True)
+    viewmats = scene.viewmats.requires_grad_()
 
-    def images(means, quats, scales, opacities, coeffs, backgrounds):
+    def images(means, quats, scales, opacities, coeffs, backgrounds, viewmats):
         colors, alphas, info = rasterize(
-            means, quats, scales, opacities, coeffs, scene.viewmats, scene.Ks, 20, 18, sh_degree=1,
+            means, quats, scales, opacities, coeffs, viewmats, scene.Ks, 20, 18, sh_degree=1,
             backgrounds=backgrounds, **options,
         )  # fmt: skip
         assert len(info["gaussian_ids"]) >= 5
         return colors, alphas
 
     coeffs = torch.cat([scene.sh0, scene.shN[:, :3]], 1).detach().requires_grad_()
-    inputs = (scene.means, scene.quats, scene.scales, scene.opacities, coeffs, backgrounds)
+    inputs = (scene.means, scene.quats, scene.scales, scene.opacities, coeffs, backgrounds, viewmats)
     # 1e-5: gsplat's guard in the compensation's gradient.
     assert torch.autograd.gradcheck(images, inputs, eps=1e-6, atol=2e-5, rtol=1e-4)
 

@@ -50,6 +50,8 @@ struct ProjectionGradients {
   T *v_means, *v_quats, *v_scales, *v_opacities;               // [N, 3] [N, 4] [N, 3] [N]
 };
 
+constexpr int kPoseSize = 12;  // a camera's rotation, row-major, and its translation
+
 // One Gaussian as the blending loop reads it: one or two cache lines.
 template <class T>
 struct Splat {
@@ -90,16 +92,18 @@ struct Kernels {
   // Appends the visible ones of Gaussians [begin, end) to rows; returns how many.
   int64_t (*project_forward)(const GaussianGeometry<T>&, const Camera<T>&, const ProjectionSettings<T>&,
                              int64_t begin, int64_t end, ProjectedRow<T>* rows);
-  // Rows [begin, end) must name distinct Gaussians. Compensations are null unless antialiased.
+  // Rows [begin, end) must name distinct Gaussians. Compensations are null unless antialiased. The gradient of the
+  // camera's pose is added to v_pose [kPoseSize], or v_pose is null.
   void (*project_backward)(const GaussianGeometry<T>&, const Camera<T>&, T eps2d, const int64_t* gaussian_ids,
                            const T* conics, const T* compensations, const ProjectionGradients<T>&, int64_t begin,
-                           int64_t end);
+                           int64_t end, T* v_pose);
   // Colours are 0.5 above the harmonics and cut at zero; clamped [nnz, 3] tells where they were cut.
   void (*sh_forward)(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
                      const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors, bool* clamped);
+  // The gradient of the camera's position is added to v_camera_position [3], or that is null.
   void (*sh_backward)(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
                       const int64_t* gaussian_ids, int64_t begin, int64_t end, const bool* clamped, const T* v_colors,
-                      T* v_means, T* v_coeffs);
+                      T* v_means, T* v_coeffs, T* v_camera_position);
   // By number of channels - 1. Gaussians come nearest first.
   void (*blend_forward[kMaxChannels])(const Splat<T>*, const int32_t* ids, int64_t count, const TileFrame&,
                                       const TileForward<T>&);

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -114,12 +115,31 @@ auto project(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> view
                          compensations->release({rows}));
 }
 
+// What tasks add up for one camera, each to its own part, so that the sum does not depend on the number of threads.
+template <class T, int Size>
+class SumOfTasks {
+ public:
+  explicit SumOfTasks(int64_t rows) : parts_((rows + kRowsPerTask - 1) / kRowsPerTask * Size, T(0)) {}
+
+  // The part of the task that begins with this row.
+  T* part(int64_t begin) { return parts_.data() + begin / kRowsPerTask * Size; }
+
+  std::array<T, Size> sum() const {
+    std::array<T, Size> total{};
+    for (size_t i = 0; i < parts_.size(); ++i) total[i % Size] += parts_[i];
+    return total;
+  }
+
+ private:
+  std::vector<T> parts_;
+};
+
 template <class T>
 void project_backward(In<T> means, In<T> quats, In<T> scales, In<T> opacities, In<T> viewmats, In<T> Ks, int width,
                       int height, T eps2d, In<int64_t> row_offsets, In<int64_t> gaussian_ids, In<T> conics,
                       std::optional<In<T>> compensations, In<T> v_means2d, In<T> v_depths, In<T> v_conics,
                       In<T> v_row_opacities, Out<T> v_means, Out<T> v_quats, Out<T> v_scales, Out<T> v_opacities,
-                      int threads) {
+                      std::optional<Out<T>> v_viewmats, int threads) {
   const std::vector<Camera<T>> cameras = read_cameras(viewmats, Ks, width, height);
   const GaussianGeometry<T> geometry{means.data(), quats.data(), scales.data(), opacities.data()};
   const ProjectionGradients<T> gradients{v_means2d.data(), v_depths.data(), v_conics.data(), v_row_opacities.data(),
@@ -128,11 +148,19 @@ void project_backward(In<T> means, In<T> quats, In<T> scales, In<T> opacities, I
   // Cameras one after another: a Gaussian has at most one row in each, so no two threads add to the same place.
   for (size_t c = 0; c < cameras.size(); ++c) {
     const int64_t first = row_offsets.data()[c], rows = row_offsets.data()[c + 1] - first;
+    SumOfTasks<T, kPoseSize> poses(v_viewmats ? rows : 0);
     parallel_ranges(rows, kRowsPerTask, threads, [&](int64_t begin, int64_t end) {
       best_kernels<T>().project_backward(geometry, cameras[c], eps2d, gaussian_ids.data(), conics.data(),
                                          compensations ? compensations->data() : nullptr, gradients, first + begin,
-                                         first + end);
+                                         first + end, v_viewmats ? poses.part(begin) : nullptr);
     });
+    if (!v_viewmats) continue;
+    const std::array<T, kPoseSize> v_pose = poses.sum();
+    T* v_viewmat = v_viewmats->data() + 16 * c;  // whose last row is constant
+    for (int r = 0; r < 3; ++r) {
+      std::copy_n(&v_pose[3 * r], 3, v_viewmat + 4 * r);
+      v_viewmat[4 * r + 3] = v_pose[9 + r];
+    }
   }
 }
 
@@ -153,16 +181,20 @@ void spherical_harmonics(int degree, In<T> means, In<T> camera_positions, In<T> 
 template <class T>
 void spherical_harmonics_backward(int degree, In<T> means, In<T> camera_positions, In<T> coeffs,
                                   In<int64_t> row_offsets, In<int64_t> gaussian_ids, In<bool> clamped,
-                                  In<T> v_colors, Out<T> v_means, Out<T> v_coeffs, int threads) {
+                                  In<T> v_colors, Out<T> v_means, Out<T> v_coeffs,
+                                  std::optional<Out<T>> v_camera_positions, int threads) {
   const int n_bases = static_cast<int>(coeffs.shape(1));
   nb::gil_scoped_release release;
   for (size_t c = 0; c < camera_positions.shape(0); ++c) {  // in turn, as in project_backward
     const int64_t first = row_offsets.data()[c], rows = row_offsets.data()[c + 1] - first;
+    SumOfTasks<T, 3> positions(v_camera_positions ? rows : 0);
     parallel_ranges(rows, kRowsPerTask, threads, [&](int64_t begin, int64_t end) {
       best_kernels<T>().sh_backward(degree, n_bases, means.data(), camera_positions.data() + 3 * c, coeffs.data(),
                                     gaussian_ids.data(), first + begin, first + end, clamped.data(), v_colors.data(),
-                                    v_means.data(), v_coeffs.data());
+                                    v_means.data(), v_coeffs.data(),
+                                    v_camera_positions ? positions.part(begin) : nullptr);
     });
+    if (v_camera_positions) std::copy_n(positions.sum().data(), 3, v_camera_positions->data() + 3 * c);
   }
 }
 

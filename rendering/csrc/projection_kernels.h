@@ -21,6 +21,7 @@ template <class T>
 struct Projector {
   using V = Lanes<T>;
 
+  V mean[3];               // centre
   V camera[3];             // centre in camera space
   V quat[4], inverse_norm;  // unit quaternion; inverse_norm 0 for a quaternion of length zero
   V scale[3];
@@ -35,7 +36,6 @@ struct Projector {
 
   template <class Row>
   Projector(const GaussianGeometry<T>& g, const Camera<T>& view, int lanes, Row row) {
-    V mean[3];
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       const int64_t i = row(lane < lanes ? lane : 0);  // idle lanes repeat the first one's work
       for (int k = 0; k < 3; ++k) mean[k][lane] = g.means[3 * i + k];
@@ -165,7 +165,7 @@ int64_t project_forward(const GaussianGeometry<T>& g, const Camera<T>& view, con
 template <class T>
 void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps2d, const int64_t* gaussian_ids,
                       const T* conics, const T* compensations, const ProjectionGradients<T>& grads, int64_t begin,
-                      int64_t end) {
+                      int64_t end, T* v_pose) {
   using V = Lanes<T>;
   const T* W = view.rotation;
   for (int64_t first = begin; first < end; first += kLanes<T>) {
@@ -235,6 +235,18 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
         const V v = W[r] * v_axes[0][c] + W[3 + r] * v_axes[1][c] + W[6 + r] * v_axes[2][c];
         v_scale[c] += f.rotation[r][c] * v;
         v_rotation[r][c] = v * f.scale[c];
+      }
+    }
+
+    if (v_pose) {
+      // The camera's rotation W and translation t are in camera = W mean + t and A = W (Q S).
+      for (int r = 0; r < 3; ++r) {
+        for (int c = 0; c < 3; ++c) {
+          V v = v_camera[r] * f.mean[c];
+          for (int k = 0; k < 3; ++k) v += v_axes[r][k] * f.rotation[c][k] * f.scale[k];
+          for (int lane = 0; lane < lanes; ++lane) v_pose[3 * r + c] += v[lane];
+        }
+        for (int lane = 0; lane < lanes; ++lane) v_pose[9 + r] += v_camera[r][lane];
       }
     }
 
