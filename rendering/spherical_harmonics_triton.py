@@ -43,7 +43,7 @@ class Harmonics:
         """Return colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
 
         Args:
-            means: Gaussian centres [N, 3]. camera_positions: [C, 3], not differentiated.
+            means: Gaussian centres [N, 3]. camera_positions: [C, 3].
             camera_ids, gaussian_ids: [nnz] int64.
         """
         views = (camera_positions.contiguous(), camera_ids, gaussian_ids)
@@ -101,13 +101,23 @@ class _Colors(torch.autograd.Function):
     def backward(ctx, v_colors):
         means, camera_positions, sh0, shN, camera_ids, gaussian_ids, colors = ctx.saved_tensors
         v_colors, v_means = torch.where(colors > 0, v_colors, 0), torch.zeros_like(means)
+        v_positions = torch.zeros_like(camera_positions) if ctx.needs_input_grad[6] else None
         if len(gaussian_ids) and ctx.bands > 1:
+            one_camera = len(camera_positions) == 1
+            # Of several cameras each has its own sum, to which those of the means do not lead.
+            by_pair = v_positions is not None and not one_camera
+            found = means.new_empty(len(gaussian_ids), 3) if by_pair else v_means
             _backward_means[_grid(gaussian_ids)](
-                means, camera_positions, *_rows(sh0, shN), camera_ids, gaussian_ids, v_colors, v_means,
-                len(gaussian_ids), BANDS=ctx.bands, ONE_CAMERA=len(camera_positions) == 1, ROWS=ROWS,
+                means, camera_positions, *_rows(sh0, shN), camera_ids, gaussian_ids, v_colors, found,
+                len(gaussian_ids), BANDS=ctx.bands, ONE_CAMERA=one_camera or by_pair, BY_PAIR=by_pair, ROWS=ROWS,
             )  # fmt: skip
+            if by_pair:
+                v_means.index_add_(0, gaussian_ids, found)
+                v_positions.index_add_(0, camera_ids, found, alpha=-1)
+            elif v_positions is not None:
+                v_positions -= v_means.sum(dim=0)
         ctx.owed.v_colors, ctx.owed.views = v_colors, (means, camera_positions, camera_ids, gaussian_ids)
-        return means.new_empty(0), None, None, v_means, None, None, None, None, None
+        return means.new_empty(0), None, None, v_means, None, None, v_positions, None, None
 
 
 def _grid(gaussian_ids: Tensor) -> tuple[int]:
@@ -251,7 +261,7 @@ def _backward_coeffs(
 @triton.jit(do_not_specialize=["num_pairs"])
 def _backward_means(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, v_colors, v_means, num_pairs,
-    BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
+    BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, BY_PAIR: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row, valid, gaussian, x, y, z, inverse = _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS)
     column = tl.arange(0, 64)[None, :]
@@ -266,6 +276,7 @@ def _backward_means(
     # Through d / |d|: what points along d is lost.
     along = v_x * x + v_y * y + v_z * z
     v_x, v_y, v_z = (v_x - along * x) * inverse, (v_y - along * y) * inverse, (v_z - along * z) * inverse
-    _add(v_means + gaussian * 3, v_x, valid, ONE_CAMERA)
-    _add(v_means + gaussian * 3 + 1, v_y, valid, ONE_CAMERA)
-    _add(v_means + gaussian * 3 + 2, v_z, valid, ONE_CAMERA)
+    to = v_means + (row if BY_PAIR else gaussian) * 3
+    _add(to, v_x, valid, ONE_CAMERA)
+    _add(to + 1, v_y, valid, ONE_CAMERA)
+    _add(to + 2, v_z, valid, ONE_CAMERA)

@@ -26,7 +26,8 @@ def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tens
         near_plane=0.01, far_plane=1e10, radius_clip=0.0, eps2d=0.3, antialiased=False,
     )  # fmt: skip
     means, coeffs = scene.means.requires_grad_(), torch.cat([scene.sh0, scene.shN], 1).requires_grad_()
-    expected = native(sh_degree, means, scene.viewmats, coeffs, projection)
+    viewmats = scene.viewmats.requires_grad_()
+    expected = native(sh_degree, means, viewmats, coeffs, projection)
     assert 0.02 < (expected == 0).double().mean() < 0.95
     (expected * weights_like(expected)).sum().backward()
 
@@ -34,7 +35,8 @@ def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tens
     if tensors == 1:
         ours = [ours[0], coeffs.detach().to(TRITON_DEVICE).requires_grad_()]
     harmonics = Harmonics(sh_degree, ours[1] if tensors == 1 else tuple(ours[1:]))
-    positions = torch.inverse(scene.viewmats)[:, :3, 3].to(TRITON_DEVICE)
+    placed = viewmats.detach().to(TRITON_DEVICE).requires_grad_()
+    positions = torch.inverse(placed)[:, :3, 3]
     colors = harmonics.colors(
         ours[0], positions, projection.camera_ids.to(TRITON_DEVICE), projection.gaussian_ids.to(TRITON_DEVICE)
     )
@@ -42,6 +44,7 @@ def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tens
     assert relative_error(colors.cpu(), expected) < 1e-6
     assert relative_error(ours[0].grad.cpu(), means.grad) < 1e-5
     assert relative_error(torch.cat([t.grad.cpu() for t in ours[1:]], 1), coeffs.grad) < 1e-6
+    assert relative_error(placed.grad.cpu(), viewmats.grad) < 1e-5
 
 
 def test_the_gradient_of_coefficients_comes_last():
