@@ -118,6 +118,12 @@ class OptimizationOptions:
     """Compare depths with those of the points that each photo saw, and of maps in depths/ (docs/datasets.md)."""
     depth_lambda: float = 1.0
     """Weight of the mean difference of inverse depths, times the scene scale, in the loss."""
+    pose_opt: bool = False
+    """Correct the pose of each training photo by a small turn and shift of its camera."""
+    pose_opt_lr: float = 1e-4
+    """Learning rate of turns in radians and shifts in scene scales; 0 in the first quarter, then decays to 1 %."""
+    pose_opt_reg: float = 10.0
+    """Weight of the mean square of corrections, in the same units, in the loss."""
 
 
 @dataclass

@@ -59,8 +59,9 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         strays = strategy.strays(step, gaussians, gaussians.ids, rows) if deferred else None
         run.mark("fetch")
 
+        cameras = run.modules.cameras(view)
         colors, info = render(
-            rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
+            rows, cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
         )
         colors = run.modules.exposed(colors, view)
         run.mark("render")

@@ -34,8 +34,9 @@ def train(run: TrainingRun[Config]) -> None:
         rows = gaussians.fetch(view.cameras)
         run.mark("fetch")
 
+        cameras = run.modules.cameras(view)
         colors, info = render(
-            rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
+            rows, cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
         )
         colors = run.modules.exposed(colors, view)
         run.mark("render")

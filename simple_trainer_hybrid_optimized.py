@@ -57,8 +57,9 @@ def train(run: TrainingRun[HybridConfig]) -> None:
             gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))
         run.mark("cull")
 
+        cameras = run.modules.cameras(view)
         colors, info = render(
-            rows, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
+            rows, cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
         )
         colors = run.modules.exposed(colors, view)
         run.mark("render")

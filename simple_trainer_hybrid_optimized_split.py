@@ -117,8 +117,9 @@ def train(run: TrainingRun[SplitConfig]) -> None:
     def train_part(part: ViewTile, view: View, screen: ScreenGradients) -> TileResult:
         """Render one tile with its halo, or all of the view, and propagate its share of the loss back."""
         run.mark("fetch")
+        cameras = run.modules.cameras(view)
         colors, info = render_part(
-            part, view.cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), halo=halo
+            part, cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), halo=halo
         )
         loss = share_of_loss(colors, info, view, part.tile)
         loss = strategy.regularized(loss, part.rows, screen.newly_drawn(part, info))

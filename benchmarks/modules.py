@@ -3,7 +3,9 @@
     python -m benchmarks.modules [--steps 2000] [--trainer simple_trainer_hybrid_optimized] [--quick]
 
 Each line is a run of a script of its own, evaluated on views that have the same trouble; in "few photos" on those of
-the flight that were not trained on. Corrected colours are a rendering's, brought near its photo's by a matrix.
+the flight that were not trained on, and in "poses that are off" on photos with true poses. "no trouble" is the same
+city without it: no option can be expected to do better. Corrected colours are a rendering's, brought near its photo's
+by a matrix.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +23,11 @@ import numpy as np
 
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.report import Report
-from benchmarks.troubled_city import write_city
+from benchmarks.troubled_city import camtoworlds_of, pose_errors, write_city
+from datasets.synthetic import View
+from datasets.trajectory_file import read_key_poses
 from errors import InputError
+from training.pose_files import FOLDER, JSON_FILE
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +54,7 @@ class Trouble:
     city: dict[str, object]  # of `write_city`
     runs: dict[str, tuple[str, ...]]  # by the words of the table, options
     common: tuple[str, ...] = field(default=())
+    without: dict[str, object] | None = None  # of `write_city`, the same city without the trouble, if there is one
 
 
 TROUBLES = [
@@ -59,15 +66,26 @@ TROUBLES = [
             "--exposure affine": ("--exposure", "affine"),
             "--exposure bilateral_grid": ("--exposure", "bilateral_grid"),
         },
+        without={},
+    ),
+    Trouble(
+        "poses that are off",
+        {"poses": True},
+        {
+            "without": (),
+            "--pose_opt": ("--pose_opt", "--pose_opt_lr", "2e-4"),  # twice the default, of so few steps
+        },
+        without={},
     ),
     Trouble(
         "a white sky",
-        {"sky": True},
+        {"sky": 1.0},
         {
             "without": (),
             "--background white": ("--background", "white"),
             "--background sky": ("--background", "sky"),
         },
+        without={"sky": 0.0},
     ),
     Trouble(
         "few photos",
@@ -101,6 +119,21 @@ def train(options: Options, data_dir: Path, result_dir: Path, arguments: tuple[s
     return json.loads(Path(f"{result_dir}_corrected", "stats", f"val_step{options.steps}.json").read_text())
 
 
+def runs_of(trouble: Trouble) -> Iterator[tuple[str, dict[str, object], tuple[str, ...]]]:
+    """Yield the words of the table, the city and the options of each run; the one without trouble comes first."""
+    if trouble.without is not None:
+        yield "no trouble", trouble.without, ()
+    for words, arguments in trouble.runs.items():
+        yield words, trouble.city, arguments
+
+
+def errors_of_poses(result_dir: Path, views: list[View]) -> tuple[float, float]:
+    """Return by how much the training photos' cameras of a run are turned and moved; as `pose_errors`."""
+    found = read_key_poses(result_dir / FOLDER / JSON_FILE)
+    trained = np.flatnonzero(np.arange(len(views)) % 8)
+    return pose_errors(found[trained], camtoworlds_of(views)[trained])
+
+
 def main(options: Options) -> None:
     if options.quick:
         options.steps, options.size = 40, (48, 36)
@@ -115,18 +148,24 @@ def main(options: Options) -> None:
             "PSNR, dB": "{:.2f}".format,
             "PSNR, colours corrected": "{:.2f}".format,
             "SSIM": "{:.3f}".format,
+            "cameras turned, degrees": "{:.3f}".format,
+            "cameras moved, m": "{:.3f}".format,
         },
     )
     with tempfile.TemporaryDirectory() as workspace:
         for number, trouble in enumerate(TROUBLES):
-            data_dir = Path(workspace) / str(number)
-            points = 300 if options.quick else 3000
-            write_city(data_dir, num_views=36, width=width, height=height, num_points=points, **trouble.city)
             strips = []
-            for index, (words, arguments) in enumerate(trouble.runs.items()):
+            for index, (words, city, arguments) in enumerate(runs_of(trouble)):
+                data_dir = Path(workspace) / f"{number}_{'no_trouble' if city == trouble.without else 'trouble'}"
+                if not data_dir.exists():
+                    points = 300 if options.quick else 3000
+                    views = write_city(data_dir, num_views=36, width=width, height=height, num_points=points, **city)
                 result_dir = Path(workspace) / f"{number}_{index}"
                 found = train(options, data_dir, result_dir, (*trouble.common, *arguments))
-                table.add(trouble.name, words, found["psnr"], found["cc_psnr"], found["ssim"])
+                errors = errors_of_poses(result_dir, views) if "--pose_opt" in arguments else (None, None)
+                table.add(trouble.name, words, found["psnr"], found["cc_psnr"], found["ssim"], *errors)
+                if city == trouble.without:
+                    continue
                 strips.append(cv2.imread(str(sorted((result_dir / "renders").rglob("*.png"))[2])))
             if options.pictures is not None:
                 options.pictures.mkdir(parents=True, exist_ok=True)

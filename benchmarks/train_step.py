@@ -122,7 +122,7 @@ class AerialRun:
         self._offload_per_step = PerStep()
         self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
         self._counted_before = Counters()
-        self.modules = RunModules(cfg, [], np.empty(0, np.int64), self.device)  # of a run without any
+        self.modules = RunModules(cfg, None, self.device)  # of a run without any
         self.depth_weight = 0.0
         self.ranks = None
 

@@ -1,4 +1,4 @@
-"""The synthetic city as real captures are: photos in other lights, a white sky, or few photos with depth maps."""
+"""The synthetic city as real captures are: other lights, white skies, few photos with depth maps, or poses off."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from scipy.spatial.transform import Rotation
 
+from datasets.normalize import transform_cameras
 from datasets.synthetic import (
     Camera,
     City,
@@ -26,6 +28,8 @@ from datasets.synthetic import (
 
 SIZE = 72.0  # metres, of the block
 POINT_NOISE = 0.15  # metres
+TURNED = 0.3  # degrees, by which poses are off
+MOVED = 0.003 * SIZE  # metres, the same
 
 
 def write_city(
@@ -36,11 +40,12 @@ def write_city(
     height: int,
     num_points: int,
     lights: bool = False,
-    sky: bool = False,
+    sky: float | None = None,
     depths: bool = False,
+    poses: bool = False,
     first: int = 0,
     seed: int = 0,
-) -> None:
+) -> list[View]:
     """Write a city block as a COLMAP dataset, with trouble.
 
     Args:
@@ -51,15 +56,21 @@ def write_city(
         num_points: Of the sparse cloud.
         lights: Two flights in turns, each in its own light; gain and offset of each channel differ between their photos
             too.
-        sky: The flight is low and looks to the horizon, above which all is white.
+        sky: The flight is low and looks to the horizon, above which all is as bright as this, from 0 to 1; None: the
+            flight looks down.
         depths: Write depths/NAME.npy, in a unit and from a zero of its own for each photo, as networks give them.
+        poses: The model has the cameras of all photos but every eighth, which a run holds out, turned by 0.3 degrees
+            and moved by 0.3 % of the block's size, each its own way.
         first: So many photos, evenly out of the flight, come before the others.
-        seed: Of the city, views, points and lights.
+        seed: Of the city, views, points, lights and what poses are off by.
+
+    Returns:
+        The views that the photos show.
     """
     city = build_city(SIZE, np.random.default_rng([seed, 0]))
     camera = Camera(width, height)
     rng = np.random.default_rng([seed, 1])
-    views = low_flight(num_views, rng) if sky else plan_flight(num_views, city.half_size, rng)
+    views = low_flight(num_views, rng) if sky is not None else plan_flight(num_views, city.half_size, rng)
     if first:
         every = -(-num_views // first)
         views = views[::every] + [view for index, view in enumerate(views) if index % every]
@@ -74,8 +85,8 @@ def write_city(
         for number, (view, name) in enumerate(zip(views, names, strict=True)):
             picture = render(city, camera, view) / 255.0
             depth = depths_of(city, camera, view)
-            if sky:
-                picture[depth <= 0] = 1.0
+            if sky is not None:
+                picture[depth <= 0] = sky
             if lights:
                 picture = in_light(picture, number % 2, rng)
             cv2.imwrite(str(partial / "images" / name), np.round(255 * picture.clip(0, 1))[..., ::-1].astype(np.uint8))
@@ -83,13 +94,65 @@ def write_city(
                 unit, zero = rng.uniform(0.01, 10), rng.uniform(0, 0.01)
                 np.save(partial / "depths" / f"{Path(name).stem}.npy", ((1 / depth + zero) * unit).astype(np.float32))
         seen = [points_in_view(city, camera, view, points) for view in views]
-        write_colmap(partial / "sparse" / "0", camera, views, names, points, noisy, colors, seen)
+        rng = np.random.default_rng([seed, 5])
+        given = [off(view, rng) if poses and number % 8 else view for number, view in enumerate(views)]
+        write_colmap(partial / "sparse" / "0", camera, given, names, points, noisy, colors, seen)
         partial.rename(data_dir)
+    return views
+
+
+def off(view: View, rng: np.random.Generator) -> View:
+    """Return a view that is turned by `TURNED` about a random axis and moved by `MOVED` in a random direction."""
+    axis, direction = (vector / np.linalg.norm(vector) for vector in rng.normal(size=(2, 3)))
+    turn = Rotation.from_rotvec(np.radians(TURNED) * axis).as_matrix()
+    return View(turn @ view.rotation, view.position + MOVED * direction)
+
+
+def pose_errors(found: Floats, truth: Floats) -> tuple[float, float]:
+    """Return the mean degrees by which cameras are turned, and the mean distance by which they stand, off the truth.
+
+    Args:
+        found: [n, 4, 4], camera to world; they are compared after `alignment`.
+        truth: [n, 4, 4], the same in truth; distances are in its units.
+    """
+    aligned = transform_cameras(alignment(found, truth), found)
+    distances = np.linalg.norm(aligned[:, :3, 3] - truth[:, :3, 3], axis=1)
+    between = Rotation.from_matrix(aligned[:, :3, :3].transpose(0, 2, 1) @ truth[:, :3, :3])
+    return float(np.degrees(between.magnitude()).mean()), float(distances.mean())
+
+
+def alignment(found: Floats, truth: Floats) -> Floats:
+    """Return the similarity [4, 4] that brings positions of cameras nearest to the true ones (Umeyama 1991).
+
+    Photos alone cannot tell where the world's origin is, how it is turned, and how long its unit is.
+
+    Args:
+        found: [n, 4, 4], camera to world.
+        truth: [n, 4, 4], the same in truth.
+    """
+    centres = [poses[:, :3, 3].mean(axis=0) for poses in (found, truth)]
+    ours, theirs = (poses[:, :3, 3] - centre for poses, centre in zip((found, truth), centres, strict=True))
+    u, sizes, vt = np.linalg.svd(theirs.T @ ours)  # [3, 3]
+    signs = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
+    similarity = np.eye(4)
+    similarity[:3, :3] = (sizes * signs).sum() / np.square(ours).sum() * (u * signs @ vt)
+    similarity[:3, 3] = centres[1] - similarity[:3, :3] @ centres[0]
+    return similarity
+
+
+def camtoworlds_of(views: list[View]) -> Floats:
+    """Return the poses [n, 4, 4] of views, camera to world."""
+    poses = np.tile(np.eye(4), (len(views), 1, 1))
+    poses[:, :3, :3] = [view.rotation.T for view in views]
+    poses[:, :3, 3] = [view.position for view in views]
+    return poses
 
 
 def in_light(picture: Floats, flight: int, rng: np.random.Generator) -> Floats:
     """Return a picture [H, W, 3] as one of two flights takes it: with its gains and offsets, and some of its own."""
-    gains = np.array([[1.0, 0.95, 0.85], [0.6, 0.65, 0.75]])[flight] * rng.uniform(0.85, 1.0, 3)
+    gains = (
+        np.array([[1.25, 1.1, 0.95], [0.8, 0.85, 1.0]])[flight] * rng.uniform(0.85, 1.15) * rng.uniform(0.95, 1.05, 3)
+    )
     offsets = np.array([0.0, 0.05])[flight] + rng.uniform(0, 0.05, 3)
     return picture * gains + offsets
 

@@ -41,13 +41,21 @@ class TrainedModule(nn.Module):
 
     last_step: Tensor  # [n] int64, of each row's last update
 
-    def __init__(self, names: Sequence[str], initial: Tensor, learning_rate: float, training: Training) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        initial: Tensor,
+        learning_rate: float,
+        training: Training,
+        multipliers: Tensor | None = None,
+    ) -> None:
         """
         Args:
             names: n different ones, by which a resumed run knows the rows again.
             initial: [...] with d numbers, what each row is at first.
             learning_rate: Of the first step.
             training: How it goes on.
+            multipliers: [d] of the learning rate, where it is not the same of all numbers of a row.
         """
         super().__init__()
         self.names = list(names)
@@ -59,7 +67,8 @@ class TrainedModule(nn.Module):
         for name, value in zip(ARRAYS, (rows, torch.zeros_like(rows), torch.zeros_like(rows)), strict=True):
             self.register_buffer(name, value)
         self.register_buffer("last_step", torch.zeros(len(rows), dtype=torch.int64, device=device))
-        self._tables = DeferralTables(torch.ones(1, 1), training.betas, EPS, device)
+        multipliers = torch.ones(1) if multipliers is None else multipliers
+        self._tables = DeferralTables(multipliers[None], training.betas, EPS, device)
         self._ids: Tensor | None = None  # [U] int64, the rows of the step, each once
         self._places: Tensor | None = None  # [C] int64, of the view's rows in these
         self._values = self._gradient = rows[:0]  # [U, d]
@@ -86,6 +95,17 @@ class TrainedModule(nn.Module):
         """
         w, m, v, last_step = self._stored(rows.to(self.last_step.device))
         return caught_up(w, m, v, last_step, self._tables).view(-1, *self._shape)
+
+    def values_ahead(self, rows: Tensor) -> Tensor:
+        """Return what `values` will after the present step, bit for bit, of rows that are not in it.
+
+        Args:
+            rows: [C] int64, anywhere.
+        """
+        self._tables.begin_step(self._next_rate())
+        values = self.values(rows)
+        self._tables.undo_step()
+        return values
 
     def fetch(self, rows: Tensor, own: slice = ALL) -> None:
         """Begin a step that uses rows.
@@ -131,7 +151,7 @@ class TrainedModule(nn.Module):
     def update(self) -> None:
         """Apply one step of Adam to the rows that were fetched; a row's gradient that is not finite counts as zero."""
         self.gather()
-        rate = [self._learning_rate * self._decay(self._tables.step)]
+        rate = self._next_rate()
         if self._ids is not None:
             penalised = self._values.clone().requires_grad_()
             penalty = self.penalty(penalised.view(-1, *self._shape))
@@ -141,6 +161,9 @@ class TrainedModule(nn.Module):
             self._step(self._ids, torch.where(finite, self._gradient, 0.0), rate)
         self._tables.begin_step(rate)
         self._ids = self._places = None
+
+    def _next_rate(self) -> list[float]:
+        return [self._learning_rate * self._decay(self._tables.step)]
 
     def _step(self, ids: Tensor, gradient: Tensor, rate: list[float]) -> None:
         w, m, v, last_step = self._stored(ids)
@@ -196,7 +219,7 @@ class TrainedModule(nn.Module):
     def _catch_up(self, loaded: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Bring loaded rows to the last step that their own tables know."""
         b1, b2 = state["betas"].tolist()
-        tables = DeferralTables(torch.ones(1, 1), (b1, b2), state["eps"].item(), self.last_step.device)
+        tables = DeferralTables(state["multipliers"], (b1, b2), state["eps"].item(), self.last_step.device)
         tables.load_state(state)
         w, m, v, last_step = (loaded[name] for name in (*ARRAYS, "last_step"))
         loaded["rows"] = caught_up(w, m, v, last_step, tables)

@@ -30,7 +30,7 @@ class Sky(TrainedModule):
     def forward(
         self, coefficients: Tensor, viewmats: Tensor, Ks: Tensor, x: int, y: int, width: int, height: int
     ) -> Tensor:
-        """Return the sky's colours [C, height, width, 3] behind pixels, differentiable by the coefficients.
+        """Return the sky's colours [C, height, width, 3] behind pixels, differentiable by coefficients and viewmats.
 
         Args:
             coefficients: [16, 3], as `leaf` or `values` give them.
@@ -70,7 +70,7 @@ class _Colors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, coefficients: Tensor, towards: Tensor) -> Tensor:
-        ctx.save_for_backward(towards)
+        ctx.save_for_backward(towards, coefficients)
         colors = torch.full_like(towards, 0.5)
         for harmonic, coefficient in zip(real_harmonics(towards), coefficients, strict=True):
             colors += harmonic[..., None] * coefficient
@@ -79,6 +79,14 @@ class _Colors(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, v_colors: Tensor):
-        (towards,) = ctx.saved_tensors
+        towards, coefficients = ctx.saved_tensors
         gradients = [(harmonic[..., None] * v_colors).sum(dim=(0, 1, 2)) for harmonic in real_harmonics(towards)]
-        return torch.stack(gradients), None
+        v_towards = None
+        if ctx.needs_input_grad[1]:
+            v_towards = torch.zeros_like(towards)
+            with torch.enable_grad():
+                towards = towards.requires_grad_()
+                for harmonic, coefficient in zip(real_harmonics(towards), coefficients, strict=True):
+                    if harmonic.requires_grad:  # all but the constant one
+                        v_towards += torch.autograd.grad(harmonic, towards, (v_colors * coefficient).sum(dim=-1))[0]
+        return torch.stack(gradients), v_towards

@@ -101,8 +101,7 @@ def gradients(
     loss = (colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()
     found = torch.autograd.grad(loss, [getattr(scene, name) for name in names], allow_unused=True)
     return {
-        name: torch.zeros_like(getattr(scene, name)) if g is None else g
-        for name, g in zip(names, found, strict=True)
+        name: torch.zeros_like(getattr(scene, name)) if g is None else g for name, g in zip(names, found, strict=True)
     }
 
 

@@ -12,9 +12,10 @@ import torch
 
 import simple_trainer
 from errors import InputError
+from modules.poses import corrections
 from rendering import rasterize as rasterize_module
-from tests.gaussian_scenes import gradients, random_scene, relative_error, render
-from tests.gsplat_comparison import compare_renders, run
+from tests.gaussian_scenes import gradients, random_scene, relative_error, render, weights_like
+from tests.gsplat_comparison import GRADIENT_TOLERANCE, compare_renders, run
 from tests.gsplat_golden import GOLDEN_CASES, GOLDEN_FILE, golden_gsplat_version, load_golden
 
 LIVE_CASES = [
@@ -54,6 +55,29 @@ def test_gsplats_kernels_put_together_equal_its_own_rasterization(options, n_cam
     expected = gradients(scene, expected_colors, expected_alphas)
     for name, gradient in gradients(scene, colors, alphas).items():
         assert relative_error(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n_cameras", [1, 2])
+def test_gradients_of_poses_equal_gsplats(n_cameras):
+    """Of turns and shifts: cameras' positions are found otherwise than in gsplat, alike where poses are rigid."""
+    from gsplat import rasterization
+
+    scene = random_scene(20_000, seed=11, n_cameras=n_cameras, width=330, height=250, median_scale=0.02)
+    found = []
+    for function, device, options in (
+        (rasterization, "cuda", {"packed": True}),
+        (rasterize_module.rasterize, "cuda", {}),
+        (rasterize_module.rasterize, "cpu", {}),
+    ):
+        moved, rows = scene.to(device), torch.zeros(n_cameras, 6, requires_grad=True)
+        moved.viewmats = (torch.linalg.inv(corrections(rows)) @ scene.viewmats.double()).float().to(device)
+        colors, alphas, _ = render(function, moved, sh_degree=3, **options)
+        ((colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()).backward()
+        found.append(rows.grad)
+    assert found[0].abs().min() > 0
+    assert relative_error(found[1], found[0]) < 1e-4
+    assert relative_error(found[2], found[0]) < GRADIENT_TOLERANCE
 
 
 @pytest.mark.skipif(not GOLDEN_FILE.exists(), reason=f"{GOLDEN_FILE.name} has not been written on a GPU yet")

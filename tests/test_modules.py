@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from benchmarks.troubled_city import alignment, pose_errors
+from datasets.normalize import transform_cameras
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
+from modules.poses import Poses, corrections
 from modules.sky import Sky, directions
 from rendering.projection import Projection
+from rendering.rasterize import rasterize
 from rendering.spherical_harmonics import spherical_harmonics
+from tests.gaussian_scenes import GaussianScene, random_scene
 from training.color_correction import color_corrected
 
 CPU = torch.device("cpu")
@@ -53,16 +60,19 @@ def advance(module: TrainedModule, steps: range) -> None:
         module.update()
 
 
-def densely(steps: int, betas: tuple[float, float] = (0.9, 0.999)) -> Tensor:
-    """The rows after so many steps of torch's dense Adam, in float64."""
-    rows = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3).repeat(5, 1, 1).requires_grad_()
-    adam = torch.optim.Adam([rows], betas=betas, eps=1e-15)
+def densely(steps: int, multipliers: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """The rows after so many steps of torch's dense Adam, in float64; learning rates of their halves differ."""
+    halves = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3).repeat(5, 1, 1).unbind(dim=1)
+    halves = [half.clone().requires_grad_() for half in halves]
+    adam = torch.optim.Adam([{"params": [half]} for half in halves], betas=(0.9, 0.999), eps=1e-15)
     for step in range(steps):
-        adam.param_groups[0]["lr"] = 0.1 * decay(step)
+        for group, multiplier in zip(adam.param_groups, multipliers, strict=True):
+            group["lr"] = 0.1 * decay(step) * multiplier
         adam.zero_grad()
+        rows = torch.stack(halves, dim=1)
         sum((rows[row] - target_of(int(row), step).double()).square().sum() for row in seen(step)).backward()
         adam.step()
-    return rows.detach()
+    return torch.stack(halves, dim=1).detach()
 
 
 def test_rows_are_trained_as_by_dense_adam():
@@ -70,6 +80,31 @@ def test_rows_are_trained_as_by_dense_adam():
     advance(module, range(60))
     torch.testing.assert_close(module.values(torch.arange(5)).double(), densely(60), rtol=0, atol=1e-5)
     assert torch.equal(module.values(torch.tensor([4]))[0], torch.linspace(-1, 1, 6).view(2, 3))
+
+
+def test_numbers_of_a_row_have_learning_rates_of_their_own():
+    multipliers = torch.tensor([1.0, 1, 1, 0.2, 0.2, 0.2])
+    module = TrainedModule(NAMES, torch.linspace(-1, 1, 6).view(2, 3), 0.1, TRAINING, multipliers)
+    advance(module, range(40))
+    expected = densely(40, multipliers=(1.0, 0.2))
+    torch.testing.assert_close(module.values(torch.arange(5)).double(), expected, rtol=0, atol=1e-5)
+    other = TrainedModule(NAMES, torch.linspace(-1, 1, 6).view(2, 3), 0.1, TRAINING, 2 * multipliers)
+    other.load_state_dict(module.state_dict())  # whose rows lag behind, at the rates that they were trained with
+    torch.testing.assert_close(other.values(torch.arange(5)).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_what_rows_will_be_after_a_step_of_others():
+    module = a_module()
+    advance(module, range(35))
+    resting = torch.tensor([3, 4])
+    ahead, now = module.values_ahead(resting), module.values(resting)
+    assert not torch.equal(ahead, now)
+    assert torch.equal(module.values(resting), now)
+    module.fetch(torch.tensor([0, 1]))
+    module.leaf().sum().backward()
+    assert torch.equal(module.values_ahead(resting), ahead)
+    module.update()
+    assert torch.equal(module.values(resting), ahead)
 
 
 def test_parts_add_up_and_a_part_that_failed_is_forgotten():
@@ -187,7 +222,104 @@ def test_gradients_of_the_sky():
     viewmats, Ks = (t.double() for t in some_cameras())
     coefficients = random(16, 3, dtype=torch.float64).requires_grad_()
     sky = Sky(TRAINING)
-    assert torch.autograd.gradcheck(lambda c: sky(c, viewmats, Ks, 3, 2, 6, 5), (coefficients,))
+    viewmats.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c, v: sky(c, v, Ks, 3, 2, 4, 3), (coefficients, viewmats))
+
+
+# --------------------------------------------------------------------------------------------------------------- poses
+
+
+def some_poses(weight: float = 0.0) -> Poses:
+    viewmats, _ = some_cameras()
+    return Poses(["a", "b"], viewmats.double(), 3.0, 1e-3, weight, TRAINING)
+
+
+def test_a_pose_is_as_it_was_given_at_first():
+    poses, both = some_poses(), torch.arange(2)
+    assert torch.equal(poses(poses.values(both), both).float(), some_cameras()[0])
+
+
+def test_a_pose_is_turned_and_moved_in_its_own_axes():
+    poses, both, rows = some_poses(), torch.arange(2), 0.02 * (random(2, 6, seed=1) - 0.5)
+    turn = Rotation.from_rotvec(rows[:, :3].numpy()).as_matrix()
+    correction = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    correction[:, :3, :3], correction[:, :3, 3] = torch.from_numpy(turn), rows[:, 3:]
+    expected = torch.linalg.inv(some_cameras()[0].double()) @ correction
+    found = poses(rows, both)
+    torch.testing.assert_close(torch.linalg.inv(found), expected, rtol=0, atol=1e-6)
+    products = found[:, :3, :3] @ found[:, :3, :3].mT
+    torch.testing.assert_close(products, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.3])
+def test_gradients_of_poses(size):
+    rows = (size * (random(2, 6, seed=1, dtype=torch.float64) - 0.5)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r: some_poses()(r, torch.arange(2)), (rows,))
+
+
+def test_the_penalty_of_poses_is_in_radians_and_extents():
+    rows = torch.tensor([[0.1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0.3, 0]])
+    torch.testing.assert_close(some_poses(weight=2.0).penalty(rows), torch.tensor(2.0 * (0.1**2 + (0.3 / 3) ** 2) / 2))
+
+
+def seen_from_around(num_cameras: int) -> GaussianScene:
+    """Gaussians, and cameras that look at them from an arc."""
+    scene = random_scene(300, seed=3, n_cameras=num_cameras, width=64, height=48, median_scale=0.1)
+    middle = torch.tensor([0.0, 0, 3.5])
+    for camera, viewmat in enumerate(scene.viewmats):
+        angles = [0.25 * (camera % 3 - 1), 0.35 * (camera - (num_cameras - 1) / 2)]
+        viewmat[:3, :3] = torch.from_numpy(Rotation.from_euler("xy", angles).as_matrix())
+        viewmat[:3, 3] = middle - viewmat[:3, :3] @ middle
+    return scene
+
+
+def trained_together(is_off: bool, pose_opt: bool, steps: int = 200) -> tuple[float, tuple[float, float]]:
+    """Train Gaussians that begin beside the right ones, and poses that are off by 0.3 degrees and 0.3 % of the extent.
+
+    Returns:
+        PSNR of a held-out photo, from where it stands among the others, and `pose_errors` of these.
+    """
+    scene, extent, generator = seen_from_around(10), 3.5, torch.Generator().manual_seed(0)
+
+    def draw(means: Tensor, sh0: Tensor, viewmats: Tensor) -> Tensor:
+        gaussians = (means, scene.quats, scene.scales, scene.opacities, torch.cat([sh0, scene.shN], dim=1))
+        return rasterize(*gaussians, viewmats, scene.Ks[: len(viewmats)], scene.width, scene.height, sh_degree=1)[0]
+
+    truth = scene.viewmats.double()
+    photos = draw(scene.means, scene.sh0, scene.viewmats)
+    axes = torch.nn.functional.normalize(torch.randn(2, 9, 3, generator=generator), dim=2)
+    off = torch.cat([math.radians(0.3) * axes[0], 0.003 * extent * axes[1]], dim=1) * is_off
+    training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
+    given = truth[1:] @ torch.linalg.inv(corrections(off))
+    poses, every = Poses(list("abcdefghi"), given, extent, 1e-3, 1.0, training), torch.arange(9)
+    means = (scene.means + 0.02 * torch.randn(300, 3, generator=generator)).requires_grad_()
+    sh0 = (0.8 * scene.sh0).requires_grad_()
+    adam = torch.optim.Adam([{"params": [means], "lr": 2e-3}, {"params": [sh0], "lr": 1e-2}], eps=1e-15)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.01 ** (1 / steps))
+    for _ in range(steps):
+        poses.fetch(every)
+        viewmats = poses(poses.leaf(), every) if pose_opt else given
+        adam.zero_grad()
+        (draw(means, sh0, viewmats.float()) - photos[1:]).abs().mean().backward()
+        adam.step()
+        schedule.step()
+        if pose_opt:
+            poses.update()
+    found, right = (torch.linalg.inv(viewmats).numpy() for viewmats in (poses(poses.values(every), every), truth))
+    held_out = transform_cameras(np.linalg.inv(alignment(found, right[1:])), right[:1])
+    with torch.no_grad():
+        drawn = draw(means, sh0, torch.linalg.inv(torch.from_numpy(held_out)).float())
+    return -10 * math.log10((drawn - photos[:1]).square().mean()), pose_errors(found, right[1:])
+
+
+@pytest.mark.slow
+def test_poses_that_are_off_are_corrected_while_the_gaussians_are_trained():
+    right, _ = trained_together(is_off=False, pose_opt=False)
+    without, before = trained_together(is_off=True, pose_opt=False)
+    corrected, after = trained_together(is_off=True, pose_opt=True)
+    assert right > without + 2.0
+    assert corrected > right - 0.1 * (right - without), (right, without, corrected)
+    assert all(now < old / 5 for now, old in zip(after, before, strict=True)), (before, after)
 
 
 # ------------------------------------------------------------------------------------------------------------ exposure

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,13 +20,18 @@ import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from benchmarks.troubled_city import in_light, write_city
 from configs import Config
+from datasets.normalize import transform_cameras
+from datasets.scene import Scene, load_scene
+from datasets.trajectory_file import read_key_poses
+from errors import InputError
+from offload.culling.cameras import Cameras
 from tests.interrupted_runs import assert_same_state, interrupt_after, run_script, saved
 from tests.training_scripts import DENSIFICATION, EXACT, NO_DENSIFICATION, anisotropic_start, differences
 from trainers import TRAINERS
 from training.checkpoints import Checkpoint, load_checkpoint
-from training.modules import sky_of, state_of
+from training.modules import RunModules, sky_of, state_of
 from training.opened import open_model
-from training.views import render
+from training.views import View, render
 
 pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
 
@@ -61,9 +67,16 @@ def fine_tiles(monkeypatch) -> list[bool]:
     return seen
 
 
+POSES = ("--pose_opt", "--pose_opt_lr", 1e-3, "--pose_opt_reg", 0.1)
 MODULES = {
-    "sky and grids": ("--depth_lambda", 0.1, "--background", "sky", "--exposure", "bilateral_grid", "--depth_loss"),
-    "white and affine": ("--background", "white", "--exposure", "affine", "--depth_loss", "--batch_size", 2),
+    "sky and grids": (
+        *("--depth_lambda", 0.1, "--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", *POSES),
+    ),
+    # Of five photos, two a step: most steps move a camera of the next one.
+    "white and affine": (
+        *("--background", "white", "--exposure", "affine", "--depth_loss", "--batch_size", 2, *POSES),
+        *("--test_every", -1, "--test_after", 4),
+    ),
 }
 
 
@@ -109,7 +122,7 @@ def test_every_trainer_trains_the_same_modules(
 
 
 INTERRUPTED = [
-    pytest.param(simple_trainer, ("--exposure", "affine"), id="gpu-only"),
+    pytest.param(simple_trainer, ("--exposure", "affine", *POSES), id="gpu-only"),
     pytest.param(
         simple_trainer_hybrid_streamed,
         ("--geometry", "host", "--background", "sky", "--exposure", "bilateral_grid"),
@@ -117,7 +130,7 @@ INTERRUPTED = [
     ),
     pytest.param(
         simple_trainer_hybrid_optimized_split,
-        ("--split_threshold", 0.3, "--background", "sky", "--exposure", "affine", "--batch_size", 2),
+        ("--split_threshold", 0.3, "--background", "sky", "--exposure", "affine", "--batch_size", 2, *POSES),
         id="split",
     ),
 ]
@@ -181,6 +194,62 @@ def test_modules_are_saved_at_the_step_of_the_gaussians_where_a_refinement_ends_
     assert saved(tmp_path / "stopped", 12).state["sky/step_count"] == 12
 
 
+@pytest.fixture(scope="module")
+def block(city_block) -> Scene:
+    return load_scene(city_block)
+
+
+def some_view(block: Scene, *image_ids: int) -> View:
+    ids = torch.tensor(image_ids)
+    viewmats = torch.linalg.inv(torch.from_numpy(block.camtoworlds[ids].astype(np.float32)).double()).float()
+    Ks = torch.eye(3).expand(len(ids), 3, 3)
+    return View(torch.zeros(len(ids), 4, 6, 3), Cameras(viewmats, Ks, 6, 4), image_ids=ids)
+
+
+def test_cameras_are_known_ahead_unless_the_step_moves_them(block):
+    """As they will be, bit for bit: a run that is resumed there finds them so."""
+    modules = RunModules(Config(pose_opt=True, pose_opt_lr=1e-2, max_steps=8), block, torch.device("cpu"))
+    first, second = some_view(block, 1, 2), some_view(block, 3, 4)
+    for step in range(6):  # of which poses rest in two
+        present, upcoming = (first, second) if step % 2 == 0 else (second, first)
+        assert modules.placed_ahead(some_view(block, 5, *present.image_ids.tolist()), present) is None
+        ahead = modules.placed_ahead(upcoming, present)
+        modules.begin_step(present)
+        cameras = modules.cameras(present)
+        assert torch.equal(cameras.viewmats, modules.placed(present).cameras.viewmats)
+        (cameras.viewmats[:, :3] * torch.arange(12.0).view(3, 4).sin()).sum().backward()
+        modules.update()
+        assert torch.equal(modules.placed(upcoming).cameras.viewmats, ahead.cameras.viewmats)
+    moved = (ahead.cameras.viewmats - second.cameras.viewmats).abs().amax(dim=(1, 2))
+    assert (moved > 1e-3).all()
+
+
+def test_poses_of_one_photo_cannot_be_corrected(block):
+    with pytest.raises(InputError, match="--pose_opt wants two training photos or more"):
+        RunModules(Config(pose_opt=True), replace(block, train_ids=block.train_ids[:1]), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_corrected_poses_are_a_model_to_train_on(monkeypatch, city_block, block, tmp_path):
+    options = (*QUIET, *POSES, "--max_steps", 6)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    poses = json.loads((tmp_path / "poses/poses.json").read_text())
+    found = read_key_poses(tmp_path / "poses/poses.json")
+    assert poses["image_names"] == block.image_names
+    assert poses["steps"] == 6
+    back = np.linalg.inv(block.transform)
+    given = transform_cameras(back, block.camtoworlds)
+    moved = np.linalg.norm(found[:, :3, 3] - given[:, :3, 3], axis=1)
+    assert moved[block.test_ids].max() < 1e-9
+    assert (moved[block.train_ids] > 1e-4 * moved.max()).sum() == 6  # one a step
+    again = load_scene(city_block, model_dir=str(tmp_path / "poses"))
+    read = transform_cameras(np.linalg.inv(again.transform), again.camtoworlds)
+    np.testing.assert_allclose(read, found, rtol=0, atol=1e-6)
+    assert len(again.points) == len(block.points)
+    for ours, theirs in zip(again.cameras, block.cameras, strict=True):
+        np.testing.assert_allclose(ours.K, theirs.K)
+
+
 def opened_with_its_sky(path: Path) -> None:
     """What view.py draws."""
     device, checkpoint = torch.device("cpu"), load_checkpoint(path)
@@ -217,7 +286,7 @@ def test_exposures_find_the_lights_of_photos(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_sky_leaves_no_holes(monkeypatch, tmp_path):
-    write_city(tmp_path / "city", **SIZE, sky=True)
+    write_city(tmp_path / "city", **SIZE, sky=1.0)
     found = {}
     for kind in ("black", "sky"):
         options = (*SHORT, "--background", kind)

@@ -249,6 +249,7 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
             "simple_trainer_hybrid_streamed.py."
         )
     for option, is_given in (
+        ("--pose_opt", cfg.pose_opt),
         ("--viewer", cfg.viewer is not None),
         ("--timelapse", bool(cfg.timelapse)),
         ("--device_memory_budget", getattr(cfg, "device_memory_budget", None) is not None),

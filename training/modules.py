@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor
 
 from configs import Config
+from datasets.scene import Scene
 from distributed.mesh import Ranks
 from errors import InputError, format_bytes
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Exposure, Place
+from modules.poses import Poses, corrections
 from modules.sky import Sky
 from offload.culling.cameras import Cameras
 from offload.tiles.boxes import Tile
@@ -35,21 +39,16 @@ class RunModules:
         parts: The modules by the names that their state has in checkpoints.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        photos: Sequence[str],
-        train_ids: np.ndarray,
-        device: torch.device,
-        ranks: Ranks | None = None,
-    ) -> None:
+    def __init__(self, cfg: Config, scene: Scene | None, device: torch.device, ranks: Ranks | None = None) -> None:
         """
         Args:
             cfg: Says which there are.
-            photos: Names of all photos.
-            train_ids: Numbers, int64, of those that are trained on.
+            scene: Its training photos have those that are theirs; None: there are no photos.
             device: Where pictures are rendered.
             ranks: That train together, each with the same modules; None: there is this process only.
+
+        Raises:
+            InputError: The scene has too few photos.
         """
         views_per_step = cfg.batch_size * (1 if ranks is None else ranks.size)
         training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(views_per_step), device)
@@ -58,20 +57,42 @@ class RunModules:
         self.parts: dict[str, TrainedModule] = {}
         self._sky: Sky | None = None
         self._exposure: Exposure | None = None
+        self._poses: Poses | None = None
+        self._device = device
         if cfg.background == "sky":
             self._sky = self.parts["sky"] = Sky(training)
-        if cfg.exposure != "none" and not cfg.ckpt:  # an evaluation shows no training photos
-            names = [photos[index] for index in train_ids]
+        if scene is None or cfg.ckpt:  # an evaluation shows no training photos
+            return
+        names = [scene.image_names[index] for index in scene.train_ids]
+        self._rows = torch.full((len(scene.image_names),), -1)  # of photos in the modules that are theirs
+        self._rows[torch.from_numpy(scene.train_ids)] = torch.arange(len(names))
+        if cfg.exposure != "none":
             self._exposure = self.parts[cfg.exposure] = EXPOSURES[cfg.exposure](names, training)
-            self._rows = torch.full((len(photos),), -1)  # of photos in it
-            self._rows[torch.from_numpy(train_ids)] = torch.arange(len(names))
             taken = format_bytes(self.nbytes)
             print(f"--exposure {cfg.exposure}: {len(names)} training photos have their own, which takes {taken}.")
+        if cfg.pose_opt:
+            if len(names) < 2:
+                raise InputError(
+                    "--pose_opt wants two training photos or more, since poses are corrected by what others show, and "
+                    "there is one: leave it out, or hold out fewer photos with --test_every -1 and --test_after."
+                )
+            # In float32 first, as photos come with them: without a correction a view is what it is without this.
+            camtoworlds = torch.from_numpy(scene.camtoworlds[scene.train_ids]).float().double()
+            self._poses = self.parts["poses"] = Poses(
+                names,
+                torch.linalg.inv(camtoworlds),
+                scene.scene_scale,
+                cfg.pose_opt_lr * math.sqrt(cfg.batch_size),
+                cfg.pose_opt_reg,
+                replace(training, decay=lambda step: schedules.pose_decay(cfg, step)),
+            )
+            print(f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones keep theirs.")
 
     @property
     def nbytes(self) -> int:
         """Return the bytes that the modules take of the device."""
-        return sum(value.nbytes for module in self.parts.values() for value in module.buffers())
+        buffers = (value for module in self.parts.values() for value in module.buffers())
+        return sum(value.nbytes for value in buffers if value.device == self._device)
 
     def load_evaluated(self, checkpoint: Checkpoint) -> None:
         """Take what pictures show beside the Gaussians from the checkpoint that is evaluated.
@@ -99,13 +120,61 @@ class RunModules:
                 module.begin_at(steps_done)
                 print(f"The checkpoint holds nothing of {name}: it is trained from step {steps_done} on.")
 
+    def placed(self, view: View) -> View:
+        """Return a training view with its cameras where poses put them after the last step."""
+        if self._poses is None:
+            return view
+        rows = self._rows_of(view)
+        return _seen_by(view, self._poses(self._poses.values(rows), rows))
+
+    def placed_ahead(self, view: View, present: View) -> View | None:
+        """Return a training view as `placed` will after the present step; None where that moves its cameras itself.
+
+        Args:
+            view: The upcoming one.
+            present: That of the present step, of which no gradient is known.
+        """
+        if self._poses is None:
+            return view
+        rows = self._rows_of(view)
+        if torch.isin(rows, self._rows_of(present)).any():
+            return None
+        return _seen_by(view, self._poses(self._poses.values_ahead(rows), rows))
+
     def begin_step(self, view: View) -> None:
         """Fetch what a view needs."""
         if self._sky is not None:
             self._sky.fetch(self._sky.row)
-        if self._exposure is not None:
-            assert view.image_ids is not None  # training views are photos of the scene
-            self._exposure.fetch(self._rows[view.image_ids], own_views(len(view.images), self._ranks))
+        for module in (self._exposure, self._poses):
+            if module is not None:
+                module.fetch(self._rows_of(view), own_views(len(view.images), self._ranks))
+
+    def cameras(self, view: View) -> Cameras:
+        """Return the cameras of the present view, or of a part of it, for the step to find their poses' gradient."""
+        if self._poses is None:
+            return view.cameras
+        viewmats = self._poses(self._poses.leaf(), self._rows_of(view))
+        return replace(view.cameras, viewmats=viewmats.float())
+
+    def corrected_poses(self, scene: Scene) -> np.ndarray | None:
+        """Return the poses of all photos, of which those that are trained on are corrected; None: of a run without.
+
+        Args:
+            scene: The run's.
+
+        Returns:
+            [n, 4, 4] float64, camera to world, in the scene's normalized world.
+        """
+        if self._poses is None:
+            return None
+        camtoworlds, rows = scene.camtoworlds.copy(), torch.arange(len(scene.train_ids))
+        camtoworlds[scene.train_ids] @= corrections(self._poses.values(rows)).numpy()
+        return camtoworlds
+
+    def _rows_of(self, view: View) -> Tensor:
+        """Return the rows [C], int64 on the host, of a training view's photos in the modules that are theirs."""
+        assert view.image_ids is not None  # training views are photos of the scene
+        return self._rows[view.image_ids]
 
     def backdrop(self) -> Backdrop | None:
         """Return the sky, of which a step finds the gradient; None where there is none."""
@@ -167,6 +236,11 @@ class RunModules:
                 if self._ranks is not None:
                     raise RuntimeError("the step had been applied in part")
                 module.update()
+
+
+def _seen_by(view: View, viewmats: Tensor) -> View:
+    """Return a view with its cameras at poses [C, 4, 4], world to camera."""
+    return replace(view, cameras=replace(view.cameras, viewmats=viewmats.float()))
 
 
 def state_of(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:

@@ -78,6 +78,8 @@ RANGES: dict[str, Range] = {
     "shN_lr": RATE,
     "ssim_lambda": Range(0, 1),
     "depth_lambda": Range(0, 1e6),
+    "pose_opt_lr": RATE,
+    "pose_opt_reg": WEIGHT,
     "grow_grad2d": THRESHOLD,
     "grow_scale3d": SHARE,
     "grow_scale2d": SHARE,
@@ -174,6 +176,8 @@ def check_options(cfg: Config) -> None:
     for name, belongs_to, is_used in (
         ("noise_lr", "--strategy mcmc", cfg.strategy == "mcmc"),
         ("depth_lambda", "--depth_loss", cfg.depth_loss),
+        ("pose_opt_lr", "--pose_opt", cfg.pose_opt),
+        ("pose_opt_reg", "--pose_opt", cfg.pose_opt),
     ):
         if not is_used and getattr(cfg, name) != getattr(default, name):
             raise InputError(f"--{name} is of {belongs_to}: give that, too.")

@@ -25,6 +25,8 @@ from training.ending import forget_ending
 from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
 from training.ply import save_ply
+from training.pose_files import FILES as POSE_FILES
+from training.pose_files import FOLDER as POSES
 from training.timelapse import FRAMES, VIDEO
 from training.video import NAMES
 
@@ -36,6 +38,7 @@ BESIDE_RESULTS = (
     *("ckpts/ckpt_*.pt.partial", "ckpts/ckpt_*.part", "ckpts/ckpt_*.part.partial"),
     *("stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
     *(f"videos/{name}_*.mp4" for name in NAMES),
+    *(f"{POSES}/{name}" for name in POSE_FILES),
     *("report.html", VIDEO, f"{FRAMES}/step_*.jpg", "tb/events.out.tfevents.*", "*/partial_*", f"{FRAMES}/partial_*"),
 )
 

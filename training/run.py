@@ -47,6 +47,7 @@ from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
 from training.modules import RunModules
 from training.options import check_options
+from training.pose_files import PoseFiles
 from training.profiling import profiled_steps
 from training.reporting import (
     Evaluation,
@@ -103,7 +104,7 @@ class TrainingRun(Generic[AnyConfig]):
         observers: Who is told of every step; append to it before `steps`.
         view: While `steps` runs, the view of the present step.
         upcoming: While `steps` runs, the view of the step after the present one; None at the last, and where
-            the strategy will change rows before it.
+            the strategy will change rows before it, or the present step its cameras.
         sh_degree: Degree of the spherical harmonics that the present step uses.
         strategy: What changes the number of Gaussians; None before `steps`.
         ending: How the run has ended, for programs.
@@ -150,7 +151,7 @@ class TrainingRun(Generic[AnyConfig]):
                 print(f"Watch the training at {live.page.url}.")
             self._joint.check_same_dataset(self.scene)
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
-            self.modules = RunModules(self.cfg, self.scene.image_names, self.scene.train_ids, self.device, self.ranks)
+            self.modules = RunModules(self.cfg, self.scene, self.device, self.ranks)
             if self._evaluated is not None:
                 self.modules.load_evaluated(self._evaluated)
             self._evaluation = Evaluation(cfg, self.device)
@@ -158,7 +159,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._resources = resources.pop_all()  # which an error above closes
         self.scene_scale = 1.1 * self.scene.scene_scale
         self.times = StageTimes(self.device)
-        self._results_of_the_end = (TrainStatistics(), Export(), self._evaluation)
+        self._results_of_the_end = (TrainStatistics(), Export(), PoseFiles(), self._evaluation)
         self._timelapse = Timelapse()
         self.observers: list[Observer] = [] if live is None else [live]
         self.view: View | None = None
@@ -418,11 +419,16 @@ class TrainingRun(Generic[AnyConfig]):
             self.times.start()
             view, following = following, None
             assert view is not None  # there is one for each step
+            if self.upcoming is None:
+                view = self.modules.placed(view)
             following = self._following(loader)
             if self._agreed.interrupted:
                 self._end_interrupted()
                 return
-            self.upcoming = None if strategy.changes_rows_after(step) else following
+            self.upcoming = None
+            if following is not None and not strategy.changes_rows_after(step):
+                self.upcoming = self.modules.placed_ahead(following, view)
+            following = self.upcoming or following
             self.times.mark("load")
             self.view = view
             self.modules.begin_step(view)

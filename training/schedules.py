@@ -11,6 +11,7 @@ from offload.adam.options import AdamOptions
 
 # Noise that culling ahead allows for, as a share of the scene scale: eight of Adam's largest first steps of means.
 NOISE_MARGIN = 0.01
+POSES_REST = 0.25  # share of the steps, at first, in which poses stay as they are given
 
 
 def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:
@@ -66,6 +67,16 @@ def means_lr(cfg: Config, scene_scale: float, step: int) -> float:
 def decay(cfg: Config, step: int) -> float:
     """Return by which factor learning rates that decay have done so at a step from 0: to 1 % at max_steps."""
     return 0.01 ** (step / cfg.max_steps)
+
+
+def pose_decay(cfg: Config, step: int) -> float:
+    """Return by which factor the learning rate of poses has changed at a step from 0.
+
+    It is 0 at first, while the Gaussians are too blurred to say where a camera stands, and then decays to 1 % at
+    max_steps.
+    """
+    done = (step / cfg.max_steps - POSES_REST) / (1 - POSES_REST)
+    return 0.01**done if done >= 0 else 0.0
 
 
 def means_lr_of_steps(cfg: Config, scene_scale: float) -> np.ndarray:
