@@ -111,7 +111,7 @@ class _Colors(torch.autograd.Function):
                 means, camera_positions, *_rows(sh0, shN), camera_ids, gaussian_ids, v_colors, found,
                 len(gaussian_ids), BANDS=ctx.bands, ONE_CAMERA=one_camera or by_pair, BY_PAIR=by_pair, ROWS=ROWS,
             )  # fmt: skip
-            if by_pair:
+            if v_positions is not None and by_pair:
                 v_means.index_add_(0, gaussian_ids, found)
                 v_positions.index_add_(0, camera_ids, found, alpha=-1)
             elif v_positions is not None:
