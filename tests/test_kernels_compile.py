@@ -49,6 +49,7 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         test_row_kernels.test_packed_rows_are_copied_as_they_are(*HERE, groups, degree == 3, 256)
     test_named_rows.test_gradients_are_joined(*HERE, 1, monkeypatch)
     test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
+    test_device_geometry.test_what_is_read_equals_dense_adam_in_float64(*HERE)
     test_device_geometry.test_what_is_settled_equals_dense_adam_in_float64(*HERE)
 
 
