@@ -55,7 +55,7 @@ class Strategy(Protocol):
         Args:
             step: Number of the step.
             store: The Gaussians.
-            ids: Sorted int64 [V] on the rendering device, which Gaussians the rows are.
+            ids: Sorted int64 [V] on any device, which Gaussians the rows are.
             rows: Their parameters [V, ...], as `fetch` gave them.
 
         Returns:

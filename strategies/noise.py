@@ -103,14 +103,15 @@ class Noise:
 
         Args:
             step: Number of the step, from 0.
-            ids: Sorted int64 [V], on the device of the rows.
+            ids: Sorted int64 [V] on any device.
             rows: As for `offsets`.
         """
         largest = self._largest_sizes[step + 1] * LARGEST
         bounds = largest * _shares(rows["opacities"]) * (2 * rows["scales"].amax(dim=1)).exp()  # [V]
         some = (bounds > self._margin).nonzero().squeeze(1)
-        offsets = self.offsets(step, ids[some], {name: rows[name][some] for name in MOVED_BY})
-        return ids[some[offsets.abs().amax(dim=1) > self._margin]]
+        some_ids = ids[some.to(ids.device)]
+        offsets = self.offsets(step, some_ids, {name: rows[name][some] for name in MOVED_BY})
+        return some_ids[(offsets.abs().amax(dim=1) > self._margin).to(ids.device)]
 
     def owe_from(self, step: int, ids: Tensor) -> None:
         """Owe rows [M] the noise from a step on, and none of the steps before."""
