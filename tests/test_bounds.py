@@ -143,12 +143,12 @@ def test_a_row_that_is_not_finite_hides_no_other(number):
 
 
 @pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
-def test_kernels_find_what_torch_finds(monkeypatch, place):
+def test_kernels_find_what_torch_finds(place):
     from offload.culling import bounds_triton, kernels_triton
 
     for seed, n in enumerate((0, 1, 300, 3001)):
         if INTERPRETED:
-            monkeypatch.setattr(kernels_triton, "BLOCK", interpreted_block(n))
+            kernels_triton.BLOCK = interpreted_block(n)
         rows = random_geometry(n, seed) if n else torch.zeros(0, 12)
         balls = vars(bounds_of("balls", rows))["_balls"]
         for view in range(3):
