@@ -162,10 +162,11 @@ int64_t project_forward(const GaussianGeometry<T>& g, const Camera<T>& view, con
   return count;
 }
 
-template <class T>
-void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps2d, const int64_t* gaussian_ids,
-                      const T* conics, const T* compensations, const ProjectionGradients<T>& grads, int64_t begin,
-                      int64_t end, T* v_pose) {
+// A template of its own with the pose's gradient: without it the compiler makes the arithmetic that there was before.
+template <class T, bool OfPose>
+void project_backward_of(const GaussianGeometry<T>& g, const Camera<T>& view, T eps2d, const int64_t* gaussian_ids,
+                         const T* conics, const T* compensations, const ProjectionGradients<T>& grads, int64_t begin,
+                         int64_t end, T* v_pose) {
   using V = Lanes<T>;
   const T* W = view.rotation;
   for (int64_t first = begin; first < end; first += kLanes<T>) {
@@ -238,7 +239,7 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
       }
     }
 
-    if (v_pose) {
+    if constexpr (OfPose) {
       // The camera's rotation W and translation t are in camera = W mean + t and A = W (Q S).
       for (int r = 0; r < 3; ++r) {
         for (int c = 0; c < 3; ++c) {
@@ -271,6 +272,14 @@ void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps
       grads.v_opacities[i] += v_opacity[lane];
     }
   }
+}
+
+template <class T>
+void project_backward(const GaussianGeometry<T>& g, const Camera<T>& view, T eps2d, const int64_t* gaussian_ids,
+                      const T* conics, const T* compensations, const ProjectionGradients<T>& grads, int64_t begin,
+                      int64_t end, T* v_pose) {
+  const auto backward = v_pose ? project_backward_of<T, true> : project_backward_of<T, false>;
+  backward(g, view, eps2d, gaussian_ids, conics, compensations, grads, begin, end, v_pose);
 }
 
 }  // namespace

@@ -82,10 +82,11 @@ void sh_forward(int degree, int n_bases, const T* means, const T* camera_positio
   }
 }
 
-template <class T>
-void sh_backward(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
-                 const int64_t* gaussian_ids, int64_t begin, int64_t end, const bool* clamped, const T* v_colors,
-                 T* v_means, T* v_coeffs, T* v_camera_position) {
+// A template of its own with the camera's gradient: without it the compiler makes the arithmetic that there was before.
+template <class T, bool OfCamera>
+void sh_backward_of(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
+                    const int64_t* gaussian_ids, int64_t begin, int64_t end, const bool* clamped, const T* v_colors,
+                    T* v_means, T* v_coeffs, T* v_camera_position) {
   const int used = (degree + 1) * (degree + 1);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t i = gaussian_ids[row];
@@ -104,12 +105,20 @@ void sh_backward(int degree, int n_bases, const T* means, const T* camera_positi
     }
     // Normalization passes only what is perpendicular to the direction.
     const T along = v_direction[0] * direction[0] + v_direction[1] * direction[1] + v_direction[2] * direction[2];
-    for (int c = 0; c < 3; ++c) {
-      const T v_mean = (v_direction[c] - along * direction[c]) * inverse;
-      v_means[3 * i + c] += v_mean;
-      if (v_camera_position) v_camera_position[c] -= v_mean;
+    for (int c = 0; c < 3; ++c) v_means[3 * i + c] += (v_direction[c] - along * direction[c]) * inverse;
+    if constexpr (OfCamera) {
+      for (int c = 0; c < 3; ++c) v_camera_position[c] -= (v_direction[c] - along * direction[c]) * inverse;
     }
   }
+}
+
+template <class T>
+void sh_backward(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
+                 const int64_t* gaussian_ids, int64_t begin, int64_t end, const bool* clamped, const T* v_colors,
+                 T* v_means, T* v_coeffs, T* v_camera_position) {
+  const auto backward = v_camera_position ? sh_backward_of<T, true> : sh_backward_of<T, false>;
+  backward(degree, n_bases, means, camera_position, coeffs, gaussian_ids, begin, end, clamped, v_colors, v_means,
+           v_coeffs, v_camera_position);
 }
 
 }  // namespace
