@@ -142,4 +142,4 @@ def _extent(source: Source, place: Placement) -> str:
     means = source.parameter("means", torch.arange(0, source.num_gaussians, step)).double().numpy()
     means = means[np.isfinite(means).all(axis=1)] @ place.crop_world[:3, :3].T + place.crop_world[:3, 3]
     low, high = np.quantile(means, 0.01, axis=0), np.quantile(means, 0.99, axis=0)
-    return "from " + " ".join(f"{x:.6g}" for x in low) + " to " + " ".join(f"{x:.6g}" for x in high)
+    return "from " + " ".join(f"{x:.9g}" for x in low) + " to " + " ".join(f"{x:.9g}" for x in high)

@@ -92,7 +92,7 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
         ),
         (
             ["--target_gaussians", 900, "--max_gaussians", 800],
-            "--target_gaussians 900 and --max_gaussians 800 both say where growth ends: give one of them",
+            "--target_gaussians 900 and --max_gaussians 800, which may be the scene's own, both say where",
         ),
         (["--ckpt", "a.pt", "--resume"], "--ckpt evaluates a checkpoint and --resume trains on"),
     ],

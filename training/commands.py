@@ -18,6 +18,11 @@ def train_command() -> str:
     return shlex.join([_interpreter(), *_words("resume", "force")])
 
 
+def script_command(name: str, *arguments: str) -> str:
+    """Return the command that starts another script of the suite, from where this run was started."""
+    return shlex.join([_interpreter(), str(Path(__file__).parents[1] / name), *arguments])
+
+
 def resume_command() -> str:
     """Return the command that continues this run: the one that started it, and --resume."""
     return _command(_words("resume", "force", "init_ckpt"))

@@ -169,8 +169,8 @@ def check_options(cfg: Config) -> None:
         )
     if cfg.target_gaussians > 0 and cfg.max_gaussians > 0:
         raise InputError(
-            f"--target_gaussians {cfg.target_gaussians} and --max_gaussians {cfg.max_gaussians} both say where growth "
-            "ends: give one of them, and 0 for the other."
+            f"--target_gaussians {cfg.target_gaussians:,} and --max_gaussians {cfg.max_gaussians:,}, which may be the "
+            "scene's own, both say where growth ends: give one of them, and 0 for the other."
         )
     default = Config()
     for name, belongs_to, is_used in (
@@ -196,6 +196,8 @@ def _check_watching(cfg: Config) -> None:
     for name in ("trajectory", "video_seconds", "video_size", "video_depth"):
         if not cfg.video and getattr(cfg, name) != getattr(default, name):
             raise InputError(f"--{name} is of the video, which --video asks for: give that, too.")
+    if cfg.viewer is None and cfg.viewer_host != default.viewer_host:
+        raise InputError("--viewer_host is of --viewer: give that, too.")
     if len(cfg.viewer or []) > 1:
         raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port.")
     if len(cfg.video_size) not in (0, 2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -19,7 +18,7 @@ from reporting.figures import FIGURES
 from reporting.machine import describe_machine, sentence
 from reporting.page import render_page
 from reporting.pictures import Picture, data_uri, halves
-from training.commands import evaluate_command, resume_command, train_command
+from training.commands import evaluate_command, resume_command, script_command, train_command
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.files import write_file
 from training.measured import Measured, read_measured
@@ -133,15 +132,17 @@ def options_given(cfg: Config) -> list[tuple[str, object, object]]:
 
 def commands(run: TrainingRun) -> list[tuple[str, str]]:
     """Return commands that belong to a run, each with what it does."""
-    found = [("train it anew", train_command())]
-    if not run.cfg.ckpt:
-        found.append(("go on with it", resume_command()))
+    found = (
+        []
+        if run.cfg.ckpt
+        else [("train it anew (give another --result_dir)", train_command()), ("go on with it", resume_command())]
+    )
     newest = Path(run.cfg.ckpt) if run.cfg.ckpt else _newest((run.results.path / "ckpts").glob("ckpt_*.pt"))
     if newest is not None:
         found.append(("evaluate it", evaluate_command(newest)))
-        found.append(("look at it", shlex.join(["python", "view.py", str(newest)])))
+        found.append(("look at it", script_command("view.py", str(newest))))
         target = run.results.path / "model.sog"
-        found.append(("take it away", shlex.join(["python", "export.py", str(newest), "--to", str(target)])))
+        found.append(("take it away", script_command("export.py", str(newest), "--to", str(target))))
     return found
 
 

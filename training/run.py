@@ -259,15 +259,23 @@ class TrainingRun(Generic[AnyConfig]):
         if target == 0 or self.saving.resumed is not None:
             return
         if target < begun:
+            instead = "" if self.cfg.init_ckpt else ", or in its place --max_gaussians, which takes fewer of the points"
             raise InputError(
-                f"--target_gaussians {target} is below the {counted(begun, 'Gaussian')} that training begins with: "
-                "give more, or in its place --max_gaussians, which takes fewer of the points."
+                f"--target_gaussians {target:,} is below the {counted(begun, 'Gaussian')} that training begins with: "
+                f"give more{instead}."
             )
-        reached = self.new_strategy().heading(-1, begun) or begun
-        if reached < target:
+        reached = self.new_strategy().heading(-1, begun)
+        if reached is None and begun < target:
             raise InputError(
-                f"--target_gaussians {target} cannot be reached from {counted(begun, 'Gaussian')}: a refinement at "
-                f"most doubles them, which leads to {reached}; raise --refine_stop_iter or lower --refine_every."
+                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: no refinement "
+                "comes before --max_steps and --refine_stop_iter; raise them, or lower --refine_start_iter or "
+                "--refine_every."
+            )
+        if reached is not None and reached < target:
+            raise InputError(
+                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: a refinement at "
+                f"most doubles them, which leads to {reached:,}; raise --max_steps and --refine_stop_iter, or lower "
+                "--refine_every."
             )
 
     def _check_memory(self) -> None:

@@ -24,4 +24,6 @@ def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> 
         views = cfg.batch_size * (1 if ranks is None else ranks.size)
         means_lr = schedules.means_lr_of_steps(replace(cfg, batch_size=views), scene_scale)
         return MCMCStrategy(cfg, means_lr, cfg.seed, schedules.noise_margin(scene_scale), ranks)
-    return DefaultStrategy(cfg, scene_scale, cfg.seed, ranks)
+    # A target counts the refinements that are still to come: none comes after the last step.
+    rules = replace(cfg, refine_stop_iter=min(cfg.refine_stop_iter, cfg.max_steps))
+    return DefaultStrategy(rules, scene_scale, cfg.seed, ranks)
