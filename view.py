@@ -57,7 +57,7 @@ def show(options: Options) -> None:
     """
     if local_ranks() > 1:
         raise InputError("view.py shows a model as one process: start it without torchrun.")
-    page = Page(options.port, options.host or HOST)
+    page = Page(options.port, options.host)
     try:
         model, up, pose = open_model(options.model, select_device(options.device), antialiased=options.antialiased)
         page.place(up, pose)

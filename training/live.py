@@ -17,7 +17,7 @@ from datasets.trajectories import level_frame, middle_of
 from datasets.upright import up_direction
 from training.views import posed_cameras
 from viewer.frustums import Photo
-from viewer.page import HOST, PORT, Page
+from viewer.page import PORT, Page
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -35,7 +35,7 @@ class LiveViewer:
             InputError: viser is not installed, or the port is taken.
         """
         port = cfg.viewer[0] if cfg.viewer else PORT
-        self.page = Page(port, cfg.viewer_host or HOST, can_pause=True)
+        self.page = Page(port, cfg.viewer_host, can_pause=True)
         self._make = partial(posed_cameras, cfg=cfg)
         self._last = (0, time.perf_counter())  # steps and the time, when the page was told last
 

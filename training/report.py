@@ -132,11 +132,10 @@ def options_given(cfg: Config) -> list[tuple[str, object, object]]:
 
 def commands(run: TrainingRun) -> list[tuple[str, str]]:
     """Return commands that belong to a run, each with what it does."""
-    found = (
-        []
-        if run.cfg.ckpt
-        else [("train it anew (give another --result_dir)", train_command()), ("go on with it", resume_command())]
-    )
+    found = []
+    if not run.cfg.ckpt:
+        found.append(("train it anew (give another --result_dir)", train_command()))
+        found.append(("go on with it", resume_command()))
     newest = Path(run.cfg.ckpt) if run.cfg.ckpt else _newest((run.results.path / "ckpts").glob("ckpt_*.pt"))
     if newest is not None:
         found.append(("evaluate it", evaluate_command(newest)))

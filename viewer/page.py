@@ -100,7 +100,7 @@ class Page:
         """
         Args:
             port: Where to serve.
-            host: By whom it may be opened: 127.0.0.1 from this machine alone, 0.0.0.0 from everywhere.
+            host: By whom it may be opened: 127.0.0.1, or none, from this machine alone, 0.0.0.0 from everywhere.
             can_pause: Show the button.
 
         Raises:
@@ -112,6 +112,7 @@ class Page:
             raise InputError(
                 "The viewer needs viser, which is not installed: run 'pip install viser' in this environment."
             ) from error
+        host = host or HOST  # viser would serve to everybody
         check_free(port, host)
         logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # whoever knocks and goes prints no traceback
         with _quiet():
