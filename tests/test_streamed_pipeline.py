@@ -14,8 +14,10 @@ from torch import Tensor
 from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
 from offload.pipelines import groups as streamed_groups
+from offload.pipelines import overlap
 from offload.pipelines import streamed as streamed_pipeline
 from offload.pipelines.groups import RowGroup
+from offload.pipelines.overlap import Overlap
 from offload.pipelines.streamed import StreamedPipeline
 from offload.store.host_store import HostStore
 from offload.store.layout import Moments
@@ -94,10 +96,23 @@ class Clock:
 
     def positions_among(self, others: Tensor, ids: Tensor) -> Tensor:
         """Known at once here, but no kernel may use them before their lane has come to them."""
-        positions, lane = streamed_groups.positions_among(others, ids), self.current[-1]
-        lane.give(lambda: None)
-        self.found.append((positions, lane.record()))
+        positions = streamed_groups.positions_among(others, ids)
+        self._note_found(positions)
         return positions
+
+    def overlap(self, ids: Tensor, present: Tensor, previous: Tensor) -> Overlap:
+        """As `positions_among`."""
+        common = overlap.overlap(ids, present, previous)
+        self._note_found(*common)
+        return common
+
+    def _note_found(self, *tensors: Tensor) -> None:
+        lane = self.current[-1]
+        lane.give(lambda: None)
+        self.found += [(tensor, lane.record()) for tensor in tensors]
+
+    def kernels_for(self, device: torch.device, module: str) -> object:
+        return self if module == "offload.pipelines.overlap" else self.kernels()
 
     def kernels(self) -> object:
         """The row kernels, done when their lane comes to them; what the host tells them is fixed when it does."""
@@ -157,8 +172,7 @@ def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     torch.manual_seed(seed)
     n, views = 60, random_views(60, 40)
     clock = Clock(favourites, seed)
-    monkeypatch.setattr(streamed_pipeline, "kernels_for", lambda device, module: clock.kernels())
-    monkeypatch.setattr(streamed_pipeline, "positions_among", clock.positions_among)
+    monkeypatch.setattr(streamed_pipeline, "kernels_for", clock.kernels_for)
     monkeypatch.setattr(SimulatedLane, "new", lambda device: SimulatedLane(clock), raising=False)
     monkeypatch.setattr(SimulatedLane, "current", lambda device: clock.current[-1], raising=False)
     monkeypatch.setattr(streamed_pipeline, "Lane", SimulatedLane)

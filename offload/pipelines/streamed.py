@@ -30,8 +30,9 @@ from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, chunks_of, positions_among
+from offload.pipelines.groups import RowGroup, chunks_of
 from offload.pipelines.lanes import Lane
+from offload.pipelines.overlap import Overlap
 from offload.store.layout import RowState
 
 SPARE = 16  # space for a view is taken with 1/16 more than it needs, so that larger views seldom need more
@@ -64,9 +65,8 @@ class _Upcoming:
     """The next view, whose rows are on their way but for those of the present view."""
 
     view: StreamedView
-    sources: Tensor  # [V] int64, where its rows are in the present view; -1 where they are not
-    leaving: Tensor  # [V of the present view] bool, which rows of that it does not need
-    found: torch.cuda.Event | None  # that these two are there
+    overlap: Overlap  # with the views before
+    found: torch.cuda.Event | None  # that it is there
 
 
 class StreamedPipeline:
@@ -85,6 +85,7 @@ class StreamedPipeline:
         self._cull = cull
         self._device = device
         self._kernels = kernels_for(device, "offload.adam.rows")
+        self._overlap = kernels_for(device, "offload.pipelines.overlap").overlap
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         self._slots = [_Slot() for _ in range(3)]  # the one to be used next comes first
         self._capacity = 0  # of every slot that is used from now on
@@ -126,28 +127,26 @@ class StreamedPipeline:
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
-            sources, leaving = positions_among(present, ids), positions_among(ids, present) < 0
-            on_host = sources < 0  # [V]
-            self._rows_retained += (~on_host).sum()
-            if previous is not None:
-                places = positions_among(previous.ids, ids)  # [V]
-                nearby = on_host & (places >= 0)
-                on_host &= ~nearby
-                self._rows_copied += nearby.sum()
+            common = self._overlap(ids, present, ids[:0] if previous is None else previous.ids)
+            nearby = common.places >= 0  # [V]
+            self._rows_retained += common.moved.sum()
+            self._rows_copied += nearby.sum()
             culled = lane.record()
         view = self._new_view(ids)
         with self._fetch_lane as lane:
             lane.wait(culled, view.slot.written)
             self._begin_step()  # here, where rows catch up
-            self._read_from_host(view, on_host)
+            self._read_from_host(view, common.on_host)
             if previous is not None:
                 for name, group in self._groups.items():
                     rows, last_step = view.state(name), self.last_step(name)
-                    self._kernels.fetch_rows(previous.state(name), places, ids, last_step, nearby, rows, group.adam)
-                lane.uses(previous.ids, places, nearby)
+                    self._kernels.fetch_rows(
+                        previous.state(name), common.places, ids, last_step, nearby, rows, group.adam
+                    )
+                lane.uses(previous.ids)
             view.fetched = lane.record()
-            lane.uses(ids, on_host)
-        self._upcoming = _Upcoming(view, sources, leaving, culled)
+            lane.uses(ids, nearby, *common)
+        self._upcoming = _Upcoming(view, common, culled)
 
     def update(self) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
@@ -166,10 +165,10 @@ class StreamedPipeline:
         if upcoming is not None:
             compute.wait(upcoming.found, upcoming.view.slot.written)  # the latter: of the view that was there before
             for name in self._groups:
-                self._kernels.move_rows(view.state(name), upcoming.sources, upcoming.view.state(name))
-            compute.uses(upcoming.sources)
+                self._kernels.move_rows(view.state(name), upcoming.overlap.sources, upcoming.view.state(name))
+            compute.uses(upcoming.overlap.sources)
         self._ready = compute.record()
-        self._write_to_host(view, None if upcoming is None else upcoming.leaving)
+        self._write_to_host(view, None if upcoming is None else upcoming.overlap.leaving)
         self._host_lacks_previous = upcoming is not None
         self._previous, self._present = view, None
 
