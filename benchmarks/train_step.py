@@ -83,6 +83,7 @@ class Job:
     steps: int
     memory_cap: int = 0  # bytes; 0: none
     view_window: int = 1
+    options: tuple[str, ...] = OPTIONS  # of the trainer
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class AerialRun:
         """End a stage of the present step."""
         self.times.mark(stage)
 
-    def steps(self, model: GaussianModel, strategy: object, draw: object = None) -> Iterator[tuple[int, View]]:
+    def steps(self, model: GaussianModel, strategy: Strategy, draw: object = None) -> Iterator[tuple[int, View]]:
         """Yield the steps to warm up and those to measure."""
         self.model = model
         if self.device.type == "cuda":
@@ -179,10 +180,14 @@ class AerialRun:
             self._ends.append(self._clock.mark())
         self._loss = loss.detach()
 
+    def step_milliseconds(self) -> list[float]:
+        """Return how long each of the measured steps took."""
+        return [self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]
+
     def measurement(self) -> Measurement:
         counted, before = self.model.counters(), self._counted_before
         return Measurement(
-            milliseconds=Spread.of([self._clock.milliseconds(*ends) for ends in pairwise(self._ends)]),
+            milliseconds=Spread.of(self.step_milliseconds()),
             mean_milliseconds=self._clock.milliseconds(self._ends[0], self._ends[-1]) / self.job.steps,
             stages=self.times.mean_milliseconds(),
             offload=self._mean_offload(),
@@ -237,7 +242,7 @@ def train(job: Job, run_type: Callable[[Config, Job], AnyRun]) -> AnyRun:
     trainer = TRAINERS[job.trainer]
     script = trainer.load()
     bound = ("--max_gaussians", str(job.num_gaussians))
-    _, cfg = parse(script.CONFIGS, ["default", *trainer.arguments, *OPTIONS, *bound], "")
+    _, cfg = parse(script.CONFIGS, ["default", *trainer.arguments, *job.options, *bound], "")
     aerial_run = run_type(cfg, job)
     script.train(aerial_run)
     return aerial_run
