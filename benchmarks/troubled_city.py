@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -39,7 +40,7 @@ def write_city(
     width: int,
     height: int,
     num_points: int,
-    lights: bool = False,
+    lights: Literal["none", "held out", "all"] = "none",
     sky: float | None = None,
     depths: bool = False,
     poses: bool = False,
@@ -54,8 +55,8 @@ def write_city(
         width: Of a photo, in pixels.
         height: The same.
         num_points: Of the sparse cloud.
-        lights: Two flights in turns, each in its own light; gain and offset of each channel differ between their photos
-            too.
+        lights: Which photos are lit: two flights in turns, each in its own light; gain and offset of each channel
+            differ between their photos too. "held out": only every eighth, which a run holds out.
         sky: The flight is low and looks to the horizon, above which all is as bright as this, from 0 to 1; None: the
             flight looks down.
         depths: Write depths/NAME.npy, in a unit and from a zero of its own for each photo, as networks give them.
@@ -87,8 +88,9 @@ def write_city(
             depth = depths_of(city, camera, view)
             if sky is not None:
                 picture[depth <= 0] = sky
-            if lights:
-                picture = in_light(picture, number % 2, rng)
+            lit = in_light(picture, number % 2, rng)  # always, so that all draw the same
+            if lights == "all" or (lights == "held out" and number % 8 == 0):
+                picture = lit
             cv2.imwrite(str(partial / "images" / name), np.round(255 * picture.clip(0, 1))[..., ::-1].astype(np.uint8))
             if depths:
                 unit, zero = rng.uniform(0.01, 10), rng.uniform(0, 0.01)
@@ -149,10 +151,12 @@ def camtoworlds_of(views: list[View]) -> Floats:
 
 
 def in_light(picture: Floats, flight: int, rng: np.random.Generator) -> Floats:
-    """Return a picture [H, W, 3] as one of two flights takes it: with its gains and offsets, and some of its own."""
-    gains = (
-        np.array([[1.25, 1.1, 0.95], [0.8, 0.85, 1.0]])[flight] * rng.uniform(0.85, 1.15) * rng.uniform(0.95, 1.05, 3)
-    )
+    """Return a picture [H, W, 3] as one of two flights takes it: with its gains and offsets, and some of its own.
+
+    A camera that chooses its exposure does so in steps of a third of a stop.
+    """
+    own = 2 ** rng.uniform(-1 / 3, 1 / 3) * rng.uniform(0.95, 1.05, 3)
+    gains = np.array([[1.25, 1.1, 0.95], [0.8, 0.85, 1.0]])[flight] * own
     offsets = np.array([0.0, 0.05])[flight] + rng.uniform(0, 0.05, 3)
     return picture * gains + offsets
 

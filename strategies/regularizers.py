@@ -75,10 +75,11 @@ class Regularizers:
         total = torch.zeros((), device=drawn.device)
         if self._mean_drawn == 0.0:
             return total
+        # `index_select`, whose gradient is added; that of indexing sorts the rows first, since they might repeat.
         if self._opacity_reg > 0:
-            total = total + torch.sigmoid(rows["opacities"][drawn]).sum() * (self._opacity_reg / self._mean_drawn)
+            total = total + torch.sigmoid(rows["opacities"].index_select(0, drawn)).sum() * (self._opacity_reg / self._mean_drawn)
         if self._scale_reg > 0:
-            total = total + torch.exp(rows["scales"][drawn]).sum() * (self._scale_reg / (3 * self._mean_drawn))
+            total = total + torch.exp(rows["scales"].index_select(0, drawn)).sum() * (self._scale_reg / (3 * self._mean_drawn))
         return total
 
     def count(self, num_drawn: int) -> None:

@@ -272,7 +272,7 @@ SHORT = (*NO_DENSIFICATION, "--sh_degree_interval", 100, "--num_workers", 1, "--
 @pytest.mark.slow
 def test_exposures_find_the_lights_of_photos(monkeypatch, tmp_path):
     """What they make of a grey, of photo to photo, beside what the lights made of it."""
-    write_city(tmp_path / "city", **SIZE, lights=True)
+    write_city(tmp_path / "city", **SIZE, lights="all")
     options = (*SHORT, "--exposure", "affine")
     assert run_script(monkeypatch, simple_trainer, tmp_path / "city", tmp_path / "run", *options) == 0
     grey, rng = np.full(3, 0.4), np.random.default_rng([0, 4])  # as `write_city` draws
