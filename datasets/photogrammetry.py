@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pycolmap
 from PIL import Image
 from tqdm import tqdm
 
 from datasets.child_process import run_in_child
 from datasets.images import in_threads
+from datasets.likely_pairs import NUM_FEATURES, largest_features, likely_pairs
+from datasets.links import write_whole
 from errors import InputError
 
-MOST_EXHAUSTIVE = 300  # photos; beyond that GPS says which ones may see the same, where they have it
+MOST_EXHAUSTIVE = 200  # photos; beyond that GPS says which ones may see the same, or else their largest features
+PAIRS = "pairs.txt"  # beside the database: the pairs that `find_likely_pairs` has found
 LOG = "log"  # the folder beside the database of what COLMAP says
 SEED = 0  # of COLMAP's random samples
 
+_BATCH = 128  # pairs of a list that are matched before what was found is written down
 _LEAST_NEIGHBOURS = 20  # of a photo by its GPS position, however far they are
 _EXIF_CAMERA = (0x010F, 0x0110)  # make, model
 _EXIF_IFD, _EXIF_LENS = 0x8769, (0x920A, 0xA405)  # focal length, and as that of a 35 mm film
+# Characters that end a name in a list of pairs, or make a comment of it, and what stands for them there.
+_CODES = str.maketrans(" #\t\n", "\x1c\x1d\x1e\x1f")
+_PLAIN = str.maketrans("\x1c\x1d\x1e\x1f", " #\t\n")
 # Which pairs of photos are compared: options, what lists the pairs, and what compares them.
 _PAIRINGS: dict[str, tuple[Any, Any, Any]] = {
     "exhaustive": (
@@ -38,6 +46,7 @@ _PAIRINGS: dict[str, tuple[Any, Any, Any]] = {
     ),
     "spatial": (pycolmap.SpatialPairingOptions, pycolmap.SpatialPairGenerator, pycolmap.match_spatial),
     "sequential": (pycolmap.SequentialPairingOptions, pycolmap.SequentialPairGenerator, pycolmap.match_sequential),
+    "preemptive": (pycolmap.ImportedPairingOptions, pycolmap.ImportedPairGenerator, pycolmap.match_image_pairs),
     "vocab_tree": (pycolmap.VocabTreePairingOptions, pycolmap.VocabTreePairGenerator, pycolmap.match_vocabtree),
 }
 MATCHINGS = tuple(_PAIRINGS)
@@ -82,6 +91,7 @@ def import_photos(database: Path, images: Path, names: list[str], camera_model: 
     Raises:
         InputError: COLMAP cannot read a photo.
     """
+    _rename(database, _PLAIN)  # of an interrupted `match`
     with closing(pycolmap.Database.open(database)) as opened:
         known = {image.name: image.camera_id for image in opened.read_all_images()}
     groups: dict[Any, list[str]] = {}
@@ -118,12 +128,25 @@ def extract_features(database: Path, images: Path, names: list[str]) -> None:
 
 
 def choose_matching(photos: list[Photo], is_video: bool) -> str:
-    """Return which photos are compared: "exhaustive", "spatial" or "sequential"."""
+    """Return which photos are compared: "exhaustive", "spatial", "preemptive" or "sequential"."""
     if is_video:
         return "sequential"
-    if len(photos) > MOST_EXHAUSTIVE and all(photo.gps for photo in photos):
-        return "spatial"
-    return "exhaustive"
+    if len(photos) <= MOST_EXHAUSTIVE:
+        return "exhaustive"
+    return "spatial" if all(photo.gps for photo in photos) else "preemptive"
+
+
+def find_likely_pairs(database: Path) -> None:
+    """Write the pairs of photos whose largest features agree best into a file beside the database."""
+    with closing(pycolmap.Database.open(database)) as opened:
+        images = sorted(opened.read_all_images(), key=lambda image: str(image.name))
+        features = np.zeros((len(images), NUM_FEATURES, 128), np.uint8)  # 64 KiB a photo
+        for row, image in zip(features, images, strict=True):
+            descriptors = opened.read_descriptors(image.image_id).data
+            row[:] = largest_features(opened.read_keypoints(image.image_id), descriptors)
+    names = [image.name.translate(_CODES) for image in images]
+    lines = [f"{names[first]} {names[second]}\n" for first, second in likely_pairs(features)]
+    write_whole(database.with_name(PAIRS), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
 
 
 def match(database: Path, matching: str, vocab_tree: Path | None) -> None:
@@ -131,10 +154,16 @@ def match(database: Path, matching: str, vocab_tree: Path | None) -> None:
 
     Args:
         database: The file, which holds the features.
-        matching: "exhaustive", "spatial", "sequential" or "vocab_tree".
+        matching: "exhaustive", "spatial", "sequential", "preemptive", which takes the pairs that `find_likely_pairs`
+            has written, or "vocab_tree".
         vocab_tree: The file of the vocabulary tree, which the last one needs.
     """
-    pairings, generator = _pairings(matching, vocab_tree), _PAIRINGS[matching][1]
+    with _coded_names(database) if matching == "preemptive" else nullcontext():
+        _match_and_count(database, matching, vocab_tree)
+
+
+def _match_and_count(database: Path, matching: str, vocab_tree: Path | None) -> None:
+    pairings, generator = _pairings(database, matching, vocab_tree), _PAIRINGS[matching][1]
     with closing(pycolmap.Database.open(database)) as opened:
         num_done = opened.num_matched_image_pairs()
         if matching == "vocab_tree":  # which pairs it takes is known only while it looks them up
@@ -197,11 +226,11 @@ def _match(database: Path, matching: str, vocab_tree: Path | None) -> None:
     log_to(database.parent / LOG)
     verification = pycolmap.TwoViewGeometryOptions()
     verification.ransac.random_seed = SEED
-    for pairing in _pairings(matching, vocab_tree):
+    for pairing in _pairings(database, matching, vocab_tree):
         _PAIRINGS[matching][2](database, pairing_options=pairing, verification_options=verification)
 
 
-def _pairings(matching: str, vocab_tree: Path | None) -> list[Any]:
+def _pairings(database: Path, matching: str, vocab_tree: Path | None) -> list[Any]:
     """Return the options of pycolmap that list the pairs, one after the other."""
     pairing = _PAIRINGS[matching][0]()
     if matching == "sequential":  # the next 1, 2, 4, 8 ... photos, and all of the next ones
@@ -210,6 +239,9 @@ def _pairings(matching: str, vocab_tree: Path | None) -> list[Any]:
         return [pairing, near]
     if matching == "spatial":
         pairing.min_num_neighbors = _LEAST_NEIGHBOURS
+    elif matching == "preemptive":
+        pairing.match_list_path = database.with_name(PAIRS)
+        pairing.block_size = _BATCH
     elif matching == "vocab_tree":
         pairing.vocab_tree_path = vocab_tree
     return [pairing]
@@ -290,6 +322,26 @@ def read_models(folder: Path) -> list[pycolmap.Reconstruction]:
 def registered_names(model: pycolmap.Reconstruction) -> set[str]:
     """Return the names of the photos whose poses a model knows."""
     return {model.image(image_id).name for image_id in model.reg_image_ids()}
+
+
+@contextmanager
+def _coded_names(database: Path) -> Iterator[None]:
+    """Let photos have names in the database that COLMAP finds in a list of pairs, whatever is in their own names."""
+    _rename(database, _CODES)
+    try:
+        yield
+    finally:
+        _rename(database, _PLAIN)
+
+
+def _rename(database: Path, characters: dict[int, int]) -> None:
+    """Replace characters in the names of photos."""
+    with closing(pycolmap.Database.open(database)) as opened:
+        for image in opened.read_all_images():
+            name = image.name.translate(characters)
+            if name != image.name:
+                image.name = name
+                opened.update_image(image)
 
 
 def _camera_key(path: Path) -> tuple[object, ...]:

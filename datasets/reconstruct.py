@@ -27,6 +27,7 @@ import pycolmap
 from datasets.georeference import SIDE_FILE, LocalFrame
 from datasets.image_files import checked_picture, fitting_workers
 from datasets.images import in_threads, picture_sizes
+from datasets.likely_pairs import NUM_FEATURES, NUM_PARTNERS
 from datasets.links import link_file, write_whole
 from datasets.model_choice import Say
 from datasets.paths import photo_names
@@ -37,6 +38,7 @@ from datasets.photogrammetry import (
     Photo,
     choose_matching,
     extract_features,
+    find_likely_pairs,
     import_photos,
     log_to,
     make_models,
@@ -130,6 +132,10 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
     made_with: dict[str, object] = {"matching": matching}
     if not steps.are_done("matches", made_with):
         say(_why(matching, photos, options))
+        if matching == "preemptive" and not steps.are_done("pairs", [NUM_FEATURES, NUM_PARTNERS]):
+            with _of_colmap("looking for likely pairs", work):
+                find_likely_pairs(database)
+            steps.set_done("pairs", [NUM_FEATURES, NUM_PARTNERS])
         with _of_colmap("matching", work):
             match(database, matching, options.vocab_tree)
         steps.set_done("matches", made_with)
@@ -284,7 +290,7 @@ class _Steps:
     """Remember in a file which steps are complete, and with which settings."""
 
     FILE = "steps.json"
-    ORDER = ("photos", "features", "matches", "models", "sparse")
+    ORDER = ("photos", "features", "pairs", "matches", "models", "sparse")
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / self.FILE
@@ -392,12 +398,12 @@ def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str
         )
     if matching == "spatial":
         return "Each photo is compared with those near it by GPS (spatial matching)."
-    pairs = f"All {count * (count - 1) // 2:,} pairs of photos are compared (exhaustive matching)"
-    if count <= MOST_EXHAUSTIVE:
-        return f"{pairs}."
+    pairs = f"{count * (count - 1) // 2:,} pairs of photos"
+    if matching == "exhaustive":
+        return f"All {pairs} are compared (exhaustive matching)."
     return (
-        f"{pairs}, since not all photos have GPS; with --vocab_tree FILE, or --matching sequential for photos in the "
-        "order in which they were taken, it takes less time."
+        f"Of {pairs} those are compared that are likely to see the same, {NUM_PARTNERS} partners of each photo whose "
+        "largest features agree best with its own (preemptive matching), since not all photos have GPS."
     )
 
 
@@ -476,8 +482,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--matching",
         choices=MATCHINGS,
-        help=f"which photos are compared (all up to {MOST_EXHAUSTIVE}; beyond that by GPS, where all have it; "
-        "neighbours in a video)",
+        help=f"which photos are compared (all up to {MOST_EXHAUSTIVE}; beyond that by GPS, where all have it, or else "
+        "those whose largest features agree; neighbours in a video)",
     )
     add("--vocab_tree", type=Path, metavar="FILE", help="compare those that a vocabulary tree of COLMAP finds similar")
     add("--mapper", choices=("incremental", "global"), default="incremental", help="how COLMAP makes the model")

@@ -200,7 +200,7 @@ def test_which_photos_are_compared_follows_their_number_and_gps():
     assert choose_matching(few, is_video=False) == "exhaustive"
     assert choose_matching(few, is_video=True) == "sequential"
     assert choose_matching(many, is_video=False) == "spatial"
-    assert choose_matching([*many, *few], is_video=False) == "exhaustive"
+    assert choose_matching([*many, *few], is_video=False) == "preemptive"
 
 
 def test_a_video_gives_the_sharpest_frame_of_each_interval(tmp_path, monkeypatch, capsys):
