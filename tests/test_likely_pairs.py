@@ -18,13 +18,14 @@ NUM_PHOTOS, NUM_SEEN, STRIDE = 12, 64, 16  # each photo of a ring sees 64 things
 
 
 def random_descriptors(generator: np.random.Generator, *shape: int) -> np.ndarray:
-    """Descriptors of what is seen in one place alone, of COLMAP's length, in floating point."""
-    values = np.abs(generator.normal(size=(*shape, 128))) ** 1.5
-    return values / np.linalg.norm(values, axis=-1, keepdims=True) * 512
+    """Descriptors of what is seen in one place alone, in floating point."""
+    return np.abs(generator.normal(size=(*shape, 128))) ** 1.5 * 50
 
 
 def to_bytes(descriptors: np.ndarray) -> np.ndarray:
-    return descriptors.round().clip(0, 255).astype(np.uint8)
+    """As COLMAP stores them: of length 512, in 8 bits."""
+    positive = descriptors.clip(0)
+    return (positive / np.linalg.norm(positive, axis=-1, keepdims=True) * 512).round().clip(0, 255).astype(np.uint8)
 
 
 def ring_of_photos() -> np.ndarray:
@@ -59,28 +60,27 @@ def test_of_partners_that_agree_equally_well_the_nearest_goes_first():
 
 def test_features_agree_that_are_each_others_nearest_and_clearly_so():
     generator = np.random.default_rng(1)
-    things = random_descriptors(generator, 24)
+    things = random_descriptors(generator, 60)
     photo = to_bytes(things + generator.normal(scale=12, size=things.shape))
-    others = np.stack([to_bytes(things + generator.normal(scale=scale, size=things.shape)) for scale in (8, 25, 45)])
+    seen = np.stack([things, things, things])
+    seen[:, :6] = things[6:12]  # seen twice: only the better one is the photo's nearest
+    others = to_bytes(seen + generator.normal(size=seen.shape) * np.array([8, 40, 55])[:, None, None])
     photo[12:18] = photo[18:24]  # twice the same: which one is nearest is not clear
-    others[:, :4] = others[:, 4:8]
-    others[2, :3] = 0  # fewer features
+    others[2, 50:] = 0  # fewer features
 
-    def angles(other: np.ndarray) -> np.ndarray:
-        cosines = other.astype(float) @ photo.astype(float).T / 512**2
-        return np.arccos(np.minimum(cosines, 1))  # [others, photo's]
-
-    expected = []
+    conditions = []
     for other in others:
-        table = angles(other)
-        count = 0
+        cosines = other.astype(float) @ photo.astype(float).T / 512**2
+        table = np.arccos(np.minimum(cosines, 1))  # [others, photo's]
+        rows = []
         for row in table:
-            order = np.argsort(row, kind="stable")
-            is_mutual = row[order[0]] == table[:, order[0]].min()
-            count += int(is_mutual and row[order[0]] < 0.7 and row[order[0]] < 0.8 * row[order[1]])
-        expected.append(count)
-    assert 0 < min(expected) < max(expected) < 24
-    assert _num_agreeing(photo, others).tolist() == expected
+            nearest, (best, second) = row.argmin(), np.sort(row)[:2]
+            rows.append((best == table[:, nearest].min(), best < 0.7, best < 0.8 * second))
+        conditions.append(rows)
+    fulfilled = np.array(conditions)  # [B, F, 3]
+    assert _num_agreeing(photo, others).tolist() == fulfilled.all(2).sum(1).tolist()
+    for condition in range(3):  # each one alone rules out some
+        assert (~fulfilled[..., condition] & np.delete(fulfilled, condition, 2).all(2)).any()
 
 
 def test_the_largest_features_are_taken_and_missing_ones_are_zero():
