@@ -157,9 +157,10 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
             found[name] = mask
     if present and len(found) < len(names):
         lacking = next(name for name in names if name not in found)
+        as_png = PurePosixPath(lacking).with_suffix(".png")
         say(
             f"Warning: {folder} holds {counted(len(present), 'file')}, and masks of {len(found):,} of "
-            f"{counted(len(names), 'photo')} (none of {lacking}, which would be {lacking}.png): "
+            f"{counted(len(names), 'photo')} (none of {lacking}, which would be {lacking}.png or {as_png}): "
             "photos without a mask are used whole."
         )
     return found

@@ -52,6 +52,7 @@ from datasets.video_frames import open_video, write_sharpest_frames
 from errors import InputError, counted, reason, refusing
 
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
+_NO_FEATURES = "no features (blank, blurred or covered)"
 _NAMED = 5  # of photos of a kind, in the report; all are in a file
 
 WORK = "reconstruction"  # the folder in OUT of what is computed on the way
@@ -151,7 +152,7 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
         with _of_colmap("making a model", work):
             make_models(database, images, partial, options.mapper, num_matched)
         if not read_models(partial):
-            raise InputError(_no_model(source.what, photos))
+            raise InputError(_no_model(source.what, photos, matching))
         partial.rename(models)
         steps.set_done("models", made_with)
 
@@ -160,7 +161,7 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
         for sentence in _publish(models, out, frame):
             say(sentence)
         steps.set_done("sparse", made_with)
-    return _report(out, photos)
+    return _report(out, photos, matching)
 
 
 # ------------------------------------------------------------------------------------------------------ what goes in
@@ -407,7 +408,7 @@ def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str
     )
 
 
-def _no_model(what: str, photos: list[Photo]) -> str:
+def _no_model(what: str, photos: list[Photo], matching: str) -> str:
     """Say why there is no model."""
     without = sum(photo.num_features == 0 for photo in photos)
     alone = sum(photo.num_partners == 0 for photo in photos)
@@ -418,11 +419,12 @@ def _no_model(what: str, photos: list[Photo]) -> str:
     return (
         f"No model can be made of the {len(photos)} photos of {what}, since {cause}"
         + (f", and {without} have no features at all" if without else "")
-        + ": take sharp photos from several places, each of which shows most of what another shows."
+        + ": take sharp photos from several places, each of which shows most of what another shows"
+        + ("." if matching == "exhaustive" else ", or compare all pairs of them with --matching exhaustive.")
     )
 
 
-def _report(out: Path, photos: list[Photo]) -> list[str]:
+def _report(out: Path, photos: list[Photo], matching: str) -> list[str]:
     """Return the lines of the report: what was registered, what not and why, and what `prepare --check` finds."""
     models = [pycolmap.Reconstruction(out / "sparse" / str(k)) for k in range(_count_models(out / "sparse"))]
     registered = [registered_names(model) for model in models]
@@ -441,8 +443,12 @@ def _report(out: Path, photos: list[Photo]) -> list[str]:
         lines.append(f"left out:   {len(names):,}, {why}: {', '.join(names[:_NAMED])}{more}")
     if 2 * len(registered[0]) < len(photos):
         lines.append(
-            "Warning:    most photos are left out; photos that show more of what others show, or --matching "
-            "exhaustive where fewer pairs were compared, give a larger model."
+            "Warning:    most photos are left out; photos that show more of what others show give a larger model."
+        )
+    if matching != "exhaustive" and any(why != _NO_FEATURES for why in left_out):
+        lines.append(
+            f"            Not all pairs were compared ({matching} matching): the same command with --matching "
+            "exhaustive keeps what has been matched, compares the others too, and may place more photos."
         )
     if left_out:
         rows = [f"{name}\t{why}\n" for why, names in left_out.items() for name in names]
@@ -456,7 +462,7 @@ def _count_models(sparse: Path) -> int:
 
 def _why_left_out(photo: Photo, registered: list[set[str]]) -> str:
     if photo.num_features == 0:
-        return "no features (blank, blurred or covered)"
+        return _NO_FEATURES
     if photo.num_partners == 0:
         return "no other photo matches"
     for number, names in enumerate(registered[1:], start=1):
