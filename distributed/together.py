@@ -28,19 +28,20 @@ def taken_in_turn(ids: np.ndarray, ranks: Ranks | None) -> tuple[np.ndarray, int
 
 
 @contextmanager
-def failing_together(ranks: Ranks | None) -> Iterator[None]:
-    """Let what one rank cannot read or write be an error of all, which then go on alike; all of them call this.
+def failing_together(ranks: Ranks | None, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Let what one rank cannot do be an error of all, which then go on alike; all of them call this.
 
     Args:
         ranks: None: there is this process only.
+        kind: Of the error; with OSError it is what a rank cannot read or write.
 
     Raises:
-        OSError: At every rank, naming the first of those that have failed.
+        kind: At every rank, naming the first of those that have failed.
     """
-    failure: OSError | None = None
+    failure: Exception | None = None
     try:
         yield
-    except OSError as error:
+    except kind as error:
         failure = error
         if ranks is None:
             raise
@@ -49,4 +50,4 @@ def failing_together(ranks: Ranks | None) -> Iterator[None]:
     failures = ranks.gather(None if failure is None else str(failure))
     for rank, said in enumerate(failures):
         if said is not None:
-            raise OSError(f"rank {rank}: {said}") from failure
+            raise kind(f"rank {rank}: {said}") from failure

@@ -58,6 +58,7 @@ class Agreed:
     interrupted: bool = False  # training ends before the step
     is_due: bool = False  # a periodic checkpoint is saved after it
     is_lost: bool = False  # the result folder is made again after it
+    is_watched: bool = False  # somebody looks at the model after it
 
 
 class JointRun:
@@ -250,7 +251,6 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
         )
     for option, is_given in (
         ("--pose_opt", cfg.pose_opt),
-        ("--viewer", cfg.viewer is not None),
         ("--timelapse", bool(cfg.timelapse)),
         ("--device_memory_budget", getattr(cfg, "device_memory_budget", None) is not None),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from datasets.image_files import decode_image
 from datasets.scene import Scene
 from datasets.trajectories import level_frame, middle_of
 from datasets.upright import up_direction
+from offload.culling.cameras import Cameras
+from training.joint_viewing import FirstRank
 from training.views import posed_cameras
 from viewer.frustums import Photo
 from viewer.page import PORT, Page
@@ -51,12 +54,25 @@ class LiveViewer:
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Draw what is due, and wait where training is paused."""
-        if not self.page.is_watched:
-            return
+        if run.ranks is None:
+            if self.page.is_watched:
+                self._show(run, steps_done, loss, run.draw, lambda: run.is_interrupted)
+        elif run.agreed.is_watched:
+            with FirstRank(run, run.ranks) as first:
+                self._show(run, steps_done, loss, first.draw, first.is_interrupted)
+
+    def _show(
+        self,
+        run: TrainingRun,
+        steps_done: int,
+        loss: Tensor,
+        draw: Callable[[Cameras], Tensor],
+        is_interrupted: Callable[[], bool],
+    ) -> None:
         self._say(run, steps_done, loss)
-        self.page.draw(run.draw, self._make, steps_done)
-        while self.page.is_paused and self.page.is_watched and not run.is_interrupted:
-            if not self.page.draw(run.draw, self._make, steps_done):
+        self.page.draw(draw, self._make, steps_done)
+        while self.page.is_paused and self.page.is_watched and not is_interrupted():
+            if not self.page.draw(draw, self._make, steps_done):
                 time.sleep(IDLE)
 
     def _say(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
@@ -69,7 +85,7 @@ class LiveViewer:
                 f"**Step {steps_done:,}** of {run.cfg.max_steps:,}",
                 f"{(steps_done - steps) / (now - then):.1f} steps a second",
                 f"loss {loss.item():.4f}",
-                f"{run.model.num_gaussians:,} Gaussians",
+                f"{run.num_gaussians:,} Gaussians",
             ]
         )
 

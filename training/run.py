@@ -42,6 +42,7 @@ from training.depth_loss import known_depths
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.joint_run import Agreed, JointRun, told_once
+from training.joint_viewing import OtherRank
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
@@ -105,6 +106,7 @@ class TrainingRun(Generic[AnyConfig]):
         view: While `steps` runs, the view of the present step.
         upcoming: While `steps` runs, the view of the step after the present one; None at the last, and where
             the strategy will change rows before it, or the present step its cameras.
+        agreed: What the ranks have agreed on for the present step.
         sh_degree: Degree of the spherical harmonics that the present step uses.
         strategy: What changes the number of Gaussians; None before `steps`.
         ending: How the run has ended, for programs.
@@ -137,7 +139,8 @@ class TrainingRun(Generic[AnyConfig]):
             torch.manual_seed(cfg.seed)
             self.results = ResultFolder(cfg, self.ranks)
             resources.callback(self.results.close)
-            live = None if cfg.viewer is None or cfg.ckpt else LiveViewer(self.cfg)
+            is_shown = cfg.viewer is not None and not cfg.ckpt
+            self._live = live = LiveViewer(self.cfg) if is_shown and self.speaks else None
             if live is not None:
                 resources.callback(live.page.close)
             resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
@@ -161,7 +164,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.times = StageTimes(self.device)
         self._results_of_the_end = (TrainStatistics(), Export(), PoseFiles(), self._evaluation)
         self._timelapse = Timelapse()
-        self.observers: list[Observer] = [] if live is None else [live]
+        self.observers: list[Observer] = ([OtherRank()] if live is None else [live]) if is_shown else []
         self.view: View | None = None
         self.upcoming: View | None = None
         self.sh_degree = 0
@@ -176,7 +179,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._skipped_steps = 0
         self._depth_share: float | Tensor = 1.0
         self._interrupted = False
-        self._agreed = Agreed()
+        self.agreed = Agreed()
 
     def _say_of_input(self, sentence: str) -> None:
         print(sentence)
@@ -430,7 +433,7 @@ class TrainingRun(Generic[AnyConfig]):
             if self.upcoming is None:
                 view = self.modules.placed(view)
             following = self._following(loader)
-            if self._agreed.interrupted:
+            if self.agreed.interrupted:
                 self._end_interrupted()
                 return
             self.upcoming = None
@@ -461,9 +464,10 @@ class TrainingRun(Generic[AnyConfig]):
 
         def wishes() -> Agreed:
             is_due = self.speaks and self.saving.is_due(self._step + 1)
-            return Agreed(self._interrupted, is_due, self.speaks and self.results.is_lost())
+            is_watched = self._live is not None and self._live.page.is_watched
+            return Agreed(self._interrupted, is_due, self.speaks and self.results.is_lost(), is_watched)
 
-        view, self._agreed = self._joint.load_and_agree(load, wishes)
+        view, self.agreed = self._joint.load_and_agree(load, wishes)
         return view
 
     def _end_interrupted(self) -> None:
@@ -522,7 +526,7 @@ class TrainingRun(Generic[AnyConfig]):
         if self.ranks is None:
             is_new, is_due = self.results.make_again(), None
         else:
-            is_new, is_due = self._agreed.is_lost and self.results.make_again(), self._agreed.is_due
+            is_new, is_due = self.agreed.is_lost and self.results.make_again(), self.agreed.is_due
         if is_new:
             self.saving.now()
         self.saving.after_step(step + 1, is_due)
