@@ -1,6 +1,7 @@
 """What must be done before torch is imported; every program that trains or measures imports this first."""
 
 import os
+import signal
 import sys
 from types import TracebackType
 
@@ -14,6 +15,11 @@ def _say_in_short(kind: type[BaseException], error: BaseException, traceback: Tr
 
 
 sys.excepthook = _say_in_short
+
+# By SIGTERM torchrun ends its processes when one has ended. It waits until this one can say which, and why
+# (`distributed/mesh.py`, hear_sigterm).
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 # Read by OpenMP when torch loads: threads sleep between parallel loops. Spinning, they take the cores that the next
 # loop of another library, and the threads that read pictures, need at that moment.

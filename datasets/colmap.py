@@ -5,9 +5,12 @@ File formats: https://colmap.github.io/format.html
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,6 +120,19 @@ def load_model(model_dir: Path, data_dir: Path) -> SparseModel:
     return model
 
 
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Let what is done about SIGTERM be as it was; pycolmap, when it is imported, has its stack printed."""
+    handler = signal.getsignal(signal.SIGTERM)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+        if handler is not None and current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def open_model(model_dir: Path) -> pycolmap.Reconstruction:
     """Open a reconstruction as pycolmap reads it, of files that have been checked first, and check what comes back.
 
@@ -128,7 +144,8 @@ def open_model(model_dir: Path) -> pycolmap.Reconstruction:
     is_binary = files[0].suffix == ".bin"
     expected = {path.stem: check_binary(path) for path in files} if is_binary else {}
     try:
-        import pycolmap  # only here: a machine that holds a valid cache does without it
+        with _keeping_sigterm():
+            import pycolmap  # only here: a machine that holds a valid cache does without it
     except ImportError as error:
         raise InputError(
             f"pycolmap is needed to read {model_dir}, since no valid {CACHE_NAME} was found: "

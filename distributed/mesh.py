@@ -12,11 +12,12 @@ What torch.distributed is asked for, it is asked for here. Its rules:
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -189,7 +190,13 @@ def let_first_tell() -> None:
     and left, torchrun ends those that wait.
     """
     if not is_first_of_machine():
+        hear_sigterm()
         time.sleep(TELLS_WITHIN)
+
+
+def hear_sigterm() -> None:
+    """Let SIGTERM, which torchrun sends where another rank has ended, do what it does; `startup` has put it off."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def local_ranks() -> int:
@@ -197,15 +204,40 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _meeting() -> dict[str, Any]:
-    """Return where the ranks meet: in torchrun's store, but not among what ranks before a restart have left there."""
-    store, rank, size = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": size}
+@dataclass(frozen=True)
+class Arrival:
+    """Hold that this process has come to where all ranks meet: it can tell and read notices, and `meet` the others.
+
+    Attributes:
+        rank: As `Ranks` has it, like the others.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    proportions: tuple[int, ...]
+    board: Board = field(repr=False)
+    _backend: Literal["nccl", "gloo"] = field(repr=False)
+    _store: dist.Store = field(repr=False)
+
+    @_talking()
+    def meet(self) -> Ranks:
+        """Meet the others, when they have arrived."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dist.init_process_group(
+            self._backend,
+            device_id=self.device if self._backend == "nccl" else None,
+            store=self._store,
+            rank=self.rank,
+            world_size=self.size,
+        )
+        control = dist.new_group(backend="gloo")
+        return Ranks(self.rank, self.size, self.device, self.proportions, self.board, control)
 
 
-def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
-    """Meet the other processes that torchrun has started; None where there are none, and nothing has been done.
+def arrive(device: torch.device, proportions: Sequence[int] = ()) -> Arrival | None:
+    """Come to where the processes meet that torchrun has started; None where there are none, and nothing is done.
 
     Args:
         device: Kind of device to render on; of several GPUs a rank takes that of its LOCAL_RANK.
@@ -236,22 +268,20 @@ def join(device: torch.device, proportions: Sequence[int] = ()) -> Ranks | None:
                 f"torchrun has started at least {local_rank + 1} processes on this machine, which has {num_devices} "
                 f"GPUs that can be seen: use --nproc_per_node {num_devices}."
             )
-        return meet(torch.device("cuda", local_rank), "nccl", proportions)
-    return meet(device, "gloo", proportions)
+        return arrive_by(torch.device("cuda", local_rank), "nccl", proportions)
+    return arrive_by(device, "gloo", proportions)
 
 
-def meet(device: torch.device, backend: Literal["nccl", "gloo"], proportions: Sequence[int] = ()) -> Ranks:
-    """Meet the other processes, whose number and addresses stand in the environment.
+def arrive_by(device: torch.device, backend: Literal["nccl", "gloo"], proportions: Sequence[int] = ()) -> Arrival:
+    """Come to where the processes meet whose number and addresses stand in the environment.
 
     Args:
         device: Where this rank renders. NCCL wants another GPU for each rank of a machine; gloo, which carries tensors
             of a GPU through pinned host memory, does not, so that one GPU can stand for several.
         backend: Of torch.distributed, for tensors.
-        proportions: As for `join`.
+        proportions: As for `arrive`.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None, **_meeting())
-    size = dist.get_world_size()
-    control = dist.new_group(backend="gloo")
-    return Ranks(dist.get_rank(), size, device, tuple(proportions) or (1,) * size, Board(), control)
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # ranks before a restart have left things in the store
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    return Arrival(rank, size, device, tuple(proportions) or (1,) * size, Board(), backend, store)

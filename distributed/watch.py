@@ -1,6 +1,7 @@
 """Ranks that end together: when one has come to its end, the others know within seconds, and one of them says why.
 
-A rank that ends with a cause puts it on the board; the first one counts. A rank that is killed cannot: a thread of each
+A rank watches, and is watched, from its arrival on: before all have met, while they read the dataset, and in training.
+One that ends with a cause puts it on the board; the first one counts. A rank that is killed cannot: a thread of each
 rank looks whether the others' processes live, those of other machines by their beats. A rank may then be waiting, in
 a collective, for one that never comes. On the CPU that fails by itself, since connections are closed; a GPU waits for
 ever. So a rank that does not leave by itself within a grace is ended by its thread.
@@ -9,23 +10,26 @@ ever. So a rank that does not leave by itself within a grace is ended by its thr
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
 
 from distributed.board import BoardGone
-from distributed.mesh import Ranks
+from distributed.mesh import Arrival, RanksParted
 
 LOOKS_EVERY = 0.5  # seconds
 SILENT_FOR = 60.0  # seconds, in which another machine's rank must have given a beat
-SUSPECTED_FOR = 10.0  # the same, once a collective has failed
+SUSPECTED_FOR = 10.0  # the same, once a collective has failed or torchrun ends this rank; also to arrive in
+ARRIVE_WITHIN = 1800.0  # seconds between the first and the last, as torch.distributed has it
 GRACE = 10.0  # seconds for a rank to leave by itself
 ENDED = "ended"
+_runs = itertools.count()
 GONE = "gone"  # says which rank's process is no more; who waits for all ranks on the board looks at it
 
 
@@ -64,30 +68,42 @@ class Process:
 class Watch:
     """Watch the other ranks from a thread; used as a context manager, it tells them at the end that all is well."""
 
-    def __init__(self, ranks: Ranks, last_words: Callable[[str], None]) -> None:
-        """Begin; all ranks do.
+    def __init__(self, arrival: Arrival, last_words: Callable[[str], None]) -> None:
+        """Begin; each rank does when it has arrived, and may find others that have not.
 
         Args:
-            ranks: That are watched.
+            arrival: Of this rank.
             last_words: Tells people a sentence, in a thread, before this process is ended.
         """
-        self._ranks = ranks
+        self.rank, self._size, self._board = arrival.rank, arrival.size, arrival.board
         self._last_words = last_words
         self._own = Process.own()
-        self._run = ranks.broadcast(uuid.uuid4().hex)  # notices of another run on this board are not ours
-        self._processes = ranks.gather(self._own)
-        self._beats = dict.fromkeys(range(ranks.size), (0, time.monotonic()))  # of each rank, and when it changed
+        # Notices of another run on this board are not ours: each process comes to its runs in the same order.
+        self._run = f"run {next(_runs)}"
+        self._processes = {self.rank: self._own}  # of ranks that have arrived
+        self._beats = dict.fromkeys(range(self._size), (0, time.monotonic()))  # of each rank, and when it changed
         self._finished: set[int] = set()
         self._end: End | None = None
-        self._is_leaving = self._is_suspicious = False
+        self._is_leaving = False
+        self._suspicious_since = math.inf
         self._closed = Event()
+        self._board.post(f"{self._run} arrived {self.rank}", asdict(self._own))
         self._thread = Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
-    @property
-    def rank(self) -> int:
-        """Return which rank watches."""
-        return self._ranks.rank
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have arrived, where a signal is heard: `torch.distributed`, which waits too, is deaf.
+
+        Raises:
+            RanksParted: One has ended, or does not come.
+        """
+        deadline = time.monotonic() + ARRIVE_WITHIN
+        while len(self._processes) < self._size:
+            if self._end is not None or time.monotonic() > deadline:
+                raise RanksParted("not all ranks have arrived")
+            time.sleep(LOOKS_EVERY / 10)
+            with contextlib.suppress(BoardGone):  # of which the thread tells
+                self._look_for_arrivals()
 
     def __enter__(self) -> Watch:
         return self
@@ -96,7 +112,7 @@ class Watch:
         self._closed.set()
         self._thread.join()
         with contextlib.suppress(BoardGone):
-            self._ranks.board.post(f"{self._run} finished {self._ranks.rank}", True)
+            self._board.post(f"{self._run} finished {self.rank}", True)
 
     def end_by(self, sentence: str) -> End:
         """Say that this rank ends the run and why; returns the end that counts, which another may have come to before.
@@ -104,35 +120,34 @@ class Watch:
         This process is leaving from now on, and takes the time it needs.
         """
         self._is_leaving = True
-        rank = self._ranks.rank
-        return self._post(End(rank, rank, sentence, is_gone=False))
+        return self._post(End(self.rank, self.rank, sentence, is_gone=False))
 
     def end_by_others(self, error: Exception) -> End:
         """Return why others do not answer any more, when a collective has failed with an error.
 
         This process is leaving from now on.
         """
-        self._is_leaving = self._is_suspicious = True
-        deadline = time.monotonic() + SUSPECTED_FOR + GRACE
+        self._is_leaving, self._suspicious_since = True, time.monotonic()
+        deadline = self._suspicious_since + SUSPECTED_FOR + GRACE
         while self._end is None and time.monotonic() < deadline and self._thread.is_alive():
             time.sleep(LOOKS_EVERY / 5)
-        return self._end or self.end_by(f"the ranks have lost each other ({error})")
+        return self._end or self.end_by(f"the ranks have parted ({error})")
 
     def all_stand_at(self, steps_done: int) -> bool:
         """Return whether all ranks have come to the same number of steps; each asks once, when it leaves.
 
         Ranks that are gone say nothing, and none is waited for once one is.
         """
-        board, found = self._ranks.board, dict[int, int]()
+        board, found = self._board, dict[int, int]()
         with contextlib.suppress(BoardGone):
-            board.post(f"{self._run} stands {self._ranks.rank}", steps_done)
-            while len(found) < self._ranks.size and not self._gone():
-                for rank in set(range(self._ranks.size)) - found.keys():
+            board.post(f"{self._run} stands {self.rank}", steps_done)
+            while len(found) < self._size and not self._gone():
+                for rank in set(range(self._size)) - found.keys():
                     steps = board.read(f"{self._run} stands {rank}")
                     if steps is not None:
                         found[rank] = steps
                 time.sleep(LOOKS_EVERY / 10)
-        return len(found) == self._ranks.size and set(found.values()) == {steps_done}
+        return len(found) == self._size and set(found.values()) == {steps_done}
 
     # ----------------------------------------------------------------------------------------------------- the thread
 
@@ -141,50 +156,68 @@ class Watch:
         while not self._closed.wait(LOOKS_EVERY):
             beat += 1
             try:
-                self._ranks.board.post(f"{self._run} beat {self._ranks.rank}", beat)
+                self._board.post(f"{self._run} beat {self.rank}", beat)
+                self._look_for_arrivals()
                 end = self._end or self._read_end()
                 gone = self._gone()
                 if gone:
-                    self._ranks.board.post(GONE, self._sentence_on(gone[0]))
-                    end = end or self._post(End(gone[0], self._ranks.rank, self._sentence_on(gone[0]), is_gone=True))
+                    self._board.post(GONE, self._sentence_on(gone[0]))
+                    end = end or self._post(End(gone[0], self.rank, self._sentence_on(gone[0]), is_gone=True))
             except BoardGone:
-                end = self._end or End(0, self._ranks.rank, "torchrun or the process of rank 0 has ended", is_gone=True)
+                end = self._end or End(0, self.rank, "torchrun or the process of rank 0 has ended", is_gone=True)
             if end is not None and self._end is None:
                 self._end, deadline = end, time.monotonic() + GRACE
             if end is not None and not self._is_leaving and time.monotonic() > deadline and not self._closed.is_set():
-                if end.told_by == self._ranks.rank:
+                if end.told_by == self.rank:
                     self._last_words(end.sentence)
                 os._exit(1)
 
     def _read_end(self) -> End | None:
-        found = self._ranks.board.read(f"{self._run} {ENDED}")
+        found = self._board.read(f"{self._run} {ENDED}")
         return None if found is None else End(**found)
 
+    def _look_for_arrivals(self) -> None:
+        for rank in set(range(self._size)) - self._processes.keys():
+            process = self._board.read(f"{self._run} arrived {rank}")
+            if process is not None:
+                self._processes[rank] = Process(**process)
+
     def _sentence_on(self, rank: int) -> str:
-        process = self._processes[rank]
+        process = self._processes.get(rank)
+        if process is None:
+            return f"rank {rank} has not come to where the others met, as if it was killed"
         return f"rank {rank} (process {process.pid} on {process.host}) has ended without a word, as if it was killed"
 
     def _gone(self) -> list[int]:
-        """Return the ranks whose processes have ended, but for those that had done all they should."""
-        return [rank for rank in range(self._ranks.size) if rank not in self._finished and self._is_gone(rank)]
+        """Return the ranks whose processes have ended, but for those that had done all they should.
 
-    def _is_gone(self, rank: int) -> bool:
-        process = self._processes[rank]
+        Those of which that is known come before those that have not arrived.
+        """
+        missing = set(range(self._size)) - self._processes.keys()
+        watched = sorted(self._processes.keys() - self._finished)
+        gone = [rank for rank in watched if self._is_gone(rank, self._processes[rank])]
+        return gone + (sorted(missing) if self._suspects(SUSPECTED_FOR) else [])
+
+    def _suspects(self, seconds: float = 0.0) -> bool:
+        """Return whether this rank has cause to believe that another has ended, and has had it for so long."""
+        return time.monotonic() > self._suspicious_since + seconds
+
+    def _is_gone(self, rank: int, process: Process) -> bool:
         if process.machine == self._own.machine:
             is_gone = process.has_ended()
         else:
-            beat, now = self._ranks.board.read(f"{self._run} beat {rank}") or 0, time.monotonic()
+            beat, now = self._board.read(f"{self._run} beat {rank}") or 0, time.monotonic()
             if beat != self._beats[rank][0]:
                 self._beats[rank] = beat, now
-            is_gone = now - self._beats[rank][1] > (SUSPECTED_FOR if self._is_suspicious else SILENT_FOR)
-        if is_gone and self._ranks.board.read(f"{self._run} finished {rank}"):
+            is_gone = now - self._beats[rank][1] > (SUSPECTED_FOR if self._suspects() else SILENT_FOR)
+        if is_gone and self._board.read(f"{self._run} finished {rank}"):
             self._finished.add(rank)
             return False
         return is_gone
 
     def _post(self, end: End) -> End:
         try:
-            return End(**self._ranks.board.post_first(f"{self._run} {ENDED}", asdict(end)))
+            return End(**self._board.post_first(f"{self._run} {ENDED}", asdict(end)))
         except BoardGone:
             return end
 

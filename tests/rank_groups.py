@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from distributed.mesh import Ranks, meet
+from distributed.mesh import Ranks, arrive_by
 
 LIMIT = 240  # seconds; a group that takes longer hangs
 
@@ -54,7 +54,7 @@ def _work(rank: int, size: int, port: int, cases: Mapping[str, Case], folder: Pa
     )  # fmt: skip
     torch.set_num_threads(1)
     try:
-        ranks = meet(torch.device(device), "gloo")
+        ranks = arrive_by(torch.device(device), "gloo").meet()
         results = {name: case(ranks) for name, case in cases.items()}
         ranks.barrier()
         ranks.leave()

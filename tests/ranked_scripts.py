@@ -40,6 +40,13 @@ class ScriptGroup:
             for rank in range(size)
         ]
 
+    def end_as_torchrun_does(self) -> None:
+        """Wait until one has ended, and send SIGTERM to the others."""
+        while all(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+        for process in self.processes:
+            process.terminate()
+
     def ends(self) -> list[tuple[int, str]]:
         """Exit code and output of each rank."""
         try:
@@ -62,12 +69,12 @@ def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
 def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7".
 
-    One that is "slow" begins two seconds later. With "late_error" torchrun finds that another rank has left before
-    this one has told why.
+    With "early_kill" it is killed before it reads the dataset. One that is "slow" begins two seconds later. With
+    "late_error" torchrun finds that another rank has left before this one has told why.
     """
     import startup  # noqa: F401
     from errors import InputError
-    from training import command_line, reporting
+    from training import command_line, reporting, run
     from training.run import TrainingRun
     from training.views import View
 
@@ -100,7 +107,9 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
             raise InputError("photos/7.png cannot be decoded: replace it.")
         return from_batch(*batch)
 
-    if what == "slow":
+    if what == "early_kill":
+        run.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "slow":
         time.sleep(2)
     elif what == "picture":
         View.from_batch = decoded

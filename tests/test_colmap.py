@@ -26,6 +26,20 @@ def assert_same(left: colmap.SparseModel, right: colmap.SparseModel) -> None:
         np.testing.assert_array_equal(value, getattr(right, name), err_msg=name)
 
 
+def test_pycolmap_leaves_sigterm_alone():
+    """When it is imported it has its stack printed, and the process ended, by SIGTERM."""
+    program = """
+import os, signal
+from datasets.colmap import _keeping_sigterm
+signal.signal(signal.SIGTERM, lambda *_: print("heard"))
+with _keeping_sigterm():
+    import pycolmap
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "heard\n", "")
+
+
 def test_pycolmap_leaves_zlib_usable():
     """pycolmap 4.1 and later export a zlib of their own, and Python's then frees what it did not allocate."""
     program = """

@@ -19,7 +19,7 @@ from datasets.synthetic import write_city_block
 from distributed.dealing import BLOCK_ROWS, dealt_rows
 from distributed.exchange import PairExchange
 from distributed.levelling import level, moves_between, shared_out
-from distributed.mesh import Ranks, join
+from distributed.mesh import Ranks, arrive
 from distributed.selection import largest_within
 from errors import InputError
 from offload.adam.options import AdamOptions
@@ -375,7 +375,10 @@ WITH_NONE = ("gpu_only", "streamed_compact")  # trained from so few Gaussians th
 
 
 class StayingRanks(Ranks):
-    """Ranks that go on to the next run."""
+    """Ranks that go on to the next run: they have met already."""
+
+    def meet(self) -> Ranks:
+        return self
 
     def leave(self) -> None:
         pass
@@ -426,7 +429,7 @@ def trained(
     script = way.load()
     arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", device, *STEPS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.joint_run.join", lambda device, shares: staying(ranks, shares))
+        patch.setattr("training.joint_run.arrive", lambda device, shares: staying(ranks, shares))
         patch.setattr("training.run.initial_gaussians", anisotropic_start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         choose_by_rows(patch)
@@ -570,4 +573,4 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(InputError, match=r"at least 2 processes .* has 1 GPUs that can be seen: use "):
-        join(torch.device("cuda"))
+        arrive(torch.device("cuda"))

@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from scipy.optimize import linear_sum_assignment
 
 from configs import Config
 from datasets.scene import load_scene
-from distributed.mesh import Ranks
+from distributed.mesh import Ranks, RanksParted
+from distributed.watch import Process, Watch
 from errors import DamagedError, InputError
 from exports.source import open_source
 from offload.adam.state import names_of_rows
@@ -49,7 +51,10 @@ STRATEGIES: dict[str, tuple[object, ...]] = {
 
 
 class StayingRanks(Ranks):
-    """Ranks that go on to the next run."""
+    """Ranks that go on to the next run: they have met already."""
+
+    def meet(self) -> Ranks:
+        return self
 
     def leave(self) -> None:
         pass
@@ -67,7 +72,7 @@ def train(ranks: Ranks | None, data_dir: Path, result_dir: Path, *options: objec
     staying = None if ranks is None else StayingRanks(**vars(ranks))
     arguments = (*options_for(data_dir, result_dir), *STEPS, *options, *way.arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.joint_run.join", lambda *given: staying)
+        patch.setattr("training.joint_run.arrive", lambda *given: staying)
         patch.setattr("training.command_line.leave", lambda: None)
         patch.setattr("training.run.initial_gaussians", anisotropic_start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
@@ -351,6 +356,54 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(city_block, tmp_path):
     assert json.loads((tmp_path / "ended.json").read_text()) == {"status": "failed", "message": sentence}
 
 
+def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(city_block, tmp_path):
+    """By SIGTERM torchrun would end them, too, before they say it."""
+    options = options_for(city_block, tmp_path / "results", "--max_steps", 9)
+    group = ScriptGroup(2, "streamed", options, {1: "early_kill"})
+    group.end_as_torchrun_does()
+    ended = group.ends()
+    assert [code for code, _ in ended] == [1, -9]
+    (sentence,) = sentences(ended, "Stopped: ")
+    assert re.fullmatch(r"Stopped: rank 1 \(process .*\) has ended without a word, as if it was killed\.", sentence)
+    assert "Traceback" not in ended[0][1]
+    assert not (tmp_path / "results").exists()  # nothing has begun there
+
+
+class Notices(dict):
+    """A board that nobody else sees."""
+
+    read = dict.get
+
+    def post(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def post_first(self, name: str, value: Any) -> Any:
+        return self.setdefault(name, value)
+
+
+@pytest.mark.parametrize(
+    ("arrived", "told"),
+    [
+        ({}, "rank 0 has not come to where the others met, as if it was killed"),
+        ({2: True}, "rank 0 has not come to where the others met, as if it was killed"),
+        ({2: False}, r"rank 2 \(process 1 on there\) has ended without a word, as if it was killed"),
+    ],
+)
+def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, arrived, told):
+    """The one of three that asks is rank 1; who has come and ended is more certain than who has not come."""
+    monkeypatch.setattr("distributed.watch.LOOKS_EVERY", 0.02)
+    monkeypatch.setattr("distributed.watch.SUSPECTED_FOR", 0.2)
+    notices = Notices()
+    with Watch(SimpleNamespace(rank=1, size=3, board=notices), print) as watch:
+        (own,) = (name for name in notices if name.endswith("arrived 1"))
+        for rank, lives in arrived.items():
+            process = Process.own() if lives else replace(Process.own(), host="there", pid=1, started="never")
+            notices[own.removesuffix("1") + str(rank)] = asdict(process)
+        end = watch.end_by_others(RanksParted("SIGTERM"))
+    assert re.fullmatch(told, end.sentence)
+    assert end.told_by == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "steps", "status", "told"),
     [
@@ -374,10 +427,7 @@ def test_a_wrong_option_is_told_by_the_first_although_another_process_is_sooner(
     """torchrun ends all as soon as one has left."""
     options = options_for(tmp_path, tmp_path / "results", *wrong)
     group = ScriptGroup(2, "gpu_only", options, {0: "slow"})
-    while all(process.poll() is None for process in group.processes):
-        time.sleep(0.05)
-    for process in group.processes:
-        process.terminate()
+    group.end_as_torchrun_does()
     (first, told), (_, silent) = group.ends()
     assert first == 2
     assert wrong[0] in told

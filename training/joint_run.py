@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from traceback import print_exception
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -22,9 +24,9 @@ from torch import Tensor
 from configs import Config
 from datasets.scene import Scene
 from distributed.dealing import dealt_rows
-from distributed.mesh import Ranks, RanksParted, is_first_of_machine, join, let_first_tell
+from distributed.mesh import Ranks, RanksParted, arrive, hear_sigterm, let_first_tell
 from distributed.watch import End, Watch
-from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped
+from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped, reason
 from offload.errors import ParameterError, sentence_of
 from trainers import Trainer
 from training.agreement import check_same_dataset, check_same_options
@@ -40,15 +42,13 @@ def told_once(kind: type[InputError]) -> Iterator[None]:
     """Let one process of each machine tell of an error that all have alike, before they can speak with each other.
 
     Raises:
-        EndedElsewhere: Another one does.
+        InputError: Again, at the first; and later at another one that is still there, since only it has the error.
     """
     try:
         yield
-    except kind as error:
-        if is_first_of_machine():
-            raise
+    except kind:
         let_first_tell()
-        raise EndedElsewhere(str(error)) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,29 @@ class JointRun:
             InputError: The script or the options are not for so many, or not the same everywhere.
         """
         with told_once(ParameterError):
-            ranks = self.ranks = join(self.device, self._given.shares)
-        if ranks is None:
+            arrival = arrive(self.device, self._given.shares)
+        if arrival is None:
             return
-        self._watch = resources.enter_context(Watch(ranks, self._last_words))
+        self._watch = resources.enter_context(Watch(arrival, self._last_words))
+        resources.callback(self.has_begun)
+        signal.signal(signal.SIGTERM, self._on_early_end)
+        hear_sigterm()
+        self._watch.wait_for_all()
+        ranks = self.ranks = arrival.meet()
         resources.enter_context(silent_output(silent=not ranks.leads))  # rank 0 tells the same
         check_same_options(ranks, self._given)
         _check_for_several(self._given, trainer)
         self.device = ranks.device
+
+    def _on_early_end(self, signal_number: int, frame: FrameType | None) -> None:
+        """Leave what comes before the first step: torchrun sends SIGTERM, mostly where another rank has ended."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: this one is leaving
+        raise RanksParted("SIGTERM has come, and no rank tells why")
+
+    def has_begun(self) -> None:
+        """Let SIGTERM no more do what it does before the first step, or before another end of the run."""
+        if signal.getsignal(signal.SIGTERM) == self._on_early_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def one_first(self) -> AbstractContextManager[None]:
         """Let the first process of each machine do something before the others, which then find it done."""
@@ -191,6 +206,12 @@ class JointRun:
                 raise EndedElsewhere(end.sentence) from error
             if isinstance(error, RanksParted):
                 raise TrainingStopped(f"{end.sentence}.") from error
+            if isinstance(error, InputError | TrainingStopped):
+                raise
+            print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
+            raise TrainingStopped(f"An error has ended this process ({reason(error)}).") from error
+        except KeyboardInterrupt:
+            self.stop_at_once()
             raise
 
     def stop_at_once(self) -> None:
@@ -223,12 +244,13 @@ class JointRun:
     def _end_of(self, error: Exception, sentence: str) -> End:
         """Return why all ranks end, after this one has met an error; others that wait for it wait no more."""
         assert self._watch is not None
-        assert self.ranks is not None
+        if signal.getsignal(signal.SIGTERM) == self._on_early_end:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this one is leaving by itself
         end = self._watch.end_by_others(error) if isinstance(error, RanksParted) else self._watch.end_by(sentence)
         if end.told_by == self._watch.rank:  # torchrun sends it as soon as another rank has left, before this one tells
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.device.type == "cpu":  # gloo's connections close at once; with NCCL the watch ends those that wait
-            self.ranks.leave()
+        if self.device.type == "cpu" and self.ranks is not None:
+            self.ranks.leave()  # gloo's connections close at once; with NCCL the watch ends those that wait
         return end
 
     def _last_words(self, sentence: str) -> None:

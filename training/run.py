@@ -382,6 +382,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._evaluation.record_video(self, self._evaluated.steps)
             self.results.check_none_missed()
             return
+        self._joint.has_begun()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
