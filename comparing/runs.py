@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from configs import Config
 from errors import InputError
@@ -79,7 +78,7 @@ def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, t
 
     `NO_OTHER_RUN` do not count, and what an older version wrote nothing of was as its default is now.
     """
-    wanted, default = (yaml.safe_load(yaml.safe_dump(asdict(values))) for values in (cfg, type(cfg)()))
+    wanted, default = (asdict(values) for values in (cfg, type(cfg)()))
     there = {**default, **options}
     names = sorted(there.keys() - set(NO_OTHER_RUN))
     return {name: (there[name], wanted.get(name)) for name in names if there[name] != wanted.get(name)}

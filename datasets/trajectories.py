@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.interpolate import CubicSpline
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 from scipy.sparse.csgraph import dijkstra
 from scipy.spatial.distance import cdist
@@ -376,6 +375,8 @@ def through(keys: np.ndarray, *, frames_per_second: float, seconds: float = 0.0)
 
 
 def _splined(keys: np.ndarray, times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    from scipy.interpolate import CubicSpline  # here, since it takes a tenth of a second and few runs make a video
+
     frames = np.tile(np.eye(4), (len(moments), 1, 1))
     if len(keys) == 1:
         return frames @ keys[0]

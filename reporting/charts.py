@@ -10,12 +10,12 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reporting.numbers import number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Colours that stand out from white and from near-black; runs and stages take them in this order.
 COLORS = ("#2f81f7", "#e8710a", "#1f9d55", "#c2478f", "#8a63d2", "#0e9aa7", "#b5891b", "#d64545", "#6b7f94")
@@ -115,6 +115,9 @@ def stage_colors(stages_ms: Iterable[Mapping[str, float]]) -> dict[str, str]:
 
 
 def _figure(label: str, height: float = _SIZE[1]):
+    import matplotlib  # here and below, since it takes half a second: most that could draw a chart end without one
+    from matplotlib.figure import Figure
+
     settings = {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": "comparison",  # the same chart gives the same file
@@ -139,6 +142,8 @@ def _figure(label: str, height: float = _SIZE[1]):
 
 def _svg(figure: Figure, title: str) -> str:
     """Return the figure to stand inside a page: as wide as its place, in the page's text colour and font."""
+    import matplotlib
+
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+@cache  # of what runs, whatever lies here later; a run asks after each evaluation
 def commit() -> str:
     """Return the commit of this source tree, marked where files differ from it."""
     here = ("git", "-C", str(Path(__file__).parent))

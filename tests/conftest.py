@@ -12,9 +12,12 @@ import startup  # noqa: F401, before torch is imported
 # isort: split
 
 import importlib.util
+import inspect
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,12 +48,22 @@ def anisotropic_gaussians(monkeypatch) -> None:
     monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def sources_are_read_once() -> Iterator[None]:
+    """Let tyro, which finds help texts in the source of classes, look for each class once and not at every command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", cache(inspect.getsource))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def charts_stay_undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave the charts of a run's page empty, which cost more than a small run, but in modules about them."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("charts"):
             empty = '<svg role="img" aria-label="{}"></svg>'
+            axes = {"get_ylim.return_value": (0, 1)}
+            patch.setattr("reporting.charts._figure", lambda *_, **__: (None, Mock(**axes)))
             patch.setattr("reporting.charts._svg", lambda figure, title: empty.format(title))
         yield
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
+from unittest.mock import Mock
 
 import pytest
 
@@ -92,7 +93,8 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
         ),
         (
             ["--target_gaussians", 900, "--max_gaussians", 800],
-            "--target_gaussians 900 and --max_gaussians 800, which may be the scene's own, both say where",
+            "--target_gaussians 900 and --max_gaussians 800, which is the scene's own where you gave none, both say "
+            "where growth ends: give --max_gaussians 0 too, or no target.",
         ),
         (["--ckpt", "a.pt", "--resume"], "--ckpt evaluates a checkpoint and --resume trains on"),
     ],
@@ -101,6 +103,18 @@ def test_the_sentence_names_option_value_and_range(options, sentence):
     _, cfg = parse(simple_trainer.CONFIGS, ["default", *map(str, options)], "")
     with pytest.raises(InputError, match=re.escape(sentence)):
         check_options(cfg)
+
+
+def test_rules_that_mcmc_makes_no_use_of_are_named_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "load_dataset", Mock(side_effect=InputError("Here it would be loaded.")))
+    common = ("default", "--device", "cpu", "--result_dir", tmp_path, "--max_gaussians", 900, "--refine_every", 50)
+    others = ("--absgrad", "--grow_grad2d", 8e-4, "--reset_every", 3000)  # the last is as it is by itself
+    said = []
+    for options in (("--strategy", "mcmc"), ("--strategy", "mcmc", *others), others):
+        assert train(monkeypatch, simple_trainer, *common, *options) == 2
+        said.append(capsys.readouterr().out)
+    sentence = "--strategy mcmc makes no use of --grow_grad2d, --absgrad: such rules are of --strategy default.\n"
+    assert said == ["", sentence, ""]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

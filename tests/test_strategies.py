@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -29,6 +30,7 @@ from strategies.regularizers import Regularizers
 from tests.training_scripts import slow_but
 from training.gaussians import PARAMETER_NAMES
 from training.options import check_options
+from training.strategy import ONLY_OF_DEFAULT
 
 CPU = torch.device("cpu")
 SCALE = 2.0  # of the scene
@@ -142,6 +144,22 @@ def opacities_before_growth(before: DeviceGaussians, sources: Tensor, dead: list
     for source, target in zip(drawn, dead, strict=True):
         opacities[target] = opacities[source]
     return opacities
+
+
+def test_every_rule_is_looked_at_or_named_as_one_of_the_default():
+    looked_at = set()
+
+    class Watched(DensificationRules):
+        def __getattribute__(self, name: str) -> object:
+            looked_at.add(name)
+            return super().__getattribute__(name)
+
+    gaussians, rates = random_gaussians(300), np.full(50, 1e-2)
+    strategy = MCMCStrategy(Watched(**vars(rules(max_gaussians=1000))), rates, seed=3, margin=ADAM.displacement)
+    strategy.heading(9, 300)
+    strategy.after_step(10, {}, gaussians)
+    names = {item.name for item in fields(DensificationRules)}
+    assert names - looked_at - {"strategy", "target_gaussians"} == ONLY_OF_DEFAULT  # the target is refused
 
 
 def test_growth_ends_at_the_bound_and_without_memory(monkeypatch, capsys):

@@ -28,6 +28,7 @@ from offload.errors import sentence_of
 from trainers import trainer_of
 from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, write_ending
 from training.folder_lock import FolderTaken
+from training.report import say_where, write_report
 from training.run import TrainingRun
 from training.streams import silent_output, unbreakable_output
 
@@ -100,8 +101,6 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
 
 def _conclude(run: TrainingRun[AnyConfig], ending: Ending) -> None:
     """Write how a run ended, for programs and for people, and say where what it leaves is; nothing where it failed."""
-    from training.report import say_where, write_report  # here, since matplotlib takes a second
-
     write_ending(run.results.path, ending)
     write_report(run, ending)
     if ending.status in (FINISHED, INTERRUPTED):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from configs import Config
@@ -126,7 +125,7 @@ def held_out(measured: Measured) -> list[HeldOut]:
 
 def options_given(cfg: Config) -> list[tuple[str, object, object]]:
     """Return the options that differ from the defaults: name, value, default."""
-    given, default = (yaml.safe_load(yaml.safe_dump(asdict(each))) for each in (cfg, type(cfg)()))
+    given, default = (asdict(each) for each in (cfg, type(cfg)()))
     return [(name, value, default[name]) for name, value in given.items() if value != default[name]]
 
 

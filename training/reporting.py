@@ -16,6 +16,7 @@ from errors import format_bytes
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
+from training.report import write_report
 from training.video import record_video, video_file
 from training.views import View
 
@@ -240,8 +241,6 @@ class Evaluation:
             run: Whose model is evaluated.
             steps: Training steps that the model has had.
         """
-        from training.report import write_report  # here, since matplotlib takes a second
-
         with run.results.missed_if_unwritable(f"The evaluation of step {steps}"):
             self._evaluate(run, steps)
         write_report(run, None)

@@ -63,7 +63,7 @@ from training.results import ResultFolder
 from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
-from training.strategy import strategy_of
+from training.strategy import strategy_of, unused_rules
 from training.streams import loud
 from training.timelapse import Timelapse
 from training.views import Backdrop, View, draw_together, own_cameras, own_views, render
@@ -134,6 +134,8 @@ class TrainingRun(Generic[AnyConfig]):
         with ExitStack() as resources, self._joint.ending_together():
             self._joint.meet(trainer, resources)
             self.ranks, self.device = self._joint.ranks, self._joint.device
+            if not cfg.ckpt and (unused := unused_rules(cfg)):
+                print(unused)
             self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
             given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
             torch.manual_seed(cfg.seed)

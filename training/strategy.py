@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from configs import Config
+from configs import Config, DensificationRules
 from distributed.mesh import Ranks
 from strategies.contract import Strategy
 from strategies.default import DefaultStrategy
 from strategies.mcmc import MCMCStrategy
 from training import schedules
+
+# Rules that mcmc makes no use of. A scene of a script may have its own, so that they are named and not refused.
+ONLY_OF_DEFAULT = frozenset(
+    (
+        *("grow_grad2d", "grow_scale3d", "grow_scale2d", "prune_scale3d", "prune_scale2d", "refine_scale2d_stop_iter"),
+        *("reset_every", "pause_refine_after_reset", "absgrad", "revised_opacity"),
+    )
+)
+
+
+def unused_rules(cfg: DensificationRules) -> str:
+    """Return a sentence that names the rules which are set and which the strategy makes no use of; empty for none."""
+    if cfg.strategy == "default":
+        return ""
+    unused = [
+        f"--{item.name}"
+        for item in fields(DensificationRules)
+        if item.name in ONLY_OF_DEFAULT and getattr(cfg, item.name) != item.default
+    ]
+    named = ", ".join(unused)
+    return f"--strategy mcmc makes no use of {named}: such rules are of --strategy default." if unused else ""
 
 
 def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> Strategy:
