@@ -11,6 +11,7 @@ import startup  # noqa: F401, before torch is imported
 
 # isort: split
 
+import gc
 import importlib.util
 import inspect
 import signal
@@ -28,6 +29,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 from datasets.synthetic import write_city_block
 from tests.training_scripts import anisotropic_start
+
+gc.disable()  # until all tests are collected, of which nothing is to be freed
 
 # What a program started in the background, or by nohup, ignores, its children would ignore too: tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,6 +75,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole suite, but where it shares a GPU; none for the tests that were named."""
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return 2 if is_whole and not torch.cuda.is_available() else 0
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collections visit what tests make, and not all modules and tests, a million objects, each time."""
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

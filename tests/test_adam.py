@@ -158,7 +158,7 @@ def test_reference_in_float64_is_dense_adam_to_rounding():
     torch.manual_seed(0)
     adam, rows = ReferenceAdam(GEOMETRY, BETAS, EPS), random_rows(40, 12, torch.float64)
     oracle = DenseOracle(rows.parameters, BETAS, GEOMETRY)
-    train(adam, rows, oracle, steps=300, visible=torch.full((40,), 0.05))
+    train(adam, rows, oracle, steps=120, visible=torch.full((40,), 0.05))
     adam.commit(*rows.state(), None, None)
     # What remains is eps = 1e-15 beside sqrt(v), from 1e-9 on.
     for actual, expected, bound in zip(rows.all(), oracle.state(), (1e-6, 1e-12, 1e-12), strict=False):

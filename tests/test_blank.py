@@ -47,7 +47,7 @@ def test_a_run_that_draws_nothing_says_so(monkeypatch, city_block, tmp_path, cap
         return gaussians
 
     monkeypatch.setattr("training.run.initial_gaussians", far_away)
-    options = (*options, *QUIET, "--max_steps", 130)
+    options = (*options, *QUIET, "--max_steps", 103)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: nothing")]
     assert len(warnings) == 1

@@ -355,15 +355,15 @@ def test_growth_equals_that_of_device_gaussians(revised_opacity):
 @pytest.mark.parametrize("step", [600, 3100])
 def test_refinement_equals_that_of_device_gaussians(step):
     torch.manual_seed(0)
-    pair = trained_pair(2000)
-    count = torch.randint(0, 4, (2000,)).float()
-    statistics = [count * 4e-4 * torch.rand(2000), count, 0.3 * torch.rand(2000)]
+    pair = trained_pair(500)
+    count = torch.randint(0, 4, (500,)).float()
+    statistics = [count * 4e-4 * torch.rand(500), count, 0.3 * torch.rand(500)]
     for store in pair:
         densification = DefaultStrategy(DensificationRules(), scene_scale=2.0, seed=3)
         densification.statistics = Statistics(*(values.clone() for values in statistics))
         densification.refine(step, store)
         store.clamp_opacities(-4.0)
-    assert pair[1].num_gaussians not in (0, 2000)
+    assert pair[1].num_gaussians not in (0, 500)
     assert_pair_same(*pair)
 
 

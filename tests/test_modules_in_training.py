@@ -148,6 +148,7 @@ def test_an_interrupted_run_is_bit_equal(monkeypatch, masked_block, tmp_path, sc
     assert any(name.endswith("/rows") for name in saved(tmp_path / "parts", 30).state)
 
 
+@pytest.mark.slow  # nine commands
 def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_block, tmp_path, capsys):
     def run(*options: object, result_dir: str = "run") -> str:
         code = run_script(monkeypatch, simple_trainer, city_block, tmp_path / result_dir, *QUIET, *options)

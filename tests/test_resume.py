@@ -142,10 +142,10 @@ def test_another_trainer_goes_on(
 
 def test_a_deferred_checkpoint_holds_current_values(monkeypatch, city_block, tmp_path):
     """What --ckpt evaluates is what the PLY file holds, although rows in the file lag behind."""
-    options = ("--max_steps", 30, "--geometry", "host", "--refine_start_iter", 1000)
+    options = ("--max_steps", 12, "--geometry", "host", "--refine_start_iter", 1000)
     assert run_script(monkeypatch, simple_trainer_hybrid_optimized, city_block, tmp_path, *options) == 0
-    exported, checkpoint = load_ply(tmp_path / "ply/point_cloud_30.ply"), saved(tmp_path, 30)
-    assert (checkpoint.state["last_step/appearance"] < 30).any()
+    exported, checkpoint = load_ply(tmp_path / "ply/point_cloud_12.ply"), saved(tmp_path, 12)
+    assert (checkpoint.state["last_step/appearance"] < 12).any()
     assert not torch.equal(checkpoint.state["parameters/sh0"], exported["sh0"])
     for name, value in checkpoint.gaussians.items():
         assert torch.allclose(value, exported[name], rtol=1e-6, atol=1e-7), name

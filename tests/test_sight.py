@@ -90,13 +90,18 @@ def other_reading(how: str, poses: np.ndarray) -> np.ndarray:
     return written[how][:, :3]
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Scene:
+    """A scene as it should be."""
+    return load_scene(write_scene(tmp_path_factory.mktemp("sound"), 24, poses=camera_poses(24), num_points=5000))
+
+
 @pytest.mark.parametrize("how", ["camera to world, where", "with OpenGL's axes", "camera to world, with OpenGL's axes"])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_poses_of_another_convention_are_named(tmp_path, how, offset):
+def test_poses_of_another_convention_are_named(tmp_path, sound, how, offset):
     poses = camera_poses(24)
     poses[:, :, 3] -= poses[:, :, :3] @ np.full(3, offset)
     data_dir = write_scene(tmp_path, 24, poses=other_reading(how, poses), num_points=5000)
-    sound = load_scene(write_scene(tmp_path / "sound", 24, poses=camera_poses(24), num_points=5000))
     world = np.linalg.inv(sound.transform)
     points = transform_points(world, sound.points.astype(np.float64)) + offset
     scene = load_scene(data_dir)
@@ -108,13 +113,10 @@ def test_poses_of_another_convention_are_named(tmp_path, how, offset):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_many_points_before_sound_cameras_are_not_taken_for_another_convention(tmp_path, offset):
-    poses = camera_poses(24)
-    data_dir = write_scene(tmp_path, 24, poses=poses, num_points=5000)
-    scene = load_scene(data_dir)
+def test_many_points_before_sound_cameras_are_not_taken_for_another_convention(sound, offset):
     moved = np.eye(4)
     moved[:3, 3] = offset
-    scene = replace(scene, transform=scene.transform @ moved)  # the input's origin lies elsewhere
+    scene = replace(sound, transform=sound.transform @ moved)  # the input's origin lies elsewhere
     assert check_views(scene, scene.points, NEAR, FAR) == []
 
 

@@ -167,7 +167,7 @@ def train(pipeline: StreamedPipeline, views: list[Tensor], oracle: DenseOracle, 
 
 
 @pytest.mark.parametrize("favourites", [(), (0,), (2,), (3,), (0, 2), (0, 3)], ids=str)  # 2 fetches and 3 writes
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_order_of_the_lanes_is_dense_adam(monkeypatch, favourites, seed):
     torch.manual_seed(seed)
     n, views = 60, random_views(60, 40)
