@@ -35,6 +35,7 @@ HALF_FOV = np.deg2rad(29.0)
 SUN = np.array([0.46, -0.34, 0.82]) / np.linalg.norm([0.46, -0.34, 0.82])
 # Rotated grid: four samples per pixel at four different heights and widths, in pixels.
 SUBPIXELS = ((0.125, 0.625), (0.375, 0.125), (0.625, 0.875), (0.875, 0.375))
+MOST_RAYS = 1 << 16  # at once: beyond that they leave the caches, and calls take no time beside what they do
 
 BUILDING, MACHINE, TREE, CAR = range(4)
 PUNCHED, RIBBON, CURTAIN = range(3)  # facades: single windows, bands of windows, glass between mullions
@@ -341,27 +342,26 @@ def cast(city: City, origin: Floats, rays: Floats, windows: list[tuple[int, slic
 
     Args:
         origin: [3] of all rays.
-        rays: [3, H, W] directions, pointing below the horizon.
+        rays: [3, ..., H, W] directions, pointing below the horizon.
         windows: the boxes to try, each with the part of H and W where it can be hit.
 
     Returns:
-        Ray parameter [H, W] of the hit, and the box that is hit [H, W], -1 for the ground.
+        Ray parameter [..., H, W] of the hit, and the box that is hit [..., H, W], -1 for the ground.
     """
     with np.errstate(divide="ignore"):
         inverse = 1 / rays
     distance = -origin[2] * inverse[2]
     hit = np.full(distance.shape, -1)
-    for box, rows, columns in windows:
+    column = (3, *(1,) * distance.ndim)
+    for box, *window in windows:
+        at = (..., *window)
         near, far = slab(
-            city.low[box, :, None, None],
-            city.high[box, :, None, None],
-            origin[:, None, None],
-            inverse[:, rows, columns],
+            city.low[box].reshape(column), city.high[box].reshape(column), origin.reshape(column), inverse[at]
         )
         enter, leave = near.max(0), far.min(0)
-        closer = (enter < leave) & (enter > 0) & (enter < distance[rows, columns])
-        distance[rows, columns][closer] = enter[closer]
-        hit[rows, columns][closer] = box
+        closer = (enter < leave) & (enter > 0) & (enter < distance[at])
+        distance[at][closer] = enter[closer]
+        hit[at][closer] = box
     return distance, hit
 
 
@@ -417,17 +417,25 @@ def shade(city: City, origin: Floats, rays: Floats, distance: Floats, hit: Ints)
     return np.clip(color * (ambient + 0.60 * facing), 0, 1)
 
 
+def view_rays(camera: Camera, view: View, right: float, down: float) -> Floats:
+    """Return the world's directions [3, H, W] of the rays through one place of each pixel."""
+    columns, rows = np.meshgrid(np.arange(camera.width) + right, np.arange(camera.height) + down)
+    return np.tensordot(view.rotation.T, camera.rays(columns, rows), 1).astype(np.float32)
+
+
 def render(city: City, camera: Camera, view: View) -> NDArray[np.uint8]:
     """Render the picture [height, width, 3] of a view, averaged over `SUBPIXELS`."""
     windows = screen_windows(city, camera, view)
     origin = view.position.astype(np.float32)
-    total = np.zeros((3, camera.height * camera.width), np.float32)
-    for right, down in SUBPIXELS:
-        columns, rows = np.meshgrid(np.arange(camera.width) + right, np.arange(camera.height) + down)
-        in_camera = camera.rays(columns, rows)
-        rays = np.tensordot(view.rotation.T, in_camera, 1).astype(np.float32)
-        distance, hit = cast(city, origin, rays, windows)
-        total += shade(city, origin, rays.reshape(3, -1), distance.ravel(), hit.ravel())
+    num_pixels = camera.height * camera.width
+    total = np.zeros((3, num_pixels), np.float32)
+    at_once = max(MOST_RAYS // num_pixels, 1)  # of small pictures all, since each call takes longer than what it does
+    for first in range(0, len(SUBPIXELS), at_once):
+        rays = np.stack([view_rays(camera, view, *each) for each in SUBPIXELS[first : first + at_once]], axis=1)
+        distance, hit = cast(city, origin, rays, windows)  # [S, H, W] each
+        colors = shade(city, origin, rays.reshape(3, -1), distance.ravel(), hit.ravel())  # [3, S H W]
+        for color in np.moveaxis(colors.reshape(3, -1, num_pixels), 1, 0):
+            total += color
     picture = np.round(total * (255 / len(SUBPIXELS))).astype(np.uint8)
     return picture.T.reshape(camera.height, camera.width, 3)
 

@@ -26,10 +26,6 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton loads: its kernels then run on the CPU
 
-
-from datasets.synthetic import write_city_block
-from tests.training_scripts import anisotropic_start
-
 gc.disable()  # until all tests are collected, of which nothing is to be freed
 
 # What a program started in the background, or by nohup, ignores, its children would ignore too: tests send both.
@@ -40,6 +36,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 @pytest.fixture(scope="session")
 def city_block(tmp_path_factory) -> Path:
     """A small city block for all tests that only read it: 16 views of 64x48 pixels, 600 points."""
+    from datasets.synthetic import write_city_block  # here and below: the process that deals tests out needs no more
+
     data_dir = tmp_path_factory.mktemp("data") / "city_block"
     write_city_block(data_dir, num_views=16, width=64, height=48, num_points=600)
     return data_dir
@@ -48,6 +46,8 @@ def city_block(tmp_path_factory) -> Path:
 @pytest.fixture
 def anisotropic_gaussians(monkeypatch) -> None:
     """Let training begin with Gaussians whose axes differ, from which two runs can be compared."""
+    from tests.training_scripts import anisotropic_start
+
     monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
 
 

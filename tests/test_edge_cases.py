@@ -112,14 +112,14 @@ def starting_from(make_start) -> pytest.MarkDecorator:
 
 
 @starting_from(one_gaussian)
-@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, OFFLOADING))
+@pytest.mark.parametrize("trainer", slow_but(("streamed_compact",), OFFLOADING))
 def test_one_gaussian(monkeypatch, city_block, tmp_path, reference, trainer):
     actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
     assert_same(trainer, actual, reference)
 
 
 @starting_from(in_all_views_in_one_and_in_none)
-@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, OFFLOADING))
+@pytest.mark.parametrize("trainer", slow_but(("split",), OFFLOADING))
 def test_rows_in_all_views_in_one_and_in_none(monkeypatch, city_block, tmp_path, reference, trainer):
     start = reference.start
     actual = train_from(monkeypatch, start, trainer, city_block, tmp_path, *NO_DENSIFICATION)

@@ -188,21 +188,31 @@ def test_rays_and_shadows_agree_with_marching_in_small_steps():
     rng = np.random.default_rng(0)
     city = synthetic.build_city(48, rng)
     origin = np.array([3.0, -20.0, 35.0])
-    directions = np.column_stack([rng.uniform(-20, 20, 400), rng.uniform(0, 40, 400), np.full(400, -35.0)])
+    directions = np.column_stack([rng.uniform(-20, 20, 200), rng.uniform(0, 40, 200), np.full(200, -35.0)])
     directions /= np.linalg.norm(directions, axis=1)[:, None]
     everywhere = [(box, slice(None), slice(None)) for box in range(len(city.low))]
     distance, hit = synthetic.cast(city, origin, directions.T[:, None], everywhere)
-    marched = first_hits(city, origin + np.zeros((400, 1)), directions, 70)
+    marched = first_hits(city, origin + np.zeros((200, 1)), directions, 70)
     assert np.mean(abs(distance[0] - marched) < 0.05) > 0.99  # a step may pass an edge by
     assert np.mean(hit >= 0) > 0.3
 
     surface = origin + directions * (distance[0] - 1e-3)[:, None]
-    dark = np.isfinite(first_hits(city, surface, synthetic.SUN + np.zeros((400, 1)), 40))
+    dark = np.isfinite(first_hits(city, surface, synthetic.SUN + np.zeros((200, 1)), 40))
     # Only level surfaces: from a side turned away from the sun, marching would start inside its own box.
     level = (hit[0] < 0) | (abs(surface[:, 2] - city.high[hit[0], 2]) < 0.01)
     agree = synthetic.in_shadow(city, surface.T.astype(np.float32)) == dark
     assert 0.05 < dark[level].mean() < 0.8
     assert agree[level].mean() > 0.99
+
+
+def test_a_picture_does_not_hang_on_how_many_rays_are_cast_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    city, camera = synthetic.build_city(48, rng), synthetic.Camera(33, 21)
+    view = synthetic.plan_flight(3, 24, rng)[1]
+    at_once = synthetic.render(city, camera, view)
+    for most_rays in (1, 3 * 33 * 21):
+        monkeypatch.setattr(synthetic, "MOST_RAYS", most_rays)
+        assert np.array_equal(synthetic.render(city, camera, view), at_once)
 
 
 @pytest.mark.slow
