@@ -10,9 +10,8 @@ by a matrix.
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,10 +25,13 @@ from benchmarks.report import Report
 from benchmarks.troubled_city import camtoworlds_of, pose_errors, write_city
 from datasets.synthetic import View
 from datasets.trajectory_file import read_key_poses
-from errors import InputError
+from errors import InputError, TrainingStopped
+from trainers import trainer_of
+from training.command_line import parse
+from training.ending import FINISHED
 from training.pose_files import FOLDER, JSON_FILE
-
-ROOT = Path(__file__).parents[1]
+from training.run import TrainingRun
+from training.streams import silent_output
 
 
 @dataclass
@@ -100,11 +102,30 @@ TROUBLES = [
 ]
 
 
+def run_script(name: str, arguments: list[str]) -> None:
+    """Run a script with these arguments in this process, without a word: 28 of them would each take seconds to start.
+
+    Raises:
+        InputError: It could not be run to its end.
+        KeyboardInterrupt: It was stopped.
+    """
+    script = importlib.import_module(name)
+    try:
+        with silent_output(silent=True):
+            scene, cfg = parse(script.CONFIGS, arguments, "")
+            with TrainingRun(cfg, scene, trainer_of(name, cfg)) as training:
+                script.train(training)
+    except TrainingStopped as error:
+        raise InputError(f"{name}.py {' '.join(arguments)} ended with: {error}") from error
+    if training.ending.status != FINISHED:
+        raise KeyboardInterrupt
+
+
 def train(options: Options, data_dir: Path, result_dir: Path, arguments: tuple[str, ...]) -> dict[str, float]:
     """Train and evaluate; returns the means over the test views, with and without corrected colours."""
     command = [
-        *(sys.executable, str(ROOT / f"{options.trainer}.py"), "default", "--data_dir", str(data_dir)),
-        *("--device", options.device, "--max_steps", str(options.steps), "--eval_steps", str(options.steps)),
+        *("default", "--data_dir", str(data_dir), "--device", options.device),
+        *("--max_steps", str(options.steps), "--eval_steps", str(options.steps)),
         *("--sh_degree_interval", str(options.steps // 4), "--refine_start_iter", str(options.steps // 5)),
         *("--refine_stop_iter", str(options.steps * 3 // 4), "--max_gaussians", "20000", "--save_every", "0"),
         *arguments,
@@ -113,9 +134,7 @@ def train(options: Options, data_dir: Path, result_dir: Path, arguments: tuple[s
     # Evaluated once more, since a run without exposures does not correct colours.
     corrected = ("--result_dir", str(result_dir) + "_corrected", "--ckpt", str(checkpoint))
     for more in (("--result_dir", str(result_dir)), (*corrected, "--exposure", "affine")):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise InputError(f"{' '.join([*command, *more])} ended with: {done.stderr.strip()[-500:]}")
+        run_script(options.trainer, [*command, *more])
     return json.loads(Path(f"{result_dir}_corrected", "stats", f"val_step{options.steps}.json").read_text())
 
 
@@ -138,8 +157,8 @@ def main(options: Options) -> None:
     if options.quick:
         options.steps, options.size = 40, (48, 36)
     report = Report("modules", "Trouble of real captures, and what helps", options)
-    width, height = options.size
-    report.say(f"{options.steps} steps of {options.trainer}.py, photos of {width}x{height}.")
+    (width, height), points = options.size, 300 if options.quick else 3000
+    report.say(f"{options.steps} steps of {options.trainer}.py, photos of {width}x{height}, {points} points.")
     table = report.table(
         "On test views:",
         {
@@ -158,7 +177,6 @@ def main(options: Options) -> None:
             for index, (words, city, arguments) in enumerate(runs_of(trouble)):
                 data_dir = Path(workspace) / f"{number}_{'no_trouble' if city == trouble.without else 'trouble'}"
                 if not data_dir.exists():
-                    points = 300 if options.quick else 3000
                     views = write_city(data_dir, num_views=36, width=width, height=height, num_points=points, **city)
                 result_dir = Path(workspace) / f"{number}_{index}"
                 found = train(options, data_dir, result_dir, (*trouble.common, *arguments))

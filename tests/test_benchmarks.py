@@ -3,6 +3,7 @@
 import functools
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from benchmarks import (
     gsplat_agreement,
     host_adam,
     losses,
+    modules,
     quality,
     rasterizer_cpu,
     scaling,
@@ -56,6 +58,20 @@ def written(out: Path) -> dict:
     assert sum(line.startswith("|") for line in markdown.splitlines()) == rows
     assert content["machine"]["torch"] in markdown
     return content
+
+
+@pytest.mark.slow
+def test_modules_are_compared_in_one_process(monkeypatch, tmp_path, capsys):
+    light = next(trouble for trouble in modules.TROUBLES if "lights" in trouble.city)
+    runs = {"--exposure affine": light.runs["--exposure affine"]}
+    monkeypatch.setattr(modules, "TROUBLES", [replace(light, runs=runs)])
+    modules.main(modules.Options(steps=8, size=(32, 24), device="cpu", out=tmp_path / "table"))
+    rows = written(tmp_path / "table")["tables"][0]["rows"]
+    assert [row["options"] for row in rows] == ["no trouble", "--exposure affine"]
+    assert all(5 < row[title] < 30 for row in rows for title in ("PSNR, dB", "PSNR, colours corrected"))
+    assert "Gaussians" not in capsys.readouterr().out  # what a run says of itself
+    with pytest.raises(InputError, match="nowhere"):
+        modules.run_script("simple_trainer", ["default", "--data_dir", str(tmp_path / "nowhere")])
 
 
 @pytest.fixture
@@ -348,12 +364,12 @@ def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
     ("module", "options"),
     [
         (culling, {"num_gaussians": 20_000, "views": 2, "torch_views": 1}),
-        (dataset_loading, {"views": 4, "width": 64, "repeats": 1}),
+        pytest.param(dataset_loading, {"views": 4, "width": 64, "repeats": 1}, marks=pytest.mark.slow),
         (densify, {"gaussians": 5000, "repeats": 1}),
         (gsplat_agreement, {"quick": True}),
         (host_adam, {"num_gaussians": 20_000, "repeats": 2}),
         (host_adam, {"num_gaussians": 20_000, "repeats": 2, "state": "compact"}),
-        (losses, {"repeats": 1, "quick": True}),
+        pytest.param(losses, {"repeats": 1, "quick": True}, marks=pytest.mark.slow),
         (rasterizer_cpu, {"gaussians": 500, "width": 48, "height": 32, "repeats": 1, "torch_repeats": 1}),
         (transfer, {"num_gaussians": 20_000, "repeats": 2}),
         (viewer, {"num_gaussians": (2000,), "frames": 2, "picture_scale": 0.05}),

@@ -13,6 +13,7 @@ from offload.adam.deferral import largest_step
 from offload.backends import native
 from offload.store.layout import HALF_MAX, num_columns
 from tests.test_row_kernels import assert_neighbouring_codes
+from tests.training_scripts import slow_but
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS, EPS = (0.9, 0.999), 1e-15
@@ -114,7 +115,7 @@ def adam_moments(degree: int, rows: int = 4000) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-@pytest.fixture(params=DEGREES)
+@pytest.fixture(params=slow_but(["0", "3"], DEGREES))
 def moments(request) -> SimpleNamespace:
     """Moments m, v [rows, columns] of rows of a degree, and random bits."""
     torch.manual_seed(request.param)

@@ -138,7 +138,9 @@ def assert_same_but_for_ties(actual: RowState, expected: RowState, reach: float)
         assert ((m - other_m).abs() <= gap + codes.STEP_UP * other_m.abs())[largest > 0].all()
 
 
-@pytest.mark.parametrize(("group", "degree"), PACKED)
+@pytest.mark.parametrize(
+    ("group", "degree"), [pytest.param(*each, marks=pytest.mark.slow) if each[1] in (1, 2) else each for each in PACKED]
+)
 @pytest.mark.parametrize(("n", "threads"), [(1, 1), (7, 2), (8, 1), (601, 2)])
 @pytest.mark.parametrize("with_gradients", [True, False], ids=["step", "no gradient"])
 def test_rows_become_what_they_become_on_a_device(group, degree, n, threads, with_gradients):

@@ -344,7 +344,7 @@ TRAVELLING = pytest.mark.parametrize("kind", CAN_FAIL)
 
 
 @TRAVELLING
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun", slow_but(["True"], [False, True]))
 @pytest.mark.parametrize("where", ["travel", "rendering"])
 def test_a_fetch_that_fails_may_be_repeated_or_undone(kind, begun, where, monkeypatch):
     model, repeating, twin, repeating_twin = (MODELS[kind](start()) for _ in range(4))
