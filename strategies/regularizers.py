@@ -77,9 +77,11 @@ class Regularizers:
             return total
         # `index_select`, whose gradient is added; that of indexing sorts the rows first, since they might repeat.
         if self._opacity_reg > 0:
-            total = total + torch.sigmoid(rows["opacities"].index_select(0, drawn)).sum() * (self._opacity_reg / self._mean_drawn)
+            opacities = torch.sigmoid(rows["opacities"].index_select(0, drawn))
+            total = total + opacities.sum() * (self._opacity_reg / self._mean_drawn)
         if self._scale_reg > 0:
-            total = total + torch.exp(rows["scales"].index_select(0, drawn)).sum() * (self._scale_reg / (3 * self._mean_drawn))
+            scales = torch.exp(rows["scales"].index_select(0, drawn))
+            total = total + scales.sum() * (self._scale_reg / (3 * self._mean_drawn))
         return total
 
     def count(self, num_drawn: int) -> None:
