@@ -353,8 +353,8 @@ def cast(city: City, origin: Floats, rays: Floats, windows: list[tuple[int, slic
     distance = -origin[2] * inverse[2]
     hit = np.full(distance.shape, -1)
     column = (3, *(1,) * distance.ndim)
-    for box, *window in windows:
-        at = (..., *window)
+    for box, rows, columns in windows:
+        at = (..., rows, columns)
         near, far = slab(
             city.low[box].reshape(column), city.high[box].reshape(column), origin.reshape(column), inverse[at]
         )
