@@ -86,6 +86,10 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
         (["--ssim_lambda", 2], "--ssim_lambda is 2.0, but must be at least 0 and at most 1."),
         (["--max_steps", 10, "--profile", 5], "--profile is 5, but must leave 22 of the 10 steps of --max_steps"),
         (["--save_every", "soon"], "--save_every is 'soon', but must be steps"),
+        (
+            ["--shares", "0", "1"],
+            "--shares is 0, but must be at least 1 and at most 1,000 (every rank holds some; ",
+        ),
         (["--strategy", "mcmc"], "--strategy mcmc grows to a bound: give --max_gaussians"),
         (
             ["--strategy", "mcmc", "--target_gaussians", 9],

@@ -45,6 +45,18 @@ ARRANGED = pytest.param(simple_trainer_hybrid_streamed, ("--view_window", 5), id
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("option", ["--max_gaussians", "--target_gaussians"])
+def test_a_bound_below_the_model_that_is_resumed_is_told_of(monkeypatch, capsys, city_block, tmp_path, option):
+    options = ("--refine_start_iter", 0, "--refine_every", 1, "--grow_grad2d", 0, "--prune_opa", 1e-6)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 1) == 0
+    capsys.readouterr()
+    more = ("--max_steps", 3, "--resume", *options, option, 400)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *more) == 0
+    assert f"These are more than {option} 400: none are added, and none are removed" in capsys.readouterr().out
+    assert len(saved(tmp_path, 3).gaussians["means"]) == 600
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), [*SCRIPTS, *ROUNDED, *COMPACT, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFYING, "--keep", 0, *place)

@@ -68,7 +68,7 @@ RANGES: dict[str, Range] = {
     "viewer": Range(1, 65535),
     "timelapse": Range(0, meaning="0 draws none"),
     "batch_size": Range(1, 256),
-    "shares": Range(1, 1000),
+    "shares": Range(1, 1000, meaning="every rank holds some; for one that would hold none start one process less"),
     "view_window": Range(1, 1_000_000),
     "position_lr": RATE,
     "scaling_lr": RATE,

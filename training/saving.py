@@ -257,6 +257,10 @@ class Saving:
         self._saved_steps = checkpoint.steps
         num_gaussians = num_gaussians_of(checkpoint.state)
         print(f"Resuming after {counted(checkpoint.steps, 'step')} with {counted(num_gaussians, 'Gaussian')}.")
+        for option in ("max_gaussians", "target_gaussians"):
+            bound = getattr(self._cfg, option)
+            if 0 < bound < num_gaussians:
+                print(f"These are more than --{option} {bound:,}: none are added, and none are removed for that.")
 
 
 def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:
