@@ -67,7 +67,7 @@ def test_evaluation_and_repetition_change_nothing(monkeypatch, city_block, tmp_p
     options = (*DENSIFICATION, "--max_steps", 60, *place)
     hybrid = (script, city_block)
     plain = train(monkeypatch, *hybrid, tmp_path / "plain", *options)
-    evaluations = [str(step) for step in range(2, 60, 5)]
+    evaluations = ("2", "17", "31", "46", "58")  # between refinements, after one, and after a reset
     evaluated = train(
         monkeypatch, *hybrid, tmp_path / "evaluated", *options, "--eval_steps", *evaluations, "--ply_steps", 33, 51
     )

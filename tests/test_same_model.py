@@ -41,7 +41,7 @@ from training.views import View
 OFFLOADING = [name for name in EXACT if name != "gpu_only"]
 DEFERRING = ["optimized", "streamed"]  # on the host, and on the device
 
-AS_MANY_ROWS = ("--refine_start_iter", 10**6, "--max_steps", 200, "--sh_degree_interval", 50)
+AS_MANY_ROWS = ("--refine_start_iter", 10**6, "--max_steps", 120, "--sh_degree_interval", 30)
 OTHER_MODES = ("--batch_size", 2, "--antialiased", "--random_background", "--max_steps", 50, "--sh_degree_interval", 10)
 DENSIFYING = (
     *("--max_steps", 400, "--refine_start_iter", 50, "--refine_every", 50, "--refine_stop_iter", 350),
@@ -77,7 +77,7 @@ def city_block(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(
-    scope="module", params=[AS_MANY_ROWS, OTHER_MODES, RELOCATING], ids=["200 steps", "other modes", "mcmc"]
+    scope="module", params=[AS_MANY_ROWS, OTHER_MODES, RELOCATING], ids=["120 steps", "other modes", "mcmc"]
 )
 def reference(request, city_block, tmp_path_factory) -> Reference:
     results = tmp_path_factory.mktemp("reference")
@@ -132,7 +132,7 @@ def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, tr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", DEFERRING)
-@pytest.mark.parametrize("reference", [AS_MANY_ROWS], ids=["200 steps"], indirect=True)
+@pytest.mark.parametrize("reference", [AS_MANY_ROWS], ids=["120 steps"], indirect=True)
 def test_a_catch_up_that_is_one_step_off_is_noticed(monkeypatch, city_block, tmp_path, reference, trainer):
     sabotage.catch_up_one_step_off(monkeypatch)
     actual = train_by_name(monkeypatch, trainer, city_block, tmp_path, *reference.options)
