@@ -132,7 +132,8 @@ def train(run: TrainingRun[SplitConfig]) -> None:
     def train_together(part: ViewTile, view: View, screen: ScreenGradients, ranks: Ranks) -> TileResult:
         """Render what this rank draws, of the Gaussians of all ranks, tile by tile; gradients go home once."""
         run.mark("fetch")
-        pairs = JointView(part.rows, view.cameras, cfg, sh_degree=run.sh_degree, halo=halo, ranks=ranks)
+        cameras = run.modules.cameras(view)
+        pairs = JointView(part.rows, cameras, cfg, sh_degree=run.sh_degree, halo=halo, ranks=ranks)
         tiles = pairs.tiles(RowLimit(cfg.largest_part), run.num_gaussians)
         losses = [train_pairs(pairs, tile, view) for tile in tiles]
         loss = strategy.regularized(torch.stack(losses).sum(), part.rows, pairs.info)

@@ -2,12 +2,14 @@
 
 Rows go with their moments, between steps, some at a time. Each rank asks for the memory that a part of them takes
 before any rank sends it, and keeps what it sends until all have what they receive: where one of them finds no memory,
-nobody has lost anything, all is as before, and one sentence says so.
+nobody has lost anything, all is as before, and one sentence says so. Only a rank that cannot even remove what it has
+sent, which takes next to no memory, leaves Gaussians at two ranks: that ends training, and must not be saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,10 @@ BESIDE = "beside/"  # before the names of what is kept beside the model, while i
 _SPREAD = 0.6180339887  # multiples of the golden ratio modulo 1 lie evenly, however many
 
 
+class HeldTwice(MemoryError):
+    """Say that rows have come to a rank and are still at the one that has sent them, which must not be saved."""
+
+
 def level(model: GaussianModel, ranks: Ranks, beside: MutableMapping[str, Tensor] | None = None) -> bool:
     """Move rows between ranks, which call this at once, where the fullest holds 10 % more than its share.
 
@@ -39,6 +45,9 @@ def level(model: GaussianModel, ranks: Ranks, beside: MutableMapping[str, Tensor
 
     Returns:
         Whether rows have moved; also False where memory was lacking.
+
+    Raises:
+        HeldTwice: At all ranks, since one cannot remove what it has sent.
     """
     beside = {} if beside is None else beside
     counts = ranks.gather(model.num_gaussians)
@@ -46,9 +55,61 @@ def level(model: GaussianModel, ranks: Ranks, beside: MutableMapping[str, Tensor
     if all(count <= max(MOST * share, share + 1) for count, share in zip(counts, wanted, strict=True)):
         return False
     moves = moves_between(counts, wanted)
-    here, num_before = ranks.rank, model.num_gaussians
-    followed = dict(beside)
-    leaving = _spread_rows(num_before, sum(moves[here]))
+    num_before = model.num_gaussians
+    leaving = _spread_rows(num_before, sum(moves[ranks.rank]))
+    with _as_before(model, num_before):
+        followed, failures = _moved(model, ranks, beside, leaving, moves)
+    if failures:
+        model.truncate(num_before)
+        tqdm.write(
+            f"Warning: Gaussians do not move to where there are fewer, for lack of memory at {failures[0]}: training "
+            "goes on, and each rank keeps its own."
+        )
+        return False
+    failure: str | None = None
+    try:
+        stays = torch.ones(model.num_gaussians, dtype=torch.bool)
+        stays[leaving] = False
+        kept = stays.nonzero().squeeze(1)
+        model.keep(kept.to(model.device))
+        beside.update({name: values[kept.to(values.device)] for name, values in followed.items()})
+    except Exception as error:  # of whatever kind: other ranks have removed theirs
+        failure = reason(error)
+    failures = _told_by_all(failure, ranks)
+    if failures:
+        raise HeldTwice(
+            f"Gaussians that have moved to where there are fewer could not be removed at {failures[0]}, so what there "
+            "is now is not saved."
+        )
+    return True
+
+
+@contextmanager
+def _as_before(model: GaussianModel, num_before: int) -> Iterator[None]:
+    """Remove what has been appended to the first rows where an error comes, as that another rank has ended."""
+    try:
+        yield
+    except Exception:
+        model.truncate(num_before)
+        raise
+
+
+def _moved(
+    model: GaussianModel, ranks: Ranks, beside: Mapping[str, Tensor], leaving: Tensor, moves: Sequence[Sequence[int]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Send rows and append those that come; nothing is removed.
+
+    Args:
+        model: What this rank holds.
+        ranks: All of them.
+        beside: As `level`.
+        leaving: int64 [S] on the host, the rows that leave, in the order of the ranks that they go to.
+        moves: [W][W] rows that each rank sends to each other.
+
+    Returns:
+        What is beside all rows now, and a sentence on each rank at which memory was lacking.
+    """
+    here, followed = ranks.rank, dict(beside)
     parts = leaving.split(moves[here])  # by the rank that they go to
     failure: str | None = None
     for first in range(0, max(map(max, moves)), MOVED_ROWS):
@@ -73,20 +134,12 @@ def level(model: GaussianModel, ranks: Ranks, beside: MutableMapping[str, Tensor
                 model.append_rows(came)
         except NO_MEMORY as error:
             failure = reason(error)
-    failures = [f"rank {rank} ({said})" for rank, said in enumerate(ranks.gather(failure)) if said is not None]
-    if failures:
-        model.truncate(num_before)
-        tqdm.write(
-            f"Warning: Gaussians do not move to where there are fewer, for lack of memory at {failures[0]}: training "
-            "goes on, and each rank keeps its own."
-        )
-        return False
-    stays = torch.ones(model.num_gaussians, dtype=torch.bool)
-    stays[leaving] = False
-    kept = stays.nonzero().squeeze(1)
-    model.keep(kept.to(model.device))
-    beside.update({name: values[kept.to(values.device)] for name, values in followed.items()})
-    return True
+    return followed, _told_by_all(failure, ranks)
+
+
+def _told_by_all(failure: str | None, ranks: Ranks) -> list[str]:
+    """Return which ranks have failed, and why; all ranks call this at once, with what they have to tell themselves."""
+    return [f"rank {rank} ({said})" for rank, said in enumerate(ranks.gather(failure)) if said is not None]
 
 
 def shared_out(count: int, shares: Sequence[float]) -> list[int]:

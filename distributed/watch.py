@@ -133,21 +133,21 @@ class Watch:
             time.sleep(LOOKS_EVERY / 5)
         return self._end or self.end_by(f"the ranks have parted ({error})")
 
-    def all_stand_at(self, steps_done: int) -> bool:
-        """Return whether all ranks have come to the same number of steps; each asks once, when it leaves.
+    def all_stand_at(self, standing: list[int]) -> bool:
+        """Return whether all ranks have come to the same place, named by numbers; each asks once, when it leaves.
 
         Ranks that are gone say nothing, and none is waited for once one is.
         """
-        board, found = self._board, dict[int, int]()
+        board, found = self._board, dict[int, list[int]]()
         with contextlib.suppress(BoardGone):
-            board.post(f"{self._run} stands {self.rank}", steps_done)
+            board.post(f"{self._run} stands {self.rank}", standing)
             while len(found) < self._size and not self._gone():
                 for rank in set(range(self._size)) - found.keys():
-                    steps = board.read(f"{self._run} stands {rank}")
-                    if steps is not None:
-                        found[rank] = steps
+                    its_own = board.read(f"{self._run} stands {rank}")
+                    if its_own is not None:
+                        found[rank] = its_own
                 time.sleep(LOOKS_EVERY / 10)
-        return len(found) == self._size and set(found.values()) == {steps_done}
+        return len(found) == self._size and all(its_own == standing for its_own in found.values())
 
     # ----------------------------------------------------------------------------------------------------- the thread
 

@@ -134,10 +134,15 @@ class TrainedModule(nn.Module):
         return self._leaf.view(-1, *self._shape)[self._places]
 
     def gather(self) -> None:
-        """Add the gradient of the part that `leaf` began to that of the step."""
+        """Add the gradient of the part that `leaf` began to that of the step; one that is yet to come is waited for."""
         if self._leaf is not None and self._leaf.grad is not None:
             self._gradient += self._leaf.grad
+            self._leaf = None
+
+    def forget_gradient(self) -> None:
+        """Let the gradient of the step be zero, whatever parts of the view have had of it."""
         self._leaf = None
+        self._gradient.zero_()
 
     @property
     def gradient(self) -> Tensor:

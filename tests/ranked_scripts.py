@@ -62,14 +62,15 @@ def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
     return os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
 
 def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7".
 
-    With "early_kill" it is killed before it reads the dataset. One that is "slow" begins two seconds later. With
+    With "unfinished" the error comes when the Gaussians have taken the step and modules have not. With "early_kill" it
+    is killed before it reads the dataset. One that is "slow" begins two seconds later. With
     "late_error" torchrun finds that another rank has left before this one has told why.
     """
     import startup  # noqa: F401
@@ -85,6 +86,8 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
 
     def marked(self: TrainingRun, stage: str) -> None:
         mark(self, stage)
+        if stage == "update" and what == "unfinished" and self.model.steps_done == int(step):
+            raise MemoryError("no memory for a test")
         if stage == "render" and self.model.steps_done + 1 == int(step):
             if what in ("error", "late_error"):
                 raise MemoryError("no memory for a test")

@@ -18,7 +18,7 @@ from configs import Config
 from datasets.synthetic import write_city_block
 from distributed.dealing import BLOCK_ROWS, dealt_rows
 from distributed.exchange import PairExchange
-from distributed.levelling import level, moves_between, shared_out
+from distributed.levelling import HeldTwice, level, moves_between, shared_out
 from distributed.mesh import Ranks, arrive
 from distributed.selection import largest_within
 from errors import InputError
@@ -256,6 +256,7 @@ LACKS = {  # at which rank, and in what it does
     "what comes": (1, "distributed.levelling._Parcel.of"),
     "what is added": (1, "offload.models.device.DeviceGaussians.append_rows"),
     "nothing": (0, ""),
+    "what is removed": (1, "offload.models.device.DeviceGaussians.keep"),
 }
 
 
@@ -271,14 +272,24 @@ def levelled(ranks: Ranks) -> dict[str, tuple[bool, str, bool, dict[str, Tensor]
             patch.setattr("distributed.levelling.tqdm.write", said.append)
             if place and rank == ranks.rank:
                 patch.setattr(place, out_of_memory)
-            has_moved = level(model, ranks)
+            try:
+                has_moved = level(model, ranks)
+            except HeldTwice as error:
+                has_moved, said = True, [str(error)]
         rows = model.rows(0, model.num_gaussians)
         is_same = all(torch.equal(rows[name], value) for name, value in gaussians.items())
         found[lack] = has_moved, "".join(said), is_same, rows
     return found
 
 
-@pytest.mark.parametrize("lack", LACKS)
+def test_rows_that_cannot_be_removed_end_all(group):
+    """What came to one rank is at another, too."""
+    for has_moved, said, *_ in (part["what is removed"] for part in group(2)["levelled"]):
+        assert has_moved
+        assert "could not be removed at rank 1 (CUDA out of memory), so what there is now is not saved" in said
+
+
+@pytest.mark.parametrize("lack", [lack for lack in LACKS if lack != "what is removed"])
 def test_rows_move_at_all_ranks_or_at_none(group, lack):
     parts = [part[lack] for part in group(2)["levelled"]]
     rank, place = LACKS[lack]
@@ -338,7 +349,7 @@ STEPS = (
     *("--save_every", 0, "--num_workers", 1),
 )
 SHARES = (3, 1)
-MODULES = ("--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", "--depth_lambda", 0.1)
+MODULES = ("--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", "--depth_lambda", 0.1, "--pose_opt")
 MODES = ("--batch_size", 2, "--absgrad", "--antialiased", "--max_gaussians", 0, "--grow_grad2d", 3e-3)
 # With noise, which brings rows to where culling ahead would not find them; and most rows are dead at some time.
 RELOCATING = ("--strategy", "mcmc", "--init_opacity", 0.05, "--prune_opa", 0.04, "--max_steps", 50)
@@ -355,14 +366,14 @@ BOUNDS = {"all": 2e-4, "shN": 1.5e-3}
 # With mcmc, where rows begin nearly transparent, by up to 3e-7, 8e-6, 1.3e-5, 1.2e-4, 3.5e-4 and 1.4e-2.
 MCMC_BOUNDS = {"means": 2e-6, "scales": 4e-5, "quats": 6e-5, "opacities": 6e-4, "all": 1.5e-3, "shN": 0.06}
 CUT = ("--split_threshold", 0.1)
-MODULES_BOUND = 2e-3  # found: 4e-4, of the first moments of grids
+MODULES_BOUND = 2e-3  # found: 7e-4, of the first moments of poses
 # By the number of processes, what is trained in them: a trainer, options that one process is given too, and its own.
 RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
     2: {
         **{trainer: (trainer, (), ()) for trainer in (*EXACT_RUNS, "streamed_geometry_on_host", "streamed_compact")},
         "two views each": ("streamed", MODES, ("--shares", *SHARES)),
         "two views each, split": ("split_geometry_on_host", MODES, CUT),
-        "modules": ("optimized", MODULES, ()),
+        "modules": ("streamed", MODULES, ()),
         "modules, split": ("split", MODULES, CUT),
         "mcmc": ("streamed", RELOCATING, ()),
         "mcmc, split": ("split_geometry_on_host", RELOCATING, CUT),

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,9 @@ from scipy.optimize import linear_sum_assignment
 
 from configs import Config
 from datasets.scene import load_scene
+from distributed.levelling import HeldTwice
 from distributed.mesh import Ranks, RanksParted
-from distributed.watch import Process, Watch
+from distributed.watch import End, Process, Watch
 from errors import DamagedError, InputError
 from exports.source import open_source
 from offload.adam.state import names_of_rows
@@ -35,6 +37,7 @@ from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, Part, load_checkpoint, peek_checkpoint
 from training.command_line import main
 from training.joined_rows import JoinedRows, Runs, whole
+from training.joint_run import JointRun
 
 pytestmark = pytest.mark.slow  # several processes each
 
@@ -43,6 +46,7 @@ STEPS = (
     *("--grow_grad2d", 4e-4, "--sh_degree_interval", 15, "--save_every", 0, "--eval_steps", 1000),
 )
 BOUND = 1e-4
+TO_32 = ("--max_steps", 32, "--resume", "--timelapse", 4)
 # Options, by the strategy's name in checkpoints; with mcmc most rows are owed noise, and some are dead.
 STRATEGIES: dict[str, tuple[object, ...]] = {
     "densification": (),
@@ -82,7 +86,7 @@ def train(ranks: Ranks | None, data_dir: Path, result_dir: Path, *options: objec
 
 
 def go_on(ranks: Ranks, data_dir: Path, result_dir: Path) -> None:
-    train(ranks, data_dir, result_dir, "--max_steps", 32, "--resume", "--save_every", 4, "--keep", 1)
+    train(ranks, data_dir, result_dir, *TO_32, "--save_every", 4, "--keep", 1)
 
 
 def stop_and_go_on(ranks: Ranks, data_dir: Path, result_dir: Path, trainer: str, strategy: str) -> None:
@@ -183,8 +187,8 @@ def runs(city_block, tmp_path_factory, found) -> Path:
 def train_by_one(folder: Path, city_block: Path) -> None:
     """The same by one process, whose batches are as large as those of all ranks."""
     one = folder / "one"
-    for size, steps in ((3, 16), (1, 24), (2, 32)):
-        train(None, city_block, one, "--max_steps", steps, "--batch_size", size, *(["--resume"] if size < 3 else []))
+    for size, options in ((3, ("--max_steps", 16)), (1, ("--max_steps", 24, "--resume")), (2, TO_32)):
+        train(None, city_block, one, *options, "--batch_size", size)
 
 
 def train_to_16(ranks: Ranks, data_dir: Path, result_dir: Path) -> None:
@@ -239,6 +243,18 @@ def test_results_are_those_of_the_whole_model(runs, city_block, tmp_path, steps)
         assert ours[key] == pytest.approx(alone[key], rel=1e-4)
     assert ours["num_GS"] == alone["num_GS"] == len(means)
     assert json.loads((folder / "ended.json").read_text())["status"] == "finished"
+
+
+def test_a_timelapse_shows_the_gaussians_of_all_ranks(runs):
+    frames, alone = (sorted((runs / name / "videos/timelapse").iterdir()) for name in ("several", "one"))
+    assert (
+        [file.name for file in frames] == [file.name for file in alone] == ["step_000000028.jpg", "step_000000032.jpg"]
+    )
+    for file, other in zip(frames, alone, strict=True):
+        shown, expected = (imageio.imread(each).astype(float) for each in (file, other))
+        assert np.abs(shown - expected).mean() < 0.5  # of 255
+        assert expected.std() > 10
+    assert (runs / "several/videos/timelapse.mp4").stat().st_size > 0
 
 
 def test_exports_read_rows_of_all_parts_in_any_order(runs):
@@ -331,9 +347,9 @@ def test_joined_rows_are_read_like_a_tensor():
 # ------------------------------------------------------------------------------------------------ one end for all
 
 
-def ends(city_block: Path, result_dir: Path, fault: str) -> tuple[list[tuple[int, str]], int]:
+def ends(city_block: Path, result_dir: Path, fault: str, *more: object) -> tuple[list[tuple[int, str]], int]:
     """How two ranks end, of whom the second meets a fault, and the steps of the newest checkpoint they leave."""
-    options = options_for(city_block, result_dir, "--max_steps", 1000, "--save_every", 4, *STEPS[:4])
+    options = options_for(city_block, result_dir, "--max_steps", 1000, "--save_every", 4, *STEPS[:4], *more)
     found = ScriptGroup(2, "streamed", options, {1: fault}).ends()
     checkpoints = CheckpointFolder(result_dir / "ckpts", keep=0)
     newest = checkpoints.newest_valid(print)
@@ -367,6 +383,14 @@ def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(
     assert re.fullmatch(r"Stopped: rank 1 \(process .*\) has ended without a word, as if it was killed\.", sentence)
     assert "Traceback" not in ended[0][1]
     assert not (tmp_path / "results").exists()  # nothing has begun there
+
+
+def test_what_two_ranks_hold_is_not_saved(monkeypatch):
+    monkeypatch.setattr("training.joint_run.signal.signal", lambda *_: None)
+    joint = JointRun(Config(), torch.device("cpu"))
+    joint._watch = SimpleNamespace(rank=0, end_by=lambda sentence: End(0, 0, sentence, is_gone=False))
+    stopped = joint.stopped(HeldTwice("Held twice."), "Held twice.", "python x.py", pytest.fail, pytest.fail)
+    assert str(stopped) == "Held twice. Continue with: python x.py"
 
 
 class Notices(dict):
@@ -408,17 +432,22 @@ def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, arrive
     ("fault", "steps", "status", "told"),
     [
         ("picture@7", 5, "failed", "rank 1 .*: photos/7.png cannot be decoded"),
-        ("error@7", 6, "out of memory", "rank 1 .*: An error ended training after 6 steps"),
+        ("unfinished@7", 7, "out of memory", "rank 1 .*: An error ended training after 7 steps"),
         ("late_error@7", 6, "out of memory", "rank 1 .*: An error ended training after 6 steps"),
     ],
 )
 def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, fault, steps, status, told):
-    ended, saved = ends(city_block, tmp_path, fault)
+    ended, saved = ends(city_block, tmp_path, fault, "--background", "sky", "--exposure", "affine")
     assert [code for code, _ in ended] == [1, 1]
     (sentence,) = sentences(ended, "Stopped: ")
     assert re.search(told, sentence)
     assert f"The Gaussians are saved in {tmp_path}/ckpts/ckpt_{steps}.pt" in sentence
     assert saved == steps
+    first, second = (part.state for part in load_checkpoint(tmp_path / f"ckpts/ckpt_{steps}.pt").parts)
+    for module in ("sky", "affine"):
+        assert first[f"{module}/step_count"] == steps
+        assert torch.equal(first[f"{module}/rows"], second[f"{module}/rows"])
+        assert first[f"{module}/rows"].std() > 0
     assert json.loads((tmp_path / "ended.json").read_text()) == {"status": status, "message": sentence}
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from configs import Config
 from datasets.scene import Scene
 from distributed.dealing import dealt_rows
+from distributed.levelling import HeldTwice
 from distributed.mesh import Ranks, RanksParted, arrive, hear_sigterm, let_first_tell
 from distributed.watch import End, Watch
 from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped, reason
@@ -35,6 +36,7 @@ from training.ending import FAILED, Ending, write_ending
 from training.streams import loud, silent_output
 
 T = TypeVar("T")
+Standing = tuple[int, bool]  # steps done, and whether the last one was without the gradients of modules
 
 
 @contextmanager
@@ -107,7 +109,7 @@ class JointRun:
         if arrival is None:
             return
         self._watch = resources.enter_context(Watch(arrival, self._last_words))
-        resources.callback(self.has_begun)
+        resources.callback(self.release_sigterm)
         signal.signal(signal.SIGTERM, self._on_early_end)
         hear_sigterm()
         self._watch.wait_for_all()
@@ -122,8 +124,8 @@ class JointRun:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: this one is leaving
         raise RanksParted("SIGTERM has come, and no rank tells why")
 
-    def has_begun(self) -> None:
-        """Let SIGTERM no more do what it does before the first step, or before another end of the run."""
+    def release_sigterm(self) -> None:
+        """Let SIGTERM end this process as it ends any: what comes before the first step is over, or the run is."""
         if signal.getsignal(signal.SIGTERM) == self._on_early_end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -220,7 +222,7 @@ class JointRun:
             self._watch.end_by("stopped at once, without saving")
 
     def stopped(
-        self, error: Exception, message: str, command: str, undo_step: Callable[[], int], save: Callable[[], Path]
+        self, error: Exception, message: str, command: str, undo_step: Callable[[], Standing], save: Callable[[], Path]
     ) -> TrainingStopped:
         """End as all ranks do, after an error at one of them; return what this one says.
 
@@ -230,13 +232,14 @@ class JointRun:
             error: Of this rank, or that another one has left.
             message: The sentence on it.
             command: To continue with.
-            undo_step: Forgets the step that the error has ended, and returns the number of those done.
+            undo_step: Forgets the step that the error has ended, and returns where this process stands then.
             save: Saves them and returns where.
         """
         assert self._watch is not None  # only ranks end together
         end = self._end_of(error, message)
         resume = f"Continue with: {command}"
-        outcome = resume if end.is_gone else _saved_together(self._watch, command, undo_step, save)
+        cannot_save = end.is_gone or isinstance(error, HeldTwice)
+        outcome = resume if cannot_save else _saved_together(self._watch, command, undo_step, save)
         if end.told_by != self._watch.rank:
             return EndedElsewhere(end.sentence)
         return TrainingStopped(f"{end.sentence.rstrip('.')}. {outcome}")
@@ -271,23 +274,18 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
             f"{trainer.path.name} trains on one GPU: start it without torchrun, or take "
             "simple_trainer_hybrid_streamed.py."
         )
-    for option, is_given in (
-        ("--pose_opt", cfg.pose_opt),
-        ("--timelapse", bool(cfg.timelapse)),
-        ("--device_memory_budget", getattr(cfg, "device_memory_budget", None) is not None),
-    ):
-        if is_given:
-            raise InputError(f"{option} is for one process: leave it out, or start without torchrun.")
+    if getattr(cfg, "device_memory_budget", None) is not None:
+        raise InputError("--device_memory_budget is for one process: leave it out, or start without torchrun.")
 
 
-def _saved_together(watch: Watch, command: str, undo_step: Callable[[], int], save: Callable[[], Path]) -> str:
+def _saved_together(watch: Watch, command: str, undo_step: Callable[[], Standing], save: Callable[[], Path]) -> str:
     """Save the Gaussians of all ranks after an error, and return the sentence that says so, or why not."""
     try:
-        steps_done = undo_step()
+        standing = list(undo_step())
     except Exception:  # applied in part, which no checkpoint can hold
-        steps_done = -1
+        standing = []
     try:
-        if not watch.all_stand_at(steps_done) or steps_done < 0:
+        if not watch.all_stand_at(standing) or not standing:
             return (
                 "The ranks have not ended after the same step, so the Gaussians are not saved: continue from the "
                 f"checkpoint before, if there is one, with: {command}"

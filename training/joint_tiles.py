@@ -1,9 +1,10 @@
 """Rendering a view of several ranks tile by tile: the pairs of all ranks' Gaussians are exchanged once, and then cut.
 
 The rank that draws a picture receives all its pairs of camera and Gaussian (`distributed/exchange.py`). It blends them
-tile after tile, those that may draw in a tile or in its halo. Gradients of the pairs add up over the tiles and go home
-once. So tiles bound what blending and the loss take of the device: pixels, and intersections of Gaussians with blocks
-of pixels. They do not bound rows and pairs, which are those of the whole view.
+tile after tile, those that may draw in a tile or in its halo. Gradients of the pairs, and of the cameras where a sky is
+behind, add up over the tiles and go home once. So tiles bound what blending and the loss take of the device: pixels,
+and intersections of Gaussians with blocks of pixels. They do not bound rows and pairs, which are those of the whole
+view.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ class JointView:
         """
         Args:
             rows: The parameters of this rank's Gaussians, as `training.gaussians.activate` takes them.
-            cameras: W B of them, of which each rank draws B.
+            cameras: W B of them, of which each rank draws B; their poses may want a gradient.
             cfg: Options.
             sh_degree: Degree of the spherical harmonics to use.
             halo: Pixels around a tile to render with it.
             ranks: W of them.
         """
-        self._cameras = own_cameras(cameras, ranks)  # B
+        own = own_cameras(cameras, ranks)  # B
+        self._poses = own.viewmats  # [B, 4, 4]
+        # Each tile's backward pass ends here, since it frees what is behind.
+        self._cameras = replace(own, viewmats=own.viewmats.detach().requires_grad_(own.viewmats.requires_grad))
         self._cfg, self._halo = cfg, halo
         self._render_mode = "RGB+ED" if cfg.depth_loss else "RGB"
         projection, features = project_pairs(
@@ -152,6 +156,9 @@ class JointView:
         if loss.requires_grad:
             ends.append(loss)
             gradients.append(torch.ones_like(loss))
+        if self._cameras.viewmats.grad is not None:
+            ends.append(self._poses)
+            gradients.append(self._cameras.viewmats.grad)
         torch.autograd.backward(ends, gradients)
 
     def _values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

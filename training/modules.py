@@ -53,6 +53,7 @@ class RunModules:
         views_per_step = cfg.batch_size * (1 if ranks is None else ranks.size)
         training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(views_per_step), device)
         self._ranks = ranks
+        self._are_averaged = False  # the gradients of the present step, over the ranks
         self._background = cfg.background
         self.parts: dict[str, TrainedModule] = {}
         self._sky: Sky | None = None
@@ -82,7 +83,7 @@ class RunModules:
                 names,
                 torch.linalg.inv(camtoworlds),
                 scene.scene_scale,
-                cfg.pose_opt_lr * math.sqrt(cfg.batch_size),
+                cfg.pose_opt_lr * math.sqrt(views_per_step),
                 cfg.pose_opt_reg,
                 replace(training, decay=lambda step: schedules.pose_decay(cfg, step)),
             )
@@ -143,14 +144,19 @@ class RunModules:
 
     def begin_step(self, view: View) -> None:
         """Fetch what a view needs."""
+        self._are_averaged = False
         if self._sky is not None:
             self._sky.fetch(self._sky.row)
-        for module in (self._exposure, self._poses):
-            if module is not None:
-                module.fetch(self._rows_of(view), own_views(len(view.images), self._ranks))
+        if self._exposure is not None:
+            self._exposure.fetch(self._rows_of(view), own_views(len(view.images), self._ranks))
+        if self._poses is not None:  # of all cameras: each rank projects its Gaussians into them
+            self._poses.fetch(self._rows_of(view))
 
     def cameras(self, view: View) -> Cameras:
-        """Return the cameras of the present view, or of a part of it, for the step to find their poses' gradient."""
+        """Return the cameras of the present view, or of a part of it, for the step to find their poses' gradient.
+
+        Where ranks train together, each finds what its Gaussians have of the gradient by the loss of all.
+        """
         if self._poses is None:
             return view.cameras
         viewmats = self._poses(self._poses.leaf(), self._rows_of(view))
@@ -181,7 +187,9 @@ class RunModules:
         if self._sky is None:
             return None
         rows = self._sky.leaf() if self._sky.is_fetched else self._sky.values(self._sky.row)
-        return partial(_sky_behind, self._sky, rows[0])
+        # This rank's own loss, by which alone a sky moves its cameras, is one of those whose mean is the loss of all.
+        share = 1.0 if self._ranks is None else 1 / self._ranks.size
+        return partial(_sky_behind, self._sky, rows[0], share_in_loss=share)
 
     def exposed(self, colors: Tensor, view: View, tile: Tile | None = None, halo: int = 0) -> Tensor:
         """Return rendered colours as the photos of a training view show them.
@@ -216,26 +224,36 @@ class RunModules:
             module.update()
 
     def _average_gradients(self, ranks: Ranks) -> None:
-        """Give all ranks the mean of their gradients: the loss of a step is the mean of theirs."""
-        gradients = [module.gradient for module in self.parts.values()]
-        means = ranks.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, means.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        """Give all ranks the gradients by the loss of a step, which is the mean of theirs, in one message.
 
-    def complete_step(self, steps_done: int) -> None:
+        Each rank knows those of its own loss; of poses what it has is part of a sum (`cameras`).
+        """
+        gradients = [module.gradient for module in self.parts.values()]
+        factors = [ranks.size if module is self._poses else 1 for module in self.parts.values()]
+        own = [factor * g.flatten().to(self._device) for factor, g in zip(factors, gradients, strict=True)]
+        for gradient, mean in zip(gradients, ranks.mean(torch.cat(own)).split([len(g) for g in own]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        self._are_averaged = True
+
+    def complete_step(self, steps_done: int) -> bool:
         """Apply the step of a view after an error, where the Gaussians have taken theirs, so that both are saved alike.
+
+        Where ranks train together and have not told each other their gradients, which they are asked for no more, all
+        take the step with a gradient of zero.
 
         Args:
             steps_done: By the Gaussians.
 
-        Raises:
-            RuntimeError: Other ranks have gradients that belong to it, and are asked no more.
+        Returns:
+            Whether gradients are lost.
         """
-        for module in self.parts.values():
-            if module.is_fetched and module.steps_done < steps_done:
-                if self._ranks is not None:
-                    raise RuntimeError("the step had been applied in part")
-                module.update()
+        late = [module for module in self.parts.values() if module.is_fetched and module.steps_done < steps_done]
+        are_lost = bool(late) and self._ranks is not None and not self._are_averaged
+        for module in late:
+            if are_lost:
+                module.forget_gradient()
+            module.update()
+        return are_lost
 
 
 def _seen_by(view: View, viewmats: Tensor) -> View:
@@ -271,6 +289,11 @@ def _load(sky: Sky, state: Mapping[str, Tensor]) -> None:
         raise InputError("The sky in the checkpoint cannot be used: choose another checkpoint.") from error
 
 
-def _sky_behind(sky: Sky, coefficients: Tensor, cameras: Cameras, region: Region | None) -> Tensor:
+def _sky_behind(
+    sky: Sky, coefficients: Tensor, cameras: Cameras, region: Region | None, *, share_in_loss: float = 1.0
+) -> Tensor:
     viewmats, Ks = (t.to(coefficients.device, non_blocking=True) for t in (cameras.viewmats, cameras.Ks))
+    if viewmats.requires_grad and share_in_loss < 1:
+        viewmats = viewmats.view_as(viewmats)
+        viewmats.register_hook(lambda gradient: gradient * share_in_loss)
     return sky(coefficients, viewmats, Ks, *(region or Region(0, 0, cameras.width, cameras.height)))

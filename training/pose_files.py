@@ -32,7 +32,7 @@ class PoseFiles:
     def make_missing(self, run: TrainingRun, steps: int) -> None:
         """Write the files: after the last step they are those of the model, whatever was there."""
         camtoworlds = run.modules.corrected_poses(run.scene)
-        if camtoworlds is None:
+        if camtoworlds is None or not run.speaks:
             return
         scene = run.scene
         in_input = transform_cameras(np.linalg.inv(scene.transform), camtoworlds)

@@ -22,6 +22,7 @@ from configs import AnyConfig
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
+from distributed.levelling import HeldTwice
 from distributed.mesh import RanksParted, local_ranks
 from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
@@ -384,7 +385,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._evaluation.record_video(self, self._evaluated.steps)
             self.results.check_none_missed()
             return
-        self._joint.has_begun()
+        self._joint.release_sigterm()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
@@ -420,9 +421,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._resources.enter_context(bar)
         if self.speaks:
             self.observers += [ProgressBar(bar), BlankPictures(), TensorBoardLog()]
-        if self.ranks is None:
-            self.observers.append(self._timelapse)
-        self.observers += self._results_of_the_end
+        self.observers += [self._timelapse, *self._results_of_the_end]
         self._step = first - 1
         following = self._following(loader)
         step_done = self._resources.enter_context(
@@ -582,15 +581,17 @@ class TrainingRun(Generic[AnyConfig]):
             if not isinstance(error, NotSaved):
                 raise self._stopped(error) from error
 
-    def _undo_step(self) -> int:
-        """Forget the step that an error has ended, so that what is left can be saved; return how many are done.
+    def _undo_step(self) -> tuple[int, bool]:
+        """Forget the step that an error has ended, so that what is left can be saved.
+
+        Returns:
+            How many steps are done, and whether the last one was without the gradients of modules.
 
         Raises:
             RuntimeError: It has been applied in part.
         """
         self.model.undo_step()
-        self.modules.complete_step(self.model.steps_done)
-        return self.model.steps_done
+        return self.model.steps_done, self.modules.complete_step(self.model.steps_done)
 
     def _give_back(self, number: signal.Signals, handler: Callable | int | None) -> None:
         """Let a signal do what it did before `steps`, unless it is ignored since, as ranks end."""
@@ -630,7 +631,7 @@ class TrainingRun(Generic[AnyConfig]):
             )
             smaller = smaller_trainer(self._trainer, self.cfg, "device")
             command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
-        elif not isinstance(error, TrainingStopped | InputError | RanksParted):
+        elif not isinstance(error, TrainingStopped | InputError | RanksParted | HeldTwice):
             message = f"An error ended training after {counted(self.model.steps_done, 'step')}."
             print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
         return message, command

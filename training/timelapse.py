@@ -32,13 +32,18 @@ class Timelapse:
         """Draw a frame where it is due."""
         every = run.cfg.timelapse
         if every and (steps_done % every == 0 or steps_done in (1, run.cfg.max_steps)):
+            frame = self._frame(run)  # by all ranks, of which one writes it
+            if not run.speaks:
+                return
             with run.results.missed_if_unwritable(f"The frame of step {steps_done}", was_asked_for=False):
-                content = imageio.imwrite("<bytes>", self._frame(run), extension=".jpg", quality=92)
+                content = imageio.imwrite("<bytes>", frame, extension=".jpg", quality=92)
                 write_file(run.results.path / FRAMES / f"step_{steps_done:09d}.jpg", content)
 
     def make_video(self, run: TrainingRun) -> None:
         """Make the video of the frames that there are, up to the steps that the model has had."""
-        frames = frames_until(run.results.path, run.model.steps_done) if run.cfg.timelapse else []
+        if not run.cfg.timelapse or not run.speaks:
+            return
+        frames = frames_until(run.results.path, run.model.steps_done)
         if frames:
             with run.results.missed_if_unwritable("The timelapse"):
                 write_video(frames, run.results.path / VIDEO)
