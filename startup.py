@@ -16,9 +16,9 @@ def _say_in_short(kind: type[BaseException], error: BaseException, traceback: Tr
 
 sys.excepthook = _say_in_short
 
-# By SIGTERM torchrun ends its processes when one has ended. It waits until this one can say which, and why
+# By SIGTERM torchrun ends its processes when one of several has ended. It waits until this one can say which, and why
 # (`distributed/mesh.py`, hear_sigterm).
-if os.environ.get("WORLD_SIZE", "1") != "1":
+if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 # Read by OpenMP when torch loads: threads sleep between parallel loops. Spinning, they take the cores that the next

@@ -3,12 +3,12 @@
     python -m tests.fault_trials --kills 50 --num_gaussians 200000
     python -m tests.fault_trials --kills 20 --num_gaussians 20000 --ranks 2 --trainers streamed
 
-Each trainer trains one scene in a child process that is killed (SIGKILL) at a random moment: at any time, shortly
-after a step, a refinement or the writing of a checkpoint has begun. After each kill the newest valid checkpoint must
-be at least as new as the newest one that had been reported as written, and the run is resumed. When all kills are
-done the run goes to its end, and its last checkpoint is compared with that of a run that was never killed: on the CPU
-they must be bit-equal. Prints a row for each trainer. With --ranks each run is so many processes that train together,
-of which one is killed; the others must then end by themselves.
+Each trainer trains one scene in a child process that is killed (SIGKILL) at a random moment: while it starts, at any
+time later, shortly after a step, a refinement or the writing of a checkpoint has begun. After each kill the newest
+valid checkpoint must be at least as new as the newest one that had been reported as written, and the run is resumed.
+When all kills are done the run goes to its end, and its last checkpoint is compared with that of a run that was never
+killed: on the CPU they must be bit-equal. Prints a row for each trainer. With --ranks each run is so many processes
+that train together, of which one is killed; the others get SIGTERM, as torchrun sends it, and must end and name it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import startup  # noqa: F401, before torch is imported
+
+# isort: split
+
 import torch
 from torch.distributed import TCPStore
 
@@ -37,7 +41,7 @@ from training.joined_rows import whole
 
 MOMENTS = ("step", "refinement", "writing", "publishing")
 STEPS_PER_KILL = 5
-SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+START_SECONDS = (1.0, 8.0)  # after which a run is killed that most often is still starting
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Report:
     trainer: str
     kills: int = 0
     lost: int = 0  # kills after which a checkpoint that had been written was not there or not valid
+    untold: int = 0  # kills of which no other rank has said so
     moments: Counter[str] = field(default_factory=Counter)  # what the run did when it was killed
     steps_repeated: int = 0  # that had been computed after the newest checkpoint
     num_gaussians: int = 0  # at the end
@@ -80,15 +85,18 @@ def kill_trials(trainer: str, kills: int, num_gaussians: int, seed: int = 0, ran
         published = 0  # steps of the newest checkpoint that has been reported as written
         while report.kills < kills:
             with Run(trainer, (*options, "--result_dir", killed, "--resume"), ranks) as run:
-                moment = rng.choice(("any", *MOMENTS))
+                moment = rng.choice(("starting", "any", *MOMENTS))
+                if moment == "starting":
+                    time.sleep(rng.uniform(*START_SECONDS))
                 # Let some steps pass, so that the run gets on.
-                if not run.wait_for("step", rng.randint(1, STEPS_PER_KILL - 1)):
+                elif not run.wait_for("step", rng.randint(1, STEPS_PER_KILL - 1)):
                     raise SystemExit(f"{trainer} ended by itself:\n{run.output}")
-                if moment == "any" or not run.wait_for(moment, 1):
-                    time.sleep(rng.uniform(0, 1.0))
-                else:
-                    time.sleep(rng.uniform(0, 0.03))
-                report.longest_end = max(report.longest_end, run.kill(rng.randrange(ranks)))
+                if moment != "starting":
+                    is_there = moment != "any" and run.wait_for(moment, 1)
+                    time.sleep(rng.uniform(0, 0.03 if is_there else 1.0))
+                killed_rank = rng.randrange(ranks)
+                report.longest_end = max(report.longest_end, run.kill(killed_rank))
+                report.untold += ranks > 1 and f"Stopped: rank {killed_rank} " not in run.said
             report.kills += 1
             report.moments[run.doing] += 1
             found = newest(killed)
@@ -132,9 +140,15 @@ class Run:
         command = (*child(trainer), *map(str, options))
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environments = [environment(rank, ranks, self._store) for rank in range(ranks)] if ranks > 1 else [None]
-        heard = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is there as long as this is
         self._processes = [
-            subprocess.Popen(command, env=env, **(heard if is_heard and rank == 0 else SILENT))
+            subprocess.Popen(
+                command,
+                env=env,
+                stdout=subprocess.PIPE if is_heard and rank == 0 else subprocess.DEVNULL,
+                stderr=self._errors,
+                text=True,
+            )
             for rank, env in enumerate(environments)
         ]
         self._process = self._processes[0]
@@ -156,10 +170,18 @@ class Run:
         """Kill one process; return the seconds until all have ended, which the others must do by themselves."""
         began = time.monotonic()
         self._processes[rank].kill()
+        for process in self._processes:
+            process.terminate()  # as torchrun does
         for line in self._process.stdout:
             self._heard(line)
         self.wait()
         return time.monotonic() - began
+
+    @property
+    def said(self) -> str:
+        """Return what all processes have told people."""
+        self._errors.seek(0)
+        return self._errors.read()
 
     def wait(self) -> None:
         for process in self._processes:
@@ -240,12 +262,13 @@ def main() -> None:
     failed = False
     for trainer in arguments.trainers:
         report = kill_trials(trainer, kills, arguments.num_gaussians, arguments.seed, arguments.ranks)
-        failed |= report.lost > 0 or not report.bit_equal
+        failed |= report.lost > 0 or report.untold > 0 or not report.bit_equal
+        of_ranks = f"the others ended within {report.longest_end:.0f} s, and {report.untold} times did not say why, "
         moments = ", ".join(f"{count} {moment}" for moment, count in report.moments.items())
         print(
             f"{trainer}: {report.kills} kills ({moments}), {report.num_gaussians} Gaussians at the end, "
             f"{report.lost} checkpoints lost, {report.steps_repeated} steps computed again, "
-            f"{f'the others ended within {report.longest_end:.0f} s, ' if arguments.ranks > 1 else ''}"
+            f"{of_ranks if arguments.ranks > 1 else ''}"
             f"{'bit-equal' if report.bit_equal else 'NOT EQUAL'} to a run that was not killed",
             flush=True,
         )
