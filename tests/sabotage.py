@@ -29,22 +29,6 @@ def catch_up_one_step_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeferralTables, "begin_step", begin_step_on_device)
 
 
-def no_catch_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let rows stand still while no view shows them, as if momentum ended there."""
-    begin_on_host, begin_on_device = DeferredAdam.begin_step, DeferralTables.begin_step
-
-    def begin_step_on_host(self: DeferredAdam, learning_rates: Sequence[float]) -> None:
-        begin_on_host(self, learning_rates)
-        self._before[:], self._after[:] = 0, 0
-
-    def begin_step_on_device(self: DeferralTables, learning_rates: Sequence[float]) -> None:
-        begin_on_device(self, learning_rates)
-        self.sums = torch.zeros_like(self.sums)
-
-    monkeypatch.setattr(DeferredAdam, "begin_step", begin_step_on_host)
-    monkeypatch.setattr(DeferralTables, "begin_step", begin_step_on_device)
-
-
 def no_decay_of_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the moments of a row stay as they were over the steps that it has skipped."""
     grow_on_host, grow_on_device = DeferredAdam._grow, DeferralTables._grow

@@ -40,7 +40,8 @@ def commands_of(text: str) -> list[str]:
 
 
 COMMANDS = sorted({command for document in DOCUMENTS for command in commands_of(document.read_text())})
-DEMO_COMMANDS = [command for command in COMMANDS if re.match(r"python simple_trainer\w*\.py demo\b", command)]
+ON_THE_DEMO = [command for command in COMMANDS if re.match(r"python simple_trainer\w*\.py demo\b", command)]
+DEMO_COMMANDS = list({command.split()[1]: command for command in ON_THE_DEMO}.values())  # the last one of each script
 
 
 def check_command(command: str, results: Path) -> None:

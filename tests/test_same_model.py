@@ -13,6 +13,7 @@ tests/test_one_algorithm.py takes the rendering out, and with it the chaos: ther
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -123,7 +124,7 @@ def watch_fine_tiles(monkeypatch) -> list[Tile | None]:
 def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, trainer):
     options, tiles = reference.options, []
     if trainer == "split":
-        options, tiles = (*options, "--split_threshold", 0.15), watch_fine_tiles(monkeypatch)
+        options, tiles = (*options, "--split_threshold", 0.25), watch_fine_tiles(monkeypatch)
     actual = train_by_name(monkeypatch, trainer, city_block, tmp_path, *options)
     assert trainer != "split" or sum(tile is not None for tile in tiles) > 0.5 * len(tiles)
     differences = relative_differences(actual, reference.gaussians)
@@ -244,14 +245,11 @@ def test_densification_comes_to_the_same_size_and_quality(small_block, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", DEFERRING)
 @pytest.mark.parametrize(
-    "break_trainer",
+    ("break_trainer", "trainer"),
     [
-        sabotage.no_catch_up,
-        sabotage.catch_up_one_step_off,
-        sabotage.no_decay_of_moments,
-        sabotage.smaller_gradients_on_the_screen,
+        *itertools.product([sabotage.catch_up_one_step_off, sabotage.no_decay_of_moments], DEFERRING),
+        (sabotage.smaller_gradients_on_the_screen, "streamed"),  # all trainers have one strategy
     ],
 )
 def test_a_wrong_trainer_comes_to_another_size(monkeypatch, small_block, tmp_path, densified, break_trainer, trainer):
