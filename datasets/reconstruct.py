@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pycolmap
@@ -428,19 +429,21 @@ def _report(out: Path, photos: list[Photo], matching: str) -> list[str]:
     """Return the lines of the report: what was registered, what not and why, and what `prepare --check` finds."""
     models = [pycolmap.Reconstruction(out / "sparse" / str(k)) for k in range(_count_models(out / "sparse"))]
     registered = [registered_names(model) for model in models]
-    left_out: dict[str, list[str]] = {}
+    left_out: dict[str, list[Photo]] = {}
     for photo in photos:
         if photo.name not in registered[0]:
-            left_out.setdefault(_why_left_out(photo, registered), []).append(photo.name)
+            left_out.setdefault(_why_left_out(photo, registered), []).append(photo)
+    usual = _median_features([photo for photo in photos if photo.name in registered[0]])
     lines = [
         f"registered: {len(registered[0]):,} of {len(photos):,} photos, {models[0].num_points3D():,} points, "
         f"mean reprojection error {models[0].compute_mean_reprojection_error():.2f} pixels"
     ]
     path = out / WORK / LEFT_OUT
     path.unlink(missing_ok=True)
-    for why, names in left_out.items():
-        more = f" and {len(names) - _NAMED} more, all in {path}" if len(names) > _NAMED else ""
-        lines.append(f"left out:   {len(names):,}, {why}: {', '.join(names[:_NAMED])}{more}")
+    for why, group in left_out.items():
+        more = f" and {len(group) - _NAMED} more, all in {path}" if len(group) > _NAMED else ""
+        names = ", ".join(photo.name for photo in group[:_NAMED])
+        lines.append(f"left out:   {len(group):,}, {why}{_few_features(group, usual)}: {names}{more}")
     if 2 * len(registered[0]) < len(photos):
         lines.append(
             "Warning:    most photos are left out; photos that show more of what others show give a larger model."
@@ -451,9 +454,19 @@ def _report(out: Path, photos: list[Photo], matching: str) -> list[str]:
             "exhaustive keeps what has been matched, compares the others too, and may place more photos."
         )
     if left_out:
-        rows = [f"{name}\t{why}\n" for why, names in left_out.items() for name in names]
+        rows = [f"{photo.name}\t{why}\n" for why, group in left_out.items() for photo in group]
         write_whole(path, lambda partial: partial.write_text("".join(sorted(rows))))
     return lines + check_prepared("default", out)
+
+
+def _few_features(group: list[Photo], usual: int) -> str:
+    """Say that photos have fewer features than half the usual number, where they do."""
+    count = _median_features(group)
+    return f" (of few features: {count:,} in the median, registered photos {usual:,})" if 0 < 2 * count < usual else ""
+
+
+def _median_features(photos: list[Photo]) -> int:
+    return round(median(photo.num_features for photo in photos))
 
 
 def _count_models(sparse: Path) -> int:

@@ -203,6 +203,37 @@ def test_which_photos_are_compared_follows_their_number_and_gps():
     assert choose_matching([*many, *few], is_video=False) == "preemptive"
 
 
+def test_photos_that_are_left_out_are_named_with_the_reason(tmp_path):
+    write_scene(tmp_path, ["a.png", "b.png", "c.png"])
+    write_scene(tmp_path / "other", ["c.png", "d.png", "e.png"])
+    (tmp_path / "other/sparse/0").rename(tmp_path / "sparse/1")
+    features = {"a.png": 900, "b.png": 800, "c.png": 1000, "d.png": 850, "e.png": 990, "black.png": 0, "sky.png": 300}
+    photos = [Photo(name, count, 0 if name == "black.png" else 2, None) for name, count in features.items()]
+    photos += [Photo(f"lawn {number}.png", 900, 0, None) for number in range(6)]
+
+    def report(matching: str) -> str:
+        return "\n".join(reconstruct._report(tmp_path, photos, matching))
+
+    said = report("exhaustive")
+    assert "registered: 3 of 13 photos" in said
+    assert "left out:   2, in another model (sparse/1): d.png, e.png\n" in said
+    assert "left out:   1, no features (blank, blurred or covered): black.png\n" in said
+    assert (
+        "left out:   1, matches too few points of the model (of few features: 300 in the median, registered photos "
+        "900): sky.png\n"
+    ) in said
+    assert (
+        "left out:   6, no other photo matches: lawn 0.png, lawn 1.png, lawn 2.png, lawn 3.png, lawn 4.png and 1 "
+        in said
+    )
+    assert "Warning:    most photos are left out" in said
+    assert "--matching exhaustive" not in said
+    assert "(spatial matching): the same command with --matching exhaustive" in report("spatial")
+    listed = (tmp_path / "reconstruction" / reconstruct.LEFT_OUT).read_text().splitlines()
+    assert len(listed) == 10
+    assert "sky.png\tmatches too few points of the model" in listed
+
+
 def test_a_video_gives_the_sharpest_frame_of_each_interval(tmp_path, monkeypatch, capsys):
     sharp = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
 
