@@ -24,7 +24,7 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
-from comparing.report import FIGURES, Comparison, write
+from comparing.report import Comparison, write
 from comparing.runs import (
     FINISHED,
     Run,
@@ -37,6 +37,7 @@ from comparing.runs import (
 )
 from distributed.mesh import local_ranks
 from errors import InputError, refusing
+from reporting.figures import FIGURES
 from reporting.machine import describe_machine
 from trainers import TRAINERS
 from training.streams import unbreakable_output
@@ -158,7 +159,7 @@ def outcome(run: Run) -> str:
     """Return a run in a few words."""
     if run.status != FINISHED:
         return f"{run.status}. {run.message}".strip()
-    values = ((figure, run.figures[figure.key]) for figure in FIGURES)
+    values = ((figure, run.figures.get(figure.key)) for figure in FIGURES)
     return ", ".join([run.status, *(f"{figure.title} {figure.show(value)}" for figure, value in values if value)])
 
 

@@ -15,11 +15,10 @@ import numpy as np
 from comparing.pictures import AMPLIFIED, compared_views
 from comparing.runs import FINISHED, Run
 from reporting import charts
-from reporting.figures import FIGURES, Figure
+from reporting.figures import Figure, shown_figures
 from reporting.machine import sentence
 from reporting.page import render_page
 from training.files import write_file
-from training.measured import VAL_FIGURES
 
 NAME = "comparison"
 NO_BREAK = "\u00a0"  # a space where no line ends
@@ -39,6 +38,11 @@ class Comparison:
     def first(self) -> Run:
         """Return the run that the others are compared with."""
         return self.runs[0]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Return the columns of its table."""
+        return shown_figures(run.figures for run in self.runs)
 
 
 def ratio(run: Run, first: Run, key: str) -> float | None:
@@ -85,8 +89,9 @@ def as_json(comparison: Comparison) -> str:
     for run in comparison.runs:
         content = {**asdict(run), "folder": str(run.folder)}
         content["pictures"] = {name: str(path) for name, path in run.pictures.items()}
-        content["ratios"] = {figure.key: ratio(run, comparison.first, figure.key) for figure in FIGURES}
-        differences = {key: difference(run, comparison.first, key) for key in VAL_FIGURES}
+        content["ratios"] = {figure.key: ratio(run, comparison.first, figure.key) for figure in comparison.figures}
+        compared = [figure.key for figure in comparison.figures if figure.digits is not None]
+        differences = {key: difference(run, comparison.first, key) for key in compared}
         content["differences"] = {key: each and asdict(each) for key, each in differences.items()}
         runs.append(content)
     content = {
@@ -109,10 +114,10 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cells(run: Run, first: Run) -> list[str]:
+def cells(run: Run, comparison: Comparison) -> list[str]:
     """Return the texts of a run's figures, with its difference or ratio to the first run in brackets."""
-    texts = []
-    for figure in FIGURES:
+    texts, first = [], comparison.first
+    for figure in comparison.figures:
         value = run.figures.get(figure.key)
         if value is None:
             texts.append("-")
@@ -141,12 +146,12 @@ def status_of(run: Run) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    heads = ["run", "status", "steps", *(figure.title for figure in FIGURES)]
+    heads = ["run", "status", "steps", *(figure.title for figure in comparison.figures)]
     lines = [f"# {_markdown(comparison.title)}", "", comparison.date, ""]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in comparison.runs:
         steps = f"{run.steps:,}" if run.steps else "-"
-        row = [_markdown(run.name), status_of(run), steps, *cells(run, comparison.first)]
+        row = [_markdown(run.name), status_of(run), steps, *cells(run, comparison)]
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", EXPLANATION]
     for run in comparison.runs:
@@ -207,7 +212,7 @@ def as_html(comparison: Comparison) -> str:
             "run": run,
             "color": charts.color(index),
             "status": status_of(run),
-            "cells": list(zip([figure.title for figure in FIGURES], cells(run, comparison.first), strict=True)),
+            "cells": list(zip([figure.title for figure in comparison.figures], cells(run, comparison), strict=True)),
         }
         for index, run in enumerate(comparison.runs)
     ]
@@ -217,7 +222,7 @@ def as_html(comparison: Comparison) -> str:
         comparison=comparison,
         runs=runs,
         finished=FINISHED,
-        figures=FIGURES,
+        figures=comparison.figures,
         explanation=EXPLANATION,
         charts=line_charts(comparison.runs),
         stages=stages,

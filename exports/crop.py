@@ -76,11 +76,17 @@ def read_region(crop: Sequence[str]) -> Region | None:
         numbers = np.array([float(text) for text in crop])
     except ValueError:
         numbers = np.zeros(0)
-    if len(numbers) != 6 or not np.isfinite(numbers).all() or (numbers[:3] >= numbers[3:]).any():
+    if len(numbers) != 6 or not np.isfinite(numbers).all():
         raise InputError(
             f"--crop {' '.join(crop)} must be six numbers, the lowest x y z of a box and then the highest, or one file "
             "with a polygon."
         )
+    for axis, low, high in zip("xyz", crop[:3], crop[3:], strict=True):
+        if float(low) >= float(high):
+            raise InputError(
+                f"--crop {' '.join(crop)} is an empty box, whose highest {axis}, {high}, is not above its lowest, "
+                f"{low}: give the lowest x y z first, and then the highest."
+            )
     return Box(numbers[:3], numbers[3:])
 
 

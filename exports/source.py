@@ -13,9 +13,9 @@ from datasets.normalize import is_similarity
 from errors import InputError
 from offload.adam.state import CurrentValues, num_gaussians_of, sh_degree_of
 from training.checkpoints import load_checkpoint
+from training.model_files import check_model_file
 from training.ply import PlyRows, Up, frame_of_ply
 
-FOR_VIEWERS = (".compressed.ply", ".spz", ".sog", ".splat", ".html", ".json")  # endings of what is not read
 DEGREES = {(degree + 1) ** 2: degree for degree in range(4)}  # of spherical harmonics, by how many there are
 
 
@@ -39,14 +39,7 @@ def open_source(path: Path) -> Source:
     Raises:
         InputError: It cannot be read, or holds no Gaussians.
     """
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {problem}: name a checkpoint (.pt) or a 3DGS PLY file.")
-    if path.name.lower().endswith(FOR_VIEWERS):
-        raise InputError(
-            f"{path} is a file for viewers, which keeps less than a model has: name the checkpoint or the PLY file "
-            "that it was made of."
-        )
+    check_model_file(path)
     with open(path, "rb") as file:
         is_ply = file.read(3) == b"ply"
     source = _open_ply(path) if is_ply else _open_checkpoint(path)

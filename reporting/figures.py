@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from reporting.numbers import number
@@ -16,10 +16,15 @@ class Figure:
     title: str
     show: Callable[[float], str]
     digits: int | None = None  # of the difference to the first run, for figures compared by that and not by ratio
+    is_common: bool = True  # to all runs; others are shown where a run has them
 
 
 def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _degrees(angle: float) -> str:
+    return f"{angle:.3f} degrees"
 
 
 def _duration(seconds: float) -> str:
@@ -33,10 +38,31 @@ FIGURES = (
     Figure("psnr", "PSNR", lambda value: f"{value:.2f} dB", digits=2),
     Figure("ssim", "SSIM", lambda value: f"{value:.4f}", digits=4),
     Figure("lpips", "LPIPS", lambda value: f"{value:.4f}", digits=4),
+    Figure("cc_psnr", "PSNR, corrected colours", lambda value: f"{value:.2f} dB", digits=2, is_common=False),
+    Figure("cc_ssim", "SSIM, corrected colours", lambda value: f"{value:.4f}", digits=4, is_common=False),
+    Figure("cc_lpips", "LPIPS, corrected colours", lambda value: f"{value:.4f}", digits=4, is_common=False),
     Figure("num_GS", "Gaussians", lambda value: f"{value:,}"),
     Figure("elapsed_seconds", "wall time", _duration),
     Figure("ms_per_step", "time per step", lambda value: f"{number(value)} ms"),
     Figure("peak_device_bytes_allocated", "device memory allocated", _gigabytes),
     Figure("peak_device_bytes_reserved", "device memory reserved", _gigabytes),
     Figure("peak_host_bytes", "host memory", _gigabytes),
+    Figure("pose_turn_median", "poses turned, median", _degrees, is_common=False),
+    Figure("pose_turn_largest", "poses turned, largest", _degrees, is_common=False),
+    Figure("pose_shift_median", "poses shifted, median, dataset's units", number, is_common=False),
+    Figure("pose_shift_largest", "poses shifted, largest, dataset's units", number, is_common=False),
 )
+
+
+def shown_figures(found: Iterable[Mapping[str, float | int | None]]) -> list[Figure]:
+    """Return the figures that a table of some runs shows.
+
+    Args:
+        found: Of each run its figures, by their keys.
+    """
+    all_found = list(found)
+    return [
+        figure
+        for figure in FIGURES
+        if figure.is_common or any(figures.get(figure.key) is not None for figures in all_found)
+    ]

@@ -425,6 +425,26 @@ def test_runs_that_differ_in_everything_are_reported(monkeypatch, tmp_path):
     assert runs[1]["differences"]["lpips"] is None
 
 
+def test_corrected_colours_and_poses_are_compared_where_a_run_has_them(monkeypatch, tmp_path):
+    first, second = write_run(tmp_path / "first"), write_run(tmp_path / "second")
+    for kind, more in (("val", {"cc_psnr": 60.5}), ("train", {"pose_turn_median": 0.25, "pose_shift_largest": 1.5})):
+        file = second.folder / f"stats/{kind}_step30.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    for folders, are_shown in (((first, second), True), ((first, first), False)):
+        report = tmp_path / f"report_{are_shown}"
+        assert run_compare(monkeypatch, "--runs", *(f.folder for f in folders), "--result_dir", report) == 0
+        text = (report / "comparison.md").read_text()
+        heads, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][:3]
+        assert ("PSNR, corrected colours" in heads) == are_shown
+        assert ("poses turned, median" in heads) == are_shown
+        assert "SSIM, corrected colours" not in heads
+        if are_shown:
+            found = {head: row for head, *row in zip(heads, *rows, strict=True)}
+            assert found["PSNR, corrected colours"] == ["-", "60.50 dB"]
+            assert found["poses turned, median"] == ["-", "0.250 degrees"]
+            assert "<th>PSNR, corrected colours</th>" in (report / "comparison.html").read_text()
+
+
 def test_names_of_folders_cannot_break_the_page(monkeypatch, tmp_path):
     names = ("<script>alert(1)", "a | b", "`c` *d* [e](f)\n# g", "_h_")
     folders = [write_run(tmp_path / name).folder for name in names]

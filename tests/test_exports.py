@@ -408,6 +408,27 @@ def test_coordinates_of_the_dataset_are_not_turned_later(checkpoint, tmp_path):
     assert frame_of_ply(tmp_path / "input.ply")[1] is None
 
 
+@pytest.mark.parametrize("content", ["{}", '{"offset": [0, 0, 0], "scale": 1, "rot'])
+def test_a_damaged_file_beside_a_ply_is_told_of(checkpoint, tmp_path, capsys, content):
+    for name, options in (("a", ()), ("b", ("--plain",))):
+        run(checkpoint, "--to", tmp_path / f"{name}.ply", *options)
+        (tmp_path / f"{name}.json").write_text(content)
+    capsys.readouterr()
+    run(tmp_path / "a.ply", "--to", tmp_path / "again.splat")
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/a.json is damaged or another program's; the PLY file itself says" in said
+    assert (tmp_path / "again.splat.json").is_file()
+    if content == "{}":
+        run(tmp_path / "b.ply", "--to", tmp_path / "unknown.splat")
+        assert (
+            f"{tmp_path}/b.json does not say how to come back to the dataset's coordinates" in capsys.readouterr().out
+        )
+        assert not (tmp_path / "unknown.splat.json").exists()
+    else:
+        with pytest.raises(InputError, match=r"b\.json beside it does not say how to come back .*: remove that file"):
+            run(tmp_path / "b.ply", "--to", tmp_path / "unknown.splat")
+
+
 def test_another_programs_ply_keeps_its_axes(model, tmp_path):
     run(write_model(tmp_path / "ckpt.pt", model), "--to", tmp_path / "plain.ply", "--plain")
     assert b"comment" not in (tmp_path / "plain.ply").read_bytes()[:2000]
@@ -526,7 +547,15 @@ def test_values_that_are_not_finite_are_left_out(model, tmp_path, capsys):
         (["--to", "a.ply", "--sh_degree", 4], "--sh_degree is 4, but must be 0 to 3"),
         (["--to", "a.ply", "--max_gaussians", -1], "--max_gaussians is -1"),
         (["--to", "a.ply", "--crop", 1, 2, 3], "--crop 1 2 3 must be six numbers"),
-        (["--to", "a.ply", "--crop", 1, 2, 3, 0, 4, 5], "must be six numbers"),
+        (["--to", "a.ply", "--crop", 1, 2, 3, "nan", 4, 5], "must be six numbers"),
+        (
+            ["--to", "a.ply", "--crop", 1, 2, 3, 2, 1.5, 4],
+            "highest y, 1.5, is not above its lowest, 2:",
+        ),
+        (
+            ["--to", "a.ply", "--crop", 1, 2, 3, 2, 3, 3],
+            "empty box, whose highest z, 3, is not above",
+        ),
         (["--to", "a.ply", "--crop", 100, 100, 100, 101, 101, 101], r"--crop leaves none of the 600.*from -.* to "),
         (["--to", "a.ply", "--crop", "nowhere.geojson"], r"nowhere\.geojson cannot be read as a polygon"),
         (["--to", "a.ply", "--crop", "line.txt"], "fewer than three corners"),

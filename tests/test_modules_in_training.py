@@ -243,6 +243,13 @@ def test_corrected_poses_are_a_model_to_train_on(monkeypatch, city_block, block,
     moved = np.linalg.norm(found[:, :3, 3] - given[:, :3, 3], axis=1)
     assert moved[block.test_ids].max() < 1e-9
     assert (moved[block.train_ids] > 1e-4 * moved.max()).sum() == 6  # one a step
+    turned = np.einsum("nij,nij->n", given[:, :3, :3], found[:, :3, :3])[block.train_ids]  # 1 + 2 cos(angle)
+    turns = np.degrees(np.arccos(np.clip((turned - 1) / 2, -1, 1)))
+    statistics = json.loads((tmp_path / "stats/train_step6.json").read_text())
+    assert statistics["pose_turn_largest"] == pytest.approx(turns.max(), rel=1e-4)
+    assert statistics["pose_turn_median"] == pytest.approx(np.median(turns), abs=1e-5)
+    assert statistics["pose_shift_largest"] == pytest.approx(moved.max())
+    assert statistics["pose_shift_median"] == pytest.approx(np.median(moved[block.train_ids]))
     again = load_scene(city_block, model_dir=str(tmp_path / "poses"))
     read = transform_cameras(np.linalg.inv(again.transform), again.camtoworlds)
     np.testing.assert_allclose(read, found, rtol=0, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import signal
@@ -137,6 +138,45 @@ def test_an_evaluated_checkpoint_has_a_page(monkeypatch, finished, city_block, t
     shown = text_of((tmp_path / "report.html").read_text())
     assert "evaluated" in shown
     assert "PSNR" in shown
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_an_evaluation_leaves_what_the_training_has_written(monkeypatch, city_block, tmp_path, capsys):
+    """Also what it says of colours and poses, which the command of the evaluation does not name."""
+    corrected = ("--exposure", "affine", "--pose_opt")
+    train(monkeypatch, city_block, tmp_path, "--max_steps", 4, "--save_steps", 2, *corrected)
+    page = text_of((tmp_path / "report.html").read_text())
+    for words in ("PSNR, corrected colours", "poses turned, largest", "Poses poses cameras of step 4, corrected"):
+        assert words in page
+    before = contents(tmp_path)
+    for steps in (4, 2):
+        capsys.readouterr()
+        train(monkeypatch, city_block, tmp_path, "--ckpt", tmp_path / f"ckpts/ckpt_{steps}.pt")
+        assert f"{tmp_path}/evaluated/report.html" in capsys.readouterr().out
+        shown = text_of((tmp_path / "evaluated/report.html").read_text())
+        assert f"Figures after {steps} steps" in shown
+        assert "PSNR, corrected colours" in shown
+    of_training, again = (
+        json.loads((folder / "stats/val_step4.json").read_text()) for folder in (tmp_path, tmp_path / "evaluated")
+    )
+    assert again["cc_psnr"] == pytest.approx(of_training["cc_psnr"], rel=1e-6)
+    after = contents(tmp_path)
+    assert all(after[path] == content for path, content in before.items())
+    assert all("evaluated" in path.parts for path in after.keys() - before.keys())
+
+    train(monkeypatch, city_block, tmp_path, "--max_steps", 5, "--resume", "--exposure", "affine")
+    said = capsys.readouterr().out
+    assert f"Warning: {tmp_path}/poses holds the cameras of step 4, which --pose_opt corrected: it stays" in said
+    assert "cameras of step 4" in said.splitlines()[-2]
+    assert "poses turned" not in text_of((tmp_path / "report.html").read_text())
+    train(monkeypatch, city_block, tmp_path, "--max_steps", 1, "--force")
+    assert not list((tmp_path / "evaluated").rglob("*.json"))
+    assert not list((tmp_path / "poses").iterdir())
+    assert "holds the cameras of" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -333,6 +333,17 @@ def test_a_file_that_holds_no_model_is_named(tmp_path):
         open_model(tmp_path / "nothing.ply", CPU, antialiased=False)
 
 
+@pytest.mark.parametrize(
+    ("ending", "program"), [("/lod-meta.json", "SuperSplat's viewer"), (".compressed.ply", "SuperSplat")]
+)
+def test_a_file_for_viewers_is_not_shown_and_what_opens_it_is_named(trained, tmp_path, ending, program):
+    made = tmp_path / f"a{ending}"
+    export.export(export.Options(trained / "ckpts/ckpt_12.pt", made, max_gaussians=20))
+    expected = f"The model {made} is a file for viewers, which keeps less than a model has: open it in {program}, or"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        open_model(made, CPU, antialiased=False)
+
+
 # ------------------------------------------------------------------------------------------- a run that is watched
 
 

@@ -29,6 +29,7 @@ from trainers import trainer_of
 from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, write_ending
 from training.folder_lock import FolderTaken
 from training.report import say_where, write_report
+from training.results import folder_of
 from training.run import TrainingRun
 from training.streams import silent_output, unbreakable_output
 
@@ -72,7 +73,7 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
             except (InputError, SystemExit):
                 let_first_tell()
                 raise
-        folder = Path(cfg.result_dir)
+        folder = folder_of(cfg)
         trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
         with TrainingRun(cfg, scene, trainer) as run:
             train(run)

@@ -33,6 +33,7 @@ from trainers import Trainer
 from training.agreement import check_same_dataset, check_same_options
 from training.commands import resume_command
 from training.ending import FAILED, Ending, write_ending
+from training.results import folder_of
 from training.streams import loud, silent_output
 
 T = TypeVar("T")
@@ -260,7 +261,7 @@ class JointRun:
         """Tell why the ranks end, where this process cannot leave by itself."""
         ending = Ending(FAILED, f"Stopped: {sentence}. Continue with: {resume_command()}")
         print(ending.message, file=loud(sys.stderr), flush=True)
-        write_ending(Path(self._given.result_dir), ending)
+        write_ending(folder_of(self._given), ending)
 
 
 def _check_for_several(cfg: Config, trainer: Trainer) -> None:

@@ -32,6 +32,10 @@ TRAIN_FIGURES = (
     "peak_host_bytes",
 )
 VAL_FIGURES = ("psnr", "ssim", "lpips")
+# What runs have that train exposures, or correct poses (`training.pose_files`).
+CORRECTED_FIGURES = ("cc_psnr", "cc_ssim", "cc_lpips")
+POSE_FIGURES = ("pose_turn_median", "pose_turn_largest", "pose_shift_median", "pose_shift_largest")
+OF_VIEWS = VAL_FIGURES + CORRECTED_FIGURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Measured:
     stages_ms: dict[str, float] = field(default_factory=dict)
     staging_allocations: int | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
-    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by test view: psnr, ssim, lpips
+    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by test view: those of `OF_VIEWS`
     pictures: dict[str, Path] = field(default_factory=dict)  # by test view: photo and rendering side by side
 
 
@@ -65,6 +69,8 @@ def read_measured(folder: Path, last: int) -> Measured:
         figures={
             **{key: train.get(key) for key in TRAIN_FIGURES},
             **{key: val.get(key) for key in VAL_FIGURES},
+            **{key: val[key] for key in CORRECTED_FIGURES if key in val},
+            **{key: train[key] for key in POSE_FIGURES if key in train},
             "num_GS": train.get("num_GS", val.get("num_GS")),
             "ms_per_step": sum(stages.values()) if stages else None,
         },
@@ -72,7 +78,7 @@ def read_measured(folder: Path, last: int) -> Measured:
         staging_allocations=train.get("staging_allocations"),
         curves={key: curves[tag] for key, tag in CURVES.items() if tag in curves},
         views={
-            image["name"]: {key: image[key] for key in VAL_FIGURES if image.get(key) is not None}
+            image["name"]: {key: image[key] for key in OF_VIEWS if image.get(key) is not None}
             for image in val.get("images", [])
         },
         pictures={

@@ -37,6 +37,7 @@ class RunModules:
 
     Attributes:
         parts: The modules by the names that their state has in checkpoints.
+        corrects_colors: Whether photos' colours are their own, so that held-out ones are compared with corrected ones.
     """
 
     def __init__(self, cfg: Config, scene: Scene | None, device: torch.device, ranks: Ranks | None = None) -> None:
@@ -52,6 +53,7 @@ class RunModules:
         """
         views_per_step = cfg.batch_size * (1 if ranks is None else ranks.size)
         training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(views_per_step), device)
+        self.corrects_colors = cfg.exposure != "none"
         self._ranks = ranks
         self._are_averaged = False  # the gradients of the present step, over the ranks
         self._background = cfg.background
@@ -96,11 +98,12 @@ class RunModules:
         return sum(value.nbytes for value in buffers if value.device == self._device)
 
     def load_evaluated(self, checkpoint: Checkpoint) -> None:
-        """Take what pictures show beside the Gaussians from the checkpoint that is evaluated.
+        """Take from the checkpoint that is evaluated what pictures show beside the Gaussians, and how they compare.
 
         Raises:
             InputError: It was trained before another background.
         """
+        self.corrects_colors |= checkpoint.options.get("exposure", "none") != "none"
         has_sky = "sky/rows" in checkpoint.state
         if has_sky != (self._sky is not None):
             raise InputError(

@@ -21,6 +21,8 @@ from training.commands import evaluate_command, resume_command, script_command, 
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.files import write_file
 from training.measured import Measured, read_measured
+from training.pose_files import FOLDER as POSES
+from training.pose_files import steps_of
 from training.timelapse import VIDEO
 from training.video import NAMES
 
@@ -66,9 +68,9 @@ def write_report(run: TrainingRun, ending: Ending | None) -> None:
 
 
 def _page(run: TrainingRun, ending: Ending | None) -> str:
-    folder, cfg = run.results.path, run.cfg
+    folder = run.results.path
     run.results.flush_log()
-    measured = read_measured(folder, cfg.max_steps)
+    measured = read_measured(folder, run.last_step)
     stages = charts.stage_colors([measured.stages_ms])
     return render_page(
         Path(__file__).parent / "report.html",
@@ -86,7 +88,7 @@ def _page(run: TrainingRun, ending: Ending | None) -> str:
         used=run.said_of_input,
         options=options_given(run.given),
         commands=commands(run),
-        files=[(what, path.relative_to(folder)) for what, path, _ in findings(folder) if path.name != NAME],
+        files=[(what, path.relative_to(folder), how) for what, path, how in findings(folder) if path.name != NAME],
         machine=sentence(describe_machine()),
     )
 
@@ -147,11 +149,13 @@ def commands(run: TrainingRun) -> list[tuple[str, str]]:
 def findings(folder: Path) -> list[tuple[str, Path, str]]:
     """Return what there is to look at in a result folder: what it is, where, and how to look at it."""
     videos = [file for name in NAMES for file in (folder / "videos").glob(f"{name}_*.mp4")]
+    posed = steps_of(folder)
     newest = {
         "Model": (_newest((folder / "ply").glob("point_cloud_*.ply")), "for viewers of Gaussian splats, or view.py"),
         "Pictures": (folder / "renders", "held-out photos, each beside what the model draws"),
         "Video": (_newest(videos), ""),
         "Timelapse": (folder / VIDEO, "of the training"),
+        "Poses": (None if posed is None else folder / POSES, f"cameras of step {posed}, corrected where trained on"),
         "Report": (folder / NAME, "for a browser"),
     }
     return [

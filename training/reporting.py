@@ -16,6 +16,7 @@ from errors import format_bytes
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
+from training.pose_files import pose_figures
 from training.report import write_report
 from training.video import record_video, video_file
 from training.views import View
@@ -165,6 +166,7 @@ class TrainStatistics:
                 "num_GS": run.num_gaussians,
                 "elapsed_seconds": seconds,
                 "steps_per_second": steps / seconds,
+                **_of_poses(run),
             }
             with run.results.missed_if_unwritable(f"The statistics of step {steps}"):
                 run.results.save_statistics("train", steps, known)
@@ -186,8 +188,13 @@ class TrainStatistics:
             "longest_save_seconds": run.saving.longest_stall,
             "stages_ms": run.times.mean_milliseconds("statistics"),
             **self._counted.since_last(run),
+            **_of_poses(run),
             **of_ranks,
         }
+
+
+def _of_poses(run: TrainingRun) -> dict[str, float]:
+    return pose_figures(run.scene, run.modules.corrected_poses(run.scene))
 
 
 class Export:
@@ -259,7 +266,7 @@ class Evaluation:
                 self._lpips,
                 lambda index, canvas: results.save_rendering(steps, index, canvas),
                 run.device,
-                color_correct=run.cfg.exposure != "none",
+                color_correct=run.modules.corrects_colors,
                 ranks=run.ranks,
             )
         if not run.speaks:

@@ -21,7 +21,7 @@ from configs import Config
 from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
-from training.ending import forget_ending
+from training.ending import ENDED, forget_ending
 from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
 from training.ply import save_ply
@@ -32,6 +32,8 @@ from training.video import NAMES
 
 MOST_LOGGED = 4  # pictures that TensorBoard gets at an evaluation: it keeps each, uncompressed in memory when shown
 FOLDERS = ("ckpts", "stats", "renders", "ply", "tb")
+OPTIONS = "cfg.yml"
+EVALUATED = "evaluated"  # in the folder of a training: what --ckpt measures, in the layout of a result folder
 # What only a run writes. A folder that holds some of the first is a run's; the others come with them.
 RESULTS = ("ckpts/ckpt_*.pt", "stats/train_step*.json", "ply/point_cloud_*.ply")
 BESIDE_RESULTS = (
@@ -43,6 +45,16 @@ BESIDE_RESULTS = (
 )
 
 
+def folder_of(cfg: Config) -> Path:
+    """Return the folder that a run writes to: an evaluation leaves what a training has written there.
+
+    Args:
+        cfg: Its result folder; with --ckpt that may be a training's, which has cfg.yml, and then holds another one.
+    """
+    folder = Path(cfg.result_dir)
+    return folder / EVALUATED if cfg.ckpt and (folder / OPTIONS).is_file() else folder
+
+
 def holds_run(folder: Path) -> bool:
     """Return whether there is anything of a run in a folder that would be lost if another began there."""
     return next(_found(folder, RESULTS), None) is not None
@@ -50,7 +62,9 @@ def holds_run(folder: Path) -> bool:
 
 def remove_run(folder: Path) -> None:
     """Remove all results of a run; what others have put into its folder stays."""
-    for file in list(_found(folder, RESULTS + BESIDE_RESULTS)):
+    of_run = RESULTS + BESIDE_RESULTS
+    of_evaluations = tuple(f"{EVALUATED}/{pattern}" for pattern in (*of_run, ENDED))
+    for file in list(_found(folder, of_run + of_evaluations)):
         file.unlink(missing_ok=True)
 
 
@@ -85,7 +99,7 @@ class ResultFolder:
             FolderTaken: Another run is in it, or has been and the options do not say what to do with that.
             InputError: The folder cannot be made or written, or is not one for all ranks.
         """
-        self.path = Path(cfg.result_dir)
+        self.path = folder_of(cfg)
         self._cfg = cfg
         self._ranks = ranks
         self._made: list[Path] = []
@@ -315,4 +329,4 @@ class ResultFolder:
                     folder.rmdir()
 
     def _write_options(self) -> None:
-        write_file(self.path / "cfg.yml", yaml.safe_dump(asdict(self._cfg), sort_keys=False))
+        write_file(self.path / OPTIONS, yaml.safe_dump(asdict(self._cfg), sort_keys=False))

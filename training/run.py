@@ -49,7 +49,7 @@ from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
 from training.modules import RunModules
 from training.options import check_options
-from training.pose_files import PoseFiles
+from training.pose_files import PoseFiles, tell_of_old_poses
 from training.profiling import profiled_steps
 from training.reporting import (
     Evaluation,
@@ -326,6 +326,11 @@ class TrainingRun(Generic[AnyConfig]):
         return self.model.num_gaussians if self.ranks is None else self._num_gaussians
 
     @property
+    def last_step(self) -> int:
+        """Return the step that all its figures lead up to; of an evaluation, how many the checkpoint has had."""
+        return self.cfg.max_steps if self._evaluated is None else self._evaluated.steps
+
+    @property
     def steps_of_this_run(self) -> int:
         """Count the steps done since it was started or resumed."""
         return self.model.steps_done - self._first_step
@@ -481,13 +486,14 @@ class TrainingRun(Generic[AnyConfig]):
         self._joint.wait_for_all()
 
     def _begin(self, first_step: int | None) -> None:
-        """Let the run write to its folder; as `ResultFolder.begin`."""
+        """Let the run write to its folder, as `ResultFolder.begin`, and tell what it leaves there as it is."""
         try:
             self.results.begin(first_step)
         except OSError as error:
             raise InputError(
                 f"result_dir {self.results.path} cannot be written ({error.strerror}): choose another --result_dir."
             ) from error
+        tell_of_old_poses(self)
 
     def backgrounds(self, view: View) -> Tensor | Backdrop | None:
         """Return what is behind a training view, as `training.views.render` takes it."""

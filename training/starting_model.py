@@ -17,6 +17,7 @@ from errors import InputError
 from offload.store.morton import morton_order
 from training.checkpoints import load_checkpoint
 from training.gaussians import PARAMETER_NAMES
+from training.model_files import check_model_file
 from training.modules import state_of
 from training.ply import Up, frame_of_ply, load_ply
 from training.similarity import moved, with_degree
@@ -47,9 +48,7 @@ class StartingModel:
         Raises:
             InputError: It cannot be read, or holds no Gaussians that can be drawn.
         """
-        if not path.is_file():
-            problem = "is a folder" if path.is_dir() else "does not exist"
-            raise InputError(f"{what} {path} {problem}: name a checkpoint (.pt) or a 3DGS PLY file.")
+        check_model_file(path, what)
         with open(path, "rb") as file:
             is_ply = file.read(3) == b"ply"
         if is_ply:
