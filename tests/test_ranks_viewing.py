@@ -18,6 +18,7 @@ from distributed.mesh import Ranks
 from offload.culling.cameras import Cameras
 from tests.rank_groups import run_in_group
 from tests.ranked_scripts import options_for
+from tests.test_ranks_saving import StayingRanks
 from tests.visitors import Visitor, free_port
 from trainers import TRAINERS
 from training import joint_viewing
@@ -37,18 +38,11 @@ OPTIONS = ("--max_steps", STEPS, "--background", "sky", "--eval_steps", 1000, "-
 OPTIONS += ("--sh_degree_interval", 2, "--refine_start_iter", 2, "--refine_every", 3, "--grow_grad2d", 4e-4)
 
 
-class StayingRanks(Ranks):
-    """Ranks that go on to the next run."""
-
-    def leave(self) -> None:
-        pass
-
-
 def train(ranks: Ranks, data_dir: Path, folder: Path, patch: pytest.MonkeyPatch, *options: object) -> None:
     """Train with a script in this process, as one of the ranks."""
     script = TRAINERS["streamed"].load()
     arguments = (*options_for(data_dir, folder), *OPTIONS, *options)
-    patch.setattr("training.joint_run.join", lambda *given: StayingRanks(**vars(ranks)))
+    patch.setattr("training.joint_run.arrive", lambda *given: StayingRanks(**vars(ranks)))
     patch.setattr("training.command_line.leave", lambda: None)
     patch.setattr("training.reporting.load_lpips", lambda net, device: None)
     patch.setattr("sys.argv", ["simple_trainer_hybrid_streamed.py", "default", *map(str, arguments)])
