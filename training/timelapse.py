@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from training.files import replacing, write_file
+from training.joint_viewing import draw_for_first
 from training.video import even, pixels, whole_video
 from training.views import posed_cameras
 
@@ -32,8 +33,8 @@ class Timelapse:
         """Draw a frame where it is due."""
         every = run.cfg.timelapse
         if every and (steps_done % every == 0 or steps_done in (1, run.cfg.max_steps)):
-            frame = self._frame(run)  # by all ranks, of which one writes it
-            if not run.speaks:
+            frame = self._frame(run)
+            if frame is None:
                 return
             with run.results.missed_if_unwritable(f"The frame of step {steps_done}", was_asked_for=False):
                 content = imageio.imwrite("<bytes>", frame, extension=".jpg", quality=92)
@@ -49,16 +50,22 @@ class Timelapse:
                 write_video(frames, run.results.path / VIDEO)
 
     @torch.no_grad()
-    def _frame(self, run: TrainingRun) -> np.ndarray:
-        """Return the picture [H, W, 3] uint8 of the view, with even sides."""
+    def _frame(self, run: TrainingRun) -> np.ndarray | None:
+        """Return the picture [H, W, 3] uint8 of the view, with even sides; of several ranks the first has it."""
         scene = run.scene
         near_ids = np.setdiff1d(scene.test_ids, scene.far_ids)
         image_id = int((near_ids if len(near_ids) else scene.train_ids)[0])
         camera = scene.cameras[scene.camera_indices[image_id]]
         viewmat = torch.from_numpy(np.linalg.inv(scene.camtoworlds[image_id])).float()[None]
         K = torch.from_numpy(camera.K).float()[None]
-        picture = run.draw(posed_cameras(viewmat, K, camera.width, camera.height, run.cfg))[0]
-        return even(pixels(picture.cpu().numpy()))
+        cameras = posed_cameras(viewmat, K, camera.width, camera.height, run.cfg)
+        picture: Tensor | None
+        if run.ranks is None:
+            picture = run.draw(cameras)
+        else:
+            shown = run.shown_backgrounds(cameras)
+            picture = draw_for_first(run.model, cameras, run.cfg, run.ranks, backgrounds=shown)
+        return None if picture is None else even(pixels(picture[0].cpu().numpy()))
 
 
 def frames_until(result_dir: Path, steps: int) -> list[Path]:
