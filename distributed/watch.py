@@ -128,7 +128,9 @@ class Watch:
         This process is leaving from now on.
         """
         self._is_leaving, self._suspicious_since = True, time.monotonic()
-        deadline = self._suspicious_since + SUSPECTED_FOR + GRACE
+        are_here = [process.machine == self._own.machine for process in self._processes.values()]
+        is_certain = len(are_here) == self._size and all(are_here)  # of any that has ended, within LOOKS_EVERY
+        deadline = self._suspicious_since + GRACE + (0 if is_certain else SUSPECTED_FOR)
         while self._end is None and time.monotonic() < deadline and self._thread.is_alive():
             time.sleep(LOOKS_EVERY / 5)
         return self._end or self.end_by(f"the ranks have parted ({error})")

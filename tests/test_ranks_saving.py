@@ -37,7 +37,7 @@ from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, Part, load_checkpoint, peek_checkpoint
 from training.command_line import main
 from training.joined_rows import JoinedRows, Runs, whole
-from training.joint_run import JointRun
+from training.joint_run import JointRun, told_once
 
 pytestmark = pytest.mark.slow  # several processes each
 
@@ -383,6 +383,13 @@ def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(
     assert re.fullmatch(r"Stopped: rank 1 \(process .*\) has ended without a word, as if it was killed\.", sentence)
     assert "Traceback" not in ended[0][1]
     assert not (tmp_path / "results").exists()  # nothing has begun there
+
+
+def test_an_error_that_the_first_does_not_tell_is_told_by_who_has_it(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("distributed.mesh.TELLS_WITHIN", 0)
+    with pytest.raises(InputError, match="only here"), told_once(InputError):
+        raise InputError("only here")
 
 
 def test_what_two_ranks_hold_is_not_saved(monkeypatch):

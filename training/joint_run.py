@@ -123,7 +123,7 @@ class JointRun:
     def _on_early_end(self, signal_number: int, frame: FrameType | None) -> None:
         """Leave what comes before the first step: torchrun sends SIGTERM, mostly where another rank has ended."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: this one is leaving
-        raise RanksParted("SIGTERM has come, and no rank tells why")
+        raise RanksParted("SIGTERM has come from outside")
 
     def release_sigterm(self) -> None:
         """Let SIGTERM end this process as it ends any: what comes before the first step is over, or the run is."""
