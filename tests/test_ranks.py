@@ -561,6 +561,9 @@ def group_on_gpu(city_block, tmp_path_factory) -> dict[str, list[Any]]:
         cases[trainer] = functools.partial(
             part_trained, trainer=trainer, data_dir=city_block, folder=folder / trainer, options=()
         )
+    cases["modules"] = functools.partial(
+        part_trained, trainer="streamed", data_dir=city_block, folder=folder / "modules", options=MODULES
+    )
     return run_in_group(2, cases, folder, "cuda:0")
 
 
@@ -576,6 +579,16 @@ def test_ranks_on_a_gpu_train_the_model_of_one_process(group_on_gpu, city_block,
     expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2, device="cuda")
     assert len(expected["means"]) > 800
     assert_same_model(group_on_gpu[trainer], {name: value.cpu() for name, value in expected.items()}, BOUNDS)
+
+
+@pytest.mark.cuda
+def test_ranks_on_a_gpu_correct_the_poses_of_one_process(group_on_gpu, city_block, tmp_path):
+    """A GPU adds in any order, of which sixty steps make more; a gradient that is not summed is off by half."""
+    expected = trained("gpu_only", None, city_block, tmp_path, *MODULES, "--batch_size", 2, device="cuda")
+    first, second = group_on_gpu["modules"]
+    for name in ("poses/rows", "poses/exp_avg"):
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - expected[name].cpu()).norm() < 0.1 * expected[name].norm().cpu()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
