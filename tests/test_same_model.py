@@ -124,7 +124,7 @@ def watch_fine_tiles(monkeypatch) -> list[Tile | None]:
 def test_same_model_as_gpu_only(monkeypatch, city_block, tmp_path, reference, trainer):
     options, tiles = reference.options, []
     if trainer == "split":
-        options, tiles = (*options, "--split_threshold", 0.25), watch_fine_tiles(monkeypatch)
+        options, tiles = (*options, "--split_threshold", 0.15), watch_fine_tiles(monkeypatch)
     actual = train_by_name(monkeypatch, trainer, city_block, tmp_path, *options)
     assert trainer != "split" or sum(tile is not None for tile in tiles) > 0.5 * len(tiles)
     differences = relative_differences(actual, reference.gaussians)
