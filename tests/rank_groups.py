@@ -1,4 +1,4 @@
-"""Groups of processes that train together, over gloo, for tests: started once, for several cases."""
+"""Groups of processes that train together, for tests: started once, for several cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_in_group(size: int, cases: Mapping[str, Case], folder: Path, device: str
     """What each case returns at each rank.
 
     The cases are functions of a module; a process that fails ends the group, with its traceback. All ranks have one
-    device.
+    device, and gloo; of "cuda" each has a GPU of its own, and NCCL.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which chooses a port that is free
     # A process that has no threads, and is forked for each rank; CUDA wants processes that are started anew.
@@ -54,7 +54,8 @@ def _work(rank: int, size: int, port: int, cases: Mapping[str, Case], folder: Pa
     )  # fmt: skip
     torch.set_num_threads(1)
     try:
-        ranks = arrive_by(torch.device(device), "gloo").meet()
+        place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
+        ranks = arrive_by(place, "nccl" if device == "cuda" else "gloo").meet()
         results = {name: case(ranks) for name, case in cases.items()}
         ranks.barrier()
         ranks.leave()

@@ -548,23 +548,25 @@ def test_a_rank_without_gaussians_changes_nothing(group, tiny_block, tmp_path, t
     assert all(torch.equal(some[name], value) for name, value in expected.items())
 
 
-# ------------------------------------------------------------------------------------------------------------- one GPU
+# ---------------------------------------------------------------------------------------------------------------- GPUs
 
-ON_ONE_GPU = ("gpu_only", "streamed")
+ON_GPUS = ("gpu_only", "streamed")
 
 
-@pytest.fixture(scope="module")
-def group_on_gpu(city_block, tmp_path_factory) -> dict[str, list[Any]]:
-    """What two processes find that share one GPU, which NCCL would refuse; gloo does not."""
+@pytest.fixture(scope="module", params=["cuda:0", "cuda"], ids=["one GPU", "two GPUs"])
+def group_on_gpu(request, city_block, tmp_path_factory) -> dict[str, list[Any]]:
+    """What two processes find: with a GPU each, by NCCL; or by gloo, which lets them share one."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs")
     folder, cases = tmp_path_factory.mktemp("gpu"), {name: CASES[name] for name in EXCHANGES}
-    for trainer in ON_ONE_GPU:
+    for trainer in ON_GPUS:
         cases[trainer] = functools.partial(
             part_trained, trainer=trainer, data_dir=city_block, folder=folder / trainer, options=()
         )
     cases["modules"] = functools.partial(
         part_trained, trainer="streamed", data_dir=city_block, folder=folder / "modules", options=MODULES
     )
-    return run_in_group(2, cases, folder, "cuda:0")
+    return run_in_group(2, cases, folder, request.param)
 
 
 @pytest.mark.cuda
@@ -574,7 +576,7 @@ def test_exchange_on_a_gpu_equals_one_process(group_on_gpu, case):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("trainer", ON_ONE_GPU)
+@pytest.mark.parametrize("trainer", ON_GPUS)
 def test_ranks_on_a_gpu_train_the_model_of_one_process(group_on_gpu, city_block, tmp_path, trainer):
     expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2, device="cuda")
     assert len(expected["means"]) > 800
