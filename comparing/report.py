@@ -19,6 +19,7 @@ from reporting.figures import Figure, shown_figures
 from reporting.machine import sentence
 from reporting.page import render_page
 from training.files import write_file
+from training.pose_files import FOLDER as POSES
 
 NAME = "comparison"
 NO_BREAK = "\u00a0"  # a space where no line ends
@@ -157,6 +158,8 @@ def as_markdown(comparison: Comparison) -> str:
     for run in comparison.runs:
         if run.message:
             lines += ["", f"{_markdown(run.name)}: {run.status}. {_markdown(run.message)}"]
+    for line in corrected_poses(comparison):
+        lines += ["", _markdown(line)]
     stages = {run.name: run.stages_ms for run in comparison.runs if run.stages_ms}
     if stages:
         names = list(charts.stage_colors(stages.values()))
@@ -188,6 +191,15 @@ EXPLANATION = (
     "statistics, evaluations included. Time per step is the mean of the steps since the statistics before, without "
     "evaluation and saving. Memory is the peak of the process."
 )
+
+
+def corrected_poses(comparison: Comparison) -> list[str]:
+    """Return where the cameras are that runs have corrected, one sentence per run."""
+    return [
+        f"{run.name}: the corrected cameras are in {run.folder / POSES}."
+        for run in comparison.runs
+        if run.figures.get("pose_turn_median") is not None
+    ]
 
 
 def machines(comparison: Comparison) -> list[str]:
@@ -224,6 +236,7 @@ def as_html(comparison: Comparison) -> str:
         finished=FINISHED,
         figures=comparison.figures,
         explanation=EXPLANATION,
+        poses=corrected_poses(comparison),
         charts=line_charts(comparison.runs),
         stages=stages,
         stage_chart=charts.stage_bars({run.name: run.stages_ms for run in comparison.runs}, stages),

@@ -438,6 +438,9 @@ def test_corrected_colours_and_poses_are_compared_where_a_run_has_them(monkeypat
         assert ("PSNR, corrected colours" in heads) == are_shown
         assert ("poses turned, median" in heads) == are_shown
         assert "SSIM, corrected colours" not in heads
+        for name in ("comparison.md", "comparison.html"):
+            said = (report / name).read_text().replace("\\", "")
+            assert (f"second: the corrected cameras are in {second.folder}/poses." in said) == are_shown
         if are_shown:
             found = {head: row for head, *row in zip(heads, *rows, strict=True)}
             assert found["PSNR, corrected colours"] == ["-", "60.50 dB"]
