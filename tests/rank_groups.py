@@ -20,6 +20,16 @@ LIMIT = 240  # seconds; a group that takes longer hangs
 Case = Callable[[Ranks], Any]  # what it returns can be pickled
 
 
+class StayingRanks(Ranks):
+    """Ranks that go on to the next run: they have met already."""
+
+    def meet(self) -> Ranks:
+        return self
+
+    def leave(self) -> None:
+        pass
+
+
 def run_in_group(size: int, cases: Mapping[str, Case], folder: Path, device: str = "cpu") -> dict[str, list[Any]]:
     """What each case returns at each rank.
 

@@ -33,7 +33,7 @@ from strategies.mcmc import MCMCStrategy
 from strategies.noise import Noise
 from strategies.ops import sample_by_weight
 from tests.gaussian_scenes import PARAMETERS, GaussianScene, random_scene, weights_like
-from tests.rank_groups import run_in_group
+from tests.rank_groups import StayingRanks, run_in_group
 from tests.test_same_model import LARGEST_SIZE_DIFFERENCE
 from tests.training_scripts import ROUNDED, anisotropic_start, differences
 from trainers import TRAINERS, trainer_of
@@ -383,16 +383,6 @@ RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
 }
 AS_MANY_ROWS = ("--refine_start_iter", 1000)
 WITH_NONE = ("gpu_only", "streamed_compact")  # trained from so few Gaussians that one of two ranks has none
-
-
-class StayingRanks(Ranks):
-    """Ranks that go on to the next run: they have met already."""
-
-    def meet(self) -> Ranks:
-        return self
-
-    def leave(self) -> None:
-        pass
 
 
 def staying(ranks: Ranks | None, shares: list[int]) -> Ranks | None:

@@ -28,7 +28,7 @@ from errors import DamagedError, InputError
 from exports.source import open_source
 from offload.adam.state import names_of_rows
 from tests.interrupted_runs import assert_same_state
-from tests.rank_groups import run_in_group
+from tests.rank_groups import StayingRanks, run_in_group
 from tests.ranked_scripts import ScriptGroup, options_for
 from tests.training_scripts import anisotropic_start, differences
 from trainers import TRAINERS
@@ -52,16 +52,6 @@ STRATEGIES: dict[str, tuple[object, ...]] = {
     "densification": (),
     "mcmc": ("--strategy", "mcmc", "--max_gaussians", 700, "--init_opacity", 0.05, "--prune_opa", 0.045),
 }
-
-
-class StayingRanks(Ranks):
-    """Ranks that go on to the next run: they have met already."""
-
-    def meet(self) -> Ranks:
-        return self
-
-    def leave(self) -> None:
-        pass
 
 
 def smooth_noise(means: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

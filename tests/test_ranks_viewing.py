@@ -16,7 +16,7 @@ from torch import Tensor
 from configs import Config
 from distributed.mesh import Ranks
 from offload.culling.cameras import Cameras
-from tests.rank_groups import run_in_group
+from tests.rank_groups import StayingRanks, run_in_group
 from tests.ranked_scripts import options_for
 from tests.test_ranks_saving import StayingRanks
 from tests.visitors import Visitor, free_port
