@@ -6,7 +6,6 @@ import torch
 import simple_trainer
 from rendering.losses import photometric_loss
 from tests.interrupted_runs import run_script
-from tests.training_scripts import slow_but
 from training import blank
 from training.blank import blank_loss
 from training.gaussians import initial_gaussians
@@ -29,16 +28,9 @@ def test_the_loss_of_an_empty_picture_is_summed_strip_by_strip(monkeypatch, has_
     torch.testing.assert_close(blank_loss(images, 0.2, backgrounds, masks), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    slow_but(
-        ["black"],
-        [
-            pytest.param((), id="black"),
-            pytest.param(("--random_background",), id="random"),
-            pytest.param(("--batch_size", 2), id="two views"),
-        ],
-    ),
+    "options", [(), ("--random_background",), ("--batch_size", 2)], ids=["black", "random", "views"]
 )
 def test_a_run_that_draws_nothing_says_so(monkeypatch, city_block, tmp_path, capsys, options):
     def far_away(*arguments, **more):

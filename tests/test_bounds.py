@@ -142,6 +142,7 @@ def test_a_row_that_is_not_finite_hides_no_other(number):
                 assert torch.equal(found, before.whole(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
 def test_kernels_find_what_torch_finds(place):
     from offload.culling import bounds_triton, kernels_triton

@@ -111,8 +111,9 @@ def starting_from(make_start) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("reference", [make_start], ids=[make_start.__name__], indirect=True)
 
 
+@pytest.mark.slow
 @starting_from(one_gaussian)
-@pytest.mark.parametrize("trainer", slow_but(("streamed_compact",), OFFLOADING))
+@pytest.mark.parametrize("trainer", OFFLOADING)
 def test_one_gaussian(monkeypatch, city_block, tmp_path, reference, trainer):
     actual = train_from(monkeypatch, reference.start, trainer, city_block, tmp_path, *NO_DENSIFICATION)
     assert_same(trainer, actual, reference)

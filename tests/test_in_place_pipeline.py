@@ -144,7 +144,7 @@ def simulated(monkeypatch) -> Callable[[tuple[int, ...], int], None]:
 
 
 @pytest.mark.parametrize("favourites", [(), (0,), (1,)], ids=["any", "rendering first", "fetching first"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_order_of_the_lanes_is_dense_adam(simulated, favourites, seed):
     simulated(favourites, seed)
     torch.manual_seed(seed)

@@ -24,7 +24,10 @@ BETAS = (0.9, 0.999)
 RATES = {"means": 2e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 1e-3, "shN": 1e-3}
 ROUNDED = [(StreamedGaussians, "device, compact"), (StreamedGaussians, "host, compact")]
 ROUNDED += [(ForwardedGaussians, "host, compact")]
-TRAINERS = [(kind, place) for kind in (ForwardedGaussians, StreamedGaussians) for place in ("device", "host")]
+ON_THE_HOST, ON_THE_DEVICE = (
+    [(kind, place) for kind in (ForwardedGaussians, StreamedGaussians)] for place in ("host", "device")
+)
+TRAINERS = [*ON_THE_HOST, *ON_THE_DEVICE]
 
 
 def start(kind: type[OffloadedGaussians], place: str) -> OffloadedGaussians:
@@ -65,7 +68,8 @@ def missed_rows(gaussians: OffloadedGaussians) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"), [*TRAINERS, *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED)]
+    ("kind", "place"),
+    [*ON_THE_HOST, *(pytest.param(*case, marks=pytest.mark.slow) for case in (*ON_THE_DEVICE, *ROUNDED))],
 )
 def test_views_culled_ahead_miss_nothing(kind, place):
     gaussians = start(kind, place)
@@ -83,7 +87,7 @@ def test_without_a_margin_rows_are_missed(kind, place):
     assert missed_rows(gaussians) > 0
 
 
-@pytest.mark.parametrize("kind", [ForwardedGaussians, StreamedGaussians])
+@pytest.mark.parametrize("kind", [pytest.param(ForwardedGaussians, marks=pytest.mark.slow), StreamedGaussians])
 def test_without_a_margin_for_skipped_steps_rows_are_missed(kind):
     """Of geometry on the device tests/test_device_geometry.py shows it."""
     gaussians = start(kind, "host")

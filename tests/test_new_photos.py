@@ -37,6 +37,7 @@ def checkpoint_of(scene: Scene, *, photos: bool = True) -> Checkpoint:
     return Checkpoint(4, scene.transform, state, options, photos=photos_of(scene) if photos else {})
 
 
+@pytest.mark.slow
 def test_photos_added_and_removed_end_no_scene(monkeypatch, tmp_path, capsys):
     before, after = dataset(tmp_path / "before", list(range(9))), dataset(tmp_path / "after", [0, *range(2, 12)])
     assert run_script(monkeypatch, script, before, tmp_path / "run", *STEPS, "--max_steps", 4) == 0

@@ -44,7 +44,7 @@ def clock(monkeypatch) -> StoppedClock:
     return StoppedClock(monkeypatch)
 
 
-@pytest.mark.parametrize("num_parts", [1, 4])
+@pytest.mark.parametrize("num_parts", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     ("owner", "method", "name"),
     [

@@ -21,7 +21,7 @@ from offload.culling.native import BlockBounds
 from offload.pipelines.forwarded import ForwardedPipeline, shared_positions
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from strategies.default import DefaultStrategy
-from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, train
+from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, slow_but, train
 from training import command_line
 from training.checkpoints import load_checkpoint
 
@@ -120,7 +120,7 @@ def test_a_failure_to_save_after_an_error_is_a_sentence_too(monkeypatch, city_bl
     assert "could not be saved (a defect)" in message
 
 
-@pytest.mark.parametrize(("script", "place"), [BASELINE, *OPTIMIZED])
+@pytest.mark.parametrize(("script", "place"), slow_but(["geometry on host"], [BASELINE, *OPTIMIZED]))
 def test_statistics_name_the_stages(monkeypatch, city_block, tmp_path, script, place):
     train(monkeypatch, script, city_block, tmp_path, "--max_steps", 12, "--log_every", 5, *place)
     statistics = json.loads((tmp_path / "stats/train_step12.json").read_text())

@@ -25,7 +25,6 @@ from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.ordered_lanes import OrderedKernels, OrderedLanes, Race
 from tests.test_streamed_pipeline import CPU, random_views
-from tests.training_scripts import slow_but
 from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
 
 BETAS, EPS, N = (0.9, 0.999), 1e-15, 40
@@ -200,7 +199,8 @@ def train_in_order(lanes: OrderedLanes, seed: int) -> Training:
     return training
 
 
-@pytest.mark.parametrize("seed", slow_but(["0"], [0, 1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed):
     lanes = ordered()
     training = train_in_order(lanes, seed)

@@ -19,7 +19,7 @@ from training.report import MOST_VIEWS
 from training.reporting import TensorBoardLog
 from training.results import MOST_LOGGED, remove_run
 
-pytestmark = pytest.mark.charts
+pytestmark = [pytest.mark.charts, pytest.mark.slow]  # charts take longer to draw than a small run
 
 
 def train(monkeypatch, data_dir: Path, result_dir: Path, *options: object) -> None:
@@ -97,7 +97,6 @@ def test_tensorboard_shows_pictures(finished):
     assert [event.step for event in log.Images(tags[0])] == [4, 9]
 
 
-@pytest.mark.slow
 def test_the_last_lines_say_where_everything_is(monkeypatch, city_block, tmp_path, capsys):
     postfixes = []
     set_postfix = reporting.tqdm.set_postfix

@@ -17,6 +17,7 @@ from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.aerial_training import KINDS, gaussians_of, rows_of, train_on_random_gradients, views_of
 from tests.resident_memory import resident_bytes
+from tests.training_scripts import slow_but
 from training import checkpoints
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, load_checkpoint, peek_checkpoint, save_checkpoint
@@ -25,7 +26,7 @@ from training.ply import load_ply, save_ply
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["gpu_only", "geometry on host", "streamed"], KINDS))
 def test_a_ply_file_written_block_by_block_is_that_of_all_rows_at_once(monkeypatch, tmp_path, kind):
     parameters, cameras = aerial_scene(5000, seed=0)
     gaussians = gaussians_of(kind, parameters, CPU)

@@ -97,7 +97,7 @@ def sound(tmp_path_factory) -> Scene:
 
 
 @pytest.mark.parametrize("how", ["camera to world, where", "with OpenGL's axes", "camera to world, with OpenGL's axes"])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.slow), 1e4])
 def test_poses_of_another_convention_are_named(tmp_path, sound, how, offset):
     poses = camera_poses(24)
     poses[:, :, 3] -= poses[:, :, :3] @ np.full(3, offset)

@@ -29,7 +29,7 @@ OPTIMIZED, SPLIT = simple_trainer_hybrid_optimized, simple_trainer_hybrid_optimi
 def city_block(tmp_path_factory) -> Path:
     """Pictures that can be cut once along each axis."""
     data_dir = tmp_path_factory.mktemp("data") / "city_block"
-    write_city_block(data_dir, num_views=16, width=144, height=130, num_points=500)
+    write_city_block(data_dir, num_views=10, width=144, height=130, num_points=500)
     return data_dir
 
 

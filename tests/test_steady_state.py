@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.synthetic import write_city_block
-from tests.training_scripts import QUICK_TRAINERS, slow_but, train
+from tests.training_scripts import slow_but, train
 from trainers import TRAINERS
 from training import tiles
 
@@ -78,7 +78,7 @@ def test_host_memory_does_not_creep(monkeypatch, city_block, tmp_path, log, trai
     assert len(set(list(staged.values())[-20:])) == 1
 
 
-@pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, TRAINERS))
+@pytest.mark.parametrize("trainer", slow_but(("streamed_compact",), TRAINERS))
 def test_a_step_is_forgotten_when_the_next_view_is_rendered(monkeypatch, city_block, tmp_path, trainer):
     """Any tensor of its graph would keep the leaves: the rows of the view, their gradients, and where they lie."""
     way = TRAINERS[trainer]

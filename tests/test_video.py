@@ -118,6 +118,7 @@ def test_no_flight_goes_to_a_camera_that_stands_far_off(city_block, tmp_path):
     assert max(torch.linalg.inv(cameras.viewmats)[0, :3, 3].norm().item() for cameras in seen) < 100
 
 
+@pytest.mark.slow
 def test_depth_is_beside_the_colours_and_the_size_is_chosen(monkeypatch, city_block, tmp_path):
     """The ground is farther than roofs, and the tiles of the split trainer draw the same."""
     options = ("--data_dir", city_block, *VIDEO, "--max_steps", 2, "--video_size", 96, 50, "--video_depth")
