@@ -18,7 +18,6 @@ from distributed.mesh import Ranks
 from offload.culling.cameras import Cameras
 from tests.rank_groups import StayingRanks, run_in_group
 from tests.ranked_scripts import options_for
-from tests.test_ranks_saving import StayingRanks
 from tests.visitors import Visitor, free_port
 from trainers import TRAINERS
 from training import joint_viewing
