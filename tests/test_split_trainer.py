@@ -56,8 +56,8 @@ def joined_harmonics(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_200_steps_equal_the_optimized_trainer(monkeypatch, city_block, tmp_path, parts):
-    options = (*NO_DENSIFICATION, "--max_steps", 200)
+def test_100_steps_equal_the_optimized_trainer(monkeypatch, city_block, tmp_path, parts):
+    options = (*NO_DENSIFICATION, "--max_steps", 100)
     expected = joined_harmonics(train(monkeypatch, OPTIMIZED, city_block, tmp_path / "optimized", *options))
     for place in ("device", "host"):
         parts.clear()
