@@ -143,7 +143,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_an_evaluation_leaves_what_the_training_has_written(monkeypatch, city_block, tmp_path, capsys):
     """Also what it says of colours and poses, which the command of the evaluation does not name."""
     corrected = ("--exposure", "affine", "--pose_opt")
