@@ -61,7 +61,7 @@ def write_city(
             flight looks down.
         depths: Write depths/NAME.npy, in a unit and from a zero of its own for each photo, as networks give them.
         poses: The model has the cameras of all photos but every eighth, which a run holds out, turned by 0.3 degrees
-            and moved by 0.3 % of the block's size, each its own way.
+            and moved by 0.3 % of the block's size, each its own way (`poses_off`).
         first: So many photos, evenly out of the flight, come before the others.
         seed: Of the city, views, points, lights and what poses are off by.
 
@@ -97,10 +97,24 @@ def write_city(
                 np.save(partial / "depths" / f"{Path(name).stem}.npy", ((1 / depth + zero) * unit).astype(np.float32))
         seen = [points_in_view(city, camera, view, points) for view in views]
         rng = np.random.default_rng([seed, 5])
-        given = [off(view, rng) if poses and number % 8 else view for number, view in enumerate(views)]
+        given = poses_off(views, rng) if poses else views
         write_colmap(partial / "sparse" / "0", camera, given, names, points, noisy, colors, seen)
         partial.rename(data_dir)
     return views
+
+
+def poses_off(views: list[View], rng: np.random.Generator) -> list[View]:
+    """Return views of which all but every eighth are `off`, and as near to the truth together as they can be.
+
+    What they have in common, a similarity of the whole world, no photo tells: corrected, they could not find the truth.
+    """
+    trained = np.flatnonzero(np.arange(len(views)) % 8)
+    truth = camtoworlds_of(views)[trained]
+    found = camtoworlds_of([off(views[number], rng) for number in trained])
+    given = list(views)
+    for number, pose in zip(trained, transform_cameras(alignment(found, truth), found), strict=True):
+        given[number] = View(pose[:3, :3].T, pose[:3, 3])
+    return given
 
 
 def off(view: View, rng: np.random.Generator) -> View:
