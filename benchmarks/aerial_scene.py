@@ -155,7 +155,7 @@ def one_by_one(cameras: AerialCameras) -> list[Cameras]:
 
 
 class VisibleCounts:
-    """How many Gaussians of `aerial_scene` its views see."""
+    """Count the Gaussians of `aerial_scene` that its views see."""
 
     def __init__(self, num_gaussians: int, seed: int) -> None:
         self.seed = seed

@@ -72,7 +72,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run's model was worth after so many steps."""
+    """Hold what a run's model was worth after so many steps."""
 
     num_gaussians: int
     pictures: Mapping[str, Mapping[str, float]]  # by name: psnr (dB), ssim, lpips; what is missing is not there
@@ -85,7 +85,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a trainer was than another, over pairs of runs, and the standard errors of that."""
+    """Say how much better a trainer was than another, over pairs of runs, and the standard errors of that."""
 
     mean: float
     over_seeds: float | None  # None: there is one

@@ -109,7 +109,7 @@ class SplitRun(AerialRun):
 
 @dataclass(frozen=True)
 class Found:
-    """What a variant did."""
+    """Hold what a variant did."""
 
     measurement: Measurement
     steps_above_budget: int = 0

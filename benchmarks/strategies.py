@@ -47,7 +47,7 @@ class Options(BenchmarkOptions):
 
 @dataclass(frozen=True)
 class Found:
-    """What one strategy took."""
+    """Hold what one strategy took."""
 
     steps: Spread  # milliseconds of those without a refinement
     refinement: float | None  # milliseconds of the step with it

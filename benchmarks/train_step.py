@@ -88,7 +88,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one trainer did; `problem` says why it did not come to the end."""
+    """Hold what one trainer did; `problem` says why it did not come to the end."""
 
     milliseconds: Spread | None = None
     mean_milliseconds: float | None = None  # of a step, where views differ much
@@ -102,7 +102,7 @@ class Measurement:
 
 
 class AerialRun:
-    """What a trainer script asks of its `TrainingRun`, over a synthetic scene, timing every step."""
+    """Do what a trainer script asks of its `TrainingRun`, over a synthetic scene, timing every step."""
 
     def __init__(self, cfg: Config, job: Job) -> None:
         self.cfg = cfg

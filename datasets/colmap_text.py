@@ -48,7 +48,7 @@ class TextImage:
 
 @dataclass
 class TextModel:
-    """What the three files hold."""
+    """Hold what stands in the three files."""
 
     cameras: dict[int, TextCamera]
     images: list[TextImage]

@@ -144,7 +144,7 @@ def picture_format(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What there is in a picture or mask.
+    """Say what there is in a picture or mask.
 
     share: of the pixels, that are not hidden by it.
     highest: value of a picture of 16 bits a channel; 0 for others.

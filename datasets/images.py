@@ -61,7 +61,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What was learned of a file: it can be decoded, and this is in it."""
+    """Hold what was learned of a file: it can be decoded, and this is in it."""
 
     size: Size
     seen_share: float
@@ -522,7 +522,7 @@ class _Folder:
 
 @dataclass
 class _Plan:
-    """What is to be done to have all files of a folder at a scale; dictionaries are by picture name."""
+    """Say what is to be done to have all files of a folder at a scale; dictionaries are by picture name."""
 
     folder: Path
     names: dict[str, str]  # in `folder`

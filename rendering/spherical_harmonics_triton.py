@@ -52,7 +52,7 @@ class Harmonics:
 
 @dataclass
 class _Owed:
-    """What `_Colors` leaves for `_Coefficients` in the backward pass."""
+    """Hold what `_Colors` leaves for `_Coefficients` in the backward pass."""
 
     v_colors: Tensor | None = None  # [nnz, 3], zero where colours were cut
     views: tuple[Tensor, ...] = ()  # means, camera_positions, camera_ids, gaussian_ids

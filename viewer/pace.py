@@ -26,7 +26,7 @@ class Pace:
     _most_pixels: int = 0  # that were wanted
 
     def move(self, now: float) -> None:
-        """Take notice that the camera has moved."""
+        """Note that the camera has moved."""
         self._moved, self._is_sharp = now, False
 
     def pixels_due(self, now: float, version: int, most_pixels: int) -> int:
@@ -50,7 +50,7 @@ class Pace:
         return min(most_pixels, max(affordable, LEAST_PIXELS))
 
     def drew(self, began: float, ended: float, version: int, num_pixels: int) -> None:
-        """Take notice of a picture, and learn how long the next ones take."""
+        """Note a picture, and learn how long the next ones take."""
         self._drawn, self._version = began, version
         took = max(ended - began, 1e-4)
         self.seconds_per_pixel = took / num_pixels

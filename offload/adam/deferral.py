@@ -39,7 +39,7 @@ def largest_step(betas: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What one Adam step needs: w -= sizes * m / (sqrt(v) + eps), bias corrections included."""
+    """Hold what one Adam step needs: w -= sizes * m / (sqrt(v) + eps), bias corrections included."""
 
     sizes: Tensor  # [columns]
     eps: float

@@ -28,7 +28,7 @@ from offload.tiles.planner import TiledRows, TileRows
 
 
 class _Progress:
-    """How far a view has been rendered tile by tile; gradients of rows that several tiles have add up here."""
+    """Hold how far a view has been rendered tile by tile; gradients of rows that several tiles have add up here."""
 
     def __init__(self, view: TiledRows, columns: Mapping[str, int]) -> None:
         self.view = view
