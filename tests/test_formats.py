@@ -517,18 +517,28 @@ def test_longitude_and_latitude_are_no_place_to_train_in(tmp_path):
     assert "look like longitude and latitude" in refused(other)
 
 
+WRITERS = {
+    "nerfstudio": exported_formats.write_nerfstudio,
+    "metashape": exported_formats.write_metashape,
+    "reality_capture": exported_formats.write_reality_capture,
+    "open_drone_map": exported_formats.write_open_drone_map,
+}
+
+
 @pytest.mark.slow
-def test_another_format_trains_to_the_same_quality(tmp_path, monkeypatch):
-    colmap, other = tmp_path / "colmap", tmp_path / "other"
+def test_every_format_trains_to_the_same_quality(tmp_path, monkeypatch):
+    colmap = tmp_path / "colmap"
     write_city_block(colmap, num_views=8, width=48, height=36, num_points=600)
-    other.mkdir()
-    shutil.copytree(colmap / "images", other / "images")
-    exported_formats.write_nerfstudio(load_sparse_model(colmap)[0], other)
     quality = {}
-    for data_dir in (colmap, other):
-        results = tmp_path / f"results_{data_dir.name}"
+    for name, write in {"colmap": None, **WRITERS}.items():
+        data_dir = tmp_path / name
+        if write is not None:
+            data_dir.mkdir()
+            shutil.copytree(colmap / "images", data_dir / "images")
+            write(load_sparse_model(colmap)[0], data_dir)
+        results = tmp_path / f"results_{name}"
         options = ("--max_steps", 300, "--eval_steps", 300, "--refine_start_iter", 10**6)
         train(monkeypatch, simple_trainer, data_dir, results, *options)
-        quality[data_dir.name] = json.loads((results / "stats/val_step300.json").read_text())["psnr"]
+        quality[name] = json.loads((results / "stats/val_step300.json").read_text())["psnr"]
     assert quality["colmap"] > 15
-    assert quality["other"] == pytest.approx(quality["colmap"], abs=0.02)
+    assert quality == pytest.approx(dict.fromkeys(quality, quality["colmap"]), abs=0.02)
