@@ -42,7 +42,15 @@ _PARAMETERS = {
 
 
 _TEXTS = ("image_names", "camera_models", "remarks")  # of the fields below
-_NOT_CACHED = ("masks",)  # which COLMAP's models do not name
+_NOT_CACHED = ("masks", "distances")  # which COLMAP's models do not name
+
+
+@dataclass(frozen=True)
+class DistanceMap:
+    """Hold a file with the depth of each pixel of a photo, along the camera's axis; 0 where it is not known."""
+
+    path: Path
+    unit: float  # of its values, in the model's world
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class SparseModel:
     points_rgb: np.ndarray  # [P, 3] uint8
     remarks: list[str] = field(default_factory=list)  # sentences for the user, of what looks wrong and was read
     masks: dict[str, str] = field(default_factory=dict)  # by image name, paths in the folder of masks; empty: by name
+    distances: dict[str, DistanceMap] = field(default_factory=dict)  # by image name
 
 
 def has_model(folder: Path) -> bool:

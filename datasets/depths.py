@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from datasets.camera import Camera
+from datasets.colmap import DistanceMap
 from datasets.model_choice import Say
 from datasets.normalize import transform_points
 from errors import InputError, counted
@@ -29,12 +30,14 @@ class Depths:
     """Hold where depths of photos come from.
 
     A map holds a x + b, where x is one over the depth and a > 0 and b are its own: what networks write, and any
-    disparity. They are fitted to the photo's points, as Hierarchical 3DGS does (Kerbl et al. 2024).
+    disparity. They are fitted to the photo's points, as Hierarchical 3DGS does (Kerbl et al. 2024). A map of distances,
+    which another program's file names, holds the depth itself in a known unit.
     """
 
     points: Mapping[int, np.ndarray]  # by image, [k, 3] float64, what it saw, in the normalized world
     maps: Mapping[int, Path]  # by image, a map that is used
     fits: Mapping[int, tuple[float, float]]  # by image, what takes the map's values to one over the depth
+    of_distances: Collection[int] = ()  # images whose maps hold distances, one over which counts
 
     def inverse(self, image: int, camera: Camera, camtoworld: np.ndarray) -> np.ndarray:
         """Return one over the depth of an undistorted picture's pixels, [H, W] float32; 0 where it is not known.
@@ -49,7 +52,10 @@ class Depths:
         """
         if image not in self.maps:
             return of_points(self.points.get(image, np.zeros((0, 3))), camera, camtoworld)
-        values, known = _undistorted(read_map(self.maps[image]), camera)
+        values = read_map(self.maps[image])
+        if image in self.of_distances:
+            values = np.divide(1, values, out=np.zeros_like(values), where=values > 0)
+        values, known = _undistorted(values, camera)
         scale, shift = self.fits[image]
         inverse = scale * values + shift
         return np.where(known & (inverse > 0), inverse, 0).astype(np.float32)
@@ -64,6 +70,7 @@ def find_depths(
     tracks: Mapping[str, np.ndarray],
     transform: np.ndarray,
     say: Say,
+    distances: Mapping[str, DistanceMap] | None = None,
 ) -> Depths:
     """Find the depths of training photos, look at each map once, and fit it.
 
@@ -76,6 +83,7 @@ def find_depths(
         tracks: By name, the points [k, 3] that a photo saw, in the model's world.
         transform: [4, 4] from there to the normalized world.
         say: Is told what is used.
+        distances: By name, maps of distances; where a photo has one, it goes before a map in `depths/`.
 
     Raises:
         InputError: A map cannot be read or is not of its photo; or nothing is known of any depth.
@@ -85,7 +93,16 @@ def find_depths(
         for image in train_ids.tolist()
         if len(tracks.get(names[image], ()))
     }
-    files = {image: file for image in train_ids.tolist() if (file := _map_of(data_dir / FOLDER, names[image]))}
+    distances = {} if distances is None else distances
+    named = {image: distances[names[image]] for image in train_ids.tolist() if names[image] in distances}
+    files = {
+        image: file
+        for image in train_ids.tolist()
+        if image not in named and (file := _map_of(data_dir / FOLDER, names[image]))
+    }
+
+    def check(image: int) -> None:
+        _check_shape(named[image].path, read_map(named[image].path), cameras_of(image))
 
     def fitted(image: int) -> tuple[float, float] | None:
         camera, pose = cameras_of(image), camtoworlds[image]
@@ -95,16 +112,18 @@ def find_depths(
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         found = dict(zip(files, pool.map(fitted, files), strict=True))
+        list(pool.map(check, named))
     fits = {image: both for image, both in found.items() if both is not None}
-    if not points and not fits:
+    if not points and not fits and not named:
         raise InputError(
             f"--depth_loss finds no depths in {data_dir}: its model does not say which points each photo saw, without "
             f"which {FOLDER}/ cannot be used either. Give a COLMAP model with its observations."
         )
-    by_points = len(points.keys() - fits.keys())
+    by_points = len(points.keys() - fits.keys() - named.keys())
+    of_named = f"from the depth images that the model names for {len(named):,}, " if named else ""
     say(
-        f"--depth_loss: depths come from maps in {FOLDER}/ for {counted(len(fits), 'training photo')}, and from the "
-        f"points that it saw for {by_points:,}."
+        f"--depth_loss: depths come {of_named}from maps in {FOLDER}/ for {counted(len(fits), 'training photo')}, and "
+        f"from the points that it saw for {by_points:,}."
     )
     if files:
         missing = [names[image] for image in train_ids.tolist() if image not in files]
@@ -116,7 +135,10 @@ def find_depths(
                 f"Warning: {_listed(useless)} cannot be fitted to the points that the photo saw, and the points are "
                 f"used: a map needs values other than 0 at {FEWEST} of them, which rise with one over the depth."
             )
-    return Depths(points, {image: files[image] for image in fits}, fits)
+    world = float(np.cbrt(np.linalg.det(transform[:3, :3])))  # the model's unit in the normalized world
+    maps = {image: files[image] for image in fits} | {image: known.path for image, known in named.items()}
+    fits |= {image: (1 / (known.unit * world), 0.0) for image, known in named.items()}
+    return Depths(points, maps, fits, frozenset(named))
 
 
 def of_points(points: np.ndarray, camera: Camera, camtoworld: np.ndarray) -> np.ndarray:

@@ -6,20 +6,23 @@ through cx - 0.5 (nerfstudio/cameras/cameras.py, `pixel_offset`), and copies COL
 corner. Distortion is OpenCV's (nerfstudio/cameras/camera_utils.py). `ply_file_path` lies in the world of the poses;
 `applied_transform` [3, 4] and then `applied_scale` lead there from the world of the input, to which both are taken back
 (nerfstudio/data/dataparsers/nerfstudio_dataparser.py). The camera model only tells fisheyes from others: distortion
-counts whatever it is called. Instant NGP's fields (camera_angle_x, is_fisheye, and those in `_OTHER_LENSES`) are those
-of https://github.com/NVlabs/instant-ngp/blob/master/docs/nerf_dataset_tips.md and src/nerf_loader.cu beside it.
+counts whatever it is called. Depth images hold millimetres along the camera's axis, where the poses are in metres, and
+0 where nothing is known (nerfstudio/data/datasets/depth_dataset.py, `depth_unit_scale_factor` in the dataparser).
+Instant NGP's fields (camera_angle_x, is_fisheye, and those in `_OTHER_LENSES`) are those of
+https://github.com/NVlabs/instant-ngp/blob/master/docs/nerf_dataset_tips.md and src/nerf_loader.cu beside it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from datasets.colmap import SparseModel
+from datasets.colmap import DistanceMap, SparseModel
 from datasets.paths import stays_inside
 from datasets.ply import read_points
 from datasets.posed_photos import (
@@ -41,11 +44,11 @@ from datasets.posed_photos import (
 from errors import InputError
 
 FILE = "transforms.json"
+MILLIMETRE = 1e-3  # in the unit of the poses
 _PERSPECTIVE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE")
 _FISHEYE = ("OPENCV_FISHEYE", "FISHEYE")
 _OTHER_LENSES = ("ftheta_p0", "latlong", "equirectangular", "orthographic")  # that Instant NGP names by a field alone
 _NOT_USED = {
-    "depth_file_path": "depth images",
     "rolling_shutter": "a rolling shutter",
     "fisheye_crop_radius": "the radius of a fisheye's picture",
 }
@@ -57,7 +60,7 @@ def find(data_dir: Path) -> list[Path]:
 
 
 def read(path: Path, data_dir: Path) -> SparseModel:
-    """Read the poses, lenses, masks and points of transforms.json.
+    """Read the poses, lenses, masks, depths and points of transforms.json.
 
     Args:
         path: The file.
@@ -78,7 +81,7 @@ def read(path: Path, data_dir: Path) -> SparseModel:
         )
     finder = PhotoFinder(data_dir)
     scale, rotation, translation = _applied(path, meta)
-    photos, masks, remarks = [], {}, []
+    photos, masks, distances, remarks = [], {}, {}, []
     for index, value in enumerate(frames):
         whose = f"frame {index}"
         frame = table(path, f"object for {whose}", value)
@@ -96,6 +99,10 @@ def read(path: Path, data_dir: Path) -> SparseModel:
         photos.append(PosedPhoto(name, camtoworld @ OPENGL_TO_OPENCV, lens))
         if "mask_path" in frame:
             masks[name] = _mask(path, whose, frame["mask_path"], data_dir)
+        if _is_given(frame.get("depth_file_path")):
+            distances[name] = DistanceMap(
+                _beside(path, "depth_file_path", frame["depth_file_path"]), MILLIMETRE / scale
+            )
     if masks and len(masks) < len(photos):
         remarks.append(f"{path.name} names masks of {len(masks)} of {len(photos)} photos: the others are used whole.")
     for key, what in _NOT_USED.items():
@@ -103,9 +110,9 @@ def read(path: Path, data_dir: Path) -> SparseModel:
             remarks.append(f"{path.name} gives {key} ({what}), which is not used.")
     points = None
     if meta.get("ply_file_path"):
-        xyz, colors = read_points(_points_path(path, meta["ply_file_path"]))
+        xyz, colors = read_points(_beside(path, "ply_file_path", meta["ply_file_path"]))
         points = (xyz / scale - translation) @ rotation, colors
-    return make_model(path, photos, points, remarks, masks)
+    return replace(make_model(path, photos, points, remarks, masks), distances=distances)
 
 
 def _applied(path: Path, meta: Mapping[str, Any]) -> tuple[float, np.ndarray, np.ndarray]:
@@ -178,13 +185,16 @@ def _mask(path: Path, whose: str, value: Any, data_dir: Path) -> str:
     return name
 
 
-def _points_path(path: Path, value: Any) -> Path:
-    """Return the file of initial points that transforms.json names."""
+_REMEDIES = {
+    "ply_file_path": "put the points there, or take ply_file_path out of the file to start from random points",
+    "depth_file_path": "put the depth images there, or take depth_file_path out of the file",
+}
+
+
+def _beside(path: Path, key: str, value: Any) -> Path:
+    """Return a file that transforms.json names, by a path from where it lies."""
     name = str(value).replace("\\", "/")
     found = path.parent / name
     if not stays_inside(name) or not found.is_file():
-        raise InputError(
-            f"{path} names {str(value)[:100]!r} as ply_file_path, which is no file beside it: put the points there, or "
-            "take ply_file_path out of the file to start from random points."
-        )
+        raise InputError(f"{path} names {str(value)[:100]!r} as {key}, which is no file beside it: {_REMEDIES[key]}.")
     return found

@@ -161,10 +161,10 @@ def load_scene(
         far_ids=np.flatnonzero(is_far),
         scene_scale=scene_scale,
     )
-    return replace(scene, depths=_depths_of(scene, model_path, say)) if depths else scene
+    return replace(scene, depths=_depths_of(scene, model, model_path, say)) if depths else scene
 
 
-def _depths_of(scene: Scene, model_path: Path, say: Say) -> Depths:
+def _depths_of(scene: Scene, model: SparseModel, model_path: Path, say: Say) -> Depths:
     return find_depths(
         scene.data_dir,
         scene.image_names,
@@ -174,6 +174,7 @@ def _depths_of(scene: Scene, model_path: Path, say: Say) -> Depths:
         read_tracks(model_path) if has_model(model_path) else {},
         scene.transform,
         say,
+        model.distances,
     )
 
 

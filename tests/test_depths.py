@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.troubled_city import SIZE, depths_of, write_city
 from datasets.colmap import open_model, read_tracks
 from datasets.depths import fit, of_points, read_map
 from datasets.loader import training_loader
+from datasets.model_choice import load_sparse_model
 from datasets.scene import Scene, load_scene
 from datasets.synthetic import Camera as TrueCamera
 from datasets.synthetic import View as TrueView
@@ -23,6 +25,7 @@ from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.tiles.boxes import Tile
 from rendering.rasterize import rasterize
+from tests.exported_formats import write_nerfstudio
 from tests.interrupted_runs import run_script
 from training.depth_loss import with_depth_loss
 from training.views import View
@@ -37,10 +40,10 @@ def mapped_city(tmp_path_factory) -> Path:
     return data_dir
 
 
-def loaded(data_dir: Path) -> tuple[Scene, list[str]]:
+def loaded(data_dir: Path, *, depths: bool = True) -> tuple[Scene, list[str]]:
     """The scene with its depths, and what was said of those."""
     said: list[str] = []
-    scene = load_scene(data_dir, depths=True, say=said.append)
+    scene = load_scene(data_dir, depths=depths, say=said.append)
     return scene, [sentence for sentence in said if "depths" in sentence]
 
 
@@ -57,6 +60,25 @@ def true_inverse(scene: Scene, image: int) -> np.ndarray:
     rotation = (back[:3, :3] * unit @ pose[:3, :3]).T
     city = build_city(SIZE, np.random.default_rng([0, 0]))
     return 1 / (unit * depths_of(city, TrueCamera(WIDTH, HEIGHT), TrueView(rotation, position)))
+
+
+def test_depth_images_that_a_file_names_count_as_they_are(mapped_city, tmp_path):
+    """Millimetres along the camera's axis, as nerfstudio has them, of a model that says nothing of what photos saw."""
+    shutil.copytree(mapped_city / "images", tmp_path / "images")
+    path = write_nerfstudio(load_sparse_model(mapped_city)[0], tmp_path)
+    meta = json.loads(path.read_text())
+    plain, _ = loaded(tmp_path, depths=False)
+    (tmp_path / "depth").mkdir()
+    for image, frame in enumerate(meta["frames"]):
+        unit = np.cbrt(np.linalg.det(plain.transform[:3, :3]))
+        millimetres = 1000 / (unit * true_inverse(plain, image))
+        frame["depth_file_path"] = f"depth/{image}.npy"  # farther than 16 bits of a PNG reach
+        np.save(tmp_path / frame["depth_file_path"], millimetres)
+    path.write_text(json.dumps(meta))
+    scene, said = loaded(tmp_path)
+    assert "from the depth images that the model names for 8, from maps in depths/ for 0 training photos" in said[0]
+    for image in scene.train_ids.tolist():
+        np.testing.assert_allclose(inverse_of(scene, image), true_inverse(scene, image), rtol=1e-4)
 
 
 def test_maps_are_fitted_to_what_the_photos_saw(mapped_city):

@@ -125,6 +125,10 @@ def test_nerfstudio_masks_depths_and_scale(tmp_path):
     mask = np.full(SIZE[::-1], 255, np.uint8)
     mask[:, :24] = 0
     Image.fromarray(mask).save(other / "masks/all.png")
+    (other / "depth").mkdir()
+    millimetres = np.full(SIZE[::-1], 2000, np.uint16)
+    millimetres[0] = 0  # not known
+    Image.fromarray(millimetres).save(other / "depth/1.png")
 
     def change(meta: dict) -> None:
         meta["applied_scale"] = 0.5
@@ -136,11 +140,17 @@ def test_nerfstudio_masks_depths_and_scale(tmp_path):
     edited(other / "transforms.json", change)
     exported_formats.write_ply(other / "sparse_pc.ply", 0.5 * model.points[:, [0, 2, 1]] * [1, 1, -1], model.points_rgb)
     said: list[str] = []
-    scene = load_scene(other, say=said.append)
+    scene = load_scene(other, depths=True, say=said.append)
     assert_same_model(load_sparse_model(other)[0], model)
     assert {path.name for path in scene.mask_paths if path} == {"all.png"}
     assert any("25.0 % of all pixels" in sentence for sentence in said)
-    assert any("gives depth_file_path (depth images), which is not used" in sentence for sentence in said)
+    assert any("from the depth images that the model names for 4, from maps" in sentence for sentence in said)
+    inverse = scene.depths.inverse(1, scene.cameras[0], scene.camtoworlds[1])
+    world = np.cbrt(np.linalg.det(scene.transform[:3, :3]))
+    np.testing.assert_allclose(inverse[3:], 1 / (2.0 / 0.5 * world), rtol=1e-6)
+    assert not inverse[0].any()
+    (other / "depth/1.png").unlink()
+    assert "names 'depth/1.png' as depth_file_path, which is no file beside it: put the depth images" in refused(other)
 
 
 def test_instant_ngp_names_photos_without_a_suffix_and_lenses_by_angles(tmp_path):
