@@ -48,7 +48,18 @@ def check_target(to: Path) -> None:
         _remove_left(to)
     for path in (target, side_file(to)):
         if os.path.lexists(path):
-            raise InputError(f"--to {to}: {path} is there already: remove it, or choose another name.")
+            raise InputError(_taken(to, path))
+
+
+def _taken(to: Path, path: Path) -> str:
+    """Return the sentence for a path that is there already; nobody is told to remove a folder with things of his."""
+    if to.name == INDEX:
+        if not path.is_dir() or os.path.lexists(to):
+            return f"--to {to}: {path} is there already: name another folder, which is made."
+        return f"--to {to}: the folder {path} is there already: name a new one, as in {path / 'garden' / INDEX}."
+    if path == to:
+        return f"--to {to} is there already: remove it, or choose another name."
+    return f"--to {to}: {path}, which would come beside it, is there already: move it away, or choose another name."
 
 
 @contextmanager

@@ -539,9 +539,10 @@ def test_values_that_are_not_finite_are_left_out(model, tmp_path, capsys):
         (["--to", "a"], "has an ending that no format has"),
         (["--to", "meta.json"], "has an ending that no format has"),
         (["--to", "nowhere/a.ply"], "the folder .*nowhere does not exist"),
-        (["--to", "there.spz"], r"there\.spz is there already: remove it, or choose another name"),
-        (["--to", "folder/lod-meta.json"], "folder is there already"),
-        (["--to", "another.ply"], r"another\.json is there already"),
+        (["--to", "there.spz"], r"--to \S*there\.spz is there already: remove it, or choose another name"),
+        (["--to", "folder/lod-meta.json"], r"folder is there already: name a new one, as in \S*folder/garden/lod-meta"),
+        (["--to", "levels/lod-meta.json"], "levels is there already: name another folder"),
+        (["--to", "another.ply"], r"another\.json, which would come beside it, is there already: move it away"),
         (["--to", "lod-meta.json"], "lod-meta.json names no folder: name one that is made"),
         (["--to", "a.spz", "--plain"], r"--plain is for \.ply"),
         (["--to", "a.ply", "--sh_degree", 4], "--sh_degree is 4, but must be 0 to 3"),
@@ -566,6 +567,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, sentence, c
     monkeypatch.chdir(tmp_path)
     Path("there.spz").touch()
     Path("folder").mkdir()
+    Path("levels").mkdir()
+    Path("levels/lod-meta.json").touch()
     Path("another.json").touch()
     Path("line.txt").write_text("0 0\n1 1\n")
     Path("point.geojson").write_text('{"type": "Point", "coordinates": [0, 0]}')
