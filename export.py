@@ -44,11 +44,12 @@ class Options:
     """Keep at most so many, those with the largest product of opacity and area; 0 keeps all."""
     sh_degree: int = 3
     """Highest degree of the spherical harmonics that are kept, 0 to 3."""
-    world: World = "normalized"
-    """Coordinates: those of the model, or input, those of the dataset."""
+    world: World | None = None
+    """Coordinates: normalized, those of training, or input, those of the dataset. By default as the file has
+    them."""
     up: Up | None = None
     """Vertical axis: z, or y, down as viewers take it. By default y in formats for viewers, where the model's file says
-    what is up and --world is normalized, and elsewhere as it is."""
+    what is up and --world is not input, and elsewhere as it is."""
     plain: bool = False
     """Write a .ply without comments, which some programs do not expect."""
 
@@ -77,7 +78,7 @@ def export(options: Options) -> None:
     region = read_region(options.crop)
     source = open_source(options.model)
     up = options.up
-    if up is None and form is not PLY and options.world == "normalized" and source.up is not None:
+    if up is None and form is not PLY and options.world != "input" and source.up is not None:
         up = "y"
     place = placement(source.transform, source.up, options.world, up)
     degree = min(options.sh_degree, source.sh_degree, form.highest_degree)

@@ -28,34 +28,45 @@ class Placement:
     transform: np.ndarray | None  # [4, 4] from the dataset's coordinates to those of the export, where they are known
     up: Up | None  # which axis is vertical then
     offset: np.ndarray | None  # [3] of the dataset's coordinates, that those of the export lack
+    up_is_taken: bool  # nobody says which axis is vertical before: z is taken for it
+    is_turned: bool  # to another vertical axis
 
     @property
     def axes(self) -> str:
         """Return what the axes are, or nothing where they are as training makes them."""
         return "" if self.up == "z" else AXES_OF_DATASET if self.up is None else AXES[self.up]
 
-    def describe(self, world: World) -> str:
+    def describe(self, world: World | None) -> str:
         """Return as words which coordinates these are."""
         where = "the dataset's coordinates" if world == "input" else "the file's own coordinates"
         if self.offset is not None:
             where += f" less {' '.join(map(repr, self.offset.tolist()))}"
-        return f"{where}, with {AXES[self.up]}" if self.up else f"{where}, with its axes as they are"
+        if self.up is None:
+            return f"{where}, with its axes as they are"
+        if self.up_is_taken:
+            return f"{where}, of which z is taken for up" + (", turned to y down" if self.is_turned else "")
+        return f"{where}, {'turned to' if self.is_turned else 'with'} {AXES[self.up]}"
 
 
-def placement(transform: np.ndarray | None, own_up: Up | None, world: World, up: Up | None) -> Placement:
+def placement(transform: np.ndarray | None, own_up: Up | None, world: World | None, up: Up | None) -> Placement:
     """Return where Gaussians go.
 
     Args:
         transform: [4, 4] from the dataset's coordinates to the file's; None where it is not known.
         own_up: Which of the file's axes is vertical; None where it is not known.
-        world: Whose coordinates are wanted.
+        world: Whose coordinates are wanted; None leaves them as they are.
         up: Which axis shall be vertical, taking z for what is not known; None leaves the axes as they are.
 
     Raises:
-        InputError: The dataset's coordinates are wanted and not known.
+        InputError: Those that are wanted are not known.
     """
     level = TURN[own_up or "z"].T  # the file's coordinates with z up
-    if world == "normalized":
+    if world == "normalized" and transform is not None and _is_of_dataset(transform, own_up):
+        raise InputError(
+            "--world normalized wants the coordinates of training, and the model's file is in those of the dataset and "
+            "does not say which they were: leave it out, or name the checkpoint."
+        )
+    if world != "input":
         move, crop_world, up_before, offset = np.eye(4), level, own_up, None
         if up is not None:
             move = level
@@ -72,4 +83,10 @@ def placement(transform: np.ndarray | None, own_up: Up | None, world: World, up:
     if up is not None:
         move = TURN[up] @ move
     known = None if transform is None else move @ transform
-    return Placement(move, crop_world, known, up or up_before, offset)
+    is_turned = up is not None and up != (up_before or "z")
+    return Placement(move, crop_world, known, up or up_before, offset, up is not None and up_before is None, is_turned)
+
+
+def _is_of_dataset(transform: np.ndarray, own_up: Up | None) -> bool:
+    """Return whether coordinates are the dataset's, but for an offset and an axis turned up; training has others."""
+    return np.allclose(transform[:3, :3], TURN[own_up or "z"][:3, :3], rtol=0, atol=1e-9)

@@ -408,6 +408,34 @@ def test_coordinates_of_the_dataset_are_not_turned_later(checkpoint, tmp_path):
     assert frame_of_ply(tmp_path / "input.ply")[1] is None
 
 
+@pytest.mark.parametrize("up", [(), ("--up", "z"), ("--up", "y")])
+def test_coordinates_of_training_are_not_had_from_those_of_the_dataset(up, checkpoint, tmp_path):
+    run(checkpoint, "--to", tmp_path / "input.ply", "--world", "input", *up)
+    with pytest.raises(InputError, match="--world normalized wants the coordinates of training"):
+        run(tmp_path / "input.ply", "--to", tmp_path / "a.ply", "--world", "normalized")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "in the file's own coordinates, with x right, y forward, z up."),
+        (
+            ("--world", "normalized", "--up", "y"),
+            "in the file's own coordinates, turned to x right, y down, z forward.",
+        ),
+        (("--world", "input"), "in the dataset's coordinates, with its axes as they are."),
+        (("--world", "input", "--up", "z"), "in the dataset's coordinates, of which z is taken for up."),
+        (
+            ("--world", "input", "--up", "y"),
+            "in the dataset's coordinates, of which z is taken for up, turned to y down.",
+        ),
+    ],
+)
+def test_what_is_said_of_coordinates_is_what_is_known(options, words, checkpoint, tmp_path, capsys):
+    run(checkpoint, "--to", tmp_path / "a.ply", *options)
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["{}", '{"offset": [0, 0, 0], "scale": 1, "rot'])
 def test_a_damaged_file_beside_a_ply_is_told_of(checkpoint, tmp_path, capsys, content):
     for name, options in (("a", ()), ("b", ("--plain",))):
