@@ -33,7 +33,7 @@ def _takes_triton(device: torch.device) -> bool:
 
 
 def num_threads() -> int:
-    """Count the cores that this process may use, or read OMP_NUM_THREADS."""
+    """Count the cores that this process may use, or read OMP_NUM_THREADS, which `startup` sets for ranks."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # "4,2" is 4 at the outermost level
     if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)

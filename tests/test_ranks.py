@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -581,6 +584,18 @@ def test_ranks_on_a_gpu_correct_the_poses_of_one_process(group_on_gpu, city_bloc
     for name in ("poses/rows", "poses/exp_avg"):
         assert torch.equal(first[name], second[name])
         assert (first[name] - expected[name].cpu()).norm() < 0.1 * expected[name].norm().cpu()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said", "threads"),
+    [("3", "1", "4"), ("16", "1", "1"), ("3", "2", "2"), ("3", "1,1", "1,1"), ("1", "1", "1"), ("", "1", "1")],
+)
+def test_ranks_of_a_machine_share_its_cores(ranks, said, threads):
+    """Of 12 cores; torchrun sets 1 where nobody has said how many threads there are to be."""
+    told = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": said}
+    code = "import os; os.sched_getaffinity = lambda _: range(12); import startup; print(os.environ['OMP_NUM_THREADS'])"
+    done = subprocess.run((sys.executable, "-c", code), env=os.environ | told, capture_output=True, text=True)
+    assert done.stdout.strip() == threads, done.stderr
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
