@@ -28,10 +28,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # torchrun sets 1 where it starts several processes and nobody has said how many threads: each gets its part of the
 # cores. (Who wants one thread says 1,1.)
 _local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-if "TORCHELASTIC_RUN_ID" in os.environ and _local_ranks.isdecimal() and int(_local_ranks) > 1:
-    if os.environ.get("OMP_NUM_THREADS") == "1":
-        _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ["OMP_NUM_THREADS"] = str(max(_cores // int(_local_ranks), 1))
+_is_set_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+if _is_set_by_torchrun and _local_ranks.isdecimal() and int(_local_ranks) > 1:
+    _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(_cores // int(_local_ranks), 1))
 
 try:
     import native  # noqa: F401, for whether it can be used

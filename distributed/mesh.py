@@ -180,7 +180,12 @@ def leave() -> None:
 
 def is_first_of_machine() -> bool:
     """Return whether this is the first process on its machine that torchrun has started, or was started without it."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return os.environ.get("LOCAL_RANK", "") in ("", "0")
+
+
+def is_one_of_several() -> bool:
+    """Return whether the environment says that several processes train together; `arrive` checks what it says."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
 def let_first_tell() -> None:
@@ -201,7 +206,24 @@ def hear_sigterm() -> None:
 
 def local_ranks() -> int:
     """Count the processes on this machine that torchrun has started; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int, least: int = 1) -> int:
+    """Read a number from the environment; an empty one is the default.
+
+    Raises:
+        InputError: It is none, or below the least that it can be.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise InputError(
+            f"The environment has {name}={text}, which is no number that torchrun sets: start with torchrun, or unset "
+            "WORLD_SIZE and its like to train with one process."
+        )
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -244,10 +266,10 @@ def arrive(device: torch.device, proportions: Sequence[int] = ()) -> Arrival | N
         proportions: In which the ranks are to hold the Gaussians, a number for each; empty: equally.
 
     Raises:
-        InputError: There are more processes on this machine than GPUs, torchrun has not started them, or there are
-            not as many as proportions.
+        InputError: There are more processes on this machine than GPUs, torchrun has not started them, there are
+            not as many as proportions, or what the environment says of them is no number.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", 1)
     if proportions and len(proportions) != size:
         raise ParameterError(
             f"{{shares}} has {len(proportions)} numbers, but WORLD_SIZE, the number of processes that torchrun has "
@@ -255,14 +277,19 @@ def arrive(device: torch.device, proportions: Sequence[int] = ()) -> Arrival | N
         )
     if size == 1:
         return None
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise InputError(
             f"The environment has WORLD_SIZE={size} but no {missing[0]}: start with torchrun, or unset WORLD_SIZE to "
             "train with one process."
         )
+    rank, local_rank = _number("RANK", 0, least=0), _number("LOCAL_RANK", 0, least=0)
+    if rank >= size:
+        raise InputError(f"The environment has RANK={rank}, which is not below WORLD_SIZE={size}: start with torchrun.")
+    for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):  # read by others
+        _number(name, 1)
     if device.type == "cuda":
-        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        num_devices = torch.cuda.device_count()
         if local_rank >= num_devices:
             raise InputError(
                 f"torchrun has started at least {local_rank + 1} processes on this machine, which has {num_devices} "

@@ -598,9 +598,28 @@ def test_ranks_of_a_machine_share_its_cores(ranks, said, threads):
     assert done.stdout.strip() == threads, done.stderr
 
 
+ENVIRONMENT = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "2x"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("RANK", "2"), ("LOCAL_RANK", "x"),
+     ("MASTER_PORT", "x"), ("LOCAL_WORLD_SIZE", "x"), ("GROUP_WORLD_SIZE", "x")],
+)  # fmt: skip
+def test_what_torchrun_would_not_set_is_refused(monkeypatch, name, value):
+    for known, number in (ENVIRONMENT | {name: value}).items():
+        monkeypatch.setenv(known, number)
+    with pytest.raises(InputError, match=rf"The environment has {name}={value}, which is n"):
+        arrive(torch.device("cpu"))
+
+
+def test_without_a_number_of_processes_there_is_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert arrive(torch.device("cpu")) is None
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}
-    for name, value in environment.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(InputError, match=r"at least 2 processes .* has 1 GPUs that can be seen: use "):

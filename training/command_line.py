@@ -22,7 +22,7 @@ from configs import (
     OptimizationOptions,
     RunOptions,
 )
-from distributed.mesh import is_first_of_machine, leave, let_first_tell
+from distributed.mesh import is_first_of_machine, is_one_of_several, leave, let_first_tell
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
 from trainers import trainer_of
@@ -110,9 +110,8 @@ def _conclude(run: TrainingRun[AnyConfig], ending: Ending) -> None:
 
 def _of_rank(sentence: str) -> str:
     """Return a sentence that begins with the rank that says it, where several processes train together."""
-    rank = os.environ.get("RANK", "0")
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" or sentence.startswith("rank ")
-    return sentence if alone else f"rank {rank} ({socket.gethostname()}): {sentence}"
+    is_said = not is_one_of_several() or sentence.startswith(("rank ", "The environment has "))
+    return sentence if is_said else f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()}): {sentence}"
 
 
 def _write_ending(folder: Path | None, run: TrainingRun[AnyConfig] | None, ending: Ending) -> None:

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from configs import Config
+from distributed.mesh import is_one_of_several, local_ranks
 from trainers import Smaller
 
 
@@ -81,10 +82,10 @@ def _command(script_and_arguments: list[str]) -> str:
 
 def _launcher() -> list[str]:
     """Return how a script is started as this one was: by Python, or by torchrun."""
-    interpreter, processes = _interpreter(), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    interpreter = _interpreter()
+    if not is_one_of_several():
         return [interpreter]
+    processes, machines = str(local_ranks()), int(os.environ.get("GROUP_WORLD_SIZE") or "1")
     torchrun = ["torchrun"] if shutil.which("torchrun") else [interpreter, "-m", "torch.distributed.run"]
     if machines == 1:
         return [*torchrun, "--standalone", "--nproc_per_node", processes]
