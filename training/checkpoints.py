@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -415,6 +415,17 @@ def _write_all(file: int, content: bytes | memoryview, place: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+class _Block(NamedTuple):
+    """Hold some rows of a tensor in a file, and the checksum that they should have."""
+
+    file: Path
+    content: memoryview
+    crc32: int
+
+    def is_right(self) -> bool:
+        return zlib.crc32(self.content) == self.crc32
+
+
 def load_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> Checkpoint:
     """Read a checkpoint and compare it with its checksums. Tensors are views of the file; of several, `JoinedRows`.
 
@@ -428,8 +439,10 @@ def load_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> Checkpoin
     checkpoint, blocks = _open_checkpoint(path)
     number, count = share
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as threads:
-        if not all(threads.map(lambda block: zlib.crc32(block[0]) == block[1], blocks[number::count])):
-            raise _damaged(path)
+        own = blocks[number::count]
+        for block, is_right in zip(own, threads.map(_Block.is_right, own), strict=True):
+            if not is_right:
+                raise _damaged(path) if block.file == path else _damaged_part(path, block.file)
     try:
         for part in checkpoint.parts or [checkpoint]:
             check_state(part.state)
@@ -460,8 +473,15 @@ def _damaged(path: Path) -> DamagedError:
     return DamagedError(f"{path} is not a complete checkpoint of this suite: choose another.")
 
 
-def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
-    """Return a checkpoint, and all blocks of its tensors with the checksums that they should have."""
+def _damaged_part(path: Path, file: Path) -> DamagedError:
+    return DamagedError(
+        f"{path} has a damaged part, {file.name}: copy that one again from where it was written, or choose another "
+        "checkpoint."
+    )
+
+
+def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[_Block]]:
+    """Return a checkpoint, and all blocks of its tensors."""
     if not path.is_file():
         raise InputError(f"Checkpoint {path} does not exist: give --ckpt a file such as ckpts/ckpt_30000.pt.")
     try:
@@ -476,7 +496,7 @@ def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[tuple[memoryview, int
                 f"{path} is one of the {_part_of(header).size} parts of a checkpoint: give the file that names them, "
                 f"ckpt_{header['steps']}.pt beside it."
             )
-        checkpoint, blocks = _parse(header, content, end)
+        checkpoint, blocks = _parse(path, header, content, end)
         if num_gaussians_of(checkpoint.state) == 0:
             raise ValueError("no Gaussians")
         return checkpoint, blocks
@@ -508,21 +528,25 @@ def _read_header(path: Path) -> tuple[dict[str, Any], mmap.mmap, int, int]:
         raise _damaged(path) from error
 
 
-def _join(path: Path, header: Mapping[str, Any]) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
+def _join(path: Path, header: Mapping[str, Any]) -> tuple[Checkpoint, list[_Block]]:
     """Return the checkpoint whose header names its parts, and the blocks of all of them."""
-    parts, all_blocks = [], []
+    parts: list[Checkpoint] = []
+    all_blocks: list[_Block] = []
     for rank, entry in enumerate(header["parts"]):
         file = path.parent / entry["file"]
         if file.parent != path.parent:
             raise ValueError(entry["file"])
         if not file.is_file():
             raise DamagedError(f"{path} lacks its part {file.name}: put it back beside it, or choose another.")
-        part_header, content, end, crc = _read_header(file)
+        try:
+            part_header, content, end, crc = _read_header(file)
+        except DamagedError as error:
+            raise _damaged_part(path, file) from error
         is_of_it = crc == entry["crc32"] and len(content) == entry["bytes"]
         part = _part_of(part_header)
         if not is_of_it or (part.rank, part.size) != (rank, len(header["parts"])):
             raise DamagedError(f"{path} was written with another {file.name} than the one beside it: choose another.")
-        checkpoint, blocks = _parse(part_header, content, end)
+        checkpoint, blocks = _parse(file, part_header, content, end)
         parts.append(replace(checkpoint, part=part))
         all_blocks += blocks
     of_rows = parts[0].part.of_rows if parts[0].part else ()
@@ -546,7 +570,7 @@ def _newer(path: Path, version: object) -> InputError:
     )
 
 
-def _parse(header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Checkpoint, list[tuple[memoryview, int]]]:
+def _parse(path: Path, header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Checkpoint, list[_Block]]:
     """Return the checkpoint in a file whose tensors lie before `end`; allocate nothing that it cannot hold."""
     state, blocks, view = {}, [], memoryview(content)
     for name, entry in header["tensors"].items():
@@ -564,7 +588,8 @@ def _parse(header: Mapping[str, Any], content: mmap.mmap, end: int) -> tuple[Che
         row_bytes = num_bytes // max(rows, 1)
         for index, crc in enumerate(entry["crc32"]):
             first = place + index * block_rows * row_bytes
-            blocks.append((view[first : min(first + block_rows * row_bytes, place + num_bytes)], crc))
+            rows_of_block = view[first : min(first + block_rows * row_bytes, place + num_bytes)]
+            blocks.append(_Block(path, rows_of_block, crc))
     counts = [tensor.item() for name, tensor in state.items() if name.rpartition("/")[2] == "step_count"]
     if any(count != header["steps"] for count in counts):
         raise ValueError("steps")
