@@ -74,7 +74,7 @@ def log_to(folder: Path) -> None:
     log.set_log_destination(log.INFO, str(folder / "colmap."))
 
 
-def import_photos(database: Path, images: Path, names: list[str], camera_model: str = "SIMPLE_RADIAL") -> int:
+def import_photos(database: Path, images: Path, names: list[str], camera_model: str | None = None) -> int:
     """Put photos and their GPS positions into the database, those that are not there yet.
 
     Photos of one size, make, model and focal length share a camera.
@@ -83,17 +83,24 @@ def import_photos(database: Path, images: Path, names: list[str], camera_model: 
         database: The file, which may not exist yet.
         images: Folder of the photos.
         names: The photos, relative to it.
-        camera_model: Of COLMAP.
+        camera_model: Of COLMAP; None for that which the database was begun with, at first SIMPLE_RADIAL.
 
     Returns:
         The number of cameras.
 
     Raises:
-        InputError: COLMAP cannot read a photo.
+        InputError: COLMAP cannot read a photo, or the database was begun with another camera model.
     """
     _rename(database, _PLAIN)  # of an interrupted `match`
     with closing(pycolmap.Database.open(database)) as opened:
         known = {image.name: image.camera_id for image in opened.read_all_images()}
+        begun_with = {camera.model_name for camera in opened.read_all_cameras()}
+    if begun_with and camera_model not in (None, *begun_with):
+        raise InputError(
+            f"{database} was begun with --camera_model {', '.join(sorted(begun_with))}: name another --out for "
+            f"{camera_model}, or leave --camera_model out."
+        )
+    camera_model = camera_model or next(iter(begun_with), "SIMPLE_RADIAL")
     groups: dict[Any, list[str]] = {}
     for name, key in zip(names, in_threads(lambda name: _camera_key(images / name), names, 4, "EXIF"), strict=True):
         groups.setdefault(key, []).append(name)

@@ -4,13 +4,16 @@
     python -m datasets.reconstruct --video FILE --fps 2 --out data/scene
 
 OUT receives images/ (links where the file system can), sparse/0 and, for what is computed on the way, reconstruction/.
-The same command goes on where it was interrupted.
+The same command goes on where it was interrupted. With other options it makes the model anew and keeps the one before;
+what they leave out stays as it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import filecmp
+import itertools
 import json
 import os
 import shlex
@@ -120,7 +123,9 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
         photos = read_photos(database)
     num_gps = sum(photo.gps is not None for photo in photos)
     say(f"{len(names):,} photos of {num_cameras} {'camera' if num_cameras == 1 else 'cameras'}, {num_gps:,} with GPS.")
-    frame = LocalFrame.of(photos) if options.georeference else None
+    made_with = _choose(options, photos, steps.made_with, say)
+    matching, mapper, georeference = (made_with[name] for name in ("matching", "mapper", "georeference"))
+    frame = LocalFrame.of(photos) if georeference else None
 
     if not steps.are_done("features", True):
         say(f"Features are found on the {'GPU' if pycolmap.has_cuda else 'CPU (this pycolmap is built without CUDA)'}.")
@@ -128,11 +133,8 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
             extract_features(database, images, names)
         steps.set_done("features", True)
 
-    matching = options.matching or (
-        "vocab_tree" if options.vocab_tree else choose_matching(photos, bool(options.video))
-    )
-    made_with: dict[str, object] = {"matching": matching}
-    if not steps.are_done("matches", made_with):
+    settings = {"matching": matching}
+    if not steps.are_done("matches", settings):
         say(_why(matching, photos, options))
         if matching == "preemptive" and not steps.are_done("pairs", [NUM_FEATURES, NUM_PARTNERS]):
             with _of_colmap("looking for likely pairs", work):
@@ -140,24 +142,23 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
             steps.set_done("pairs", [NUM_FEATURES, NUM_PARTNERS])
         with _of_colmap("matching", work):
             match(database, matching, options.vocab_tree)
-        steps.set_done("matches", made_with)
+        steps.set_done("matches", settings)
     photos = read_photos(database)
 
-    made_with |= {"mapper": options.mapper}
-    if not steps.are_done("models", made_with):
+    settings |= {"mapper": mapper}
+    if not steps.are_done("models", settings):
         partial = models.with_name("models.part")
         for folder in (partial, models):
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir()
         num_matched = sum(photo.num_partners > 0 for photo in photos)
         with _of_colmap("making a model", work):
-            make_models(database, images, partial, options.mapper, num_matched)
+            make_models(database, images, partial, mapper, num_matched)
         if not read_models(partial):
             raise InputError(_no_model(source.what, photos, matching))
         partial.rename(models)
-        steps.set_done("models", made_with)
+        steps.set_done("models", settings)
 
-    made_with |= {"georeference": bool(frame)}
     if not steps.are_done("sparse", made_with):
         for sentence in _publish(models, out, frame):
             say(sentence)
@@ -288,6 +289,24 @@ def _make_place(out: Path) -> None:
 # -------------------------------------------------------------------------------------------------- what has been done
 
 
+def _choose(options: argparse.Namespace, photos: list[Photo], before: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Return how the model is made: as the options say, else as it was made before, else by default."""
+    defaults = {
+        "matching": choose_matching(photos, bool(options.video)),
+        "mapper": "incremental",
+        "georeference": False,
+    }
+    given = {name: getattr(options, name) for name in defaults}
+    if options.vocab_tree:
+        given["matching"] = "vocab_tree"
+    chosen = {**defaults, **before, **{name: value for name, value in given.items() if value is not None}}
+    kept = [name for name in defaults if given[name] is None and chosen[name] != defaults[name]]
+    if kept:
+        words = [f"--{name}" if chosen[name] is True else f"--{name} {chosen[name]}" for name in kept]
+        say(f"What was asked for before stays as it is: {' '.join(words)}.")
+    return chosen
+
+
 class _Steps:
     """Remember in a file which steps are complete, and with which settings."""
 
@@ -297,7 +316,7 @@ class _Steps:
     def __init__(self, folder: Path) -> None:
         self._path = folder / self.FILE
         try:
-            self._done: dict[str, object] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+            self._done: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self._path} cannot be read ({reason(error)}): remove {folder} to begin anew."
@@ -312,7 +331,14 @@ class _Steps:
         for later in self.ORDER[self.ORDER.index(step) + 1 :]:
             self._done.pop(later, None)
         self._done[step] = json.loads(json.dumps(settings))
+        if isinstance(settings, dict):
+            self._done["made_with"] = {**self.made_with, **settings}
         write_whole(self._path, lambda partial: partial.write_text(json.dumps(self._done, indent=1) + "\n"))
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The settings of the steps that make the model, as each was last completed."""
+        return self._done.get("made_with", {})
 
     def check_same_source(self, identity: object) -> None:
         """Raise InputError where other photos have been put here before."""
@@ -373,8 +399,11 @@ def _publish(models: Path, out: Path, frame: LocalFrame | None) -> list[str]:
             )
         (partial / str(number)).mkdir(parents=True)
         model.write(partial / str(number))
-    shutil.rmtree(sparse, ignore_errors=True)
-    partial.rename(sparse)
+    if _hold_the_same(partial, sparse):
+        shutil.rmtree(partial)
+    else:
+        sentences += _set_aside(out)
+        partial.rename(sparse)
     (out / SIDE_FILE).unlink(missing_ok=True)
     if frame is not None:
         frame.write(out / SIDE_FILE)
@@ -386,6 +415,27 @@ def _publish(models: Path, out: Path, frame: LocalFrame | None) -> list[str]:
             f"the others hold {counted(num_others, 'photo')} that it lacks."
         )
     return sentences
+
+
+def _hold_the_same(first: Path, second: Path) -> bool:
+    """Tell whether two folders of models hold the same files."""
+    files = [{path.relative_to(folder) for path in folder.glob("*/*.bin")} for folder in (first, second)]
+    return files[0] == files[1] and all(filecmp.cmp(first / name, second / name, shallow=False) for name in files[0])
+
+
+def _set_aside(out: Path) -> list[str]:
+    """Move the model that OUT holds, with its place on the Earth, into a folder of its own; returns a sentence."""
+    sparse = out / "sparse"
+    if not sparse.exists():
+        return []
+    if (out / SIDE_FILE).exists():  # before its model goes, so that no interruption parts them
+        (out / SIDE_FILE).rename(sparse / SIDE_FILE)
+    folder = next(path for number in itertools.count(1) if not (path := out / f"replaced_{number}").exists())
+    sparse.rename(folder)
+    return [
+        f"The model that was here before is kept in {folder}: training that began with it goes on with --model_dir "
+        f"{folder.name}/0; train with the new one into another --result_dir."
+    ]
 
 
 def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str:
@@ -505,14 +555,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "those whose largest features agree; neighbours in a video)",
     )
     add("--vocab_tree", type=Path, metavar="FILE", help="compare those that a vocabulary tree of COLMAP finds similar")
-    add("--mapper", choices=("incremental", "global"), default="incremental", help="how COLMAP makes the model")
+    add("--mapper", choices=("incremental", "global"), help="how COLMAP makes the model (incremental)")
     add(
         "--camera_model",
         choices=("SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE", "PINHOLE"),
-        default="SIMPLE_RADIAL",
         help="of the lenses (SIMPLE_RADIAL)",
     )
-    add("--georeference", action="store_true", help="bring the model into metres by the photos' GPS")
+    add(
+        "--georeference",
+        action=argparse.BooleanOptionalAction,
+        help="bring the model into metres by the photos' GPS (no)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -134,8 +134,20 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
         assert run(*command) == 0
     assert f"of {NUM_VIEWS + 1} photos" in capsys.readouterr().out
 
-    assert run(*command[:-1]) == 0  # without --georeference the same model is written anew
+    kept = [(out / name).read_bytes() for name in ("georeference.json", "sparse/0/images.bin")]
+    assert run(*command[:-1]) == 0  # what is left out stays as it is
+    assert "stays as it is: --georeference" in capsys.readouterr().out
+    assert [(out / name).read_bytes() for name in ("georeference.json", "sparse/0/images.bin")] == kept
+    assert not (out / "replaced_1").exists()
+
+    assert run(*command[:-1], "--no-georeference") == 0
+    assert "goes on with --model_dir replaced_1/0" in capsys.readouterr().out
     assert not (out / "georeference.json").exists()
+    assert [(out / "replaced_1" / name).read_bytes() for name in ("georeference.json", "0/images.bin")] == kept
+    assert np.array_equal(load_scene(out, model_dir="replaced_1/0").camtoworlds, scene.camtoworlds)
+    assert run(*command[:-1]) == 0
+    assert not (out / "georeference.json").exists()
+
     (out / "reconstruction/steps.json").unlink()
     assert "was not made by this command" in refused(capsys, *command)
 
@@ -152,6 +164,23 @@ def test_a_model_of_photos_that_are_all_in_larger_ones_is_left_out(tmp_path):
     sentences = reconstruct._publish(tmp_path / "models", tmp_path, None)
     assert "fell into 2 models that could not be joined" in sentences[0]
     assert "the others hold 1 photo that it lacks" in sentences[0]
+
+
+def test_a_model_that_is_replaced_by_another_is_kept(tmp_path):
+    for number, names in enumerate((["a.png", "b.png", "c.png"], ["a.png", "b.png"])):
+        model = pycolmap.Reconstruction(write_scene(tmp_path / f"scene {number}", names) / "sparse/0")
+        (tmp_path / f"models {number}/0").mkdir(parents=True)
+        model.write(tmp_path / f"models {number}/0")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert reconstruct._publish(tmp_path / "models 0", out, None) == []
+    assert reconstruct._publish(tmp_path / "models 0", out, None) == []  # the same: an interruption came between
+    assert not (out / "replaced_1").exists()
+    for number, others, count in ((1, 1, 3), (2, 0, 2)):
+        [sentence] = reconstruct._publish(tmp_path / f"models {others}", out, None)
+        assert f"kept in {out}/replaced_{number}:" in sentence
+        assert f"--model_dir replaced_{number}/0" in sentence
+        assert pycolmap.Reconstruction(out / f"replaced_{number}/0").num_reg_images() == count
 
 
 @pytest.mark.slow
@@ -183,6 +212,9 @@ def test_what_cannot_be_used_is_refused_before_anything_begins(tmp_path, capsys,
     assert "either" in refused(capsys, folder, "--video", "a.mp4", "--out", out)
     assert "--vocab_tree" in refused(capsys, folder, "--out", out, "--matching", "vocab_tree")
     assert "does not exist" in refused(capsys, folder, "--out", out, "--vocab_tree", tmp_path / "none")
+    assert "begun with --camera_model SIMPLE_RADIAL: name another --out for OPENCV" in refused(
+        capsys, folder, "--out", out, "--camera_model", "OPENCV"
+    )
     picture.save(folder / "d.png")
     assert "begun with other photos" in refused(capsys, folder, "--out", out)
     (folder / "d.png").write_bytes((folder / "a.png").read_bytes()[:-200])
