@@ -8,6 +8,8 @@ the database, since pycolmap tells nothing while it works.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -143,6 +145,19 @@ def choose_matching(photos: list[Photo], is_video: bool) -> str:
     return "spatial" if all(photo.gps for photo in photos) else "preemptive"
 
 
+def check_vocab_tree(path: Path) -> None:
+    """Raise InputError where a file is no vocabulary tree that this COLMAP reads."""
+    if not path.is_file():
+        raise InputError(f"--vocab_tree {path} does not exist: name the file of a vocabulary tree.")
+    try:
+        run_in_child(_read_vocab_tree, path)
+    except RuntimeError as error:
+        raise InputError(
+            f"--vocab_tree {path} is no vocabulary tree of COLMAP 3.12 or newer (older ones, for FLANN, are not read): "
+            "take one whose name begins with vocab_tree_faiss from https://github.com/colmap/colmap/releases."
+        ) from error
+
+
 def find_likely_pairs(database: Path) -> None:
     """Write the pairs of photos whose largest features agree best into a file beside the database."""
     with closing(pycolmap.Database.open(database)) as opened:
@@ -222,6 +237,11 @@ def _import_groups(database: Path, images: Path, groups: list[tuple[int | None, 
         if camera_id is not None:
             options.existing_camera_id = camera_id
         pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, group, options)
+
+
+def _read_vocab_tree(path: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # COLMAP logs there what is said in one sentence
+    pycolmap.VisualIndex.read(path)
 
 
 def _extract_features(database: Path, images: Path, names: list[str]) -> None:

@@ -40,6 +40,7 @@ from datasets.photogrammetry import (
     MATCHINGS,
     MOST_EXHAUSTIVE,
     Photo,
+    check_vocab_tree,
     choose_matching,
     extract_features,
     find_likely_pairs,
@@ -55,6 +56,7 @@ from datasets.prepared import check_prepared
 from datasets.video_frames import open_video, write_sharpest_frames
 from errors import InputError, counted, reason, refusing
 
+FPS = 2.0  # frames that are taken of each second of a video, where --fps says nothing else
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
 _NO_FEATURES = "no features (blank, blurred or covered)"
 _NAMED = 5  # of photos of a kind, in the report; all are in a file
@@ -112,7 +114,7 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
     images, work = out / "images", out / WORK
     database, models = work / "database.db", work / "models"
     steps = _Steps(work)
-    steps.check_same_source(source.identity)
+    steps.check_same_source(source)
     if not steps.are_done("photos", source.identity):
         source.put(images, say)
         steps.set_done("photos", source.identity)
@@ -172,11 +174,11 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
 class _Source:
     """Say where photos come from, and put them into the dataset."""
 
-    def __init__(self, what: str, identity: object, put: Callable[[Path, Say], None]) -> None:
+    def __init__(self, what: str, identity: list[Any], put: Callable[[Path, Say], None]) -> None:
         """
         Args:
             what: Its name for sentences.
-            identity: What JSON can hold, equal only for the same photos.
+            identity: What JSON can hold, equal only for the same photos; of a video, its --fps comes last.
             put: Puts the photos into a folder, and says how.
         """
         self.what = what
@@ -190,7 +192,9 @@ class _Source:
         Raises:
             InputError: There are no photos, or too few, or they cannot be read.
         """
-        return cls._video(options.video, options.fps) if options.video else cls._photos(options.photos, options.out)
+        return (
+            cls._video(options.video, options.fps or FPS) if options.video else cls._photos(options.photos, options.out)
+        )
 
     @classmethod
     def _video(cls, video: Path, fps: float) -> _Source:
@@ -258,16 +262,18 @@ def _kind_of_link(source: Path, target: Path) -> str:
 def _check_options(options: argparse.Namespace) -> None:
     if (options.photos is None) == (options.video is None):
         raise InputError("Name either the folder of the photos or a --video.")
-    if not 0 < options.fps <= 1000:
+    if options.fps is not None and not options.video:
+        raise InputError("--fps says how many frames of a --video are taken, and there is none: leave it out.")
+    if options.fps is not None and not 0 < options.fps <= 1000:
         raise InputError(f"--fps is {options.fps}, but must be above 0 and at most 1000.")
     if options.video and options.georeference:
         raise InputError("--georeference takes GPS from photos, which frames of a --video do not have: leave it out.")
     if options.matching == "vocab_tree" and options.vocab_tree is None:
         raise InputError("--matching vocab_tree needs a vocabulary tree of COLMAP: name its file with --vocab_tree.")
-    if options.vocab_tree is not None and not options.vocab_tree.is_file():
-        raise InputError(f"--vocab_tree {options.vocab_tree} does not exist: name the file of a vocabulary tree.")
     if options.vocab_tree is not None and options.matching not in (None, "vocab_tree"):
         raise InputError(f"--vocab_tree and --matching {options.matching} exclude each other: give one of them.")
+    if options.vocab_tree is not None:
+        check_vocab_tree(options.vocab_tree)
 
 
 def _check_place(out: Path) -> None:
@@ -340,13 +346,16 @@ class _Steps:
         """The settings of the steps that make the model, as each was last completed."""
         return self._done.get("made_with", {})
 
-    def check_same_source(self, identity: object) -> None:
+    def check_same_source(self, source: _Source) -> None:
         """Raise InputError where other photos have been put here before."""
-        if "photos" in self._done and not self.are_done("photos", identity):
-            raise InputError(
-                f"{self._path.parent} was begun with other photos: name another --out, or remove "
-                f"{self._path.parent.parent} to begin anew."
-            )
+        if "photos" not in self._done or self.are_done("photos", source.identity):
+            return
+        *file, fps = self._done["photos"]
+        same_video = file == source.identity[:-1] and isinstance(fps, float)
+        raise InputError(
+            f"{self._path.parent} was begun with {f'--fps {fps:g}' if same_video else 'other photos'}: name another "
+            f"--out, or remove {self._path.parent.parent} to begin anew."
+        )
 
 
 @contextmanager
@@ -397,6 +406,7 @@ def _publish(models: Path, out: Path, frame: LocalFrame | None) -> list[str]:
                 else f"sparse/{number} is in metres east, north and up of the place in {SIDE_FILE}; the median camera "
                 f"is {distance:.2f} m from its GPS position."
             )
+        model.update_point_3d_errors()  # in pixels, which the global mapper's are not
         (partial / str(number)).mkdir(parents=True)
         model.write(partial / str(number))
     if _hold_the_same(partial, sparse):
@@ -546,7 +556,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add: Any = parser.add_argument
     add("photos", type=Path, nargs="?", metavar="PHOTOS", help="the folder of the photos, in subfolders or not")
     add("--video", type=Path, metavar="FILE", help="take the photos out of a video")
-    add("--fps", type=float, default=2.0, help="of each second of a video take so many frames, the sharpest (2)")
+    add("--fps", type=float, help=f"of each second of a video take so many frames, the sharpest ({FPS:g})")
     add("--out", type=Path, required=True, help="the dataset's folder to make")
     add(
         "--matching",

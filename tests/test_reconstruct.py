@@ -212,6 +212,11 @@ def test_what_cannot_be_used_is_refused_before_anything_begins(tmp_path, capsys,
     assert "either" in refused(capsys, folder, "--video", "a.mp4", "--out", out)
     assert "--vocab_tree" in refused(capsys, folder, "--out", out, "--matching", "vocab_tree")
     assert "does not exist" in refused(capsys, folder, "--out", out, "--vocab_tree", tmp_path / "none")
+    (tmp_path / "tree").write_bytes(b"\2\0\0\0" + b"no tree" * 100)
+    assert "tree is no vocabulary tree of COLMAP 3.12" in refused(
+        capsys, folder, "--out", out, "--vocab_tree", tmp_path / "tree"
+    )
+    assert "there is none" in refused(capsys, folder, "--out", out, "--fps", 3)
     assert "begun with --camera_model SIMPLE_RADIAL: name another --out for OPENCV" in refused(
         capsys, folder, "--out", out, "--camera_model", "OPENCV"
     )
@@ -298,6 +303,11 @@ def test_a_video_is_matched_in_its_order(tmp_path, monkeypatch, capsys):
     steps = json.loads((tmp_path / "scene/reconstruction/steps.json").read_text())
     assert steps["matches"] == {"matching": "sequential"}
     assert len(list((tmp_path / "scene/images").iterdir())) == 4
+    sentence = refused(capsys, "--video", video, "--fps", 5, "--out", tmp_path / "scene")
+    assert "was begun with --fps 10: name another --out" in sentence
+    video.write_bytes(b"another video")
+    sentence = refused(capsys, "--video", video, "--fps", 5, "--out", tmp_path / "scene")
+    assert "was begun with other photos: name another --out" in sentence
     assert "raise --fps" in refused(capsys, "--video", video, "--fps", 2.5, "--out", tmp_path / "two")
 
 
