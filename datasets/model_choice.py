@@ -6,6 +6,7 @@ COLMAP's mapper writes a model for each part of the photos that it could not joi
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,13 +199,29 @@ def _models_elsewhere(data_dir: Path) -> list[Path]:
 
 
 def _remedy(data_dir: Path, folders: list[Path]) -> str:
-    found = [_name(folder, data_dir) for folder in (*folders, *_models_elsewhere(data_dir))][:5]
+    elsewhere = _models_elsewhere(data_dir)
+    datasets = [] if (data_dir / "images").is_dir() else _datasets_of(elsewhere, data_dir)
+    if datasets and not folders:
+        options = [f"--data_dir {shlex.quote(str(folder))}" for folder in datasets[:5]]
+        return f"{'a dataset lies' if len(datasets) == 1 else 'datasets lie'} below it, so give {' or '.join(options)}"
+    found = [_name(folder, data_dir) for folder in (*folders, *elsewhere)][:5]
     if not found:
         return (
             "python -m datasets.reconstruct PHOTOS --out DATASET makes one of photos, and --model_dir names the "
             "folder of one that lies elsewhere"
         )
     return f"there are models in {', '.join(found)}, which --model_dir takes"
+
+
+def _datasets_of(models: list[Path], data_dir: Path) -> list[Path]:
+    """Return the folders below `data_dir` that hold both pictures and one of the models."""
+    found = {
+        folder: None
+        for model in models
+        for folder in model.parents
+        if data_dir in folder.parents and (folder / "images").is_dir()
+    }
+    return list(found)
 
 
 def _name(folder: Path, data_dir: Path) -> str:

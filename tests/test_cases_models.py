@@ -93,6 +93,20 @@ def test_a_better_model_outside_of_sparse_is_named(tmp_path):
         load_scene(tmp_path)
 
 
+def test_a_folder_of_datasets_is_told_from_a_dataset(tmp_path):
+    write_scene(tmp_path / "out one", NAMES)
+    write_scene(tmp_path / "two", NAMES)
+    shutil.rmtree(tmp_path / "two/images")
+    with pytest.raises(InputError, match=rf"a dataset lies below it, so give --data_dir '{tmp_path}/out one'\.$"):
+        load_scene(tmp_path)
+    write_scene(tmp_path / "three", NAMES)
+    with pytest.raises(InputError, match=rf"give --data_dir '{tmp_path}/out one' or --data_dir {tmp_path}/three\.$"):
+        load_scene(tmp_path)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match=r"there are models in out one/sparse/0, .*which --model_dir takes"):
+        load_scene(tmp_path)
+
+
 def test_a_sibling_that_cannot_be_read_is_named_and_a_first_one_refused(tmp_path):
     with_fragment(tmp_path, fragment="sparse/1", whole="sparse/0")
     (tmp_path / "sparse/1/points3D.bin").write_bytes(b"x")

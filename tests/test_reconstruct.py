@@ -70,6 +70,16 @@ def refused(capsys, *arguments: object) -> str:
     return sentence
 
 
+def mean_reprojection_error(model: pycolmap.Reconstruction) -> float:
+    """The mean over points of the mean distance, in pixels, from where photos saw them to where they are projected."""
+    means = []
+    for point in model.points3D.values():
+        seen = [(model.image(element.image_id), element.point2D_idx) for element in point.track.elements]
+        distances = [image.project_point(point.xyz) - image.points2D[index].xy for image, index in seen]
+        means.append(np.linalg.norm(distances, axis=1).mean())
+    return float(np.mean(means))
+
+
 def interrupted(*arguments: object) -> None:
     raise KeyboardInterrupt
 
@@ -145,8 +155,15 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
     assert not (out / "georeference.json").exists()
     assert [(out / "replaced_1" / name).read_bytes() for name in ("georeference.json", "0/images.bin")] == kept
     assert np.array_equal(load_scene(out, model_dir="replaced_1/0").camtoworlds, scene.camtoworlds)
-    assert run(*command[:-1]) == 0
+    capsys.readouterr()
+    assert run(*command[:-1], "--mapper", "global") == 0
     assert not (out / "georeference.json").exists()
+    printed = capsys.readouterr().out
+    assert "--model_dir replaced_2/0" in printed
+    error = float(re.search(r"mean reprojection error (\S+) pixels", printed)[1])
+    model = pycolmap.Reconstruction(out / "sparse/0")
+    assert error == pytest.approx(mean_reprojection_error(model), abs=0.006)
+    assert error == pytest.approx(model.compute_mean_reprojection_error(), abs=0.006)
 
     (out / "reconstruction/steps.json").unlink()
     assert "was not made by this command" in refused(capsys, *command)
