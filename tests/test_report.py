@@ -109,6 +109,14 @@ def test_the_last_lines_say_where_everything_is(monkeypatch, city_block, tmp_pat
     for line in last:
         assert Path(line.split(":", 1)[1].split("  (")[0].strip()).exists(), line
     assert all(re.fullmatch(r"[\d.]+ [MG]iB", values["mem"]) for values in postfixes), "host memory, and not 0 B"
+    assert "of step" not in "".join(last)
+    assert "up to step" not in "".join(last)
+
+    train(monkeypatch, city_block, tmp_path, "--max_steps", 3, "--resume")
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"Video: {tmp_path}/videos/flight_2.mp4 (of step 2)" in said
+    assert f"Timelapse: {tmp_path}/videos/timelapse.mp4 (of the training, up to step 2)" in said
+    assert any(line.startswith("Model:") and "point_cloud_3" in line and "step" not in line for line in said)
 
 
 def test_a_run_that_was_stopped_has_a_page_too(monkeypatch, city_block, tmp_path, capsys):

@@ -105,7 +105,7 @@ def _conclude(run: TrainingRun[AnyConfig], ending: Ending) -> None:
     write_ending(run.results.path, ending)
     write_report(run, ending)
     if ending.status in (FINISHED, INTERRUPTED):
-        say_where(run.results.path)
+        say_where(run)
 
 
 def _of_rank(sentence: str) -> str:

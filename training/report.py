@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -23,7 +24,7 @@ from training.files import write_file
 from training.measured import Measured, read_measured
 from training.pose_files import FOLDER as POSES
 from training.pose_files import steps_of
-from training.timelapse import VIDEO
+from training.timelapse import FRAMES, VIDEO
 from training.video import NAMES
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _page(run: TrainingRun, ending: Ending | None) -> str:
     run.results.flush_log()
     measured = read_measured(folder, run.last_step)
     stages = charts.stage_colors([measured.stages_ms])
+    found = findings(folder, _steps_had(run))
     return render_page(
         Path(__file__).parent / "report.html",
         title=f"{run.scene_name}: {folder.name}",
@@ -88,7 +90,7 @@ def _page(run: TrainingRun, ending: Ending | None) -> str:
         used=run.said_of_input,
         options=options_given(run.given),
         commands=commands(run),
-        files=[(what, path.relative_to(folder), how) for what, path, how in findings(folder) if path.name != NAME],
+        files=[(what, path.relative_to(folder), how) for what, path, how in found if path.name != NAME],
         machine=sentence(describe_machine()),
     )
 
@@ -98,6 +100,11 @@ def _status(run: TrainingRun, ending: Ending | None) -> str:
     if run.cfg.ckpt:
         return f"evaluated, {run.cfg.ckpt}"
     return f"{'in training' if ending is None else ending.status}, {steps}"
+
+
+def _steps_had(run: TrainingRun) -> int:
+    """Count the steps that the model has had."""
+    return run.last_step if run.cfg.ckpt else run.model.steps_done
 
 
 def _charts(measured: Measured) -> list[str]:
@@ -146,28 +153,46 @@ def commands(run: TrainingRun) -> list[tuple[str, str]]:
     return found
 
 
-def findings(folder: Path) -> list[tuple[str, Path, str]]:
-    """Return what there is to look at in a result folder: what it is, where, and how to look at it."""
+def findings(folder: Path, steps: int) -> list[tuple[str, Path, str]]:
+    """Return what there is to look at in a result folder: what it is, where, and how to look at it.
+
+    Args:
+        folder: The result folder.
+        steps: That the model has had. What a run before has left there of another step is called so.
+    """
     videos = [file for name in NAMES for file in (folder / "videos").glob(f"{name}_*.mp4")]
+    models, pictures = (folder / "ply").glob("point_cloud_*.ply"), (folder / "renders").glob("val_step*_*.png")
     posed = steps_of(folder)
+    frames = (folder / FRAMES).glob("step_*.jpg")
+    model, picture, video, frame = (_newest(files) for files in (models, pictures, videos, frames))
     newest = {
-        "Model": (_newest((folder / "ply").glob("point_cloud_*.ply")), "for viewers of Gaussian splats, or view.py"),
-        "Pictures": (folder / "renders", "held-out photos, each beside what the model draws"),
-        "Video": (_newest(videos), ""),
-        "Timelapse": (folder / VIDEO, "of the training"),
-        "Poses": (None if posed is None else folder / POSES, f"cameras of step {posed}, corrected where trained on"),
-        "Report": (folder / NAME, "for a browser"),
+        "Model": (model, "for viewers of Gaussian splats, or view.py", _unless(steps, model)),
+        "Pictures": (folder / "renders", "held-out photos, each beside what the model draws", _unless(steps, picture)),
+        "Video": (video, "", _unless(steps, video)),
+        "Timelapse": (folder / VIDEO, "of the training", _unless(steps, frame, "up to")),
+        "Poses": (
+            None if posed is None else folder / POSES,
+            f"cameras of step {posed}, corrected where trained on",
+            "",
+        ),
+        "Report": (folder / NAME, "for a browser", ""),
     }
     return [
-        (what, path, how)
-        for what, (path, how) in newest.items()
+        (what, path, ", ".join(filter(None, (how, of_step))))
+        for what, (path, how, of_step) in newest.items()
         if path is not None and (path.is_file() or (path.is_dir() and any(path.iterdir())))
     ]
 
 
-def say_where(folder: Path) -> None:
+def _unless(steps: int, file: Path | None, of: str = "of") -> str:
+    """Return of which step a file is, by the number in its name; nothing where it is of the model's own."""
+    number = None if file is None else re.search(r"\d+", file.stem)
+    return "" if number is None or int(number[0]) == steps else f"{of} step {int(number[0])}"
+
+
+def say_where(run: TrainingRun) -> None:
     """Print where the results of a run are, and how to look at them."""
-    found = findings(folder)
+    found = findings(run.results.path, _steps_had(run))
     widest = max((len(what) for what, _, _ in found), default=0)
     for what, path, how in found:
         tqdm.write(f"{what + ':':{widest + 1}} {path}{f'  ({how})' if how else ''}")
