@@ -15,7 +15,7 @@ from datasets.scene import Scene, load_scene
 from errors import InputError
 from tests.interrupted_runs import run_script, saved
 from training.checkpoints import load_checkpoint
-from training.commands import resume_command
+from training.commands import evaluate_command, resume_command
 from training.dataset import load_dataset
 from training.ply import load_ply, save_ply
 from training.similarity import moved
@@ -176,6 +176,13 @@ def test_the_command_that_resumes_leaves_the_file_out(monkeypatch):
     for words in (["--init_ckpt", "a.ply"], ["--init-ckpt=a.ply"], ["--init_ckpt=a.ply"]):
         monkeypatch.setattr("sys.argv", ["a.py", "default", *words, "--seed", "3"])
         assert resume_command().endswith("a.py default --seed 3 --resume")
+
+
+def test_the_command_that_evaluates_leaves_out_what_is_of_a_training(monkeypatch):
+    words = ["--viewer", "80", "--viewer_host", "0.0.0.0", "--seed", "3", "--timelapse", "9", "--force", "--video"]
+    for given in (words, [*words, "--viewer"]):
+        monkeypatch.setattr("sys.argv", ["a.py", "default", *given])
+        assert evaluate_command(Path("b.pt")).endswith("a.py default --seed 3 --video --ckpt b.pt")
 
 
 def test_what_cannot_be_begun_from_is_refused(monkeypatch, run, city_block, tmp_path, capsys):

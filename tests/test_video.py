@@ -178,6 +178,12 @@ def test_a_given_path_is_flown_in_the_coordinates_of_the_input(city_block, tmp_p
         (("--video_depth",), "--video_depth is of the video"),
         (("--video", "--trajectory", "loop"), "--trajectory loop is neither flight"),
         (("--video", "--video_size", "64"), "--video_size has 1 numbers"),
+        (
+            ("--video", "--video_size", "161", "121"),
+            "--video_size 161 121 has an odd side, and videos have even ones: give 160 120",
+        ),
+        (("--ckpt", "a.pt", "--timelapse", "4"), "--timelapse is of a training, and --ckpt evaluates"),
+        (("--ckpt", "a.pt", "--viewer", "8080"), "view.py a.pt"),
         (("--video", "--video_seconds", "-1"), "--video_seconds is -1"),
     ],
 )

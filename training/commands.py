@@ -31,19 +31,18 @@ def resume_command() -> str:
 
 def evaluate_command(checkpoint: Path) -> str:
     """Return the command that evaluates a checkpoint with the options of this run."""
-    words = _words("resume", "force", "init_ckpt", "ckpt")
+    words = _words("resume", "force", "init_ckpt", "ckpt", "timelapse", "viewer", "viewer_host")
     return shlex.join([_interpreter(), *words, "--ckpt", str(checkpoint)])
 
 
 def _words(*without: str) -> list[str]:
     """Return the words of the command line that started this run, without these options and their values."""
-    words, is_value = [], False
+    words, is_left_out = [], False
     for word in sys.argv:
-        option = word.split("=")[0].replace("-", "_").removeprefix("__")
-        is_left_out = word.startswith("--") and option in without
-        if not is_value and not is_left_out:
+        if word.startswith("--"):  # what follows, up to the next option, are its values
+            is_left_out = word.split("=")[0].replace("-", "_").removeprefix("__") in without
+        if not is_left_out:
             words.append(word)
-        is_value = is_left_out and option in ("init_ckpt", "ckpt") and "=" not in word  # a file is the next word
     return words
 
 

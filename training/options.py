@@ -200,7 +200,20 @@ def _check_watching(cfg: Config) -> None:
         raise InputError("--viewer_host is of --viewer: give that, too.")
     if len(cfg.viewer or []) > 1:
         raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port.")
+    if cfg.ckpt and cfg.viewer is not None:
+        raise InputError(
+            "--viewer shows a training, and --ckpt evaluates a model: leave it out, and look at that with "
+            f"python view.py {cfg.ckpt}."
+        )
+    if cfg.ckpt and cfg.timelapse:
+        raise InputError("--timelapse is of a training, and --ckpt evaluates a model: leave it out.")
     if len(cfg.video_size) not in (0, 2):
         raise InputError(f"--video_size has {len(cfg.video_size)} numbers, but must be a width and a height.")
+    if any(side % 2 for side in cfg.video_size):
+        even = " ".join(str(side // 2 * 2) for side in cfg.video_size)
+        raise InputError(
+            f"--video_size {' '.join(map(str, cfg.video_size))} has an odd side, and videos have even ones: give "
+            f"{even}."
+        )
     if cfg.trajectory not in SHAPES:
         read_key_poses(Path(cfg.trajectory))

@@ -142,7 +142,7 @@ class TrainingRun(Generic[AnyConfig]):
             torch.manual_seed(cfg.seed)
             self.results = ResultFolder(cfg, self.ranks)
             resources.callback(self.results.close)
-            is_shown = cfg.viewer is not None and not cfg.ckpt
+            is_shown = cfg.viewer is not None
             self._live = live = LiveViewer(self.cfg) if is_shown and self.speaks else None
             if live is not None:
                 resources.callback(live.page.close)
