@@ -10,6 +10,7 @@ TrainingStopped       training cannot go on; exit code 1
 offload/errors.py adds those that name a parameter, which the command line calls by its option.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,36 @@ def refusing() -> Iterator[None]:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C, SIGTERM and a closed terminal, so that what is half done is cleared away.
+
+    A second of them ends the process at once, without a traceback, also while Python ends.
+    """
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if (handler := signal.getsignal(number)) != signal.SIG_IGN  # as nohup wants it
+    }
+    has_come = False
+
+    def stop(number: int, stack: object) -> None:
+        nonlocal has_come
+        has_come = True
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        if not has_come:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def reason(error: BaseException) -> str:

@@ -18,7 +18,7 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import local_ranks
-from errors import InputError, counted, format_bytes, reason, refusing
+from errors import InputError, counted, format_bytes, reason, refusing, stopped_by_signals
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
 from exports.gaussians import choose
@@ -57,7 +57,7 @@ class Options:
 def main() -> None:
     """Export; the exit code is 0, or 2 with one sentence where something in the input cannot be used."""
     options = tyro.cli(Options, description=__doc__)
-    with unbreakable_output(), refusing():
+    with unbreakable_output(), refusing(), stopped_by_signals():
         try:
             export(options)
         except KeyboardInterrupt:

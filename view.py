@@ -17,7 +17,7 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import local_ranks
-from errors import InputError, refusing
+from errors import InputError, refusing, stopped_by_signals
 from training.opened import open_model
 from training.run import select_device
 from viewer.page import HOST, PORT, Page
@@ -40,9 +40,9 @@ class Options:
 
 
 def main() -> None:
-    """Show a model until Ctrl-C; the exit code is 2 for bad input."""
+    """Show a model until Ctrl-C or SIGTERM; the exit code is 2 for bad input."""
     options = tyro.cli(Options, description=__doc__)
-    with refusing():
+    with refusing(), stopped_by_signals():
         try:
             show(options)
         except KeyboardInterrupt:

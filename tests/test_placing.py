@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +114,41 @@ def test_what_appears_under_its_name_meanwhile_stays(taken, models, tmp_path, mo
     with pytest.raises(InputError, match=f"{taken} has appeared meanwhile"):
         export.export(export.Options(models[0], tmp_path / "a.spz"))
     assert contents(tmp_path) == {taken: b"theirs"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_export_that_is_stopped_leaves_nothing_and_says_so(number, models, tmp_path, monkeypatch, capsys):
+    def write(path: Path, gaussians: object) -> None:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), number)
+
+    form = dataclasses.replace(format_of(Path("a.spz")), write=write)
+    monkeypatch.setattr(export, "format_of", lambda path: form)
+    monkeypatch.setattr(sys, "argv", ["export.py", str(models[0]), "--to", str(tmp_path / "a.spz")])
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            export.main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert "Stopped; nothing was written." in capsys.readouterr().err
+    assert contents(tmp_path) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_ends_at_once_without_a_traceback():
+    program = """
+import os, signal
+from errors import stopped_by_signals
+with stopped_by_signals():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+print("not ended")
+"""
+    folder = Path(export.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "stopped\n", "")

@@ -289,7 +289,7 @@ def test_without_a_network_the_address_of_this_machine_is_named(monkeypatch):
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
 def test_a_port_that_is_none_is_one_sentence(port):
-    with pytest.raises(InputError, match=f"Port {port} is none: give one from 1024 to 65535"):
+    with pytest.raises(InputError, match=f"Port {port} is none: give one from 1 to 65535"):
         check_free(port, "127.0.0.1")
 
 

@@ -64,7 +64,7 @@ def check_free(port: int, host: str) -> None:
         InputError: Naming the port.
     """
     if not 1 <= port <= 65535:
-        raise InputError(f"Port {port} is none: give one from 1024 to 65535, such as {PORT}.")
+        raise InputError(f"Port {port} is none: give one from 1 to 65535, such as {PORT}.")
     try:
         with socket.socket() as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed a moment ago is free
