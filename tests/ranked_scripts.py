@@ -69,6 +69,8 @@ def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
 def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7".
 
+    One that is "full" cannot write its parts of checkpoints.
+
     With "unfinished" the error comes when the Gaussians have taken the step and modules have not. With "early_kill" it
     is killed before it reads the dataset. One that is "slow" begins two seconds later. With
     "late_error" torchrun finds that another rank has left before this one has told why.
@@ -76,6 +78,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     import startup  # noqa: F401
     from errors import InputError
     from training import command_line, reporting, run
+    from training.checkpoints import PartialCheckpoint
     from training.run import TrainingRun
     from training.views import View
 
@@ -103,6 +106,10 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def no_room(self: PartialCheckpoint) -> None:
+        self.discard()
+        raise OSError("no room for a test")
+
     def decoded(*batch: object) -> View:
         nonlocal loaded
         loaded += 1
@@ -112,6 +119,8 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
 
     if what == "early_kill":
         run.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "full":
+        PartialCheckpoint.publish = no_room
     elif what == "slow":
         time.sleep(2)
     elif what == "picture":

@@ -455,6 +455,19 @@ def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, f
     assert json.loads((tmp_path / "ended.json").read_text()) == {"status": status, "message": sentence}
 
 
+def test_a_rank_that_cannot_write_its_last_part_is_told_once(city_block, tmp_path):
+    options = options_for(city_block, tmp_path, "--max_steps", 2, "--save_every", 0)
+    ended = ScriptGroup(2, "streamed", options, {1: "full"}).ends()
+    assert [code for code, _ in ended] == [1, 1]
+    (sentence,) = sentences(ended, "Stopped: ")
+    assert sentence.count("The Gaussians after 2 steps could not be saved in") == 1
+    assert re.search(r"rank 1\b.*no room for a test\)", sentence)  # whoever tells
+    assert sentence.endswith("--resume")
+    assert json.loads((tmp_path / "ended.json").read_text()) == {"status": "failed", "message": sentence}
+    assert not any("training goes on" in output for _, output in ended)
+    assert not list((tmp_path / "ckpts").iterdir())
+
+
 @pytest.mark.parametrize("wrong", [("--save_every", "xyz"), ("--no_such_option",)])
 def test_a_wrong_option_is_told_by_the_first_although_another_process_is_sooner(tmp_path, wrong):
     """torchrun ends all as soon as one has left."""

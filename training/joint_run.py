@@ -240,9 +240,15 @@ class JointRun:
         end = self._end_of(error, message)
         resume = f"Continue with: {command}"
         cannot_save = end.is_gone or isinstance(error, HeldTwice)
-        outcome = resume if cannot_save else _saved_together(self._watch, command, undo_step, save)
+        if isinstance(error, NotSaved) and not cannot_save:
+            self._watch.all_stand_at([])  # others may ask
+            outcome = ""  # the error has said it
+        else:
+            outcome = resume if cannot_save else _saved_together(self._watch, command, undo_step, save)
         if end.told_by != self._watch.rank:
             return EndedElsewhere(end.sentence)
+        if not outcome:
+            return TrainingStopped(end.sentence)
         return TrainingStopped(f"{end.sentence.rstrip('.')}. {outcome}")
 
     def _end_of(self, error: Exception, sentence: str) -> End:

@@ -152,10 +152,10 @@ class Saving:
         checkpoints, steps_done = self._checkpoints, self._steps_done
         for _ in range(2):  # what has just failed may succeed in a folder that was made again
             if self._saved_steps != steps_done:
-                self._save(periodic=True)
+                self._save(periodic=True, is_last=True)
             failure = checkpoints.wait()
             if failure is not None:
-                self._has_failed(failure)
+                self._has_failed(failure, is_last=True)
         if self._saved_steps != steps_done:
             raise NotSaved(
                 f"The Gaussians after {counted(steps_done, 'step')} could not be saved in {checkpoints.path} "
@@ -168,7 +168,7 @@ class Saving:
     def _steps_done(self) -> int:
         return 0 if self._model is None else self._model.steps_done
 
-    def _save(self, *, periodic: bool) -> None:
+    def _save(self, *, periodic: bool, is_last: bool = False) -> None:
         assert self._model is not None  # `begin` came before
         steps_done = self._steps_done
         parts = {
@@ -190,14 +190,16 @@ class Saving:
             self._checkpoints.save(checkpoint, self._model.copied_before_change())
             self._saved_steps = steps_done
         except OSError as error:
-            self._has_failed(error)
+            self._has_failed(error, is_last=is_last)
 
-    def _has_failed(self, error: Exception) -> None:
+    def _has_failed(self, error: Exception, *, is_last: bool = False) -> None:
+        """Remember a failure, and tell of it; of the last checkpoint `NotSaved` tells."""
         self._saved_steps, self._failure = -1, error
-        tqdm.write(
-            f"Warning: a checkpoint could not be written to {self._checkpoints.path} ({error}). "
-            "Those before it are untouched, and training goes on."
-        )
+        if is_last:
+            return
+        goes_on = self._steps_done < self._cfg.max_steps
+        then = "Those before it are untouched, and training goes on." if goes_on else "It is written once more."
+        tqdm.write(f"Warning: a checkpoint could not be written to {self._checkpoints.path} ({error}). {then}")
 
     def _names_of_rows(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the names of the tensors that have a row of each Gaussian, those of the parts too."""
