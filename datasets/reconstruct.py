@@ -511,7 +511,8 @@ def _report(out: Path, photos: list[Photo], matching: str) -> list[str]:
     if matching != "exhaustive" and any(why != _NO_FEATURES for why in left_out):
         lines.append(
             f"            Not all pairs were compared ({matching} matching): the same command with --matching "
-            "exhaustive keeps what has been matched, compares the others too, and may place more photos."
+            "exhaustive keeps what has been matched, compares the others too, and may place more photos in a new "
+            "model; this one is kept, too."
         )
     if left_out:
         rows = [f"{photo.name}\t{why}\n" for why, group in left_out.items() for photo in group]

@@ -108,7 +108,7 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
         raise InputError(
             f"The cameras of {counted(len(common), 'photo')} that the checkpoint to {what} was trained on stand "
             f"elsewhere in {cfg.data_dir}, by {shift:.2g} of the scene's extent: give the model of the world in "
-            "which it was trained (COLMAP's image_registrator adds photos to it), or another "
+            "which it was trained (--model_dir; COLMAP's image_registrator adds photos to it), or another "
             + ("--ckpt." if cfg.ckpt else "--result_dir.")
         )
     changes = [
