@@ -9,7 +9,8 @@ from types import TracebackType
 def _say_in_short(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Show Ctrl-C that came while modules load, or before or after a program's own handling, without a traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        print("Stopped.", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "") in ("", "0"):  # of several processes one says so
+            print("Stopped.", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

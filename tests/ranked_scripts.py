@@ -68,6 +68,7 @@ def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
 
 def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7".
+    With "stop" Ctrl-C comes before the picture of a number.
 
     One that is "full" cannot write its parts of checkpoints.
 
@@ -113,7 +114,9 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     def decoded(*batch: object) -> View:
         nonlocal loaded
         loaded += 1
-        if loaded == int(step):
+        if loaded == int(step) and what == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+        elif loaded == int(step):
             raise InputError("photos/7.png cannot be decoded: replace it.")
         return from_batch(*batch)
 
@@ -123,7 +126,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
         PartialCheckpoint.publish = no_room
     elif what == "slow":
         time.sleep(2)
-    elif what == "picture":
+    elif what in ("picture", "stop"):
         View.from_batch = decoded
     elif what != "none":
         TrainingRun.mark = marked

@@ -105,9 +105,13 @@ def differ(ranks: Ranks, data_dir: Path, folder: Path) -> list[str]:
             said.append("")
         except InputError as error:
             said.append(str(error))
-    with pytest.raises(InputError) as error:
-        check_same_options(ranks, Config(seed=ranks.rank, num_workers=ranks.rank))
-    return [*said, str(error.value)]
+    scripts = ["simple_trainer.py", "simple_trainer_hybrid_streamed.py"]
+    configs = [TRAINERS[name].load().CONFIGS["default"] for name in ("gpu_only", "streamed")]
+    with pytest.raises(InputError) as options:
+        check_same_options(ranks, scripts[0], Config(seed=ranks.rank, num_workers=ranks.rank))
+    with pytest.raises(InputError) as script:
+        check_same_options(ranks, scripts[ranks.rank], configs[ranks.rank])
+    return [*said, str(options.value), str(script.value)]
 
 
 def add_a_byte(file: Path) -> None:
@@ -300,10 +304,15 @@ def test_a_part_that_cannot_be_written_leaves_no_checkpoint(runs, found):
 
 
 def test_ranks_with_other_options_or_photos_are_refused_at_all_of_them(runs, found):
-    for alike, photos, options in found["differ"]:
+    for alike, photos, options, script in found["differ"]:
         assert alike == ""
         assert re.fullmatch(r"rank 1 .* and rank 0 .* differ in the sizes of the files of photos in .*", photos)
         assert re.fullmatch(r"rank 1 .* and rank 0 .* differ in --seed \(1 instead of 0\): .*", options)
+        assert re.fullmatch(
+            r"rank 1 .* differ in the script that they run \(simple_trainer_hybrid_streamed\.py instead of "
+            r"simple_trainer\.py\): .*",
+            script,
+        )
 
 
 def test_what_a_killed_save_leaves_is_removed(runs, tmp_path):
@@ -492,6 +501,28 @@ def test_the_group_is_left_when_all_is_told(monkeypatch, capsys, city_block, tmp
     said = capsys.readouterr().err
     assert "Error: " in said
     assert said.endswith("left\n")
+
+
+def test_ctrl_c_in_an_evaluation_is_told_once(runs, city_block, tmp_path):
+    checkpoint = runs / "several/ckpts/ckpt_32.pt"
+    options = options_for(city_block, tmp_path, "--ckpt", checkpoint, "--test_every", 4)
+    ended = ScriptGroup(2, "streamed", options, {0: "stop@2", 1: "stop@2"}).ends()
+    assert sorted(code for code, _ in ended) == [1, 130]  # who says it says that it was interrupted
+    assert sentences(ended, "Stopped") == ["Stopped: the evaluation is not complete (2 of 4 views)."]
+    assert json.loads((tmp_path / "ended.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_before_ranks_have_met_is_told_by_the_first(monkeypatch, capsys, rank):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr("training.command_line.parse", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main({}, interrupted, "")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == ("" if rank else "Stopped before anything was done.\n")
 
 
 def test_ctrl_c_at_one_rank_ends_all_after_the_same_step(city_block, tmp_path):

@@ -21,15 +21,16 @@ OWN_OPTIONS = ("data_dir", "model_dir", "result_dir", "device", "num_workers", "
 PACKAGES = ("gaussian-offload", "torch", "numpy", "gsplat")
 
 
-def check_same_options(ranks: Ranks, cfg: Config) -> None:
-    """Refuse ranks that were started with different options, or run different versions.
+def check_same_options(ranks: Ranks, script: str, cfg: Config) -> None:
+    """Refuse ranks that run different scripts or versions, or were started with different options.
 
     Raises:
         InputError: At every rank, naming the first difference.
     """
     options = {f"--{name}": value for name, value in asdict(cfg).items() if name not in OWN_OPTIONS}
     versions = {package: _version(package) for package in PACKAGES}
-    _check_same(ranks, {**options, **versions}, "start all ranks with one command, from one version of the suite")
+    facts = {"the script that they run": script, **versions, **options}
+    _check_same(ranks, facts, "start all ranks with one command, from one version of the suite")
 
 
 def check_same_dataset(ranks: Ranks, scene: Scene) -> None:
@@ -39,22 +40,24 @@ def check_same_dataset(ranks: Ranks, scene: Scene) -> None:
         InputError: At every rank, naming what differs first.
     """
     facts = {
-        f"the names of the photos in {scene.data_dir}": _hash("\n".join(scene.image_names).encode()),
-        f"the sizes of the files of photos in {scene.data_dir}": _hash(str(_sizes(scene)).encode()),
-        f"the number of points of {scene.data_dir}": len(scene.points),
+        "the names of the photos": _hash("\n".join(scene.image_names).encode()),
+        "the sizes of the files of photos": _hash(str(_sizes(scene)).encode()),
+        "the number of points": len(scene.points),
         # Processors may round differently, by far less than another model of the same photos differs.
-        f"the cameras of {scene.data_dir}": scene.camtoworlds.astype(np.float32),
-        f"the points of {scene.data_dir}": np.stack([scene.points.mean(axis=0), scene.points.std(axis=0)]),
+        "the cameras": scene.camtoworlds.astype(np.float32),
+        "the points": np.stack([scene.points.mean(axis=0), scene.points.std(axis=0)]),
     }
-    _check_same(ranks, facts, "give all machines the same dataset", says_values=False)
+    _check_same(ranks, facts, "give all machines the same dataset", where=f" in {scene.data_dir}")
 
 
-def _check_same(ranks: Ranks, facts: Mapping[str, object], remedy: str, *, says_values: bool = True) -> None:
-    hosts, all_facts = zip(*ranks.gather((socket.gethostname(), list(facts.items()))), strict=True)
+def _check_same(ranks: Ranks, facts: Mapping[str, object], remedy: str, *, where: str = "") -> None:
+    """Refuse facts that differ, by their names; where these are, is said in place of what they are."""
+    hosts, all_facts = zip(*ranks.gather((socket.gethostname(), dict(facts))), strict=True)
     for rank, found in enumerate(all_facts):
-        for (name, value), (_, first) in zip(found, all_facts[0], strict=True):
+        for name in {**all_facts[0], **found}:  # other versions may have other options
+            value, first = found.get(name, "missing"), all_facts[0].get(name, "missing")
             if not _is_same(value, first):
-                told = f" ({value} instead of {first})" if says_values else ""
+                told = where or f" ({value} instead of {first})"
                 raise InputError(
                     f"rank {rank} ({hosts[rank]}) and rank 0 ({hosts[0]}) differ in {name}{told}: {remedy}."
                 )

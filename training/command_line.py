@@ -26,7 +26,7 @@ from distributed.mesh import is_first_of_machine, is_one_of_several, leave, let_
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
 from trainers import trainer_of
-from training.ending import FINISHED, INTERRUPTED, Ending, ending_of, read_ending, write_ending
+from training.ending import FINISHED, INTERRUPTED, NOT_BEGUN, Ending, ending_of, read_ending, write_ending
 from training.folder_lock import FolderTaken
 from training.report import say_where, write_report
 from training.results import folder_of
@@ -89,8 +89,10 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
         sys.exit(1)
     except TrainingStopped as error:
         ending, exit_code = ending_of(error, f"Stopped: {_of_rank(str(error))}"), 1
-    except KeyboardInterrupt:
-        ending, exit_code = Ending(INTERRUPTED, "Stopped at once, without saving."), 130
+    except KeyboardInterrupt as error:
+        if not str(error) and not is_first_of_machine():  # before the ranks could agree on who tells
+            sys.exit(130)
+        ending, exit_code = Ending(INTERRUPTED, str(error) or (NOT_BEGUN if run is None else "Stopped.")), 130
     except Exception as error:  # a defect: whoever mends it wants to see where
         _write_ending(folder, run, ending_of(error, f"{type(error).__name__}: {error}"))
         raise

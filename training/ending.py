@@ -15,6 +15,7 @@ from training.files import write_file
 
 ENDED = "ended.json"
 FINISHED, INTERRUPTED, FAILED, OUT_OF_MEMORY = "finished", "interrupted", "failed", "out of memory"
+NOT_BEGUN = "Stopped before anything was done."  # by Ctrl-C
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from traceback import print_exception
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from offload.errors import ParameterError, sentence_of
 from trainers import Trainer
 from training.agreement import check_same_dataset, check_same_options
 from training.commands import resume_command
-from training.ending import FAILED, Ending, write_ending
+from training.ending import FAILED, NOT_BEGUN, Ending, write_ending
 from training.results import folder_of
 from training.streams import loud, silent_output
 
@@ -116,7 +116,7 @@ class JointRun:
         self._watch.wait_for_all()
         ranks = self.ranks = arrival.meet()
         resources.enter_context(silent_output(silent=not ranks.leads))  # rank 0 tells the same
-        check_same_options(ranks, self._given)
+        check_same_options(ranks, trainer.path.name, self._given)
         _check_for_several(self._given, trainer)
         self.device = ranks.device
 
@@ -213,14 +213,21 @@ class JointRun:
                 raise
             print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
             raise TrainingStopped(f"An error has ended this process ({reason(error)}).") from error
-        except KeyboardInterrupt:
-            self.stop_at_once()
-            raise
+        except KeyboardInterrupt as interrupt:
+            self.stop_at_once(interrupt, NOT_BEGUN)
 
-    def stop_at_once(self) -> None:
-        """Let all ranks end where a second Ctrl-C has ended this one."""
+    def stop_at_once(self, interrupt: KeyboardInterrupt, sentence: str) -> NoReturn:
+        """Let all ranks end where Ctrl-C has ended this one.
+
+        Raises:
+            KeyboardInterrupt: With the sentence, which this rank tells.
+            EndedElsewhere: Another rank tells.
+        """
         if self._watch is not None:
-            self._watch.end_by("stopped at once, without saving")
+            end = self._end_of(interrupt, sentence)
+            if end.told_by != self._watch.rank:
+                raise EndedElsewhere(end.sentence) from interrupt
+        raise KeyboardInterrupt(sentence) from interrupt
 
     def stopped(
         self, error: Exception, message: str, command: str, undo_step: Callable[[], Standing], save: Callable[[], Path]
@@ -251,7 +258,7 @@ class JointRun:
             return TrainingStopped(end.sentence)
         return TrainingStopped(f"{end.sentence.rstrip('.')}. {outcome}")
 
-    def _end_of(self, error: Exception, sentence: str) -> End:
+    def _end_of(self, error: BaseException, sentence: str) -> End:
         """Return why all ranks end, after this one has met an error; others that wait for it wait no more."""
         assert self._watch is not None
         if signal.getsignal(signal.SIGTERM) == self._on_early_end:

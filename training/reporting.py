@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
-from datasets.loader import evaluation_loader
+from datasets.loader import Batch, evaluation_loader
 from distributed.together import taken_in_turn
-from errors import format_bytes
+from errors import counted, format_bytes
 from training.evaluation import evaluate, load_lpips, synchronize
 from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
@@ -216,7 +216,11 @@ class Export:
 
 
 class Evaluation:
-    """Compare renderings of the held-out views with their photos after the steps of `eval_steps` and the last."""
+    """Compare renderings of the held-out views with their photos after the steps of `eval_steps` and the last.
+
+    Attributes:
+        standing: How far it is, as a sentence where it ends early.
+    """
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         """
@@ -225,6 +229,7 @@ class Evaluation:
             device: Where views are rendered.
         """
         self._lpips = load_lpips(cfg.lpips_net, device)
+        self.standing = "the evaluation has not begun"
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Evaluate where it is due; after the last step record the video, too, that --video asks for."""
@@ -250,18 +255,26 @@ class Evaluation:
         """
         with run.results.missed_if_unwritable(f"The evaluation of step {steps}"):
             self._evaluate(run, steps)
+        self.standing = "the evaluation is complete, but not what was to come after it"
         write_report(run, None)
+
+    def _views(
+        self, run: TrainingRun, batches: Iterable[tuple[str | None, Batch]]
+    ) -> Iterator[tuple[str | None, View]]:
+        """Give views one after the other, and say how many are done, by all ranks."""
+        num_views = len(run.scene.test_ids)
+        for turn, (name, batch) in enumerate(batches):
+            done = min(turn * run.num_ranks, num_views)
+            self.standing = f"the evaluation is not complete ({done} of {counted(num_views, 'view')})"
+            yield name, View.from_batch(batch, run.cfg, run.device)
 
     def _evaluate(self, run: TrainingRun, steps: int) -> None:
         scene, results = run.scene, run.results
         own_ids, num_counted = taken_in_turn(scene.test_ids, run.ranks)
         names = [scene.image_names[own_id] if turn < num_counted else None for turn, own_id in enumerate(own_ids)]
         with evaluation_loader(scene, own_ids, num_workers=run.cfg.num_workers or None) as loader:
-            views = (
-                (name, View.from_batch(batch, run.cfg, run.device)) for name, batch in zip(names, loader, strict=True)
-            )
             found = evaluate(
-                views,
+                self._views(run, zip(names, loader, strict=True)),
                 run.draw,
                 self._lpips,
                 lambda index, canvas: results.save_rendering(steps, index, canvas),

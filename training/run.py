@@ -574,7 +574,9 @@ class TrainingRun(Generic[AnyConfig]):
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
             if isinstance(error, KeyboardInterrupt):
-                self._joint.stop_at_once()
+                is_training = self._evaluated is None
+                told = "Stopped at once, without saving." if is_training else f"Stopped: {self._evaluation.standing}."
+                self._joint.stop_at_once(error, told)
             if not isinstance(error, Exception):
                 return
             if self._evaluated is not None or not self.results.has_begun or self.model.steps_done == 0:
