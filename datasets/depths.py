@@ -68,9 +68,9 @@ def find_depths(
     cameras_of: Callable[[int], Camera],
     camtoworlds: np.ndarray,
     tracks: Mapping[str, np.ndarray],
+    distances: Mapping[str, DistanceMap],
     transform: np.ndarray,
     say: Say,
-    distances: Mapping[str, DistanceMap] | None = None,
 ) -> Depths:
     """Find the depths of training photos, look at each map once, and fit it.
 
@@ -81,9 +81,9 @@ def find_depths(
         cameras_of: Returns the camera of a photo by its number.
         camtoworlds: [n, 4, 4] in the normalized world.
         tracks: By name, the points [k, 3] that a photo saw, in the model's world.
-        transform: [4, 4] from there to the normalized world.
-        say: Is told what is used.
         distances: By name, maps of distances; where a photo has one, it goes before a map in `depths/`.
+        transform: [4, 4] from the model's world to the normalized one.
+        say: Is told what is used.
 
     Raises:
         InputError: A map cannot be read or is not of its photo; or nothing is known of any depth.
@@ -93,7 +93,6 @@ def find_depths(
         for image in train_ids.tolist()
         if len(tracks.get(names[image], ()))
     }
-    distances = {} if distances is None else distances
     named = {image: distances[names[image]] for image in train_ids.tolist() if names[image] in distances}
     files = {
         image: file
@@ -126,7 +125,7 @@ def find_depths(
         f"from the points that it saw for {by_points:,}."
     )
     if files:
-        missing = [names[image] for image in train_ids.tolist() if image not in files]
+        missing = [names[image] for image in train_ids.tolist() if image not in files and image not in named]
         if missing:
             say(f"Warning: {FOLDER}/ has no map of {_listed(missing)}: the points that were seen are used there.")
         useless = [str(files[image].relative_to(data_dir)) for image in files if image not in fits]

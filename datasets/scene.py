@@ -172,9 +172,9 @@ def _depths_of(scene: Scene, model: SparseModel, model_path: Path, say: Say) -> 
         lambda image: scene.cameras[scene.camera_indices[image]],
         scene.camtoworlds,
         read_tracks(model_path) if has_model(model_path) else {},
+        model.distances,
         scene.transform,
         say,
-        model.distances,
     )
 
 

@@ -77,6 +77,11 @@ def test_depth_images_that_a_file_names_count_as_they_are(mapped_city, tmp_path)
     path.write_text(json.dumps(meta))
     scene, said = loaded(tmp_path)
     assert "from the depth images that the model names for 8, from maps in depths/ for 0 training photos" in said[0]
+    shutil.copytree(mapped_city / "depths", tmp_path / "depths")
+    assert loaded(tmp_path)[1] == said  # those that are named go first
+    del meta["frames"][scene.train_ids[0]]["depth_file_path"]
+    path.write_text(json.dumps(meta))
+    assert not any("has no map" in sentence for sentence in loaded(tmp_path)[1])  # of a photo that has a named one
     for image in scene.train_ids.tolist():
         np.testing.assert_allclose(inverse_of(scene, image), true_inverse(scene, image), rtol=1e-4)
 
