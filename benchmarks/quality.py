@@ -3,11 +3,13 @@
     python -m benchmarks.quality --data_dir D --trainers gpu_only_deferred gpu_only_compact --max_steps 7000 --seeds 3
     python -m benchmarks.quality --data_dir D --from CKPT --max_steps 4000 --parallel 6 --limit_minutes 9
         [--data_factor K] [--any_option_of_the_trainers ...]
+    python -m benchmarks.quality --data_dir D --variants plain "mcmc: --strategy mcmc --max_gaussians 1000000"
 
 Each run is a trainer script in a process of its own. With --from it goes on from that checkpoint, for --max_steps more
 steps, without densification: runs that begin anew soon differ in their Gaussians, and that hides what is looked for.
-Differences are to the first trainer, run by run and picture by picture. Runs side by side on one GPU tell nothing of
-times. Nothing that is finished is lost or done again: the same command goes on where the last one stopped.
+Differences are to the first trainer with the first variant, run by run and picture by picture. Runs side by side on one
+GPU tell nothing of times. Nothing that is finished is lost or done again: the same command goes on where the last one
+stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +35,7 @@ from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
-from reporting.numbers import count
+from reporting.numbers import count, gigabytes
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 
@@ -47,6 +50,8 @@ class Options(BenchmarkOptions):
     """Dataset folder, as the trainers take it."""
     trainers: tuple[str, ...] = ("gpu_only_deferred", "gpu_only_compact")
     """Which trainers; differences are to the first."""
+    variants: tuple[str, ...] = ("",)
+    """Each trainer is run with each of these: a name, and behind a colon the options that others do not have."""
     max_steps: int = 7000
     """How many steps; with --from how many more."""
     seeds: int = 3
@@ -65,7 +70,7 @@ class Options(BenchmarkOptions):
 class Wanted:
     """One run."""
 
-    trainer: str
+    case: str  # trainer and variant
     seed: int
     plan: Plan
 
@@ -75,6 +80,7 @@ class Evaluation:
     """Hold what a run's model was worth after so many steps."""
 
     num_gaussians: int
+    device_bytes: int | None  # the peak that torch allocated so far; None where there are no statistics of the step
     pictures: Mapping[str, Mapping[str, float]]  # by name: psnr (dB), ssim, lpips; what is missing is not there
 
     def mean(self, metric: str) -> float | None:
@@ -125,15 +131,40 @@ def wanted_runs(options: Options, passed_on: Sequence[str]) -> list[Wanted]:
     if not any(word.startswith("--save_every") for word in passed_on):
         of_all += ["--save_every", "0"]  # a run that is told to end saves
     of_all += ["--data_dir", str(options.data_dir), "--max_steps", str(steps)]
+    variants = variants_of(options)
     runs = []
-    for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
-        folder = options.result_dir / f"seed_{seed}"
-        for planned in plan("default", options.trainers, folder, [*of_all, "--seed", str(seed)]):
-            runs.append(Wanted(planned.name, seed, replace(planned, checkpoint=options.from_checkpoint)))
+    for seed, (name, own) in product(range(FIRST_SEED, FIRST_SEED + options.seeds), variants.items()):
+        folder = options.result_dir / f"seed_{seed}" / name
+        for planned in plan("default", options.trainers, folder, [*of_all, *own, "--seed", str(seed)]):
+            case = case_of(planned.name, name)
+            runs.append(Wanted(case, seed, replace(planned, checkpoint=options.from_checkpoint)))
     plans = [wanted.plan for wanted in runs]
     check_free_folders(plans)
     check_nothing_is_lost(plans)
     return runs
+
+
+def variants_of(options: Options) -> dict[str, list[str]]:
+    """Return the options of each variant, by its name.
+
+    Raises:
+        InputError: Two have one name, or a name cannot be that of a folder.
+    """
+    found = {}
+    for variant in options.variants:
+        name, _, own = (part.strip() for part in variant.partition(":"))
+        if name in found or "/" in name or name.startswith(("-", ".")):
+            raise InputError(
+                f"--variants {variant!r} needs a name of its own, which a folder can have, as in "
+                "'mcmc: --strategy mcmc'."
+            )
+        found[name] = shlex.split(own)
+    return found
+
+
+def case_of(trainer: str, variant: str) -> str:
+    """Return how a trainer with a variant is called."""
+    return ", ".join(filter(None, [trainer, variant]))
 
 
 def train(runs: Sequence[Wanted], parallel: int, limit_minutes: float) -> list[str]:
@@ -152,7 +183,7 @@ def train(runs: Sequence[Wanted], parallel: int, limit_minutes: float) -> list[s
                     return "not begun"
                 ending = launch(wanted.plan, interruption, lambda line: None)
                 outcome = ". ".join(filter(None, [ending.status, ending.message]))
-            print(f"{wanted.trainer}, seed {wanted.seed}: {outcome}", flush=True)
+            print(f"{wanted.case}, seed {wanted.seed}: {outcome}", flush=True)
             return outcome
 
         outcomes = list(pool.map(run_one, runs))
@@ -171,7 +202,9 @@ def evaluations(wanted: Wanted) -> Iterator[tuple[int, Evaluation]]:
                 picture["name"]: {metric: picture[metric] for metric in METRICS if picture.get(metric) is not None}
                 for picture in content["images"]
             }
-            yield steps, Evaluation(content["num_GS"], pictures)
+            measured = wanted.plan.folder / "stats" / f"train_step{steps}.json"
+            peak = json.loads(measured.read_text())["peak_device_bytes_allocated"] if measured.exists() else None
+            yield steps, Evaluation(content["num_GS"], peak, pictures)
 
 
 def signed(pairs: Sequence[tuple[Evaluation, Evaluation]], metric: str) -> str | None:
@@ -199,25 +232,33 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
         f"{options.data_dir}, {options.max_steps:,} steps from {beginning}, {options.parallel} runs side by side."
     )
     outcomes = train(runs, options.parallel, options.limit_minutes)
-    found = {(wanted.trainer, wanted.seed, steps): each for wanted in runs for steps, each in evaluations(wanted)}
+    found = {(wanted.case, wanted.seed, steps): each for wanted in runs for steps, each in evaluations(wanted)}
 
     titles = ["PSNR, dB", "SSIM", "LPIPS"]
     formats: dict[str, Format] = {title: form.format for title, form in zip(titles, METRICS.values(), strict=True)}
     table = report.table(
         "Each run, by its test pictures:",
-        {"trainer": str, "seed": str, "steps": thousands, **formats, "Gaussians": thousands, "run": str},
+        {
+            "trainer": str,
+            "seed": str,
+            "steps": thousands,
+            **formats,
+            "Gaussians": thousands,
+            "device GB": gigabytes,
+            "run": str,
+        },
     )
     for wanted, outcome in zip(runs, outcomes, strict=True):
-        head = wanted.trainer, wanted.seed
+        head = wanted.case, wanted.seed
         cells = [
-            [steps, *map(evaluation.mean, METRICS), evaluation.num_gaussians]
+            [steps, *map(evaluation.mean, METRICS), evaluation.num_gaussians, evaluation.device_bytes]
             for (*of, steps), evaluation in found.items()
             if (*of,) == head
         ]
-        for row in cells or [[None] * (2 + len(METRICS))]:
+        for row in cells or [[None] * (3 + len(METRICS))]:
             table.add(*head, *row, outcome)
 
-    first, *others = options.trainers
+    first, *others = (case_of(trainer, variant) for variant, trainer in product(variants_of(options), options.trainers))
     table = report.table(
         f"Difference to {first} ± standard error over seeds ± over pictures:",
         {"trainer": str, "steps": thousands, "pairs": thousands, **dict.fromkeys(titles, str)},

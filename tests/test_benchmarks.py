@@ -29,6 +29,7 @@ from benchmarks import (
     train_step,
     transfer,
     viewer,
+    yardstick,
 )
 from benchmarks.__main__ import benchmarks
 from benchmarks.aerial_scene import VisibleCounts, aerial_scene, geometry_rows, one_by_one
@@ -270,6 +271,15 @@ def test_quality_goes_on_from_one_checkpoint_and_then_from_where_it_stopped(tmp_
     assert runs[1]["PSNR, dB"] == pytest.approx(runs[0]["PSNR, dB"], abs=0.05)
     assert (difference["trainer"], difference["steps"], difference["pairs"]) == ("gpu_only_compact", 5, 1)
 
+    options.seeds, options.variants = 1, ("plain", "white: --background white --sh_degree 2")
+    options.result_dir, options.from_checkpoint, options.trainers = tmp_path / "third", None, ("gpu_only_compact",)
+    quality.main(options, ["--device", "cpu"])
+    rows = written(tmp_path / "table")["tables"][0]["rows"]
+    assert [row["trainer"] for row in rows] == ["gpu_only_compact, plain", "gpu_only_compact, white"]
+    assert "background: white" in (tmp_path / "third/seed_42/white/gpu_only_compact/cfg.yml").read_text()
+
+    options.result_dir, options.from_checkpoint = tmp_path / "second", checkpoint
+    options.variants, options.trainers = ("",), ("gpu_only_deferred", "gpu_only_compact")
     monkeypatch.setattr(quality, "launch", None)
     quality.main(options, ["--device", "cpu"])
     assert [row["run"] for row in written(tmp_path / "table")["tables"][0]["rows"]] == ["finished"] * 2
@@ -299,7 +309,7 @@ def test_quality_shows_what_is_done_when_its_time_is_over(tmp_path, monkeypatch)
 
 def test_differences_are_those_of_pairs():
     def evaluation(*psnr):
-        return quality.Evaluation(1, {f"{index}.png": {"psnr": value} for index, value in enumerate(psnr)})
+        return quality.Evaluation(1, None, {f"{index}.png": {"psnr": value} for index, value in enumerate(psnr)})
 
     pairs = [(evaluation(20.0, 30.0), evaluation(20.1, 30.3)), (evaluation(21.0, 32.0), evaluation(21.1, 32.1))]
     found = quality.Difference.of(pairs, "psnr")
@@ -312,7 +322,9 @@ def test_differences_are_those_of_pairs():
 
 
 @pytest.mark.parametrize(
-    "options", [{"seeds": 0}, {"parallel": 0}, {"trainers": ("none",)}, {"limit_minutes": -1.0}], ids=str
+    "options",
+    [{"seeds": 0}, {"parallel": 0}, {"trainers": ("none",)}, {"limit_minutes": -1.0}, {"variants": ("a", "a: --sky")}],
+    ids=str,
 )
 def test_quality_refuses_what_cannot_be(options, tmp_path):
     with pytest.raises(InputError, match="--"):
@@ -387,6 +399,21 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, module, options):
         for name, cell in row.items():
             values = cell.values() if isinstance(cell, dict) else [cell]
             assert all(value >= 0 for value in values if isinstance(value, int | float)), (name, cell)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "options",
+    [{"strategy": "default", "pose_opt": True, "depth_loss": True}, {"strategy": "mcmc", "exposure": "bilateral_grid"}],
+    ids=lambda options: options["strategy"],
+)
+def test_yardstick_trains_by_gsplats_parts(tmp_path, city_block, options):
+    yardstick.main(
+        yardstick.Options(quick=True, data_dir=str(city_block), result_dir=tmp_path, eval_steps=(1,), **options)
+    )
+    before, after = (json.loads((tmp_path / f"stats/val_step{step}.json").read_text()) for step in (1, 60))
+    assert after["psnr"] > before["psnr"] + 1
+    assert after["num_GS"] > before["num_GS"]
 
 
 @pytest.mark.parametrize("options", [{}, {"ckpt": "a.pt"}], ids=str)
