@@ -67,6 +67,8 @@ class Options(BenchmarkOptions):
     """What MCMCStrategy grows to."""
     refine_start_iter: int = 500
     """Gaussians are refined after steps whose number, from 0, is above this."""
+    refine_every: int = 100
+    """Gaussians are refined every so many steps."""
     refine_stop_iter: int = 15_000
     """From this step on nothing is refined or reset."""
     init_opacity: float = 0.1
@@ -304,7 +306,7 @@ def main(options: Options) -> None:
         raise InputError("benchmarks.yardstick runs gsplat's own kernels, which need a CUDA GPU.")
     if options.quick:
         options.max_steps, options.refine_start_iter, options.refine_stop_iter = 60, 20, 50
-        options.max_gaussians = 20_000
+        options.refine_every, options.max_gaussians = 10, 20_000
     device, cfg = torch.device("cuda"), options.config()
     torch.manual_seed(options.seed)
     scene = load_scene(

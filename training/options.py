@@ -99,7 +99,7 @@ RANGES: dict[str, Range] = {
     "scale_reg": WEIGHT,
     "sh_degree": Range(0, 3),
     "sh_degree_interval": Range(1),
-    "init_opacity": Range(0, 0.5, above=True, below=True),
+    "init_opacity": Range(0, 1, above=True, below=True),
     "init_scale": Range(0, 1000, above=True),
     "near_plane": Range(0, 1e30, above=True),
     "far_plane": Range(0, 1e30, above=True),
