@@ -36,11 +36,17 @@ class AerialCameras:
 
 
 def aerial_scene(
-    num_gaussians: int, seed: int, *, focal: float | Sequence[float] = FOCAL, picture_scale: float = 1.0
+    num_gaussians: int,
+    seed: int,
+    *,
+    focal: float | Sequence[float] = FOCAL,
+    picture_scale: float = 1.0,
+    rows: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], AerialCameras]:
     """Make Gaussians in Morton order and cameras above them.
 
-    Needs hardly more memory than the result, 236 bytes per Gaussian.
+    Needs hardly more memory than the result, 236 bytes per Gaussian; and where some rows alone are wanted, 44 bytes of
+    each of N before.
 
     Args:
         num_gaussians: N.
@@ -48,6 +54,7 @@ def aerial_scene(
         focal: Focal length in pixels, of all cameras or of each; the longer, the smaller the part of the scene that
             a view sees.
         picture_scale: Factor on the pictures' sides and on the focal length.
+        rows: [M] int64, which of the Gaussians are wanted; None: all.
 
     Returns:
         means [N, 3], scales [N, 3] (log), quats [N, 4], opacities [N] (logit), sh0 [N, 1, 3] and shN [N, 15, 3], all
@@ -55,13 +62,27 @@ def aerial_scene(
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = aerial_geometry(num_gaussians, generator)
-    parameters["sh0"] = repeated_normal((num_gaussians, 1, 3), 0.5, generator)
-    parameters["shN"] = repeated_normal((num_gaussians, 15, 3), 0.05, generator)
+    if rows is not None:
+        parameters = {name: value[rows] for name, value in parameters.items()}
+    parameters["sh0"] = repeated_normal((num_gaussians, 1, 3), 0.5, generator, rows)
+    parameters["shN"] = repeated_normal((num_gaussians, 15, 3), 0.05, generator, rows)
     return parameters, aerial_cameras(seed, focal=focal, picture_scale=picture_scale)
 
 
-def repeated_normal(shape: tuple[int, ...], deviation: float, generator: torch.Generator) -> Tensor:
-    """Draw normal random numbers that repeat after `REPEATED_ROWS` rows: 40 million of them take long."""
+def repeated_normal(
+    shape: tuple[int, ...], deviation: float, generator: torch.Generator, rows: Tensor | None = None
+) -> Tensor:
+    """Draw normal random numbers that repeat after `REPEATED_ROWS` rows: 40 million of them take long.
+
+    Args:
+        shape: Of all numbers.
+        deviation: Their standard deviation.
+        generator: They are drawn from it.
+        rows: [M] int64, which rows are wanted; None: all.
+    """
+    if rows is not None:
+        first = torch.empty(min(shape[0], REPEATED_ROWS), *shape[1:]).normal_(0, deviation, generator=generator)
+        return first[rows % REPEATED_ROWS]
     values = torch.empty(shape)
     first = values[:REPEATED_ROWS].normal_(0, deviation, generator=generator)
     for begin in range(REPEATED_ROWS, len(values), REPEATED_ROWS):

@@ -69,7 +69,7 @@ class CityRun(AerialRun):
     """An `AerialRun` over a city, which is made once it is known that the trainer fits."""
 
     def __init__(self, cfg: Config, job: Job, largest_share: float) -> None:
-        self._check_memory(cfg, job, largest_share)
+        check_fits(cfg, job, largest_share, SIZE, SCENE_BYTES)
         super().__init__(cfg, job)
 
     def make_scene(self) -> tuple[dict[str, Tensor], AerialCameras]:
@@ -77,28 +77,42 @@ class CityRun(AerialRun):
         city = City(self.job.num_gaussians, SEED)
         return city.parameters(), city.cameras(self.job.focal, self.job.picture_scale)
 
-    @staticmethod
-    def _check_memory(cfg: Config, job: Job, largest_share: float) -> None:
-        """Refuse what cannot fit: a machine may end all that runs where its memory runs out.
 
-        Raises:
-            NotEnoughMemory: Saying what the trainer would take.
-        """
-        device, trainer = select_device(cfg.device), TRAINERS[job.trainer]
-        if job.memory_cap:
-            bound_memory(job.memory_cap, device)
-        footprint = trainer.footprint(cfg)
-        at_start = footprint.host_at_start - parameter_bytes(cfg.sh_degree) + SCENE_BYTES
-        width, height = scaled(SIZE, job.picture_scale)
-        all_needs = needs(
-            replace(footprint, host_at_start=at_start),
-            largest_share,
-            width * height,
-            device,
-            host_remedy=remedy(trainer, cfg, "host"),
-            device_remedy=remedy(trainer, cfg, "device"),
-        )
-        check_memory(all_needs, job.num_gaussians, 0)
+def check_fits(
+    cfg: Config, job: Job, largest_share: float, size: tuple[int, int], scene_bytes: int, num_ranks: int = 1
+) -> None:
+    """Refuse what cannot fit: a machine may end all that runs where its memory runs out.
+
+    Args:
+        cfg: Options of the trainer.
+        job: What is measured.
+        largest_share: Of the Gaussians, that a view sees.
+        size: Of the pictures before they are scaled, in pixels.
+        scene_bytes: Of host memory, that a Gaussian takes until it is stored.
+        num_ranks: That share the host's memory, the Gaussians and the views of a step, each with its own device.
+
+    Raises:
+        NotEnoughMemory: Saying what the trainer would take.
+    """
+    device, trainer = select_device(cfg.device), TRAINERS[job.trainer]
+    if job.memory_cap:
+        bound_memory(job.memory_cap, device)
+    footprint = trainer.footprint(cfg)
+    at_start = footprint.host_at_start - parameter_bytes(cfg.sh_degree) + scene_bytes
+    width, height = scaled(size, job.picture_scale)
+    all_needs = needs(
+        replace(footprint, host_at_start=at_start),
+        min(num_ranks * largest_share, 1.0),
+        width * height,
+        device,
+        host_remedy=remedy(trainer, cfg, "host"),
+        device_remedy=remedy(trainer, cfg, "device"),
+    )
+    all_needs = [
+        need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // num_ranks)
+        for need in all_needs
+    ]
+    check_memory(all_needs, -(-job.num_gaussians // num_ranks), 0)
 
 
 @dataclass(frozen=True)
@@ -110,10 +124,16 @@ class Found:
     largest_share: float
 
 
-def find_focals(num_gaussians: int) -> Found:
-    """Find focal lengths with which views see the wanted shares, and count what they see."""
+def find_focals(num_gaussians: int, mean_share: float = MEAN_SHARE) -> Found:
+    """Find focal lengths with which views see the wanted shares, and count what they see.
+
+    Args:
+        num_gaussians: N.
+        mean_share: Wanted of the views; the least and the most differ from it as those of CLM's BigCity do.
+    """
     city = City(num_gaussians, SEED)
-    wanted = shares_around(MEAN_SHARE, SMALLEST_SHARE, LARGEST_SHARE, NUM_CAMERAS)
+    factor = mean_share / MEAN_SHARE
+    wanted = shares_around(mean_share, factor * SMALLEST_SHARE, factor * LARGEST_SHARE, NUM_CAMERAS)
     focals = city.focals_for(np.random.default_rng(SEED).permutation(wanted))
     shares = city.shares(city.cameras(focals))
     return Found(focals, float(shares.mean()), float(shares.max()))

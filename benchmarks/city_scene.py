@@ -59,19 +59,28 @@ class City:
             {"means": self._places, "scales": reach, "quats": torch.eye(4)[0], "opacities": opacity}
         )
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Return what training starts with, as `aerial_scene` does, in 20 bytes a Gaussian.
 
         Only means and opacities are whole. All scales are alike. Other values are windows on long sequences of random
         numbers: those of each Gaussian begin one number after those of the Gaussian before it.
+
+        Args:
+            rows: [M] int64, ascending, which of the Gaussians are wanted; None: all. The windows are then on the
+                numbers of these.
         """
-        n = self.num_gaussians
+        n = self.num_gaussians if rows is None else len(rows)
         means = torch.empty(n, 3)
         numbers = torch.zeros(n + LONGEST_ROW)
-        for rows, place in self._tiles():
-            count = rows.stop - rows.start
-            torch.add(self._tile["means"][:count], place, out=means[rows])
-            numbers[rows] = self._tile["opacities"][:count]  # deviate by 1 from 0
+        end = 0
+        for tile, place in self._tiles():
+            of_tile: slice | Tensor = slice(tile.stop - tile.start)
+            begin, end = end, tile.stop
+            if rows is not None:
+                end = int(torch.searchsorted(rows, tile.stop))
+                of_tile = rows[begin:end] - tile.start
+            torch.add(self._tile["means"][of_tile], place, out=means[begin:end])
+            numbers[begin:end] = self._tile["opacities"][of_tile]  # deviate by 1 from 0
         return {
             "means": means,
             "scales": self._tile["scales"][:1].expand(n, 3),

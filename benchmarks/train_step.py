@@ -13,10 +13,10 @@ where everything is on the device, and runs beside it where Gaussians are offloa
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count as count_from
 from itertools import islice, pairwise, product
 from typing import TypeVar
@@ -31,6 +31,7 @@ from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
 from datasets.view_order import ViewWindows
+from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
@@ -104,10 +105,18 @@ class Measurement:
 class AerialRun:
     """Do what a trainer script asks of its `TrainingRun`, over a synthetic scene, timing every step."""
 
-    def __init__(self, cfg: Config, job: Job) -> None:
+    def __init__(self, cfg: Config, job: Job, ranks: Ranks | None = None) -> None:
+        """
+        Args:
+            cfg: Options of the trainer.
+            job: What is measured.
+            ranks: That train together, each its share of the Gaussians with its own views; None: this process alone.
+        """
         self.cfg = cfg
         self.job = job
-        self.device = select_device(cfg.device)
+        self.ranks = ranks
+        self.num_ranks = 1 if ranks is None else ranks.size
+        self.device = select_device(cfg.device) if ranks is None else ranks.device
         if job.memory_cap:
             bound_memory(job.memory_cap, self.device)
         self.scene_scale = SCENE_SCALE
@@ -121,21 +130,21 @@ class AerialRun:
         self._parameters, cameras = self.make_scene()
         drawn = drawn_cameras(cameras, self._parameters["means"], job.view_window)
         self._offload_per_step = PerStep()
-        self._views = views_of(cameras, islice(drawn, self.num_warmup + job.steps + 1), self.device)
+        steps = zip(*[drawn] * self.num_ranks, strict=False)  # the cameras of each
+        self._views = views_of(cameras, islice(steps, self.num_warmup + job.steps + 1), self.device)
         self._counted_before = Counters()
-        self.modules = RunModules(cfg, None, self.device)  # of a run without any
+        self.modules = RunModules(cfg, None, self.device, ranks)  # of a run without any
         self.depth_weight = 0.0
-        self.ranks = None
 
     def make_scene(self) -> tuple[dict[str, Tensor], AerialCameras]:
-        """Make the Gaussians that training starts with, in Morton order, and the cameras."""
+        """Make the Gaussians that this process starts with, in Morton order, and the cameras."""
         job = self.job
         return aerial_scene(job.num_gaussians, seed=0, focal=job.focal, picture_scale=job.picture_scale)
 
     @property
     def adam(self) -> AdamOptions:
         """Say how Adam updates the Gaussians."""
-        return schedules.adam_options(self.cfg, self.scene_scale)
+        return schedules.adam_options(replace(self.cfg, batch_size=self.num_ranks), self.scene_scale)
 
     @property
     def num_initial_gaussians(self) -> int:
@@ -149,7 +158,7 @@ class AerialRun:
 
     def new_strategy(self) -> Strategy:
         """Return the strategy that the options choose."""
-        return strategy_of(self.cfg, self.scene_scale)
+        return strategy_of(self.cfg, self.scene_scale, self.ranks)
 
     def mark(self, stage: str) -> None:
         """End a stage of the present step."""
@@ -222,13 +231,19 @@ def drawn_cameras(cameras: AerialCameras, means: Tensor, view_window: int) -> It
         yield from windows.arrange(drawn).tolist()
 
 
-def views_of(cameras: AerialCameras, indices: Iterable[int], device: torch.device) -> list[View]:
-    """Make cameras with random photos; all views share 2 of them, as many as training has on the device at a time."""
+def views_of(cameras: AerialCameras, steps: Iterable[Sequence[int]], device: torch.device) -> list[View]:
+    """Make the views of steps, whose photos are random; they share 2, as many as training has on the device at a time.
+
+    Args:
+        cameras: All there are.
+        steps: Indices of the cameras of each step; a rank has a photo of one of them.
+        device: Where photos are.
+    """
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(2)]
     views = []
-    for index in indices:
-        viewmats, Ks = cameras.viewmats[index : index + 1], cameras.Ks[index : index + 1]
+    for indices in map(list, steps):
+        viewmats, Ks = cameras.viewmats[indices], cameras.Ks[indices]
         views.append(View(images[len(views) % 2], Cameras(viewmats, Ks, cameras.width, cameras.height)))
     return views
 

@@ -22,6 +22,7 @@ from benchmarks import (
     losses,
     modules,
     quality,
+    ranks,
     rasterizer_cpu,
     scaling,
     split,
@@ -34,12 +35,15 @@ from benchmarks import (
 from benchmarks.__main__ import benchmarks
 from benchmarks.aerial_scene import VisibleCounts, aerial_scene, geometry_rows, one_by_one
 from benchmarks.city_scene import City, shares_around, windows
+from benchmarks.rank_processes import RankFailed, in_ranks
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, Spread, time_in_turns
 from benchmarks.visible_rows import KINDS
 from comparing.launch import Interruption
 from comparing.runs import Launch
 from datasets.synthetic import write_city_block
+from distributed.dealing import dealt_rows
+from distributed.mesh import Ranks
 from errors import InputError
 from offload.culling.native import BlockBounds, visible_ids
 from offload.store.layout import num_columns, row_bytes
@@ -77,7 +81,7 @@ def test_modules_are_compared_in_one_process(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def _in_this_process(monkeypatch):
-    for module in (train_step, scaling, split, bigcity):
+    for module in (train_step, scaling, split, bigcity, ranks):
         monkeypatch.setattr(module, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(train_step, "copy_bandwidth", lambda device: 1e10)
 
@@ -193,6 +197,63 @@ def test_visible_counts_are_those_of_the_scene():
     assert len(cameras.viewmats) == 64
     assert 0.04 < counts.mean(1000.0) / 5000 < 0.15
     assert counts.mean(500.0) > 2 * counts.mean(1000.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_in_this_process")
+def test_ranks_are_held_against_one_process(tmp_path):
+    ranks.main(ranks.Options(quick=True, out=tmp_path / "table"))
+    (table,) = written(tmp_path / "table")["tables"]
+    one, two = table["rows"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["remark"] is two["remark"] is None
+    assert one["of one rank"] == 1
+    assert two["views per second"] == pytest.approx(2e3 / two["ms per step: median (10 %, 90 %)"]["median"])
+    assert one["pairs sent per rank and step"] is None
+    pairs = two["pairs sent per rank and step"]
+    assert 0.03 < pairs / two["Gaussians"] < 0.12  # half of what a view sees
+    # 48 bytes of each and 36 of its gradient; 8 of a count for each other rank; pairs are rounded in the table
+    assert two["MB sent per rank and step"] == pytest.approx(84 * pairs + 8, abs=84)
+    assert min(two["ms in exchange, of the ranks"]) > 0
+
+
+def fails_at_rank_1(group: Ranks | None) -> None:
+    if group.rank == 1:
+        raise InputError("no room")
+    group.barrier()
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_go_on_ends_all():
+    with pytest.raises(RankFailed, match="rank 1: no room"):
+        in_ranks(2, "cpu", fails_at_rank_1)
+
+
+def test_ranks_have_the_gaussians_of_the_scene_between_them(monkeypatch):
+    monkeypatch.setattr("benchmarks.aerial_scene.REPEATED_ROWS", 700)
+    own = [dealt_rows(2001, rank, (1, 1)) for rank in range(2)]
+    whole = aerial_scene(2001, seed=0)[0], City(2001, seed=0).parameters()
+    for rows in own:
+        of_rank = aerial_scene(2001, seed=0, rows=rows)[0], City(2001, seed=0).parameters(rows)
+        assert all(torch.equal(of_rank[0][name], value[rows]) for name, value in whole[0].items())
+        assert all(torch.equal(of_rank[1][name], whole[1][name][rows]) for name in ("means", "scales", "opacities"))
+        assert all(of_rank[1][name].shape == value[rows].shape for name, value in whole[1].items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainers": ("baseline",)},
+        {"nproc": (0,)},
+        {"visible": (0.01,)},
+        {"scene": "city", "visible": (0.5,)},
+        {"picture_scale": 0.0},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_with_ranks_is_refused(options):
+    with pytest.raises(InputError, match=f"--{[*options][-1]}"):
+        ranks.main(ranks.Options(**options))
 
 
 @pytest.mark.slow
