@@ -4,12 +4,15 @@
     python -m benchmarks.quality --data_dir D --from CKPT --max_steps 4000 --parallel 6 --limit_minutes 9
         [--data_factor K] [--any_option_of_the_trainers ...]
     python -m benchmarks.quality --data_dir D --variants plain "mcmc: --strategy mcmc --max_gaussians 1000000"
+    python -m benchmarks.quality --data_dir D --trainers streamed --max_steps 28000 \
+        --variants one "two: --batch_size 2 --steps_scaler 0.5" "four: --batch_size 4 --steps_scaler 0.25"
 
 Each run is a trainer script in a process of its own. With --from it goes on from that checkpoint, for --max_steps more
 steps, without densification: runs that begin anew soon differ in their Gaussians, and that hides what is looked for.
-Differences are to the first trainer with the first variant, run by run and picture by picture. Runs side by side on one
-GPU tell nothing of times. Nothing that is finished is lost or done again: the same command goes on where the last one
-stopped.
+Differences are to the first trainer with the first variant, run by run and picture by picture, where both have seen as
+many pictures: with W views in a step and W times fewer steps a process makes the model that W ranks make
+(docs/several_gpus.md). Runs side by side on one GPU tell nothing of times. Nothing that is finished is lost or done
+again: the same command goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -232,7 +235,12 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
         f"{options.data_dir}, {options.max_steps:,} steps from {beginning}, {options.parallel} runs side by side."
     )
     outcomes = train(runs, options.parallel, options.limit_minutes)
-    found = {(wanted.case, wanted.seed, steps): each for wanted in runs for steps, each in evaluations(wanted)}
+    views = {wanted.case: wanted.plan.cfg.batch_size for wanted in runs}  # per step
+    found = {  # by the views that a model was trained on
+        (wanted.case, wanted.seed, views[wanted.case] * steps): each
+        for wanted in runs
+        for steps, each in evaluations(wanted)
+    }
 
     titles = ["PSNR, dB", "SSIM", "LPIPS"]
     formats: dict[str, Format] = {title: form.format for title, form in zip(titles, METRICS.values(), strict=True)}
@@ -251,8 +259,13 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
     for wanted, outcome in zip(runs, outcomes, strict=True):
         head = wanted.case, wanted.seed
         cells = [
-            [steps, *map(evaluation.mean, METRICS), evaluation.num_gaussians, evaluation.device_bytes]
-            for (*of, steps), evaluation in found.items()
+            [
+                seen // views[wanted.case],
+                *map(evaluation.mean, METRICS),
+                evaluation.num_gaussians,
+                evaluation.device_bytes,
+            ]
+            for (*of, seen), evaluation in found.items()
             if (*of,) == head
         ]
         for row in cells or [[None] * (3 + len(METRICS))]:
@@ -264,11 +277,11 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
         {"trainer": str, "steps": thousands, "pairs": thousands, **dict.fromkeys(titles, str)},
     )
     seeds = sorted({wanted.seed for wanted in runs})
-    for other, steps in product(others, sorted({steps for *_, steps in found})):
-        keys = [((first, seed, steps), (other, seed, steps)) for seed in seeds]
+    for other, seen in product(others, sorted({seen for *_, seen in found})):
+        keys = [((first, seed, seen), (other, seed, seen)) for seed in seeds]
         pairs = [(found[one], found[two]) for one, two in keys if one in found and two in found]
         if pairs:
-            table.add(other, steps, len(pairs), *(signed(pairs, metric) for metric in METRICS))
+            table.add(other, seen // views[other], len(pairs), *(signed(pairs, metric) for metric in METRICS))
     report.write()
 
 

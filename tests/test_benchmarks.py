@@ -52,7 +52,7 @@ from reporting import machine
 from reporting.machine import describe_machine, machine_name
 from reporting.numbers import number
 from training import memory_estimate
-from training.ending import INTERRUPTED
+from training.ending import FINISHED, INTERRUPTED
 
 
 def written(out: Path) -> dict:
@@ -366,6 +366,29 @@ def test_quality_shows_what_is_done_when_its_time_is_over(tmp_path, monkeypatch)
     rows = written(tmp_path / "table")["tables"][0]["rows"]
     assert [row["run"] for row in rows] == ["interrupted. Interrupted after 1 steps."] * 3 + ["not begun"]
     assert not any(row["steps"] for row in rows)
+
+
+def test_pairs_have_seen_as_many_pictures(tmp_path, monkeypatch):
+    def evaluated(wanted, interruption, show):
+        """Write what a model is worth: 20 dB, and one more for each view in a step."""
+        cfg = wanted.cfg.with_scaled_steps()
+        path = wanted.folder / "stats" / f"val_step{cfg.max_steps}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"num_GS": 7, "images": [{"name": "a", "psnr": 20.0 + cfg.batch_size}]}))
+        return Launch("", FINISHED, "", 0, "", {})
+
+    monkeypatch.setattr(quality, "launch", evaluated)
+    options = quality.Options(data_dir=tmp_path, max_steps=12, seeds=2, out=tmp_path / "table")
+    options.trainers, options.result_dir = ("streamed",), tmp_path / "runs"
+    options.variants = ("one", "two: --batch_size 2 --steps_scaler 0.5", "more: --batch_size 2")
+    quality.main(options)
+    runs, differences = (table["rows"] for table in written(tmp_path / "table")["tables"])
+    assert [(row["trainer"], row["steps"], row["PSNR, dB"]) for row in runs] == 2 * [
+        ("streamed, one", 12, 21.0), ("streamed, two", 6, 22.0), ("streamed, more", 12, 22.0)
+    ]  # fmt: skip
+    assert [(row["trainer"], row["steps"], row["pairs"], row["PSNR, dB"]) for row in differences] == [
+        ("streamed, two", 6, 2, "+1.000 ± 0.000 ± -")
+    ]
 
 
 def test_differences_are_those_of_pairs():
