@@ -352,7 +352,12 @@ STEPS = (
     *("--save_every", 0, "--num_workers", 1),
 )
 SHARES = (3, 1)
-MODULES = ("--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", "--depth_lambda", 0.1, "--pose_opt")
+# Refined twice and reset once. More steps make more of rounding: after sixty, one process from starts one float off has
+# moments of poses that are off by 1e-2 in two of twelve draws, since a pixel more passes the threshold of alpha.
+MODULES = (
+    *("--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", "--depth_lambda", 0.1, "--pose_opt"),
+    *("--max_steps", 30),
+)
 MODES = ("--batch_size", 2, "--absgrad", "--antialiased", "--max_gaussians", 0, "--grow_grad2d", 3e-3)
 # With noise, which brings rows to where culling ahead would not find them; and most rows are dead at some time.
 RELOCATING = ("--strategy", "mcmc", "--init_opacity", 0.05, "--prune_opa", 0.04, "--max_steps", 50)
@@ -369,7 +374,7 @@ BOUNDS = {"all": 2e-4, "shN": 1.5e-3}
 # With mcmc, where rows begin nearly transparent, by up to 3e-7, 8e-6, 1.3e-5, 1.2e-4, 3.5e-4 and 1.4e-2.
 MCMC_BOUNDS = {"means": 2e-6, "scales": 4e-5, "quats": 6e-5, "opacities": 6e-4, "all": 1.5e-3, "shN": 0.06}
 CUT = ("--split_threshold", 0.1)
-MODULES_BOUND = 2e-3  # found: 7e-4, of the first moments of poses
+NEARBY = (1, 2)  # draws of `start_nearby`
 # By the number of processes, what is trained in them: a trainer, options that one process is given too, and its own.
 RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
     2: {
@@ -377,6 +382,7 @@ RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
         "two views each": ("streamed", MODES, ("--shares", *SHARES)),
         "two views each, split": ("split_geometry_on_host", MODES, CUT),
         "modules": ("streamed", MODULES, ()),
+        "modules, optimized": ("optimized", MODULES, ()),
         "modules, split": ("split", MODULES, CUT),
         "mcmc": ("streamed", RELOCATING, ()),
         "mcmc, split": ("split_geometry_on_host", RELOCATING, CUT),
@@ -425,16 +431,36 @@ def choose_by_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("strategies.noise.normal_numbers", lambda ids, word: given["numbers"])
 
 
+def start_nearby(points: np.ndarray, *arguments: object, draw: int, **options: object) -> dict[str, Tensor]:
+    """Return `anisotropic_start` with every number off by up to a millionth of it, which is 16 times its rounding.
+
+    Args:
+        draw: Which of many such starts.
+    """
+    generator, start = torch.Generator().manual_seed(draw), anisotropic_start(points, *arguments, **options)
+    return {
+        name: value * (1 + 1e-6 * (2 * torch.rand(value.shape, generator=generator) - 1))
+        for name, value in start.items()
+    }
+
+
 def trained(
-    trainer: str, ranks: Ranks | None, data_dir: Path, folder: Path, *options: object, device: str = "cpu"
+    trainer: str,
+    ranks: Ranks | None,
+    data_dir: Path,
+    folder: Path,
+    *options: object,
+    device: str = "cpu",
+    draw: int | None = None,
 ) -> dict[str, Tensor]:
-    """The Gaussians that this process holds after training, and all rows of modules."""
+    """The Gaussians that this process holds after training, and all rows of modules; of a start nearby if drawn."""
+    start = anisotropic_start if draw is None else functools.partial(start_nearby, draw=draw)
     way = TRAINERS[trainer]
     script = way.load()
     arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", device, *STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.joint_run.arrive", lambda device, shares: staying(ranks, shares))
-        patch.setattr("training.run.initial_gaussians", anisotropic_start)
+        patch.setattr("training.run.initial_gaussians", start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         choose_by_rows(patch)
         patch.setattr("training.reporting.load_lpips", lambda net, device: None)
@@ -495,19 +521,34 @@ def reference(city_block, tmp_path_factory) -> Callable[..., dict[str, Tensor]]:
     """What one process trains with the views of so many ranks; each model once."""
 
     @functools.cache
-    def alone(trainer: str, size: int, *options: object) -> dict[str, Tensor]:
-        views = 2 * size if options == MODES else size
-        return trained(trainer, None, city_block, tmp_path_factory.mktemp("alone"), *options, "--batch_size", views)
+    def alone(trainer: str, size: int, *options: object, draw: int | None = None) -> dict[str, Tensor]:
+        views = ("--batch_size", 2 * size if options == MODES else size)
+        return trained(trainer, None, city_block, tmp_path_factory.mktemp("alone"), *options, *views, draw=draw)
 
     return alone
 
 
+def assert_same_modules(
+    parts: list[dict[str, Tensor]], expected: dict[str, Tensor], nearby: list[dict[str, Tensor]]
+) -> None:
+    """All ranks have the same, and hardly others than one process has.
+
+    A part of a gradient that is not summed is of the order of the whole: half of the poses' moments, by trial, and a
+    twentieth where it is what the sky says of them. One process from starts nearby tells what rounding makes, and what
+    it puts at the other side of a threshold. The bound lies between them and the whole, in the middle of the orders of
+    magnitude.
+    """
+    for name in [name for name in expected if "/" in name]:
+        value, (first, *others) = expected[name], [part[name] for part in parts]
+        assert all(torch.equal(other, first) for other in others)
+        spread = max((each[name] - value).norm() for each in nearby)
+        assert 0 < spread < 0.05 * value.norm(), name  # so that half is seen
+        assert (first - value).norm() < (spread * value.norm()).sqrt(), name
+
+
 def assert_same_model(parts: list[dict[str, Tensor]], expected: dict[str, Tensor], bounds: dict[str, float]) -> None:
     """Rows may be anywhere, and some by chance at the other side of a threshold; see tests/test_same_model.py."""
-    for name in [name for name in expected if "/" in name]:  # of modules, which all ranks have
-        value, (first, *others) = expected.pop(name), [part[name] for part in parts]
-        assert all(torch.equal(other, first) for other in others)
-        assert (first - value).norm() < MODULES_BOUND * value.norm()
+    expected = {name: value for name, value in expected.items() if "/" not in name}  # without modules
     actual = {name: torch.cat([part[name] for part in parts]) for name in expected}
     count = len(expected["means"])
     assert abs(len(actual["means"]) - count) <= LARGEST_SIZE_DIFFERENCE * count
@@ -527,7 +568,9 @@ def test_ranks_train_the_model_of_one_process(group, reference, size, run):
     shares = SHARES if "--shares" in options else (1,) * size
     counts = [len(part["means"]) for part in parts]
     assert max(c / share for c, share in zip(counts, shares, strict=True)) <= 1.1 * sum(counts) / sum(shares)
-    expected = {**reference(trainer if is_rounded else "gpu_only", size, *modes)}
+    expected = reference(trainer if is_rounded else "gpu_only", size, *modes)
+    if modes == MODULES:
+        assert_same_modules(parts, expected, [reference("gpu_only", size, *modes, draw=draw) for draw in NEARBY])
     assert len(expected["means"]) > (690 if "--max_steps" in modes else 800)
     bounds = MCMC_BOUNDS if modes == RELOCATING else BOUNDS
     assert_same_model(parts, expected, {"all": 0.05} if is_rounded else bounds)
@@ -577,13 +620,13 @@ def test_ranks_on_a_gpu_train_the_model_of_one_process(group_on_gpu, city_block,
 
 
 @pytest.mark.cuda
-def test_ranks_on_a_gpu_correct_the_poses_of_one_process(group_on_gpu, city_block, tmp_path):
-    """A GPU adds in any order, of which sixty steps make more; a gradient that is not summed is off by half."""
-    expected = trained("gpu_only", None, city_block, tmp_path, *MODULES, "--batch_size", 2, device="cuda")
-    first, second = group_on_gpu["modules"]
-    for name in ("poses/rows", "poses/exp_avg"):
-        assert torch.equal(first[name], second[name])
-        assert (first[name] - expected[name].cpu()).norm() < 0.1 * expected[name].norm().cpu()
+def test_ranks_on_a_gpu_train_the_modules_of_one_process(group_on_gpu, city_block, tmp_path):
+    """A GPU adds in any order, so that two runs of one process differ, too."""
+    options, runs = (*MODULES, "--batch_size", 2), []
+    for draw in (None, *NEARBY):
+        found = trained("gpu_only", None, city_block, tmp_path / str(draw), *options, device="cuda", draw=draw)
+        runs.append({name: value.cpu() for name, value in found.items()})
+    assert_same_modules(group_on_gpu["modules"], runs[0], runs[1:])
 
 
 @pytest.mark.parametrize(
