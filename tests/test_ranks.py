@@ -352,7 +352,7 @@ STEPS = (
     *("--save_every", 0, "--num_workers", 1),
 )
 SHARES = (3, 1)
-# Refined twice and reset once. More steps make more of rounding: after sixty, one process from starts one float off has
+# Refined and reset once. More steps make more of rounding: after sixty, one process from starts one float off has
 # moments of poses that are off by 1e-2 in two of twelve draws, since a pixel more passes the threshold of alpha.
 MODULES = (
     *("--background", "sky", "--exposure", "bilateral_grid", "--depth_loss", "--depth_lambda", 0.1, "--pose_opt"),
