@@ -19,6 +19,7 @@ from training.run import select_device
 T = TypeVar("T")
 HOST = "127.0.0.1"
 LIMIT = 500.0  # seconds; ranks that take longer wait for each other
+PARTED_TELLS_AFTER = 5.0  # seconds
 
 
 class RankFailed(RuntimeError):
@@ -105,8 +106,9 @@ def _work(
         results.send(("out of device memory", None))
     except (InputError, TrainingStopped) as error:
         results.send((str(error), None))
-    except RanksParted:
-        time.sleep(LIMIT)  # the one that has left says why, and this one is ended
+    except RanksParted as error:
+        time.sleep(PARTED_TELLS_AFTER)  # the one that has left says why, and this one is ended
+        results.send((f"the ranks have parted ({reason(error)})", None))
     except Exception as error:
         results.send((f"an error has ended it ({reason(error)})", None))
         raise
