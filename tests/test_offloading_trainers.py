@@ -8,6 +8,7 @@ import math
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ import simple_trainer_hybrid_streamed
 from offload.adam.deferral import largest_step
 from offload.culling.margins import largest_correction, largest_drift
 from offload.culling.native import BlockBounds
-from offload.pipelines.forwarded import ForwardedPipeline, shared_positions
+from offload.culling.visible import VisibleRows
+from offload.pipelines import forwarded
+from offload.pipelines.forwarded import ForwardedPipeline, Upcoming, shared_positions
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from strategies.default import DefaultStrategy
 from tests.training_scripts import DENSIFICATION, NO_DENSIFICATION, differences, slow_but, train
@@ -282,3 +285,19 @@ def test_shared_positions():
     assert (here.tolist(), there.tolist()) == ([1, 3], [1, 2])
     nothing = torch.zeros(0, dtype=torch.int64)
     assert [len(x) for x in shared_positions(ids, nothing) + shared_positions(nothing, ids)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("count", "num_before"), [(0, 0), (0, 7), (7, 0), (30_000, 20_000), (9_000, 60_000)])
+def test_rows_of_two_views_are_divided(monkeypatch, count, num_before):
+    """As sets say it; the larger views are divided by several threads."""
+    monkeypatch.setattr(forwarded, "num_threads", lambda: 3)
+    rng = np.random.default_rng(0)
+    ids, before = (np.sort(rng.choice(70_000, size, replace=False)) for size in (count, num_before))
+    view = VisibleRows(torch.from_numpy(ids), torch.from_numpy(ids))
+    upcoming = Upcoming.between(view, view.host_ids, torch.from_numpy(before))
+    shared = np.intersect1d(ids, before)
+    assert np.array_equal(ids[upcoming.shared_here], shared)
+    assert np.array_equal(before[upcoming.shared_before], shared)
+    assert np.array_equal(upcoming.only_here_ids, np.setdiff1d(ids, before))
+    assert np.array_equal(ids[upcoming.only_here], upcoming.only_here_ids)
+    assert np.array_equal(before[upcoming.only_before], np.setdiff1d(before, ids))

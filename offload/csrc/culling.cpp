@@ -57,15 +57,21 @@ struct BlockBounds {
   float unused;
 };
 
+constexpr int64_t kPrefetchRows = 16;
+
 BlockBounds bounds_of(const float* rows, int64_t stride, int64_t count) {
-  float low[6], high[6], finite[6] = {};
-  std::copy_n(rows, 6, low);
-  std::copy_n(rows, 6, high);
+  constexpr int kColumns = 8;  // means and log scales, and two that make whole vectors
+  float low[kColumns], high[kColumns], finite[kColumns] = {};
+  std::copy_n(rows, kColumns, low);
+  std::copy_n(rows, kColumns, high);
   for (int64_t i = 0; i < count; ++i) {
-    for (int c = 0; c < 6; ++c) {  // means and log scales
-      const float value = rows[stride * i + c];
-      low[c] = std::min(low[c], value);
-      high[c] = std::max(high[c], value);
+    const float* row = rows + stride * i;
+    __builtin_prefetch(row + stride * kPrefetchRows);
+#pragma omp simd
+    for (int c = 0; c < kColumns; ++c) {
+      const float value = row[c];
+      low[c] = value < low[c] ? value : low[c];
+      high[c] = high[c] < value ? value : high[c];
       finite[c] += 0.0f * value;
     }
   }

@@ -8,6 +8,7 @@ namespace nb = nanobind;
 void bind_adam(nb::module_& module);
 void bind_codes(nb::module_& module);
 void bind_culling(nb::module_& module);
+void bind_ids(nb::module_& module);
 void bind_store(nb::module_& module);
 
 NB_MODULE(offload, module) {
@@ -17,5 +18,6 @@ NB_MODULE(offload, module) {
   bind_adam(module);
   bind_codes(module);
   bind_culling(module);
+  bind_ids(module);
   bind_store(module);
 }

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from offload.adam.finite import gradient_of
 from offload.adam.host import DeferredAdam
+from offload.backends import native, num_threads
 from offload.culling.cameras import Cameras
-from offload.culling.visible import VisibleRows, to_host
+from offload.culling.visible import VisibleRows
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.times import OffloadTimes
@@ -65,6 +66,30 @@ class Upcoming:
     only_here: Tensor  # [V - S] the other rows that it begins with
     only_here_ids: Tensor  # [V - S] which Gaussians these are
     only_before: Tensor  # the other rows of the present view
+
+    @staticmethod
+    def between(rows: VisibleRows, first_ids: Tensor, present_ids: Tensor) -> Upcoming:
+        """Divide rows into those that are in two views and the others.
+
+        Args:
+            rows: Of the view.
+            first_ids: int64 [V] on the host, sorted and unique, the rows that it begins with.
+            present_ids: The same [W] of the present view, which waits for gradients of all of them.
+        """
+        count, num_before = len(first_ids), len(present_ids)
+        lengths = (count, num_before, count, count, num_before)
+        here, before, only_here, only_here_ids, only_before = (torch.empty(n, dtype=torch.int64) for n in lengths)
+        found = here, before, only_here, only_here_ids, only_before
+        shared = native.compare_ids(first_ids, present_ids, *found, num_threads())
+        alone = count - shared
+        return Upcoming(
+            rows,
+            here[:shared],
+            before[:shared],
+            only_here[:alone],
+            only_here_ids[:alone],
+            only_before[: num_before - shared],
+        )
 
     @staticmethod
     def of(rows: VisibleRows, first_ids: Tensor, shared: tuple[Tensor, Tensor], num_before: int) -> Upcoming:
@@ -279,8 +304,7 @@ class ForwardedPipeline:
 
     def _find_upcoming(self, cameras: Cameras, present: VisibleRows) -> Upcoming:
         rows = self._find(cameras)
-        here, before = shared_positions(rows.ids, present.ids)
-        return Upcoming.of(rows, rows.host_ids, (to_host(here), to_host(before)), len(present.host_ids))
+        return Upcoming.between(rows, rows.host_ids, present.host_ids)
 
     def _prepare(self, cameras: Cameras, present: VisibleRows, upcoming: Upcoming | None) -> Ahead:
         """Upload what can be known of the next view before the present view's gradients."""
