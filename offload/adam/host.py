@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,20 @@ from offload.backends import native, num_threads
 from offload.store.layout import RowState
 
 CODED_COLUMNS = (16, 32, 48)  # of rows whose moments are codes
+
+
+@dataclass(frozen=True)
+class SkippedSteps:
+    """Hold what catching up rows takes, on a device, for `offload.adam.rows.fetch_dated_rows`."""
+
+    sums: Tensor  # [schedules, steps] float32, C_t(s) indexed by s
+    multipliers: Tensor  # [schedules, columns]
+    eps: float  # with the bias correction of step t
+    reach: float  # the bound of m / sqrt(v)
+
+    @property
+    def columns(self) -> int:
+        return self.multipliers.shape[1]
 
 
 class DeferredAdam(DeferralTables):
@@ -83,6 +98,20 @@ class DeferredAdam(DeferralTables):
         super().undo_step()
         changed, _ = self._unchanged
         self._after[changed], self._before[changed] = self._before[changed], self._before_unchanged
+
+    def skipped_steps(self, device: torch.device, *, previous: bool = False) -> SkippedSteps:
+        """Copy what `forward` catches rows up with to a device, on its current stream, without waiting.
+
+        Args:
+            device: Where rows will be caught up.
+            previous: For values before step t began, as of `forward_previous`.
+        """
+        step, table = self.step - previous, self._before if previous else self._after
+        sums = torch.from_numpy(table[: step + 1].T.copy())  # [schedules, steps]
+        if device.type == "cuda":
+            sums = sums.pin_memory()
+        multipliers = self.multipliers.to(device, non_blocking=True)
+        return SkippedSteps(sums.to(device, non_blocking=True), multipliers, self._corrected_eps(step), self.reach)
 
     def commit(
         self,

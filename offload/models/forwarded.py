@@ -47,4 +47,7 @@ class ForwardedGaussians(OffloadedGaussians):
             max_gaussians=max_gaussians,
             state=state,
         )
-        super().__init__(place, groups, ForwardedPipeline(groups, place.visible_ids, device), device)
+        # Where the device is the CPU, its native kernels decode rows as fast as they are read.
+        device_reads = state == "compact" and device.type == "cuda"
+        pipeline = ForwardedPipeline(groups, place.visible_ids, device, device_reads=device_reads)
+        super().__init__(place, groups, pipeline, device)

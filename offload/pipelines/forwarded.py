@@ -7,6 +7,9 @@ While the device renders view j, a worker thread on the host
 2. culls view j + 1 ahead, with a margin for what view j will change, and forwards its rows: rows that are not in
    view j have no gradient at this step, so their next value is a pure catch-up.
 
+Where rows are compact the device reads and decodes them itself, instead, when the worker has committed those that it
+would (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values.
+
 When view j has been rendered, its gradients travel to the host, beside what the worker is still doing. When that is
 done,
 
@@ -37,7 +40,9 @@ from offload.backends import native, num_threads
 from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
+from offload.pipelines.device_reading import DeviceReading
 from offload.pipelines.groups import RowGroup
+from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Downloaded, RowTransfer, Uploaded
 from offload.pipelines.worker import WorkAhead
@@ -127,12 +132,15 @@ class ForwardedPipeline:
         groups: Mapping[str, RowGroup[DeferredAdam]],
         cull: Callable[[Cameras], Tensor],
         device: torch.device,
+        *,
+        device_reads: bool = False,
     ) -> None:
         """
         Args:
             groups: What travels. With geometry among them, the worker culls, since it changes what culling reads.
             cull: Gives the sorted ids [V], where geometry is, of what cameras may draw after one more step.
             device: Where views are rendered.
+            device_reads: Whether the device reads rows from their stores, which are compact, and catches them up.
         """
         self._groups = groups
         self._cull = cull
@@ -140,6 +148,7 @@ class ForwardedPipeline:
         self._culls_in_worker = "geometry" in groups
         self._times = OffloadTimes()
         self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
+        self._reading = DeviceReading(groups, device, self._times) if device_reads else None
         self._present: VisibleRows | None = None
         self._rows: ForwardedRows | None = None
         self._step_begun = False
@@ -197,6 +206,7 @@ class ForwardedPipeline:
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()
+        self._finish_reading()
         self._ahead.forget()
         self._found = None
 
@@ -258,6 +268,7 @@ class ForwardedPipeline:
             return
         if self._applied:
             raise RuntimeError("the step had been applied in part")
+        self._finish_reading()
         self._commit_all_owed()
         for group in self._groups.values():
             group.undo_step(steps_done)
@@ -296,6 +307,7 @@ class ForwardedPipeline:
             self._ahead.forget()
             uploads = ahead.uploads
         values = {name: upload.ready().requires_grad_() for name, upload in uploads.items()}
+        Lane.current(self._device).uses(ids)  # which may have come with them
         self._rows = ForwardedRows(ids, host_ids, values)
         return self._rows
 
@@ -313,6 +325,10 @@ class ForwardedPipeline:
         if upcoming is None:
             with self._times.on_host("worker_cull"):
                 upcoming = self._find_upcoming(cameras, present)
+        if self._reading is not None:
+            rows = upcoming.rows
+            rows.ids, uploads = self._reading.upload(rows.host_ids, upcoming.shared_here)
+            return Ahead(uploads, upcoming)
         return Ahead({name: self._upload_known(name, upcoming) for name in self._groups}, upcoming)
 
     def _upload_known(self, name: str, upcoming: Upcoming) -> Uploaded:
@@ -328,6 +344,8 @@ class ForwardedPipeline:
 
     def _upload_unchanged(self, host_ids: Tensor) -> dict[str, Uploaded]:
         """Upload rows as they were before the step, whether or not it has begun."""
+        if self._reading is not None:
+            return self._reading.upload(host_ids, None, previous=self._step_begun)[1]
         uploads = {}
         for name, group in self._groups.items():
             forward = group.adam.forward_previous if self._step_begun else group.adam.forward
@@ -392,6 +410,10 @@ class ForwardedPipeline:
         host_ids = present.host_ids[upcoming.shared_before]
         for name, group in self._groups.items():
             gradients = gradients_of(name)
+            if self._reading is not None:
+                with group.store.changing(host_ids) as rows, self._times.on_host("update_shared_rows"):
+                    group.adam.commit(rows, group.store.last_step, host_ids, gradients, gradient_rows=gradient_rows)
+                continue
 
             def fill(
                 out: Tensor, begin: int, end: int, group: RowGroup[DeferredAdam] = group, gradients: Tensor = gradients
@@ -405,6 +427,8 @@ class ForwardedPipeline:
 
             with group.store.changing(host_ids):
                 self._transfers[name].complete(ahead.uploads[name], upcoming.shared_here, fill)
+        if self._reading is not None:
+            self._reading.complete(ahead.uploads, host_ids, upcoming.shared_here)
 
     def _displace(self, present: VisibleRows) -> Tensor:
         """Move means of rows of the present view, while the worker rests; return which, int64 [D] on the host."""
@@ -415,6 +439,11 @@ class ForwardedPipeline:
         with store.changing(host_ids) as rows:
             Displacement(host_ids, displaced.offsets).add_to(rows.parameters[:, MEANS])
         return host_ids
+
+    def _finish_reading(self) -> None:
+        """Wait until the device reads no rows, which may change or go."""
+        if self._reading is not None:
+            self._reading.finish()
 
     def _begin_step(self) -> None:
         """Begin the step of the present view, if that has not been done."""

@@ -6,9 +6,11 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+from offload.pipelines.lanes import Lane
 
 
 class OffloadTimes:
@@ -43,6 +45,10 @@ class OffloadTimes:
         with self._lock:
             self._copies.append((name, begin, end))
             self._read_finished()  # so that no more wait here than are on their way
+
+    def on_lane(self, name: str, lane: Lane) -> AbstractContextManager[None]:
+        """Time what a lane, which is current, is given within; without a GPU nothing."""
+        return nullcontext() if lane.stream is None else self.on_stream(name)
 
     def milliseconds(self) -> dict[str, float]:
         """Return the totals so far by name; what streams have not finished comes next time."""

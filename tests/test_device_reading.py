@@ -1,0 +1,122 @@
+"""A device that reads rows of compact stores itself renders what the host would have forwarded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload.adam.host import DeferredAdam
+from offload.adam.schedules import schedules_of
+from offload.pipelines.device_reading import READ_ROWS, DeviceReading
+from offload.pipelines.forwarded import ForwardedPipeline
+from offload.pipelines.groups import RowGroup
+from offload.store.host_store import HostStore
+from tests.test_pipeline import ADAM
+
+CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
+PREFETCHED, LATE, FORGOTTEN, UNDONE = range(4)
+
+
+def view(step: int, n: int) -> Tensor:
+    """The rows of a view: a third of all, of which half are in the next one; none of the fifth view."""
+    generator = torch.Generator().manual_seed(step // 2)
+    chosen = torch.rand(n, generator=generator) < 0.35
+    generator.manual_seed(1000 + step)
+    return (chosen & (torch.rand(n, generator=generator) < 0.8)).nonzero().squeeze(1)[: 0 if step == 5 else n]
+
+
+def make_pipeline(device: torch.device, n: int, device_reads: bool) -> ForwardedPipeline:
+    """Views are named by a number in place of their cameras."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
+    parameters = {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
+    groups = {}
+    for name in ("geometry", "appearance"):
+        store = HostStore(parameters, name, state="compact", pin=device.type == "cuda")
+        multipliers, rates = schedules_of(name, store.sh_degree, ADAM, "compact")
+        groups[name] = RowGroup(store, DeferredAdam(multipliers), rates)
+    return ForwardedPipeline(groups, lambda step: view(step, n), device, device_reads=device_reads)
+
+
+def packed(pipeline: ForwardedPipeline) -> list[Tensor]:
+    """All that the stores hold."""
+    stores = [group.store for group in pipeline._groups.values()]
+    return [tensor.clone() for store in stores for tensor in (store.packed, store.last_step)]
+
+
+def take_step(pipeline: ForwardedPipeline, step: int, kind: int) -> dict[str, Tensor]:
+    """Return the values that a view was given; gradients do not depend on them, so that stores are the same."""
+    rows = pipeline.fetch(step)
+    if kind == UNDONE:
+        pipeline.prefetch(step + 1)
+        pipeline.undo_step(step)
+        rows = pipeline.fetch(step)
+    if kind != LATE:
+        pipeline.prefetch(step + 1)
+    given = {}
+    for name, values in rows.values.items():
+        given[name] = values.detach().cpu()
+        offsets = torch.sin(rows.host_ids[:, None] * (1.0 + step) + torch.arange(values.shape[1]))
+        values.grad = 1e-3 * offsets.to(values.device)
+    pipeline.update()
+    if kind == FORGOTTEN:
+        pipeline.forget_upcoming()
+    return given
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_a_device_reads_are_those_that_the_host_forwards(device, monkeypatch):
+    monkeypatch.setattr("offload.pipelines.device_reading.READ_ROWS", 64)
+    reading, forwarding = (make_pipeline(device, 600, reads) for reads in (True, False))
+    kinds = [PREFETCHED, PREFETCHED, LATE, PREFETCHED, FORGOTTEN, PREFETCHED, PREFETCHED, UNDONE, PREFETCHED]
+    for step, kind in enumerate(kinds):
+        actual, expected = (take_step(pipeline, step, kind) for pipeline in (reading, forwarding))
+        for name, values in expected.items():
+            assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
+    for pipeline in (reading, forwarding):
+        pipeline.finish()
+    for here, there in zip(packed(reading), packed(forwarding), strict=True):
+        assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_read_ahead_have_the_bits_of_rows_read_late(device):
+    """So that training which goes on from a state is the same to the last bit."""
+    ahead, late = (make_pipeline(device, 400, device_reads=True) for _ in range(2))
+    for step in range(8):
+        values = [take_step(pipeline, step, kind) for pipeline, kind in ((ahead, PREFETCHED), (late, LATE))]
+        for name in values[0]:
+            assert torch.equal(values[0][name], values[1][name])
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_values_before_the_present_step_can_be_read_still(previous):
+    pipeline = make_pipeline(CPU, 300, device_reads=True)
+    for step in range(4):
+        take_step(pipeline, step, LATE)
+    pipeline.finish()
+    ids = torch.arange(300)
+    reading = DeviceReading(pipeline._groups, CPU, pipeline._times)
+    before = {name: upload.ready() for name, upload in reading.upload(ids, None)[1].items()}
+    for group in pipeline._groups.values():
+        group.begin_step()
+    _, uploads = reading.upload(ids, None, previous=previous)
+    same = [torch.equal(uploads[name].ready(), rows) for name, rows in before.items()]
+    assert same == [previous, previous]
+
+
+@pytest.mark.cuda
+def test_many_rows_are_read_while_others_are_written():
+    """Views of several blocks, on a GPU, where the worker commits rows while the device reads others."""
+    device, n = torch.device("cuda"), 6 * READ_ROWS
+    reading, forwarding = (make_pipeline(device, n, reads) for reads in (True, False))
+    for step in range(6):
+        actual, expected = (take_step(pipeline, step, PREFETCHED) for pipeline in (reading, forwarding))
+        for name, values in expected.items():
+            assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
+    for pipeline in (reading, forwarding):
+        pipeline.finish()
+    for here, there in zip(packed(reading), packed(forwarding), strict=True):
+        assert torch.equal(here, there)
