@@ -81,7 +81,8 @@ class Smaller:
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
 COMPACT_STEP = (COMPACT_ROW + COMPACT_VALUES) + (2 * COMPACT_VALUES + 168 + COMPACT_ROW)
-COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + (COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW)  # forward, commit
+COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
+COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
 
 
 def streamed_compact(culled: float, visible: float) -> Traffic:
@@ -146,7 +147,10 @@ TRAINERS: dict[str, Trainer] = {
     "optimized_compact": Trainer(
         "simple_trainer_hybrid_optimized",
         footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),
+        # The device reads rows itself, and writes what decoding gives.
+        traffic=lambda n, v: Traffic(
+            device=(3 * COMPACT_ROW + COMPACT_VALUES) * v, host=(COMPACT_ROW + COMPACT_COMMIT) * v, link=COMPACT_ROW * v
+        ),
         options={"geometry": "host", "state": "compact"},
         less_device="split_compact",
     ),

@@ -300,4 +300,5 @@ def test_rows_of_two_views_are_divided(monkeypatch, count, num_before):
     assert np.array_equal(before[upcoming.shared_before], shared)
     assert np.array_equal(upcoming.only_here_ids, np.setdiff1d(ids, before))
     assert np.array_equal(ids[upcoming.only_here], upcoming.only_here_ids)
-    assert np.array_equal(before[upcoming.only_before], np.setdiff1d(before, ids))
+    assert np.array_equal(upcoming.only_before_ids, np.setdiff1d(before, ids))
+    assert np.array_equal(before[upcoming.only_before], upcoming.only_before_ids)

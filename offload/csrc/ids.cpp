@@ -32,13 +32,14 @@ int64_t count_shared(const int64_t* ids, const int64_t* others, const Piece& pie
 }
 
 // Writes the places of the ids that both hold, in `here` and `there`; and of those that one alone holds: in `only_here`,
-// with the ids themselves, and in `only_there`. Arrays are as long as what they might hold. Returns how many are shared.
+// and in `only_there`, each with the ids themselves. Arrays are as long as what they might hold. Returns how many are shared.
 int64_t compare_ids(ConstIds ids, ConstIds others, Ids here, Ids there, Ids only_here, Ids only_here_ids,
-                    Ids only_there, int num_threads) {
+                    Ids only_there, Ids only_there_ids, int num_threads) {
   const int64_t count = ids.shape(0), num_others = others.shape(0);
   const auto holds = [](const Ids& array, int64_t length) { return static_cast<int64_t>(array.shape(0)) >= length; };
   if (!holds(here, std::min(count, num_others)) || !holds(there, std::min(count, num_others)) ||
-      !holds(only_here, count) || !holds(only_here_ids, count) || !holds(only_there, num_others))
+      !holds(only_here, count) || !holds(only_here_ids, count) || !holds(only_there, num_others) ||
+      !holds(only_there_ids, num_others))
     throw std::invalid_argument("arrays are too short");
   const int64_t *id = ids.data(), *other = others.data();
 
@@ -66,6 +67,7 @@ int64_t compare_ids(ConstIds ids, ConstIds others, Ids here, Ids there, Ids only
     };
     const auto take_other = [&] {
       only_there.data()[j - shared] = j;
+      only_there_ids.data()[j - shared] = other[j];
       ++j;
     };
     while (i < piece.end && j < piece.end_other) {
@@ -89,5 +91,6 @@ int64_t compare_ids(ConstIds ids, ConstIds others, Ids here, Ids there, Ids only
 void bind_ids(nb::module_& module) {
   using nb::literals::operator""_a;
   module.def("compare_ids", &compare_ids, "ids"_a, "others"_a, "here"_a.noconvert(), "there"_a.noconvert(),
-             "only_here"_a.noconvert(), "only_here_ids"_a.noconvert(), "only_there"_a.noconvert(), "num_threads"_a);
+             "only_here"_a.noconvert(), "only_here_ids"_a.noconvert(), "only_there"_a.noconvert(),
+             "only_there_ids"_a.noconvert(), "num_threads"_a);
 }

@@ -70,7 +70,8 @@ class Upcoming:
     shared_before: Tensor  # [S] which rows of the present view they are
     only_here: Tensor  # [V - S] the other rows that it begins with
     only_here_ids: Tensor  # [V - S] which Gaussians these are
-    only_before: Tensor  # the other rows of the present view
+    only_before: Tensor  # [W - S] the other rows of the present view
+    only_before_ids: Tensor  # [W - S] which Gaussians these are
 
     @staticmethod
     def between(rows: VisibleRows, first_ids: Tensor, present_ids: Tensor) -> Upcoming:
@@ -81,33 +82,29 @@ class Upcoming:
             first_ids: int64 [V] on the host, sorted and unique, the rows that it begins with.
             present_ids: The same [W] of the present view, which waits for gradients of all of them.
         """
-        count, num_before = len(first_ids), len(present_ids)
-        lengths = (count, num_before, count, count, num_before)
-        here, before, only_here, only_here_ids, only_before = (torch.empty(n, dtype=torch.int64) for n in lengths)
-        found = here, before, only_here, only_here_ids, only_before
+        here, only_here, only_here_ids = (torch.empty_like(first_ids) for _ in range(3))
+        before, only_before, only_before_ids = (torch.empty_like(present_ids) for _ in range(3))
+        found = here, before, only_here, only_here_ids, only_before, only_before_ids
         shared = native.compare_ids(first_ids, present_ids, *found, num_threads())
-        alone = count - shared
-        return Upcoming(
-            rows,
-            here[:shared],
-            before[:shared],
-            only_here[:alone],
-            only_here_ids[:alone],
-            only_before[: num_before - shared],
-        )
+        alone, alone_before = len(first_ids) - shared, len(present_ids) - shared
+        counts = shared, shared, alone, alone, alone_before, alone_before
+        return Upcoming(rows, *(numbers[:count] for numbers, count in zip(found, counts, strict=True)))
 
     @staticmethod
-    def of(rows: VisibleRows, first_ids: Tensor, shared: tuple[Tensor, Tensor], num_before: int) -> Upcoming:
+    def of(rows: VisibleRows, first_ids: Tensor, shared: tuple[Tensor, Tensor], present_ids: Tensor) -> Upcoming:
         """Divide rows into those that two views share and the others.
 
         Args:
             rows: Of the view.
             first_ids: int64 [V] on the host, the rows that it begins with.
             shared: Two int64 [S] on the host: the shared rows among `first_ids`, and in the present view.
-            num_before: How many rows the present view has.
+            present_ids: int64 [W] on the host, the rows of the present view.
         """
-        only_here, only_before = positions_without(shared[0], len(first_ids)), positions_without(shared[1], num_before)
-        return Upcoming(rows, *shared, only_here, first_ids[only_here], only_before)
+        only_here, only_before = (
+            positions_without(positions, len(ids))
+            for positions, ids in zip(shared, (first_ids, present_ids), strict=True)
+        )
+        return Upcoming(rows, *shared, only_here, first_ids[only_here], only_before, present_ids[only_before])
 
 
 @dataclass
@@ -179,14 +176,14 @@ class ForwardedPipeline:
         if ahead is None or ahead.upcoming is None:
             self._applied = True
             self._displace(present)
-            remaining = torch.arange(len(present.host_ids))
+            remaining, remaining_ids = torch.arange(len(present.host_ids)), present.host_ids
         else:
             urgent = self._download_urgently(ahead.upcoming.shared_before, gradients)
             self._applied = True
             self._displace(present)
             self._update_shared(ahead, ahead.upcoming, present, lambda name: self._arrived(urgent[name]))
-            remaining = ahead.upcoming.only_before
-        self._owed.append(partial(self._commit, present.host_ids[remaining], remaining, downloads))
+            remaining, remaining_ids = ahead.upcoming.only_before, ahead.upcoming.only_before_ids
+        self._owed.append(partial(self._commit, remaining_ids, remaining, downloads))
         self._end_step()
 
     def displace(self, displacement: Displacement) -> None:

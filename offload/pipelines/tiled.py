@@ -290,7 +290,7 @@ class TiledPipeline(ForwardedPipeline):
             return Upcoming.between(view, first.host_ids, present.host_ids)
         waiting = progress.waiting()
         here, among = map(to_host, shared_positions(first.ids, present.ids[waiting.to(first.ids.device)]))
-        return Upcoming.of(view, first.host_ids, (here, waiting[among]), len(present.host_ids))
+        return Upcoming.of(view, first.host_ids, (here, waiting[among]), present.host_ids)
 
     def _forward_again(self, ahead: Ahead, upcoming: Upcoming, moved_ids: Tensor) -> None:
         """Forward rows anew that have moved since the worker did: an earlier tile alone had them.
