@@ -65,7 +65,13 @@ def _array(geometry: Tensor) -> np.ndarray:
 
 
 def visible_ids(
-    geometry: Tensor, bounds: BlockBounds, cameras: Cameras, margin: Margin | None = None, out: Tensor | None = None
+    geometry: Tensor,
+    bounds: BlockBounds,
+    cameras: Cameras,
+    margin: Margin | None = None,
+    out: Tensor | None = None,
+    *,
+    pin: bool = False,
 ) -> Tensor:
     """Find the rows that any of the cameras may draw, on the CPU, in parallel.
 
@@ -75,6 +81,7 @@ def visible_ids(
         cameras: The pictures to be drawn.
         margin: How much the rows may still move.
         out: int64 [M] to write the ids to, M large enough; without it memory is allocated.
+        pin: Allocate memory that a GPU copies from without waiting; torch keeps it for the next call.
 
     Returns:
         Sorted int64 [V]; the first V of `out`, where given.
@@ -88,7 +95,7 @@ def visible_ids(
     packed = pack(cameras, margin or Margin())
     count = native.mark_visible(_array(geometry), bounds.bounds.numpy(), packed, *work, threads)
     if out is None:
-        out = torch.empty(count, dtype=torch.int64)
+        out = torch.empty(count, dtype=torch.int64, pin_memory=pin)
     elif len(out) < count:
         raise ValueError(f"{count} Gaussians are visible, but `out` holds {len(out)}")
     ids = out[:count]

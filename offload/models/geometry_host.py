@@ -57,6 +57,7 @@ class HostGeometry(HostStore):
         self._strays = Strays()
         self._adam = adam
         self._bounds: BlockBounds | None = None  # None until they are next needed
+        self._pin = pin
 
     @property
     def stores(self) -> dict[str, RowStore]:
@@ -67,7 +68,7 @@ class HostGeometry(HostStore):
         """Find the sorted ids, int64 [V] on the host, of what cameras may draw after one more step."""
         if self._bounds is None:  # once after a refinement, whose operations are several
             self._bounds = BlockBounds(self._culled_rows())
-        ids = visible_ids(self._culled_rows(), self._bounds, cameras, self._margin(lagging=True))
+        ids = visible_ids(self._culled_rows(), self._bounds, cameras, self._margin(lagging=True), pin=self._pin)
         return self._strays.beside(ids)
 
     def expect_strays(self, ids: Tensor | None) -> None:

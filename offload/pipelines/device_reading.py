@@ -111,7 +111,7 @@ class DeviceReading:
                     self._kernels.fetch_dated_rows(of_view, places[:count], steps, those, out, skipped[name])
 
     def _to_device(self, numbers: Tensor) -> Tensor:
-        """Copy int64 [V] on the current stream, without waiting for it."""
+        """Copy int64 [V] on the current stream, without waiting for it; once more before, where it is not pinned."""
         if self._device.type != "cuda":
             return numbers
         return numbers.pin_memory().to(self._device, non_blocking=True)

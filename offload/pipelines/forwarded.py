@@ -82,8 +82,10 @@ class Upcoming:
             first_ids: int64 [V] on the host, sorted and unique, the rows that it begins with.
             present_ids: The same [W] of the present view, which waits for gradients of all of them.
         """
-        here, only_here, only_here_ids = (torch.empty_like(first_ids) for _ in range(3))
-        before, only_before, only_before_ids = (torch.empty_like(present_ids) for _ in range(3))
+        # In memory that torch keeps, where a GPU has the rows: the system would hand out new pages each time.
+        here, only_here, only_here_ids, before, only_before, only_before_ids = (
+            torch.empty_like(ids, pin_memory=ids.is_pinned()) for ids in [first_ids] * 3 + [present_ids] * 3
+        )
         found = here, before, only_here, only_here_ids, only_before, only_before_ids
         shared = native.compare_ids(first_ids, present_ids, *found, num_threads())
         alone, alone_before = len(first_ids) - shared, len(present_ids) - shared
