@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from offload.pipelines.forwarded import ForwardedPipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.host_store import HostStore
 from tests.test_pipeline import ADAM
+from tests.triton_places import INTERPRETED
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
@@ -79,6 +82,20 @@ def test_rows_that_a_device_reads_are_those_that_the_host_forwards(device, monke
         pipeline.finish()
     for here, there in zip(packed(reading), packed(forwarding), strict=True):
         assert torch.equal(here, there)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has them in the tests above")
+def test_rows_that_kernels_in_triton_read(monkeypatch):
+    """Their tables are float32, and views are cut into blocks."""
+    kernels = importlib.import_module("offload.adam.rows_triton")
+    monkeypatch.setattr("offload.pipelines.device_reading.kernels_for", lambda device, module: kernels)
+    monkeypatch.setattr("offload.pipelines.device_reading.READ_ROWS", 32)
+    reading, forwarding = (make_pipeline(CPU, 200, reads) for reads in (True, False))
+    for step, kind in enumerate([PREFETCHED, PREFETCHED, LATE]):
+        actual, expected = (take_step(pipeline, step, kind) for pipeline in (reading, forwarding))
+        for name, values in expected.items():
+            assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
