@@ -15,6 +15,7 @@ import startup  # noqa: F401, before torch is imported
 
 # isort: split
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,13 +30,14 @@ from offload.device_memory import bound_memory
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.boxes import Tile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
+from offload.tiles.rounds import lacking_together
 from training.command_line import main
 from training.depth_loss import with_depth_loss
-from training.joint_tiles import JointView
+from training.joint_tiles import JointPart, draw_rounds
 from training.memory import available_bytes, parse_bytes
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
-from training.views import View
+from training.views import View, drawn_together
 
 
 @dataclass
@@ -60,24 +62,24 @@ class SplitConfig(SplitOptions, Config):
         return 0.3 if self.split_threshold is None else self.split_threshold
 
 
-def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget | None:
+def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:
     """Return how large the parts of a view may be; a budget bounds what torch takes from now on.
-
-    Where ranks train together the rows of a view are brought whole, and pairs are cut into tiles (`JointView`).
 
     Raises:
         InputError: The budget is more than there is, or too small for the geometry alone.
     """
     cfg = run.cfg
     if cfg.device_memory_budget is None:
-        return RowLimit(cfg.largest_part) if run.ranks is None else None
+        return RowLimit(cfg.largest_part)
     budget = parse_bytes(cfg.device_memory_budget, "--device_memory_budget")
     if run.device.type == "cuda" and budget > available_bytes(run.device):
         raise InputError(
             f"--device_memory_budget is {format_bytes(budget)}, but the GPU has only "
             f"{format_bytes(available_bytes(run.device))} free: give at most that."
         )
-    limit = MemoryBudget(budget, RowBytes.of(cfg.geometry, cfg.sh_degree, cfg.state), run.num_initial_gaussians)
+    together, share = (0, 1.0) if run.ranks is None else (run.views_per_step, run.ranks.shares[run.ranks.rank])
+    row_bytes = RowBytes.of(cfg.geometry, cfg.sh_degree, cfg.state, together=together)
+    limit = MemoryBudget(budget, row_bytes, math.ceil(share * run.num_initial_gaussians))
     bound_memory(budget, run.device)
     return limit
 
@@ -100,12 +102,16 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         max_gaussians=cfg.max_gaussians,
         limit=limit,
         halo=halo,
+        others=None if run.ranks is None else run.ranks.aside(),
     )
     strategy = run.new_strategy()
 
     def draw(cameras: Cameras, depth: bool) -> Tensor:
         shown = run.shown_backgrounds(cameras)
-        return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, backgrounds=shown, depth=depth)
+        if run.ranks is None:
+            return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, backgrounds=shown, depth=depth)
+        drawn = partial(draw_rounds, cfg=cfg, ranks=run.ranks, backgrounds=shown, depth=depth)
+        return drawn_together(cameras, run.ranks, lambda everyone: drawn(gaussians.view_tiles(everyone), everyone))
 
     def share_of_loss(colors: Tensor, info: dict, view: View, tile: Tile | None) -> Tensor:
         """Return what a rendered tile, or all of the view, has of the view's loss."""
@@ -130,29 +136,31 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
 
     def train_together(part: ViewTile, view: View, screen: ScreenGradients, ranks: Ranks) -> TileResult:
-        """Render what this rank draws, of the Gaussians of all ranks, tile by tile; gradients go home once."""
+        """Render this rank's tile, or its pictures, of the Gaussians of all ranks; all propagate their losses at once.
+
+        Where memory is lacking at one rank, all leave this, and cut their tiles.
+        """
         run.mark("fetch")
         cameras = run.modules.cameras(view)
-        pairs = JointView(part.rows, cameras, cfg, sh_degree=run.sh_degree, halo=halo, ranks=ranks)
-        tiles = pairs.tiles(RowLimit(cfg.largest_part), run.num_gaussians)
-        losses = [train_pairs(pairs, tile, view) for tile in tiles]
-        loss = strategy.regularized(torch.stack(losses).sum(), part.rows, pairs.info)
-        pairs.propagate(loss)
-        screen.add(part, len(gaussians.ids), pairs.info)
-        run.mark("backward")
-        return TileResult(loss.detach(), 0, 0)  # memory is not measured
-
-    def train_pairs(pairs: JointView, tile: Tile, view: View) -> Tensor:
-        """Render one tile of a view of several ranks, propagate its share of the loss to its pairs, and return it."""
-        colors, info = pairs.render(tile, run.backgrounds(view))
-        share = share_of_loss(colors, info, view, tile)
-        share.backward()
-        pairs.gather()
+        joint = JointPart(part, cameras, cfg, sh_degree=run.sh_degree, halo=halo, ranks=ranks)
+        loss, num_intersections, num_pixels = torch.zeros((), device=run.device), 0, 0
+        with lacking_together(ranks):
+            if joint.draws:
+                colors, info = joint.render(run.backgrounds(view))
+                num_intersections, num_pixels = info["n_intersections"], colors.shape[:3].numel()
+                loss = share_of_loss(colors, info, view, joint.tile)
+                loss.backward()
+            loss = strategy.regularized(loss.detach(), part.rows, screen.newly_drawn(part, joint.info))
+            joint.take_for_return()
+        with lacking_together(ranks):
+            joint.propagate(loss)
+        screen.add(part, len(gaussians.ids), joint.info)
         run.modules.gather()
-        return share.detach()
+        run.mark("backward")
+        return TileResult(loss.detach(), num_intersections, num_pixels, joint.num_made, joint.num_exchanged)
 
     train_tile = train_part if run.ranks is None else partial(train_together, ranks=run.ranks)
-    for step, view in run.steps(gaussians, strategy, draw if run.ranks is None else None):
+    for step, view in run.steps(gaussians, strategy, draw):
         # Behind the rendering of each part the CPU commits gradients of the part before and sends the rows of the next
         # part, or of the next view's first one. A part that runs out of memory is rendered in finer tiles.
         screen = ScreenGradients(view.cameras, needed=strategy.looks_at(step), with_rows=strategy.moves_rows)

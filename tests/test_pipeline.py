@@ -36,12 +36,12 @@ def random_parts(num_rows: int, num_parts: int, seed: int) -> list[TileRows]:
     for part in range(num_parts):
         rows = ((home == part) | (torch.rand(num_rows, generator=generator) < 0.1)).nonzero().squeeze(1)
         rows = rows[:0] if part == 3 else rows
-        parts.append(TileRows(None, rows, rows))
+        parts.append(TileRows((), rows, rows))
     missing = torch.ones(num_rows, dtype=torch.bool)
     for part in parts:
         missing[part.rows] = False
     rows = missing.nonzero().squeeze(1)
-    return [*parts, TileRows(None, rows, rows)]
+    return [*parts, TileRows((), rows, rows)]
 
 
 def rows_of(part: TileRows) -> Tensor | slice:
@@ -88,7 +88,7 @@ def train(pipeline: TiledPipeline, *, split_at: int = -1) -> tuple[dict[str, Ten
                 halves = [slice(middle + 9), slice(middle - 9, None)]
                 share[middle - 9 : middle + 9] /= 2
                 pipeline.abandon_tile()
-                pipeline.replace_tile([TileRows(None, rows[half], rows[half]) for half in halves])
+                pipeline.replace_tile([TileRows((), rows[half], rows[half]) for half in halves])
                 shares[1:2] = [share[half] for half in halves]
                 continue
             offsets = torch.sin(part.host_ids * (1.0 + step))[:, None]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from errors import InputError
 from offload.adam.options import AdamOptions
 from offload.models.contract import GaussianModel
 from offload.models.device import DeviceGaussians
+from offload.models.tiled import ViewTile
 from offload.store.layout import GROUP_NAMES, group_shapes
-from offload.tiles.budget import RowLimit
+from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
 from rendering.rasterize import rasterize
 from strategies.mcmc import MCMCStrategy
@@ -43,10 +45,10 @@ from trainers import TRAINERS, trainer_of
 from training.command_line import parse
 from training.depth_loss import with_depth_loss
 from training.gaussians import initial_gaussians
-from training.joint_tiles import JointView
+from training.joint_tiles import JointPart
 from training.run import TrainingRun
 from training.schedules import adam_options
-from training.tiles import halo_of, part_loss
+from training.tiles import ScreenGradients, halo_of, part_loss
 from training.views import View, posed_cameras, render
 
 pytestmark = pytest.mark.slow
@@ -140,8 +142,21 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
 # ------------------------------------------------------------------------------------------------------- tiles of pairs
 
 
-def tiles(ranks: Ranks) -> tuple[int, dict[str, float]]:
-    """Into how many tiles this rank cuts its two pictures, and how far gradients differ from those of uncut ones."""
+def cut_pictures(size: int, width: int, height: int) -> list[tuple[Tile, ...]]:
+    """Rounds of tiles of two pictures of each rank, those of the first rank in more tiles."""
+    generator, tiles = torch.Generator().manual_seed(0), []
+    for rank in range(size):
+        cut = [Tile(2 * rank + camera, 0, 0, width, height) for camera in range(2)]
+        for _ in range(5 if rank == 0 else 2):
+            tile = cut.pop(0)
+            first = 1 + int(torch.randint(tile.width - 1, (1,), generator=generator))
+            cut += [tile._replace(width=first), tile._replace(x=tile.x + first, width=tile.width - first)]
+        tiles.append(cut)
+    return [tuple(tile for tile in each if tile is not None) for each in zip_longest(*tiles)]
+
+
+def tiles(ranks: Ranks) -> tuple[list[int], dict[str, float]]:
+    """How many tiles each round has, and how far gradients differ from those of uncut pictures."""
     cameras, width, height = 2 * ranks.size, 144, 80
     scene = random_scene(600, seed=5, n_cameras=cameras, width=width, height=height)
     rows = slice(ranks.rank, None, ranks.size)
@@ -169,27 +184,28 @@ def tiles(ranks: Ranks) -> tuple[int, dict[str, float]]:
     loss.backward()
     expected = found(loss, whole, info)
 
-    cut, halo = leaves(), halo_of(cfg)
-    pairs = JointView(cut, all_cameras, cfg, sh_degree=3, halo=halo, ranks=ranks)
-    limit = RowLimit(0.2 if ranks.rank == 0 else 0.5)  # so that ranks have different numbers of tiles
-    total, its_tiles = torch.zeros(()), pairs.tiles(limit, 600)
-    for tile in its_tiles:
-        colors, info = pairs.render(tile, behind)
-        share = part_loss(colors, view, tile, ssim_lambda=0.2, halo=halo)
-        share = with_depth_loss(share, info, view, 0.5, tile, halo)
-        share.backward()
-        pairs.gather()
+    cut, halo, screen = leaves(), halo_of(cfg), ScreenGradients(all_cameras)
+    total, rounds = torch.zeros(()), cut_pictures(ranks.size, width, height)
+    for together in rounds:
+        part = ViewTile(together, cut, None)
+        joint, share = JointPart(part, all_cameras, cfg, sh_degree=3, halo=halo, ranks=ranks), torch.zeros(())
+        if joint.draws:
+            colors, info = joint.render(behind)
+            share = part_loss(colors, view, joint.tile, ssim_lambda=0.2, halo=halo)
+            share = with_depth_loss(share, info, view, 0.5, joint.tile, halo)
+            share.backward()
+        joint.propagate(share.detach())
+        screen.add(part, len(given["means"]), joint.info)
         total += share.detach()
-    pairs.propagate(total)
-    actual = found(total, cut, pairs.info)
-    return len(its_tiles), {
+    actual = found(total, cut, screen.info())
+    return [len(together) for together in rounds], {
         name: float((actual[name] - value).norm() / value.norm()) for name, value in expected.items()
     }
 
 
-def test_tiles_of_pairs_add_up_to_the_view(group):
-    (num_tiles, differences), (others, its_differences) = group(2)["tiles"]
-    assert num_tiles > others == 2  # one rank cuts its pictures
+def test_tiles_drawn_together_add_up_to_the_view(group):
+    (in_rounds, differences), (_, its_differences) = group(2)["tiles"]
+    assert in_rounds == [2, 2, 2, 2, 1, 1, 1]  # in the last of them one rank draws nothing
     assert max(*differences.values(), *its_differences.values()) < 1e-5
 
 

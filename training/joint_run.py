@@ -288,8 +288,6 @@ def _check_for_several(cfg: Config, trainer: Trainer) -> None:
             f"{trainer.path.name} trains on one GPU: start it without torchrun, or take "
             "simple_trainer_hybrid_streamed.py."
         )
-    if getattr(cfg, "device_memory_budget", None) is not None:
-        raise InputError("--device_memory_budget is for one process: leave it out, or start without torchrun.")
 
 
 def _saved_together(watch: Watch, command: str, undo_step: Callable[[], Standing], save: Callable[[], Path]) -> str:

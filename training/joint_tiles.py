@@ -1,19 +1,20 @@
-"""Rendering a view of several ranks tile by tile: the pairs of all ranks' Gaussians are exchanged once, and then cut.
+"""Rendering of what ranks draw together: all pictures of a step or, where these see too much, a tile of each rank.
 
-The rank that draws a picture receives all its pairs of camera and Gaussian (`distributed/exchange.py`). It blends them
-tile after tile, those that may draw in a tile or in its halo. Gradients of the pairs, and of the cameras where a sky is
-behind, add up over the tiles and go home once. So tiles bound what blending and the loss take of the device: pixels,
-and intersections of Gaussians with blocks of pixels. They do not bound rows and pairs, which are those of the whole
-view.
+Each rank projects those of its Gaussians that any of the tiles needs. A pair of a camera and a Gaussian that may draw
+in the tile of that camera, or in its halo, goes to the rank that draws it (`distributed/exchange.py`); others stay. A
+rank that draws no tile in a round takes part with its Gaussians. So a round takes of a device what
+`offload/tiles/rounds.py` says.
+
+Where memory is lacking at one rank, none goes on: what they do alone is divided from what they do together, and before
+that each takes the memory once that it is about to need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,138 +22,129 @@ from configs import Config
 from distributed.exchange import PairExchange
 from distributed.mesh import Ranks
 from offload.culling.cameras import Cameras
-from offload.culling.cells import grid_of
-from offload.tiles.boxes import CELL, Coverage, Tile, box_of
-from offload.tiles.budget import RowLimit
+from offload.models.tiled import ViewTile
+from offload.tiles.boxes import Tile
+from offload.tiles.budget import EXCHANGED_BYTES
+from offload.tiles.rounds import lacking_together
 from rendering.projection import Projection
 from rendering.rasterize import blend_pairs, pair_info, project_pairs
 from rendering.region import Region
 from training.views import Backdrop, before_backdrop, own_cameras, projected_by
 
 
-class JointView:
-    """Hold the pairs of the pictures that this rank draws, and render them tile by tile; all ranks make one at once.
+class JointPart:
+    """Hold the pairs of the pictures, or of the tile, that this rank draws of a part of a view; all make one at once.
 
-    A tile is `render`, the backward pass of its share of the loss, and `gather`. After the last one `propagate` takes
-    the gradients home, at all ranks at once, however many tiles each had.
+    A part is `render`, the backward pass of this rank's share of the loss, and `propagate`, where all take the
+    gradients home at once.
 
     Attributes:
+        tile: What this rank draws, whose camera counts from its own first one; None: all its pictures, or nothing.
+        draws: Whether it draws anything.
         info: What `rendering.rasterize` says of the Gaussians held here, in the cameras of all ranks.
+        num_made: How many pairs of a camera and a Gaussian have been projected here.
+        num_exchanged: How many of them are in a tile, and how many are drawn here.
     """
 
     def __init__(
-        self, rows: Mapping[str, Tensor], cameras: Cameras, cfg: Config, *, sh_degree: int, halo: int, ranks: Ranks
+        self,
+        part: ViewTile,
+        cameras: Cameras,
+        cfg: Config,
+        *,
+        sh_degree: int,
+        halo: int,
+        ranks: Ranks,
+        depth: bool = False,
     ) -> None:
         """
         Args:
-            rows: The parameters of this rank's Gaussians, as `training.gaussians.activate` takes them.
+            part: Rows held here, and what all ranks draw of the view.
             cameras: W B of them, of which each rank draws B; their poses may want a gradient.
             cfg: Options.
             sh_degree: Degree of the spherical harmonics to use.
             halo: Pixels around a tile to render with it.
             ranks: W of them.
+            depth: As in `training.views.render`.
         """
         own = own_cameras(cameras, ranks)  # B
         self._poses = own.viewmats  # [B, 4, 4]
-        # Each tile's backward pass ends here, since it frees what is behind.
+        # Each part's backward pass ends here, before gradients go home.
         self._cameras = replace(own, viewmats=own.viewmats.detach().requires_grad_(own.viewmats.requires_grad))
-        self._cfg, self._halo = cfg, halo
-        self._render_mode = "RGB+ED" if cfg.depth_loss else "RGB"
-        projection, features = project_pairs(
-            **projected_by(rows, cameras, sh_degree=sh_degree), render_mode=self._render_mode
-        )
-        projection.means2d.retain_grad()
+        self._cfg, self._halo, self._ranks, num_own = cfg, halo, ranks, len(own.Ks)
+        self._render_mode = "RGB+ED" if depth or (cfg.depth_loss and torch.is_grad_enabled()) else "RGB"
+        self._shows_depth = depth
+        first = ranks.rank * num_own
+        mine = [
+            tile._replace(camera=tile.camera - first) for tile in part.tiles if tile.camera // num_own == ranks.rank
+        ]
+        self.tile = mine[0] if mine else None
+        self.draws = not part.tiles or bool(mine)
+        with lacking_together(ranks):
+            projection, features = self._project(part, cameras, sh_degree)
+            self._take_once(len(features) + (len(features) if part.load is None else part.load.drawn))
+        if projection.means2d.requires_grad:
+            projection.means2d.retain_grad()
         self.info: dict[str, Any] = pair_info(projection, cameras.width, cameras.height, len(cameras.Ks))
-        self._pairs, self._features = PairExchange(ranks, len(self._cameras.Ks), cfg.absgrad)(projection, features)
-        self._cells = _covered_cells(self._pairs, self._cameras, halo)
-        self._sums = [torch.zeros_like(values) for values in self._values()]
-        self._absolute = torch.zeros_like(self._pairs.means2d)  # [P, 2] gradients, where the strategy wants those
-        self._part: tuple[Tensor, list[Tensor], Tensor] | None = None  # of the present tile
+        num_drawn = 1 if part.tiles else num_own
+        if part.tiles:  # one of a rank
+            projection = replace(projection, camera_ids=projection.camera_ids // num_own)
+        self._pairs, self._features = PairExchange(ranks, num_drawn, cfg.absgrad)(projection, features)
+        self.num_exchanged = len(features) + len(self._features)
+        self._num_drawn = num_drawn
+        # What is rendered begins here, so that its backward pass is this rank's own.
+        self._leaves = [values.detach().requires_grad_(torch.is_grad_enabled()) for values in self._values()]
 
-    def tiles(self, limit: RowLimit, num_gaussians: int) -> list[Tile]:
-        """Return the tiles that this rank's pictures are cut into, whose cameras count from its own first one.
-
-        Args:
-            limit: How many pairs a tile may have.
-            num_gaussians: Of all ranks.
-        """
-        cameras = self._cameras
-        corners = [
-            _corners(self._cells[:, self._of(camera)], *grid_of(cameras, CELL)) for camera in range(len(cameras.Ks))
-        ]
-        coverages = [Coverage(of_camera, cameras.width, cameras.height) for of_camera in corners]
-        plans = limit.plan(coverages, len(self._features), num_gaussians)
-        return [
-            coverage.tile(camera, box)
-            for camera, (coverage, boxes) in enumerate(zip(coverages, plans, strict=True))
-            for box in boxes
-        ]
-
-    def render(self, tile: Tile, backgrounds: Tensor | Backdrop | None) -> tuple[Tensor, dict[str, Any]]:
-        """Render a tile with its halo.
+    def render(self, backgrounds: Tensor | Backdrop | None) -> tuple[Tensor, dict[str, Any]]:
+        """Render the pictures of this rank, or its tile with the halo.
 
         Args:
-            tile: One of `tiles`.
             backgrounds: Of this rank's pictures, as `training.views.render` takes them.
 
         Returns:
-            Colours [1, h, w, 3], and an info with n_intersections and, where depths count, expected_depths [1, h, w].
+            Colours [B, H, W, 3 or 4], or [1, h, w, 3 or 4]; and an info with n_intersections and, where depths count,
+            expected_depths [B, H, W] or [1, h, w].
         """
-        region = Region(*tile.with_halo(self._halo, self._cameras.width, self._cameras.height)[1:])
-        one = slice(tile.camera, tile.camera + 1)
-        ids = self._pairs_in(tile)
-        leaves = [values.detach()[ids].requires_grad_() for values in self._values()]
-        means2d, conics, opacities, features = leaves
-        part = Projection(
-            camera_ids=(zeros := torch.zeros_like(ids)),
-            gaussian_ids=zeros,  # their numbers at home mean nothing here
-            radii=self._pairs.radii[ids],
-            means2d=region.relative(means2d),
-            depths=self._pairs.depths[ids],
-            conics=conics,
-            opacities=opacities,
-            row_offsets=torch.tensor([0, len(ids)]),
-        )
-        self._part = ids, leaves, part.means2d
+        region, cameras = Region(0, 0, self._cameras.width, self._cameras.height), self._cameras
+        if self.tile is not None:
+            region = _padded(self.tile, self._halo, cameras)
+            one = slice(self.tile.camera, self.tile.camera + 1)
+            cameras = replace(cameras, viewmats=cameras.viewmats[one], Ks=cameras.Ks[one])
+            backgrounds = backgrounds[one] if isinstance(backgrounds, Tensor) else backgrounds
+        means2d, conics, opacities, features = self._leaves
         colors, alphas, num_intersections = blend_pairs(
-            part,
+            replace(self._pairs, means2d=means2d, conics=conics, opacities=opacities),
             features,
-            1,
+            self._num_drawn,
             region.width,
             region.height,
-            backgrounds=backgrounds[one] if isinstance(backgrounds, Tensor) else None,
+            backgrounds=backgrounds if isinstance(backgrounds, Tensor) else None,
             render_mode=self._render_mode,
             absgrad=self._cfg.absgrad,
         )
         if callable(backgrounds):
-            camera = replace(self._cameras, viewmats=self._cameras.viewmats[one], Ks=self._cameras.Ks[one])
-            colors = before_backdrop(colors, alphas, backgrounds, camera, region)
+            colors = before_backdrop(colors, alphas, backgrounds, cameras, None if self.tile is None else region)
         info: dict[str, Any] = {"n_intersections": num_intersections}
-        if self._cfg.depth_loss:
+        if self._render_mode == "RGB+ED" and not self._shows_depth:
             info["expected_depths"], colors = colors[..., 3], colors[..., :3]
         return colors, info
 
-    def gather(self) -> None:
-        """Take in the gradients of the tile whose backward pass is complete."""
-        if self._part is None:
-            raise RuntimeError("no tile has been rendered")
-        ids, leaves, drawn_at = self._part
-        for total, leaf in zip(self._sums, leaves, strict=True):
-            if leaf.grad is not None:
-                total.index_add_(0, ids, leaf.grad)
-        if self._cfg.absgrad:
-            self._absolute.index_add_(0, ids, drawn_at.absgrad)  # type: ignore[attr-defined]  # set by the rasterizer
-        self._part = None
+    def take_for_return(self) -> None:
+        """Take the memory once that gradients need on their way home."""
+        self._take_once(self.num_exchanged)
 
     def propagate(self, loss: Tensor) -> None:
-        """Take the gradients of all tiles home, at all ranks at once.
+        """Take the gradients home, at all ranks at once.
 
         Args:
             loss: Scalar, whose own gradient, of what does not come from pictures, is propagated too.
         """
+        ends = [*self._values()]
+        gradients = [torch.zeros_like(v) if x.grad is None else x.grad for v, x in zip(ends, self._leaves, strict=True)]
         if self._cfg.absgrad:
-            self._pairs.means2d.absgrad = self._absolute  # type: ignore[attr-defined]  # as the rasterizer would
-        ends, gradients = [*self._values()], [*self._sums]
+            absolute = getattr(self._leaves[0], "absgrad", None)  # as the rasterizer sets it
+            absolute = torch.zeros_like(ends[0]) if absolute is None else absolute
+            self._pairs.means2d.absgrad = absolute  # type: ignore[attr-defined]
         if loss.requires_grad:
             ends.append(loss)
             gradients.append(torch.ones_like(loss))
@@ -161,39 +153,83 @@ class JointView:
             gradients.append(self._cameras.viewmats.grad)
         torch.autograd.backward(ends, gradients)
 
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _project(self, part: ViewTile, cameras: Cameras, sh_degree: int) -> tuple[Projection, Tensor]:
+        """Return the pairs of rows held here in the cameras of all ranks, those alone that may draw in a tile."""
+        tiles, numbers = part.tiles, [tile.camera for tile in part.tiles]
+        if tiles:
+            cameras = replace(cameras, viewmats=cameras.viewmats[numbers], Ks=cameras.Ks[numbers])
+        projection, features = project_pairs(
+            **projected_by(part.rows, cameras, sh_degree=sh_degree), render_mode=self._render_mode
+        )
+        self.num_made = len(features)
+        if not tiles:
+            return projection, features
+        device = features.device
+        regions = torch.tensor([_padded(tile, self._halo, cameras) for tile in tiles], device=device)  # [T, 4]
+        p, of_pair = projection, regions[projection.camera_ids]
+        corner, size = of_pair[:, :2], of_pair[:, 2:]
+        relative = p.means2d.detach() - corner
+        kept = ((relative + p.radii > 0) & (relative - p.radii < size)).all(dim=1).nonzero().squeeze(1)
+        in_tiles = Projection(
+            camera_ids=torch.tensor(numbers, device=device)[p.camera_ids[kept]],
+            gaussian_ids=p.gaussian_ids[kept],
+            radii=p.radii[kept],
+            means2d=p.means2d[kept] - corner[kept],
+            depths=p.depths[kept],
+            conics=p.conics[kept],
+            opacities=p.opacities[kept],
+        )
+        return in_tiles, features[kept]
+
+    def _take_once(self, num_pairs: int) -> None:
+        """Take the memory that so many pairs need on their way, so that torch has it while ranks wait for others.
+
+        Raises:
+            OutOfMemoryError: It is not there.
+        """
+        if self._ranks.device.type == "cuda":
+            torch.empty(num_pairs * EXCHANGED_BYTES, dtype=torch.uint8, device=self._ranks.device)
+
     def _values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what pairs have gradients of: [P, 2], [P, 3], [P] and [P, D]."""
         return self._pairs.means2d, self._pairs.conics, self._pairs.opacities, self._features
 
-    def _of(self, camera: int) -> slice:
-        """Return which pairs are of a camera."""
-        assert self._pairs.row_offsets is not None  # the exchange gives them
-        return slice(*self._pairs.row_offsets[camera : camera + 2].tolist())
 
-    def _pairs_in(self, tile: Tile) -> Tensor:
-        """Return the pairs [T] that may draw in a tile or in its halo."""
-        of_camera, box = self._of(tile.camera), box_of(tile)
-        left, right, top, bottom = self._cells[:, of_camera]
-        meets = (left < box.right) & (right > box.left) & (top < box.bottom) & (bottom > box.top)
-        return meets.nonzero().squeeze(1) + of_camera.start
+@torch.no_grad()
+def draw_rounds(
+    parts: Iterable[ViewTile],
+    cameras: Cameras,
+    cfg: Config,
+    ranks: Ranks,
+    *,
+    backgrounds: Tensor | Backdrop | None = None,
+    depth: bool = False,
+) -> Tensor:
+    """Return the pictures [B, H, W, 3 or 4] that this rank's cameras see, put together from those of its tiles.
+
+    Args:
+        parts: Of the view, at every rank as many.
+        cameras: W B of them.
+        cfg: Options.
+        ranks: W of them, which all call this at once.
+        backgrounds: Of this rank's pictures, as `training.views.render` takes them.
+        depth: Add a fourth channel, as there.
+    """
+    own = own_cameras(cameras, ranks)
+    pictures = torch.empty(len(own.Ks), own.height, own.width, 4 if depth else 3, device=ranks.device)
+    for part in parts:
+        joint = JointPart(part, cameras, cfg, sh_degree=cfg.sh_degree, halo=0, ranks=ranks, depth=depth)
+        if not joint.draws:
+            continue
+        colors, _ = joint.render(backgrounds)
+        tile = joint.tile
+        if tile is None:
+            return colors
+        pictures[tile.camera, tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = colors[0]
+    return pictures
 
 
-def _covered_cells(pairs: Projection, cameras: Cameras, halo: int) -> Tensor:
-    """Return in which cells pairs may draw, or so many pixels beside: as `CoveredCells.cells`, int64 [4, P]."""
-    columns, rows = grid_of(cameras, CELL)
-    most = pairs.means2d.new_tensor([columns, rows])
-    reach = pairs.radii + halo
-    first = ((pairs.means2d.detach() - reach) / CELL).floor().clamp(min=0).minimum(most)
-    end = (((pairs.means2d.detach() + reach) / CELL).floor() + 1).clamp(min=0).minimum(most)
-    return torch.stack([first, end], dim=2).flatten(1).T.long()
-
-
-def _corners(cells: Tensor, columns: int, rows: int) -> np.ndarray:
-    """Count pairs by their first and end cells: as `CoveredCells.corners`, of cells [4, P]."""
-    shape = columns + 1, rows + 1
-    counts = [
-        torch.bincount(x * shape[1] + y, minlength=shape[0] * shape[1]).view(shape)
-        for x in cells[:2]
-        for y in cells[2:]
-    ]
-    return torch.stack(counts).view(2, 2, *shape).cpu().numpy()
+def _padded(tile: Tile, halo: int, cameras: Cameras) -> Region:
+    return Region(*tile.with_halo(halo, cameras.width, cameras.height)[1:])

@@ -51,7 +51,7 @@ def render_part(
         depth: As in `training.views.render`.
 
     Returns:
-        Colours [C, H, W, 3], or [1, h, w, 3] of a tile with its halo, and `rasterize`'s info.
+        Colours [C, H, W, 3], or [1, h, w, 3] of a tile with its halo, and `rasterize`'s info with cameras of the view.
     """
     region = None
     if part.tile is not None:
@@ -59,7 +59,12 @@ def render_part(
         region = Region(*part.tile.with_halo(halo, cameras.width, cameras.height)[1:])
         cameras = replace(cameras, viewmats=cameras.viewmats[one], Ks=cameras.Ks[one])
         backgrounds = backgrounds[one] if isinstance(backgrounds, Tensor) else backgrounds
-    return render(part.rows, cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region, depth=depth)
+    colors, info = render(
+        part.rows, cameras, cfg, sh_degree=sh_degree, backgrounds=backgrounds, region=region, depth=depth
+    )
+    if part.tile is not None:  # of the view, whose cameras these are
+        info["camera_ids"] = info["camera_ids"] + part.tile.camera
+    return colors, info
 
 
 @torch.no_grad()
@@ -145,9 +150,9 @@ def _only(gradient: Tensor, tile: Tile) -> Tensor:
 class _Sums:
     """Hold what the parts of a view have added up to."""
 
-    gradients: Tensor  # [C, V, 2] of means2d
-    absolute: Tensor | None  # [C, V, 2] of absolute ones
-    radii: Tensor  # [C, V] pixels, 0 where a Gaussian is not seen
+    gradients: Tensor  # [C V, 2] of means2d
+    absolute: Tensor | None  # [C V, 2] of absolute ones
+    radii: Tensor  # [C V] pixels, 0 where a Gaussian is not seen
 
 
 class ScreenGradients:
@@ -180,7 +185,7 @@ class ScreenGradients:
         """
         if not self._needed:
             return
-        if part.tile is None:
+        if not part.tiles:
             self._whole = info
             if self._rows is not None:
                 self._rows = {name: part.rows[name].detach() for name in MOVED_BY}
@@ -189,19 +194,19 @@ class ScreenGradients:
         rows = info["gaussian_ids"] if part.positions is None else part.positions[info["gaussian_ids"]]
         radii = info["radii"].amax(dim=-1)
         if self._sums is None:
-            gradients = means2d.new_zeros(len(self._cameras.Ks), num_visible, 2)
+            gradients = means2d.new_zeros(len(self._cameras.Ks) * num_visible, 2)
             of_absolute = None if absolute is None else torch.zeros_like(gradients)
-            self._sums = _Sums(gradients, of_absolute, radii.new_zeros(gradients.shape[:2]))
+            self._sums = _Sums(gradients, of_absolute, radii.new_zeros(len(gradients)))
         if self._rows is not None:
             for name in MOVED_BY:
                 drawn = part.rows[name].detach()[info["gaussian_ids"]]
                 every = self._rows.setdefault(name, drawn.new_zeros(num_visible, *drawn.shape[1:]))
                 every.index_copy_(0, rows, drawn)
-        camera = part.tile.camera
-        self._sums.radii[camera].index_copy_(0, rows, radii)
-        self._sums.gradients[camera].index_add_(0, rows, means2d.grad)
+        pairs = info["camera_ids"] * num_visible + rows
+        self._sums.radii.index_copy_(0, pairs, radii)
+        self._sums.gradients.index_add_(0, pairs, means2d.grad)
         if self._sums.absolute is not None and absolute is not None:
-            self._sums.absolute[camera].index_add_(0, rows, absolute)
+            self._sums.absolute.index_add_(0, pairs, absolute)
 
     def newly_drawn(self, part: ViewTile, info: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return which rows of a part are drawn, as `info` says it, without those that a part before has drawn.
@@ -210,11 +215,12 @@ class ScreenGradients:
             part: What is rendered.
             info: Of its rendering.
         """
-        if self._sums is None or part.tile is None:
+        if self._sums is None or not part.tiles:
             return info
         drawn = info["gaussian_ids"]
         rows = drawn if part.positions is None else part.positions[drawn]
-        return {"gaussian_ids": drawn[self._sums.radii[:, rows].amax(0) == 0], "n_cameras": 1}
+        radii = self._sums.radii.view(len(self._cameras.Ks), -1)
+        return {"gaussian_ids": drawn[radii[:, rows].amax(0) == 0], "n_cameras": len(part.tiles)}
 
     def rows(self) -> dict[str, Tensor]:
         """Return the geometry [V, ...] of the view's rows, where they were drawn, with the values that were."""
@@ -229,14 +235,13 @@ class ScreenGradients:
         sums = self._sums
         if sums is None:
             raise RuntimeError("no part of the view has been rendered")
-        cameras, rows = sums.radii.nonzero(as_tuple=True)
+        pairs = sums.radii.nonzero().squeeze(1)
         return {
             "means2d": SimpleNamespace(
-                grad=sums.gradients[cameras, rows],
-                absgrad=None if sums.absolute is None else sums.absolute[cameras, rows],
+                grad=sums.gradients[pairs], absgrad=None if sums.absolute is None else sums.absolute[pairs]
             ),
-            "gaussian_ids": rows,
-            "radii": sums.radii[cameras, rows][:, None],
+            "gaussian_ids": pairs % (len(sums.radii) // len(self._cameras.Ks)),
+            "radii": sums.radii[pairs][:, None],
             "width": self._cameras.width,
             "height": self._cameras.height,
             "n_cameras": len(self._cameras.Ks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -175,8 +175,23 @@ def draw_together(
 ) -> Tensor:
     """Return the pictures [C, H, W, 3 or 4] that a rank's cameras see of the Gaussians of all ranks.
 
-    All of them call this at once, each with as many cameras; their pictures may differ in size. Backgrounds and depth
-    are those of `render`, for the rank's own cameras.
+    All of them call this at once. Backgrounds and depth are those of `render`, for the rank's own cameras.
+    """
+
+    def draw(together: Cameras) -> Tensor:
+        rows, degree = model.read_view(together), cfg.sh_degree
+        return render(rows, together, cfg, sh_degree=degree, backgrounds=backgrounds, depth=depth, ranks=ranks)[0]
+
+    return drawn_together(cameras, ranks, draw)
+
+
+def drawn_together(cameras: Cameras, ranks: Ranks, draw: Callable[[Cameras], Tensor]) -> Tensor:
+    """Return the pictures [C, H, W, ...] that a rank's cameras see, where all ranks draw at once.
+
+    Args:
+        cameras: C of them, at each rank; those of one rank have one size, and others another.
+        ranks: W of them.
+        draw: Returns this rank's pictures of W C cameras of one size; called by all ranks at once.
     """
     everyone = ranks.gather(cameras)
     if len({(each.width, each.height) for each in everyone}) == 1:
@@ -186,8 +201,5 @@ def draw_together(
     pictures = []
     for batch in batches:
         viewmats, Ks = (torch.cat([getattr(each, name) for each in batch]) for name in ("viewmats", "Ks"))
-        together = replace(batch[0], viewmats=viewmats, Ks=Ks)
-        rows, degree = model.read_view(together), cfg.sh_degree
-        drawn = render(rows, together, cfg, sh_degree=degree, backgrounds=backgrounds, depth=depth, ranks=ranks)
-        pictures.append(drawn[0])
+        pictures.append(draw(replace(batch[0], viewmats=viewmats, Ks=Ks)))
     return pictures[0] if len(batches) == 1 else pictures[ranks.rank]

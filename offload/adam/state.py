@@ -138,6 +138,11 @@ def check_state(state: State) -> None:
         rows, counts = state["upcoming/rows"], state["upcoming/counts"]
         if rows.dtype != torch.int64 or counts.dtype != torch.int64 or state["upcoming/tiles"].shape[1:] != (5,):
             raise ValueError("upcoming/tiles")
+        together = state.get("upcoming/together", torch.ones_like(counts))
+        if together.dtype != torch.int64 or len(together) != len(counts) or bool((together < 1).any()):
+            raise ValueError("upcoming/together")
+        if int(together.sum()) != len(state["upcoming/tiles"]):
+            raise ValueError("upcoming/tiles")
         if int(counts.sum()) != len(rows) or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(ids)):
             raise ValueError("upcoming/rows")
 

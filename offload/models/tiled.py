@@ -18,8 +18,9 @@ from offload.pipelines.contract import fetched
 from offload.pipelines.tiled import TiledPipeline
 from offload.store.layout import StateFormat
 from offload.tiles.boxes import HALO, Tile
-from offload.tiles.budget import MemoryBudget, RowLimit
+from offload.tiles.budget import Load, MemoryBudget, RowLimit
 from offload.tiles.planner import TiledRows, TilePlanner
+from offload.tiles.rounds import Others, RoundPlanner, lacking_together
 
 StraysOf = Callable[[Tensor, Mapping[str, Tensor]], Tensor | None]  # of ids [T] and the values of their rows
 
@@ -28,9 +29,15 @@ StraysOf = Callable[[Tensor, Mapping[str, Tensor]], Tensor | None]  # of ids [T]
 class ViewTile:
     """Hold what is rendered at once."""
 
-    tile: Tile | None  # None: all pictures of the view
+    tiles: tuple[Tile, ...]  # none: all pictures of the view; several are of as many processes
     rows: dict[str, Tensor]  # on the device, for `training.gaussians.activate`; leaves or slices of such
     positions: Tensor | None  # [T] int64 on the device: which of the view's rows they are; None: all, or not known
+    load: Load | None = None  # what was planned for it here, where several processes draw; None: not known
+
+    @property
+    def tile(self) -> Tile | None:
+        """Return the one that a process alone renders; None: all pictures of the view."""
+        return self.tiles[0] if self.tiles else None
 
 
 @dataclass
@@ -40,6 +47,8 @@ class TileResult:
     loss: Tensor  # scalar, its share of the view's loss
     num_intersections: int  # of Gaussians and the rasterizer's tiles
     num_pixels: int  # with halo
+    num_made: int = 0  # pairs of a camera and a row that were projected; counted where processes draw together
+    num_exchanged: int = 0  # those that were sent to others, and those that were drawn
 
 
 class TiledGaussians(OffloadedGaussians):
@@ -60,6 +69,7 @@ class TiledGaussians(OffloadedGaussians):
         state: StateFormat = "float32",
         max_gaussians: int = 0,
         halo: int = HALO,
+        others: Others | None = None,
     ) -> None:
         """
         Args:
@@ -72,6 +82,8 @@ class TiledGaussians(OffloadedGaussians):
             state: The form of rows.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
             halo: Pixels around a tile that are rendered with it.
+            others: Who holds other Gaussians of the same model and draws together with this process, by a limit of its
+                own; all of them train and read a view at once. Nobody else speaks with them through this.
         """
         place = geometry_in(geometry, parameters, adam, device=device, max_gaussians=max_gaussians, state=state)
         groups = groups_beside(
@@ -83,7 +95,11 @@ class TiledGaussians(OffloadedGaussians):
             max_gaussians=max_gaussians,
             state=state,
         )
-        self._planner = TilePlanner(limit, place, halo)
+        if others is None or limit is None:
+            self._planner = TilePlanner(limit, place, halo)
+        else:
+            self._planner = RoundPlanner(limit, place, halo, others)
+        self._others = others
         self._tiles = TiledPipeline(groups, self._planner.find, device)
         super().__init__(place, groups, self._tiles, device)
         self._limit = limit
@@ -154,7 +170,7 @@ class TiledGaussians(OffloadedGaussians):
         for tile in view.tiles:
             with self._order.reading_on("view_tiles", changes):
                 rows = self._copies_to_render(view.of_tile(tile).ids)
-            yield ViewTile(tile.tile, rows, None)
+            yield ViewTile(tile.tiles, rows, None, tile.load)
 
     def _begin(self, cameras: Cameras) -> None:
         if self._budget is not None:
@@ -194,12 +210,14 @@ class TiledGaussians(OffloadedGaussians):
         train_tile: Callable[[ViewTile], TileResult],
         strays_of: StraysOf | None,
     ) -> TileResult:
-        fetched_rows = self._tiles.fetch_tile()
-        rows, tile = self._to_render(fetched_rows), self._tiles.tile
+        with lacking_together(self._others):
+            fetched_rows = self._tiles.fetch_tile()
+            rows, tile = self._to_render(fetched_rows), self._tiles.tile
         if upcoming is not None and strays_of is not None:
             self._expect_strays(strays_of(fetched_rows.ids, rows))
         self._tile_rows = tile.rows
-        view_tile = ViewTile(tile.tile, rows, None if tile.rows is None else tile.rows.to(self._rendering_device))
+        positions = None if tile.rows is None else tile.rows.to(self._rendering_device)
+        view_tile = ViewTile(tile.tiles, rows, positions, tile.load)
         budget = self._budget
         if budget is None:
             self._tiles.prefetch(upcoming)
@@ -213,7 +231,8 @@ class TiledGaussians(OffloadedGaussians):
         peak, arrived = stretch_peak(self._rendering_device), self._tiles.arrived_bytes()
         if arrived is not None:
             grown = peak - before - arrived
-            budget.observe(len(fetched_rows.host_ids), result.num_intersections, result.num_pixels, grown, peak)
+            num_rows = budget.as_rows(len(fetched_rows.host_ids), result.num_made, result.num_exchanged)
+            budget.observe(num_rows, result.num_intersections, result.num_pixels, grown, peak)
         return result
 
     def _expect_strays(self, strays: Tensor | None) -> None:

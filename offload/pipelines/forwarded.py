@@ -292,7 +292,7 @@ class ForwardedPipeline:
             self.finish()
             rows, self._found = self._find(cameras) if self._found is None else self._found, None
         else:
-            rows = ahead.upcoming.rows
+            rows, self._found = ahead.upcoming.rows, None
         self._present, self._applied = rows, False
         return rows
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import cast
 
 import torch
@@ -230,8 +231,14 @@ class TiledPipeline(ForwardedPipeline):
     # ---------------------------------------------------------------------------------------------- device memory
 
     def uploaded_bytes(self) -> int:
-        """Count the device memory of what was prefetched, rows and numbers of rows; waits for it."""
-        ahead = self._ahead.result()
+        """Count the device memory of what was prefetched, rows and numbers of rows; waits for it.
+
+        Where that has run out of memory nothing is there, and who needs the rows brings them.
+        """
+        try:
+            ahead = self._ahead.result()
+        except torch.cuda.OutOfMemoryError:
+            ahead = None
         if ahead is None:
             return 0
         tensors = [upload.rows for upload in ahead.uploads.values()]
@@ -250,16 +257,20 @@ class TiledPipeline(ForwardedPipeline):
         """Return what is known of the next view and its tiles, as `offload.adam.state` names it; between steps.
 
         upcoming/ids      [V]      int64, its rows
-        upcoming/tiles    [P, 5]   int64, the tiles; only where it is not whole
-        upcoming/rows     [R]      int64, which of the view's rows each tile has, one tile after the other
+        upcoming/tiles    [T, 5]   int64, the tiles; only where it is not whole
+        upcoming/together [P]      int64, how many of these are drawn together, where that is not one each
+        upcoming/rows     [R]      int64, which of the view's rows are for what is drawn together, one after the other
         upcoming/counts   [P]      int64, how many those are
         """
         state, view = super().state(), cast("TiledRows | None", self.upcoming)
-        tiles = {} if view is None else {tile.tile: tile.numbers() for tile in view.tiles if tile.tile is not None}
-        if tiles:
-            state["upcoming/tiles"] = torch.tensor([tuple(tile) for tile in tiles])
-            state["upcoming/rows"] = torch.cat([*tiles.values()])
-            state["upcoming/counts"] = torch.tensor([*map(len, tiles.values())])
+        parts = [] if view is None else [part for part in view.tiles if part.tiles]
+        if parts:
+            together = [len(part.tiles) for part in parts]
+            state["upcoming/tiles"] = torch.tensor([tuple(tile) for part in parts for tile in part.tiles])
+            state["upcoming/rows"] = torch.cat([part.numbers() for part in parts])
+            state["upcoming/counts"] = torch.tensor([len(part.numbers()) for part in parts])
+            if together != [1] * len(parts):
+                state["upcoming/together"] = torch.tensor(together)
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -270,10 +281,11 @@ class TiledPipeline(ForwardedPipeline):
         tiles = [TileRows()]
         if "upcoming/tiles" in state:
             rows = state["upcoming/rows"].clone().split(state["upcoming/counts"].tolist())
-            places = (Tile(*tile) for tile in state["upcoming/tiles"].tolist())
+            places = iter(Tile(*tile) for tile in state["upcoming/tiles"].tolist())
+            together = state.get("upcoming/together", torch.ones(len(rows), dtype=torch.int64)).tolist()
             tiles = [
-                TileRows(tile, self._where_geometry_is(host_rows), host_rows)
-                for tile, host_rows in zip(places, rows, strict=True)
+                TileRows(tuple(islice(places, count)), self._where_geometry_is(host_rows), host_rows)
+                for count, host_rows in zip(together, rows, strict=True)
             ]
         self._found = TiledRows(self._found.ids, self._found.host_ids, tiles)
 
@@ -284,7 +296,8 @@ class TiledPipeline(ForwardedPipeline):
 
     def _find_upcoming(self, cameras: Cameras, present: VisibleRows) -> Upcoming:
         progress = fetched(self._progress)
-        view = self._find(cameras)
+        # Where bringing its rows fails for lack of memory, it is not looked for again: other processes would not.
+        self._found = view = self._find(cameras)
         first = view.of_tile(view.tiles[0])
         if progress.is_whole:
             return Upcoming.between(view, first.host_ids, present.host_ids)

@@ -61,7 +61,7 @@ class Coverage:
             corners: [2, 2, columns + 1, rows + 1] of `offload.culling.cells.CoveredCells`.
             width, height: Of the picture, in pixels.
         """
-        self.width, self.height = width, height
+        self.corners, self.width, self.height = corners, width, height
         # [2, 2, columns + 2, rows + 2]: rows whose (first, end) along x is below i and along y below j.
         self._below = np.pad(corners.cumsum(2).cumsum(3), ((0, 0), (0, 0), (1, 0), (1, 0)))
         columns, rows = corners.shape[2] - 1, corners.shape[3] - 1
@@ -128,6 +128,11 @@ def plan_boxes(coverage: Coverage, cost: Cost, limit: float, box: Box | None = N
     if halves is None or max(_price(coverage, cost, half) for half in halves) >= price:
         return [box]
     return [smaller for half in halves for smaller in plan_boxes(coverage, cost, limit, half)]
+
+
+def halved(coverage: Coverage, cost: Cost, box: Box) -> list[Box]:
+    """Cut a box until each one costs half; as `plan_boxes`."""
+    return plan_boxes(coverage, cost, _price(coverage, cost, box) / 2, box)
 
 
 def _price(coverage: Coverage, cost: Cost, box: Box) -> Numbers:

@@ -24,6 +24,21 @@ PRIOR_WEIGHT = 0.02  # of the constants below against one measured tile
 RENDERING_BYTES = 180
 INTERSECTION_BYTES = 24  # keys and values of 12 bytes, sorted out of place
 PIXEL_BYTES = 100  # rendering and photo, SSIM's derivatives, gradients, alphas
+PAIR_BYTES = 150  # of the above: what a row has on the screen, in one picture
+EXCHANGED_BYTES = 160  # of a pair that is sent to another process or comes from one, there and back
+CAMERA_BYTES = 28  # of a row of the view and each further camera: cells that it may draw in, gradients on the screen
+
+
+@dataclass(frozen=True)
+class Load:
+    """Say what one process has to hold while it takes part in drawing tiles together."""
+
+    rows: int  # that it brings
+    made: int  # pairs of a camera and a row that it projects
+    sent: int  # those of them that are in a tile
+    drawn: int  # pairs in its own tile, from all processes
+    intersections: int  # of these with cells
+    pixels: int
 
 
 class RowLimit:
@@ -49,7 +64,17 @@ class RowLimit:
         self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, *, must_fit: bool = True
     ) -> list[list[Box]]:
         """Return the boxes of each camera's picture: above the limit where no cut helps, whatever `must_fit` says."""
-        return [plan_boxes(coverage, self.cost, self.threshold * num_gaussians) for coverage in coverages]
+        return self.cut(coverages, num_visible, num_gaussians)
+
+    def cut(
+        self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, share: float = 1.0
+    ) -> list[list[Box]]:
+        """Return the same with a share of the limit; `allows_together` asks for no smaller one."""
+        return [plan_boxes(coverage, self.cost, share * self.threshold * num_gaussians) for coverage in coverages]
+
+    def allows_together(self, loads: Sequence[Load], num_visible: int) -> bool:
+        """Return True: a tile bounds the pairs in it, and of the rows a process brings its own for all tiles."""
+        return True
 
     def cost(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
         """Return the number of rows."""
@@ -67,16 +92,28 @@ class RowBytes:
     geometry: int  # its geometry and the gradient of that, where geometry is on the device
     view: int  # of a row of the view, whether or not it is in the present tile
     everywhere: int  # of every Gaussian
+    exchanged: int = 0  # of a pair that is sent, or drawn, where processes draw together
 
     @staticmethod
-    def of(geometry: Literal["device", "host"], sh_degree: int, state: StateFormat = "float32") -> RowBytes:
-        """Return what rows of `TiledGaussians` take."""
+    def of(
+        geometry: Literal["device", "host"], sh_degree: int, state: StateFormat = "float32", *, together: int = 0
+    ) -> RowBytes:
+        """Return what rows of `TiledGaussians` take.
+
+        Args:
+            geometry: Where it is.
+            sh_degree: Degree of the spherical harmonics.
+            state: The form of rows.
+            together: Cameras of a view, where several processes draw them; 0: one does.
+        """
         appearance, host_geometry = (4 * num_columns(group, sh_degree, state) for group in ("appearance", "geometry"))
-        view = 32  # ids, those of the next view, positions in it, gradients on the screen
+        # Ids, those of the next view, positions in it, gradients on the screen.
+        view = 32 + CAMERA_BYTES * max(together - 1, 0)
+        exchanged = EXCHANGED_BYTES if together else 0
         if geometry == "host":
-            return RowBytes(appearance + host_geometry, 0, view, 0)
+            return RowBytes(appearance + host_geometry, 0, view, 0, exchanged)
         # Geometry, its moments and densification's statistics of each; summed gradients of those in view.
-        return RowBytes(appearance, 2 * 44, view + 44, 3 * 44 + 12)
+        return RowBytes(appearance, 2 * 44, view + 44, 3 * 44 + 12, exchanged)
 
 
 class MemoryBudget:
@@ -88,6 +125,9 @@ class MemoryBudget:
     `fixed` is measured between steps. The constants of the second line start as the ones above and are fitted, by
     ridge regression towards those, to the peaks of the first tiles; afterwards the largest ratio of a measured peak to
     a predicted one, over the last tiles, is a factor on them. On the CPU nothing is measured.
+
+    Where processes draw together, rows are those that this one brings for all tiles of a round, and pairs on the
+    screen, sent and drawn, count as so many rows more (`Load`).
     """
 
     def __init__(self, budget: int, row_bytes: RowBytes, num_gaussians: int) -> None:
@@ -103,8 +143,8 @@ class MemoryBudget:
         everywhere = row_bytes.everywhere * num_gaussians
         if everywhere > (1 - HEADROOM) * budget:
             raise MemoryParameterError(
-                f"{{device_memory_budget}} is {_mebibytes(budget)}, but the geometry of {num_gaussians} Gaussians "
-                f"alone takes {_mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or {{geometry}} host."
+                f"{{device_memory_budget}} is {mebibytes(budget)}, but the geometry of {num_gaussians} Gaussians "
+                f"alone takes {mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or {{geometry}} host."
             )
         self.budget = budget
         self.fixed = everywhere  # bytes
@@ -126,8 +166,38 @@ class MemoryBudget:
 
     def cost(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
         """Return the bytes that tiles take while they are rendered, without the rows of the next tile."""
-        rendering = self._constants[0] * rows + self._constants[1] * intersections + self._constants[2] * pixels
-        return self._row_bytes.values * rows + self.factor * rendering
+        # Drawn together, a tile's pairs are sent and drawn; of its rows others bring a part, as this one of theirs.
+        as_rows = rows * (1 + 2 * self._row_bytes.exchanged / self._prior[0])
+        return self._row_bytes.values * rows + self._rendering(as_rows, intersections, pixels)
+
+    def as_rows(self, rows: int, made: int, exchanged: int) -> int:
+        """Count rows together with pairs made of them, beyond one each, and pairs sent and drawn, as so many rows."""
+        more = PAIR_BYTES * max(made - rows, 0) + self._row_bytes.exchanged * exchanged
+        return rows + math.ceil(more / self._prior[0])
+
+    def allows_together(self, loads: Sequence[Load], num_visible: int) -> bool:
+        """Tell whether tiles may be drawn with these loads, one after the other; for a view of so many rows here."""
+        return self._highest(loads) <= self._room(num_visible)
+
+    def needs_together(self, loads: Sequence[Load], num_visible: int) -> float:
+        """Return the smallest budget in bytes that would allow these loads."""
+        fixed = self.fixed + self._row_bytes.view * num_visible
+        return (fixed + self._highest(loads)) / (1 - HEADROOM)
+
+    def _highest(self, loads: Sequence[Load]) -> float:
+        """Return the most bytes that any of the loads takes, with the rows of the next one; as the first's follow."""
+        following = [*loads[1:], loads[0]]
+        return max(
+            self._row_bytes.values * (load.rows + after.rows)
+            + self._rendering(
+                self.as_rows(load.rows, load.made, load.sent + load.drawn), load.intersections, load.pixels
+            )
+            for load, after in zip(loads, following, strict=True)
+        )
+
+    def _rendering(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
+        x = self._constants[0] * rows + self._constants[1] * intersections + self._constants[2] * pixels
+        return self.factor * x
 
     def allows(self, num_visible: int, num_pixels: int, num_gaussians: int) -> bool:
         """Tell whether a view may be rendered whole, wherever its rows are: with 16 cells met by each."""
@@ -143,22 +213,29 @@ class MemoryBudget:
             ParameterError: No tiles fit although they must; naming the smallest budget for which there are any.
         """
         limit = self._limit(coverages, num_visible)
-        plans = [plan_boxes(coverage, self.cost, limit) for coverage in coverages]
+        plans = self.cut(coverages, num_visible, num_gaussians)
         dearest = max(
             self._cost_of(coverage, box) for coverage, boxes in zip(coverages, plans, strict=True) for box in boxes
         )
         if must_fit and dearest > limit:
             raise MemoryParameterError(
                 f"{{device_memory_budget}} is too small for a view of {num_visible} Gaussians, however it is split: "
-                f"give it at least {_mebibytes(self._smallest(coverages, num_visible))}."
+                f"give it at least {mebibytes(self._smallest(coverages, num_visible))}."
             )
         return plans
+
+    def cut(
+        self, coverages: Sequence[Coverage], num_visible: int, num_gaussians: int, share: float = 1.0
+    ) -> list[list[Box]]:
+        """Return the boxes that each camera's picture is cut into by a share of the limit, whether or not they fit."""
+        limit = share * self._limit(coverages, num_visible)
+        return [plan_boxes(coverage, self.cost, limit) for coverage in coverages]
 
     def observe(self, rows: int, intersections: int, pixels: int, grown: int, peak: int) -> None:
         """Take in what rendering a tile has taken.
 
         Args:
-            rows, intersections, pixels: Those of the tile.
+            rows, intersections, pixels: Those of the tile; rows as `as_rows` counts them.
             grown: Bytes by which memory grew from before the tile, whose rows were there, to its peak, but for the next
                 tile's rows.
             peak: Bytes in use at the peak.
@@ -210,5 +287,5 @@ class MemoryBudget:
         return (fixed + finest * self._with_next_tile(coverages)) / (1 - HEADROOM)
 
 
-def _mebibytes(num_bytes: float) -> str:
+def mebibytes(num_bytes: float) -> str:
     return f"{math.ceil(num_bytes / 2**20)} MiB"

@@ -11,23 +11,32 @@ from torch import Tensor
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.culling.visible import VisibleRows, to_host
-from offload.tiles.boxes import CELL, Box, Coverage, Tile, box_of, plan_boxes
-from offload.tiles.budget import MemoryBudget, RowLimit
+from offload.tiles.boxes import CELL, Box, Coverage, Tile, box_of, halved
+from offload.tiles.budget import Load, MemoryBudget, RowLimit
 
 
 @dataclass
 class TileRows:
     """Name the rows of a view that are rendered together."""
 
-    tile: Tile | None = None  # what they draw; None: all pictures of the view
+    # What they draw: all pictures of the view where nothing is named; else one tile or, where several processes draw at
+    # once, at most one of each.
+    tiles: tuple[Tile, ...] = ()
     rows: Tensor | None = None  # [T] int64, ascending: which of the view's rows they are; None: all
     host_rows: Tensor | None = None  # [T] the same on the host
+    load: Load | None = None  # what several processes have planned that they take here; None: not known
 
     def numbers(self) -> Tensor:
         """Return which of the view's rows they are, [T] on the host, where they are not all."""
         if self.host_rows is None:
             raise RuntimeError("The view is rendered whole.")
         return self.host_rows
+
+    def within(self, tile: TileRows) -> TileRows:
+        """Return the same rows of the view, where these count from those of another tile."""
+        if tile.rows is None:
+            return self
+        return TileRows(self.tiles, tile.rows[self.rows], tile.numbers()[self.numbers()], self.load)
 
 
 @dataclass
@@ -112,14 +121,10 @@ class TilePlanner:
         cells, coverages = self._look(cameras, view.of_tile(tile).ids)
         plans: list[list[Box]] = []
         for camera, coverage in enumerate(coverages):
-            box = coverage.everything if tile.tile is None else box_of(tile.tile)
-            price = self._limit.cost(coverage.rows(box), coverage.intersections(box), coverage.pixels(box))
-            belongs = tile.tile is None or tile.tile.camera == camera
-            plans.append(plan_boxes(coverage, self._limit.cost, price / 2, box) if belongs else [])
+            boxes = [coverage.everything] if not tile.tiles else [box_of(t) for t in tile.tiles if t.camera == camera]
+            plans.append([finer for box in boxes for finer in halved(coverage, self._limit.cost, box)])
         finer, _ = _tiles(plans, coverages, cells)
-        if tile.rows is None:
-            return finer
-        return [TileRows(part.tile, tile.rows[part.rows], tile.numbers()[part.numbers()]) for part in finer]
+        return [part.within(tile) for part in finer]
 
     def _look(self, cameras: Cameras, ids: Tensor) -> tuple[list[CoveredCells], list[Coverage]]:
         cells = self._geometry.covered_cells(ids, cameras, halo=self._halo, cell=CELL)
@@ -138,5 +143,5 @@ def _tiles(
     for camera, (boxes, coverage, covered) in enumerate(zip(plans, coverages, cells, strict=True)):
         chosen, shared = covered.rows_in(boxes)
         for box, rows in zip(boxes, chosen, strict=True):
-            tiles.append(TileRows(coverage.tile(camera, box), rows, to_host(rows)))
+            tiles.append(TileRows((coverage.tile(camera, box),), rows, to_host(rows)))
     return tiles, to_host(shared) if len(cells) == 1 else None
