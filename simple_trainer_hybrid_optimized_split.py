@@ -157,7 +157,8 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         screen.add(part, len(gaussians.ids), joint.info)
         run.modules.gather()
         run.mark("backward")
-        return TileResult(loss.detach(), num_intersections, num_pixels, joint.num_made, joint.num_exchanged)
+        exchanged = joint.num_sent + joint.num_drawn
+        return TileResult(loss.detach(), num_intersections, num_pixels, joint.num_made, exchanged)
 
     train_tile = train_part if run.ranks is None else partial(train_together, ranks=run.ranks)
     for step, view in run.steps(gaussians, strategy, draw):

@@ -43,7 +43,8 @@ class JointPart:
         draws: Whether it draws anything.
         info: What `rendering.rasterize` says of the Gaussians held here, in the cameras of all ranks.
         num_made: How many pairs of a camera and a Gaussian have been projected here.
-        num_exchanged: How many of them are in a tile, and how many are drawn here.
+        num_sent: How many of these are in what is drawn, here or by other ranks.
+        num_drawn: How many pairs are in what this rank draws.
     """
 
     def __init__(
@@ -86,12 +87,11 @@ class JointPart:
         if projection.means2d.requires_grad:
             projection.means2d.retain_grad()
         self.info: dict[str, Any] = pair_info(projection, cameras.width, cameras.height, len(cameras.Ks))
-        num_drawn = 1 if part.tiles else num_own
+        self._num_cameras = 1 if part.tiles else num_own
         if part.tiles:  # one of a rank
             projection = replace(projection, camera_ids=projection.camera_ids // num_own)
-        self._pairs, self._features = PairExchange(ranks, num_drawn, cfg.absgrad)(projection, features)
-        self.num_exchanged = len(features) + len(self._features)
-        self._num_drawn = num_drawn
+        self._pairs, self._features = PairExchange(ranks, self._num_cameras, cfg.absgrad)(projection, features)
+        self.num_sent, self.num_drawn = len(features), len(self._features)
         # What is rendered begins here, so that its backward pass is this rank's own.
         self._leaves = [values.detach().requires_grad_(torch.is_grad_enabled()) for values in self._values()]
 
@@ -115,7 +115,7 @@ class JointPart:
         colors, alphas, num_intersections = blend_pairs(
             replace(self._pairs, means2d=means2d, conics=conics, opacities=opacities),
             features,
-            self._num_drawn,
+            self._num_cameras,
             region.width,
             region.height,
             backgrounds=backgrounds if isinstance(backgrounds, Tensor) else None,
@@ -131,7 +131,7 @@ class JointPart:
 
     def take_for_return(self) -> None:
         """Take the memory once that gradients need on their way home."""
-        self._take_once(self.num_exchanged)
+        self._take_once(self.num_sent + self.num_drawn)
 
     def propagate(self, loss: Tensor) -> None:
         """Take the gradients home, at all ranks at once.

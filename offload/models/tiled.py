@@ -134,7 +134,7 @@ class TiledGaussians(OffloadedGaussians):
         self._strays = []
         with self._order.taking("fetch", "train_view", cameras):
             self._forget_other_rows(cameras)
-            _once_more(self._begin, cameras)
+            self._begin(cameras)
             losses = self._train_tiles(upcoming, train_tile, strays_of)
         if upcoming is not None:
             with self._order.taking("prefetch", "train_view", upcoming):
@@ -176,9 +176,9 @@ class TiledGaussians(OffloadedGaussians):
         if self._budget is not None:
             in_use = torch.cuda.memory_allocated(self._rendering_device)
             self._budget.fixed = in_use - self._tiles.uploaded_bytes()
-        view = self._tiles.begin(cameras)
+        view = _once_more(self._tiles.begin, cameras)
         self._present = cameras, view
-        self._ids = view.ids.to(self._rendering_device)
+        self._ids = _once_more(view.ids.to, self._rendering_device)
 
     def _train_tiles(
         self,
@@ -213,17 +213,17 @@ class TiledGaussians(OffloadedGaussians):
         with lacking_together(self._others):
             fetched_rows = self._tiles.fetch_tile()
             rows, tile = self._to_render(fetched_rows), self._tiles.tile
-        if upcoming is not None and strays_of is not None:
-            self._expect_strays(strays_of(fetched_rows.ids, rows))
+            if upcoming is not None and strays_of is not None:
+                self._expect_strays(strays_of(fetched_rows.ids, rows))
+            positions = None if tile.rows is None else tile.rows.to(self._rendering_device)
         self._tile_rows = tile.rows
-        positions = None if tile.rows is None else tile.rows.to(self._rendering_device)
         view_tile = ViewTile(tile.tiles, rows, positions, tile.load)
         budget = self._budget
         if budget is None:
-            self._tiles.prefetch(upcoming)
+            self._prefetch(upcoming)
             return train_tile(view_tile)
         before = torch.cuda.memory_allocated(self._rendering_device)
-        self._tiles.prefetch(upcoming)
+        self._prefetch(upcoming)
         if not budget.is_calibrated:
             self._tiles.uploaded_bytes()  # waits for them, so that the first tiles tell how much they add
         begin_stretch(self._rendering_device)
@@ -234,6 +234,14 @@ class TiledGaussians(OffloadedGaussians):
             num_rows = budget.as_rows(len(fetched_rows.host_ids), result.num_made, result.num_exchanged)
             budget.observe(num_rows, result.num_intersections, result.num_pixels, grown, peak)
         return result
+
+    def _prefetch(self, upcoming: Cameras | None) -> None:
+        """Bring ahead what comes next; where processes draw together, one that lacks memory for it brings it later."""
+        try:
+            self._tiles.prefetch(upcoming)
+        except torch.cuda.OutOfMemoryError:
+            if self._others is None:
+                raise
 
     def _expect_strays(self, strays: Tensor | None) -> None:
         """Expect those of the present tile [F], and of the tiles before it."""

@@ -1,0 +1,177 @@
+"""Several processes keep a budget of device memory: over gloo, on the CPU, where what tiles take is counted."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed.mesh import Ranks
+from errors import EndedElsewhere, InputError
+from offload.culling.cameras import Cameras
+from offload.models.tiled import TiledGaussians, ViewTile
+from offload.pipelines.tiled import TiledPipeline
+from offload.tiles.budget import (
+    EXCHANGED_BYTES,
+    HEADROOM,
+    INTERSECTION_BYTES,
+    PAIR_BYTES,
+    PIXEL_BYTES,
+    RENDERING_BYTES,
+    MemoryBudget,
+    RowBytes,
+)
+from tests.rank_groups import run_in_group
+from tests.test_ranks import BOUNDS, assert_same_model, trained
+from training.joint_tiles import JointPart
+from training.run import TrainingRun
+from training.views import draw_together
+
+pytestmark = pytest.mark.slow
+
+BUDGET = 1_100_000  # bytes, for which views are cut
+LACKING = {"fetch": (3, 1), "render": (7, 0), "propagate": (12, 1)}  # in what memory is lacking: step and rank
+ROW_BYTES = RowBytes.of("host", 3, together=2)
+FEW_STEPS = ("--device_memory_budget", BUDGET, "--max_steps", 8, "--eval_steps", 1000)
+
+
+class Watched:
+    """Watches a run of one rank, in which memory is lacking now and then."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, ranks: Ranks, lacking: dict[str, tuple[int, int]]) -> None:
+        self.step, self.rank, self.lacking = 0, ranks.rank, dict(lacking)
+        self.rounds: list[dict[str, Any]] = []
+        self.drawn: list[float] = []  # how far pictures drawn in rounds are from those that are drawn at once
+        update, make, draw = TiledGaussians.update, JointPart.__init__, TrainingRun.draw
+
+        def updated(gaussians: TiledGaussians) -> None:
+            update(gaussians)
+            self.step = gaussians.steps_done
+
+        def made(joint: JointPart, part: ViewTile, *arguments: Any, **options: Any) -> None:
+            make(joint, part, *arguments, **options)
+            if torch.is_grad_enabled():
+                counted = len(part.rows["means"]), joint.num_made, joint.num_sent, joint.num_drawn
+                self.rounds.append({"step": self.step, "load": part.load, "counted": counted, "draws": joint.draws})
+
+        def shown(run: TrainingRun, cameras: Cameras, *, depth: bool = False) -> Tensor:
+            picture = draw(run, cameras, depth=depth)
+            whole = draw_together(run.model, cameras, run.cfg, ranks, depth=depth)
+            self.drawn.append(float((picture - whole).abs().max()))
+            return picture
+
+        patch.setattr(TiledGaussians, "update", updated)
+        patch.setattr(JointPart, "__init__", made)
+        patch.setattr(TrainingRun, "draw", shown)
+        patch.setattr(TiledPipeline, "fetch_tile", self.failing("fetch", TiledPipeline.fetch_tile))
+        patch.setattr(JointPart, "render", self.failing("render", JointPart.render))
+        patch.setattr(JointPart, "propagate", self.failing("propagate", JointPart.propagate))
+
+    def failing(self, where: str, method: Any) -> Any:
+        """The method, which once has not enough memory for what it has done."""
+
+        def done(*arguments: Any) -> Any:
+            found = method(*arguments)
+            if torch.is_grad_enabled() and self.lacking.get(where) == (self.step, self.rank):
+                del self.lacking[where]
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return found
+
+        return done
+
+
+def budgeted(ranks: Ranks, data_dir: Path, folder: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        watched = Watched(patch, ranks, LACKING)
+        rows = trained("split_geometry_on_host", ranks, data_dir, folder, "--device_memory_budget", BUDGET)
+    return {"rows": rows, "rounds": watched.rounds, "drawn": watched.drawn, "failed": LACKING.keys() - watched.lacking}
+
+
+def resumed(ranks: Ranks, data_dir: Path, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A run, and the same that ends on its way and is resumed."""
+    parts = "split_geometry_on_host", ranks, data_dir
+    whole = trained(*parts, folder / "whole", *FEW_STEPS)
+    trained(*parts, folder / "parts", *FEW_STEPS, "--save_steps", 4)
+    ranks.barrier()
+    if ranks.leads:
+        (folder / "parts/split_geometry_on_host/ckpts/ckpt_8.pt").unlink()
+    ranks.barrier()
+    return whole, trained(*parts, folder / "parts", *FEW_STEPS, "--resume")
+
+
+def refused(ranks: Ranks, data_dir: Path, folder: Path) -> str:
+    """What a rank says to a budget that is too small."""
+    try:
+        trained("split", ranks, data_dir, folder, "--device_memory_budget", 400_000)
+    except EndedElsewhere:
+        return ""
+    except InputError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.fixture(scope="module")
+def group(city_block, tmp_path_factory) -> dict[str, list[Any]]:
+    folder = tmp_path_factory.mktemp("budget")
+    cases = {
+        case.__name__: functools.partial(case, data_dir=city_block, folder=folder / case.__name__)
+        for case in (budgeted, resumed, refused)
+    }
+    return run_in_group(2, cases, folder)
+
+
+def test_ranks_train_the_model_of_one_process_within_a_budget(group, city_block, tmp_path):
+    expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2)
+    assert_same_model([part["rows"] for part in group["budgeted"]], expected, BOUNDS)
+    assert set.union(*(part["failed"] for part in group["budgeted"])) == set(LACKING)
+
+
+def test_what_is_promised_of_a_round_is_kept(group):
+    """Rows are those that were planned, pairs at most as many; the bytes of these, as counted here, keep the budget."""
+    for part in group["budgeted"]:
+        rounds = [each for each in part["rounds"] if each["load"] is not None]
+        assert len(rounds) > 100
+        for each in rounds:
+            rows, made, sent, drawn = each["counted"]
+            load = each["load"]
+            assert rows == load.rows
+            assert made <= load.made
+            assert sent <= load.sent
+            assert drawn <= load.drawn
+            assert each["draws"] == (load.pixels > 0)
+            rendering = (ROW_BYTES.values + RENDERING_BYTES) * rows + PAIR_BYTES * max(made - rows, 0)
+            rendering += EXCHANGED_BYTES * (sent + drawn)
+            rendering += INTERSECTION_BYTES * load.intersections + PIXEL_BYTES * load.pixels
+            assert rendering + ROW_BYTES.values * rows < (1 - HEADROOM) * BUDGET
+        assert 0 < sum(not each["draws"] for each in rounds) < len(rounds)  # some have fewer tiles than others
+
+
+def test_pictures_drawn_in_rounds_are_those_drawn_at_once(group):
+    drawn = [difference for part in group["budgeted"] for difference in part["drawn"]]
+    assert drawn
+    assert max(drawn) < 1e-5
+
+
+def test_a_resumed_run_goes_on_in_the_rounds_that_were_planned(group):
+    for whole, parts in group["resumed"]:
+        assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_a_budget_that_ranks_cannot_keep_is_refused_by_one_of_them(group):
+    silent, sentence = sorted(group["refused"])
+    assert silent == ""
+    assert "is too small for the views of a step, which 2 ranks draw of " in sentence
+    assert "however they are split: give it at least " in sentence
+
+
+def test_pairs_count_as_rows():
+    """In one process a row has one pair, which nobody sends."""
+    alone, together = (MemoryBudget(10**9, RowBytes.of("host", 3, together=n), 1000) for n in (0, 2))
+    assert alone.as_rows(100, 0, 0) == 100
+    row = ROW_BYTES.values + RENDERING_BYTES
+    more = 50 * PAIR_BYTES + 300 * EXCHANGED_BYTES
+    assert row * 100 + more <= row * together.as_rows(100, 150, 300) < row * 101 + more
