@@ -63,7 +63,10 @@ class Ranks:
     device: torch.device
     proportions: tuple[int, ...]
     board: Board = field(repr=False)
-    _control: dist.ProcessGroup = field(repr=False)  # gloo, for small objects; tensors have the default group
+    # Groups by gloo, one for each thread that talks, for small objects; tensors have the default group. Whoever leaves
+    # forgets them, for all that share this list, so that their connections close and nobody waits for an answer.
+    _lines: list[dist.ProcessGroup] = field(repr=False)
+    _line: int = 0  # which of them is for this
 
     @property
     def shares(self) -> list[float]:
@@ -74,6 +77,12 @@ class Ranks:
     def leads(self) -> bool:
         """Return whether this is the rank that speaks."""
         return self.rank == 0
+
+    @property
+    def _control(self) -> dist.ProcessGroup:
+        if not self._lines:
+            raise RanksParted("this rank has left the others")
+        return self._lines[self._line]
 
     # ------------------------------------------------------------------------------------------------- small objects
 
@@ -122,7 +131,8 @@ class Ranks:
     @_talking()
     def aside(self) -> Ranks:
         """Return the same ranks with another line for small objects, for one more thread; all call this at once."""
-        return replace(self, _control=dist.new_group(backend="gloo"))
+        self._lines.append(dist.new_group(backend="gloo"))
+        return replace(self, _line=len(self._lines) - 1)
 
     @_talking()
     def barrier(self) -> None:
@@ -181,6 +191,7 @@ class Ranks:
 
     def leave(self) -> None:
         """Part from the others; whatever is under way between them is given up."""
+        self._lines.clear()
         leave()
 
 
@@ -266,8 +277,8 @@ class Arrival:
             rank=self.rank,
             world_size=self.size,
         )
-        control = dist.new_group(backend="gloo")
-        return Ranks(self.rank, self.size, self.device, self.proportions, self.board, control)
+        lines = [dist.new_group(backend="gloo")]
+        return Ranks(self.rank, self.size, self.device, self.proportions, self.board, lines)
 
 
 def arrive(device: torch.device, proportions: Sequence[int] = ()) -> Arrival | None:

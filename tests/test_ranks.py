@@ -344,7 +344,7 @@ def test_what_is_beside_rows_goes_with_them(group, size):
 
 def test_too_little_memory_for_what_comes_is_not_told_as_ranks_that_parted(monkeypatch):
     monkeypatch.setattr(Tensor, "new_empty", out_of_memory)
-    ranks = Ranks(0, 2, torch.device("cpu"), (1, 1), None, None)
+    ranks = Ranks(0, 2, torch.device("cpu"), (1, 1), None, [])
     with pytest.raises(torch.cuda.OutOfMemoryError):
         ranks.all_to_all(torch.zeros(3, 2), [1, 2], [4, 0])
 

@@ -146,7 +146,7 @@ class TiledGaussians(OffloadedGaussians):
         with self._order.taking("read", "view_tiles"):
             self._pipeline.finish()
             # What can be trained can be rendered, which takes less: no view is refused here.
-            view = self._planner.find(cameras, must_fit=False)
+            view = self._planner.find(cameras)
             return self._copies_of_tiles(view, self._order.changes)
 
     def update(self) -> None:

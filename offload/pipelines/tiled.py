@@ -114,8 +114,16 @@ class TiledPipeline(ForwardedPipeline):
     # ------------------------------------------------------------------------------------ a training step in tiles
 
     def begin(self, cameras: Cameras) -> TiledRows:
-        """Begin a step on the view of these cameras."""
+        """Begin a step on the view of these cameras.
+
+        Raises:
+            ParameterError: No tiles of it keep the limit. The step before is complete.
+        """
         view = cast(TiledRows, self._begin(cameras))  # from `_find`
+        if view.refusal is not None:
+            self._present = None
+            self._ahead.forget()
+            raise view.refusal
         self._progress = _Progress(view, {name: group.adam.columns for name, group in self._groups.items()})
         return view
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.culling.visible import VisibleRows, to_host
+from offload.errors import ParameterError
 from offload.tiles.boxes import CELL, Box, Coverage, Tile, box_of, halved
 from offload.tiles.budget import Load, MemoryBudget, RowLimit
 
@@ -45,6 +46,7 @@ class TiledRows(VisibleRows):
 
     tiles: list[TileRows]
     shared: Tensor | None = None  # [S] int64 on the host: rows that several tiles have; None: to be counted
+    refusal: ParameterError | None = None  # why these may be shown but not trained, since they are above the limit
 
     def of_tile(self, tile: TileRows) -> VisibleRows:
         """Return the rows [T] of a tile."""
@@ -84,19 +86,11 @@ class TilePlanner:
         self._geometry = geometry
         self._halo = halo
 
-    def find(self, cameras: Cameras, *, must_fit: bool = True) -> TiledRows:
-        """Find the rows that cameras may draw after one more step, and the tiles to render them in.
+    def find(self, cameras: Cameras) -> TiledRows:
+        """Find the rows that cameras may draw after one more step, and the tiles to render them in."""
+        return self.plan(cameras, self._geometry.visible_ids(cameras))
 
-        Args:
-            cameras: Of the view.
-            must_fit: Whether tiles above the limit are refused.
-
-        Raises:
-            ParameterError: No tiles keep the limit.
-        """
-        return self.plan(cameras, self._geometry.visible_ids(cameras), must_fit=must_fit)
-
-    def plan(self, cameras: Cameras, ids: Tensor, *, must_fit: bool = True) -> TiledRows:
+    def plan(self, cameras: Cameras, ids: Tensor) -> TiledRows:
         """Find the tiles of a view that needs rows `ids` [V]; else as `find`."""
         host_ids, num_pixels = to_host(ids), len(cameras.Ks) * cameras.width * cameras.height
         num_gaussians = self._geometry.num_gaussians
@@ -104,11 +98,14 @@ class TilePlanner:
         if self._limit is None or self._limit.allows(len(ids), num_pixels, num_gaussians):
             return whole
         cells, coverages = self._look(cameras, ids)
-        plans = self._limit.plan(coverages, len(ids), num_gaussians, must_fit=must_fit)
+        try:
+            plans, refusal = self._limit.plan(coverages, len(ids), num_gaussians), None
+        except ParameterError as error:
+            plans, refusal = self._limit.plan(coverages, len(ids), num_gaussians, must_fit=False), error
         if len(plans) == len(plans[0]) == 1:
-            return whole
+            return replace(whole, refusal=refusal)
         tiles, shared = _tiles(plans, coverages, cells)
-        return TiledRows(ids, host_ids, tiles, shared)
+        return TiledRows(ids, host_ids, tiles, shared, refusal)
 
     def refine(self, cameras: Cameras, view: TiledRows, tile: TileRows) -> list[TileRows]:
         """Cut a tile, for each camera, until a finer one costs half.

@@ -87,15 +87,11 @@ class RoundPlanner(TilePlanner):
         self._together_by = limit
         self._others = others
 
-    def find(self, cameras: Cameras, *, must_fit: bool = True) -> TiledRows:
+    def find(self, cameras: Cameras) -> TiledRows:
         """Find the rows held here that cameras may draw after one more step, and the rounds to render them in.
 
         Args:
             cameras: Of the view, of all processes.
-            must_fit: Whether rounds above the limit are refused.
-
-        Raises:
-            ParameterError: No rounds keep the limit; at every process.
         """
         with lacking_together(self._others):
             ids = self._geometry.visible_ids(cameras)
@@ -114,13 +110,14 @@ class RoundPlanner(TilePlanner):
                 rounds, loads = self._rounds(cameras, boxes, own, cells)
             if not self._others.any(not self._together_by.allows_together(loads, len(ids))):
                 return whole if len(rounds) == 1 else TiledRows(ids, host_ids, rounds)
-        if must_fit and isinstance(self._together_by, MemoryBudget):
+        refusal = None
+        if isinstance(self._together_by, MemoryBudget):
             needed = max(self._others.gather(self._together_by.needs_together(loads, len(ids))))
-            raise MemoryParameterError(
+            refusal = MemoryParameterError(
                 f"{{device_memory_budget}} is too small for the views of a step, which {self._others.size} ranks draw "
                 f"of {in_view} Gaussians, however they are split: give it at least {mebibytes(needed)}."
             )
-        return TiledRows(ids, host_ids, rounds)
+        return TiledRows(ids, host_ids, rounds, refusal=refusal)
 
     def refine(self, cameras: Cameras, view: TiledRows, tile: TileRows) -> list[TileRows]:
         """Cut the tiles of a round until a finer one costs half, at all processes; as `TilePlanner.refine`."""
