@@ -47,7 +47,8 @@ class SplitOptions(ForwardedOptions):
     split_threshold: float | None = None
     """Share of all Gaussians that a view may see before it is rendered in tiles; 0.3 where nothing is given."""
     device_memory_budget: str | None = None
-    """Device memory that torch may take, such as 6GiB; views are split so that it suffices. Excludes a threshold."""
+    """Device memory that torch may take of each GPU, such as 6GiB; views are split so that it suffices. Excludes a
+    threshold."""
 
 
 @dataclass
