@@ -78,7 +78,8 @@ def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:
             f"--device_memory_budget is {format_bytes(budget)}, but the GPU has only "
             f"{format_bytes(available_bytes(run.device))} free: give at most that."
         )
-    together, share = (0, 1.0) if run.ranks is None else (run.views_per_step, run.ranks.shares[run.ranks.rank])
+    # Of the largest share, so that all ranks refuse a budget alike.
+    together, share = (0, 1.0) if run.ranks is None else (run.views_per_step, max(run.ranks.shares))
     row_bytes = RowBytes.of(cfg.geometry, cfg.sh_degree, cfg.state, together=together)
     limit = MemoryBudget(budget, row_bytes, math.ceil(share * run.num_initial_gaussians))
     bound_memory(budget, run.device)

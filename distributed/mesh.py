@@ -3,8 +3,8 @@
 What torch.distributed is asked for, it is asked for here. Its rules:
 
 - A collective is called by all ranks, in one order: by the main thread or, in the backward pass, by the thread of
-  autograd, for which the main thread waits. A thread beside these talks on a line of its own (`aside`). Whoever decides something for itself asks the
-  others first (`any`, `gather`), and only then turns off the way.
+  autograd, for which the main thread waits. A thread beside these talks on a line of its own (`aside`).
+- Whoever decides something for itself asks the others first (`any`, `gather`), and only then turns off the way.
 - Small objects go through gloo, from host memory, also where tensors go through NCCL: they wait for no kernel.
 - Tensors lie on the device of the rank, and go through NCCL or, on the CPU and in tests that have one GPU, gloo.
 """

@@ -28,6 +28,7 @@ from offload.tiles.budget import (
 from tests.rank_groups import run_in_group
 from tests.test_ranks import BOUNDS, assert_same_model, trained
 from training.joint_tiles import JointPart
+from training.joint_viewing import draw_for_first
 from training.run import TrainingRun
 from training.views import draw_together
 
@@ -46,7 +47,9 @@ class Watched:
         self.step, self.rank, self.lacking = 0, ranks.rank, dict(lacking)
         self.rounds: list[dict[str, Any]] = []
         self.drawn: list[float] = []  # how far pictures drawn in rounds are from those that are drawn at once
+        self.frames: list[float] = []  # the same of a timelapse
         update, make, draw = TiledGaussians.update, JointPart.__init__, TrainingRun.draw
+        draw_frame = TrainingRun.draw_for_first
 
         def updated(gaussians: TiledGaussians) -> None:
             update(gaussians)
@@ -64,6 +67,15 @@ class Watched:
             self.drawn.append(float((picture - whole).abs().max()))
             return picture
 
+        def framed(run: TrainingRun, cameras: Cameras) -> Tensor | None:
+            picture = draw_frame(run, cameras)
+            whole = draw_for_first(run.model, cameras, run.cfg, ranks)
+            assert (picture is None) == (whole is None) == (ranks.rank > 0)
+            if picture is not None and whole is not None:
+                self.frames.append(float((picture - whole).abs().max()))
+            return picture
+
+        patch.setattr(TrainingRun, "draw_for_first", framed)
         patch.setattr(TiledGaussians, "update", updated)
         patch.setattr(JointPart, "__init__", made)
         patch.setattr(TrainingRun, "draw", shown)
@@ -84,11 +96,18 @@ class Watched:
         return done
 
 
-def budgeted(ranks: Ranks, data_dir: Path, folder: Path) -> dict[str, Any]:
+def watched(ranks: Ranks, data_dir: Path, folder: Path, trainer: str, options: tuple[object, ...]) -> dict[str, Any]:
+    """What a rank trains, and what was watched."""
     with pytest.MonkeyPatch.context() as patch:
-        watched = Watched(patch, ranks, LACKING)
-        rows = trained("split_geometry_on_host", ranks, data_dir, folder, "--device_memory_budget", BUDGET)
-    return {"rows": rows, "rounds": watched.rounds, "drawn": watched.drawn, "failed": LACKING.keys() - watched.lacking}
+        watch = Watched(patch, ranks, LACKING)
+        rows = trained(trainer, ranks, data_dir, folder, *options, "--timelapse", 40, device=ranks.device.type)
+    rows = {name: value.cpu() for name, value in rows.items()}
+    failed = LACKING.keys() - watch.lacking
+    return {"rows": rows, "rounds": watch.rounds, "drawn": watch.drawn, "frames": watch.frames, "failed": failed}
+
+
+def budgeted(ranks: Ranks, data_dir: Path, folder: Path) -> dict[str, Any]:
+    return watched(ranks, data_dir, folder, "split_geometry_on_host", ("--device_memory_budget", BUDGET))
 
 
 def resumed(ranks: Ranks, data_dir: Path, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -154,6 +173,10 @@ def test_pictures_drawn_in_rounds_are_those_drawn_at_once(group):
     drawn = [difference for part in group["budgeted"] for difference in part["drawn"]]
     assert drawn
     assert max(drawn) < 1e-5
+    first, second = (part["frames"] for part in group["budgeted"])
+    assert len(first) == 3  # of the timelapse, after steps 1, 40 and 60
+    assert max(first) < 1e-5
+    assert not second
 
 
 def test_a_resumed_run_goes_on_in_the_rounds_that_were_planned(group):
@@ -166,6 +189,35 @@ def test_a_budget_that_ranks_cannot_keep_is_refused_by_one_of_them(group):
     assert silent == ""
     assert "is too small for the views of a step, which 2 ranks draw of " in sentence
     assert "however they are split: give it at least " in sentence
+
+
+ON_GPU = {"split": ("--split_threshold", 0.1), "split_geometry_on_host": ("--device_memory_budget", "400MiB")}
+
+
+@pytest.fixture(scope="module", params=["cuda:0", "cuda"], ids=["one GPU", "two GPUs"])
+def group_on_gpu(request, city_block, tmp_path_factory) -> dict[str, list[Any]]:
+    """With a GPU each, by NCCL; or by gloo, which lets them share one."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs")
+    folder = tmp_path_factory.mktemp("gpu")
+    cases = {
+        trainer: functools.partial(watched, data_dir=city_block, folder=folder, trainer=trainer, options=options)
+        for trainer, options in ON_GPU.items()
+    }
+    return run_in_group(2, cases, folder, request.param)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("trainer", ON_GPU)
+def test_ranks_on_a_gpu_draw_tiles_together(group_on_gpu, city_block, tmp_path, trainer):
+    parts = group_on_gpu[trainer]
+    expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2, device="cuda")
+    assert_same_model([part["rows"] for part in parts], {name: x.cpu() for name, x in expected.items()}, BOUNDS)
+    assert set.union(*(part["failed"] for part in parts)) == set(LACKING)
+    for part in parts:
+        assert max(part["drawn"]) < 1e-4
+        of_step = [each["step"] for each in part["rounds"]]
+        assert max(map(of_step.count, of_step)) > 2  # rounds; by the budget only where memory was lacking
 
 
 def test_pairs_count_as_rows():

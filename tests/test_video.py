@@ -21,8 +21,8 @@ from datasets.synthetic import write_city_block
 from offload.culling.cameras import Cameras
 from training import command_line
 from training.checkpoints import load_checkpoint
-from training.timelapse import Timelapse
-from training.video import Lens, depth_colors, depth_span, poses_of, record_video, video_file
+from training.timelapse import Timelapse, pace_of
+from training.video import Lens, depth_colors, depth_span, even, poses_of, record_video, video_file
 from training.views import posed_cameras, render
 
 VIDEO = ("--video", "--video_seconds", 0.4)  # 12 frames
@@ -49,7 +49,7 @@ def test_videos_of_training_of_a_checkpoint_and_of_tiles_are_the_same(monkeypatc
     options = ("--data_dir", city_block, *VIDEO)
     train(monkeypatch, simple_trainer, *options, "--max_steps", 30, "--result_dir", tmp_path / "gpu")
     whole = frames_of(tmp_path / "gpu/videos/flight_30.mp4")
-    assert whole.shape == (12, 78, 100, 3)
+    assert whole.shape == (12, 78, 102, 3)  # of 101 columns the last one is there twice
     assert (whole[0] != whole[-1]).mean() > 0.1
     assert [path.name for path in (tmp_path / "gpu/videos").iterdir()] == ["flight_30.mp4"]
 
@@ -194,6 +194,23 @@ def test_what_no_video_can_be_made_of_is_refused(monkeypatch, city_block, tmp_pa
     assert not (tmp_path / "r/cfg.yml").exists()
 
 
+def test_a_frame_gets_even_sides_and_loses_nothing():
+    frame = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    padded = even(frame)
+    assert padded.shape == (6, 8, 3)
+    assert np.array_equal(padded[:5, :7], frame)
+    assert np.array_equal(padded[5], padded[4])
+    assert np.array_equal(padded[:, 7], padded[:, 6])
+    assert np.array_equal(even(padded), padded)
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds"), [(1, 0.5), (4, 2), (19, 9.5), (20, 10), (100, 10), (300, 10), (600, 20)]
+)
+def test_a_timelapse_can_be_watched(frames, seconds):
+    assert frames / pace_of(frames) == pytest.approx(seconds)
+
+
 @pytest.mark.slow
 def test_a_timelapse_goes_on_where_it_was_stopped_and_changes_nothing(monkeypatch, city_block, tmp_path):
     """A frame each 4 steps; one run is stopped in the middle, as by Ctrl-C, and another draws none."""
@@ -218,7 +235,9 @@ def test_a_timelapse_goes_on_where_it_was_stopped_and_changes_nothing(monkeypatc
     for name in ("whole", "stopped"):
         frames = sorted((tmp_path / name / "videos/timelapse").glob("*.jpg"))
         assert [frame.name[5:14] for frame in frames][:4] == ["000000001", "000000004", "000000008", "000000010"]
-        assert frames_of(tmp_path / name / "videos/timelapse.mp4").shape == (4, 78, 100, 3)
+        assert frames_of(tmp_path / name / "videos/timelapse.mp4").shape == (4, 78, 102, 3)
+        about = imageio.get_reader(tmp_path / name / "videos/timelapse.mp4").get_meta_data()
+        assert about["duration"] == pytest.approx(2.0, abs=0.1)
         assert (
             imageio.imread(frames[3]).tolist()
             == imageio.imread(tmp_path / "whole/videos/timelapse/step_000000010.jpg").tolist()

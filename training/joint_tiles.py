@@ -221,13 +221,13 @@ def draw_rounds(
     pictures = torch.empty(len(own.Ks), own.height, own.width, 4 if depth else 3, device=ranks.device)
     for part in parts:
         joint = JointPart(part, cameras, cfg, sh_degree=cfg.sh_degree, halo=0, ranks=ranks, depth=depth)
-        if not joint.draws:
-            continue
-        colors, _ = joint.render(backgrounds)
-        tile = joint.tile
-        if tile is None:
+        with lacking_together(ranks):
+            colors = joint.render(backgrounds)[0] if joint.draws else pictures
+        if not part.tiles:
             return colors
-        pictures[tile.camera, tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = colors[0]
+        if joint.tile is not None:
+            camera, left, top, width, height = joint.tile
+            pictures[camera, top : top + height, left : left + width] = colors[0]
     return pictures
 
 

@@ -111,7 +111,7 @@ class FirstRank:
     def draw(self, cameras: Cameras) -> Tensor:
         """Return the picture [1, H, W, 3] that one camera sees of the Gaussians of all ranks."""
         self._ranks.broadcast(_Call(cameras))
-        picture = _draw(self._run, cameras, self._ranks)
+        picture = self._run.draw_for_first(cameras)
         assert picture is not None  # this is the first rank
         return picture
 
@@ -146,8 +146,4 @@ def help_first(run: TrainingRun, ranks: Ranks) -> None:
             ranks.any(run.is_interrupted)
             continue
         with suppress(torch.OutOfMemoryError):  # which the first one has as well, or has not come to
-            _draw(run, call.cameras, ranks)
-
-
-def _draw(run: TrainingRun, cameras: Cameras, ranks: Ranks) -> Tensor | None:
-    return draw_for_first(run.model, cameras, run.cfg, ranks, backgrounds=run.shown_backgrounds(cameras))
+            run.draw_for_first(call.cameras)

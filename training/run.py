@@ -43,7 +43,7 @@ from training.depth_loss import known_depths
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.joint_run import Agreed, JointRun, told_once
-from training.joint_viewing import OtherRank
+from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
 from training.memory_estimate import check_memory, needs, share_in_largest_view
@@ -354,6 +354,23 @@ class TrainingRun(Generic[AnyConfig]):
             return draw_together(self.model, cameras, self.cfg, self.ranks, backgrounds=shown, depth=depth)
         rows = self.model.read_view(cameras)
         return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, backgrounds=shown, depth=depth)[0]
+
+    def draw_for_first(self, cameras: Cameras) -> Tensor | None:
+        """Return the picture [1, H, W, 3] that the first rank's camera sees of all Gaussians; None at other ranks.
+
+        All ranks call this at once.
+
+        Args:
+            cameras: One, the same at all ranks.
+
+        Raises:
+            torch.OutOfMemoryError: Some rank lacks the memory, as `training.joint_viewing.draw_for_first` says.
+        """
+        assert self.ranks is not None  # one process draws for itself
+        if self._draw is not None:  # tile by tile, which all ranks do together: each draws the same picture
+            picture = self._draw(cameras, False)
+            return picture if self.speaks else None
+        return draw_for_first(self.model, cameras, self.cfg, self.ranks, backgrounds=self.shown_backgrounds(cameras))
 
     @property
     def is_interrupted(self) -> bool:

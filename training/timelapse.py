@@ -13,10 +13,11 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from errors import counted
 from training.files import replacing, write_file
-from training.joint_viewing import draw_for_first
-from training.video import even, pixels, whole_video
+from training.video import FRAMES_PER_SECOND, even, pixels, whole_video
 from training.views import posed_cameras
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 FRAMES = "videos/timelapse"  # a folder of step_{N}.jpg
 VIDEO = "videos/timelapse.mp4"
+SECONDS = 10  # that the video takes, where that is neither slower nor faster than can be watched
+SLOWEST = 2  # frames a second
 
 
 class Timelapse:
@@ -59,12 +62,7 @@ class Timelapse:
         viewmat = torch.from_numpy(np.linalg.inv(scene.camtoworlds[image_id])).float()[None]
         K = torch.from_numpy(camera.K).float()[None]
         cameras = posed_cameras(viewmat, K, camera.width, camera.height, run.cfg)
-        picture: Tensor | None
-        if run.ranks is None:
-            picture = run.draw(cameras)
-        else:
-            shown = run.shown_backgrounds(cameras)
-            picture = draw_for_first(run.model, cameras, run.cfg, run.ranks, backgrounds=shown)
+        picture: Tensor | None = run.draw(cameras) if run.ranks is None else run.draw_for_first(cameras)
         return None if picture is None else even(pixels(picture[0].cpu().numpy()))
 
 
@@ -75,13 +73,25 @@ def frames_until(result_dir: Path, steps: int) -> list[Path]:
 
 
 def write_video(frames: list[Path], path: Path) -> None:
-    """Write an H.264 video of pictures; those of another size than the last are left out.
+    """Write an H.264 video of pictures, and say how it shows them; those of another size than the last are left out.
 
     Raises:
         OSError: It cannot be written; one that was there is as it was.
     """
     shape = imageio.improps(frames[-1]).shape
     frames = [frame for frame in frames if imageio.improps(frame).shape == shape]
-    with replacing(path) as partial, whole_video(partial, len(frames)) as append:
+    pace = pace_of(len(frames))
+    with replacing(path) as partial, whole_video(partial, len(frames), pace) as append:
         for frame in frames:
             append(imageio.imread(frame))
+    tqdm.write(
+        f"The timelapse shows {counted(len(frames), 'frame')}, {pace:g} a second, in {len(frames) / pace:.1f} s."
+    )
+
+
+def pace_of(num_frames: int) -> float:
+    """Return how many frames a second are shown, so that the video takes ten seconds.
+
+    With fewer than 20 frames each is shown for half a second, and above 300 they follow as those of any video.
+    """
+    return min(max(num_frames / SECONDS, SLOWEST), float(FRAMES_PER_SECOND))

@@ -97,7 +97,8 @@ def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path, ranks: Ranks
         scene: Gives the cameras that the path follows from.
         cfg: Says which path, how long and how large, and how cameras draw.
         draw: Makes the picture of one camera.
-        path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them.
+        path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them: of frames
+            with an odd number of rows or columns it has the last one twice.
         ranks: That draw together; the first one writes the file.
 
     Raises:
@@ -149,8 +150,8 @@ def pixels(colors: np.ndarray) -> np.ndarray:
 
 
 def even(frame: np.ndarray) -> np.ndarray:
-    """Return a frame [H, W, 3] without its last row or column where these are odd."""
-    return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]
+    """Return a frame [H, W, 3] with its last row or column twice where their number is odd."""
+    return np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
 
 
 def depth_span(points: np.ndarray, poses: np.ndarray, lens: Lens) -> tuple[float, float]:
@@ -187,15 +188,22 @@ def depth_colors(depth: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
 
 @contextmanager
-def whole_video(path: Path, num_frames: int) -> Iterator[Callable[[np.ndarray], None]]:
+def whole_video(
+    path: Path, num_frames: int, frames_per_second: float = FRAMES_PER_SECOND
+) -> Iterator[Callable[[np.ndarray], None]]:
     """Yield what appends a frame [H, W, 3] uint8 to a video.
+
+    Args:
+        path: The .mp4 file.
+        num_frames: How many will be appended.
+        frames_per_second: How many are shown in a second.
 
     Raises:
         OSError: In the end it does not hold all frames. Another program, ffmpeg, writes the file; it ends at a full
             disk, and imageio says so only where frames are still to come.
     """
     not_whole = OSError(errno.EIO, "ffmpeg has not written all frames, as where the disk is full")
-    writer: Any = imageio.get_writer(path, fps=FRAMES_PER_SECOND, macro_block_size=1)  # of a plugin
+    writer: Any = imageio.get_writer(path, fps=frames_per_second, macro_block_size=1)  # of a plugin
 
     def append(frame: np.ndarray) -> None:
         try:

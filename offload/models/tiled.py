@@ -168,7 +168,7 @@ class TiledGaussians(OffloadedGaussians):
     def _copies_of_tiles(self, view: TiledRows, changes: int) -> Iterator[ViewTile]:
         """Give copies of the rows of each tile of a view, which was found after so many `changes`."""
         for tile in view.tiles:
-            with self._order.reading_on("view_tiles", changes):
+            with self._order.reading_on("view_tiles", changes), lacking_together(self._others):
                 rows = self._copies_to_render(view.of_tile(tile).ids)
             yield ViewTile(tile.tiles, rows, None, tile.load)
 
