@@ -29,6 +29,9 @@ COPIED_ROWS = 256  # at once by a thread block that only copies
 COPY_TILE = 1024  # 16-byte vectors of these under way: four to a thread
 NONE = None, None  # no other group
 WARPS = 8
+# What begins anywhere in an array, since views and their parts do. A kernel that made use of where it happens to begin
+# would be compiled once more, for a second, in the midst of training.
+UNALIGNED = ["source_steps", "target_steps", "other_source_steps", "other_target_steps", "ids", "wanted"]
 
 
 def takes(rows: RowState) -> bool:
@@ -131,6 +134,8 @@ def copy(
     """
     if len(ids) == 0:
         return
+    if wanted is None:  # or that kernel would be compiled when a view is first written whole, late in training
+        wanted = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     (words, steps), (out, out_steps) = source[0], target[0]
     (other_words, other_steps), (other_out, other_out_steps) = (source[1], target[1]) if source[1:] else (NONE, NONE)
     tiles, stays = triton.cdiv(len(ids), COPIED_ROWS), words.is_cuda and out.is_cuda
@@ -234,7 +239,7 @@ def is_wanted(wanted, row, inside):
     return inside
 
 
-@triton.jit(do_not_specialize=["capacity", "num_rows"])
+@triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step"])
 def _fetch_kernel(
     packed,  # [rows, 2 * COLUMNS] on the host or on the device
     places,  # [V]
@@ -274,7 +279,7 @@ def _fetch_kernel(
         tl.store(out + here, caught_up(w, m, v, skipped, eps), mask=used)
 
 
-@triton.jit(do_not_specialize=["capacity", "step", "seed", "num_rows"])
+@triton.jit(do_not_specialize=["capacity", "step", "seed", "num_rows"], do_not_specialize_on_alignment=["last_step"])
 def _step_kernel(
     values,  # [V, COLUMNS]
     ids,  # [V]
@@ -346,12 +351,12 @@ def _copy_steps(source, target, row, row_id, copied, TO_VIEW: tl.constexpr):
     tl.store(target + (row if TO_VIEW else row_id), steps, mask=copied)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=UNALIGNED)
 def _copy_kernel(
     source, source_steps, target, target_steps,  # of a group: int32 [rows, VECTORS * 4], [rows]
     other_source, other_source_steps, other_target, other_target_steps,  # of another, or None
     ids,  # [V], of the side that is not a view
-    wanted,  # [V] or None
+    wanted,  # [V]
     num_rows,  # V
     TO_VIEW: tl.constexpr,
     VECTORS: tl.constexpr,
