@@ -15,6 +15,7 @@ from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
+from offload.pipelines import arena as arenas
 from offload.pipelines import overlap
 from offload.pipelines import packed as packed_pipeline
 from offload.pipelines.arena import Arena
@@ -153,6 +154,7 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
         monkeypatch.setattr(packed_pipeline, "kernels_for", lambda device, module: kernels[module])
         monkeypatch.setattr(packed_pipeline, "Lane", lanes)
         monkeypatch.setattr(packed_pipeline, "SMALLEST_PART", 4)
+        monkeypatch.setattr(arenas, "ROOM", 0)  # for the largest view alone, so that many meet
         monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note
         return lanes
 
@@ -201,10 +203,25 @@ def train_in_order(lanes: OrderedLanes, seed: int) -> Training:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed):
+def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed, monkeypatch):
     lanes = ordered()
+    late, lost = [], []
+    read_late, find_on_host = PackedPipeline._read_late, packed_pipeline._find_on_host
+
+    def noting_late(self: PackedPipeline, view, rows, present) -> None:
+        late.append(rows.shared)
+        read_late(self, view, rows, present)
+
+    def noting_lost(common, overwritten: slice) -> None:
+        lost.append(common.places[(common.places >= overwritten.start) & (common.places < overwritten.stop)])
+        find_on_host(common, overwritten)
+
+    monkeypatch.setattr(PackedPipeline, "_read_late", noting_late)
+    monkeypatch.setattr(packed_pipeline, "_find_on_host", noting_lost)
     training = train_in_order(lanes, seed)
     assert not lanes.refused
+    assert torch.cat(late).any()
+    assert len(torch.cat(lost))
     moved = training.pipeline.rows_moved
     assert moved["rows_retained"] > 0
     assert training.pipeline._rows_kept > 0
@@ -229,6 +246,13 @@ def is_noticed(ordered: Callable[..., OrderedLanes], place: tuple[str, int, int]
     except Race:
         return True
     return False
+
+
+@pytest.fixture(params=[False, True], ids=["side by side", "meeting"])
+def meeting(request, monkeypatch) -> None:
+    """Lets views lie side by side, or has space for the largest alone."""
+    if request.param:
+        monkeypatch.setattr(arenas, "ROOM", 0)
 
 
 def ids(*rows: int) -> Tensor:
@@ -296,9 +320,15 @@ def test_space_grows_with_pairs_of_views_and_stays():
     assert counts[30] == counts[-1]
 
 
-def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
-    """Where memory bounds the arena, which then stays as it is."""
-    retained = []
+def test_views_that_do_not_fit_together_meet(monkeypatch):
+    """Where memory bounds the arena, which then stays as it is: what is handed on is less, and no view comes late."""
+    retained, fetched_late, fetch_late = [], [], PackedPipeline._fetch_late
+
+    def noting(self: PackedPipeline, cameras: int, ids: Tensor | None) -> object:
+        fetched_late.append(cameras)
+        return fetch_late(self, cameras, ids)
+
+    monkeypatch.setattr(PackedPipeline, "_fetch_late", noting)
     for most_rows in (25, 1000):
         monkeypatch.setattr(Arena, "_most_rows", lambda self, count, most=most_rows: most)
         torch.manual_seed(0)
@@ -308,7 +338,30 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
         retained.append(training.pipeline.rows_moved["rows_retained"])
         assert max(len(rows) for rows in training.pipeline._arena._rows.values()) <= most_rows
         assert training.pipeline.staging_allocations < 6
+        assert len(fetched_late) == training.pipeline.staging_allocations
+        fetched_late.clear()
     assert 0 < retained[0] < retained[1]
+
+
+def test_space_is_for_the_largest_view_and_two_usual_ones(monkeypatch):
+    """More is taken where a single pair is larger no more, nor where memory is short."""
+    monkeypatch.setattr(arenas, "ROOM", 1.25)
+    arena = Arena({"geometry": 5}, CPU)
+    assert arena.make_space_for(320)
+    assert arena._capacity == 330
+    assert arena.rows_in_common(320, 160) is None  # wants more, which comes with the next view
+    assert arena.make_space_for(160)
+    assert arena._capacity == 480 + 15
+    assert [arena.rows_in_common(160, 320), arena.rows_in_common(320, 170)] == [0, 0]
+    for _ in range(40):
+        assert arena.rows_in_common(160, 160) == 0
+    assert arena.rows_in_common(400, 400) == 800 - 495  # the usual pair is of 320 rows
+    assert arena.rows_in_common(400, 500) is None  # which does not fit at all
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 450)
+    for view in (400, 500):  # once there was memory for this much beside a view of 500
+        assert arena.make_space_for(500) == (view == 400)
+        assert arena.rows_in_common(view, 400) == (None if view == 400 else 400)
+    assert arena._capacity == 500
 
 
 def test_the_arena_is_made_anew_after_there_was_no_memory_for_it(monkeypatch):
@@ -332,7 +385,7 @@ def test_the_arena_is_made_anew_after_there_was_no_memory_for_it(monkeypatch):
 
 
 @pytest.mark.parametrize("prefetched", [True, False])
-def test_a_fetch_that_has_failed_may_be_repeated(monkeypatch, prefetched):
+def test_a_fetch_that_has_failed_may_be_repeated(meeting, monkeypatch, prefetched):
     torch.manual_seed(0)
     training = Training(random_views(N, 8))
     training.prefetches = lambda step: prefetched
@@ -355,7 +408,7 @@ def test_a_fetch_that_has_failed_may_be_repeated(monkeypatch, prefetched):
 
 
 @pytest.mark.parametrize("moment", ["fetched", "prefetched", "prefetched and finished"])
-def test_a_step_is_undone_with_rows_that_the_host_lacks(moment):
+def test_a_step_is_undone_with_rows_that_the_host_lacks(meeting, moment):
     """And repeated, several times in a run, without any row having changed."""
     torch.manual_seed(0)
     training = Training(random_views(N, 20))

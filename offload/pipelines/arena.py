@@ -1,4 +1,9 @@
-"""Space on the device for the rows of two views, as much as views need and memory has."""
+"""Space on the device for the rows of two views, as much as views need and memory has.
+
+A pipeline asks it in one of two ways. `has_space_for` tells whether two views fit side by side, and lets it grow until
+the largest pair does. `rows_in_common` lets two views meet in the middle, where one is overwritten by the other: then
+it has space for the largest view and for a pair of the usual size, and the largest pairs wait a little.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,8 @@ from torch import Tensor
 from offload.device_memory import most_bytes, peak_memory
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
+ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
+LAST_PAIRS = 32  # that the mean is of
 CAUTION = 1.1  # of what all else on the device takes while a larger view than before is rendered
 USABLE = 0.93  # of device memory: torch's allocator has reserved up to 6 % more than was in use (H200, 18 and 40 M)
 
@@ -31,7 +38,9 @@ class Arena:
         self._row_bytes = 4 * sum(columns.values())
         self._rows = {name: torch.empty(0, count, dtype=dtype, device=device) for name, count in columns.items()}
         self._capacity = 0  # rows of each
-        self._wanted = 0  # rows of the largest pair of views so far
+        self._wanted = 0  # rows that views so far have asked for
+        self._num_pairs, self._mean_pair, self._largest_pair = 0, 0.0, 0  # rows of two views
+        self._largest_view = 0  # rows
         self._largest = 0  # rows of the largest view that has been rendered
         self._others = 0  # bytes that all else on the device has taken at most
         self._most = 0  # bytes that could be used for all, when space was last looked for
@@ -52,8 +61,31 @@ class Arena:
         self._largest = max(self._largest, present)  # by the next time it has been rendered
         return fits
 
+    def rows_in_common(self, present: int, upcoming: int) -> int | None:
+        """Count the rows for which a view that is fetched while another is rendered has no space but that of the other.
+
+        Args:
+            present: Rows of the view that is rendered.
+            upcoming: Rows of the other.
+
+        Returns:
+            The number; None: the view is to be fetched later, with `make_space_for`.
+        """
+        pair = present + upcoming
+        self._num_pairs += 1
+        self._mean_pair += (pair - self._mean_pair) / min(self._num_pairs, LAST_PAIRS)
+        self._largest_pair = max(self._largest_pair, pair)
+        self._largest_view = max(self._largest_view, present, upcoming)
+        self._wanted = max(self._largest_view, min(int(ROOM * self._mean_pair), self._largest_pair))
+        most = self._most_rows(upcoming)
+        self._largest = max(self._largest, present)  # by the next time it has been rendered
+        if self._capacity < upcoming or self._capacity > max(most, self._largest):
+            return None
+        in_common = max(pair - self._capacity, 0)
+        return None if in_common and self._is_small(self._wanted, most) else in_common
+
     def make_space_for(self, count: int) -> bool:
-        """Have space for a view, and for pairs as large as wanted so far if memory allows; all contents are lost.
+        """Have space for a view, and for what views so far have asked for if memory allows; all contents are lost.
 
         Returns:
             Whether memory has been allocated.
@@ -62,8 +94,8 @@ class Arena:
             self._most = int(USABLE * most_bytes(self._device))
         wanted, most = max(self._wanted, count), self._most_rows(count)
         capacity = max(min(wanted + wanted // SPARE, most), count)
-        too_small = self._capacity < count or self._capacity + self._capacity // SPARE < min(wanted, capacity)
-        if not too_small and self._capacity <= max(most, count):
+        too_small = self._capacity < count or self._is_small(wanted, capacity)
+        if not too_small and self._capacity <= max(most, count, self._largest):
             return False
         self._rows.clear()  # frees memory before more is taken
         self._capacity = 0  # until it has been
@@ -71,6 +103,10 @@ class Arena:
             self._rows[name] = torch.empty(capacity, columns, dtype=self._dtype, device=self._device)
         self._capacity = capacity
         return True
+
+    def _is_small(self, wanted: int, most: int) -> bool:
+        """Tell whether it is worth to take memory anew for so many rows, of which there is memory for `most`."""
+        return self._capacity + self._capacity // SPARE < min(wanted, most)
 
     def _most_rows(self, count: int) -> int:
         """Count the rows that there is memory for beside all that rendering a view of so many takes."""

@@ -10,14 +10,16 @@ decoded into values, caught up with the steps that they have skipped. After its 
 again where they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
 
 Packed rows of two views are on the device at once, in one arena, at either end. View j + 1 takes the end of view j - 1,
-part by part as that is written, with the rows that both have, which are set aside before. Where two views do not fit
-together, the next one is fetched when it is rendered, and the arena grows then, as far as there is memory.
+part by part as that is written, with the rows that both have, which are set aside before. The arena has space for the
+largest view, and for two of the usual size. Where two views are larger, they meet in its middle: rows of view j + 1
+that belong where view j still lies, the late ones, are read behind the writing of that. Where the arena is too small
+for that, the next view is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
 The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
 rendered, so the host's processors have nothing to do.
 
 Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
-the device a row takes 328 bytes in each of two views, and 256 of values and as many of gradients in the present one.
+the device a row of the arena takes 328 bytes, and one of the present view 256 of values and as many of gradients.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ PARTS = 8  # that a view is written in, so that the view after the next can come
 SMALLEST_PART = 1 << 17  # rows
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
+# Parts of a view: the first row of the arena, the one behind the last, and when the host has them.
+Written = list[tuple[int, int, torch.cuda.Event | None]]
+
 
 @dataclass
 class PackedView:
@@ -56,6 +61,7 @@ class PackedView:
     values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
     fetched: torch.cuda.Event | None = None
     written: torch.cuda.Event | None = None
+    overwritten: slice | None = None  # rows whose space the next view has taken, once these were on the host
 
     def words(self, group: str) -> Tensor:
         return self.space[group]
@@ -65,6 +71,14 @@ class PackedView:
         return self.space[STEPS + group][:, 0]
 
 
+@dataclass(frozen=True)
+class _Late:
+    """Rows of the next view whose space the present one has; no view before hands them on."""
+
+    rows: slice
+    shared: Tensor  # [V] bool, which of them the present view has
+
+
 @dataclass
 class _Upcoming:
     """The next view, found ahead."""
@@ -72,6 +86,7 @@ class _Upcoming:
     ids: Tensor  # [V] int64 on the device
     view: PackedView | None = None  # whose rows are on their way but for those of the present view; None: no space
     overlap: Overlap | None = None  # with the views before; where there is a view
+    late: _Late | None = None
     found: torch.cuda.Event | None = None  # that ids, or all of these, are there, and its space may be written to
 
 
@@ -103,12 +118,13 @@ class PackedPipeline:
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         columns = {name: group.store.packed.shape[1] for name, group in groups.items()}
         self._arena = Arena(columns | {STEPS + name: 1 for name in groups}, device, torch.int32)
-        self._writing: dict[bool, list[tuple[int, int, torch.cuda.Event | None]]] = {False: [], True: []}
+        self._writing: dict[bool, Written] = {False: [], True: []}  # by whether the view is at the arena's end
         self._previous: PackedView | None = None  # updated last
         self._present: PackedView | None = None
         self._upcoming: _Upcoming | None = None
         self._found_ids: Tensor | None = None  # of the next view, found before training was interrupted
-        self._lacking: PackedView | None = None  # has rows that the host has not, and that are not written now
+        # A view with rows that the host has not, and that are not written now, and which these are, [V] bool.
+        self._lacking: tuple[PackedView, Tensor] | None = None
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
         self._applied = False  # whether gradients of the present view may have reached its rows
         self._rows_found, self._rows_given, self._rows_kept = 0, 0, 0  # given to be written
@@ -129,8 +145,6 @@ class PackedPipeline:
         view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
         self._upcoming = self._found_ids = None  # only now, since a fetch that fails may be repeated
         self._ready = compute.record()
-        if self._lacking is not None:
-            self._lacking = view  # to which that has been handed on
         self._present, self._applied = view, False
         return view
 
@@ -155,12 +169,15 @@ class PackedPipeline:
             values.grad = None  # whoever still holds the values has no use for it
         view.values = {}
         self._rows_given += len(view.ids)
-        leaving = None
+        self._lacking = None
         if upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
             self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found)
-            leaving = upcoming.overlap.leaving
-        self._write(view, leaving)
-        self._lacking = None if leaving is None else view
+            self._write(view, upcoming.overlap.leaving)
+            self._lacking = upcoming.view, upcoming.overlap.moved
+            if upcoming.late is not None:
+                self._read_late(upcoming.view, upcoming.late, view)
+        else:
+            self._write(view, None)
         self._previous, self._present = view, None
 
     def displace(self, displacement: Displacement) -> None:
@@ -173,8 +190,8 @@ class PackedPipeline:
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
         if self._lacking is not None:
-            self._write(self._lacking, None)
-            self._rows_given += len(self._lacking.ids)
+            self._write(*self._lacking)
+            self._rows_given += int(self._lacking[1].sum())
             self._lacking = None
         self._cull_lane.finish()  # what it found may be fetched late, elsewhere
         self._fetch_lane.finish()
@@ -289,14 +306,19 @@ class PackedPipeline:
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
+            num_late = self._arena.rows_in_common(len(present.ids), len(ids))
+            if num_late is None:
+                return _Upcoming(ids, found=lane.record())
+            late_rows, early = _cut(len(ids), num_late, late_first=not present.at_end)
             common = self._overlap(ids, present.ids, ids[:0] if previous is None else previous.ids)
+            late = _left_to_host(common, late_rows) if num_late else None
+            if previous is not None and previous.overwritten is not None:
+                _find_on_host(common, previous.overwritten)
             kept = places = ids[:0]  # rows of the view before the present one, and where they are there
             if previous is not None:
                 kept = (common.places >= 0).nonzero().squeeze(1)
                 places = common.places[kept]
             found = lane.record()
-        if not self._arena.has_space_for(len(present.ids), len(ids)):
-            return _Upcoming(ids, found=found)
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
@@ -304,12 +326,12 @@ class PackedPipeline:
             self._rows_kept += len(kept)
             aside = None if previous is None else self._copied(previous, places)
             found = lane.record()
-            self._read_behind_writing(view, common.on_host)
+            self._read_behind_writing(view, common.on_host, early, self._writing[view.at_end])
             if aside is not None:
                 self._kernels.write_packed_rows(aside, kept, None, self._packed(view))
             view.fetched = lane.record()
             lane.uses(ids, common.moved, common.on_host, kept, places, *view.space.values())
-        return _Upcoming(ids, view, common, found)
+        return _Upcoming(ids, view, common, late, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
         """Fetch a view that has not been fetched ahead; there is no other on the device."""
@@ -340,22 +362,34 @@ class PackedPipeline:
 
     def _copied(self, view: PackedView, places: Tensor) -> list[PackedRows]:
         """Copy the rows at places [M] of a view, of each group."""
-        rows = self._packed(view)
-        copies = [(words.new_empty(len(places), words.shape[1]), steps.new_empty(len(places))) for words, steps in rows]
-        self._kernels.read_packed_rows(rows, places, None, copies)
+        copies = [self._new_rows(name, len(places)) for name in self._groups]
+        self._kernels.read_packed_rows(self._packed(view), places, None, copies)
         return copies
 
-    def _read_behind_writing(self, view: PackedView, wanted: Tensor) -> None:
-        """Read rows part by part, each when what lay there is on the host."""
-        writing = self._writing[view.at_end]
-        for first, last in _parts_of(len(view.ids)):
-            lower, upper = view.first_row + first, view.first_row + last
+    def _read_behind_writing(self, view: PackedView, wanted: Tensor, rows: slice, writing: Written) -> None:
+        """Read some rows part by part, each when what lay there is on the host."""
+        for part in _parts_of(rows):
+            lower, upper = view.first_row + part.start, view.first_row + part.stop
             self._fetch_lane.wait(*(event for begin, end, event in writing if begin < upper and lower < end))
-            self._read(view, wanted, slice(first, last))
+            self._read(view, wanted, part)
+
+    def _read_late(self, view: PackedView, late: _Late, present: PackedView) -> None:
+        """Read the late rows of the next view where the present one lies, which is being written.
+
+        First come those that the present view has not, behind its writing, and then those that it has, after that.
+        """
+        with self._fetch_lane as lane:
+            self._read_behind_writing(view, ~late.shared, late.rows, self._writing[present.at_end])
+            lane.wait(present.written)
+            self._read(view, late.shared, late.rows)
+            view.fetched = lane.record()
+            lane.uses(view.ids, late.shared, *view.space.values())
+        num_late = late.rows.stop - late.rows.start
+        present.overwritten, _ = _cut(len(present.ids), num_late, late_first=present.at_end)
 
     def _write(self, view: PackedView, wanted: Tensor | None) -> None:
         """Write rows part by part, as they will be when what the current lane has been given is done."""
-        parts: list[tuple[int, int, torch.cuda.Event | None]] = []
+        parts: Written = []
         with ExitStack() as changes:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(view.ids))
@@ -363,11 +397,10 @@ class PackedPipeline:
             updated = Lane.current(self._device).record()
             with self._write_lane as lane:
                 lane.wait(updated)
-                for first, last in _parts_of(len(view.ids)):
-                    rows = slice(first, last)
+                for rows in _parts_of(slice(0, len(view.ids))):
                     those = None if wanted is None else wanted[rows]
                     self._kernels.write_packed_rows(self._packed(view, rows), view.ids[rows], those, stored)
-                    parts.append((view.first_row + first, view.first_row + last, lane.record()))
+                    parts.append((view.first_row + rows.start, view.first_row + rows.stop, lane.record()))
                 lane.uses(view.ids, *view.space.values(), *(() if wanted is None else (wanted,)))
                 view.written = lane.record()
         self._writing[view.at_end] = parts
@@ -392,11 +425,14 @@ class PackedPipeline:
 
     def _rows_of(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copy packed rows from the store to the device, and the steps of their last updates."""
-        store = self._groups[name].store
-        words = torch.empty(len(ids), store.packed.shape[1], dtype=torch.int32, device=self._device)
-        last_step = torch.empty(len(ids), dtype=torch.int32, device=self._device)
-        self._kernels.read_packed_rows([(store.packed, store.last_step)], ids, None, [(words, last_step)])
-        return words, last_step
+        rows = self._new_rows(name, len(ids))
+        self._kernels.read_packed_rows([_stored(self._groups[name])], ids, None, [rows])
+        return rows
+
+    def _new_rows(self, name: str, count: int) -> PackedRows:
+        """Allocate space for packed rows of a group, and for the steps of their last updates."""
+        words = torch.empty(count, self._groups[name].store.packed.shape[1], dtype=torch.int32, device=self._device)
+        return words, torch.empty(count, dtype=torch.int32, device=self._device)
 
 
 def _stored(group: RowGroup) -> PackedRows:
@@ -404,7 +440,31 @@ def _stored(group: RowGroup) -> PackedRows:
     return group.store.packed, group.store.last_step
 
 
-def _parts_of(count: int) -> list[tuple[int, int]]:
-    """Cut so many rows into parts: the first row of each, and the one behind it."""
-    size = max(SMALLEST_PART, -(-count // PARTS))
-    return [(first, min(first + size, count)) for first in range(0, count, size)]
+def _parts_of(rows: slice) -> list[slice]:
+    """Cut rows into parts."""
+    size = max(SMALLEST_PART, -(-(rows.stop - rows.start) // PARTS))
+    return [slice(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
+
+
+def _cut(count: int, num_late: int, *, late_first: bool) -> tuple[slice, slice]:
+    """Cut a view of so many rows into those whose space another one has too, and the rest."""
+    first = num_late if late_first else count - num_late
+    before, after = slice(0, first), slice(first, count)
+    return (before, after) if late_first else (after, before)
+
+
+def _left_to_host(common: Overlap, late: slice) -> _Late:
+    """Let these rows of the next view come from the host."""
+    shared = torch.zeros_like(common.moved)
+    shared[late] = common.moved[late]
+    common.leaving[common.sources[shared]] = True
+    common.moved[late] = False
+    common.places[late] = -1
+    return _Late(late, shared)
+
+
+def _find_on_host(common: Overlap, overwritten: slice) -> None:
+    """Let rows of the next view come from the host that the view before the present one has no more."""
+    lost = (common.places >= overwritten.start) & (common.places < overwritten.stop)
+    common.on_host.logical_or_(lost)
+    common.places.masked_fill_(lost, -1)
