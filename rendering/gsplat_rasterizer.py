@@ -8,10 +8,12 @@ where they lie. It also cannot render a part of a picture, and refuses backgroun
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rendering.held_colors import Block, Colors, held_apart, held_colors
 from rendering.projection import Projection
 from rendering.spherical_harmonics_triton import Harmonics
 
@@ -23,7 +25,7 @@ def project_pairs(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor | tuple[Tensor, Tensor],
+    colors: Colors,
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
@@ -44,8 +46,9 @@ def project_pairs(
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     depth_only = render_mode in ("D", "ED")
+    given, held = held_apart(colors)
     # Here, since its gradient is to come last.
-    harmonics = None if depth_only or sh_degree is None else Harmonics(sh_degree, colors)
+    harmonics = None if depth_only or sh_degree is None or held is not None else Harmonics(sh_degree, given)
     _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = fully_fused_projection(
         means, None, quats, scales, viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
         far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=opacities,
@@ -58,17 +61,28 @@ def project_pairs(
     projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
     if depth_only:
         return projection, depths[:, None]
-    if harmonics is None:
-        if isinstance(colors, tuple):
+    if sh_degree is None:
+        if isinstance(given, tuple) or held is not None:
             raise ValueError("colors are two tensors, but sh_degree is None")
-        features = colors.index_select(0, gaussian_ids)
+        features = given.index_select(0, gaussian_ids)
     else:
         # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
         camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
-        features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
+        if harmonics is not None:
+            features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
+        elif held is not None and isinstance(given, Tensor):
+            features = held_colors(held, partial(_block_colors, sh_degree), means, given, camera_positions, projection)
     if render_mode != "RGB":
         features = torch.cat([features, depths[:, None]], dim=-1)
     return projection, features
+
+
+def _block_colors(
+    sh_degree: int, means: Tensor, sh0: Tensor, shN: Tensor, camera_positions: Tensor, block: Block
+) -> Tensor:
+    """Return the colours of a block's pairs, as `rendering.held_colors` asks for them."""
+    harmonics = Harmonics(sh_degree, (sh0, shN))
+    return harmonics.colors(means, camera_positions, block.camera_ids, block.gaussian_ids)
 
 
 def blend_pairs(

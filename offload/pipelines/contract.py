@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.culling.cameras import Cameras
+from offload.pipelines.held_rows import HeldRows
 from offload.store.layout import group_columns
 
 MEANS = group_columns("geometry", sh_degree=0)["means"]  # columns of a row of geometry, in every form
@@ -27,7 +28,7 @@ class FetchedRows(Protocol):
         """Return which Gaussians they are, int64 [V] on the device, sorted."""
 
     @property
-    def values(self) -> dict[str, Tensor]:
+    def values(self) -> Mapping[str, Tensor | HeldRows]:
         """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
 
 
