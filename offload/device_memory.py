@@ -38,11 +38,15 @@ def begin_stretch(device: torch.device) -> None:
 
 def stretch_peak(device: torch.device) -> int:
     """Return the most bytes that were in use at once since the stretch began."""
-    return torch.cuda.max_memory_allocated(device)
+    return _peaks(device)["allocated"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the most bytes that this process has had allocated, and that torch has reserved for it, at once."""
+    return {kind: max(_highest[kind], peak) for kind, peak in _peaks(device).items()}
+
+
+def _peaks(device: torch.device) -> dict[str, int]:
+    """Return the peaks of the present stretch."""
     stats = torch.cuda.memory_stats_as_nested_dict(device)  # a tenth of the time that flat ones take
-    peaks = {kind: stats[f"{kind}_bytes"]["all"]["peak"] if stats else 0 for kind in _highest}
-    return {kind: max(_highest[kind], peak) for kind, peak in peaks.items()}
+    return {kind: stats[f"{kind}_bytes"]["all"]["peak"] if stats else 0 for kind in _highest}

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
-from offload.store.layout import PackedRows, RowState
+from offload.store.layout import PackedRows, ResidentRows, RowState
 
 ops = torch.ops.aten
 MADE_EMPTY = {ops.empty, ops.empty_strided, ops.empty_like, ops.new_empty, ops.new_empty_strided}
@@ -298,18 +298,48 @@ class OrderedKernels:
         self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)
 
     @_unnoted
-    def read_packed_rows(self, host: Sequence[PackedRows], ids: Tensor, wanted: Rows, view: Sequence[PackedRows]):
+    def read_packed_rows(
+        self,
+        host: Sequence[PackedRows],
+        ids: Tensor,
+        wanted: Rows,
+        view: Sequence[PackedRows],
+        residents: ResidentRows | None = None,
+    ):
         chosen = torch.arange(len(ids)) if wanted is None else _chosen(wanted)
-        reads = [(ids, None), (wanted, None), *((tensor, ids[chosen]) for pair in host for tensor in pair)]
+        on_host, near, places = _among(residents, ids, chosen)
+        reads = [(ids, None), (wanted, None), *places, *((tensor, ids[on_host]) for pair in host for tensor in pair)]
         writes = [(tensor, chosen) for pair in view for tensor in pair]
-        self._do("read_packed_rows", (host, ids, wanted, view), reads, writes)
+        if residents is not None:
+            reads += [(tensor, near) for pair in residents.rows for tensor in pair]
+            writes.append((residents.moved[:1], None))
+        self._do("read_packed_rows", (host, ids, wanted, view, residents), reads, writes)
 
     @_unnoted
-    def write_packed_rows(self, view: Sequence[PackedRows], ids: Tensor, wanted: Rows, host: Sequence[PackedRows]):
+    def write_packed_rows(
+        self,
+        view: Sequence[PackedRows],
+        ids: Tensor,
+        wanted: Rows,
+        host: Sequence[PackedRows],
+        residents: ResidentRows | None = None,
+    ):
         chosen = torch.arange(len(ids)) if wanted is None else _chosen(wanted)
-        reads = [(ids, None), (wanted, None), *((tensor, chosen) for pair in view for tensor in pair)]
-        writes = [(tensor, ids[chosen]) for pair in host for tensor in pair]
-        self._do("write_packed_rows", (view, ids, wanted, host), reads, writes)
+        on_host, near, places = _among(residents, ids, chosen)
+        reads = [(ids, None), (wanted, None), *places, *((tensor, chosen) for pair in view for tensor in pair)]
+        writes = [(tensor, ids[on_host]) for pair in host for tensor in pair]
+        if residents is not None:
+            writes += [(tensor, near) for pair in residents.rows for tensor in pair]
+            writes.append((residents.moved[1:], None))
+        self._do("write_packed_rows", (view, ids, wanted, host, residents), reads, writes)
+
+
+def _among(residents: ResidentRows | None, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, list]:
+    """Return which of the chosen rows the host has, where the others are among residents, and what says so."""
+    if residents is None:
+        return chosen, chosen[:0], []
+    places = residents.places[ids[chosen]].long()
+    return chosen[places < 0], places[places >= 0], [(residents.places, ids[chosen])]
 
 
 def _all(rows: RowState, places: Rows) -> list[tuple[Tensor, Rows]]:

@@ -16,7 +16,7 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.pipelines import arena as arenas
-from offload.pipelines import overlap
+from offload.pipelines import overlap, residents
 from offload.pipelines import packed as packed_pipeline
 from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
@@ -54,13 +54,13 @@ def whole(ids: Tensor) -> Tensor:
 
 
 def make_pipeline(
-    n: int, cull: Callable[[int], Tensor], device: torch.device = CPU
+    n: int, cull: Callable[[int], Tensor], device: torch.device = CPU, resident_share: float = 0.0
 ) -> tuple[PackedPipeline, dict[str, RowGroup]]:
     """A pipeline whose cameras are numbers of views."""
     parameters, pin = start(n), device.type == "cuda"
     stores = {name: HostStore(parameters, name, state="compact", max_gaussians=n, pin=pin) for name in GROUPS}
     groups = groups_of(stores, device)
-    return PackedPipeline(groups, cull, whole, device), groups
+    return PackedPipeline(groups, cull, whole, device, resident_share), groups
 
 
 class Training:
@@ -69,10 +69,10 @@ class Training:
     Now and then the next view is not known in time. What culling reads on the device is written after each step.
     """
 
-    def __init__(self, views: list[Tensor], lanes: OrderedLanes | None = None) -> None:
+    def __init__(self, views: list[Tensor], lanes: OrderedLanes | None = None, *, resident_share: float = 0.0) -> None:
         self.views, self.lanes = views, lanes
         self.bounds = torch.zeros(N)
-        self.pipeline, self.groups = make_pipeline(N, self.cull)
+        self.pipeline, self.groups = make_pipeline(N, self.cull, resident_share=resident_share)
         self.groups["geometry"].on_step = self.follow
         stores = {name: DeviceStore(start(N), name, state="compact", device=CPU) for name in GROUPS}
         self.resident = groups_of(stores, CPU)
@@ -156,6 +156,8 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
         monkeypatch.setattr(packed_pipeline, "SMALLEST_PART", 4)
         monkeypatch.setattr(arenas, "ROOM", 0)  # for the largest view alone, so that many meet
         monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note
+        monkeypatch.setattr(residents, "FIRST_CHOICE", 3)
+        monkeypatch.setattr(residents, "CHOICES", 5)
         return lanes
 
     return begin
@@ -170,10 +172,10 @@ def views_of_all_kinds(seed: int) -> list[Tensor]:
     return views
 
 
-def train_in_order(lanes: OrderedLanes, seed: int) -> Training:
+def train_in_order(lanes: OrderedLanes, seed: int, resident_share: float = 0.4) -> Training:
     """Train, with all that may be asked in between."""
     with lanes:
-        training = Training(views_of_all_kinds(seed), lanes)
+        training = Training(views_of_all_kinds(seed), lanes, resident_share=resident_share)
 
     third, few = torch.arange(0, N, 3), torch.arange(3)
 
@@ -202,8 +204,8 @@ def train_in_order(lanes: OrderedLanes, seed: int) -> Training:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed, monkeypatch):
+@pytest.mark.parametrize(("seed", "resident_share"), [(0, 0.0), (0, 0.4), (1, 0.4)])
+def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed, resident_share, monkeypatch):
     lanes = ordered()
     late, lost = [], []
     read_late, find_on_host = PackedPipeline._read_late, packed_pipeline._find_on_host
@@ -218,7 +220,7 @@ def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed, m
 
     monkeypatch.setattr(PackedPipeline, "_read_late", noting_late)
     monkeypatch.setattr(packed_pipeline, "_find_on_host", noting_lost)
-    training = train_in_order(lanes, seed)
+    training = train_in_order(lanes, seed, resident_share)
     assert not lanes.refused
     assert torch.cat(late).any()
     assert len(torch.cat(lost))
@@ -531,13 +533,14 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.cuda
-def test_lanes_on_a_gpu_are_those_of_rows_that_stay():
+@pytest.mark.parametrize("resident_share", [0.0, 0.3])
+def test_lanes_on_a_gpu_are_those_of_rows_that_stay(resident_share):
     """Large views, so that kernels of all lanes are under way at once; after a while no memory is taken."""
     torch.manual_seed(0)
     device, n = torch.device("cuda"), 1_000_000
     views = [(torch.rand(n) < 0.15).nonzero()[:, 0] for _ in range(30)]
     on_device = [view.to(device) for view in views]
-    pipeline, groups = make_pipeline(n, on_device.__getitem__, device)
+    pipeline, groups = make_pipeline(n, on_device.__getitem__, device, resident_share)
     resident = groups_of({name: DeviceStore(start(n), name, state="compact", device=device) for name in GROUPS}, device)
     reference = ResidentPipeline(resident, on_device.__getitem__, device)
     for step in range(len(views)):
@@ -553,6 +556,7 @@ def test_lanes_on_a_gpu_are_those_of_rows_that_stay():
     pipeline.finish()
     assert pipeline.rows_moved["rows_retained"] > 20 * 0.15**2 * n
     assert pipeline.staging_allocations < 5
+    assert len(pipeline._residents) == int(resident_share * n)
     for name, group in groups.items():
         assert torch.equal(group.store.packed, resident[name].store.packed.cpu())
         assert torch.equal(group.store.last_step, resident[name].store.last_step.cpu())

@@ -12,7 +12,7 @@ from offload.adam import rows as row_kernels
 from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables
 from offload.adam.rows import float_moments
-from offload.store.layout import GROUP_NAMES, PackedRows, RowState, num_columns, packed_rows, packed_words
+from offload.store.layout import GROUP_NAMES, PackedRows, ResidentRows, RowState, num_columns, packed_rows, packed_words
 from offload.store.memory import HostArray
 from tests.test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
 from tests.triton_places import ON_GPU, WITHOUT_GPU
@@ -510,6 +510,51 @@ def test_packed_rows_are_copied_as_they_are(kind, device, groups, some, count):
             assert torch.equal(actual, expected)
             stored[ids[chosen]] = seen[chosen]
             assert torch.equal(actual_stored, stored)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+@pytest.mark.parametrize("groups", [[("geometry", 3)], [("geometry", 3), ("appearance", 3)]])
+@pytest.mark.parametrize("some", [False, True], ids=["all", "wanted"])
+def test_resident_rows_are_read_and_written_where_they_are(kind, device, groups, some):
+    """The store keeps what it had of them, and residents that are not wanted keep theirs."""
+    torch.manual_seed(0)
+    n, count, num_resident, kernels = 3000, 1100, 700, kernels_of(kind)
+
+    def any_rows(count: int) -> list[PackedRows]:
+        shapes = [(count, packed_words(group, degree)) for group, degree in groups]
+        bits = [[torch.randint(-(2**31), 2**31, shape).int() for shape in (each, each[:1])] for each in shapes]
+        return [(words.to(device), last_step.to(device)) for words, last_step in bits]
+
+    def clones(rows: list[PackedRows]) -> list[PackedRows]:
+        return [(words.clone(), last_step.clone()) for words, last_step in rows]
+
+    ids = torch.randperm(n)[:count].sort().values.to(device)
+    places = torch.full((n,), -1, dtype=torch.int32)
+    places[torch.randperm(n)[:num_resident]] = torch.randperm(num_resident).int()
+    places = places.to(device)
+    wanted = (torch.rand(count) < 0.6).to(device) if some else None
+    chosen = torch.ones(count, dtype=torch.bool, device=device) if wanted is None else wanted
+    here, at = chosen & (places[ids] >= 0), places[ids].long()
+    store, view, near = any_rows(n), any_rows(count), any_rows(num_resident)
+    moved = torch.tensor([5, 7], device=device)
+    read, written, near_written = clones(view), clones(store), clones(near)
+    kernels.read_packed_rows(store, ids, wanted, read, ResidentRows(places, near, moved))
+    kernels.write_packed_rows(view, ids, wanted, written, ResidentRows(places, near_written, moved))
+    assert 0 < here.sum() < chosen.sum()
+    assert moved.tolist() == [5 + int(here.sum()), 7 + int(here.sum())]
+    everything = zip(store, view, near, read, written, near_written, strict=True)
+    for stored, seen, resident, was_read, was_written, was_kept in (
+        arrays for six in everything for arrays in zip(*six, strict=True)
+    ):
+        expected = seen.clone()
+        expected[chosen] = stored[ids][chosen]
+        expected[here] = resident[at[here]]
+        assert torch.equal(was_read, expected)
+        stored[ids[chosen & ~here]] = seen[chosen & ~here]
+        assert torch.equal(was_written, stored)
+        resident[at[here]] = seen[here]
+        assert torch.equal(was_kept, resident)
 
 
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU[1:], *ON_GPU[1:]])

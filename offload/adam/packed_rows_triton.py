@@ -22,7 +22,7 @@ from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.codes_triton import decode_moments, encode_moments, round_to_half
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
-from offload.store.layout import PackedRows, RowState
+from offload.store.layout import PackedRows, ResidentRows, RowState
 
 TILE = 2048  # lanes, so that a thread has 16 bytes of its codes
 COPIED_ROWS = 256  # at once by a thread block that only copies
@@ -120,6 +120,7 @@ def copy(
     target: Sequence[PackedRows],
     ids: Tensor,
     wanted: Tensor | None,
+    residents: ResidentRows | None,
     blocks: int,
     *,
     to_view: bool,
@@ -128,7 +129,7 @@ def copy(
 
     Args:
         source, target: Rows of the groups, and the steps of their last updates.
-        ids, wanted: As for `offload.adam.rows.read_packed_rows`.
+        ids, wanted, residents: As for `offload.adam.rows.read_packed_rows`.
         blocks: Thread blocks, which loop over the tiles, where rows cross the link.
         to_view: Whether the view is the target.
     """
@@ -138,10 +139,17 @@ def copy(
         wanted = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     (words, steps), (out, out_steps) = source[0], target[0]
     (other_words, other_steps), (other_out, other_out_steps) = (source[1], target[1]) if source[1:] else (NONE, NONE)
+    places = moved = None
+    (near, near_steps), (other_near, other_near_steps) = NONE, NONE
+    if residents is not None:
+        places, moved = residents.places, residents.moved[0 if to_view else 1 :]
+        near, near_steps = residents.rows[0]
+        other_near, other_near_steps = residents.rows[1] if source[1:] else NONE
     tiles, stays = triton.cdiv(len(ids), COPIED_ROWS), words.is_cuda and out.is_cuda
     with torch.cuda.device_of(ids):
         _copy_kernel[(tiles if stays else min(tiles, blocks),)](
             words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, len(ids),
+            places, near, near_steps, other_near, other_near_steps, moved,
             TO_VIEW=to_view, VECTORS=words.shape[1] // 4,
             OTHER_VECTORS=0 if other_words is None else other_words.shape[1] // 4,
             ROWS=COPIED_ROWS, TILE=COPY_TILE, num_warps=WARPS,
@@ -328,27 +336,46 @@ def _step_kernel(
 
 @triton.jit
 def _copy_words(
-    source, target, ids, wanted, first_row, num_rows,
+    source, target, near, places, ids, wanted, first_row, num_rows,
     TO_VIEW: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Copy ROWS rows from `first_row` on of a view, as 16-byte vectors, TILE at a time."""
     lane = tl.arange(0, 4)[None, :]
     for part in tl.static_range(ROWS * VECTORS // TILE):
         vector = part * TILE + tl.arange(0, TILE)
-        row = first_row + vector // VECTORS
+        row, column = first_row + vector // VECTORS, vector % VECTORS
         copied = is_wanted(wanted, row, row < num_rows)
-        here = row.to(tl.int64) * VECTORS + vector % VECTORS
-        there = tl.load(ids + row, mask=copied, other=0) * VECTORS + vector % VECTORS
-        from_there = there if TO_VIEW else here
-        to_there = here if TO_VIEW else there
-        words = tl.load(source + from_there[:, None] * 4 + lane, mask=copied[:, None], other=0)
-        tl.store(target + to_there[:, None] * 4 + lane, words, mask=copied[:, None])
+        row_id = tl.load(ids + row, mask=copied, other=0)
+        here = (row.to(tl.int64) * VECTORS + column)[:, None] * 4 + lane
+        there = (row_id * VECTORS + column)[:, None] * 4 + lane
+        nearby, resident = here, copied[:, None]  # which nobody looks at
+        if places is not None:
+            place = tl.load(places + row_id, mask=copied, other=-1).to(tl.int64)
+            nearby, resident = (place * VECTORS + column)[:, None] * 4 + lane, (place >= 0)[:, None]
+        _copy_between(source, target, near, here, there, nearby, copied[:, None], resident, TO_VIEW)
 
 
 @triton.jit
-def _copy_steps(source, target, row, row_id, copied, TO_VIEW: tl.constexpr):
-    steps = tl.load(source + (row_id if TO_VIEW else row), mask=copied, other=0)
-    tl.store(target + (row if TO_VIEW else row_id), steps, mask=copied)
+def _copy_steps(source, target, near, row, row_id, place, copied, TO_VIEW: tl.constexpr):
+    _copy_between(source, target, near, row, row_id, place, copied, place >= 0, TO_VIEW)
+
+
+@triton.jit
+def _copy_between(source, target, near, here, there, nearby, copied, resident, TO_VIEW: tl.constexpr):
+    """Copy what lies `here` in a view, and `there`; or, where it is resident, `nearby`."""
+    far = copied
+    if near is not None:
+        far = copied & ~resident
+    if TO_VIEW:
+        values = tl.load(source + there, mask=far, other=0)
+        if near is not None:
+            values = tl.where(resident, tl.load(near + nearby, mask=resident, other=0), values)
+        tl.store(target + here, values, mask=copied)
+    else:
+        values = tl.load(source + here, mask=copied, other=0)
+        if near is not None:
+            tl.store(near + nearby, values, mask=resident)
+        tl.store(target + there, values, mask=far)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=UNALIGNED)
@@ -358,6 +385,10 @@ def _copy_kernel(
     ids,  # [V], of the side that is not a view
     wanted,  # [V]
     num_rows,  # V
+    places,  # int32 [N], where rows of that side are among the residents, or -1; or None, as all below
+    near, near_steps,  # residents of the group: int32 [R, VECTORS * 4], [R]
+    other_near, other_near_steps,  # of the other group
+    moved,  # int64 [1], counts residents
     TO_VIEW: tl.constexpr,
     VECTORS: tl.constexpr,
     OTHER_VECTORS: tl.constexpr,
@@ -368,8 +399,17 @@ def _copy_kernel(
         row = first + tl.arange(0, ROWS)
         copied = is_wanted(wanted, row, row < num_rows)
         row_id = tl.load(ids + row, mask=copied, other=0)
-        _copy_words(source, target, ids, wanted, first, num_rows, TO_VIEW, VECTORS, ROWS, TILE)
-        _copy_steps(source_steps, target_steps, row, row_id, copied, TO_VIEW)
+        place = row_id  # which nobody looks at
+        if places is not None:
+            place = tl.load(places + row_id, mask=copied, other=-1).to(tl.int64)
+            tl.atomic_add(moved, tl.sum((place >= 0).to(tl.int64)))
+        _copy_words(source, target, near, places, ids, wanted, first, num_rows, TO_VIEW, VECTORS, ROWS, TILE)
+        _copy_steps(source_steps, target_steps, near_steps, row, row_id, place, copied, TO_VIEW)
         if OTHER_VECTORS > 0:
-            _copy_words(other_source, other_target, ids, wanted, first, num_rows, TO_VIEW, OTHER_VECTORS, ROWS, TILE)
-            _copy_steps(other_source_steps, other_target_steps, row, row_id, copied, TO_VIEW)
+            _copy_words(
+                other_source, other_target, other_near, places, ids, wanted, first, num_rows,
+                TO_VIEW, OTHER_VECTORS, ROWS, TILE,
+            )  # fmt: skip
+            _copy_steps(
+                other_source_steps, other_target_steps, other_near_steps, row, row_id, place, copied, TO_VIEW
+            )  # fmt: skip

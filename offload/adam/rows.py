@@ -26,7 +26,7 @@ from torch import Tensor
 from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.codes import decode_moments, encode_moments, random_fractions, round_to_half
 from offload.adam.deferral import DeferralTables, adam_step, caught_up, decayed
-from offload.store.layout import PackedRows, RowState
+from offload.store.layout import PackedRows, ResidentRows, RowState
 
 STEP_ROWS = 1 << 12  # updated at once; what that takes, moments in float32 and their changes, stays small
 
@@ -129,7 +129,11 @@ def step_view_rows(
 
 
 def read_packed_rows(
-    host: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, view: Sequence[PackedRows]
+    host: Sequence[PackedRows],
+    ids: Tensor,
+    wanted: Tensor | None,
+    view: Sequence[PackedRows],
+    residents: ResidentRows | None = None,
 ) -> None:
     """Copy packed rows, and the steps of their last updates, from compact stores, or another view, to a view.
 
@@ -138,21 +142,35 @@ def read_packed_rows(
         ids: [V] int64 on the device, which rows.
         wanted: [V] bool; where it is False nothing is read. None: all are wanted.
         view: V rows of the same groups on the device.
+        residents: Rows of the same groups that are read from there in place of the stores.
     """
+    if residents is not None:
+        places, here, wanted = _among(residents, ids, wanted)
+        residents.moved[0] += here.sum()
+        read_packed_rows(residents.rows, places, here, view)
     chosen = _chosen(wanted)
     for (stored, stored_last_step), (words, last_step) in zip(host, view, strict=True):
         words[chosen], last_step[chosen] = stored[ids[chosen]], stored_last_step[ids[chosen]]
 
 
 def write_packed_rows(
-    view: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, host: Sequence[PackedRows]
+    view: Sequence[PackedRows],
+    ids: Tensor,
+    wanted: Tensor | None,
+    host: Sequence[PackedRows],
+    residents: ResidentRows | None = None,
 ) -> None:
     """Copy packed rows, and the steps of their last updates, from a view to compact stores, or another view.
 
     Args:
         view, ids, host: As for `read_packed_rows`.
         wanted: [V] bool; where it is False nothing is written. None: all are wanted.
+        residents: Rows of the same groups that are written there in place of the stores.
     """
+    if residents is not None:
+        places, here, wanted = _among(residents, ids, wanted)
+        residents.moved[1] += here.sum()
+        write_packed_rows(view, places, here, residents.rows)
     chosen = _chosen(wanted)
     for (stored, stored_last_step), (words, last_step) in zip(host, view, strict=True):
         stored[ids[chosen]], stored_last_step[ids[chosen]] = words[chosen], last_step[chosen]
@@ -190,6 +208,13 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
     ids = ids[chosen]
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
         destination[ids] = tensor[chosen]
+
+
+def _among(residents: ResidentRows, ids: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Find rows [V] among the residents: where they are, which of the wanted ones are there, and which are not."""
+    places = residents.places[ids].long()
+    here, elsewhere = places >= 0, places < 0
+    return (places, here, elsewhere) if wanted is None else (places, here & wanted, elsewhere & wanted)
 
 
 def _chosen(wanted: Tensor | None) -> Tensor | slice:

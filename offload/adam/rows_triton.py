@@ -26,7 +26,7 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed
 from offload.adam.packed_rows_triton import is_wanted
 from offload.adam.rows import catch_up_rows
-from offload.store.layout import PackedRows, RowState
+from offload.store.layout import PackedRows, ResidentRows, RowState
 
 # catch_up_rows is torch
 __all__ = [
@@ -126,17 +126,25 @@ def step_view_rows(
 
 
 def read_packed_rows(
-    host: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, view: Sequence[PackedRows]
+    host: Sequence[PackedRows],
+    ids: Tensor,
+    wanted: Tensor | None,
+    view: Sequence[PackedRows],
+    residents: ResidentRows | None = None,
 ) -> None:
     """Do as `offload.adam.rows.read_packed_rows`."""
-    packed_rows.copy(host, view, ids, wanted, READ_BLOCKS, to_view=True)
+    packed_rows.copy(host, view, ids, wanted, residents, READ_BLOCKS, to_view=True)
 
 
 def write_packed_rows(
-    view: Sequence[PackedRows], ids: Tensor, wanted: Tensor | None, host: Sequence[PackedRows]
+    view: Sequence[PackedRows],
+    ids: Tensor,
+    wanted: Tensor | None,
+    host: Sequence[PackedRows],
+    residents: ResidentRows | None = None,
 ) -> None:
     """Do as `offload.adam.rows.write_packed_rows`."""
-    packed_rows.copy(view, host, ids, wanted, WRITE_BLOCKS, to_view=False)
+    packed_rows.copy(view, host, ids, wanted, residents, WRITE_BLOCKS, to_view=False)
 
 
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:

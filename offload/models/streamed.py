@@ -35,6 +35,7 @@ class StreamedGaussians(OffloadedGaussians):
         moments: Moments = "float32",
         state: StateFormat = "float32",
         max_gaussians: int = 0,
+        resident_share: float = 0.0,
     ) -> None:
         """
         Args:
@@ -49,6 +50,8 @@ class StreamedGaussians(OffloadedGaussians):
                 are always float32, so that the option means the same wherever geometry is.
             state: The form of rows; a compact one has its own form of moments.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
+            resident_share: The share of all Gaussians whose rows stay on the device (`offload/pipelines/residents.py`),
+                in a compact state.
         """
         on_host = geometry == "host"
         place: GeometryPlace
@@ -72,7 +75,7 @@ class StreamedGaussians(OffloadedGaussians):
         )
         pipeline: Pipeline
         if isinstance(place, CulledGeometry):
-            pipeline = PackedPipeline(groups, place.visible_ids, place.whole, device)
+            pipeline = PackedPipeline(groups, place.visible_ids, place.whole, device, resident_share)
         elif on_host:
             pipeline = StreamedHostPipeline(groups, place.visible_ids, device)
         else:

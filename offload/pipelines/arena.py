@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from offload.device_memory import most_bytes, peak_memory
+from offload.device_memory import begin_stretch, most_bytes, stretch_peak
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
 ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
@@ -42,7 +42,8 @@ class Arena:
         self._num_pairs, self._mean_pair, self._largest_pair = 0, 0.0, 0  # rows of two views
         self._largest_view = 0  # rows
         self._largest = 0  # rows of the largest view that has been rendered
-        self._others = 0  # bytes that all else on the device has taken at most
+        self._others = 0  # bytes that all else on the device has taken at most, but for `_beside`
+        self._beside = 0  # bytes of what has been put beside views, and gives way to them
         self._most = 0  # bytes that could be used for all, when space was last looked for
 
     def first_row(self, count: int, at_end: bool) -> int:
@@ -108,11 +109,40 @@ class Arena:
         """Tell whether it is worth to take memory anew for so many rows, of which there is memory for `most`."""
         return self._capacity + self._capacity // SPARE < min(wanted, most)
 
+    def spare_bytes(self) -> int:
+        """Count the bytes that views so far would leave for what is put beside them."""
+        if self._device.type != "cuda":
+            return sys.maxsize
+        self._look()
+        rows = max(self._wanted + self._wanted // SPARE, self._capacity)
+        return max(int(self._most - CAUTION * self._others) - rows * self._row_bytes, 0)
+
+    def set_beside(self, num_bytes: int) -> None:
+        """Note how many bytes are put beside views from now on, before more are taken or after some were given back."""
+        if num_bytes != self._beside and self._device.type == "cuda":
+            self._look()
+            begin_stretch(self._device)
+        self._beside = num_bytes
+
+    def lacks_memory_for(self, count: int) -> bool:
+        """Tell whether there is no memory for a view, or for what views so far have asked for."""
+        if self._device.type == "cuda":
+            self._look()
+        return max(self._wanted, count) > self._most_rows(count)
+
+    def _look(self) -> None:
+        """Look how much memory there is, and how much all else has taken."""
+        self._most = int(USABLE * most_bytes(self._device))
+        self._see_others()
+
+    def _see_others(self) -> None:
+        taken = self._capacity * self._row_bytes + self._beside
+        self._others = max(self._others, stretch_peak(self._device) - taken)
+
     def _most_rows(self, count: int) -> int:
         """Count the rows that there is memory for beside all that rendering a view of so many takes."""
         if self._device.type != "cuda":
             return sys.maxsize
-        taken = self._capacity * self._row_bytes
-        self._others = max(self._others, peak_memory(self._device)["allocated"] - taken)
+        self._see_others()
         growth = CAUTION * max(1.0, count / max(self._largest, 1))
-        return int((self._most - growth * self._others) / self._row_bytes)
+        return int((self._most - self._beside - growth * self._others) / self._row_bytes)

@@ -18,6 +18,9 @@ for that, the next view is fetched when it is rendered, and the arena grows then
 The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
 rendered, so the host's processors have nothing to do.
 
+Some rows may be resident (`offload/pipelines/residents.py`): these come from the device's own memory and go there. To
+whoever reads or changes a store that makes no difference, since `finish` brings them to it.
+
 Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
 the device a row of the arena takes 328 bytes, and one of the present view 256 of values and as many of gradients.
 """
@@ -43,6 +46,7 @@ from offload.pipelines.groups import RowGroup, chunks_of
 from offload.pipelines.held_rows import HeldRows
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
+from offload.pipelines.residents import Residents
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
@@ -104,6 +108,7 @@ class PackedPipeline:
         cull: Callable[[Cameras], Tensor],
         whole: Callable[[Tensor], Tensor],
         device: torch.device,
+        resident_share: float = 0.0,
     ) -> None:
         """
         Args:
@@ -111,6 +116,7 @@ class PackedPipeline:
             cull: Gives the sorted ids [V], on the device, of what cameras may draw after one more step.
             whole: Adds to sorted ids [V] those that `cull` never gives without them.
             device: Where views are rendered and rows are updated.
+            resident_share: The share of all rows that may be resident, where there is memory for them.
         """
         self._groups = groups
         self._cull = cull
@@ -120,6 +126,7 @@ class PackedPipeline:
         self._overlap = kernels_for(device, "offload.pipelines.overlap").overlap
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         columns = {name: group.store.packed.shape[1] for name, group in groups.items()}
+        self._residents = Residents(groups, resident_share, device, self._kernels)
         self._arena = Arena(columns | {STEPS + name: 1 for name in groups}, device, torch.int32)
         self._writing: dict[bool, Written] = {False: [], True: []}  # by whether the view is at the arena's end
         self._previous: PackedView | None = None  # updated last
@@ -138,6 +145,8 @@ class PackedPipeline:
 
     def fetch(self, cameras: Cameras) -> PackedView:
         """Return the rows of a view, with the values they have after the last step."""
+        if self._residents.is_due:
+            self._choose_residents()
         compute, upcoming = Lane.current(self._device), self._upcoming
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
@@ -186,6 +195,8 @@ class PackedPipeline:
         else:
             self._write(view, None)
         self._previous, self._present = view, None
+        with self._write_lane:  # behind the writing
+            self._residents.count(view.ids)
 
     def displace(self, displacement: Displacement) -> None:
         """Move means of rows of the present view, whose values on the device the update begins with."""
@@ -198,6 +209,11 @@ class PackedPipeline:
 
     def finish(self) -> None:
         """Wait until the host has everything, and the lanes rest. Rows that were fetched ahead stay good."""
+        self._settle()
+        self._write_residents_back()
+
+    def _settle(self) -> None:
+        """Wait until the host has everything but residents, and the lanes rest."""
         if self._lacking is not None:
             self._write(*self._lacking)
             self._rows_given += int(self._lacking[1].sum())
@@ -217,6 +233,8 @@ class PackedPipeline:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()  # rows may live in the upcoming view only
         self._found_ids = self._previous = self._upcoming = None
+        self._release_residents()
+        self._residents.forget()
 
     def read(self, name: str, ids: Tensor) -> Tensor:
         """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
@@ -291,14 +309,17 @@ class PackedPipeline:
         """Count the rows of views that have been fetched, retained and written so far; waits for the fetching.
 
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
-        row of the view before the last one is written, but need not be fetched.
+        row of the view before the last one is written, but need not be fetched. Resident rows are fetched once, and
+        written whenever the host needs them.
         """
         self._fetch_lane.finish()
+        self._write_lane.finish()
         retained = int(self._rows_retained)
+        spared_fetching, spared_writing = self._residents.rows_spared()
         return {
-            "rows_fetched": self._rows_found - retained - self._rows_kept,
+            "rows_fetched": self._rows_found - retained - self._rows_kept - spared_fetching,
             "rows_retained": retained,
-            "rows_written": self._rows_given - retained,
+            "rows_written": self._rows_given - retained - spared_writing,
         }
 
     def counters(self) -> Counters:
@@ -344,9 +365,11 @@ class PackedPipeline:
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
         """Fetch a view that has not been fetched ahead; there is no other on the device."""
-        self.finish()
+        self._settle()
         if ids is None:
             ids = self._cull(cameras) if self._found_ids is None else self._found_ids
+        elif len(self._residents) and self._arena.lacks_memory_for(len(ids)):
+            self._release_residents()  # views come first
         self._previous = None
         if self._arena.make_space_for(len(ids)):
             self.staging_allocations += 1
@@ -354,6 +377,26 @@ class PackedPipeline:
         view = self._new_view(ids, at_end=False)
         self._read(view, None)
         return view
+
+    def _choose_residents(self) -> None:
+        """Put the rows that are shown most often in the place of the present residents."""
+        self._settle()
+        self._release_residents()
+        ids = self._residents.chosen(self._arena.spare_bytes())
+        self._arena.set_beside(len(ids) * self._residents.row_bytes)
+        self._residents.bring(ids)
+        self._arena.set_beside(len(self._residents) * self._residents.row_bytes)  # fewer, where memory lacked
+
+    def _write_residents_back(self) -> None:
+        """Wait until the host has residents too; the lanes rest."""
+        if self._residents.write_back():
+            Lane.current(self._device).finish()
+
+    def _release_residents(self) -> None:
+        """Give the memory of residents back; the lanes rest."""
+        self._write_residents_back()
+        self._residents.release()
+        self._arena.set_beside(0)
 
     def _new_view(self, ids: Tensor, at_end: bool) -> PackedView:
         count = len(ids)
@@ -363,7 +406,8 @@ class PackedPipeline:
     def _read(self, view: PackedView, wanted: Tensor | None, rows: slice = slice(None)) -> None:
         stored = [_stored(group) for group in self._groups.values()]
         wanted = None if wanted is None else wanted[rows]
-        self._kernels.read_packed_rows(stored, view.ids[rows], wanted, self._packed(view, rows))
+        packed = self._packed(view, rows)
+        self._kernels.read_packed_rows(stored, view.ids[rows], wanted, packed, self._residents.rows)
 
     def _packed(self, view: PackedView, rows: slice = slice(None)) -> list[PackedRows]:
         """Return some rows of a view in each group."""
@@ -399,6 +443,7 @@ class PackedPipeline:
     def _write(self, view: PackedView, wanted: Tensor | None) -> None:
         """Write rows part by part, as they will be when what the current lane has been given is done."""
         parts: Written = []
+        self._residents.changed()
         with ExitStack() as changes:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(view.ids))
@@ -408,7 +453,8 @@ class PackedPipeline:
                 lane.wait(updated)
                 for rows in _parts_of(slice(0, len(view.ids))):
                     those = None if wanted is None else wanted[rows]
-                    self._kernels.write_packed_rows(self._packed(view, rows), view.ids[rows], those, stored)
+                    packed = self._packed(view, rows)
+                    self._kernels.write_packed_rows(packed, view.ids[rows], those, stored, self._residents.rows)
                     parts.append((view.first_row + rows.start, view.first_row + rows.stop, lane.record()))
                 lane.uses(view.ids, *view.space.values(), *(() if wanted is None else (wanted,)))
                 view.written = lane.record()

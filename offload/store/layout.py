@@ -171,6 +171,15 @@ class RowState:
         return RowState(parameters, tuple(moments))
 
 
+@dataclass(frozen=True)
+class ResidentRows:
+    """Rows of compact stores that lie on the device, and are read and written there in place of the stores."""
+
+    places: torch.Tensor  # int32 [N] on the device, where each Gaussian is among `rows`; -1 where it is not
+    rows: list[PackedRows]  # of each group, R of them
+    moved: torch.Tensor  # int64 [2], how many rows have been read and written here; whoever does so counts
+
+
 def storable(values: Tensor, stored: Tensor) -> Tensor:
     """Return values in the number format of a store; those beyond the range of float16 become the largest."""
     values = values.detach()
