@@ -32,6 +32,8 @@ class StreamedOptions(StateOptions, HostOptions):
 
     moments: Literal["float32", "bfloat16"] = "float32"
     """Precision of the appearance's moments; bfloat16, rounded at random, is a third less to move."""
+    resident_share: float = 0.0
+    """With --state compact: share of all Gaussians that stay on the GPU, those that views show most often."""
 
 
 @dataclass
@@ -55,6 +57,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         moments=cfg.moments,
         state=cfg.state,
         max_gaussians=cfg.max_gaussians,
+        resident_share=cfg.resident_share,
     )
     strategy = run.new_strategy()
     print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run

@@ -96,6 +96,12 @@ def streamed_compact(culled: float, visible: float) -> Traffic:
     return Traffic(device=culled + travelling + COMPACT_STEP * visible, host=travelling, link=COMPACT_ROW * visible)
 
 
+def streamed_compact_footprint(cfg: Any) -> Footprint:
+    """Return the memory that training with compact rows takes, residents included."""
+    footprint = memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state)
+    return memory_estimate.with_residents(footprint, cfg.sh_degree, cfg.resident_share)
+
+
 TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
@@ -198,14 +204,14 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "streamed_compact": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        footprint=streamed_compact_footprint,
         traffic=lambda n, v: streamed_compact(20 * n, v),
         options={"state": "compact"},
         less_device={"geometry": "host"},
     ),
     "streamed_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        footprint=streamed_compact_footprint,
         traffic=lambda n, v: streamed_compact(28 / 64 * n, v),
         options={"state": "compact", "geometry": "host"},
         less_device="split_geometry_on_host",
@@ -229,6 +235,8 @@ def smaller_trainer(trainer: Trainer, cfg: object, memory: Literal["device", "ho
         cfg: Its options.
         memory: Which memory is too small.
     """
+    if memory == "device" and getattr(cfg, "resident_share", 0) > 0:
+        return Smaller(trainer, {"resident_share": "0"})
     less = trainer.less_device if memory == "device" else trainer.less_host
     if isinstance(less, str):
         return Smaller(TRAINERS[less], TRAINERS[less].options) if less else None

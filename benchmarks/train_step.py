@@ -3,6 +3,7 @@
     python -m benchmarks.train_step [--num_gaussians 4000000 18000000] [--trainers gpu_only optimized] [--quick]
     python -m benchmarks.train_step --num_gaussians 18000000 --device_memory_cap 24GB
     python -m benchmarks.train_step --num_gaussians 18000000 --trainers streamed --view_window 1 16 64
+    python -m benchmarks.train_step --trainers streamed_compact --steps 300 --resident_share 0 0.2
 
 Each trainer runs its own `train` in its own process, from the same scene, without densification, in a run that has
 random pictures ready on the device. Floor of the memory traffic: the bytes
@@ -69,6 +70,9 @@ class Options(BenchmarkOptions):
     """Factor on the sides of the pictures and on the focal length."""
     view_window: tuple[int, ...] = (1,)
     """Arrange so many of the 64 views at a time so that neighbours see the same."""
+    resident_share: tuple[float, ...] = (0.0,)
+    """Shares of all Gaussians that stay on the GPU, of trainers that have the option; the first are chosen after 16
+    steps and then 32, 64 and so on, so measure 300."""
     device_memory_cap: str = ""
     """Device memory that torch may take, such as 24GB; a trainer that needs more is reported as such."""
 
@@ -85,6 +89,12 @@ class Job:
     memory_cap: int = 0  # bytes; 0: none
     view_window: int = 1
     options: tuple[str, ...] = OPTIONS  # of the trainer
+    resident_share: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Return the trainer, and what of its options is not the default."""
+        return f"{self.trainer}, {percent(self.resident_share)} resident" if self.resident_share else self.trainer
 
 
 @dataclass(frozen=True)
@@ -257,7 +267,8 @@ def train(job: Job, run_type: Callable[[Config, Job], AnyRun]) -> AnyRun:
     trainer = TRAINERS[job.trainer]
     script = trainer.load()
     bound = ("--max_gaussians", str(job.num_gaussians))
-    _, cfg = parse(script.CONFIGS, ["default", *trainer.arguments, *job.options, *bound], "")
+    share = ("--resident_share", str(job.resident_share)) if job.resident_share else ()
+    _, cfg = parse(script.CONFIGS, ["default", *trainer.arguments, *job.options, *share, *bound], "")
     aerial_run = run_type(cfg, job)
     script.train(aerial_run)
     return aerial_run
@@ -323,6 +334,8 @@ def check(options: Options) -> int:
     if options.picture_scale <= 0:
         raise InputError(f"--picture_scale is {options.picture_scale}, but must be above 0.")
     sizes = [min(values, default=0) for values in (options.num_gaussians, options.view_window)]
+    if not all(0 <= share <= 1 for share in options.resident_share):
+        raise InputError("--resident_share must be from 0 to 1.")
     if min(options.steps, *sizes) < 1:
         raise InputError("--steps, --num_gaussians and --view_window must be at least 1.")
     if options.device_memory_cap and not torch.cuda.is_available():
@@ -350,14 +363,22 @@ COLUMNS = {
 
 def row_of(job: Job, visible: float, found: Measurement, bandwidth: Traffic) -> list[object]:
     """Return the cells of `COLUMNS`."""
-    floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
-    row = [job.trainer, job.num_gaussians, visible / job.num_gaussians, job.view_window, found.milliseconds, floor]
+    floor = None  # where rows stay, it depends on how often views show them
+    if job.resident_share == 0:
+        floor = floor_milliseconds(job.trainer, job.num_gaussians, visible, bandwidth)
+    row = [job.name, job.num_gaussians, visible / job.num_gaussians, job.view_window, found.milliseconds, floor]
     if found.memory is None:
         return [*row, *[None] * 7, found.problem]
     memory = [found.memory[kind] for kind in ("device_allocated", "device_reserved", "host")]
     over = job.memory_cap and found.memory["device_reserved"] > job.memory_cap
     moved = (found.staging_allocations, found.link_bytes_per_step)
     return [*row, *memory, *moved, found.stages, found.offload, "took more than the cap" if over else None]
+
+
+def has_residents(trainer: str) -> bool:
+    """Tell whether rows of a trainer may stay on the device."""
+    has_option = hasattr(TRAINERS[trainer].load().CONFIGS["default"], "resident_share")
+    return has_option and TRAINERS[trainer].options.get("state") == "compact"
 
 
 def main(options: Options) -> None:
@@ -375,9 +396,11 @@ def main(options: Options) -> None:
     table = report.table(title, COLUMNS)
     for num_gaussians in options.num_gaussians:
         visible = in_fresh_process(mean_visible, num_gaussians, FOCAL)
-        for trainer, window in product(options.trainers, options.view_window):
+        for trainer, window, share in product(options.trainers, options.view_window, options.resident_share):
+            if share > 0 and not has_residents(trainer):
+                continue
             steps = max(options.steps // 10, 3) if TRAINERS[trainer].few_steps else options.steps
-            job = Job(trainer, num_gaussians, FOCAL, options.picture_scale, steps, cap, window)
+            job = Job(trainer, num_gaussians, FOCAL, options.picture_scale, steps, cap, window, resident_share=share)
             table.add(*row_of(job, visible, measure(job), bandwidth))
     report.write()
 

@@ -19,8 +19,9 @@ from datasets.scene import load_scene
 from errors import NotEnoughMemory
 from tests.aerial_training import gaussians_of
 from tests.measured_memory import HEIGHT, WIDTH, train_some_steps
-from trainers import TRAINERS, remedy
+from trainers import TRAINERS, remedy, smaller_trainer
 from training import command_line, memory_estimate
+from training.commands import smaller_command
 from training.memory import allocated_bytes
 from training.memory_estimate import Need, check_memory, needs, share_in_largest_view
 
@@ -90,6 +91,9 @@ def test_bytes_per_gaussian():
     assert FOOTPRINTS["geometry on host"].host == 800
     assert FOOTPRINTS["streamed, bfloat16"].host == 426
     assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4
+    compact = memory_estimate.streamed(3, "device", "float32", "compact")
+    assert memory_estimate.with_residents(compact, 3, 0.0) == compact
+    assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5
 
 
 def test_of_large_views_of_a_compact_state_some_rows_alone_are_decoded(monkeypatch):
@@ -221,6 +225,25 @@ def test_device_memory_names_what_takes_less_of_it(monkeypatch):
         all_needs = needs(trainer.footprint(cfg), 0.1, 10**6, torch.device("cuda"), device_remedy=told)
         with pytest.raises(NotEnoughMemory, match=f"of GPU memory, and 1.00 GiB are free: {words}"):
             check_memory(all_needs, 10**8, 0)
+
+
+def test_residents_are_what_is_given_up_first(monkeypatch):
+    """Where they do not fit, and where training has run out of memory."""
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB if device.type == "cuda" else 999 * GIB)
+    trainer = TRAINERS["streamed_compact"]
+    words = ["default", *trainer.arguments]
+    told = []
+    for share in ("0", "0.5"):
+        _, cfg = command_line.parse(trainer.load().CONFIGS, [*words, "--resident_share", share], "")
+        all_needs = needs(
+            trainer.footprint(cfg), 0.01, 10**6, torch.device("cuda"), device_remedy=remedy(trainer, cfg, "device")
+        )
+        told.append(all_needs[1].most_gaussians())
+    assert told[0] > 5 * told[1]
+    with pytest.raises(NotEnoughMemory, match="GiB are free: give --resident_share 0"):
+        check_memory(all_needs, told[0], 0)
+    command = smaller_command(smaller_trainer(trainer, cfg, "device"), "default", cfg)
+    assert "--state compact --resident_share 0 " in command
 
 
 def run(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:

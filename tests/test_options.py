@@ -54,7 +54,11 @@ def test_every_range_is_of_an_option():
 
 @pytest.mark.parametrize("name", RANGES)
 def test_numbers_out_of_range_are_refused(name):
-    script = simple_trainer_hybrid_optimized_split if name == "split_threshold" else simple_trainer
+    scripts = {
+        "split_threshold": simple_trainer_hybrid_optimized_split,
+        "resident_share": simple_trainer_hybrid_streamed,
+    }
+    script = scripts.get(name, simple_trainer)
     default, kind = script.CONFIGS["default"], get_type_hints(type(script.CONFIGS["default"]))[name]
     wrong = [-2, RANGES[name].high + 1] if kind is int or kind in LISTS else [math.nan, math.inf, -math.inf, -1.0, 1e31]
     for value in wrong:
@@ -107,6 +111,13 @@ def test_the_sentence_names_option_value_and_range(options, sentence):
     _, cfg = parse(simple_trainer.CONFIGS, ["default", *map(str, options)], "")
     with pytest.raises(InputError, match=re.escape(sentence)):
         check_options(cfg)
+
+
+def test_residents_are_of_a_compact_state():
+    cfg = simple_trainer_hybrid_streamed.CONFIGS["default"]
+    check_options(replace(cfg, state="compact", resident_share=0.2))
+    with pytest.raises(InputError, match="--resident_share is of --state compact: give that, too"):
+        check_options(replace(cfg, resident_share=0.2))
 
 
 def test_rules_that_mcmc_makes_no_use_of_are_named_before_anything_is_loaded(monkeypatch, tmp_path, capsys):

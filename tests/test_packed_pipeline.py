@@ -502,10 +502,12 @@ def test_a_finish_after_a_finish_writes_nothing(monkeypatch):
     training.assert_exact()
 
 
-def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resident_share", [0.0, 0.5])
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch, resident_share):
     """It holds the rows that there were when it was begun, each copied before it changes."""
+    monkeypatch.setattr(residents, "FIRST_CHOICE", 3)
     torch.manual_seed(0)
-    training = Training(random_views(N, 20))
+    training = Training(random_views(N, 20), resident_share=resident_share)
     saved: list[tuple[dict[str, Tensor], PartialCheckpoint]] = []
 
     def save(step: int) -> None:

@@ -36,7 +36,8 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[StreamedConfig]) -> None:",
             "gaussians = StreamedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.max_gaussians, "
+            "resident_share=cfg.resident_share)",
         ],
     ),
     "simple_trainer_hybrid_baseline": (

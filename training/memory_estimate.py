@@ -33,6 +33,7 @@ from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.held_rows import WHOLE_ROWS
+from offload.pipelines.residents import BYTES as RESIDENT_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
 from offload.store.layout import GROUP_NAMES, LAST_STEP_BYTES, Moments, StateFormat, num_columns, row_bytes
@@ -222,6 +223,17 @@ def streamed(
         device=GEOMETRY_BYTES + LAST_STEP_BYTES if on_device else 0,
         device_in_view=slots + row + RENDERING_BYTES,
     )
+
+
+def with_residents(footprint: Footprint, sh_degree: int, share: float) -> Footprint:
+    """Return a footprint with that of this share of all compact rows, which stay on the device from view to view.
+
+    They are given back while Gaussians are added or removed.
+    """
+    if share == 0:
+        return footprint
+    row = sum(row_bytes(group, sh_degree, state="compact") for group in GROUP_NAMES)
+    return replace(footprint, device=footprint.device + math.ceil(share * row) + RESIDENT_BYTES)
 
 
 def parameter_bytes(sh_degree: int) -> int:

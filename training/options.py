@@ -104,6 +104,7 @@ RANGES: dict[str, Range] = {
     "near_plane": Range(0, 1e30, above=True),
     "far_plane": Range(0, 1e30, above=True),
     "split_threshold": Range(0, 1, above=True),
+    "resident_share": Range(0, 1, meaning="0 keeps none on the GPU"),
 }
 
 
@@ -154,6 +155,8 @@ def check_options(cfg: Config) -> None:
             f"--state compact has its own form of moments and --moments {getattr(cfg, 'moments', '')} is another: give "
             "one of them."
         )
+    if getattr(cfg, "resident_share", 0) > 0 and getattr(cfg, "state", "compact") != "compact":
+        raise InputError("--resident_share is of --state compact: give that, too.")
     if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "adam", "deferred") == "dense":
         raise InputError(
             "--state compact cannot be had with --adam dense, which visits every Gaussian at each step: "

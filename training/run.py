@@ -310,6 +310,12 @@ class TrainingRun(Generic[AnyConfig]):
         first = math.ceil(share * self.num_initial_gaussians)
         most = math.ceil(share * getattr(self.cfg, option))
         print(where + check_memory(all_needs, first, most, option))
+        resident_share = getattr(self.cfg, "resident_share", 0.0)
+        if resident_share > 0:
+            print(
+                f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, those "
+                "that views show most often, as far as its memory reaches."
+            )
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
