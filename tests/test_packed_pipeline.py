@@ -366,6 +366,20 @@ def test_space_is_for_the_largest_view_and_two_usual_ones(monkeypatch):
     assert arena._capacity == 500
 
 
+def test_views_do_not_meet_for_the_sake_of_what_is_beside_them(monkeypatch):
+    """That gives way when the next view is fetched, late, where views would have space without it."""
+    arena = Arena({"geometry": 5}, CPU)  # 20 bytes a row
+    assert arena.make_space_for(100)
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 250 - self._beside // 20)
+    arena.set_beside(20 * 145)
+    assert arena.rows_in_common(100, 100) is None  # 105 rows are left, and 200 are wanted
+    arena.set_beside(0)
+    assert arena.make_space_for(100)
+    assert arena.rows_in_common(100, 100) == 0
+    arena.set_beside(20 * 60)
+    assert arena.rows_in_common(206, 0) is None  # 190 rows are left of 206
+
+
 def test_the_arena_is_made_anew_after_there_was_no_memory_for_it(monkeypatch):
     """A fetch that has failed may be repeated, of a smaller view as well."""
     arena = Arena({"geometry": 5, "last": 1}, CPU, torch.int32)

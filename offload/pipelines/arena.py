@@ -80,9 +80,10 @@ class Arena:
         self._wanted = max(self._largest_view, min(int(ROOM * self._mean_pair), self._largest_pair))
         most = self._most_rows(upcoming)
         self._largest = max(self._largest, present)  # by the next time it has been rendered
-        if self._capacity < upcoming or self._capacity > max(most, self._largest):
+        if self._capacity < upcoming or self._capacity > max(most, self._tried()):
             return None
         in_common = max(pair - self._capacity, 0)
+        most += self._beside // self._row_bytes  # which gives way
         return None if in_common and self._is_small(self._wanted, most) else in_common
 
     def make_space_for(self, count: int) -> bool:
@@ -96,7 +97,7 @@ class Arena:
         wanted, most = max(self._wanted, count), self._most_rows(count)
         capacity = max(min(wanted + wanted // SPARE, most), count)
         too_small = self._capacity < count or self._is_small(wanted, capacity)
-        if not too_small and self._capacity <= max(most, count, self._largest):
+        if not too_small and self._capacity <= max(most, count, self._tried()):
             return False
         self._rows.clear()  # frees memory before more is taken
         self._capacity = 0  # until it has been
@@ -104,6 +105,10 @@ class Arena:
             self._rows[name] = torch.empty(capacity, columns, dtype=self._dtype, device=self._device)
         self._capacity = capacity
         return True
+
+    def _tried(self) -> int:
+        """Return a number of rows that there was memory for while the largest view was rendered."""
+        return 0 if self._beside else self._largest
 
     def _is_small(self, wanted: int, most: int) -> bool:
         """Tell whether it is worth to take memory anew for so many rows, of which there is memory for `most`."""
