@@ -122,7 +122,7 @@ class OptimizationOptions:
     """Correct the pose of each training photo by a small turn and shift of its camera."""
     pose_opt_lr: float = 1e-4
     """Learning rate of turns in radians and shifts in scene scales; 0 in the first quarter, then decays to 1 %."""
-    pose_opt_reg: float = 10.0
+    pose_opt_reg: float = 1.0
     """Weight of the mean square of corrections, in the same units, in the loss."""
 
 

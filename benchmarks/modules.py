@@ -95,7 +95,7 @@ TROUBLES = [
         {
             "without": (),
             "--depth_loss": ("--depth_loss",),
-            "--depth_loss --depth_lambda 0.1": ("--depth_loss", "--depth_lambda", "0.1"),
+            "--depth_loss --depth_lambda 3": ("--depth_loss", "--depth_lambda", "3"),
         },
         ("--test_every", "-1", "--test_after", "11"),
     ),

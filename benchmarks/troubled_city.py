@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from datasets.normalize import transform_cameras
+from datasets.normalize import alignment, transform_cameras
 from datasets.synthetic import (
     Camera,
     City,
@@ -112,7 +112,7 @@ def poses_off(views: list[View], rng: np.random.Generator) -> list[View]:
     truth = camtoworlds_of(views)[trained]
     found = camtoworlds_of([off(views[number], rng) for number in trained])
     given = list(views)
-    for number, pose in zip(trained, transform_cameras(alignment(found, truth), found), strict=True):
+    for number, pose in zip(trained, aligned(found, truth), strict=True):
         given[number] = View(pose[:3, :3].T, pose[:3, 3])
     return given
 
@@ -128,32 +128,21 @@ def pose_errors(found: Floats, truth: Floats) -> tuple[float, float]:
     """Return the mean degrees by which cameras are turned, and the mean distance by which they stand, off the truth.
 
     Args:
-        found: [n, 4, 4], camera to world; they are compared after `alignment`.
+        found: [n, 4, 4], camera to world; they are compared as they are `aligned`.
         truth: [n, 4, 4], the same in truth; distances are in its units.
     """
-    aligned = transform_cameras(alignment(found, truth), found)
-    distances = np.linalg.norm(aligned[:, :3, 3] - truth[:, :3, 3], axis=1)
-    between = Rotation.from_matrix(aligned[:, :3, :3].transpose(0, 2, 1) @ truth[:, :3, :3])
+    poses = aligned(found, truth)
+    distances = np.linalg.norm(poses[:, :3, 3] - truth[:, :3, 3], axis=1)
+    between = Rotation.from_matrix(poses[:, :3, :3].transpose(0, 2, 1) @ truth[:, :3, :3])
     return float(np.degrees(between.magnitude()).mean()), float(distances.mean())
 
 
-def alignment(found: Floats, truth: Floats) -> Floats:
-    """Return the similarity [4, 4] that brings positions of cameras nearest to the true ones (Umeyama 1991).
+def aligned(found: Floats, truth: Floats) -> Floats:
+    """Return poses [n, 4, 4] after the similarity that brings the positions of cameras nearest to the true ones.
 
     Photos alone cannot tell where the world's origin is, how it is turned, and how long its unit is.
-
-    Args:
-        found: [n, 4, 4], camera to world.
-        truth: [n, 4, 4], the same in truth.
     """
-    centres = [poses[:, :3, 3].mean(axis=0) for poses in (found, truth)]
-    ours, theirs = (poses[:, :3, 3] - centre for poses, centre in zip((found, truth), centres, strict=True))
-    u, sizes, vt = np.linalg.svd(theirs.T @ ours)  # [3, 3]
-    signs = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
-    similarity = np.eye(4)
-    similarity[:3, :3] = (sizes * signs).sum() / np.square(ours).sum() * (u * signs @ vt)
-    similarity[:3, 3] = centres[1] - similarity[:3, :3] @ centres[0]
-    return similarity
+    return transform_cameras(alignment(found[:, :3, 3], truth[:, :3, 3]), found)
 
 
 def camtoworlds_of(views: list[View]) -> Floats:

@@ -145,3 +145,20 @@ def transform_cameras(transform: np.ndarray, camtoworlds: np.ndarray) -> np.ndar
     moved = transform @ camtoworlds
     moved[:, :3, :3] /= np.cbrt(np.linalg.det(transform[:3, :3]))
     return moved
+
+
+def alignment(points: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the similarity [4, 4] that brings points nearest to others, by the sum of squares (Umeyama 1991).
+
+    Args:
+        points: [k, 3].
+        wanted: [k, 3], which of them each is brought to.
+    """
+    centres = [positions.mean(axis=0) for positions in (points, wanted)]
+    ours, theirs = points - centres[0], wanted - centres[1]
+    u, sizes, vt = np.linalg.svd(theirs.T @ ours)  # [3, 3]
+    signs = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
+    similarity = np.eye(4)
+    similarity[:3, :3] = (sizes * signs).sum() / np.square(ours).sum() * (u * signs @ vt)
+    similarity[:3, 3] = centres[1] - similarity[:3, :3] @ centres[0]
+    return similarity

@@ -27,6 +27,7 @@ from errors import InputError
 # Survey coordinates stay below 1e8 m. Squares and sums of what is below this bound stay finite, and float64 is fine
 # enough for them.
 LARGEST_COORDINATE = 1e12
+LOOKED_AT = 10_000  # points at most, of which the distances that cameras see are usual
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,30 @@ def load_scene(
         scene_scale=scene_scale,
     )
     return replace(scene, depths=_depths_of(scene, model, model_path, say)) if depths else scene
+
+
+def seen_distances(scene: Scene, image_ids: np.ndarray) -> np.ndarray:
+    """Return how far in front of cameras, along their axes, are the points that they see: the middle one of each.
+
+    Args:
+        scene: Of whose points at most `LOOKED_AT` are looked at, evenly from all.
+        image_ids: [k] int64, of pictures.
+
+    Returns:
+        [k] float64 in the normalized world; of a camera that sees none of them what is usual among the others, or 0.
+    """
+    points = scene.points[:: -(-len(scene.points) // LOOKED_AT) or 1].astype(np.float64)
+    found = np.full(len(image_ids), np.nan)
+    for place, image in enumerate(image_ids):
+        camera, pose = scene.cameras[scene.camera_indices[image]], scene.camtoworlds[image]
+        in_camera = (points - pose[:3, 3]) @ pose[:3, :3]
+        in_camera = in_camera[in_camera[:, 2] > 0]
+        columns, rows = ((in_camera / in_camera[:, 2:]) @ camera.K[:2].T).T
+        is_seen = (columns >= 0) & (columns < camera.width) & (rows >= 0) & (rows < camera.height)
+        if is_seen.any():
+            found[place] = np.median(in_camera[is_seen, 2])
+    usual = 0.0 if np.isnan(found).all() else float(np.nanmedian(found))
+    return np.where(np.isnan(found), usual, found)
 
 
 def _depths_of(scene: Scene, model: SparseModel, model_path: Path, say: Say) -> Depths:

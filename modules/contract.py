@@ -39,6 +39,7 @@ class TrainedModule(nn.Module):
     A part that fails, as where memory runs out, is begun again by `leaf`, and what it had left is forgotten.
     """
 
+    by_row: tuple[str, ...] = (*ARRAYS, "last_step")  # buffers that belong to rows, and are known again with them
     last_step: Tensor  # [n] int64, of each row's last update
 
     def __init__(
@@ -205,7 +206,7 @@ class TrainedModule(nn.Module):
         if not state:
             return
         names = bytes(state["names"].tolist()).decode("utf-8", "surrogateescape").split("\0")
-        loaded = {name: state[name].to(self.last_step.device) for name in (*ARRAYS, "last_step")}
+        loaded = {name: state[name].to(self.last_step.device) for name in self.by_row}
         for name, value in loaded.items():
             if value.shape != (len(names), *self.get_buffer(name).shape[1:]):
                 raise ValueError(name)

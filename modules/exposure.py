@@ -16,6 +16,9 @@ AFFINE_LEARNING_RATE = 0.01
 GRID_LEARNING_RATE = 2e-3
 GRID = (8, 16, 16)  # cells by brightness, y and x
 TOTAL_VARIATION_WEIGHT = 10.0
+# In the loss, of the squares of what a photo's matrix is off the identity: what all share is else free, and the model
+# can be as dark or bright as it likes. Far below what photos say of their differences.
+IDENTITY_WEIGHT = 0.05
 BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 
 
@@ -40,6 +43,11 @@ class Exposure(TrainedModule):
             rows: [C, ...] of the photos, as `leaf` gives them.
             place: Where the pixels lie.
         """
+
+    def penalty(self, rows: Tensor) -> Tensor:
+        """Return the weighted mean of how far the step's matrices are off the identity, by the sum of squares."""
+        matrices = rows.reshape(len(rows), 12, -1)  # [U, 12, cells]
+        return IDENTITY_WEIGHT * (matrices - torch.eye(3, 4).to(rows).view(12, 1)).square().sum(dim=1).mean()
 
 
 class AffineExposure(Exposure):
@@ -84,9 +92,9 @@ class BilateralGrid(Exposure):
         return transformed(colors, matrices)
 
     def penalty(self, rows: Tensor) -> Tensor:
-        """Return the total variation loss of the step's grids [U, 12, 8, 16, 16]."""
+        """Return what every exposure has, and the total variation loss of the step's grids [U, 12, 8, 16, 16]."""
         differences = (rows.diff(dim=axis).square().mean() for axis in (2, 3, 4))
-        return TOTAL_VARIATION_WEIGHT * sum(differences, start=rows.new_zeros(()))
+        return super().penalty(rows) + TOTAL_VARIATION_WEIGHT * sum(differences, start=rows.new_zeros(()))
 
 
 def transformed(colors: Tensor, matrices: Tensor) -> Tensor:

@@ -1,27 +1,41 @@
-"""Corrections of the poses of training photos: how far each camera stands, and looks, from where it is said to."""
+"""Corrections of the poses of training photos: how far each camera stands, and looks, from where it is said to.
+
+A camera that turns where it stands, and one that is shifted, see almost the same change: photos tell well what both
+come to, and badly which of them it was. Adam, which steps along each number by itself, gets nowhere with such a pair.
+So a camera turns about what it looks at: a turn is then what is told badly, and a shift what is told well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.normalize import alignment, transform_points
 from modules.contract import TrainedModule, Training
+
+LEVER = 0.1  # of the extent: so far along a camera's axes are points that move with it, besides its centre
 
 
 class Poses(TrainedModule):
-    """Train for each photo a small turn and shift of its camera, about and along the camera's own axes; none at first.
+    """Train for each photo a small turn and shift of its camera, in the directions of its axes; none at first.
 
     A row is the turn's axis times its angle, in radians where that is small (`rotations`), and the shift in world
-    units. Rows are on the host, as the cameras are by which a view is culled before it is drawn.
+    units. The turn is about the place in front of the camera that it looks at. Rows are on the host, as the cameras are
+    by which a view is culled before it is drawn.
     """
+
+    by_row = (*TrainedModule.by_row, "distances")
+    distances: Tensor  # [n, 1] float64, how far in front of each camera that place is
 
     def __init__(
         self,
         names: Sequence[str],
         viewmats: Tensor,
+        distances: Tensor,
         extent: float,
         learning_rate: float,
         penalty_weight: float,
@@ -31,6 +45,7 @@ class Poses(TrainedModule):
         Args:
             names: Of n photos.
             viewmats: [n, 4, 4] float64, world to camera, as they are given.
+            distances: [n] float64, how far in front of each camera is what it looks at, in world units.
             extent: Of the scene, in world units.
             learning_rate: Of the first step, in radians, and of shifts in units of the extent.
             penalty_weight: In the loss, of a correction's square in the same units.
@@ -38,7 +53,9 @@ class Poses(TrainedModule):
         """
         units = torch.tensor([1.0, 1, 1, extent, extent, extent])
         super().__init__(names, torch.zeros(6), learning_rate, replace(training, device=torch.device("cpu")), units)
+        self.register_buffer("distances", distances[:, None].clone())
         self._viewmats = viewmats
+        self._extent = extent
         self._units = units
         self._penalty_weight = penalty_weight
 
@@ -51,22 +68,51 @@ class Poses(TrainedModule):
             rows: [C, 6] of the photos, as `leaf` or `values` give them.
             ids: [C] int64, which photos these are.
         """
-        return torch.linalg.inv(corrections(rows)) @ self._viewmats[ids]
+        return torch.linalg.inv(self.corrections(rows, ids)) @ self._viewmats[ids]
+
+    def corrections(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Return what leads from the axes of corrected cameras to those of the given ones, [C, 4, 4] float64.
+
+        Args:
+            rows: As `forward` takes them.
+            ids: The same.
+        """
+        return corrections(rows, self.distances[ids, 0])
+
+    def common_motion(self) -> np.ndarray:
+        """Return the similarity [4, 4] that the corrections after the last step have in common.
+
+        No photo tells it from the truth: it is how far training has carried the world away, with all that is in it. A
+        camera counts as its centre and three points on its axes, which tell how cameras turned that stand in a line.
+        """
+        ids = torch.arange(len(self.names))[self.last_step > 0]
+        if not len(ids):
+            return np.eye(4)
+        given = torch.linalg.inv(self._viewmats[ids])
+        found = given @ self.corrections(self.values(ids), ids)
+        return alignment(*(self._points_of(poses.numpy()) for poses in (given, found)))
+
+    def _points_of(self, camtoworlds: np.ndarray) -> np.ndarray:
+        """Return four points [4 k, 3] of each of the cameras at poses [k, 4, 4]."""
+        own = LEVER * (self._extent or 1.0) * np.eye(4, 3, -1)  # the centre, and along each axis
+        return np.concatenate([transform_points(pose, own) for pose in camtoworlds])
 
     def penalty(self, rows: Tensor) -> Tensor:
         """Return the weighted mean square of the step's rows [U, 6], in radians and units of the extent."""
         return self._penalty_weight * (rows / self._units).square().sum(dim=1).mean()
 
 
-def corrections(rows: Tensor) -> Tensor:
+def corrections(rows: Tensor, distances: Tensor) -> Tensor:
     """Return what leads from the axes of corrected cameras to those of the given ones, [C, 4, 4] float64.
 
     Args:
         rows: [C, 6] of `Poses`.
+        distances: [C] float64, how far in front of each camera is the place about which it turns.
     """
     turns, shifts = rotations(rows[:, :3].double()), rows[:, 3:, None].double()
+    places = torch.nn.functional.pad(distances[:, None, None], (0, 0, 2, 0))  # [C, 3, 1], on the third axis
     last = turns.new_tensor([0.0, 0, 0, 1]).expand(len(rows), 1, 4)
-    return torch.cat([torch.cat([turns, shifts], dim=2), last], dim=1)
+    return torch.cat([torch.cat([turns, places - turns @ places + shifts], dim=2), last], dim=1)
 
 
 def rotations(vectors: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ def test_gradients_of_poses_equal_gsplats(n_cameras):
         (rasterize_module.rasterize, "cpu", {}),
     ):
         moved, rows = scene.to(device), torch.zeros(n_cameras, 6, requires_grad=True)
-        moved.viewmats = (torch.linalg.inv(corrections(rows)) @ scene.viewmats.double()).float().to(device)
+        turned_about = torch.full((n_cameras,), 2.0).double()
+        viewmats = torch.linalg.inv(corrections(rows, turned_about)) @ scene.viewmats.double()
+        moved.viewmats = viewmats.float().to(device)
         colors, alphas, _ = render(function, moved, sh_degree=3, **options)
         ((colors * weights_like(colors)).sum() + (alphas * weights_like(alphas, 6)).sum()).backward()
         found.append(rows.grad)

@@ -11,8 +11,8 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from benchmarks.troubled_city import alignment, pose_errors
-from datasets.normalize import transform_cameras
+from benchmarks.troubled_city import pose_errors
+from datasets.normalize import alignment, transform_cameras, transform_points
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
 from modules.poses import Poses, corrections
@@ -21,7 +21,7 @@ from rendering.projection import Projection
 from rendering.rasterize import rasterize
 from rendering.spherical_harmonics import spherical_harmonics
 from tests.gaussian_scenes import GaussianScene, random_scene
-from training.color_correction import color_corrected
+from training.color_correction import clipped_as, color_corrected
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e"]
@@ -231,7 +231,7 @@ def test_gradients_of_the_sky():
 
 def some_poses(weight: float = 0.0) -> Poses:
     viewmats, _ = some_cameras()
-    return Poses(["a", "b"], viewmats.double(), 3.0, 1e-3, weight, TRAINING)
+    return Poses(["a", "b"], viewmats.double(), torch.tensor([0.0, 2.5]).double(), 3.0, 1e-3, weight, TRAINING)
 
 
 def test_a_pose_is_as_it_was_given_at_first():
@@ -239,11 +239,13 @@ def test_a_pose_is_as_it_was_given_at_first():
     assert torch.equal(poses(poses.values(both), both).float(), some_cameras()[0])
 
 
-def test_a_pose_is_turned_and_moved_in_its_own_axes():
+def test_a_pose_is_turned_about_what_it_looks_at_and_moved_in_its_own_axes():
     poses, both, rows = some_poses(), torch.arange(2), 0.02 * (random(2, 6, seed=1) - 0.5)
-    turn = Rotation.from_rotvec(rows[:, :3].numpy()).as_matrix()
+    turn = torch.from_numpy(Rotation.from_rotvec(rows[:, :3].numpy()).as_matrix())
     correction = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
-    correction[:, :3, :3], correction[:, :3, 3] = torch.from_numpy(turn), rows[:, 3:]
+    correction[:, :3, :3], correction[:, :3, 3] = turn, rows[:, 3:]
+    place = torch.tensor([0.0, 0, 2.5]).double()  # of the second; the first turns where it stands
+    correction[1, :3, 3] += place - turn[1] @ place
     expected = torch.linalg.inv(some_cameras()[0].double()) @ correction
     found = poses(rows, both)
     torch.testing.assert_close(torch.linalg.inv(found), expected, rtol=0, atol=1e-6)
@@ -260,6 +262,22 @@ def test_gradients_of_poses(size):
 def test_the_penalty_of_poses_is_in_radians_and_extents():
     rows = torch.tensor([[0.1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0.3, 0]])
     torch.testing.assert_close(some_poses(weight=2.0).penalty(rows), torch.tensor(2.0 * (0.1**2 + (0.3 / 3) ** 2) / 2))
+
+
+def test_what_all_poses_have_moved_in_common():
+    scene = seen_from_around(10)
+    given = torch.linalg.inv(scene.viewmats.double())
+    poses = Poses(list("abcdefghij"), scene.viewmats.double(), torch.zeros(10).double(), 3.5, 1e-3, 0.0, TRAINING)
+    assert np.array_equal(poses.common_motion(), np.eye(4))  # of none that was seen
+    motion = np.eye(4)
+    motion[:3, :3] = 1.002 * Rotation.from_rotvec([0.01, -0.02, 0.015]).as_matrix()
+    motion[:3, 3] = 0.03, -0.01, 0.02
+    off = torch.linalg.inv(given) @ torch.from_numpy(transform_cameras(motion, given.numpy()))
+    turns = Rotation.from_matrix(off[:, :3, :3].numpy()).as_rotvec()
+    poses.rows[:] = torch.cat([torch.from_numpy(turns), off[:, :3, 3]], dim=1)
+    poses.last_step[:] = 1
+    found = transform_points(poses.common_motion(), given[:, :3, 3].numpy())
+    np.testing.assert_allclose(found, transform_points(motion, given[:, :3, 3].numpy()), rtol=0, atol=5e-4)
 
 
 def seen_from_around(num_cameras: int) -> GaussianScene:
@@ -290,8 +308,9 @@ def trained_together(is_off: bool, pose_opt: bool, steps: int = 200) -> tuple[fl
     axes = torch.nn.functional.normalize(torch.randn(2, 9, 3, generator=generator), dim=2)
     off = torch.cat([math.radians(0.3) * axes[0], 0.003 * extent * axes[1]], dim=1) * is_off
     training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
-    given = truth[1:] @ torch.linalg.inv(corrections(off))
-    poses, every = Poses(list("abcdefghi"), given, extent, 1e-3, 1.0, training), torch.arange(9)
+    where_they_stand, in_sight = torch.zeros(9).double(), torch.full((9,), 3.5).double()
+    given = truth[1:] @ torch.linalg.inv(corrections(off, where_they_stand))
+    poses, every = Poses(list("abcdefghi"), given, in_sight, extent, 1e-3, 1.0, training), torch.arange(9)
     means = (scene.means + 0.02 * torch.randn(300, 3, generator=generator)).requires_grad_()
     sh0 = (0.8 * scene.sh0).requires_grad_()
     adam = torch.optim.Adam([{"params": [means], "lr": 2e-3}, {"params": [sh0], "lr": 1e-2}], eps=1e-15)
@@ -306,7 +325,7 @@ def trained_together(is_off: bool, pose_opt: bool, steps: int = 200) -> tuple[fl
         if pose_opt:
             poses.update()
     found, right = (torch.linalg.inv(viewmats).numpy() for viewmats in (poses(poses.values(every), every), truth))
-    held_out = transform_cameras(np.linalg.inv(alignment(found, right[1:])), right[:1])
+    held_out = transform_cameras(alignment(right[1:, :3, 3], found[:, :3, 3]), right[:1])
     with torch.no_grad():
         drawn = draw(means, sh0, torch.linalg.inv(torch.from_numpy(held_out)).float())
     return -10 * math.log10((drawn - photos[:1]).square().mean()), pose_errors(found, right[1:])
@@ -382,12 +401,23 @@ def test_a_grid_is_interpolated_by_place_and_brightness():
     torch.testing.assert_close(exposure(colors, grid, Place(8, 12, 30, 20))[0, 0, 0], expected, rtol=0, atol=1e-5)
 
 
+@EXPOSURES
+def test_exposures_are_drawn_to_the_identity(kind):
+    exposure = kind(NAMES, TRAINING)
+    rows = exposure.values(torch.arange(2))
+    assert exposure.penalty(rows) == 0
+    rows[0, 0] += 0.3  # of its 12 numbers, 4 of affine's and one of each cell of a grid
+    count = 4 if kind is AffineExposure else 1
+    torch.testing.assert_close(exposure.penalty(rows), torch.tensor(0.05 * count * 0.3**2 / 2), rtol=1e-4, atol=0)
+
+
 def test_total_variation_of_grids():
     exposure = BilateralGrid(NAMES, TRAINING)
     flat = torch.eye(3, 4).view(12, 1, 1, 1).repeat(2, 1, 8, 16, 16).view(2, 12, 8, 16, 16)
     assert exposure.penalty(flat) == 0
-    ramp = flat + 0.1 * torch.arange(16)  # 0.1 from column to column
-    torch.testing.assert_close(exposure.penalty(ramp), torch.tensor(10 * 0.1**2), rtol=1e-4, atol=0)
+    ramp = flat + 0.1 * (torch.arange(16) - 7.5)  # 0.1 from column to column
+    off = 0.05 * 12 * 0.1**2 * (torch.arange(16) - 7.5).square().mean()
+    torch.testing.assert_close(exposure.penalty(ramp), 10 * 0.1**2 + off, rtol=1e-4, atol=0)
     with torch.no_grad():
         exposure.rows += 0.1 * (random(*exposure.rows.shape) - 0.5)
     before = exposure.penalty(exposure.values(torch.arange(5)))
@@ -416,6 +446,13 @@ def test_clipped_pixels_do_not_count():
     rendered = 0.2 + 0.5 * random(1, 20, 30, 3)
     photo = (1.6 * rendered).clamp(0, 1)
     assert (color_corrected(rendered, photo) - photo).abs().max() < 1e-4
+
+
+def test_what_a_clipped_photo_cannot_hold_is_no_error():
+    photo = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.9, 0.1]).view(1, 2, 1, 3)
+    colors = torch.tensor([1.2, 0.8, -0.1, 0.1, 1.2, -0.1]).view(1, 2, 1, 3).requires_grad_()
+    (clipped_as(photo, colors) - photo).abs().sum().backward()
+    assert colors.grad.flatten().tolist() == [0, -1, 0, 1, 1, -1]
 
 
 def test_pictures_of_one_colour_are_corrected():

@@ -1,4 +1,7 @@
-"""Colours of a rendering made like those of its photo, so that another exposure does not count as an error."""
+"""Colours of a rendering made like those of its photo, so that another exposure does not count as an error.
+
+And neither does what a photo could not hold: where it is clipped, any colour beyond that is right.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +38,16 @@ def color_corrected(rendered: Tensor, photo: Tensor, mask: Tensor | None = None)
     identity = torch.eye(4, 3, dtype=torch.float64)
     matrix = torch.linalg.solve(chosen.T @ inputs + ridge, chosen.T @ wanted + ridge @ identity)  # [4, 3]
     return (inputs @ matrix).clamp(0.0, 1.0).to(rendered).view_as(rendered)
+
+
+def clipped_as(photo: Tensor, colors: Tensor) -> Tensor:
+    """Return colours that are the photo's where that is clipped and they are beyond: darker than black, or too bright.
+
+    No gradient tells them to come back, as a clamp would not; where the photo is not clipped they are errors as ever.
+
+    Args:
+        photo: [C, h, w, 3] in [0, 1].
+        colors: [C, h, w, 3], rendered.
+    """
+    is_right = ((photo > 1 - CLIPPED) & (colors > 1)) | ((photo < CLIPPED) & (colors < 0))
+    return torch.where(is_right, photo, colors)

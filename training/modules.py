@@ -12,24 +12,29 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from datasets.scene import Scene
+from datasets.normalize import transform_cameras
+from datasets.scene import Scene, seen_distances
 from distributed.mesh import Ranks
 from errors import InputError, format_bytes
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Exposure, Place
-from modules.poses import Poses, corrections
+from modules.poses import Poses
 from modules.sky import Sky
 from offload.culling.cameras import Cameras
 from offload.tiles.boxes import Tile
 from rendering.region import Region
 from training import schedules
 from training.checkpoints import Checkpoint
+from training.color_correction import clipped_as
 from training.views import Backdrop, View, own_views
 
 EXPOSURES: dict[str, type[AffineExposure] | type[BilateralGrid]] = {
     "affine": AffineExposure,
     "bilateral_grid": BilateralGrid,
 }
+
+FARTHEST_PLACE = 3.0  # extents: a camera that looks farther does not swing about what it sees there
+UNTRAINED = Training(lambda step: 0.0, (0.9, 0.999), torch.device("cpu"))  # for modules that are evaluated alone
 
 
 class RunModules:
@@ -60,7 +65,8 @@ class RunModules:
         self.parts: dict[str, TrainedModule] = {}
         self._sky: Sky | None = None
         self._exposure: Exposure | None = None
-        self._poses: Poses | None = None
+        self._poses: Poses | None = None  # that this run corrects
+        self._known_poses: Poses | None = None  # these, or those of the run whose checkpoint is evaluated
         self._device = device
         if cfg.background == "sky":
             self._sky = self.parts["sky"] = Sky(training)
@@ -79,17 +85,8 @@ class RunModules:
                     "--pose_opt wants two training photos or more, since poses are corrected by what others show, and "
                     "there is one: leave it out, or hold out fewer photos with --test_every -1 and --test_after."
                 )
-            # In float32 first, as photos come with them: without a correction a view is what it is without this.
-            camtoworlds = torch.from_numpy(scene.camtoworlds[scene.train_ids]).float().double()
-            self._poses = self.parts["poses"] = Poses(
-                names,
-                torch.linalg.inv(camtoworlds),
-                scene.scene_scale,
-                cfg.pose_opt_lr * math.sqrt(views_per_step),
-                cfg.pose_opt_reg,
-                replace(training, decay=lambda step: schedules.pose_decay(cfg, step)),
-            )
-            print(f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones keep theirs.")
+            self._poses = self._known_poses = self.parts["poses"] = _poses_of(cfg, scene, views_per_step, training)
+            print(f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones go with them.")
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +94,16 @@ class RunModules:
         buffers = (value for module in self.parts.values() for value in module.buffers())
         return sum(value.nbytes for value in buffers if value.device == self._device)
 
-    def load_evaluated(self, checkpoint: Checkpoint) -> None:
+    def load_evaluated(self, checkpoint: Checkpoint, cfg: Config, scene: Scene) -> None:
         """Take from the checkpoint that is evaluated what pictures show beside the Gaussians, and how they compare.
 
+        Args:
+            checkpoint: Of `cfg.ckpt`.
+            cfg: The run's.
+            scene: The run's.
+
         Raises:
-            InputError: It was trained before another background.
+            InputError: It was trained before another background, or holds what cannot be used.
         """
         self.corrects_colors |= checkpoint.options.get("exposure", "none") != "none"
         has_sky = "sky/rows" in checkpoint.state
@@ -115,7 +117,10 @@ class RunModules:
         if {before, self._background} not in ({self._background}, {"black", "random"}):
             print(f"Warning: the checkpoint was trained with --background {before}, not {self._background}.")
         if self._sky is not None:
-            _load(self._sky, state_of(checkpoint, "sky"))
+            _load("sky", self._sky, state_of(checkpoint, "sky"))
+        if "poses/rows" in checkpoint.state:
+            self._known_poses = _poses_of(cfg, scene, 1, UNTRAINED)
+            _load("poses", self._known_poses, state_of(checkpoint, "poses"))
 
     def begin_at(self, steps_done: int) -> None:
         """Let modules of which a checkpoint held no state begin anew after so many steps."""
@@ -165,8 +170,19 @@ class RunModules:
         viewmats = self._poses(self._poses.leaf(), self._rows_of(view))
         return replace(view.cameras, viewmats=viewmats.float())
 
+    def held_out(self, view: View) -> View:
+        """Return a held-out view with its cameras where they stand among those of training photos, which have moved.
+
+        What all these have moved in common, the Gaussians have too; the photo itself is not asked.
+        """
+        if self._known_poses is None:
+            return view
+        camtoworlds = torch.linalg.inv(view.cameras.viewmats.double()).numpy()
+        moved = transform_cameras(self._known_poses.common_motion(), camtoworlds)
+        return _seen_by(view, torch.linalg.inv(torch.from_numpy(moved)))
+
     def corrected_poses(self, scene: Scene) -> np.ndarray | None:
-        """Return the poses of all photos, of which those that are trained on are corrected; None: of a run without.
+        """Return the poses of all photos, corrected, and held-out ones as `held_out`; None: of a run without.
 
         Args:
             scene: The run's.
@@ -176,8 +192,10 @@ class RunModules:
         """
         if self._poses is None:
             return None
-        camtoworlds, rows = scene.camtoworlds.copy(), torch.arange(len(scene.train_ids))
-        camtoworlds[scene.train_ids] @= corrections(self._poses.values(rows)).numpy()
+        rows, camtoworlds = torch.arange(len(scene.train_ids)), scene.camtoworlds.copy()
+        camtoworlds[scene.train_ids] @= self._poses.corrections(self._poses.values(rows), rows).numpy()
+        moved = transform_cameras(self._poses.common_motion(), camtoworlds[scene.test_ids])
+        camtoworlds[scene.test_ids] = moved
         return camtoworlds
 
     def _rows_of(self, view: View) -> Tensor:
@@ -195,7 +213,7 @@ class RunModules:
         return partial(_sky_behind, self._sky, rows[0], share_in_loss=share)
 
     def exposed(self, colors: Tensor, view: View, tile: Tile | None = None, halo: int = 0) -> Tensor:
-        """Return rendered colours as the photos of a training view show them.
+        """Return rendered colours as the photos of a training view show them, clipped where these are.
 
         Args:
             colors: [C, H, W, 3]; or [1, h, w, 3] of a tile with its halo.
@@ -205,13 +223,13 @@ class RunModules:
         """
         if self._exposure is None:
             return colors
-        rows, width, height = self._exposure.leaf(), view.cameras.width, view.cameras.height
+        rows, photos, width, height = self._exposure.leaf(), view.images, view.cameras.width, view.cameras.height
         place = Place(0, 0, width, height)
         if tile is not None:
-            rows = rows[tile.camera : tile.camera + 1]
-            padded = tile.with_halo(halo, width, height)
-            place = Place(padded.x, padded.y, width, height)
-        return self._exposure(colors, rows, place)
+            camera, x, y, w, h = tile.with_halo(halo, width, height)
+            rows, photos = rows[camera : camera + 1], photos[camera : camera + 1, y : y + h, x : x + w]
+            place = Place(x, y, width, height)
+        return clipped_as(photos, self._exposure(colors, rows, place))
 
     def gather(self) -> None:
         """Take in the gradients of a part of the view whose backward pass is complete."""
@@ -259,6 +277,21 @@ class RunModules:
         return are_lost
 
 
+def _poses_of(cfg: Config, scene: Scene, views_per_step: int, training: Training) -> Poses:
+    """Return the poses of a scene's training photos, as they are given."""
+    # In float32 first, as photos come with them: without a correction a view is what it is without this.
+    camtoworlds = torch.from_numpy(scene.camtoworlds[scene.train_ids]).float().double()
+    return Poses(
+        [scene.image_names[index] for index in scene.train_ids],
+        torch.linalg.inv(camtoworlds),
+        torch.from_numpy(seen_distances(scene, scene.train_ids)).clamp(max=FARTHEST_PLACE * scene.scene_scale),
+        scene.scene_scale,
+        cfg.pose_opt_lr * math.sqrt(views_per_step),
+        cfg.pose_opt_reg,
+        replace(training, decay=lambda step: schedules.pose_decay(cfg, step)),
+    )
+
+
 def _seen_by(view: View, viewmats: Tensor) -> View:
     """Return a view with its cameras at poses [C, 4, 4], world to camera."""
     return replace(view, cameras=replace(view.cameras, viewmats=viewmats.float()))
@@ -280,16 +313,16 @@ def sky_of(state: Mapping[str, Tensor], device: torch.device) -> Backdrop:
     Raises:
         InputError: It cannot be used.
     """
-    sky = Sky(Training(lambda step: 0.0, (0.9, 0.999), device))
-    _load(sky, state)
+    sky = Sky(replace(UNTRAINED, device=device))
+    _load("sky", sky, state)
     return partial(_sky_behind, sky, sky.values(sky.row)[0])
 
 
-def _load(sky: Sky, state: Mapping[str, Tensor]) -> None:
+def _load(name: str, module: TrainedModule, state: Mapping[str, Tensor]) -> None:
     try:
-        sky.load_state_dict(state)
+        module.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError("The sky in the checkpoint cannot be used: choose another checkpoint.") from error
+        raise InputError(f"The {name} in the checkpoint cannot be used: choose another checkpoint.") from error
 
 
 def _sky_behind(

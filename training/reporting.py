@@ -266,7 +266,7 @@ class Evaluation:
         for turn, (name, batch) in enumerate(batches):
             done = min(turn * run.num_ranks, num_views)
             self.standing = f"the evaluation is not complete ({done} of {counted(num_views, 'view')})"
-            yield name, View.from_batch(batch, run.cfg, run.device)
+            yield name, run.modules.held_out(View.from_batch(batch, run.cfg, run.device))
 
     def _evaluate(self, run: TrainingRun, steps: int) -> None:
         scene, results = run.scene, run.results

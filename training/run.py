@@ -159,7 +159,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self.modules = RunModules(self.cfg, self.scene, self.device, self.ranks)
             if self._evaluated is not None:
-                self.modules.load_evaluated(self._evaluated)
+                self.modules.load_evaluated(self._evaluated, self.cfg, self.scene)
             self._evaluation = Evaluation(cfg, self.device)
             self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed, self.ranks)
             self._resources = resources.pop_all()  # which an error above closes
