@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.normalize import alignment, transform_points
+from datasets.normalize import alignment
 from modules.contract import TrainedModule, Training
 
 LEVER = 0.1  # of the extent: so far along a camera's axes are points that move with it, besides its centre
@@ -93,9 +93,9 @@ class Poses(TrainedModule):
         return alignment(*(self._points_of(poses.numpy()) for poses in (given, found)))
 
     def _points_of(self, camtoworlds: np.ndarray) -> np.ndarray:
-        """Return four points [4 k, 3] of each of the cameras at poses [k, 4, 4]."""
+        """Return points [4 k, 3], four of each of the cameras at poses [k, 4, 4]."""
         own = LEVER * (self._extent or 1.0) * np.eye(4, 3, -1)  # the centre, and along each axis
-        return np.concatenate([transform_points(pose, own) for pose in camtoworlds])
+        return (own @ camtoworlds[:, :3, :3].transpose(0, 2, 1) + camtoworlds[:, None, :3, 3]).reshape(-1, 3)
 
     def penalty(self, rows: Tensor) -> Tensor:
         """Return the weighted mean square of the step's rows [U, 6], in radians and units of the extent."""

@@ -1,10 +1,11 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.scene import load_scene
+from datasets.scene import load_scene, seen_distances
 from errors import InputError
 from tests.small_scene import SIZE, camera, camera_poses, write_scene
 
@@ -103,3 +104,15 @@ def test_bad_datasets_are_one_sentence(tmp_path):
         load_scene(absent)
     Image.new("RGB", SIZE).save(absent / "images/003.png")
     load_scene(absent)
+
+
+def test_how_far_away_is_what_cameras_see(tmp_path):
+    scene = load_scene(write_scene(tmp_path, 3, [camera("PINHOLE", (48, 48, 24, 16), (48, 32))]))
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[1] = np.diag([-1.0, 1, -1, 1])  # looks back, where nothing is
+    poses[2, 2, 3] = 2.0  # stands farther ahead
+    # In front of the first: three in the picture, one beside it, one behind.
+    points = np.array([[0, 0, 3], [0.4, 0.3, 4], [-1, 0, 7], [9, 0, 8], [0, 30, -5]], np.float32)
+    scene = replace(scene, camtoworlds=poses, points=points)
+    assert seen_distances(scene, np.arange(3)).tolist() == [4, 3, 2]  # of none: the middle of the others
+    assert seen_distances(scene, np.array([1])).tolist() == [0]
