@@ -49,11 +49,17 @@ def project_pairs(
     given, held = held_apart(colors)
     # Here, since its gradient is to come last.
     harmonics = None if depth_only or sh_degree is None or held is not None else Harmonics(sh_degree, given)
-    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = fully_fused_projection(
-        means, None, quats, scales, viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
-        far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=opacities,
+    rows = (means, quats, scales, opacities)
+    if not len(means):
+        rows = _stand_in(*rows)
+    pairs = fully_fused_projection(
+        rows[0], None, rows[1], rows[2], viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
+        far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=rows[3],
         calc_compensations=rasterize_mode == "antialiased",
     )  # fmt: skip
+    if not len(means):
+        pairs = tuple(None if values is None else values[:0] for values in pairs)
+    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = pairs
     # index_select, whose backward pass adds where indexing would sort
     opacities = opacities.index_select(0, gaussian_ids)  # [nnz]
     if compensations is not None:
@@ -75,6 +81,16 @@ def project_pairs(
     if render_mode != "RGB":
         features = torch.cat([features, depths[:, None]], dim=-1)
     return projection, features
+
+
+def _stand_in(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return one Gaussian where there is none: gsplat divides by their number, which ends the process."""
+    return (
+        torch.cat([means, means.new_zeros(1, 3)]),
+        torch.cat([quats, quats.new_ones(1, 4)]),
+        torch.cat([scales, scales.new_ones(1, 3)]),
+        torch.cat([opacities, opacities.new_zeros(1)]),
+    )
 
 
 def _block_colors(

@@ -184,17 +184,19 @@ def assert_finite(scene: GaussianScene, **options) -> tuple[Tensor, Tensor, dict
     return colors, alphas, info
 
 
-def test_no_gaussians_at_all():
-    colors, alphas, info = assert_finite(random_scene(0, seed=0).to("cpu"), sh_degree=3, backgrounds=True)
-    assert torch.allclose(colors, torch.linspace(0.2, 0.9, 3))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_no_gaussians_at_all(device):
+    colors, alphas, info = assert_finite(random_scene(0, seed=0).to(device), sh_degree=3, backgrounds=True)
+    assert torch.allclose(colors.cpu(), torch.linspace(0.2, 0.9, 3))
     assert alphas.abs().max() == 0
     assert info["radii"].shape == (0, 2)
 
 
-def test_nothing_visible():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_nothing_visible(device):
     scene = random_scene(50, seed=0)
     scene.means[:, 2] = -5.0
-    _, alphas, info = assert_finite(scene.to("cpu"), sh_degree=3)
+    _, alphas, info = assert_finite(scene.to(device), sh_degree=3)
     assert alphas.abs().max() == 0
     assert len(info["gaussian_ids"]) == 0
 
