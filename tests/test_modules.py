@@ -291,13 +291,23 @@ def seen_from_around(num_cameras: int) -> GaussianScene:
     return scene
 
 
-def trained_together(is_off: bool, pose_opt: bool, steps: int = 200) -> tuple[float, tuple[float, float]]:
+def trained_together(
+    is_off: bool, pose_opt: bool, steps: int = 200, *, relief: float = 1.0, distance: float = 3.5
+) -> tuple[float, tuple[float, float]]:
     """Train Gaussians that begin beside the right ones, and poses that are off by 0.3 degrees and 0.3 % of the extent.
+
+    Args:
+        is_off: Whether they are.
+        pose_opt: Whether they are trained.
+        steps: Of both.
+        relief: How deep the scene is, by what it is at first.
+        distance: In front of each camera, of the place about which it turns; the scene's is 3.5.
 
     Returns:
         PSNR of a held-out photo, from where it stands among the others, and `pose_errors` of these.
     """
     scene, extent, generator = seen_from_around(10), 3.5, torch.Generator().manual_seed(0)
+    scene.means[:, 2] = 3.5 + relief * (scene.means[:, 2] - 3.5)
 
     def draw(means: Tensor, sh0: Tensor, viewmats: Tensor) -> Tensor:
         gaussians = (means, scene.quats, scene.scales, scene.opacities, torch.cat([sh0, scene.shN], dim=1))
@@ -308,7 +318,7 @@ def trained_together(is_off: bool, pose_opt: bool, steps: int = 200) -> tuple[fl
     axes = torch.nn.functional.normalize(torch.randn(2, 9, 3, generator=generator), dim=2)
     off = torch.cat([math.radians(0.3) * axes[0], 0.003 * extent * axes[1]], dim=1) * is_off
     training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
-    where_they_stand, in_sight = torch.zeros(9).double(), torch.full((9,), 3.5).double()
+    where_they_stand, in_sight = torch.zeros(9).double(), torch.full((9,), distance).double()
     given = truth[1:] @ torch.linalg.inv(corrections(off, where_they_stand))
     poses, every = Poses(list("abcdefghi"), given, in_sight, extent, 1e-3, 1.0, training), torch.arange(9)
     means = (scene.means + 0.02 * torch.randn(300, 3, generator=generator)).requires_grad_()
@@ -339,6 +349,19 @@ def test_poses_that_are_off_are_corrected_while_the_gaussians_are_trained():
     assert right > without + 2.0
     assert corrected > right - 0.1 * (right - without), (right, without, corrected)
     assert all(now < old / 5 for now, old in zip(after, before, strict=True)), (before, after)
+
+
+@pytest.mark.slow
+def test_a_turn_about_what_is_seen_is_told_from_a_shift():
+    """Over flat ground, where a turn of a camera about itself looks as a shift does."""
+    about_itself, about_the_ground = (
+        trained_together(is_off=True, pose_opt=True, steps=80, relief=0.2, distance=distance)[1]
+        for distance in (0.0, 3.5)
+    )
+    assert all(after < before / 1.5 for before, after in zip(about_itself, about_the_ground, strict=True)), (
+        about_itself,
+        about_the_ground,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ exposure
