@@ -227,8 +227,7 @@ def _add(gradient, values, mask, ONE_CAMERA: tl.constexpr):
         tl.atomic_add(gradient, values, mask=mask)
 
 
-# Or each new kind of number would compile it again, and camera ids that begin anywhere among those of others.
-@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["camera_ids"])
+@triton.jit(do_not_specialize=["num_pairs"])  # or each new kind of number would compile it again
 def _forward(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, colors, num_pairs,
     BANDS: tl.constexpr, ROWS: tl.constexpr,
@@ -244,7 +243,7 @@ def _forward(
         tl.store(colors + row * 3 + c, tl.maximum(color, 0.0), mask=row < num_pairs)
 
 
-@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["camera_ids"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _backward_coeffs(
     means, camera_positions, camera_ids, gaussian_ids, v_colors, v_sh0, stride0, v_shN, strideN, num_pairs,
     BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
@@ -259,7 +258,7 @@ def _backward_coeffs(
     _add(v_shN + gaussian * strideN + column - 3, v_coeffs, others, ONE_CAMERA)
 
 
-@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["camera_ids"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _backward_means(
     means, camera_positions, sh0, stride0, shN, strideN, camera_ids, gaussian_ids, v_colors, v_means, num_pairs,
     BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, BY_PAIR: tl.constexpr, ROWS: tl.constexpr,
