@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from native import rendering as native
-from rendering.held_colors import Block, Colors, held_apart, held_colors
 from rendering.native import array, zeros
 from rendering.projection import Projection, project
 from rendering.spherical_harmonics import spherical_harmonics
@@ -62,7 +59,7 @@ def project_pairs(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Colors,
+    colors: Tensor | tuple[Tensor, Tensor],
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
@@ -81,9 +78,9 @@ def project_pairs(
     Differentiable in means, quats, scales, opacities, colors and the cameras' poses, not in Ks. The result does not
     depend on the number of threads, bit for bit.
     """
-    given, held = held_apart(colors)
-    coeffs = torch.cat(given, dim=1) if isinstance(given, tuple) else given
-    _check(means, quats, scales, opacities, coeffs, viewmats, Ks, width, height, sh_degree if held is None else 0)
+    if isinstance(colors, tuple):
+        colors = torch.cat(colors, dim=1)
+    _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height, sh_degree)
     projection = project(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
@@ -91,11 +88,9 @@ def project_pairs(
     if render_mode in ("D", "ED"):
         return projection, projection.depths[:, None]
     if sh_degree is None:
-        features = coeffs[projection.gaussian_ids]
-    elif held is not None:
-        features = held_colors(held, partial(_block_colors, sh_degree), means, coeffs, viewmats, projection)
+        features = colors[projection.gaussian_ids]
     else:
-        features = spherical_harmonics(sh_degree, means, viewmats, coeffs, projection)
+        features = spherical_harmonics(sh_degree, means, viewmats, colors, projection)
     if render_mode != "RGB":
         features = torch.cat([features, projection.depths[:, None]], dim=-1)
     return projection, features
@@ -135,11 +130,6 @@ def blend_pairs(
         alphas.append(part_alphas)  # the same of every group
     render_colors = blended[0] if len(blended) == 1 else torch.cat(blended, dim=-1)
     return render_colors, alphas[0], intersections.count
-
-
-def _block_colors(sh_degree: int, means: Tensor, sh0: Tensor, shN: Tensor, viewmats: Tensor, block: Block) -> Tensor:
-    """Return the colours of a block's pairs, as `rendering.held_colors` asks for them."""
-    return spherical_harmonics(sh_degree, means, viewmats, torch.cat([sh0, shN], dim=1), block)
 
 
 def _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height, sh_degree):

@@ -8,12 +8,10 @@ where they lie. It also cannot render a part of a picture, and refuses backgroun
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from rendering.held_colors import Block, Colors, held_apart, held_colors
 from rendering.projection import Projection
 from rendering.spherical_harmonics_triton import Harmonics
 
@@ -25,7 +23,7 @@ def project_pairs(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Colors,
+    colors: Tensor | tuple[Tensor, Tensor],
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
@@ -46,9 +44,8 @@ def project_pairs(
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     depth_only = render_mode in ("D", "ED")
-    given, held = held_apart(colors)
     # Here, since its gradient is to come last.
-    harmonics = None if depth_only or sh_degree is None or held is not None else Harmonics(sh_degree, given)
+    harmonics = None if depth_only or sh_degree is None else Harmonics(sh_degree, colors)
     rows = (means, quats, scales, opacities)
     if not len(means):
         rows = _stand_in(*rows)
@@ -67,17 +64,14 @@ def project_pairs(
     projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
     if depth_only:
         return projection, depths[:, None]
-    if sh_degree is None:
-        if isinstance(given, tuple) or held is not None:
+    if harmonics is None:
+        if isinstance(colors, tuple):
             raise ValueError("colors are two tensors, but sh_degree is None")
-        features = given.index_select(0, gaussian_ids)
+        features = colors.index_select(0, gaussian_ids)
     else:
         # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
         camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
-        if harmonics is not None:
-            features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
-        elif held is not None and isinstance(given, Tensor):
-            features = held_colors(held, partial(_block_colors, sh_degree), means, given, camera_positions, projection)
+        features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
     if render_mode != "RGB":
         features = torch.cat([features, depths[:, None]], dim=-1)
     return projection, features
@@ -91,14 +85,6 @@ def _stand_in(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor) -
         torch.cat([scales, scales.new_ones(1, 3)]),
         torch.cat([opacities, opacities.new_zeros(1)]),
     )
-
-
-def _block_colors(
-    sh_degree: int, means: Tensor, sh0: Tensor, shN: Tensor, camera_positions: Tensor, block: Block
-) -> Tensor:
-    """Return the colours of a block's pairs, as `rendering.held_colors` asks for them."""
-    harmonics = Harmonics(sh_degree, (sh0, shN))
-    return harmonics.colors(means, camera_positions, block.camera_ids, block.gaussian_ids)
 
 
 def blend_pairs(

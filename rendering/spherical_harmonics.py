@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from native import rendering as native
-from rendering.held_colors import Block
 from rendering.native import array, zeros
 from rendering.projection import Projection
 
@@ -36,7 +35,7 @@ class _SphericalHarmonics(torch.autograd.Function):
 
 
 def spherical_harmonics(
-    sh_degree: int, means: Tensor, viewmats: Tensor, coeffs: Tensor, projection: Projection | Block
+    sh_degree: int, means: Tensor, viewmats: Tensor, coeffs: Tensor, projection: Projection
 ) -> Tensor:
     """Return colours [nnz, 3] of projected Gaussians: 0.5 plus the harmonics, cut at zero as in 3DGS.
 
@@ -44,7 +43,6 @@ def spherical_harmonics(
         sh_degree: 0 to 3; coefficients of higher bands are not used.
         means: Gaussian centres [N, 3]. viewmats: world to camera [C, 4, 4].
         coeffs: [N, K, 3] with K >= (sh_degree + 1)^2.
-        projection: The pairs.
     """
     camera_positions = torch.inverse(viewmats)[:, :3, 3]  # [C, 3]
     return _SphericalHarmonics.apply(

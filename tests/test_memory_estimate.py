@@ -96,21 +96,6 @@ def test_bytes_per_gaussian():
     assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5
 
 
-def test_of_large_views_of_a_compact_state_some_rows_alone_are_decoded(monkeypatch):
-    """So a Gaussian of a large model takes less of the GPU than one of a small one."""
-    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 8 * 10**9)
-    footprint = memory_estimate.streamed(3, "host", "float32", "compact")
-    _, need = needs(footprint, 0.1, 10**6, torch.device("cuda"))
-    in_view, decoded = 2 * 328 + 2 * 64 + 36 + 40 + 200, 2 * 192
-    assert need.bytes(10**6) == pytest.approx(10**6 * (1 + 0.1 * (in_view + decoded)) + 10**8)
-    assert need.bytes(10**8) == pytest.approx(10**8 * (1 + 0.1 * in_view) + 2**19 * decoded + 10**8)
-    for free in (2 * 10**8, 8 * 10**9):
-        monkeypatch.setattr(memory_estimate, "available_bytes", lambda device, free=free: free)
-        _, need = needs(footprint, 0.1, 10**6, torch.device("cuda"))
-        most = need.most_gaussians()
-        assert need.bytes(most) <= free < need.bytes(most + 1)
-
-
 def test_gpu_only_training_is_not_bound_by_host_memory(monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB)
     host, device = needs(FOOTPRINTS["gpu_only"], 0.1, 10**6, torch.device("cuda"))

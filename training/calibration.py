@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from offload.pipelines.held_rows import WHOLE_ROWS
 from trainers import TRAINERS
 from training.memory_estimate import PIXEL_BYTES
 
@@ -128,9 +127,7 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
         name,
         milliseconds=1e3 * max(launching, on_device, on_link, on_host),
         moving=1e3 * (on_device + on_link + on_host),
-        device_memory=scene.num_gaussians * device
-        + footprint.device_decoded * min(num_visible, WHOLE_ROWS)
-        + PIXEL_BYTES * scene.num_pixels,
+        device_memory=scene.num_gaussians * device + PIXEL_BYTES * scene.num_pixels,
         host_memory=scene.num_gaussians * host,
     )
 

@@ -32,7 +32,6 @@ from errors import NotEnoughMemory, format_bytes
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
-from offload.pipelines.held_rows import WHOLE_ROWS
 from offload.pipelines.residents import BYTES as RESIDENT_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
@@ -47,7 +46,6 @@ MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 ID_BYTES = 8
-OWED_BYTES = 36  # colour gradient, mean and constant colour of a row, of which the gradient of the others is made
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
@@ -64,7 +62,6 @@ class Footprint:
     device_in_view: int
     device_while_changed: int = 0  # more, while Gaussians are added or removed and no view is rendered
     largest_part: float = 1.0  # share of the Gaussians above which a view is rendered in parts
-    device_decoded: int = 0  # more, of those in view that have values and gradients at once: WHOLE_ROWS at most
 
     def while_training(self, share_in_view: float) -> tuple[float, float]:
         """Return the bytes of host and of device memory for each Gaussian, where a view shows this share of them."""
@@ -83,13 +80,10 @@ class Need:
     other_bytes: float  # later
     free_bytes: int
     remedy: str  # what to change where that is too little
-    decoded_bytes_per_gaussian: float = 0.0  # later, beside, until they are
-    most_decoded_bytes: float = 0.0
 
     def bytes(self, num_gaussians: int) -> float:
         """Return what training takes once it has grown to so many."""
-        decoded = min(num_gaussians * self.decoded_bytes_per_gaussian, self.most_decoded_bytes)
-        return num_gaussians * self.bytes_per_gaussian + decoded + self.other_bytes
+        return num_gaussians * self.bytes_per_gaussian + self.other_bytes
 
     def bytes_from_start(self, num_gaussians: int) -> float:
         """Return what starting with so many and training them takes."""
@@ -99,9 +93,7 @@ class Need:
         """Return how many Gaussians can be trained at most."""
         if self.bytes_per_gaussian == 0:
             return sys.maxsize
-        free, each = self.free_bytes - self.other_bytes, self.bytes_per_gaussian
-        many, few = (free - self.most_decoded_bytes) / each, free / (each + self.decoded_bytes_per_gaussian)
-        return max(int(max(many, few)), 0)
+        return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
 
 
 def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"], state: StateFormat = "float32") -> Footprint:
@@ -194,12 +186,11 @@ def streamed(
 
     With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
     parameters of two views, gradients, and numbers of rows. A compact state has all rows on the host in either place,
-    and on the device those of two views, or less where views differ much in size; values and gradients of one, but for
-    the appearance only those of a part of a large view; and what culling needs.
+    and on the device those of two views, values and gradients of one, and what culling needs.
     """
     on_device = geometry == "device"
     if state == "compact":
-        geometry_row, appearance_row = (4 * num_columns(group, sh_degree, state) for group in GROUP_NAMES)
+        row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
         store = sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
         bounds = Balls.BYTES if on_device else math.ceil(Boxes.BYTES)
         return Footprint(
@@ -208,8 +199,7 @@ def streamed(
             host=int(PEAK * store),
             host_in_view=0,
             device=bounds,
-            device_in_view=2 * store + 2 * geometry_row + OWED_BYTES + NUMBERS_BYTES + RENDERING_BYTES,
-            device_decoded=2 * appearance_row,
+            device_in_view=2 * store + 2 * row + NUMBERS_BYTES + RENDERING_BYTES,
         )
     groups = ("appearance",) if on_device else GROUP_NAMES
     row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)
@@ -281,16 +271,15 @@ def needs(
         device_remedy: The same of the device.
     """
     of_host, of_device = footprint.while_training(share_in_view)
-    decoded = footprint.device_decoded * share_in_view, footprint.device_decoded * WHOLE_ROWS
     pictures = num_pixels * PIXEL_BYTES
     free = available_bytes(torch.device("cpu"))
     if device.type == "cpu":
         at_start = footprint.host_at_start + footprint.device_at_start
-        return [Need("memory", at_start, of_host + of_device, pictures, free, host_remedy, *decoded)]
+        return [Need("memory", at_start, of_host + of_device, pictures, free, host_remedy)]
     device_free = available_bytes(device)
     return [
         Need("host memory", footprint.host_at_start, of_host, 0, free, host_remedy),
-        Need("GPU memory", footprint.device_at_start, of_device, pictures, device_free, device_remedy, *decoded),
+        Need("GPU memory", footprint.device_at_start, of_device, pictures, device_free, device_remedy),
     ]
 
 

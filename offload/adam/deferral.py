@@ -15,7 +15,6 @@ operations there, so nothing is copied and nobody waits. `tests/oracles/adam.py`
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,12 +119,6 @@ class DeferralTables:
         self.sums[:, changed] = unchanged
         self.step -= 1
         self.eps = self._corrected_eps(self.step)
-
-    def frozen(self) -> DeferralTables:
-        """Return what catches rows up to the present step, whatever steps are begun later."""
-        frozen = copy.copy(self)
-        frozen.sums = self.sums.clone()
-        return frozen
 
     def tables(self) -> dict[str, Tensor]:
         """Copy all that later steps and catching up rows depend on, by name, to the host; some bytes for each step."""

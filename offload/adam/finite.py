@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offload.backends import kernels_for
-
-
-class Leaf(Protocol):
-    """A tensor, or whatever else receives a gradient."""
-
-    @property
-    def grad(self) -> Tensor | None: ...
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
@@ -34,7 +26,7 @@ class FiniteGradients:
         self._kernels = kernels_for(device, __name__)
         self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
 
-    def keep(self, leaves: Iterable[Leaf], ids: Tensor | None = None) -> None:
+    def keep(self, leaves: Iterable[Tensor], ids: Tensor | None = None) -> None:
         """Set all of a step's gradients to zero, in place, unless all their values are finite.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from offload.models.geometry_host import HostGeometry
 from offload.models.named_rows import named_rows
 from offload.pipelines.contract import Counters, Displacement, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
-from offload.pipelines.held_rows import HeldRows
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
 from offload.store.layout import Moments, StateFormat
@@ -272,14 +271,11 @@ class OffloadedGaussians:
         self._leaves = {name: value.requires_grad_() for name, value in self._geometry.gather(rows.ids).items()}
         return {**self._leaves, **self._named_to_render(rows.values)}
 
-    def _named_to_render(self, travelled: Mapping[str, Tensor | HeldRows]) -> dict[str, Any]:
+    def _named_to_render(self, travelled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name rows [V, columns] of groups as rendering takes them."""
-        named: dict[str, Any] = {}
+        named = {}
         for name, group in self._groups.items():
             layout, rows = group.store.layout, travelled[name]
-            if isinstance(rows, HeldRows):
-                named["shN"] = rows
-                continue
             several = layout.state == "compact" and len(layout.columns) > 1
             named.update(named_rows(layout, rows) if several else layout.to_render(rows))
         return named

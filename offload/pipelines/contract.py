@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from offload.culling.cameras import Cameras
-from offload.pipelines.held_rows import HeldRows
 from offload.store.layout import group_columns
 
 MEANS = group_columns("geometry", sh_degree=0)["means"]  # columns of a row of geometry, in every form
@@ -28,7 +27,7 @@ class FetchedRows(Protocol):
         """Return which Gaussians they are, int64 [V] on the device, sorted."""
 
     @property
-    def values(self) -> Mapping[str, Tensor | HeldRows]:
+    def values(self) -> dict[str, Tensor]:
         """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
 
 

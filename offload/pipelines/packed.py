@@ -35,15 +35,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import DeferralTables
 from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
-from offload.pipelines import held_rows
 from offload.pipelines.arena import Arena
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.groups import RowGroup, chunks_of
-from offload.pipelines.held_rows import HeldRows
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
 from offload.pipelines.residents import Residents
@@ -65,7 +62,7 @@ class PackedView:
     first_row: int  # in the arena
     at_end: bool  # of the arena
     space: dict[str, Tensor]  # in the arena: group -> words int32 [V, words]; STEPS + group -> int32 [V, 1]
-    values: dict[str, Tensor | HeldRows] = field(default_factory=dict)  # group -> [V, columns], which receive gradients
+    values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
     fetched: torch.cuda.Event | None = None
     written: torch.cuda.Event | None = None
     overwritten: slice | None = None  # rows whose space the next view has taken, once these were on the host
@@ -154,7 +151,7 @@ class PackedPipeline:
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         compute.uses(view.ids)
-        view.values = {name: self._values_to_render(name, view) for name in self._groups}
+        view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
         self._upcoming = self._found_ids = None  # only now, since a fetch that fails may be repeated
         self._ready = compute.record()
         self._present, self._applied = view, False
@@ -171,18 +168,14 @@ class PackedPipeline:
             group.begin_step()
         self._applied = True
         for name, group in self._groups.items():
-            held = view.values[name]
-            if isinstance(held, HeldRows):
-                for rows in held.blocks():
-                    self._step(name, view, held.values(rows), held.gradient(rows), rows)
-            else:
-                values = held.detach()
-                self._step(name, view, values, gradient_of(held), slice(None))
-                if group.on_step is not None:
-                    group.on_step(view.ids, values)
-            view.last_step(name).fill_(group.adam.step)
-        for leaf in view.values.values():
-            leaf.grad = None  # whoever still holds the values has no use for it
+            values, gradients = view.values[name].detach(), gradient_of(view.values[name])
+            rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
+            self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
+            last_step.fill_(group.adam.step)
+            if group.on_step is not None:
+                group.on_step(view.ids, values)
+        for values in view.values.values():
+            values.grad = None  # whoever still holds the values has no use for it
         view.values = {}
         self._rows_given += len(view.ids)
         self._lacking = None
@@ -200,9 +193,7 @@ class PackedPipeline:
 
     def displace(self, displacement: Displacement) -> None:
         """Move means of rows of the present view, whose values on the device the update begins with."""
-        values = fetched(self._present).values["geometry"]
-        if isinstance(values, Tensor):  # as those of geometry are
-            displacement.add_to(values.detach()[:, MEANS])
+        displacement.add_to(fetched(self._present).values["geometry"].detach()[:, MEANS])
 
     def geometry_moved(self) -> None:
         """Do nothing: geometry is among the rows."""
@@ -467,30 +458,12 @@ class PackedPipeline:
         self._kernels.read_packed_rows(self._packed(view), common.sources, common.moved, self._packed(upcoming))
         compute.uses(common.sources, common.moved)
 
-    def _values_to_render(self, name: str, view: PackedView) -> Tensor | HeldRows:
-        """Return the values of a view's rows in one piece, or of many rows of harmonics block by block."""
-        if name == "geometry" or len(view.ids) <= held_rows.WHOLE_ROWS:
-            return self._decoded(name, view).requires_grad_()
-        group, words, last_step = self._groups[name], view.words(name), view.last_step(name)
-        tables = group.adam.frozen()  # blocks are decoded when the next step has begun, too
-
-        def decode(rows: slice) -> Tensor:
-            return self._values_of(name, words[rows], last_step[rows], tables)
-
-        return HeldRows(len(view.ids), group.store.layout, decode)
-
-    def _step(self, name: str, view: PackedView, values: Tensor, gradients: Tensor, rows: slice) -> None:
-        """Step some rows of a view, with their values and gradients [n, columns]."""
-        words, last_step = view.words(name)[rows], view.last_step(name)[rows]
-        packed = packed_rows(words, name)
-        self._kernels.step_view_rows(values, view.ids[rows], last_step, gradients, packed, self._groups[name].adam)
-
     def _decoded(self, name: str, view: PackedView) -> Tensor:
         return self._values_of(name, view.words(name), view.last_step(name))
 
-    def _values_of(self, name: str, words: Tensor, last_step: Tensor, tables: DeferralTables | None = None) -> Tensor:
-        """Compute the current values [V, columns] of packed rows on the device, or those that tables tell of."""
-        adam, count = tables or self._groups[name].adam, len(words)
+    def _values_of(self, name: str, words: Tensor, last_step: Tensor) -> Tensor:
+        """Compute the current values [V, columns] of packed rows on the device."""
+        adam, count = self._groups[name].adam, len(words)
         out = torch.empty(count, adam.columns, device=self._device)
         places = torch.arange(count, device=self._device)
         self._kernels.fetch_dated_rows(packed_rows(words, name), places, last_step, None, RowState(out, ()), adam)
