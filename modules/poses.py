@@ -7,8 +7,9 @@ So a camera turns about what it looks at: a turn is then what is told badly, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,12 @@ class Poses(TrainedModule):
         self._extent = extent
         self._units = units
         self._penalty_weight = penalty_weight
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Go on from a state, as `TrainedModule` does; where it has no distances its cameras turn about themselves."""
+        if state and "distances" not in state:
+            state = {**state, "distances": torch.zeros(len(state["last_step"]), 1, dtype=torch.float64)}
+        super().load_state_dict(state)
 
     def forward(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Return the corrected poses [C, 4, 4] float64, world to camera, differentiable by the rows.

@@ -259,6 +259,19 @@ def test_gradients_of_poses(size):
     assert torch.autograd.gradcheck(lambda r: some_poses()(r, torch.arange(2)), (rows,))
 
 
+def test_poses_of_a_state_without_distances_turn_about_themselves():
+    """As they did when that was written, so that the cameras stand where they stood."""
+    before, after = some_poses(), some_poses()
+    before.distances.zero_()
+    before.rows.uniform_(-0.1, 0.1)
+    state = before.state_dict()
+    del state["distances"]
+    after.load_state_dict(state)
+    rows, ids = before.values(torch.arange(2)), torch.arange(2)
+    assert torch.equal(after.values(ids), rows)
+    assert torch.equal(after(rows, ids), before(rows, ids))
+
+
 def test_the_penalty_of_poses_is_in_radians_and_extents():
     rows = torch.tensor([[0.1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0.3, 0]])
     torch.testing.assert_close(some_poses(weight=2.0).penalty(rows), torch.tensor(2.0 * (0.1**2 + (0.3 / 3) ** 2) / 2))
