@@ -149,6 +149,17 @@ def test_no_view_shows_a_row(monkeypatch, city_block, tmp_path, trainer):
     assert all(torch.equal(actual[name], start[name]) for name in PARAMETER_NAMES)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_no_view_shows_a_row_on_a_gpu(monkeypatch, city_block, tmp_path, trainer):
+    """Where gsplat's kernels would be given no Gaussian at all."""
+    start = first_gaussians(city_block, 50)
+    start["means"] += 1e6
+    options = ("--device", "cuda", "--max_steps", 5, "--random_background")
+    actual = train_from(monkeypatch, start, trainer, city_block, tmp_path, *options)
+    assert all(torch.equal(actual[name].cpu(), start[name]) for name in PARAMETER_NAMES)
+
+
 @pytest.mark.parametrize("trainer", slow_but(QUICK_TRAINERS, TRAINERS))
 def test_a_refinement_that_would_leave_none_stops_with_all_saved(monkeypatch, city_block, tmp_path, capsys, trainer):
     options = ("--max_steps", 40, "--refine_start_iter", 5, "--refine_every", 10, "--prune_opa", 0.49)
