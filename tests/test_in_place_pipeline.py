@@ -187,7 +187,7 @@ def test_a_view_larger_than_any_before_leaves_memory_for_its_rendering(monkeypat
     """Of 10,000 bytes all but the arena took 4,000 while 100 rows were rendered; a tenth is added for caution."""
     arena = Arena({"appearance": 5}, CPU)
     arena._capacity, arena._largest, arena._most = 100, 100, 10_000
-    monkeypatch.setattr(arenas, "peak_memory", lambda device: {"allocated": 6000})
+    monkeypatch.setattr(arenas, "stretch_peak", lambda device: 6000)
     arena._device = torch.device("cuda")
     assert arena._most_rows(100) == (10_000 - 4400) // 20
     assert arena._most_rows(200) == (10_000 - 8800) // 20
