@@ -156,7 +156,7 @@ def variants_of(options: Options) -> dict[str, list[str]]:
     found = {}
     for variant in options.variants:
         name, _, own = (part.strip() for part in variant.partition(":"))
-        if name in found or "/" in name or name.startswith(("-", ".")):
+        if name in found or "/" in name or name.startswith(("-", ".")) or (own and not name):
             raise InputError(
                 f"--variants {variant!r} needs a name of its own, which a folder can have, as in "
                 "'mcmc: --strategy mcmc'."

@@ -305,8 +305,12 @@ def check(options: Options) -> None:
 
 def main(options: Options) -> None:
     if options.quick:  # a laptop's CPU
-        options.nproc, options.num_gaussians, options.trainers = (1, 2), (20_000,), ("streamed_compact",)
-        options.steps, options.picture_scale = 3, 0.1
+        given = Options()
+        if options.nproc == given.nproc:
+            options.nproc = (1, 2)
+        if options.trainers == given.trainers:
+            options.trainers = ("streamed_compact",)
+        options.num_gaussians, options.steps, options.picture_scale = (20_000,), 3, 0.1
     check(options)
     device = "cuda" if torch.cuda.is_available() and not options.quick else "cpu"
     report = Report("ranks", "Time and memory of one training step on several GPUs", options, variant=options.scene)

@@ -407,7 +407,14 @@ def test_differences_are_those_of_pairs():
 
 @pytest.mark.parametrize(
     "options",
-    [{"seeds": 0}, {"parallel": 0}, {"trainers": ("none",)}, {"limit_minutes": -1.0}, {"variants": ("a", "a: --sky")}],
+    [
+        {"seeds": 0},
+        {"parallel": 0},
+        {"trainers": ("none",)},
+        {"limit_minutes": -1.0},
+        {"variants": ("a", "a: --sky")},
+        {"variants": (": --sky",)},
+    ],
     ids=str,
 )
 def test_quality_refuses_what_cannot_be(options, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -96,6 +97,13 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
         if not same_axes(checkpoint.transform, scene.own_transform) and not cfg.new_photos:
             raise another
         return cfg.new_photos
+    if cfg.model_dir and "poses/rows" in checkpoint.state and not cfg.ckpt:
+        written = Path(cfg.result_dir, "poses")
+        if written.is_dir() and any(path.is_dir() and path.samefile(written) for path in _places_of_model(cfg)):
+            raise InputError(
+                f"--model_dir {cfg.model_dir} holds the poses that this run has corrected, and its checkpoint has the "
+                "corrections: leave --model_dir out to go on, or begin a run on them with another --result_dir."
+            )
     photos = photos_of(scene)
     common = [name for name in photos if name in checkpoint.photos]
     added = [name for name in photos if name not in checkpoint.photos]
@@ -134,6 +142,11 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
             f"({some_names(sorted(trained))}), so that their figures flatter the model."
         )
     return True
+
+
+def _places_of_model(cfg: Config) -> tuple[Path, Path]:
+    """Return where --model_dir may lie: in the dataset or in the working directory."""
+    return Path(cfg.data_dir, cfg.model_dir), Path(cfg.model_dir)
 
 
 def _training_photos(checkpoint: Checkpoint) -> set[str]:

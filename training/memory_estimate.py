@@ -283,14 +283,21 @@ def needs(
     ]
 
 
-def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int, option: str = "max_gaussians") -> str:
+def check_memory(
+    all_needs: list[Need],
+    num_gaussians: int,
+    max_gaussians: int,
+    option: str = "max_gaussians",
+    share: float = 1.0,
+) -> str:
     """Refuse what cannot fit.
 
     Args:
         all_needs: Of a trainer.
-        num_gaussians: That training starts with.
-        max_gaussians: The number that an option lets the model grow to; 0 where none does.
+        num_gaussians: That training starts with, at all ranks.
+        max_gaussians: The number that an option lets the model grow to, at all ranks; 0 where none does.
         option: Which one.
+        share: Of them that this process holds.
 
     Returns:
         One or two lines for the user: what these Gaussians take, and what the allowed number takes or could be.
@@ -298,26 +305,28 @@ def check_memory(all_needs: list[Need], num_gaussians: int, max_gaussians: int, 
     Raises:
         NotEnoughMemory: The Gaussians at hand do not fit, or those that the option lets it grow to.
     """
+    whose = "" if share == 1.0 else " for its share"
+    held, held_later = math.ceil(share * num_gaussians), math.ceil(share * max_gaussians)
     for need in all_needs:
-        needed = need.bytes_from_start(num_gaussians)
+        needed = need.bytes_from_start(held)
         if needed > need.free_bytes:
             raise NotEnoughMemory(
                 f"Training {num_gaussians} Gaussians takes about {format_bytes(needed)} of "
-                f"{need.memory}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
+                f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
             )
-    most = min(need.most_gaussians() for need in all_needs)
+    most = int(min(need.most_gaussians() for need in all_needs) / share)
     if max_gaussians > most:
         need = min(all_needs, key=Need.most_gaussians)
         raise NotEnoughMemory(
-            f"--{option} {max_gaussians} would take about {format_bytes(need.bytes(max_gaussians))} of "
-            f"{need.memory}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
+            f"--{option} {max_gaussians} would take about {format_bytes(need.bytes(held_later))} of "
+            f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
         )
-    listed = _listed(all_needs, [need.bytes_from_start(num_gaussians) for need in all_needs])
-    lines = [f"Memory for {num_gaussians:,} Gaussians: {listed}."]
+    listed = _listed(all_needs, [need.bytes_from_start(held) for need in all_needs])
+    lines = [f"Memory for {num_gaussians:,} Gaussians{whose}: {listed}."]
     if max_gaussians > num_gaussians:
-        listed = _listed(all_needs, [need.bytes(max_gaussians) for need in all_needs])
+        listed = _listed(all_needs, [need.bytes(held_later) for need in all_needs])
         verb = "allows" if option == "max_gaussians" else "asks"
-        lines.append(f"Memory for {max_gaussians:,}, as --{option} {verb}: {listed}.")
+        lines.append(f"Memory for {max_gaussians:,}, as --{option} {verb}{whose and ','}{whose}: {listed}.")
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -286,8 +285,8 @@ class TrainingRun(Generic[AnyConfig]):
 
     def _check_memory(self) -> None:
         footprint = self._trainer.footprint(self.cfg)
-        if self.ranks is not None:  # who bring the rows of views whole
-            footprint = replace(footprint, largest_part=1.0)
+        if self.ranks is not None:  # of whom each draws a part at once, and all bring what they hold of these
+            footprint = replace(footprint, largest_part=min(1.0, self.num_ranks * footprint.largest_part))
         all_needs = needs(
             footprint,
             share_in_largest_view(self.scene, self.views_per_step),
@@ -301,20 +300,20 @@ class TrainingRun(Generic[AnyConfig]):
         option = "target_gaussians" if self.cfg.target_gaussians > 0 else "max_gaussians"
         if self.ranks is not None:
             share = self.ranks.shares[self.ranks.rank]
-            where = f"For the share of one of {self.ranks.size} ranks:\n"
+            where = f"For a rank that holds {100 * share:.0f} % of the Gaussians:\n"
             # Ranks of one machine share its memory, and have a GPU each.
             all_needs = [
                 need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // local_ranks())
                 for need in all_needs
             ]
-        first = math.ceil(share * self.num_initial_gaussians)
-        most = math.ceil(share * getattr(self.cfg, option))
-        print(where + check_memory(all_needs, first, most, option))
+        print(where + check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option, share))
         resident_share = getattr(self.cfg, "resident_share", 0.0)
         if resident_share > 0:
+            kept = f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, "
             print(
-                f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, those "
-                "that views show most often, as far as its memory reaches."
+                kept + "those that views show most often, as far as its memory reaches."
+                if self.device.type == "cuda"
+                else "Without a GPU --resident_share saves nothing: all rows are in this machine's memory."
             )
 
     # -------------------------------------------------------------------------------------------------------- the steps

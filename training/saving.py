@@ -29,7 +29,8 @@ from training.joined_rows import picked_state, whole
 OPTIONS_OF_THE_PLACE = (
     *("data_dir", "model_dir", "result_dir", "device", "shares", "resume", "force", "new_photos", "save_every", "keep"),
     "init_ckpt",  # a resumed run has left behind what it began from
-    *("num_workers", "log_every", "profile"),
+    *("num_workers", "log_every", "profile", "eval_steps", "save_steps", "ply_steps", "lpips_net"),
+    "resident_share",  # where rows lie, which changes no bit of them
     *("video", "trajectory", "video_seconds", "video_size", "video_depth", "timelapse"),
     *("viewer", "viewer_host"),
 )
@@ -241,6 +242,11 @@ class Saving:
             rounds = " Values and moments are rounded to it once, now." if now == "compact" else ""
             print(f"The Gaussians are kept in the form {now} (--state) from now on; they were {before}.{rounds}")
             view_has_changed = True
+        for part_name in sorted(
+            {key.partition("/")[0] for key in state if key.endswith("/last_step")} - {*self._parts}
+        ):
+            if f"{part_name}/names" in state:  # what a module trains
+                print(f"Warning: what the checkpoint holds of {part_name} is dropped, since the option is not given.")
         if view_has_changed:
             state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}
         try:
