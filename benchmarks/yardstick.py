@@ -34,7 +34,7 @@ from rendering.losses import photometric_loss
 from reporting.numbers import count
 from training.evaluation import evaluate, load_lpips
 from training.gaussians import activate, initial_gaussians
-from training.schedules import learning_rates
+from training.schedules import SCALE_MARGIN, learning_rates
 from training.views import View
 
 ADAM_EPS = 1e-15
@@ -200,6 +200,7 @@ class Trainer:
             device: A GPU.
         """
         self.options, self.cfg, self.scene, self.device = options, options.config(), scene, device
+        self._scene_scale = SCALE_MARGIN * scene.scene_scale
         first = initial_gaussians(
             scene.points,
             scene.points_rgb,
@@ -209,8 +210,8 @@ class Trainer:
             seed=self.cfg.seed,
         )
         self.parameters = nn.ParameterDict({name: nn.Parameter(value.to(device)) for name, value in first.items()})
-        self._optimizers = optimizers_of(self.parameters, self.cfg, scene.scene_scale)
-        self._strategy, self._state = strategy_of(options, self.cfg, scene.scene_scale)
+        self._optimizers = optimizers_of(self.parameters, self.cfg, self._scene_scale)
+        self._strategy, self._state = strategy_of(options, self.cfg, self._scene_scale)
         self._strategy.check_sanity(self.parameters, self._optimizers)
         num_photos = len(scene.image_names)
         self._poses = PoseCorrections(num_photos, device) if options.pose_opt else None
@@ -257,7 +258,7 @@ class Trainer:
         if options.depth_loss and self.scene.depths is not None:
             points = self.scene.depths.points.get(int(ids[0]), np.zeros((0, 3)))
             known = depth_loss(depths[0, ..., 0], points, camtoworlds[0].detach(), view.cameras.Ks[0].to(self.device))
-            loss = loss + cfg.depth_lambda * self.scene.scene_scale * known
+            loss = loss + cfg.depth_lambda * self._scene_scale * known
         if self._grids is not None:
             loss = loss + GRID_VARIATION * self._grids.variation()
         if options.strategy == "mcmc":
@@ -269,7 +270,7 @@ class Trainer:
 
     def _update(self, step: int, info: dict[str, Any]) -> None:
         """Let Adam and the strategy have the gradients."""
-        rate = learning_rates(self.cfg, self.scene.scene_scale)["means"] * means_rate(self.cfg, step)
+        rate = learning_rates(self.cfg, self._scene_scale)["means"] * means_rate(self.cfg, step)
         self._optimizers["means"].param_groups[0]["lr"] = rate
         for optimizer in self._optimizers.values():
             optimizer.step()

@@ -162,7 +162,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._evaluation = Evaluation(cfg, self.device)
             self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed, self.ranks)
             self._resources = resources.pop_all()  # which an error above closes
-        self.scene_scale = 1.1 * self.scene.scene_scale
+        self.scene_scale = schedules.SCALE_MARGIN * self.scene.scene_scale
         self.times = StageTimes(self.device)
         self._results_of_the_end = (TrainStatistics(), Export(), PoseFiles(), self._evaluation)
         self._timelapse = Timelapse()

@@ -9,6 +9,7 @@ import numpy as np
 from configs import Config
 from offload.adam.options import AdamOptions
 
+SCALE_MARGIN = 1.1  # gsplat's, on the extent of the cameras: lengths in training are shares of the product
 # Noise that culling ahead allows for, as a share of the scene scale: eight of Adam's largest first steps of means.
 NOISE_MARGIN = 0.01
 POSES_REST = 0.25  # share of the steps, at first, in which poses stay as they are given
