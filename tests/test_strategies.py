@@ -131,7 +131,8 @@ def test_a_refinement_relocates_and_adds_row_by_row(monkeypatch):
     assert torch.allclose(gaussians.read("scales"), torch.tensor(scales).float(), rtol=1e-4, atol=1e-5)
     assert torch.equal(gaussians.read("means"), before.read("means")[rows])
     assert torch.equal(gaussians.read("shN"), before.read("shN")[rows])
-    touched = {*sources.tolist(), *dead, *added.tolist(), *range(300, 315)}
+    touched = {*sources.tolist(), *dead, *range(300, 315)}  # rows that growth copies keep their moments
+    assert set(added.tolist()) - touched
     moments = gaussians.optimizer.state[gaussians.parameters["scales"]]["exp_avg"]
     assert set((moments == 0).all(dim=1).nonzero().squeeze(1).tolist()) == touched
 
@@ -452,9 +453,16 @@ def test_mcmc_is_the_same_in_every_model(kind, expected):
     drawn, reference = expected
     actual = values_of_after(MODELS[kind](start_transparent()), drawn)
     assert len(reference["means"]) > 1.15 * N
-    bound = 1e-5 if "compact" not in kind else 5e-2
+    bound = 1e-5 if "compact" not in kind else 5e-3
+    others = torch.zeros(len(reference["means"]), dtype=torch.bool)
+    if (
+        "compact" in kind
+    ):  # a draw by rounded opacities may fall on another row: then it, its copy and the right row differ
+        for name, value in reference.items():
+            others |= (actual[name] - value).view(len(value), -1).abs().amax(dim=1) > 0.1
+        assert others.sum() <= 3
     for name, value in reference.items():
-        assert (actual[name] - value).norm() < bound * value.norm(), name
+        assert (actual[name] - value)[~others].norm() < bound * value.norm(), name
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -269,8 +269,8 @@ class GaussianModel(Protocol):
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where appending has failed half-way."""
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero, named or not."""
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, named or not, unless they are left."""
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
@@ -370,7 +370,7 @@ class GeometryPlace(Protocol):
 
     def truncate(self, num_gaussians: int) -> None: ...
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None: ...
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None: ...
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None: ...
 

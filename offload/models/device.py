@@ -207,18 +207,18 @@ class DeviceGaussians:
             self._replace_rows(lambda value: value[:num_gaussians], lambda moment: moment[:num_gaussians])
 
     @torch.no_grad()
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero, named or not."""
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, named or not, unless they are left."""
         with self._order.taking("change", "overwrite"):
             check_names(values)
-            self._overwrite(ids, values)
+            self._overwrite(ids, values, leaves_moments)
 
     @torch.no_grad()
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
         with self._order.taking("change", "relocate"):
             check_relocation(source_ids, target_ids)
-            self._overwrite(target_ids, {name: value[source_ids] for name, value in self.parameters.items()})
+            self._overwrite(target_ids, {name: value[source_ids] for name, value in self.parameters.items()}, False)
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
@@ -244,11 +244,11 @@ class DeviceGaussians:
 
     # --------------------------------------------------------------------------------------------------- inside
 
-    def _overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+    def _overwrite(self, ids: Tensor, values: Mapping[str, Tensor], leaves_moments: bool) -> None:
         for name, parameter in self.parameters.items():
             if name in values:
                 parameter[ids] = values[name]
-            for moment in self._moments(parameter).values():
+            for moment in self._moments(parameter).values() if not leaves_moments else ():
                 moment[ids] = 0
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:

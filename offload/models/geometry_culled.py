@@ -127,9 +127,9 @@ class CulledGeometry:
         self._bounds_are_good = False
         self._store.truncate(num_gaussians)
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all their moments become zero."""
-        self._store.overwrite(ids, values)
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, unless they are left."""
+        self._store.overwrite(ids, values, leaves_moments=leaves_moments)
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero."""

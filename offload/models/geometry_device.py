@@ -174,13 +174,14 @@ class DeviceGeometry:
                 moments[name] = torch.cat([moment, moment.new_zeros(len(ids), *moment.shape[1:])])
         self._state.last_step = torch.cat([self.last_step, self.last_step[ids]])
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M], which have been caught up, new values; all their moments become zero."""
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M], which have been caught up, new values; moments become zero, unless they are left."""
         for name, parameter in self._state.parameters.items():
             if name in values:
                 parameter[ids] = values[name]
-            self._state.exp_avg[name][ids] = 0
-            self._state.exp_avg_sq[name][ids] = 0
+            if not leaves_moments:
+                self._state.exp_avg[name][ids] = 0
+                self._state.exp_avg_sq[name][ids] = 0
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero; all of them have been caught up."""

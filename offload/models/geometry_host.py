@@ -102,10 +102,10 @@ class HostGeometry(HostStore):
         """Return the parameters [N, ...] by name, not copied; their pipeline has applied the skipped steps."""
         return self.snapshot()
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all their moments become zero."""
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, unless they are left."""
         self._bounds = None  # which follow sorted ids alone
-        super().overwrite(ids, values)
+        super().overwrite(ids, values, leaves_moments=leaves_moments)
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero."""

@@ -170,12 +170,12 @@ class OffloadedGaussians:
             for place in self._places():
                 place.truncate(num_gaussians)
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero."""
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, unless they are left."""
         with self._changing("overwrite", ids):
             check_names(values)
             for place in self._places():
-                place.overwrite(ids, values)
+                place.overwrite(ids, values, leaves_moments=leaves_moments)
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""

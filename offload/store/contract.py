@@ -75,8 +75,8 @@ class RowStore(Protocol):
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where appending has failed half-way."""
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero, named or not.
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, named or not, unless they are left.
 
         Names of parameters that the store does not hold are passed over.
         """

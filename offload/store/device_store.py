@@ -139,8 +139,8 @@ class DeviceStore:
             self._arrays = [array[:num_gaussians] for array in self._arrays]
             self._last_step = self._last_step[:num_gaussians]
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Give these rows [M] new values; all moments of the rows become zero, named or not.
+    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
+        """Give these rows [M] new values; all their moments become zero, named or not, unless they are left.
 
         Names of parameters that the store does not hold are passed over.
         """
@@ -149,7 +149,8 @@ class DeviceStore:
             for name, stored in self.snapshot().items():
                 if name in values:
                     stored[ids] = storable(values[name], stored)
-            self._forget(ids)
+            if not leaves_moments:
+                self._forget(ids)
 
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
