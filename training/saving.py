@@ -242,11 +242,9 @@ class Saving:
             rounds = " Values and moments are rounded to it once, now." if now == "compact" else ""
             print(f"The Gaussians are kept in the form {now} (--state) from now on; they were {before}.{rounds}")
             view_has_changed = True
-        for part_name in sorted(
-            {key.partition("/")[0] for key in state if key.endswith("/last_step")} - {*self._parts}
-        ):
-            if f"{part_name}/names" in state:  # what a module trains
-                print(f"Warning: what the checkpoint holds of {part_name} is dropped, since the option is not given.")
+        trained = {name.removesuffix("/names") for name in state if name.endswith("/names")}  # by modules
+        for part_name in sorted(trained - {*self._parts}):
+            print(f"Warning: what the checkpoint holds of {part_name} is dropped, since the option is not given.")
         if view_has_changed:
             state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}
         try:
