@@ -306,8 +306,7 @@ class ForwardedPipeline:
             self._ahead.forget()
             uploads = ahead.uploads
         values = {name: upload.ready().requires_grad_() for name, upload in uploads.items()}
-        if ids.device.type != "cpu":
-            Lane.current(self._device).uses(ids)  # which may have come with them
+        Lane.current(self._device).uses(ids)  # which may have come with them
         self._rows = ForwardedRows(ids, host_ids, values)
         return self._rows
 

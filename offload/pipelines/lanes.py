@@ -47,7 +47,11 @@ class Lane:
             self.stream.synchronize()
 
     def uses(self, *tensors: Tensor) -> None:
-        """Keep the memory of tensors that another lane has made until the work given here so far is done."""
+        """Keep the memory of tensors that another lane has made until the work given here so far is done.
+
+        Memory of the host belongs to no lane, and is passed over.
+        """
         if self.stream is not None:
             for tensor in tensors:
-                tensor.record_stream(self.stream)
+                if tensor.is_cuda:
+                    tensor.record_stream(self.stream)
