@@ -24,6 +24,11 @@ def quiet(sentence: str) -> None:
     """Say nothing."""
 
 
+def places_of(data_dir: Path, model_dir: str) -> tuple[Path, Path]:
+    """Return where --model_dir may lie: in the dataset, or else from the working directory."""
+    return data_dir / model_dir, Path(model_dir)
+
+
 def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> tuple[SparseModel, Path]:
     """Load the dataset's reconstruction: the one that is named, else the one of most photos in `sparse`.
 
@@ -52,7 +57,7 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
     if projects:
         say(f"Format: COLMAP; {_others(projects, data_dir)}.")
     if model_dir:
-        wanted = next((folder for folder in (data_dir / model_dir, Path(model_dir)) if has_model(folder)), None)
+        wanted = next((folder for folder in places_of(data_dir, model_dir) if has_model(folder)), None)
         if wanted is None:
             raise InputError(f"--model_dir {model_dir} holds no COLMAP model: {_remedy(data_dir, folders)}.")
         others = [folder for folder in folders if not folder.samefile(wanted)]
@@ -94,7 +99,7 @@ def points_ply(model_path: Path) -> Path:
 
 def _is_at(project: ProjectFile, data_dir: Path, model_dir: str) -> bool:
     """Tell whether --model_dir names a file, from the dataset or from the working directory."""
-    return any(path.is_file() and path.samefile(project.path) for path in (data_dir / model_dir, Path(model_dir)))
+    return any(path.is_file() and path.samefile(project.path) for path in places_of(data_dir, model_dir))
 
 
 def _program_line(project: ProjectFile, projects: list[ProjectFile], has_colmap: bool, data_dir: Path) -> str:

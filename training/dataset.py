@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import Config
 from datasets.consistency import some_names
-from datasets.model_choice import Say
+from datasets.model_choice import Say, places_of
 from datasets.normalize import is_similarity, same_axes
 from datasets.scene import Scene, load_scene
 from datasets.sight import check_views
@@ -99,7 +99,9 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
         return cfg.new_photos
     if cfg.model_dir and "poses/rows" in checkpoint.state and not cfg.ckpt:
         written = Path(cfg.result_dir, "poses")
-        if written.is_dir() and any(path.is_dir() and path.samefile(written) for path in _places_of_model(cfg)):
+        if written.is_dir() and any(
+            path.is_dir() and path.samefile(written) for path in places_of(Path(cfg.data_dir), cfg.model_dir)
+        ):
             raise InputError(
                 f"--model_dir {cfg.model_dir} holds the poses that this run has corrected, and its checkpoint has the "
                 "corrections: leave --model_dir out to go on, or begin a run on them with another --result_dir."
@@ -142,11 +144,6 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
             f"({some_names(sorted(trained))}), so that their figures flatter the model."
         )
     return True
-
-
-def _places_of_model(cfg: Config) -> tuple[Path, Path]:
-    """Return where --model_dir may lie: in the dataset or in the working directory."""
-    return Path(cfg.data_dir, cfg.model_dir), Path(cfg.model_dir)
 
 
 def _training_photos(checkpoint: Checkpoint) -> set[str]:
