@@ -326,7 +326,7 @@ def check_memory(
     if max_gaussians > num_gaussians:
         listed = _listed(all_needs, [need.bytes(held_later) for need in all_needs])
         verb = "allows" if option == "max_gaussians" else "asks"
-        lines.append(f"Memory for {max_gaussians:,}, as --{option} {verb}{whose and ','}{whose}: {listed}.")
+        lines.append(f"Memory for {max_gaussians:,}{whose}, as --{option} {verb}: {listed}.")
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
     return "\n".join(lines)

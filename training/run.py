@@ -308,13 +308,13 @@ class TrainingRun(Generic[AnyConfig]):
             ]
         print(where + check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option, share))
         resident_share = getattr(self.cfg, "resident_share", 0.0)
-        if resident_share > 0:
-            kept = f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, "
+        if resident_share > 0 and self.device.type == "cuda":
             print(
-                kept + "those that views show most often, as far as its memory reaches."
-                if self.device.type == "cuda"
-                else "Without a GPU --resident_share saves nothing: all rows are in this machine's memory."
+                f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, those "
+                "that views show most often, as far as its memory reaches."
             )
+        elif resident_share > 0:
+            print("Without a GPU --resident_share saves nothing: all rows are in this machine's memory.")
 
     # -------------------------------------------------------------------------------------------------------- the steps
 

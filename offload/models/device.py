@@ -248,8 +248,9 @@ class DeviceGaussians:
         for name, parameter in self.parameters.items():
             if name in values:
                 parameter[ids] = values[name]
-            for moment in self._moments(parameter).values() if not leaves_moments else ():
-                moment[ids] = 0
+            if not leaves_moments:
+                for moment in self._moments(parameter).values():
+                    moment[ids] = 0
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter, {})
