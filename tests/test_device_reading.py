@@ -69,19 +69,29 @@ def take_step(pipeline: ForwardedPipeline, step: int, kind: int) -> dict[str, Te
     return given
 
 
+def assert_same_values(reading: ForwardedPipeline, forwarding: ForwardedPipeline, step: int, kind: int) -> None:
+    """Of one step, which both take."""
+    actual, expected = (take_step(pipeline, step, kind) for pipeline in (reading, forwarding))
+    for name, values in expected.items():
+        assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
+
+
+def assert_same_stores(reading: ForwardedPipeline, forwarding: ForwardedPipeline) -> None:
+    """To the bit, when all has been written."""
+    for pipeline in (reading, forwarding):
+        pipeline.finish()
+    for here, there in zip(packed(reading), packed(forwarding), strict=True):
+        assert torch.equal(here, there)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_that_a_device_reads_are_those_that_the_host_forwards(device, monkeypatch):
     monkeypatch.setattr("offload.pipelines.device_reading.READ_ROWS", 64)
     reading, forwarding = (make_pipeline(device, 600, reads) for reads in (True, False))
     kinds = [PREFETCHED, PREFETCHED, LATE, PREFETCHED, FORGOTTEN, PREFETCHED, PREFETCHED, UNDONE, PREFETCHED]
     for step, kind in enumerate(kinds):
-        actual, expected = (take_step(pipeline, step, kind) for pipeline in (reading, forwarding))
-        for name, values in expected.items():
-            assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
-    for pipeline in (reading, forwarding):
-        pipeline.finish()
-    for here, there in zip(packed(reading), packed(forwarding), strict=True):
-        assert torch.equal(here, there)
+        assert_same_values(reading, forwarding, step, kind)
+    assert_same_stores(reading, forwarding)
 
 
 @pytest.mark.slow
@@ -93,9 +103,7 @@ def test_rows_that_kernels_in_triton_read(monkeypatch):
     monkeypatch.setattr("offload.pipelines.device_reading.READ_ROWS", 32)
     reading, forwarding = (make_pipeline(CPU, 200, reads) for reads in (True, False))
     for step, kind in enumerate([PREFETCHED, PREFETCHED, LATE]):
-        actual, expected = (take_step(pipeline, step, kind) for pipeline in (reading, forwarding))
-        for name, values in expected.items():
-            assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
+        assert_same_values(reading, forwarding, step, kind)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -130,10 +138,5 @@ def test_many_rows_are_read_while_others_are_written():
     device, n = torch.device("cuda"), 6 * READ_ROWS
     reading, forwarding = (make_pipeline(device, n, reads) for reads in (True, False))
     for step in range(6):
-        actual, expected = (take_step(pipeline, step, PREFETCHED) for pipeline in (reading, forwarding))
-        for name, values in expected.items():
-            assert torch.allclose(actual[name], values, rtol=1e-6, atol=1e-7)
-    for pipeline in (reading, forwarding):
-        pipeline.finish()
-    for here, there in zip(packed(reading), packed(forwarding), strict=True):
-        assert torch.equal(here, there)
+        assert_same_values(reading, forwarding, step, PREFETCHED)
+    assert_same_stores(reading, forwarding)

@@ -136,6 +136,17 @@ def test_what_fits_is_told_in_one_or_two_lines():
     assert len(check_memory(needs_of(4 * GIB, GIB), 2**20, 1000).splitlines()) == 1  # it cannot grow at all
 
 
+def test_what_fits_is_told_of_the_gaussians_of_all_ranks():
+    """Of which each takes memory for its own."""
+    half = check_memory(needs_of(4 * GIB, GIB), 2**21, 0, share=0.5)
+    assert half == (
+        "Memory for 2,097,152 Gaussians for its share: 1.17 GiB of host memory (4.00 GiB free), 100 MiB of GPU memory "
+        "(1.00 GiB free).\nAbout 8,589,934 would fit."
+    )
+    with pytest.raises(NotEnoughMemory, match=r"--max_gaussians 9000000 .*for its share.* at most 8589934"):
+        check_memory(needs_of(4 * GIB, GIB), 2**21, 9_000_000, share=0.5)
+
+
 @pytest.mark.parametrize(
     ("script", "options", "words"),
     [

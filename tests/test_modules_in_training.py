@@ -170,7 +170,8 @@ def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_
     plain = ("--ckpt", tmp_path / "run/ckpts/ckpt_6.pt")
     assert "holds no sky" in run(*plain, "--background", "sky", result_dir="other")
     assert "was trained with --background black, not white" in run(*plain, "--background", "white", result_dir="other")
-    run("--max_steps", 14, "--resume")  # without any modules again
+    printed = run("--max_steps", 14, "--resume")  # without any modules again
+    assert all(f"holds of {name} is dropped" in printed for name in ("sky", "affine"))
     assert "sky/rows" not in saved(tmp_path / "run", 14).state
     assert "exclude each other" in run("--random_background", "--background", "white", result_dir="other")
 
@@ -231,7 +232,7 @@ def test_poses_of_one_photo_cannot_be_corrected(block):
 
 
 @pytest.mark.slow
-def test_corrected_poses_are_a_model_to_train_on(monkeypatch, city_block, block, tmp_path):
+def test_corrected_poses_are_a_model_to_train_on(monkeypatch, city_block, block, tmp_path, capsys):
     options = (*QUIET, *POSES, "--max_steps", 6)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     poses = json.loads((tmp_path / "poses/poses.json").read_text())
@@ -254,6 +255,9 @@ def test_corrected_poses_are_a_model_to_train_on(monkeypatch, city_block, block,
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path / "again", *evaluation) == 0
     figures = [json.loads((folder / "stats/val_step6.json").read_text()) for folder in (tmp_path, tmp_path / "again")]
     assert figures[0]["psnr"] == figures[1]["psnr"]  # held-out cameras stand where they stood
+    twice = (*QUIET, *POSES, "--max_steps", 8, "--resume", "--new_photos", "--model_dir", tmp_path / "poses")
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *twice) == 2
+    assert "leave --model_dir out" in capsys.readouterr().err
     again = load_scene(city_block, model_dir=str(tmp_path / "poses"))
     read = transform_cameras(np.linalg.inv(again.transform), again.camtoworlds)
     np.testing.assert_allclose(read, found, rtol=0, atol=1e-6)

@@ -476,6 +476,17 @@ def test_packed_rows_that_lag_by_no_step_stay_as_they_are(kind, device, group):
     assert torch.equal(in_view, once)
 
 
+def any_rows(groups: list[tuple[str, int]], count: int, device: str) -> list[PackedRows]:
+    """Packed rows of groups and degrees, of any bits."""
+    shapes = [(count, packed_words(group, degree)) for group, degree in groups]
+    bits = [[torch.randint(-(2**31), 2**31, shape).int() for shape in (each, each[:1])] for each in shapes]
+    return [(words.to(device), last_step.to(device)) for words, last_step in bits]
+
+
+def clones(rows: list[PackedRows]) -> list[PackedRows]:
+    return [(words.clone(), last_step.clone()) for words, last_step in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
 @pytest.mark.parametrize(
@@ -488,18 +499,10 @@ def test_packed_rows_are_copied_as_they_are(kind, device, groups, some, count):
     torch.manual_seed(0)
     n, kernels = 3000, kernels_of(kind)
 
-    def any_rows(count: int) -> list[PackedRows]:
-        shapes = [(count, packed_words(group, degree)) for group, degree in groups]
-        bits = [[torch.randint(-(2**31), 2**31, shape).int() for shape in (each, each[:1])] for each in shapes]
-        return [(words.to(device), last_step.to(device)) for words, last_step in bits]
-
-    def clones(rows: list[PackedRows]) -> list[PackedRows]:
-        return [(words.clone(), last_step.clone()) for words, last_step in rows]
-
     ids = torch.randperm(n)[:count].sort().values.to(device)
     wanted = (torch.rand(count) < 0.6).to(device) if some else None
     chosen = torch.ones(count, dtype=torch.bool, device=device) if wanted is None else wanted
-    store, view = any_rows(n), any_rows(count)
+    store, view = any_rows(groups, n, device), any_rows(groups, count, device)
     read, written = clones(view), clones(store)
     kernels.read_packed_rows(store, ids, wanted, read)
     kernels.write_packed_rows(view, ids, wanted, written)
@@ -521,14 +524,6 @@ def test_resident_rows_are_read_and_written_where_they_are(kind, device, groups,
     torch.manual_seed(0)
     n, count, num_resident, kernels = 3000, 1100, 700, kernels_of(kind)
 
-    def any_rows(count: int) -> list[PackedRows]:
-        shapes = [(count, packed_words(group, degree)) for group, degree in groups]
-        bits = [[torch.randint(-(2**31), 2**31, shape).int() for shape in (each, each[:1])] for each in shapes]
-        return [(words.to(device), last_step.to(device)) for words, last_step in bits]
-
-    def clones(rows: list[PackedRows]) -> list[PackedRows]:
-        return [(words.clone(), last_step.clone()) for words, last_step in rows]
-
     ids = torch.randperm(n)[:count].sort().values.to(device)
     places = torch.full((n,), -1, dtype=torch.int32)
     places[torch.randperm(n)[:num_resident]] = torch.randperm(num_resident).int()
@@ -536,7 +531,7 @@ def test_resident_rows_are_read_and_written_where_they_are(kind, device, groups,
     wanted = (torch.rand(count) < 0.6).to(device) if some else None
     chosen = torch.ones(count, dtype=torch.bool, device=device) if wanted is None else wanted
     here, at = chosen & (places[ids] >= 0), places[ids].long()
-    store, view, near = any_rows(n), any_rows(count), any_rows(num_resident)
+    store, view, near = (any_rows(groups, count, device) for count in (n, count, num_resident))
     moved = torch.tensor([5, 7], device=device)
     read, written, near_written = clones(view), clones(store), clones(near)
     kernels.read_packed_rows(store, ids, wanted, read, ResidentRows(places, near, moved))
