@@ -16,9 +16,6 @@ AFFINE_LEARNING_RATE = 0.01
 GRID_LEARNING_RATE = 2e-3
 GRID = (8, 16, 16)  # cells by brightness, y and x
 TOTAL_VARIATION_WEIGHT = 10.0
-# In the loss, of the squares of what a photo's matrix is off the identity: what all share is else free, and the model
-# can be as dark or bright as it likes. Far below what photos say of their differences.
-IDENTITY_WEIGHT = 0.05
 BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 
 
@@ -32,7 +29,13 @@ class Place(NamedTuple):
 
 
 class Exposure(TrainedModule):
-    """Train a transform of colours for each photo."""
+    """Train a transform of colours for each photo, which says how it differs from the other photos.
+
+    What all have in common no photo tells from the scene: it is left to the model, which else may become as dark or
+    bright as it likes. So the mean of the trained photos' matrices is the identity after each step.
+    """
+
+    levels = 1  # of brightness, each with matrices of its own
 
     @abstractmethod
     def forward(self, colors: Tensor, rows: Tensor, place: Place) -> Tensor:
@@ -44,10 +47,14 @@ class Exposure(TrainedModule):
             place: Where the pixels lie.
         """
 
-    def penalty(self, rows: Tensor) -> Tensor:
-        """Return the weighted mean of how far the step's matrices are off the identity, by the sum of squares."""
-        matrices = rows.reshape(len(rows), 12, -1)  # [U, 12, cells]
-        return IDENTITY_WEIGHT * (matrices - torch.eye(3, 4).to(rows).view(12, 1)).square().sum(dim=1).mean()
+    def update(self) -> None:
+        """Do as `TrainedModule.update`, and take from all trained photos what their matrices have in common."""
+        super().update()
+        rows, trained = self.get_buffer("rows"), self.last_step > 0  # the others are the identity
+        means = rows.mean(dim=0).view(12, self.levels, -1)  # [12, levels, cells]
+        off = means.mean(dim=2, keepdim=True) - torch.eye(3, 4).to(rows).view(12, 1, 1)
+        common = off.expand_as(means).reshape(1, -1) * (len(rows) / trained.sum().clamp(min=1))
+        rows.addcmul_(trained[:, None].to(rows), common, value=-1)  # in place
 
 
 class AffineExposure(Exposure):
@@ -68,6 +75,8 @@ class AffineExposure(Exposure):
 
 class BilateralGrid(Exposure):
     """Train a grid of 3x4 matrices for each photo, by place in it and brightness (arXiv 2406.00448)."""
+
+    levels = GRID[0]
 
     def __init__(self, names: Sequence[str], training: Training) -> None:
         """
@@ -92,9 +101,9 @@ class BilateralGrid(Exposure):
         return transformed(colors, matrices)
 
     def penalty(self, rows: Tensor) -> Tensor:
-        """Return what every exposure has, and the total variation loss of the step's grids [U, 12, 8, 16, 16]."""
+        """Return the total variation loss of the step's grids [U, 12, 8, 16, 16]."""
         differences = (rows.diff(dim=axis).square().mean() for axis in (2, 3, 4))
-        return super().penalty(rows) + TOTAL_VARIATION_WEIGHT * sum(differences, start=rows.new_zeros(()))
+        return TOTAL_VARIATION_WEIGHT * sum(differences, start=rows.new_zeros(()))
 
 
 def transformed(colors: Tensor, matrices: Tensor) -> Tensor:
