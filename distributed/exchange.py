@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -37,19 +38,20 @@ class PairExchange:
     absgrad: bool = False  # whether the backward pass sets `means2d.absgrad` at home, as the rasterizer does
 
     def __call__(self, projection: Projection, features: Tensor) -> tuple[Projection, Tensor]:
-        p, W, B = projection, self.ranks.size, self.num_cameras
-        counts = torch.bincount(p.camera_ids, minlength=W * B)  # [W B] pairs that go, by the camera that they are for
-        coming = self.ranks.all_to_all(counts, [B] * W, [B] * W).view(W, B)  # by the rank that they are from
-        sent, received = torch.stack([counts.view(W, B).sum(dim=1), coming.sum(dim=1)]).tolist()  # waits for the device
-        route = _Route(self.ranks, sent, received, _by_camera(coming), self.absgrad)
+        p = projection
+        going, coming = self._counts(p.camera_ids)
+        sent, received, per_camera = [*map(sum, going)], [*map(sum, coming)], [*map(sum, zip(*coming, strict=True))]
+        order = _by_camera(coming, p.camera_ids.device)
+        route = _Route(self.ranks, sent, received, order, self.absgrad)
 
         means2d, conics, opacities, features, depths, radii = _Exchange.apply(
             route, p.means2d, p.conics, p.opacities, features, p.depths, p.radii
         )
         if self.absgrad and means2d.requires_grad:
             route.home, route.drawn = p.means2d, means2d
-        per_camera = coming.sum(dim=0)  # [B]
-        camera_ids = torch.arange(B, device=means2d.device).repeat_interleave(per_camera, output_size=len(means2d))
+        camera_ids = p.camera_ids.new_empty(len(means2d))
+        for camera, ids in enumerate(camera_ids.split(per_camera)):
+            ids.fill_(camera)
         drawn = Projection(
             camera_ids=camera_ids,
             gaussian_ids=torch.zeros_like(camera_ids),  # their numbers at home mean nothing here
@@ -58,9 +60,23 @@ class PairExchange:
             depths=depths,
             conics=conics,
             opacities=opacities,
-            row_offsets=torch.cat([per_camera.new_zeros(1), per_camera.cumsum(dim=0)]),
+            row_offsets=None if camera_ids.is_cuda else torch.tensor([0, *accumulate(per_camera)]),
         )
         return drawn, features
+
+    def _counts(self, camera_ids: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Count the pairs of each camera that go to each rank and come from it, [W][B]; waits for the device, once.
+
+        Args:
+            camera_ids: [S] ascending.
+        """
+        W, B = self.ranks.size, self.num_cameras
+        ends = torch.searchsorted(camera_ids, torch.arange(W * B + 1, device=camera_ids.device))  # where each begins
+        table = camera_ids.new_empty(2, W * B)
+        torch.sub(ends[1:], ends[:-1], out=table[0])
+        self.ranks.all_to_all(table[0], [B] * W, [B] * W, result=table[1])
+        going, coming = table.view(2, W, B).tolist()
+        return going, coming
 
 
 @dataclass
@@ -119,14 +135,20 @@ class _Exchange(torch.autograd.Function):
         return None, v_means2d, v_conics, v_opacities.squeeze(1), v_features, None, None
 
 
-def _by_camera(coming: Tensor) -> Tensor | None:
+def _by_camera(coming: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
     """Return the order [R] that puts pairs, which come rank by rank, camera after camera; None where they are so.
 
     Args:
-        coming: [W, B] counts of pairs by rank and camera.
+        coming: [W][B] counts of pairs by rank and camera.
+        device: Where the pairs are.
     """
-    W, B = coming.shape
-    if B == 1:
+    num_ranks, num_cameras = len(coming), len(coming[0])
+    if num_cameras == 1:
         return None
-    cameras = torch.arange(B, device=coming.device).repeat(W).repeat_interleave(coming.flatten())  # [R]
-    return cameras.argsort(stable=True)
+    ends = [*accumulate(chain(*coming))]
+    ranges = [
+        torch.arange(end - count, end, device=device)
+        for camera in range(num_cameras)
+        for end, count in ((ends[rank * num_cameras + camera], coming[rank][camera]) for rank in range(num_ranks))
+    ]
+    return torch.cat(ranges)
