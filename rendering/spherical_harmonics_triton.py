@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16
+CHAINED = 1024  # pairs, by a program that chains them
 
 
 class Harmonics:
@@ -74,10 +75,15 @@ class _Coefficients(torch.autograd.Function):
         v_colors, (means, camera_positions, camera_ids, gaussian_ids) = owed.v_colors, owed.views
         owed.v_colors, owed.views = None, ()
         v_sh0, v_shN = means.new_zeros(shape0), None if shapeN is None else means.new_zeros(shapeN)
-        if len(gaussian_ids):
+        if len(gaussian_ids) and len(camera_positions) == 1:
             _backward_coeffs[_grid(gaussian_ids)](
                 means, camera_positions, camera_ids, gaussian_ids, v_colors, *_rows(v_sh0, v_shN),
-                len(gaussian_ids), BANDS=ctx.bands, ONE_CAMERA=len(camera_positions) == 1, ROWS=ROWS,
+                len(gaussian_ids), BANDS=ctx.bands, ROWS=ROWS,
+            )  # fmt: skip
+        elif len(gaussian_ids):
+            _backward_chained_coeffs[_grid(means)](
+                means, camera_positions, camera_ids, *_chains(gaussian_ids, len(means)), v_colors,
+                *_rows(v_sh0, v_shN), len(means), BANDS=ctx.bands, ROWS=ROWS,
             )  # fmt: skip
         return None, None, v_sh0, v_shN
 
@@ -120,8 +126,26 @@ class _Colors(torch.autograd.Function):
         return means.new_empty(0), None, None, v_means, None, None, v_positions, None, None
 
 
-def _grid(gaussian_ids: Tensor) -> tuple[int]:
-    return (triton.cdiv(len(gaussian_ids), ROWS),)
+def _chains(gaussian_ids: Tensor, num_gaussians: int) -> tuple[Tensor, Tensor]:
+    """Chain the pairs of each Gaussian, in any order.
+
+    Args:
+        gaussian_ids: [nnz], of the pairs.
+        num_gaussians: N.
+
+    Returns:
+        The first pair of each Gaussian [N] int32, and the one behind each pair [nnz] int32; -1 where there is none.
+    """
+    first = torch.full((num_gaussians,), -1, dtype=torch.int32, device=gaussian_ids.device)
+    following = torch.empty_like(gaussian_ids, dtype=torch.int32)
+    _chain[(triton.cdiv(len(gaussian_ids), CHAINED),)](
+        gaussian_ids, first, following, len(gaussian_ids), CHAINED=CHAINED
+    )
+    return first, following
+
+
+def _grid(rows: Tensor) -> tuple[int]:
+    return (triton.cdiv(len(rows), ROWS),)
 
 
 def _rows(sh0: Tensor, shN: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
@@ -146,11 +170,18 @@ def _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS: t
     valid = row < num_pairs
     gaussian = tl.load(gaussian_ids + row, mask=valid, other=0)
     camera = tl.load(camera_ids + row, mask=valid, other=0)
+    x, y, z, inverse = _towards(means, gaussian, camera_positions, camera)
+    return row, valid, gaussian, x, y, z, inverse
+
+
+@triton.jit
+def _towards(means, gaussian, camera_positions, camera):
+    """Return the unit vectors from cameras towards Gaussians, and one over their distance; all [ROWS, 1]."""
     x = tl.load(means + gaussian * 3) - tl.load(camera_positions + camera * 3)
     y = tl.load(means + gaussian * 3 + 1) - tl.load(camera_positions + camera * 3 + 1)
     z = tl.load(means + gaussian * 3 + 2) - tl.load(camera_positions + camera * 3 + 2)
     inverse = 1.0 / tl.sqrt(tl.maximum(x * x + y * y + z * z, 1e-24))
-    return row, valid, gaussian, x * inverse, y * inverse, z * inverse, inverse
+    return x * inverse, y * inverse, z * inverse, inverse
 
 
 @triton.jit
@@ -246,16 +277,58 @@ def _forward(
 @triton.jit(do_not_specialize=["num_pairs"])
 def _backward_coeffs(
     means, camera_positions, camera_ids, gaussian_ids, v_colors, v_sh0, stride0, v_shN, strideN, num_pairs,
-    BANDS: tl.constexpr, ONE_CAMERA: tl.constexpr, ROWS: tl.constexpr,
+    BANDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row, valid, gaussian, x, y, z, _ = _pairs(means, camera_positions, camera_ids, gaussian_ids, num_pairs, ROWS)
     column = tl.arange(0, 64)[None, :]
-    band, channel = column // 3, column % 3
-    used = valid & (band < BANDS)
-    v_coeffs = tl.load(v_colors + row * 3 + channel, mask=used, other=0.0) * _basis(x, y, z, band)  # [ROWS, 64]
-    first, others = used & (column < 3), used & (column >= 3)
-    _add(v_sh0 + gaussian * stride0 + column, v_coeffs, first, ONE_CAMERA)
-    _add(v_shN + gaussian * strideN + column - 3, v_coeffs, others, ONE_CAMERA)
+    used = valid & (column // 3 < BANDS)
+    v_coeffs = _coeffs_gradient(v_colors, row, x, y, z, column, used)
+    _store_coeffs(v_sh0, stride0, v_shN, strideN, gaussian, column, v_coeffs, used)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _chain(gaussian_ids, first, following, num_pairs, CHAINED: tl.constexpr):
+    pair = tl.program_id(0) * CHAINED + tl.arange(0, CHAINED)
+    inside = pair < num_pairs
+    gaussian = tl.load(gaussian_ids + pair, mask=inside, other=0)
+    before = tl.atomic_xchg(first + gaussian, pair, mask=inside, sem="relaxed")
+    tl.store(following + pair, before, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_gaussians"])
+def _backward_chained_coeffs(
+    means, camera_positions, camera_ids, first, following, v_colors, v_sh0, stride0, v_shN, strideN, num_gaussians,
+    BANDS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sum over the pairs of each Gaussian, each row being written once: 48 atomic additions a pair take four times as
+    long.
+    """
+    gaussian = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = gaussian < num_gaussians
+    column = tl.arange(0, 64)[None, :]
+    v_coeffs = tl.zeros([ROWS, 64], v_sh0.dtype.element_ty)
+    pair = tl.load(first + gaussian, mask=inside, other=-1)  # [ROWS, 1]
+    used = (pair >= 0) & (column // 3 < BANDS)  # others are zero already
+    row = tl.where(inside, gaussian, 0)
+    while tl.max(pair) >= 0:
+        there = pair >= 0
+        camera = tl.load(camera_ids + pair, mask=there, other=0)
+        x, y, z, _ = _towards(means, row, camera_positions, camera)
+        v_coeffs += _coeffs_gradient(v_colors, pair, x, y, z, column, used & there)
+        pair = tl.load(following + pair, mask=there, other=-1)
+    _store_coeffs(v_sh0, stride0, v_shN, strideN, gaussian, column, v_coeffs, used)
+
+
+@triton.jit
+def _coeffs_gradient(v_colors, pair, x, y, z, column, used):
+    """Return the gradient [ROWS, 64] of coefficients by pairs [ROWS, 1]; column = 3 band + channel."""
+    return tl.load(v_colors + pair * 3 + column % 3, mask=used, other=0.0) * _basis(x, y, z, column // 3)
+
+
+@triton.jit
+def _store_coeffs(v_sh0, stride0, v_shN, strideN, gaussian, column, v_coeffs, used):
+    tl.store(v_sh0 + gaussian * stride0 + column, v_coeffs, mask=used & (column < 3))
+    tl.store(v_shN + gaussian * strideN + column - 3, v_coeffs, mask=used & (column >= 3))
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

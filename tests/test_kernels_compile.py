@@ -66,7 +66,8 @@ def launch_culling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     for degree in (0, 3):
-        test_spherical_harmonics_triton.test_colors_and_gradients_equal_the_native_ones(1, degree, 2)
+        for num_cameras in (1, 2):
+            test_spherical_harmonics_triton.test_colors_and_gradients_equal_the_native_ones(num_cameras, degree, 2)
     test_losses.test_interpreted_triton_kernels_equal_torch()
 
 
