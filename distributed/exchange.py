@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from distributed.mesh import Ranks
+from offload.backends import kernels_for
 from rendering.projection import Projection
 
 
@@ -45,7 +47,13 @@ class PairExchange:
         route = _Route(self.ranks, sent, received, order, self.absgrad)
 
         means2d, conics, opacities, features, depths, radii = _Exchange.apply(
-            route, p.means2d, p.conics, p.opacities, features, p.depths, p.radii
+            route,
+            p.means2d,
+            p.conics,
+            p.opacities,
+            features,
+            p.depths,
+            p.radii,  # exact up to 2^24 pixels
         )
         if self.absgrad and means2d.requires_grad:
             route.home, route.drawn = p.means2d, means2d
@@ -91,48 +99,43 @@ class _Route:
     home: Tensor | None = None  # means2d as they go
     drawn: Tensor | None = None  # and as they come, of which the rasterizer sets the absolute gradients
 
-    def go(self, pairs: Tensor) -> Tensor:
-        """Send columns [S, D] of pairs out; returns [R, D]."""
-        came = self.ranks.all_to_all(pairs, self.sent, self.received)
-        return came if self.order is None else came.index_select(0, self.order)
-
-    def come_home(self, pairs: Tensor) -> Tensor:
-        """Send columns [R, D] of pairs back to where they are from; returns [S, D]."""
-        if self.order is not None:
-            pairs = torch.empty_like(pairs).index_copy_(0, self.order, pairs)
-        return self.ranks.all_to_all(pairs, self.received, self.sent)
-
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, route, means2d, conics, opacities, features, depths, radii):
-        columns = (means2d, conics, opacities[:, None], features, depths[:, None], radii.to(means2d.dtype))
-        widths = [column.shape[1] for column in columns]  # radii are exact up to 2^24 pixels
-        came = route.go(torch.cat(columns, dim=1)).split(widths, dim=1)
-        means2d, conics, opacities, features, depths, radii = (
-            column.clone(memory_format=torch.contiguous_format) for column in came
-        )
-        opacities, depths, radii = opacities.squeeze(1), depths.squeeze(1), radii.to(torch.int32)
-        ctx.route, ctx.widths = route, widths[:4]
-        ctx.mark_non_differentiable(depths, radii)  # of which the order and the tiles follow
-        return means2d, conics, opacities, features, depths, radii
+    def forward(ctx, route, *columns):
+        kernels = _kernels(columns[0])
+        came = route.ranks.all_to_all(kernels.pack(columns, None), route.sent, route.received)
+        drawn = _as_many(came, columns)
+        kernels.unpack(came, drawn, route.order)
+        ctx.route = route
+        ctx.mark_non_differentiable(*drawn[4:])  # of which the order and the tiles follow
+        return tuple(drawn)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, v_means2d, v_conics, v_opacities, v_features, _depths, _radii):
-        route, widths = ctx.route, ctx.widths
-        gradients = [v_means2d, v_conics, v_opacities[:, None], v_features]
+    def backward(ctx, *v_drawn):
+        route, leaving = ctx.route, [*v_drawn[:4]]
         if route.absgrad:
-            gradients.append(route.drawn.absgrad)
-            widths = [*widths, 2]
-        pairs = torch.cat(gradients, dim=1)
-        spoiled = route.ranks.largest((~pairs.isfinite().all()).to(torch.uint8))
-        came = route.come_home(pairs).div_(route.ranks.size).masked_fill_(spoiled.bool(), torch.nan)
-        v_means2d, v_conics, v_opacities, v_features, *absolute = came.split(widths, dim=1)
+            leaving.append(route.drawn.absgrad)
+        kernels, spoiled = _kernels(leaving[0]), torch.zeros((), dtype=torch.uint8, device=leaving[0].device)
+        pairs = kernels.pack(leaving, route.order, spoiled)
+        spoiled = route.ranks.largest(spoiled)
+        came = route.ranks.all_to_all(pairs, route.received, route.sent)
+        v_columns = _as_many(came, leaving)
+        kernels.unpack(came, v_columns, None, route.ranks.size, spoiled)
         if route.absgrad:
-            route.home.absgrad = absolute[0]
+            route.home.absgrad = v_columns.pop()
             route.drawn = None  # which holds this node
-        return None, v_means2d, v_conics, v_opacities.squeeze(1), v_features, None, None
+        return None, *v_columns, None, None
+
+
+def _as_many(rows: Tensor, columns: Sequence[Tensor]) -> list[Tensor]:
+    """Return columns of these kinds for as many pairs as there are rows, to be written."""
+    return [column.new_empty(len(rows), *column.shape[1:]) for column in columns]
+
+
+def _kernels(tensor: Tensor) -> ModuleType:
+    return kernels_for(tensor.device, "distributed.pairs")
 
 
 def _by_camera(coming: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:

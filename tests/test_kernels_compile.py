@@ -16,6 +16,7 @@ from tests import (
     test_losses,
     test_named_rows,
     test_overlap,
+    test_pairs,
     test_row_kernels,
     test_spherical_harmonics_triton,
     test_split_planning,
@@ -71,10 +72,17 @@ def launch_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     test_losses.test_interpreted_triton_kernels_equal_torch()
 
 
+def launch_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_pairs.test_columns_come_as_they_went(*HERE, is_ordered=True)
+    test_pairs.test_columns_come_as_they_went(*HERE, is_ordered=False)
+    test_pairs.test_gradients_are_divided_and_marked(*HERE, 0.0)
+
+
 LAUNCHES = {
     launch_row_kernels: ("offload/adam", "offload/models"),
     launch_culling: ("offload/culling", "offload/pipelines"),
     launch_rendering: ("rendering",),
+    launch_exchange: ("distributed",),
 }
 
 
