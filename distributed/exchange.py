@@ -47,13 +47,7 @@ class PairExchange:
         route = _Route(self.ranks, sent, received, order, self.absgrad)
 
         means2d, conics, opacities, features, depths, radii = _Exchange.apply(
-            route,
-            p.means2d,
-            p.conics,
-            p.opacities,
-            features,
-            p.depths,
-            p.radii,  # exact up to 2^24 pixels
+            route, p.means2d, p.conics, p.opacities, features, p.depths, p.radii
         )
         if self.absgrad and means2d.requires_grad:
             route.home, route.drawn = p.means2d, means2d

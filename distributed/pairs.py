@@ -12,7 +12,8 @@ def pack(columns: Sequence[Tensor], places: Tensor | None, spoiled: Tensor | Non
     """Lay the columns of pairs side by side.
 
     Args:
-        columns: [P] or [P, w] each, at most six, of the first one's kind or of integers that it can hold exactly.
+        columns: [P] or [P, w] each, at most six, of the first one's kind or of integers that it can hold exactly, as
+            float32 does up to 2^24.
         places: int64 [P], the row of each pair, of which each is one pair's; None: they are in order.
         spoiled: uint8 scalar, zero, which becomes 1 if some value is not finite; None: nobody asks.
 
