@@ -100,19 +100,18 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
-    @_talking()
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set at some rank."""
-        flags = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(flags)
+        return self.any_of([flag])[0]
 
     @_talking()
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each of some flags, as many everywhere, whether it is set at some rank."""
-        found = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
-        return found.bool().tolist()
+        # Asked at every step while the device may be idle: all tell all at once. A reduction goes around twice.
+        own = torch.tensor([flags] * self.size, dtype=torch.uint8)  # [W, F]
+        of_all = torch.empty_like(own)
+        dist.all_to_all_single(of_all, own, group=self._control)
+        return of_all.bool().any(dim=0).tolist()
 
     @_talking()
     def sums(self, counts: Sequence[int]) -> list[int]:
