@@ -17,6 +17,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from configs import Config
 from datasets.synthetic import write_city_block
@@ -33,6 +34,7 @@ from offload.models.tiled import ViewTile
 from offload.store.layout import GROUP_NAMES, group_shapes
 from offload.tiles.boxes import Tile
 from rendering.losses import photometric_loss
+from rendering.projection import Projection
 from rendering.rasterize import rasterize
 from strategies.mcmc import MCMCStrategy
 from strategies.noise import Noise
@@ -132,6 +134,42 @@ def assert_exchanged(case: str, parts: list[dict[str, Any]], bound: float, devic
     assert torch.equal(pairs[:, order], expected["pairs"])
     assert torch.equal(torch.cat([part["radii"] for part in parts])[order], expected["radii"])
     assert_close(torch.cat([part["on_screen"] for part in parts])[order], expected["on_screen"], bound)
+
+
+class Waits(TorchFunctionMode):
+    """Notes what the host asks of tensors, for which it would have to wait for a GPU."""
+
+    ASKED = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__index__", "__float__", "nonzero", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        name, named = getattr(function, "__name__", ""), named or {}
+        if name in self.ASKED or (name == "repeat_interleave" and "output_size" not in named):
+            self.names.append(name)
+        return function(*arguments, **named)
+
+
+def waits(ranks: Ranks) -> list[str]:
+    """What is waited for in an exchange of some pairs of each camera, there and back."""
+    camera_ids = torch.arange(2 * ranks.size).repeat_interleave(3)  # of two cameras each
+    columns = [torch.rand(len(camera_ids), *shape, requires_grad=True) for shape in ((2,), (3,), (), (3,))]
+    means2d, conics, opacities, features = columns
+    radii, depths = torch.ones(len(camera_ids), 2, dtype=torch.int32), torch.rand(len(camera_ids))
+    pairs = Projection(camera_ids, torch.zeros_like(camera_ids), radii, means2d, depths, conics, opacities)
+    with Waits() as noted:
+        drawn, features = PairExchange(ranks, 2)(pairs, features)
+        sum(values.sum() for values in (drawn.means2d, drawn.conics, drawn.opacities, features)).backward()
+    assert all(torch.equal(column.grad, torch.full_like(column, 1 / ranks.size)) for column in columns)
+    assert torch.equal(drawn.camera_ids, torch.arange(2).repeat_interleave(3 * ranks.size))
+    return noted.names
+
+
+def test_an_exchange_waits_for_the_device_once(group):
+    """For the counts of what goes and what comes."""
+    assert group(2)["waits"] == [["tolist"]] * 2
 
 
 def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
@@ -491,6 +529,7 @@ def trained(
 
 CASES: dict[str, Callable[[Ranks], Any]] = {
     **{name: functools.partial(exchange, **options) for name, options in EXCHANGES.items()},
+    "waits": waits,
     "choices": choices,
     "tiles": tiles,
     "draws": draws,
