@@ -50,7 +50,7 @@ def test_columns_come_as_they_went(kind, device, is_ordered):
 
 
 @pytest.mark.parametrize(("kind", "device"), PLACES)
-@pytest.mark.parametrize("worst", [0.0, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("worst", [0.0, torch.inf, torch.nan])
 def test_gradients_are_divided_and_marked(kind, device, worst):
     """Whether the last value of all, or none, is not finite."""
     module = module_of(kind)
