@@ -293,6 +293,58 @@ def test_what_all_poses_have_moved_in_common():
     np.testing.assert_allclose(found, transform_points(motion, given[:, :3, 3].numpy()), rtol=0, atol=5e-4)
 
 
+def test_what_all_cameras_turn_by_in_common_is_not_followed():
+    """And what each turns by alone is found beside it."""
+    generator, steps, n = torch.Generator().manual_seed(0), 400, 8
+    own = 0.005 * torch.randn(n, 3, generator=generator)
+    own -= own.mean(dim=0)
+    wanted = own + torch.tensor([0.003, -0.001, 0.002])  # as pictures that are drawn too high want it
+    training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
+    in_sight = torch.ones(n).double()
+    poses = Poses(list("abcdefgh"), torch.eye(4).double().repeat(n, 1, 1), in_sight, 3.0, 1e-3, 0.0, training)
+    for step in range(steps):
+        seen_now = torch.tensor([step % n])
+        poses.fetch(seen_now)
+        (50 * (poses.leaf()[:, :3] - wanted[seen_now]).square().sum()).backward()
+        poses.update()
+    found = poses.values(torch.arange(n))[:, :3]
+    torch.testing.assert_close(found.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, own, rtol=0, atol=5e-4)
+
+
+def test_ground_of_opaque_gaussians_is_drawn_too_high_seen_from_aslant():
+    """Nearer ones cover the edges of those behind: why a common turn is nothing to learn from pictures."""
+    width, height, spacing = 64, 48, 0.75
+    generator = torch.Generator().manual_seed(0)
+    line = torch.arange(-30, 30, spacing)
+    places = torch.cartesian_prod(line, line) + spacing * (torch.rand(len(line) ** 2, 2, generator=generator) - 0.5)
+
+    def brightness(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 + 0.2 * torch.sin(x / 1.2) + 0.2 * torch.sin(y / 1.3)
+
+    num = len(places)
+    means = torch.nn.functional.pad(places, (0, 1))
+    scales, quats = torch.tensor([0.5, 0.5, 0.01]).repeat(num, 1), torch.eye(4)[:1].repeat(num, 1)
+    viewmats, aslant = torch.eye(4)[None], math.sqrt(0.5)
+    viewmats[0, :3, :3] = torch.tensor([[1, 0, 0], [0, -aslant, -aslant], [0, aslant, -aslant]])
+    viewmats[0, 2, 3] = 40.0  # in front of it is the middle of the ground
+    K = torch.tensor([[64.0, 0, width / 2], [0, 64.0, height / 2], [0, 0, 1]])
+    colors = brightness(*places.T)[:, None].repeat(1, 3)
+    gaussians = (means, quats, scales, torch.full((num,), 0.95), colors)
+    drawn = rasterize(*gaussians, viewmats, K[None], width, height)[0][0, 12:36, 16:48, 0]
+
+    def misfit(rows_up: float) -> float:
+        down, across = torch.meshgrid(torch.arange(12, 36) + 0.5 + rows_up, torch.arange(16, 48) + 0.5, indexing="ij")
+        rays = torch.stack([(across - width / 2) / 64, (down - height / 2) / 64, torch.ones_like(down)], dim=-1)
+        rays = rays @ viewmats[0, :3, :3]
+        position = -viewmats[0, :3, 3] @ viewmats[0, :3, :3]
+        x, y, _ = (position - rays * (position[2] / rays[..., 2:])).unbind(dim=-1)
+        return float(-torch.corrcoef(torch.stack([drawn.flatten(), brightness(x, y).flatten()]))[0, 1])
+
+    shifts = np.arange(-1.5, 1.55, 0.1)
+    assert 0.4 < shifts[np.argmin([misfit(shift) for shift in shifts])] < 1.4
+
+
 def seen_from_around(num_cameras: int) -> GaussianScene:
     """Gaussians, and cameras that look at them from an arc."""
     scene = random_scene(300, seed=3, n_cameras=num_cameras, width=64, height=48, median_scale=0.1)
@@ -329,10 +381,11 @@ def trained_together(
     truth = scene.viewmats.double()
     photos = draw(scene.means, scene.sh0, scene.viewmats)
     axes = torch.nn.functional.normalize(torch.randn(2, 9, 3, generator=generator), dim=2)
+    axes[0] -= axes[0].mean(dim=0)  # a common turn is left alone
     off = torch.cat([math.radians(0.3) * axes[0], 0.003 * extent * axes[1]], dim=1) * is_off
     training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
     where_they_stand, in_sight = torch.zeros(9).double(), torch.full((9,), distance).double()
-    given = truth[1:] @ torch.linalg.inv(corrections(off, where_they_stand))
+    given = corrections(off, where_they_stand) @ truth[1:]  # each off in its own axes
     poses, every = Poses(list("abcdefghi"), given, in_sight, extent, 1e-3, 1.0, training), torch.arange(9)
     means = (scene.means + 0.02 * torch.randn(300, 3, generator=generator)).requires_grad_()
     sh0 = (0.8 * scene.sh0).requires_grad_()
@@ -371,7 +424,7 @@ def test_a_turn_about_what_is_seen_is_told_from_a_shift():
         trained_together(is_off=True, pose_opt=True, steps=80, relief=0.2, distance=distance)[1]
         for distance in (0.0, 3.5)
     )
-    assert all(after < before / 1.5 for before, after in zip(about_itself, about_the_ground, strict=True)), (
+    assert all(after < before / 1.2 for before, after in zip(about_itself, about_the_ground, strict=True)), (
         about_itself,
         about_the_ground,
     )
