@@ -129,7 +129,7 @@ def directions_of(rng: np.random.Generator, *shape: int) -> Floats:
 
 
 def off(view: View, axis: Floats, direction: Floats) -> View:
-    """Return a view that is turned by `TURNED` times an axis [3] of its own, and moved by `MOVED` times a direction [3]."""
+    """Return a view turned by `TURNED` times an axis [3], in its axes, and moved by `MOVED` times a direction [3]."""
     turn = Rotation.from_rotvec(np.radians(TURNED) * axis).as_matrix()
     return View(turn @ view.rotation, view.position + MOVED * direction)
 

@@ -5,11 +5,11 @@ come to, and badly which of them it was. Adam, which steps along each number by 
 So a camera turns about what it looks at: a turn is then what is told badly, and a shift what is told well.
 
 What all cameras turn by in common, each in its own axes, is told worst of all, since the Gaussians bend to it, and what
-they look like is no good witness: of Gaussians on level ground seen from aslant the nearer cover edges of those behind,
-so that all is drawn too high in the picture, by up to a pixel (`tests/test_modules.py`). Cameras that were given rightly
-all turned upwards to make up for it, by 0.17 degrees or half a pixel in 2,000 steps on photos of 160x120; held-out
-photos, which nobody turned, lost 3 dB. What is wrong with the poses of many photos has next to no common turn, and a
-lens's principal point stands for one. So corrections keep none.
+is told is wrong: of opaque Gaussians on level ground seen from aslant the nearer cover edges of those behind, so that
+all is drawn too high in the picture, by up to a pixel (`tests/test_modules.py`). To make up for it cameras that were
+given rightly all turned upwards, by 0.17 degrees or half a pixel in 2,000 steps on photos of 160x120, and held-out
+photos, which had no such turn, lost 3 dB. Errors of their own n cameras have 1 / sqrt(n) of a common turn, and a lens's
+principal point stands for one. So corrections have none.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Poses(TrainedModule):
     """
 
     by_row = (*TrainedModule.by_row, "distances")
+    rows: Tensor  # [n, 6]
     distances: Tensor  # [n, 1] float64, how far in front of each camera that place is
     common_gradient: Tensor  # [3] of turns, the mean over about the last epoch
 
