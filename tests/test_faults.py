@@ -295,7 +295,7 @@ def test_results_that_cannot_be_written_cost_no_training(monkeypatch, city_block
 
     for name in ("save_ply", "save_statistics", "save_rendering"):
         monkeypatch.setattr(f"training.results.ResultFolder.{name}", fail)
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    monkeypatch.setattr("training.event_log.EventLog.add_scalar", fail)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 20, "--log_every", 10) == 1
     said = capsys.readouterr()
     for what in ("The PLY file of step 20", "The evaluation of step 20", "The statistics of step 20"):

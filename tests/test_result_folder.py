@@ -380,7 +380,7 @@ def test_a_log_that_cannot_be_begun_is_one_sentence(monkeypatch, city_block, tmp
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.results.SummaryWriter", full)
+    monkeypatch.setattr("training.results.EventLog", full)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path / "run", "--max_steps", 2) == 2
     error = capsys.readouterr().err
     assert "cannot be written (No space left on device): choose another --result_dir" in error

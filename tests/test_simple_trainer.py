@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 import simple_trainer
 from strategies import ops
 from training import command_line
 from training.checkpoints import load_checkpoint
+from training.event_log import EventLog
 from training.ply import load_ply
 
 
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint(monkeypatch, city_block, 
         if tag == "train/loss" and step == 20:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", press_ctrl_c)
+    monkeypatch.setattr(EventLog, "add_scalar", press_ctrl_c)
     before = signal.getsignal(signal.SIGINT)
     options = ("--max_steps", 1000, "--log_every", 10)
     assert train(monkeypatch, city_block, tmp_path, *options) == 0
@@ -156,7 +156,7 @@ def test_a_picture_that_vanishes_during_training_costs_nothing(monkeypatch, city
     def remove_pictures(self, tag: str, value: float, step: int) -> None:
         shutil.rmtree(data_dir / "images", ignore_errors=True)
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", remove_pictures)
+    monkeypatch.setattr(EventLog, "add_scalar", remove_pictures)
     options = ("--max_steps", 1000, "--log_every", 10)
     assert train(monkeypatch, data_dir, tmp_path / "results", *options) == 1
     message = capsys.readouterr().err.splitlines()[-1]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from datasets.synthetic import write_city_block
 from tests.training_scripts import slow_but, train
 from trainers import TRAINERS
 from training import tiles
+from training.event_log import EventLog
 
 LIBC = ctypes.CDLL(None)
 CONSTANT_NUMBER = ("--refine_start_iter", 10**6, "--sh_degree_interval", 1, "--log_every", 10)
@@ -55,7 +55,7 @@ def log(monkeypatch) -> Iterator[dict[str, dict[int, float]]]:
             gc.collect()
             logged["allocated_bytes"][step] = allocated_bytes()
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
+    monkeypatch.setattr(EventLog, "add_scalar", add_scalar)
     yield logged
     gc.unfreeze()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from reporting.charts import Curve
+from training.event_log import read_scalars
 
 # TensorBoard tags that become curves, by the name the report gives them.
 CURVES = {
@@ -119,30 +119,26 @@ def _latest(folder: Path, kind: str, last: int) -> tuple[int, dict]:
 
 def _read_curves(folder: Path) -> dict[str, Curve]:
     """Return every scalar in tb/, by tag; of a run that was begun anew, what came before the step it began at."""
-    if not any((folder / "tb").glob("*tfevents*")):
-        return {}
-    accumulator = EventAccumulator(str(folder / "tb"), size_guidance={SCALARS: 0})  # 0: all of them
-    accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    clock = accumulator.Scalars(ELAPSED) if ELAPSED in tags else []
-    walls = [event.wall_time for event in clock]
+    logged = read_scalars(folder / "tb")
+    clock = logged.get(ELAPSED, [])
+    walls = [entry.wall_time for entry in clock]
+    began = min((entry.wall_time for entries in logged.values() for entry in entries), default=0.0)
 
     def seconds(wall_time: float) -> float:
         if not clock:
-            return wall_time - accumulator.FirstEventTimestamp()
+            return wall_time - began
         after = bisect_right(walls, wall_time)
-        nearest = min(clock[max(after - 1, 0) : after + 1], key=lambda event: abs(event.wall_time - wall_time))
+        nearest = min(clock[max(after - 1, 0) : after + 1], key=lambda entry: abs(entry.wall_time - wall_time))
         return max(nearest.value + wall_time - nearest.wall_time, 0.0)
 
-    curves = {}
-    for tag in tags:
-        events = accumulator.Scalars(tag)
-        curves[tag] = Curve(
-            steps=[event.step for event in events],
-            seconds=[seconds(event.wall_time) for event in events],
-            values=[event.value for event in events],
+    return {
+        tag: Curve(
+            steps=[entry.step for entry in entries],
+            seconds=[seconds(entry.wall_time) for entry in entries],
+            values=[entry.value for entry in entries],
         )
-    return curves
+        for tag, entries in logged.items()
+    }
 
 
 def _mean_of_logged_stages(curves: Mapping[str, Curve]) -> dict[str, float]:

@@ -70,7 +70,6 @@ def write_report(run: TrainingRun, ending: Ending | None) -> None:
 
 def _page(run: TrainingRun, ending: Ending | None) -> str:
     folder = run.results.path
-    run.results.flush_log()
     measured = read_measured(folder, run.last_step)
     stages = charts.stage_colors([measured.stages_ms])
     found = findings(folder, _steps_had(run))

@@ -127,7 +127,7 @@ class TensorBoardLog:
         if steps_done % run.cfg.log_every == 0:
             with run.results.missed_if_unwritable("The log", was_asked_for=False):
                 for tag, value in self._scalars(run, loss):
-                    run.results.tensorboard.add_scalar(tag, value, steps_done)
+                    run.results.log.add_scalar(tag, value, steps_done)
 
     def _scalars(self, run: TrainingRun, loss: Tensor) -> Iterator[tuple[str, float]]:
         yield "train/loss", loss.item()
@@ -288,7 +288,7 @@ class Evaluation:
         results.save_statistics("val", steps, statistics)
         for key in ("psnr", "ssim", "lpips", "cc_psnr", "cc_ssim", "cc_lpips"):
             if statistics.get(key) is not None:
-                results.tensorboard.add_scalar(f"val/{key}", statistics[key], steps)
+                results.log.add_scalar(f"val/{key}", statistics[key], steps)
         results.log_renderings(steps, len(statistics["images"]))
         lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
         corrected = f" ({statistics['cc_psnr']:.2f} with corrected colours)" if "cc_psnr" in statistics else ""

@@ -14,7 +14,6 @@ import imageio.v3 as imageio
 import numpy as np
 import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from configs import Config
@@ -22,6 +21,8 @@ from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
 from training.ending import ENDED, forget_ending
+from training.event_log import FILES as LOGS
+from training.event_log import EventLog
 from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
 from training.ply import save_ply
@@ -41,7 +42,7 @@ BESIDE_RESULTS = (
     *("stats/val_step*.json", "ply/point_cloud_*.json", "renders/val_step*.png"),
     *(f"videos/{name}_*.mp4" for name in NAMES),
     *(f"{POSES}/{name}" for name in POSE_FILES),
-    *("report.html", VIDEO, f"{FRAMES}/step_*.jpg", "tb/events.out.tfevents.*", "*/partial_*", f"{FRAMES}/partial_*"),
+    *("report.html", VIDEO, f"{FRAMES}/step_*.jpg", f"tb/{LOGS}", "*/partial_*", f"{FRAMES}/partial_*"),
 )
 
 
@@ -80,12 +81,12 @@ class ResultFolder:
     Attributes:
         path: The folder.
         checkpoints: Those in ckpts/.
-        tensorboard: Writes to tb/; there since `begin`.
+        log: Writes to tb/; there since `begin`.
         has_begun: Whether the run may change what lies there.
         missed: What could not be written, and why.
     """
 
-    tensorboard: SummaryWriter
+    log: EventLog
 
     def __init__(self, cfg: Config, ranks: Ranks | None = None) -> None:
         """Take the folder; nothing that lies in it changes before `begin`.
@@ -138,7 +139,7 @@ class ResultFolder:
         if first_step is not None:
             self._write_options()
         # What the run before had logged from this step on is forgotten: it is done once more.
-        self.tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=first_step + 1 if first_step else None)
+        self.log = EventLog(self.path / "tb", first_step + 1 if first_step else None)
         self._is_logging = True
 
     def make_again(self) -> bool:
@@ -173,8 +174,8 @@ class ResultFolder:
             self.checkpoints.path = self.path / "ckpts"
             self._write_options()
             with contextlib.suppress(OSError):
-                self.tensorboard.close()
-            self.tensorboard = SummaryWriter(str(self.path / "tb"))
+                self.log.close()
+            self.log = EventLog(self.path / "tb")
         except OSError as error:
             if not self._is_missing:
                 tqdm.write(f"{said}, and cannot be made again ({error}).")
@@ -189,7 +190,7 @@ class ResultFolder:
         self.checkpoints.close()
         if self._is_logging:
             with contextlib.suppress(OSError):  # the log is not worth an error at the very end
-                self.tensorboard.close()
+                self.log.close()
         self._give_back()
 
     @contextlib.contextmanager
@@ -244,11 +245,6 @@ class ResultFolder:
         content = imageio.imwrite("<bytes>", canvas, extension=".png", compress_level=1)
         write_file(self.path / "renders" / f"val_step{steps}_{index:04d}.png", content)
 
-    def flush_log(self) -> None:
-        """Have all that was logged in the files of tb/, for others to read."""
-        if self._is_logging:
-            self.tensorboard.flush()
-
     def log_renderings(self, steps: int, count: int) -> None:
         """Show a few of the pictures of `save_rendering` in TensorBoard, the same ones at every evaluation.
 
@@ -259,7 +255,7 @@ class ResultFolder:
         for index in range(0, count, count // MOST_LOGGED + 1):
             path = self.path / "renders" / f"val_step{steps}_{index:04d}.png"
             if path.is_file():  # and not one that a mask hides
-                self.tensorboard.add_image(f"val/{index:04d}", imageio.imread(path), steps, dataformats="HWC")
+                self.log.add_picture(f"val/{index:04d}", imageio.imread(path), steps)
 
     @property
     def _leads(self) -> bool:
