@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from errors import InputError, NotEnoughMemory
 
 
 class ParameterError(InputError):
     """A value that cannot be used, in a sentence that names parameters and can name options in their place."""
 
-    def __init__(self, sentence: str) -> None:
+    def __init__(self, sentence: str, remedy: Mapping[str, str] = MappingProxyType({})) -> None:
         """
         Args:
             sentence: For the user, with each parameter that it names in braces.
+            remedy: Values of parameters with which it can be tried again, as they are given; empty: none are known.
         """
         super().__init__(sentence.format_map(_Names("")))
         self._sentence = sentence
+        self.remedy = remedy
 
     def of_options(self) -> str:
         """Name the options of the command line in place of the parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.pipelines.forwarded import shared_positions
 from offload.pipelines.tiled import TiledPipeline
+from offload.tiles.budget import MemoryBudget
 from offload.tiles.planner import TilePlanner
 from tests.training_scripts import DENSIFICATION, MCMC, NO_DENSIFICATION, differences, train
 from training import command_line
@@ -144,7 +146,9 @@ def test_a_budget_trains_the_same_model(monkeypatch, city_block, tmp_path, parts
         (("--split_threshold", "nan"), "--split_threshold is nan"),
         (("--split_threshold", 0.3, "--device_memory_budget", "6GiB"), "exclude each other"),
         (("--device_memory_budget", "much"), "--device_memory_budget is 'much', but must be a size such as 6GiB"),
-        (("--device_memory_budget", "50 kB"), "the geometry of 500 Gaussians alone takes 1 MiB"),
+        (("--device_memory_budget", "6"), "budget is 6, which is 6 bytes: give a unit; units are B, KB"),
+        (("--device_memory_budget", "50 kB"), "is 48.83 KiB, but the geometry of 500 Gaussians alone takes 1 MiB"),
+        (("--device_memory_budget", "50000"), "is 48.83 KiB, but the geometry of 500 Gaussians alone takes 1 MiB"),
         (("--device_memory_budget", "300 kB"), "however it is split: give it at least"),
     ],
     ids=str,
@@ -168,6 +172,29 @@ def test_the_smallest_budget_that_is_named_suffices(monkeypatch, city_block, tmp
     assert max(parts) > 1
 
 
+def test_a_budget_that_becomes_too_small_is_not_suggested_again(monkeypatch, city_block, tmp_path, capsys):
+    data = ("--data_dir", city_block, "--result_dir", tmp_path, "--max_steps", 6, "--device_memory_budget=2.4 MB")
+    plan, calls = MemoryBudget.plan, []
+
+    def shrinking(self, *arguments, **options):
+        calls.append(self)
+        self.budget = 300_000 if len(calls) > 3 else self.budget
+        return plan(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBudget, "plan", shrinking)
+        printed = run(patch, capsys, SPLIT, *data)
+    least = printed.partition("give it at least ")[2].partition(".")[0].replace(" ", "")
+    words = shlex.split(printed.partition("Continue with: ")[2].splitlines()[0])
+    assert least.endswith("MiB")
+    assert words[-3:] == ["--device_memory_budget", least, "--resume"]
+    assert "2.4" not in " ".join(words)
+    commands = (tmp_path / "report.html").read_text().partition("Machine and commands</h2>")[2]
+    assert "2.4 MB" not in commands
+    assert commands.count(f"--device_memory_budget {least}") == 3  # to begin anew, to go on, to evaluate
+    assert "Step 6" in run(monkeypatch, capsys, SPLIT, *words[words.index("default") + 1 :])
+
+
 def test_pictures_too_small_to_be_cut(monkeypatch, tmp_path, parts, capsys):
     write_city_block(tmp_path / "data", num_views=6, width=64, height=48, num_points=200)
     data = ("--data_dir", tmp_path / "data", "--result_dir", tmp_path / "results", "--max_steps", 3)
@@ -186,7 +213,7 @@ def test_sizes(text, expected):
     assert parse_bytes(text, "--option") == expected
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "6G", "6 apples", "-1GB", "0", "1..5GB", "ib", "3ib", "1e999GB"])
+@pytest.mark.parametrize("text", ["", "GiB", "6G", "6 apples", "6", "1023", "-1GB", "0", "1..5GB", "3ib", "1e999GB"])
 def test_no_sizes(text):
     with pytest.raises(InputError, match="--option is"):
         parse_bytes(text, "--option")

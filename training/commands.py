@@ -6,17 +6,23 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from configs import Config
 from distributed.mesh import is_one_of_several, local_ranks
 from trainers import Smaller
 
 
-def train_command() -> str:
-    """Return the command that begins this run anew: the one that started it, without --resume and --force."""
-    return shlex.join([_interpreter(), *_words("resume", "force")])
+def train_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the command that begins this run anew: the one that started it, without --resume and --force.
+
+    Args:
+        changes: Values of options in place of those that were given.
+    """
+    return shlex.join([_interpreter(), *_words("resume", "force", *changes), *_given(changes)])
 
 
 def script_command(name: str, *arguments: str) -> str:
@@ -24,15 +30,15 @@ def script_command(name: str, *arguments: str) -> str:
     return shlex.join([_interpreter(), str(Path(__file__).parents[1] / name), *arguments])
 
 
-def resume_command() -> str:
-    """Return the command that continues this run: the one that started it, and --resume."""
-    return _command(_words("resume", "force", "init_ckpt"))
+def resume_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the command that continues this run: the one that started it, and --resume; else as `train_command`."""
+    return _command([*_words("resume", "force", "init_ckpt", *changes), *_given(changes)])
 
 
-def evaluate_command(checkpoint: Path) -> str:
-    """Return the command that evaluates a checkpoint with the options of this run."""
-    words = _words("resume", "force", "init_ckpt", "ckpt", "timelapse", "viewer", "viewer_host")
-    return shlex.join([_interpreter(), *words, "--ckpt", str(checkpoint)])
+def evaluate_command(checkpoint: Path, changes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the command that evaluates a checkpoint with the options of this run; else as `train_command`."""
+    words = _words("resume", "force", "init_ckpt", "ckpt", "timelapse", "viewer", "viewer_host", *changes)
+    return shlex.join([_interpreter(), *words, *_given(changes), "--ckpt", str(checkpoint)])
 
 
 def _words(*without: str) -> list[str]:
@@ -44,6 +50,10 @@ def _words(*without: str) -> list[str]:
         if not is_left_out:
             words.append(word)
     return words
+
+
+def _given(options: Mapping[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value.replace(" ", ""))]
 
 
 def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:

@@ -10,8 +10,10 @@ import sys
 import torch
 
 from datasets.free_memory import free_bytes
-from errors import InputError
+from errors import InputError, counted
 from offload.device_memory import peak_memory, unallocated_bytes
+
+UNITS = "units are B, KB, MB, GB, TB (powers of 1000) and KiB, MiB, GiB, TiB (of 1024)"
 
 
 def limit_fragmentation() -> None:
@@ -54,7 +56,7 @@ def parse_bytes(text: str, option: str) -> int:
         option: Where it was given.
 
     Raises:
-        InputError: The text is something else, or not above 0.
+        InputError: The text is something else, not above 0, or so few bytes that a unit is missing.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text.lower())
     number, prefix, binary = match.groups(default="") if match else ("", "", "")
@@ -63,5 +65,7 @@ def parse_bytes(text: str, option: str) -> int:
     except (ValueError, OverflowError):
         num_bytes = 0
     if num_bytes <= 0 or (binary and not prefix):
-        raise InputError(f"{option} is {text!r}, but must be a size such as 6GiB, 800MB or 6442450944.")
+        raise InputError(f"{option} is {text!r}, but must be a size such as 6GiB, 800MB or 6442450944: {UNITS}.")
+    if num_bytes < 1024 and not text.strip().lower().endswith("b"):
+        raise InputError(f"{option} is {text.strip()}, which is {counted(num_bytes, 'byte')}: give a unit; {UNITS}.")
     return num_bytes

@@ -141,11 +141,11 @@ def commands(run: TrainingRun) -> list[tuple[str, str]]:
     """Return commands that belong to a run, each with what it does."""
     found = []
     if not run.cfg.ckpt:
-        found.append(("train it anew (give another --result_dir)", train_command()))
-        found.append(("go on with it", resume_command()))
+        found.append(("train it anew (give another --result_dir)", train_command(run.remedy)))
+        found.append(("go on with it", resume_command(run.remedy)))
     newest = Path(run.cfg.ckpt) if run.cfg.ckpt else _newest((run.results.path / "ckpts").glob("ckpt_*.pt"))
     if newest is not None:
-        found.append(("evaluate it", evaluate_command(newest)))
+        found.append(("evaluate it", evaluate_command(newest, run.remedy)))
         found.append(("look at it", script_command("view.py", str(newest))))
         target = run.results.path / "model.sog"
         found.append(("take it away", script_command("export.py", str(newest), "--to", str(target))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
-from offload.errors import sentence_of
+from offload.errors import ParameterError, sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
@@ -110,6 +110,7 @@ class TrainingRun(Generic[AnyConfig]):
         sh_degree: Degree of the spherical harmonics that the present step uses.
         strategy: What changes the number of Gaussians; None before `steps`.
         ending: How the run has ended, for programs.
+        remedy: Values of options with which to go on, where one that was given has ended it.
     """
 
     def __init__(self, cfg: AnyConfig, scene_name: str, trainer: Trainer) -> None:
@@ -173,6 +174,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._num_gaussians = 0  # of all ranks
         self._changes_rows_after: Callable[[int], bool] = lambda step: False
         self.ending = Ending(FINISHED)
+        self.remedy: Mapping[str, str] = {}
         self.strategy: Strategy | None = None
         self._model: GaussianModel | None = None
         self._draw: Callable[[Cameras, bool], Tensor] | None = None
@@ -593,6 +595,8 @@ class TrainingRun(Generic[AnyConfig]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if isinstance(error, ParameterError):
+            self.remedy = error.remedy
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
             if isinstance(error, KeyboardInterrupt):
@@ -651,7 +655,7 @@ class TrainingRun(Generic[AnyConfig]):
 
     def _told_of(self, error: Exception) -> tuple[str, str]:
         """Return the sentence for an error that ends training, and the command to continue with."""
-        message, command = sentence_of(error), resume_command()
+        message, command = sentence_of(error), resume_command(self.remedy)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             clear_frames(error.__traceback__)  # which hold what the step had allocated
             torch.cuda.empty_cache()

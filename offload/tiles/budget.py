@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from errors import format_bytes
 from offload.errors import MemoryParameterError, ParameterError
 from offload.store.layout import StateFormat, num_columns
 from offload.tiles.boxes import Box, Coverage, Numbers, plan_boxes
@@ -143,7 +144,7 @@ class MemoryBudget:
         everywhere = row_bytes.everywhere * num_gaussians
         if everywhere > (1 - HEADROOM) * budget:
             raise MemoryParameterError(
-                f"{{device_memory_budget}} is {mebibytes(budget)}, but the geometry of {num_gaussians} Gaussians "
+                f"{{device_memory_budget}} is {format_bytes(budget)}, but the geometry of {num_gaussians} Gaussians "
                 f"alone takes {mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or {{geometry}} host."
             )
         self.budget = budget
@@ -218,9 +219,11 @@ class MemoryBudget:
             self._cost_of(coverage, box) for coverage, boxes in zip(coverages, plans, strict=True) for box in boxes
         )
         if must_fit and dearest > limit:
+            least = mebibytes(self._smallest(coverages, num_visible))
             raise MemoryParameterError(
                 f"{{device_memory_budget}} is too small for a view of {num_visible} Gaussians, however it is split: "
-                f"give it at least {mebibytes(self._smallest(coverages, num_visible))}."
+                f"give it at least {least}.",
+                {"device_memory_budget": least},
             )
         return plans
 
