@@ -29,6 +29,12 @@ def places_of(data_dir: Path, model_dir: str) -> tuple[Path, Path]:
     return data_dir / model_dir, Path(model_dir)
 
 
+def is_named(path: Path, data_dir: Path, model_dir: str) -> bool:
+    """Tell whether --model_dir names a folder or file, from the dataset or from the working directory."""
+    places = places_of(data_dir, model_dir) if model_dir and path.exists() else ()
+    return any(place.exists() and place.samefile(path) for place in places)
+
+
 def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> tuple[SparseModel, Path]:
     """Load the dataset's reconstruction: the one that is named, else the one of most photos in `sparse`.
 
@@ -46,7 +52,7 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
     """
     folders = _folders_in_sparse(data_dir)
     projects = project_files(data_dir)
-    named = [project for project in projects if model_dir and _is_at(project, data_dir, model_dir)]
+    named = [project for project in projects if is_named(project.path, data_dir, model_dir)]
     if named or (projects and not folders and not model_dir):
         chosen_project = (named or projects)[0]
         say(_program_line(chosen_project, projects, bool(folders), data_dir))
@@ -95,11 +101,6 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
 def points_ply(model_path: Path) -> Path:
     """Return where --init_ply takes points from: points.ply in a model's folder, or beside its file."""
     return (model_path if model_path.is_dir() else model_path.parent) / "points.ply"
-
-
-def _is_at(project: ProjectFile, data_dir: Path, model_dir: str) -> bool:
-    """Tell whether --model_dir names a file, from the dataset or from the working directory."""
-    return any(path.is_file() and path.samefile(project.path) for path in places_of(data_dir, model_dir))
 
 
 def _program_line(project: ProjectFile, projects: list[ProjectFile], has_colmap: bool, data_dir: Path) -> str:

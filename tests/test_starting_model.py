@@ -17,7 +17,9 @@ from tests.interrupted_runs import run_script, saved
 from training.checkpoints import load_checkpoint
 from training.commands import evaluate_command, resume_command
 from training.dataset import load_dataset
+from training.event_log import read_scalars
 from training.ply import load_ply, save_ply
+from training.pose_files import FILES
 from training.similarity import moved
 from training.starting_model import StartingModel
 from training.views import posed_cameras, render
@@ -232,3 +234,41 @@ def test_what_was_behind_a_model_and_is_not_taken_is_told(background, sky, now, 
     model = StartingModel(Path("model.pt"), gaussians, np.eye(4), background=background, sky=sky)
     model.placed(np.eye(4), Config(background=now), said.append)
     assert said[1:] == ([] if sentence is None else [sentence])
+
+
+def test_poses_that_the_gaussians_fit_are_told_of(tmp_path):
+    run = tmp_path / "run"
+    gaussians = {"means": torch.rand(4, 3), "shN": torch.zeros(4, 15, 3)}
+    gaussians |= {name: torch.zeros(4, 1) for name in ("scales", "quats", "opacities", "sh0")}
+    model = StartingModel(run / "ckpts/ckpt_6.pt", gaussians, np.eye(4), has_own_poses=True)
+
+    def told(**options: object) -> list[str]:
+        said: list[str] = []
+        model.placed(np.eye(4), Config(**options), said.append)
+        return said[1:]
+
+    without = "Its poses were corrected: the Gaussians do not fit those of the dataset, which photos have here"
+    assert told() == [f"{without}; give --pose_opt to correct them anew."]
+    assert told(pose_opt=True) == [f"{without}."]
+    (run / "poses").mkdir(parents=True)
+    (run / "poses/poses.json").write_text('{"steps": 6}')
+    assert told() == told(pose_opt=True) == [f"{without}; give --model_dir {run}/poses to have the corrected ones."]
+    assert told(model_dir=f"{run}/../run/poses", pose_opt=True) == []
+
+
+@pytest.mark.slow
+def test_a_run_on_corrected_poses_begins_as_the_one_before_has_ended(monkeypatch, city_block, tmp_path, capsys):
+    before, options = tmp_path / "before", ("--num_workers", 1, "--test_every", 4)
+    posed = (*options, "--max_steps", 6, "--pose_opt", "--pose_opt_lr", 2e-2)
+    assert run_script(monkeypatch, simple_trainer, city_block, before, *posed) == 0
+    for file in (before / "ckpts/ckpt_6.pt", before / "ply/point_cloud_6.ply"):
+        losses = []
+        for with_poses in (False, True):
+            folder = tmp_path / f"{file.suffix}{with_poses}"
+            given = ("--model_dir", before / "poses") if with_poses else ()
+            begun = (*options, "--max_steps", 1, "--log_every", 1, "--init_ckpt", file, "--sh_degree_interval", 1)
+            assert run_script(monkeypatch, simple_trainer, city_block, folder, *begun, *given) == 0
+            assert ("Its poses were corrected" in capsys.readouterr().out) == (not with_poses)
+            losses.append(read_scalars(folder / "tb")["train/loss"][0].value)
+        assert losses[1] < losses[0], losses
+    assert sorted(path.name for path in (before / "poses").iterdir()) == sorted(FILES)

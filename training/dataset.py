@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import Config
 from datasets.consistency import some_names
-from datasets.model_choice import Say, places_of
+from datasets.model_choice import Say, is_named
 from datasets.normalize import is_similarity, same_axes
 from datasets.scene import Scene, load_scene
 from datasets.sight import check_views
@@ -97,15 +97,12 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
         if not same_axes(checkpoint.transform, scene.own_transform) and not cfg.new_photos:
             raise another
         return cfg.new_photos
-    if cfg.model_dir and "poses/rows" in checkpoint.state and not cfg.ckpt:
-        written = Path(cfg.result_dir, "poses")
-        if written.is_dir() and any(
-            path.is_dir() and path.samefile(written) for path in places_of(Path(cfg.data_dir), cfg.model_dir)
-        ):
-            raise InputError(
-                f"--model_dir {cfg.model_dir} holds the poses that this run has corrected, and its checkpoint has the "
-                "corrections: leave --model_dir out to go on, or begin a run on them with another --result_dir."
-            )
+    poses = Path(cfg.result_dir, "poses")
+    if not cfg.ckpt and "poses/rows" in checkpoint.state and is_named(poses, Path(cfg.data_dir), cfg.model_dir):
+        raise InputError(
+            f"--model_dir {cfg.model_dir} holds the poses that this run has corrected, and its checkpoint has the "
+            "corrections: leave --model_dir out to go on, or begin a run on them with another --result_dir."
+        )
     photos = photos_of(scene)
     common = [name for name in photos if name in checkpoint.photos]
     added = [name for name in photos if name not in checkpoint.photos]

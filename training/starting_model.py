@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from datasets.model_choice import Say
+from datasets.model_choice import Say, is_named
 from datasets.normalize import is_similarity
 from errors import InputError
 from offload.store.morton import morton_order
@@ -20,6 +20,8 @@ from training.gaussians import PARAMETER_NAMES
 from training.model_files import check_model_file
 from training.modules import state_of
 from training.ply import Up, frame_of_ply, load_ply
+from training.pose_files import FOLDER as POSES
+from training.pose_files import steps_of
 from training.similarity import moved, with_degree
 
 _SAME = 1e-9  # of the transforms of one dataset: nothing is moved, so that the model draws what it drew
@@ -36,6 +38,7 @@ class StartingModel:
     antialiased: bool = False  # trained with the compensation of Mip-Splatting
     background: str = "black"  # that it was trained before, as the option
     sky: Mapping[str, Tensor] = field(default_factory=dict)  # state of the sky that was trained with them; or nothing
+    has_own_poses: bool = False  # trained with poses that were corrected (--pose_opt)
 
     @classmethod
     def load(cls, path: Path, what: str = "--init_ckpt") -> StartingModel:
@@ -53,7 +56,7 @@ class StartingModel:
             is_ply = file.read(3) == b"ply"
         if is_ply:
             transform, up = frame_of_ply(path)
-            found = cls(path, load_ply(path), transform, up)
+            found = cls(path, load_ply(path), transform, up, has_own_poses=steps_of(_run_of(path)) is not None)
         else:
             checkpoint = load_checkpoint(path)
             found = cls(
@@ -64,6 +67,7 @@ class StartingModel:
                 checkpoint.options.get("antialiased") is True,
                 str(checkpoint.options.get("background", "black")),
                 state_of(checkpoint, "sky"),
+                bool(state_of(checkpoint, "poses")),
             )
         gaussians, transform = found.gaussians, found.transform
         if len(gaussians["means"]) == 0:
@@ -118,5 +122,22 @@ class StartingModel:
             say(f"Its sky is not taken: {follows}.")
         elif self.background == "white" != cfg.background:
             say(f"It was trained before white, and --background is {cfg.background}.")
+        self._tell_of_poses(cfg, say)
         order = morton_order(gaussians["means"])
         return {name: gaussians[name][order] for name in PARAMETER_NAMES}
+
+    def _tell_of_poses(self, cfg: Config, say: Say) -> None:
+        """Say where photos do not have the poses that the Gaussians fit."""
+        run = _run_of(self.path)
+        poses = run / POSES
+        if not self.has_own_poses or is_named(poses, Path(cfg.data_dir), cfg.model_dir):
+            return
+        remedy = "" if cfg.pose_opt else "; give --pose_opt to correct them anew"
+        if steps_of(run) is not None:
+            remedy = f"; give --model_dir {poses} to have the corrected ones"
+        say(f"Its poses were corrected: the Gaussians do not fit those of the dataset, which photos have here{remedy}.")
+
+
+def _run_of(path: Path) -> Path:
+    """Return the result folder in which a checkpoint or PLY file lies, if it lies in one."""
+    return path.absolute().parent.parent
