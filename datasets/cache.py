@@ -75,13 +75,16 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 class CacheFile:
-    """Keep one .npz beside the files that it describes, or in the user's cache where that folder is read-only."""
+    """Keep one .npz beside the files that it describes.
+
+    It is in the user's cache where that folder is read-only, or not of the dataset: as of a run that wrote a model.
+    """
 
     def __init__(self, folder: Path, data_dir: Path, name: str):
         self._beside = folder / name
-        inside = folder.is_relative_to(data_dir)  # a model may lie elsewhere
-        stand_in = user_cache_dir(data_dir) / folder.relative_to(data_dir) if inside else user_cache_dir(folder)
-        self._in_user_cache = stand_in / name
+        self._is_inside = folder.is_relative_to(data_dir)
+        inside = folder.relative_to(data_dir) if self._is_inside else Path()
+        self._in_user_cache = user_cache_dir(data_dir if self._is_inside else folder) / inside / name
 
     def read(self) -> list[dict[str, np.ndarray]]:
         """Return what can be read, the file beside the data first; the caller checks that it still holds."""
@@ -89,4 +92,5 @@ class CacheFile:
         return [arrays for arrays in found if arrays is not None]
 
     def write(self, arrays: dict[str, np.ndarray]) -> None:
-        write_npz(self._beside if is_writable(self._beside.parent) else self._in_user_cache, arrays)
+        is_beside = self._is_inside and is_writable(self._beside.parent)
+        write_npz(self._beside if is_beside else self._in_user_cache, arrays)

@@ -117,6 +117,19 @@ def test_cache_serves_until_a_file_changes(tmp_path, monkeypatch):
     assert len(load_sparse_model(tmp_path)[0].image_names) == 3
 
 
+def test_nothing_is_left_beside_a_model_that_is_not_in_the_dataset(tmp_path, monkeypatch):
+    """As poses/ of a run."""
+    data_dir, model_dir = tmp_path / "data", tmp_path / "run/poses"
+    write_scene(data_dir, write_pictures=False)
+    shutil.copytree(data_dir / "sparse/0", model_dir)
+    before = sorted(model_dir.iterdir())
+    first, used = load_sparse_model(data_dir, str(model_dir))
+    assert used == model_dir
+    assert sorted(model_dir.iterdir()) == before
+    monkeypatch.setattr(colmap, "read_sparse_model", None)  # as the cache serves
+    assert_same(load_sparse_model(data_dir, str(model_dir))[0], first)
+
+
 @pytest.mark.parametrize("damage", [b"", b"garbage", "truncated"])
 def test_damaged_cache_is_made_again(tmp_path, damage):
     write_scene(tmp_path, write_pictures=False)
