@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS of several trainers on one dataset, from the same seeds or from one checkpoint, in pairs.
+r"""PSNR, SSIM and LPIPS of several trainers on one dataset, from the same seeds or from one checkpoint, in pairs.
 
     python -m benchmarks.quality --data_dir D --trainers gpu_only_deferred gpu_only_compact --max_steps 7000 --seeds 3
     python -m benchmarks.quality --data_dir D --from CKPT --max_steps 4000 --parallel 6 --limit_minutes 9
@@ -22,7 +22,7 @@ import math
 import os
 import shlex
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -38,11 +38,14 @@ from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
+from reporting.figures import FIGURES
 from reporting.numbers import count, gigabytes
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 
 METRICS = {"psnr": "{:.3f}", "ssim": "{:.4f}", "lpips": "{:.4f}"}
+METRICS |= {f"cc_{metric}": form for metric, form in METRICS.items()}  # with corrected colours, as --exposure has them
+OWN_OPTIONS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "force", "ckpt")  # no variant has them
 FIRST_SEED = 42
 QUICK = ("--sh_degree_interval", "5", "--max_gaussians", "2000", "--device", "cpu")
 
@@ -54,7 +57,8 @@ class Options(BenchmarkOptions):
     trainers: tuple[str, ...] = ("gpu_only_deferred", "gpu_only_compact")
     """Which trainers; differences are to the first."""
     variants: tuple[str, ...] = ("",)
-    """Each trainer is run with each of these: a name, and behind a colon the options that others do not have."""
+    """Each trainer is run with each of these: a name, and behind a colon the options that others do not have; by
+    default there is one, with neither."""
     max_steps: int = 7000
     """How many steps; with --from how many more."""
     seeds: int = 3
@@ -84,7 +88,7 @@ class Evaluation:
 
     num_gaussians: int
     device_bytes: int | None  # the peak that torch allocated so far; None where there are no statistics of the step
-    pictures: Mapping[str, Mapping[str, float]]  # by name: psnr (dB), ssim, lpips; what is missing is not there
+    pictures: Mapping[str, Mapping[str, float]]  # by name: those of `METRICS`, psnr in dB; what is missing is not there
 
     def mean(self, metric: str) -> float | None:
         """Return the mean over the pictures; None where some have no value."""
@@ -151,7 +155,7 @@ def variants_of(options: Options) -> dict[str, list[str]]:
     """Return the options of each variant, by its name.
 
     Raises:
-        InputError: Two have one name, or a name cannot be that of a folder.
+        InputError: Two have one name, a name cannot be that of a folder, or an option is not to differ.
     """
     found = {}
     for variant in options.variants:
@@ -162,6 +166,11 @@ def variants_of(options: Options) -> dict[str, list[str]]:
                 "'mcmc: --strategy mcmc'."
             )
         found[name] = shlex.split(own)
+        options_of = [word[2:].partition("=")[0].replace("-", "_") for word in found[name] if word.startswith("--")]
+        refused = next((option for option in options_of if option in OWN_OPTIONS), None)
+        if refused:
+            remedy = "give it --steps_scaler to do fewer" if refused == "max_steps" else "leave it out"
+            raise InputError(f"--variants {variant!r} has --{refused}, which is the same for all runs: {remedy}.")
     return found
 
 
@@ -242,8 +251,9 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
         for steps, each in evaluations(wanted)
     }
 
-    titles = ["PSNR, dB", "SSIM", "LPIPS"]
-    formats: dict[str, Format] = {title: form.format for title, form in zip(titles, METRICS.values(), strict=True)}
+    metrics = shown_metrics(found.values())
+    titles = [title_of(metric) for metric in metrics]
+    formats: dict[str, Format] = {title_of(metric): METRICS[metric].format for metric in metrics}
     table = report.table(
         "Each run, by its test pictures:",
         {
@@ -261,14 +271,14 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
         cells = [
             [
                 seen // views[wanted.case],
-                *map(evaluation.mean, METRICS),
+                *map(evaluation.mean, metrics),
                 evaluation.num_gaussians,
                 evaluation.device_bytes,
             ]
             for (*of, seen), evaluation in found.items()
             if (*of,) == head
         ]
-        for row in cells or [[None] * (3 + len(METRICS))]:
+        for row in cells or [[None] * (3 + len(metrics))]:
             table.add(*head, *row, outcome)
 
     first, *others = (case_of(trainer, variant) for variant, trainer in product(variants_of(options), options.trainers))
@@ -281,8 +291,20 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
         keys = [((first, seed, seen), (other, seed, seen)) for seed in seeds]
         pairs = [(found[one], found[two]) for one, two in keys if one in found and two in found]
         if pairs:
-            table.add(other, seen // views[other], len(pairs), *(signed(pairs, metric) for metric in METRICS))
+            table.add(other, seen // views[other], len(pairs), *(signed(pairs, metric) for metric in metrics))
     report.write()
+
+
+def shown_metrics(found: Iterable[Evaluation]) -> list[str]:
+    """Return the keys of `METRICS` that tables have: those with corrected colours where a run has them."""
+    there = {metric for evaluation in found for picture in evaluation.pictures.values() for metric in picture}
+    return [metric for metric in METRICS if metric in there or not metric.startswith("cc_")]
+
+
+def title_of(metric: str) -> str:
+    """Return what a metric is called at the head of a column."""
+    (title,) = (figure.title for figure in FIGURES if figure.key == metric)
+    return title.replace("PSNR", "PSNR, dB", 1) if metric.endswith("psnr") else title
 
 
 def thousands(value: Any) -> str:

@@ -391,6 +391,29 @@ def test_pairs_have_seen_as_many_pictures(tmp_path, monkeypatch):
     ]
 
 
+def test_figures_with_corrected_colours_are_compared_where_runs_have_them(tmp_path, monkeypatch):
+    def evaluated(wanted, interruption, show):
+        of_run = {"psnr": 20.0, "ssim": 0.5, "lpips": 0.25}
+        if wanted.cfg.exposure != "none":
+            of_run |= {"cc_psnr": 24.0 + wanted.cfg.seed - 42, "cc_ssim": 0.75, "cc_lpips": 0.125}
+        path = wanted.folder / "stats/val_step12.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"num_GS": 7, "images": [{"name": "a", **of_run}]}))
+        return Launch("", FINISHED, "", 0, "", {})
+
+    monkeypatch.setattr(quality, "launch", evaluated)
+    options = quality.Options(data_dir=tmp_path, max_steps=12, seeds=2, out=tmp_path / "table")
+    options.trainers, options.result_dir = ("streamed",), tmp_path / "runs"
+    options.variants = ("affine: --exposure affine", "grid: --exposure bilateral_grid", "none")
+    quality.main(options)
+    runs, differences = (table["rows"] for table in written(tmp_path / "table")["tables"])
+    corrected = "PSNR, dB, corrected colours"
+    assert [row[corrected] for row in runs] == 2 * [24.0] + [None] + 2 * [25.0] + [None]
+    assert {row["LPIPS, corrected colours"] for row in runs} == {0.125, None}
+    assert [row[corrected] for row in differences] == ["+0.000 ± 0.000 ± -", None]
+    assert [row["PSNR, dB"] for row in differences] == 2 * ["+0.000 ± 0.000 ± -"]
+
+
 def test_differences_are_those_of_pairs():
     def evaluation(*psnr):
         return quality.Evaluation(1, None, {f"{index}.png": {"psnr": value} for index, value in enumerate(psnr)})
@@ -414,6 +437,9 @@ def test_differences_are_those_of_pairs():
         {"limit_minutes": -1.0},
         {"variants": ("a", "a: --sky")},
         {"variants": (": --sky",)},
+        {"variants": ("a: --max_steps 9",)},
+        {"variants": ("a: --sh_degree 2 --max-steps=9",)},
+        {"variants": ("a: --seed 3",)},
     ],
     ids=str,
 )
