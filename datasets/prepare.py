@@ -16,7 +16,7 @@ from pathlib import Path
 from configs import scene_config
 from datasets import gauu_scene, matrix_city, mega_nerf
 from datasets.prepared import check_prepared
-from errors import InputError, refusing
+from errors import InputError, refusing, stopped_by_signals
 
 _COLMAP_RESULTS = (
     "the COLMAP models of CityGaussian (colmap_results), linked in\n"
@@ -91,14 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = options.dataset
     data_dir = options.data_dir or Path(scene_config(dataset).data_dir)
     source = options.source or data_dir
-    try:
-        with refusing():
+    with refusing(), stopped_by_signals():
+        try:
             if not options.check:
                 _prepare(options, source, data_dir)
             lines = check_prepared(dataset, data_dir)
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        except KeyboardInterrupt:
+            print("Stopped; the same command goes on from here.", file=sys.stderr)
+            sys.exit(130)
     print(
         f"{data_dir} is ready: python simple_trainer.py {dataset}" + f" --data_dir {data_dir}" * bool(options.data_dir)
     )

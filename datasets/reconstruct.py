@@ -18,7 +18,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +53,7 @@ from datasets.photogrammetry import (
 )
 from datasets.prepared import check_prepared
 from datasets.video_frames import open_video, write_sharpest_frames
-from errors import InputError, counted, reason, refusing
+from errors import InputError, counted, reason, refusing, stopped_by_signals
 
 FPS = 2.0  # frames that are taken of each second of a video, where --fps says nothing else
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
@@ -69,16 +68,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Reconstruct, and exit: 0 when the dataset can be trained on, 2 with one sentence when it cannot be made."""
     options = _parse(arguments)
     words = sys.argv[1:] if arguments is None else arguments
-    of_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with refusing():
+    with refusing(), stopped_by_signals():
+        try:
             lines = reconstruct(options, print)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "datasets.reconstruct", *words])
-        print(f"Stopped; what has been done is kept, and this goes on from there: {command}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, of_sigterm)
+        except KeyboardInterrupt:
+            command = shlex.join(["python", "-m", "datasets.reconstruct", *words])
+            print(f"Stopped; what has been done is kept, and this goes on from there: {command}", file=sys.stderr)
+            sys.exit(130)
     out = Path(options.out)
     print("\n".join(lines))
     print(

@@ -424,16 +424,18 @@ def is_running(pid: int) -> bool:
     [
         (signal.SIGINT, "both", "KeyboardInterrupt"),
         (signal.SIGTERM, "both", "KeyboardInterrupt"),
+        (signal.SIGHUP, "both", "KeyboardInterrupt"),
         (signal.SIGKILL, "child", "RuntimeError: its process ended by signal SIGKILL"),
         (signal.SIGKILL, "parent", ""),
     ],
 )
 def test_what_runs_in_a_process_of_its_own_ends_with_the_command(number, to, last_line):
-    program = """import signal, time
+    program = """import time
 from datasets.child_process import run_in_child
+from errors import stopped_by_signals
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_in_child(time.sleep, 1000)
+    with stopped_by_signals():
+        run_in_child(time.sleep, 1000)
 """
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -449,9 +451,13 @@ if __name__ == "__main__":
 def test_a_request_to_end_and_a_fault_are_one_sentence_and_nothing_is_lost(photos, tmp_path, capsys, monkeypatch):
     command = (photos[0], "--out", tmp_path / "scene")
     monkeypatch.setattr(reconstruct, "extract_features", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    assert run(*command) == 130
-    assert signal.getsignal(signal.SIGTERM) == before
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert run(*command) == 130
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # so that a second one ends the process at once
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("Stopped; what has been done is kept, and this goes on from there: python -m datasets.rec")
     monkeypatch.setattr(reconstruct, "extract_features", lambda *arguments: run_in_child(os.abort))
