@@ -78,7 +78,7 @@ def _work(sender: Connection, parent: int, work: Callable[..., None], arguments:
     for number in (
         signal.SIGHUP,
         signal.SIGTERM,
-    ):  # pycolmap would print its stack; the parent gets them too, and kills
+    ):  # pycolmap would print its stack; the parent gets them, too
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

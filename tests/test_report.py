@@ -84,8 +84,9 @@ def test_a_page_tells_of_the_run(finished):
     assert f"python simple_trainer.py default --data_dir {folder}"[:40] in shown
     assert "--resume" in shown
     assert "--ckpt" in shown
-    assert re.search(r"python \S*/view\.py \S.*ckpt_9\.pt", shown)
-    assert re.search(r"python \S*/export\.py .*ckpt_9\.pt'? --to .*model\.sog", shown)
+    assert f"cd {Path.cwd()} # train it anew" in shown
+    assert re.search(r"python view\.py \S.*ckpt_9\.pt", shown)
+    assert re.search(r"python export\.py .*ckpt_9\.pt'? --to .*model\.sog", shown)
     assert "in training, 4 of 9 steps" in text_of(while_training)
     assert "Figures after 4 steps" in text_of(while_training)
 

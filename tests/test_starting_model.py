@@ -1,5 +1,6 @@
 """--init_ckpt: a model of any world draws in a run's world what it drew in its own."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from datasets.scene import Scene, load_scene
 from errors import InputError
 from tests.interrupted_runs import run_script, saved
 from training.checkpoints import load_checkpoint
-from training.commands import evaluate_command, resume_command
+from training.commands import evaluate_command, resume_command, script_command, started_in
 from training.dataset import load_dataset
 from training.event_log import read_scalars
 from training.ply import load_ply, save_ply
@@ -178,6 +179,14 @@ def test_the_command_that_resumes_leaves_the_file_out(monkeypatch):
     for words in (["--init_ckpt", "a.ply"], ["--init-ckpt=a.ply"], ["--init_ckpt=a.ply"]):
         monkeypatch.setattr("sys.argv", ["a.py", "default", *words, "--seed", "3"])
         assert resume_command().endswith("a.py default --seed 3 --resume")
+
+
+def test_commands_name_scripts_from_where_the_run_was_started(monkeypatch, tmp_path):
+    root = Path(__file__).parents[1]
+    for folder, name in ((root, "view.py"), (root.parent, f"{root.name}/view.py"), (tmp_path, f"{root}/view.py")):
+        monkeypatch.chdir(folder)
+        assert shlex.split(script_command("view.py", "a.pt"))[1:] == [name, "a.pt"]
+        assert Path(started_in(), name).samefile(root / "view.py")
 
 
 def test_the_command_that_evaluates_leaves_out_what_is_of_a_training(monkeypatch):

@@ -16,18 +16,26 @@ from distributed.mesh import is_one_of_several, local_ranks
 from trainers import Smaller
 
 
+def started_in() -> str:
+    """Return the folder where this run was started, in which commands can be given; empty where it is removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
+
+
 def train_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the command that begins this run anew: the one that started it, without --resume and --force.
 
     Args:
         changes: Values of options in place of those that were given.
     """
-    return shlex.join([_interpreter(), *_words("resume", "force", *changes), *_given(changes)])
+    return shlex.join([*_launcher(), *_words("resume", "force", *changes), *_given(changes)])
 
 
 def script_command(name: str, *arguments: str) -> str:
     """Return the command that starts another script of the suite, from where this run was started."""
-    return shlex.join([_interpreter(), str(Path(__file__).parents[1] / name), *arguments])
+    return shlex.join([_interpreter(), _as_typed(Path(__file__).parents[1] / name), *arguments])
 
 
 def resume_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -68,7 +76,7 @@ def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
     there = {item.name for item in fields(default)}
     shared = {item.name: getattr(cfg, item.name) for item in fields(cfg) if item.name in there}
     options = replace(default, **{**shared, **smaller.options, "resume": False, "force": False, "init_ckpt": ""})
-    return _command([os.path.relpath(smaller.trainer.path), scene, *arguments_of(options, default)])
+    return _command([_as_typed(smaller.trainer.path), scene, *arguments_of(options, default)])
 
 
 def arguments_of(cfg: Config, default: Config) -> list[str]:
@@ -105,4 +113,11 @@ def _launcher() -> list[str]:
 def _interpreter() -> str:
     """Return how a shell calls the Python that runs this."""
     found = shutil.which("python")
-    return "python" if found and os.path.dirname(found) == os.path.dirname(sys.executable) else sys.executable
+    is_on_path = found and os.path.dirname(found) == os.path.dirname(sys.executable)
+    return "python" if is_on_path else _as_typed(Path(sys.executable))
+
+
+def _as_typed(path: Path) -> str:
+    """Return how a person names a file where this run was started: from there, where it lies below."""
+    folder = started_in()
+    return str(path.relative_to(folder) if folder and path.is_relative_to(folder) else path)

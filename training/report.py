@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ from reporting.figures import FIGURES
 from reporting.machine import describe_machine, sentence
 from reporting.page import render_page
 from reporting.pictures import Picture, data_uri, halves
-from training.commands import evaluate_command, resume_command, script_command, train_command
+from training.commands import evaluate_command, resume_command, script_command, started_in, train_command
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.files import write_file
 from training.measured import Measured, read_measured
@@ -88,6 +89,7 @@ def _page(run: TrainingRun, ending: Ending | None) -> str:
         views=held_out(measured),
         used=run.said_of_input,
         options=options_given(run.given),
+        started_in=started_in() and shlex.quote(started_in()),
         commands=commands(run),
         files=[(what, path.relative_to(folder), how) for what, path, how in found if path.name != NAME],
         machine=sentence(describe_machine()),
