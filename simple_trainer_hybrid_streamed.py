@@ -67,17 +67,17 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         rows = gaussians.fetch(view.cameras)
         run.mark("fetch")
 
+        # Behind the rendering the next view's rows come from the host, and those of the last one go there.
+        if run.upcoming is not None:
+            gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))
+        run.mark("cull")
+
         cameras = run.modules.cameras(view)
         colors, info = render(
             rows, cameras, cfg, sh_degree=run.sh_degree, backgrounds=run.backgrounds(view), ranks=run.ranks
         )
         colors = run.modules.exposed(colors, view)
         run.mark("render")
-
-        # The device renders while the next view is found, whose rows then come from the host; those of the last one go.
-        if run.upcoming is not None:
-            gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))
-        run.mark("cull")
 
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)

@@ -24,12 +24,6 @@ SPLIT = f"{OPTIMIZED}_split"
 # Fields of a scene in which a script is meant to differ from simple_trainer: {(script, scene): {field, ...}}.
 INTENDED: dict[tuple[str, str], set[str]] = {}
 
-PREFETCHES = [
-    "if run.upcoming is not None:",
-    "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
-    "run.mark('cull')",
-]
-
 # Lines of `train` that differ from those of the optimized trainer: (its lines, the script's).
 LOOPS: dict[str, tuple[list[str], list[str]]] = {
     OPTIMIZED: ([], []),
@@ -38,14 +32,12 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
-            *PREFETCHES,
         ],
         [
             "def train(run: TrainingRun[StreamedConfig]) -> None:",
             "gaussians = StreamedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.max_gaussians, "
             "resident_share=cfg.resident_share)",
-            *PREFETCHES,  # after rendering
         ],
     ),
     "simple_trainer_hybrid_baseline": (
@@ -54,7 +46,9 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
             "print_last_verdict(run.device)",
-            *PREFETCHES,
+            "if run.upcoming is not None:",
+            "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
+            "run.mark('cull')",
         ],
         [
             "def train(run: TrainingRun[Config]) -> None:",
@@ -68,7 +62,9 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
             "print_last_verdict(run.device)",
-            *PREFETCHES,
+            "if run.upcoming is not None:",
+            "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
+            "run.mark('cull')",
             "ids = gaussians.ids",
             "gaussians.update()",
         ],
