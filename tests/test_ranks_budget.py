@@ -108,14 +108,16 @@ def watched(
     """What a rank trains, and what was watched."""
     with pytest.MonkeyPatch.context() as patch:
         watch = Watched(patch, ranks, lacking)
-        rows = trained(trainer, ranks, data_dir, folder, *options, "--timelapse", 40, device=ranks.device.type)
+        rows = trained(trainer, ranks, data_dir, folder, *options, device=ranks.device.type)
     rows = {name: value.cpu() for name, value in rows.items()}
     failed = lacking.keys() - watch.lacking
     return {"rows": rows, "rounds": watch.rounds, "drawn": watch.drawn, "frames": watch.frames, "failed": failed}
 
 
 def budgeted(ranks: Ranks, data_dir: Path, folder: Path) -> dict[str, Any]:
-    return watched(ranks, data_dir, folder, "split_geometry_on_host", ("--device_memory_budget", BUDGET))
+    return watched(
+        ranks, data_dir, folder, "split_geometry_on_host", ("--device_memory_budget", BUDGET, "--timelapse", 40)
+    )
 
 
 def resumed(ranks: Ranks, data_dir: Path, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

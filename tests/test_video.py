@@ -67,6 +67,41 @@ def test_a_video_that_cannot_be_written_is_missed(monkeypatch, city_block, tmp_p
     assert (tmp_path / "ckpts/ckpt_2.pt").is_file()
 
 
+@pytest.mark.parametrize("option", ["--video", "--timelapse=5"])
+def test_a_video_that_nothing_can_write_is_refused_at_once(monkeypatch, city_block, tmp_path, capsys, option):
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("training.options.get_ffmpeg_exe", missing)
+    with pytest.raises(SystemExit, match="2"):
+        train(monkeypatch, simple_trainer, "--data_dir", city_block, option, "--result_dir", tmp_path / "run")
+    captured = capsys.readouterr()
+    assert (
+        f"{option.split('=')[0]} asks for a video, which ffmpeg writes, and there is none"
+        in captured.out + captured.err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_is_kept_where_ffmpeg_has_gone(monkeypatch, city_block, tmp_path, capsys):
+    class Gone:
+        def __init__(self, path, **options):
+            pass
+
+        def append_data(self, frame):
+            raise RuntimeError("No ffmpeg exe could be found.")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(imageio, "get_writer", Gone)
+    options = ("--data_dir", city_block, "--timelapse", 1, "--max_steps", 2, "--result_dir", tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        train(monkeypatch, simple_trainer, *options)
+    assert "Warning: The timelapse could not be written" in capsys.readouterr().out
+    assert (tmp_path / "ckpts/ckpt_2.pt").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["the end is missing", "ffmpeg ends"])
 def test_a_video_that_is_cut_short_by_a_full_disk_is_missed(monkeypatch, city_block, tmp_path, capsys, fault):

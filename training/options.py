@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from imageio_ffmpeg import get_ffmpeg_exe
+
 from configs import Config, ForwardedOptions
 from datasets.trajectories import SHAPES
 from datasets.trajectory_file import read_key_poses
@@ -194,8 +196,27 @@ def check_options(cfg: Config) -> None:
             raise InputError("--split_threshold and --device_memory_budget exclude each other: give one of them.")
 
 
+def _check_ffmpeg(option: str) -> None:
+    """Refuse an option that asks for a video where nothing can write one.
+
+    Raises:
+        InputError: Naming it.
+    """
+    try:
+        get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise InputError(
+            f"{option} asks for a video, which ffmpeg writes, and there is none on this machine: pip install "
+            "--force-reinstall imageio-ffmpeg brings one, IMAGEIO_FFMPEG_EXE names one that is elsewhere; or leave the "
+            "option out."
+        ) from error
+
+
 def _check_watching(cfg: Config) -> None:
     default = Config()
+    for name in ("video", "timelapse"):
+        if getattr(cfg, name):
+            _check_ffmpeg(f"--{name}")
     for name in ("trajectory", "video_seconds", "video_size", "video_depth"):
         if not cfg.video and getattr(cfg, name) != getattr(default, name):
             raise InputError(f"--{name} is of the video, which --video asks for: give that, too.")

@@ -210,6 +210,8 @@ def whole_video(
             writer.append_data(frame)
         except OSError as error:  # with all that ffmpeg was called with, on many lines
             raise not_whole from error
+        except RuntimeError as error:
+            raise OSError(errno.ENOENT, "ffmpeg, which writes it, is not there any more") from error
 
     try:
         yield append
