@@ -13,15 +13,14 @@ import startup  # noqa: F401, before torch is imported
 
 import gc
 import importlib.util
-import inspect
 import signal
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
+
+from tests.spared_work import leave_charts_undrawn, read_sources_once
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton loads: its kernels then run on the CPU
@@ -55,7 +54,7 @@ def anisotropic_gaussians(monkeypatch) -> None:
 def sources_are_read_once() -> Iterator[None]:
     """Let tyro, which finds help texts in the source of classes, look for each class once and not at every command."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", cache(inspect.getsource))
+        read_sources_once(patch)
         yield
 
 
@@ -64,10 +63,7 @@ def charts_stay_undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave the charts of a run's page empty, which cost more than a small run, but in modules about them."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("charts"):
-            empty = '<svg role="img" aria-label="{}"></svg>'
-            axes = {"get_ylim.return_value": (0, 1)}
-            patch.setattr("reporting.charts._figure", lambda *_, **__: (None, Mock(**axes)))
-            patch.setattr("reporting.charts._svg", lambda figure, title: empty.format(title))
+            leave_charts_undrawn(patch)
         yield
 
 

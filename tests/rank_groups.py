@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed import TCPStore
 
 from distributed.mesh import Ranks, arrive_by
+from tests.spared_work import leave_charts_undrawn, read_sources_once
 
 LIMIT = 240  # seconds; a group that takes longer hangs
 
@@ -39,7 +41,7 @@ def run_in_group(size: int, cases: Mapping[str, Case], folder: Path, device: str
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which chooses a port that is free
     # A process that has no threads, and is forked for each rank; CUDA wants processes that are started anew.
     context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
-    context.set_forkserver_preload(["training.run"])  # so that it is imported once
+    context.set_forkserver_preload(["training.run", "torchmetrics.image"])  # so that they are imported once
     processes = [
         context.Process(target=_work, args=(rank, size, store.port, cases, folder, device), daemon=True)
         for rank in range(size)
@@ -63,6 +65,9 @@ def _work(rank: int, size: int, port: int, cases: Mapping[str, Case], folder: Pa
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     torch.set_num_threads(1)
+    spared = pytest.MonkeyPatch()
+    leave_charts_undrawn(spared)
+    read_sources_once(spared)
     try:
         place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
         ranks = arrive_by(place, "nccl" if device == "cuda" else "gloo").meet()

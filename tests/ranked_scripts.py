@@ -10,8 +10,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
+from tests.spared_work import leave_charts_undrawn
 from trainers import TRAINERS
 
 LIMIT = 120  # seconds; processes that take longer hang
@@ -83,6 +85,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     from training.run import TrainingRun
     from training.views import View
 
+    leave_charts_undrawn(pytest.MonkeyPatch())
     what, _, step = fault.partition("@")
     reporting.load_lpips = lambda net, device: None
     mark, leave, from_batch = TrainingRun.mark, TrainingRun.__exit__, View.from_batch

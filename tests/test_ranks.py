@@ -427,7 +427,7 @@ EXACT_RUNS = ("gpu_only", "gpu_only_deferred", "optimized", "optimized_geometry_
 BOUNDS = {"all": 2e-4, "shN": 1.5e-3}
 # With mcmc, where rows begin nearly transparent, by up to 3e-7, 8e-6, 1.3e-5, 1.2e-4, 3.5e-4 and 1.4e-2.
 MCMC_BOUNDS = {"means": 2e-6, "scales": 4e-5, "quats": 6e-5, "opacities": 6e-4, "all": 1.5e-3, "shN": 0.06}
-CUT = ("--split_threshold", 0.6)
+CUT = ("--split_threshold", 0.85)  # which brings most views into two rounds or more
 NEARBY = (1, 2)  # draws of `start_nearby`
 # By the number of processes, what is trained in them: a trainer, options that one process is given too, and its own.
 RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 BUDGET = 1_100_000  # bytes, for which views are cut
 LACKING = {"fetch": (3, 1), "render": (7, 0), "propagate": (12, 1)}  # in what memory is lacking: step and rank
 ROW_BYTES = RowBytes.of("host", 3, together=2)
+FEWER_STEPS = ("--max_steps", 30)
 FEW_STEPS = ("--device_memory_budget", BUDGET, "--max_steps", 8, "--eval_steps", 1000)
 
 
@@ -108,7 +109,7 @@ def watched(
     """What a rank trains, and what was watched."""
     with pytest.MonkeyPatch.context() as patch:
         watch = Watched(patch, ranks, lacking)
-        rows = trained(trainer, ranks, data_dir, folder, *options, device=ranks.device.type)
+        rows = trained(trainer, ranks, data_dir, folder, *options, *FEWER_STEPS, device=ranks.device.type)
     rows = {name: value.cpu() for name, value in rows.items()}
     failed = lacking.keys() - watch.lacking
     return {"rows": rows, "rounds": watch.rounds, "drawn": watch.drawn, "frames": watch.frames, "failed": failed}
@@ -116,7 +117,7 @@ def watched(
 
 def budgeted(ranks: Ranks, data_dir: Path, folder: Path) -> dict[str, Any]:
     return watched(
-        ranks, data_dir, folder, "split_geometry_on_host", ("--device_memory_budget", BUDGET, "--timelapse", 40)
+        ranks, data_dir, folder, "split_geometry_on_host", ("--device_memory_budget", BUDGET, "--timelapse", 20)
     )
 
 
@@ -154,7 +155,7 @@ def group(city_block, tmp_path_factory) -> dict[str, list[Any]]:
 
 
 def test_ranks_train_the_model_of_one_process_within_a_budget(group, city_block, tmp_path):
-    expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2)
+    expected = trained("gpu_only", None, city_block, tmp_path, *FEWER_STEPS, "--batch_size", 2)
     assert_same_model([part["rows"] for part in group["budgeted"]], expected, BOUNDS)
     assert set.union(*(part["failed"] for part in group["budgeted"])) == set(LACKING)
 
@@ -184,7 +185,7 @@ def test_pictures_drawn_in_rounds_are_those_drawn_at_once(group):
     assert drawn
     assert max(drawn) < 1e-5
     first, second = (part["frames"] for part in group["budgeted"])
-    assert len(first) == 3  # of the timelapse, after steps 1, 40 and 60
+    assert len(first) == 3  # of the timelapse, after steps 1, 20 and 30
     assert max(first) < 1e-5
     assert not second
 
@@ -227,7 +228,7 @@ def group_on_gpu(request, city_block, tmp_path_factory) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("trainer", ON_GPU)
 def test_ranks_on_a_gpu_draw_tiles_together(group_on_gpu, city_block, tmp_path, trainer):
     parts = group_on_gpu[trainer]
-    expected = trained("gpu_only", None, city_block, tmp_path, "--batch_size", 2, device="cuda")
+    expected = trained("gpu_only", None, city_block, tmp_path, *FEWER_STEPS, "--batch_size", 2, device="cuda")
     assert_same_model([part["rows"] for part in parts], {name: x.cpu() for name, x in expected.items()}, BOUNDS)
     assert set.union(*(part["failed"] for part in parts)) == set(ON_GPU[trainer][1])
     for part in parts:
