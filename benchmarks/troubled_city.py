@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from datasets.normalize import alignment, transform_cameras
+from datasets.normalize import camera_alignment, transform_cameras
 from datasets.synthetic import (
     Camera,
     City,
@@ -148,11 +148,12 @@ def pose_errors(found: Floats, truth: Floats) -> tuple[float, float]:
 
 
 def aligned(found: Floats, truth: Floats) -> Floats:
-    """Return poses [n, 4, 4] after the similarity that brings the positions of cameras nearest to the true ones.
+    """Return poses [n, 4, 4] after the similarity that brings the cameras nearest to the true ones.
 
     Photos alone cannot tell where the world's origin is, how it is turned, and how long its unit is.
     """
-    return transform_cameras(alignment(found[:, :3, 3], truth[:, :3, 3]), found)
+    extent = np.linalg.norm(truth[:, :3, 3] - truth[:, :3, 3].mean(axis=0), axis=1).max()
+    return transform_cameras(camera_alignment(found, truth, float(extent)), found)
 
 
 def camtoworlds_of(views: list[View]) -> Floats:

@@ -9,6 +9,7 @@ import numpy as np
 
 NEGLIGIBLE = 1e-6  # of the scene's size: what is smaller may be the rounding of large coordinates
 ROUNDING = 1e-12  # of the largest coordinate: cameras closer than this stand at one place
+LEVER = 0.1  # of the extent: so far along a camera's axes are points that move with it, besides its centre
 FEWEST_POINTS = 4  # fewer say nothing of the scene's axes
 
 
@@ -145,6 +146,24 @@ def transform_cameras(transform: np.ndarray, camtoworlds: np.ndarray) -> np.ndar
     moved = transform @ camtoworlds
     moved[:, :3, :3] /= np.cbrt(np.linalg.det(transform[:3, :3]))
     return moved
+
+
+def camera_alignment(camtoworlds: np.ndarray, wanted: np.ndarray, extent: float) -> np.ndarray:
+    """Return the similarity [4, 4] that brings cameras nearest to others.
+
+    A camera counts as its centre and three points on its axes, which tell how cameras turned that stand in a line.
+
+    Args:
+        camtoworlds: [k, 4, 4].
+        wanted: [k, 4, 4], which of them each is brought to.
+        extent: Of the scene.
+    """
+    own = LEVER * extent * np.eye(4, 3, -1)  # the centre, and along each axis
+    points, wanted_points = (
+        (own @ poses[:, :3, :3].transpose(0, 2, 1) + poses[:, None, :3, 3]).reshape(-1, 3)
+        for poses in (camtoworlds, wanted)
+    )
+    return alignment(points, wanted_points)
 
 
 def alignment(points: np.ndarray, wanted: np.ndarray) -> np.ndarray:

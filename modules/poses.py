@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from datasets.normalize import alignment
+from datasets.normalize import camera_alignment
 from modules.contract import TrainedModule, Training
-
-LEVER = 0.1  # of the extent: so far along a camera's axes are points that move with it, besides its centre
 
 
 class Poses(TrainedModule):
@@ -102,20 +100,14 @@ class Poses(TrainedModule):
     def common_motion(self) -> np.ndarray:
         """Return the similarity [4, 4] that the corrections after the last step have in common.
 
-        No photo tells it from the truth: it is how far training has carried the world away, with all that is in it. A
-        camera counts as its centre and three points on its axes, which tell how cameras turned that stand in a line.
+        No photo tells it from the truth: it is how far training has carried the world away, with all that is in it.
         """
         ids = torch.arange(len(self.names))[self.last_step > 0]
         if not len(ids):
             return np.eye(4)
         given = torch.linalg.inv(self._viewmats[ids])
         found = given @ self.corrections(self.values(ids), ids)
-        return alignment(*(self._points_of(poses.numpy()) for poses in (given, found)))
-
-    def _points_of(self, camtoworlds: np.ndarray) -> np.ndarray:
-        """Return points [4 k, 3], four of each of the cameras at poses [k, 4, 4]."""
-        own = LEVER * (self._extent or 1.0) * np.eye(4, 3, -1)  # the centre, and along each axis
-        return (own @ camtoworlds[:, :3, :3].transpose(0, 2, 1) + camtoworlds[:, None, :3, 3]).reshape(-1, 3)
+        return camera_alignment(given.numpy(), found.numpy(), self._extent or 1.0)
 
     def penalty(self, rows: Tensor) -> Tensor:
         """Return the weighted mean square of the step's rows [U, 6], in radians and units of the extent."""

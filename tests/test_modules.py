@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from benchmarks.troubled_city import pose_errors
-from datasets.normalize import alignment, transform_cameras, transform_points
+from datasets.normalize import camera_alignment, transform_cameras, transform_points
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
 from modules.poses import Poses, corrections
@@ -401,7 +401,7 @@ def trained_together(
         if pose_opt:
             poses.update()
     found, right = (torch.linalg.inv(viewmats).numpy() for viewmats in (poses(poses.values(every), every), truth))
-    held_out = transform_cameras(alignment(right[1:, :3, 3], found[:, :3, 3]), right[:1])
+    held_out = transform_cameras(camera_alignment(right[1:], found, extent), right[:1])
     with torch.no_grad():
         drawn = draw(means, sh0, torch.linalg.inv(torch.from_numpy(held_out)).float())
     return -10 * math.log10((drawn - photos[:1]).square().mean()), pose_errors(found, right[1:])
