@@ -18,7 +18,7 @@ from torch import Tensor
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
-from benchmarks.troubled_city import in_light, write_city
+from benchmarks.troubled_city import flight_of, in_light, write_city
 from configs import Config
 from datasets.normalize import transform_cameras
 from datasets.scene import Scene, load_scene
@@ -292,7 +292,7 @@ def test_exposures_find_the_lights_of_photos(monkeypatch, tmp_path):
     options = (*SHORT, "--exposure", "affine")
     assert run_script(monkeypatch, simple_trainer, tmp_path / "city", tmp_path / "run", *options) == 0
     grey, rng = np.full(3, 0.4), np.random.default_rng([0, 4])  # as `write_city` draws
-    lights = np.stack([in_light(grey, photo % 2, rng) for photo in range(24)])  # [24, 3]
+    lights = np.stack([in_light(grey, flight_of(photo), rng) for photo in range(24)])  # [24, 3]
     trained = np.flatnonzero(np.arange(24) % 8)  # the others are test photos
     rows = saved(tmp_path / "run", 250).state["affine/rows"].double().view(-1, 3, 4).numpy()
     learnt = rows[:, :, :3] @ grey + rows[:, :, 3]  # [21, 3]
