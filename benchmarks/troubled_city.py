@@ -8,6 +8,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import torch
 from scipy.spatial.transform import Rotation
 
 from datasets.normalize import camera_alignment, transform_cameras
@@ -26,6 +27,7 @@ from datasets.synthetic import (
     screen_windows,
     write_colmap,
 )
+from modules.poses import turns_upwards
 
 SIZE = 72.0  # metres, of the block
 POINT_NOISE = 0.15  # metres
@@ -107,14 +109,14 @@ def poses_off(views: list[View], rng: np.random.Generator) -> list[View]:
     """Return views of which all but every eighth are `off`, and as near to the truth together as they can be.
 
     What they have in common, a similarity of the whole world, no photo tells: corrected, they could not find the truth.
-    Nor have they a turn in common, each in its own axes: that is trouble of a lens and of what carries it, which
-    `--pose_opt` leaves alone (`modules/poses.py`), and of errors of their own n cameras have 1 / sqrt(n) of it.
+    Nor do they look too high or too low together, which `--pose_opt` leaves alone (`modules/poses.py`): of errors of
+    their own n cameras have 1 / sqrt(n) of that.
     """
     trained = np.flatnonzero(np.arange(len(views)) % 8)
     truth = camtoworlds_of(views)[trained]
     axes, directions = directions_of(rng, 2, len(trained))
-    axes -= axes.mean(axis=0)
-    axes /= np.linalg.norm(axes, axis=1).mean()
+    upwards = turns_upwards(torch.linalg.inv(torch.from_numpy(truth))).numpy()
+    axes -= (axes * upwards).sum() / np.square(upwards).sum() * upwards
     found = camtoworlds_of([off(views[number], *both) for number, *both in zip(trained, axes, directions, strict=True)])
     given = list(views)
     for number, pose in zip(trained, aligned(found, truth), strict=True):

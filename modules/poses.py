@@ -4,12 +4,11 @@ A camera that turns where it stands, and one that is shifted, see almost the sam
 come to, and badly which of them it was. Adam, which steps along each number by itself, gets nowhere with such a pair.
 So a camera turns about what it looks at: a turn is then what is told badly, and a shift what is told well.
 
-What all cameras turn by in common, each in its own axes, is told worst of all, since the Gaussians bend to it, and what
-is told is wrong: of opaque Gaussians on level ground seen from aslant the nearer cover edges of those behind, so that
-all is drawn too high in the picture, by up to a pixel (`tests/test_modules.py`). To make up for it cameras that were
-given rightly all turned upwards, by 0.17 degrees or half a pixel in 2,000 steps on photos of 160x120, and held-out
-photos, which had no such turn, lost 3 dB. Errors of their own n cameras have 1 / sqrt(n) of a common turn, and a lens's
-principal point stands for one. So corrections have none.
+That all cameras look too high or too low together, photos tell worst of all, since the Gaussians bend to it, and they
+tell it wrong: of opaque Gaussians on level ground seen from aslant the nearer cover edges of those behind, so that all
+is drawn too high in the picture, by up to a pixel (`tests/test_modules.py`). To make up for it cameras that were given
+rightly all turned upwards, by 0.17 degrees or half a pixel in 2,000 steps on photos of 160x120, and held-out photos,
+which had no such turn, lost 3 dB. Errors of their own n cameras have 1 / sqrt(n) of it. So corrections have none.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from torch.nn import functional
 from datasets.normalize import camera_alignment
 from modules.contract import TrainedModule, Training
 
+TINY = 1e-12  # of squares of sines: cameras that all look straight down have no turn upwards
+
 
 class Poses(TrainedModule):
     """Train for each photo a small turn and shift of its camera, in the directions of its axes; none at first.
@@ -38,7 +39,7 @@ class Poses(TrainedModule):
     by_row = (*TrainedModule.by_row, "distances")
     rows: Tensor  # [n, 6]
     distances: Tensor  # [n, 1] float64, how far in front of each camera that place is
-    common_gradient: Tensor  # [3] of turns, the mean over about the last epoch
+    common_gradient: Tensor  # of a turn upwards of all cameras, the mean over about the last epoch
 
     def __init__(
         self,
@@ -63,8 +64,10 @@ class Poses(TrainedModule):
         units = torch.tensor([1.0, 1, 1, extent, extent, extent])
         super().__init__(names, torch.zeros(6), learning_rate, replace(training, device=torch.device("cpu")), units)
         self.register_buffer("distances", distances[:, None].clone())
-        self.register_buffer("common_gradient", torch.zeros(3))
+        self.register_buffer("common_gradient", torch.zeros(()))
         self._viewmats = viewmats
+        self._upwards = turns_upwards(viewmats).float()  # [n, 3]
+        self._mean_square = self._upwards.square().sum(dim=1).mean().clamp(min=TINY)
         self._extent = extent
         self._units = units
         self._penalty_weight = penalty_weight
@@ -114,15 +117,16 @@ class Poses(TrainedModule):
         return self._penalty_weight * (rows / self._units).square().sum(dim=1).mean()
 
     def _step(self, ids: Tensor, gradient: Tensor, rate: list[float]) -> None:
-        """Step as `TrainedModule` does, but for what all cameras turn by, and would, in common.
+        """Step as `TrainedModule` does, but for what all cameras look too high by, and would.
 
         That has to leave the gradient, or Adam, which divides each photo's by how large it is, would turn each by
         another part of it; and the rows, since what Adam makes of the others does not add up to nothing.
         """
         common = self._common_turn()
-        epoch = max(len(self.names) / len(ids), 1.0)  # steps
-        self.common_gradient += (gradient[:, :3].mean(dim=0) - self.common_gradient) / epoch
-        super()._step(ids, gradient - functional.pad(self.common_gradient, (0, 3)), rate)
+        upwards = self._upwards[ids]  # [U, 3]
+        share = (gradient[:, :3] * upwards).sum(dim=1).mean() / self._mean_square
+        self.common_gradient += (share - self.common_gradient) * min(len(ids) / len(self.names), 1.0)
+        super()._step(ids, gradient - functional.pad(self.common_gradient * upwards, (0, 3)), rate)
         self.rows -= common
 
     def values_ahead(self, rows: Tensor) -> Tensor:
@@ -134,10 +138,23 @@ class Poses(TrainedModule):
         return values
 
     def _common_turn(self) -> Tensor:
-        """Return [n, 6]: of photos that were trained on the mean of their turns, in their own axes, and no shift."""
-        is_seen = (self.last_step > 0)[:, None]
-        mean = (self.rows * is_seen).sum(dim=0) / is_seen.sum().clamp(min=1)  # [6]
-        return functional.pad(mean[:3], (0, 3)) * is_seen
+        """Return [n, 6], of photos that were trained on the turn upwards that is nearest to theirs, and no shift."""
+        upwards = self._upwards * (self.last_step > 0)[:, None]
+        share = (self.rows[:, :3] * upwards).sum() / upwards.square().sum().clamp(min=TINY)
+        return functional.pad(share * upwards, (0, 3))
+
+
+def turns_upwards(viewmats: Tensor) -> Tensor:
+    """Return axes [n, 3], in those of the cameras, of turns away from the ground, the longer the more aslant they look.
+
+    The length is the sine of the angle between where a camera looks and the world's third axis, which is upright in the
+    normalized world.
+
+    Args:
+        viewmats: [n, 4, 4], world to camera.
+    """
+    right, down, _ = viewmats[:, :3, 2].unbind(dim=1)  # of the third axis, in those of the cameras
+    return torch.stack([-down, right, torch.zeros_like(right)], dim=1)
 
 
 def corrections(rows: Tensor, distances: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from benchmarks.troubled_city import pose_errors
 from datasets.normalize import camera_alignment, transform_cameras, transform_points
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
-from modules.poses import Poses, corrections
+from modules.poses import Poses, corrections, turns_upwards
 from modules.sky import Sky, directions
 from rendering.projection import Projection
 from rendering.rasterize import rasterize
@@ -293,22 +293,31 @@ def test_what_all_poses_have_moved_in_common():
     np.testing.assert_allclose(found, transform_points(motion, given[:, :3, 3].numpy()), rtol=0, atol=5e-4)
 
 
-def test_what_all_cameras_turn_by_in_common_is_not_followed():
-    """And what each turns by alone is found beside it."""
+def test_what_all_cameras_look_too_high_by_is_not_followed():
+    """And what each turns by alone is found beside it, whether it looks aslant at the ground or straight down."""
     generator, steps, n = torch.Generator().manual_seed(0), 400, 8
+    viewmats = torch.eye(4).double().repeat(n, 1, 1)
+    tilts = np.stack([np.full(n, -np.pi), np.zeros(n), np.arange(n) * 0.9], axis=1)  # straight down, by azimuths
+    tilts[:6, 0] += 0.8
+    viewmats[:, :3, :3] = torch.from_numpy(Rotation.from_euler("xyz", tilts).as_matrix()).mT
+    upwards = turns_upwards(viewmats).float()
+    turned = torch.from_numpy(Rotation.from_rotvec(0.01 * upwards.double().numpy()).as_matrix())
+    lifted = (viewmats[:, :3, :3].mT @ turned)[:, 2, 2] - viewmats[:, 2, 2]  # of where they look, in the world
+    assert (lifted[:6] > 0.003).all()
+    assert (lifted[6:].abs() < 1e-6).all()
     own = 0.005 * torch.randn(n, 3, generator=generator)
-    own -= own.mean(dim=0)
-    wanted = own + torch.tensor([0.003, -0.001, 0.002])  # as pictures that are drawn too high want it
+    own -= (own * upwards).sum() / upwards.square().sum() * upwards
+    wanted = own + 0.004 * upwards  # as pictures that are drawn too high want it
     training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
     in_sight = torch.ones(n).double()
-    poses = Poses(list("abcdefgh"), torch.eye(4).double().repeat(n, 1, 1), in_sight, 3.0, 1e-3, 0.0, training)
+    poses = Poses(list("abcdefgh"), viewmats, in_sight, 3.0, 1e-3, 0.0, training)
     for step in range(steps):
         seen_now = torch.tensor([step % n])
         poses.fetch(seen_now)
         (50 * (poses.leaf()[:, :3] - wanted[seen_now]).square().sum()).backward()
         poses.update()
     found = poses.values(torch.arange(n))[:, :3]
-    torch.testing.assert_close(found.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-4)
+    assert abs((found * upwards).sum() / upwards.square().sum()) < 1e-4
     torch.testing.assert_close(found, own, rtol=0, atol=5e-4)
 
 
@@ -381,11 +390,12 @@ def trained_together(
     truth = scene.viewmats.double()
     photos = draw(scene.means, scene.sh0, scene.viewmats)
     axes = torch.nn.functional.normalize(torch.randn(2, 9, 3, generator=generator), dim=2)
-    axes[0] -= axes[0].mean(dim=0)  # a common turn is left alone
+    upwards = torch.einsum("nij,ni->nj", scene.viewmats[1:, :3, :3], turns_upwards(scene.viewmats[1:]))  # in the world
+    axes[0] -= (axes[0] * upwards).sum() / upwards.square().sum() * upwards  # which is left alone
     off = torch.cat([math.radians(0.3) * axes[0], 0.003 * extent * axes[1]], dim=1) * is_off
     training = Training(lambda step: 0.01 ** (step / steps), (0.9, 0.999), CPU)
     where_they_stand, in_sight = torch.zeros(9).double(), torch.full((9,), distance).double()
-    given = corrections(off, where_they_stand) @ truth[1:]  # each off in its own axes
+    given = truth[1:] @ torch.linalg.inv(corrections(off, where_they_stand))
     poses, every = Poses(list("abcdefghi"), given, in_sight, extent, 1e-3, 1.0, training), torch.arange(9)
     means = (scene.means + 0.02 * torch.randn(300, 3, generator=generator)).requires_grad_()
     sh0 = (0.8 * scene.sh0).requires_grad_()
@@ -424,7 +434,7 @@ def test_a_turn_about_what_is_seen_is_told_from_a_shift():
         trained_together(is_off=True, pose_opt=True, steps=80, relief=0.2, distance=distance)[1]
         for distance in (0.0, 3.5)
     )
-    assert all(after < before / 1.2 for before, after in zip(about_itself, about_the_ground, strict=True)), (
+    assert all(after < before / 1.5 for before, after in zip(about_itself, about_the_ground, strict=True)), (
         about_itself,
         about_the_ground,
     )
