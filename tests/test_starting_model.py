@@ -246,10 +246,11 @@ def test_what_was_behind_a_model_and_is_not_taken_is_told(background, sky, now, 
 
 
 def test_poses_that_the_gaussians_fit_are_told_of(tmp_path):
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     gaussians = {"means": torch.rand(4, 3), "shN": torch.zeros(4, 15, 3)}
     gaussians |= {name: torch.zeros(4, 1) for name in ("scales", "quats", "opacities", "sh0")}
-    model = StartingModel(run / "ckpts/ckpt_6.pt", gaussians, np.eye(4), has_own_poses=True)
+    checkpoint = tmp_path / "other/../my run/ckpts/ckpt_6.pt"
+    model = StartingModel(checkpoint, gaussians, np.eye(4), has_own_poses=True)
 
     def told(**options: object) -> list[str]:
         said: list[str] = []
@@ -261,8 +262,8 @@ def test_poses_that_the_gaussians_fit_are_told_of(tmp_path):
     assert told(pose_opt=True) == [f"{without}."]
     (run / "poses").mkdir(parents=True)
     (run / "poses/poses.json").write_text('{"steps": 6}')
-    assert told() == told(pose_opt=True) == [f"{without}; give --model_dir {run}/poses to have the corrected ones."]
-    assert told(model_dir=f"{run}/../run/poses", pose_opt=True) == []
+    assert told() == told(pose_opt=True) == [f"{without}; give --model_dir '{run}/poses' to have the corrected ones."]
+    assert told(model_dir=f"{run}/../my run/poses", pose_opt=True) == []
 
 
 @pytest.mark.slow

@@ -72,7 +72,8 @@ def test_a_video_that_nothing_can_write_is_refused_at_once(monkeypatch, city_blo
     def missing() -> str:
         raise RuntimeError("No ffmpeg exe could be found.")
 
-    monkeypatch.setattr("training.options.get_ffmpeg_exe", missing)
+    monkeypatch.setattr("training.options.get_ffmpeg_version", missing)
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
     with pytest.raises(SystemExit, match="2"):
         train(monkeypatch, simple_trainer, "--data_dir", city_block, option, "--result_dir", tmp_path / "run")
     captured = capsys.readouterr()
@@ -81,6 +82,18 @@ def test_a_video_that_nothing_can_write_is_refused_at_once(monkeypatch, city_blo
         in captured.out + captured.err
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [None, "no program"])
+def test_an_ffmpeg_that_cannot_be_run_is_named(monkeypatch, city_block, tmp_path, capsys, content):
+    ffmpeg = tmp_path / "ffmpeg"
+    if content is not None:
+        ffmpeg.write_text(content)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    with pytest.raises(SystemExit, match="2"):
+        train(monkeypatch, simple_trainer, "--data_dir", city_block, "--video", "--result_dir", tmp_path / "run")
+    captured = capsys.readouterr()
+    assert f"IMAGEIO_FFMPEG_EXE names {ffmpeg}, which cannot be run" in captured.out + captured.err
 
 
 def test_training_is_kept_where_ffmpeg_has_gone(monkeypatch, city_block, tmp_path, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from imageio_ffmpeg import get_ffmpeg_exe
+from imageio_ffmpeg import get_ffmpeg_version
 
 from configs import Config, ForwardedOptions
 from datasets.trajectories import SHAPES
@@ -203,8 +205,14 @@ def _check_ffmpeg(option: str) -> None:
         InputError: Naming it.
     """
     try:
-        get_ffmpeg_exe()
-    except RuntimeError as error:
+        get_ffmpeg_version()  # which starts it: nothing else tells that it can be
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        named = os.environ.get("IMAGEIO_FFMPEG_EXE")
+        if named:
+            raise InputError(
+                f"{option} asks for a video, which ffmpeg writes, and IMAGEIO_FFMPEG_EXE names {named}, which cannot "
+                "be run: let it name an ffmpeg, or nothing; or leave the option out."
+            ) from error
         raise InputError(
             f"{option} asks for a video, which ffmpeg writes, and there is none on this machine: pip install "
             "--force-reinstall imageio-ffmpeg brings one, IMAGEIO_FFMPEG_EXE names one that is elsewhere; or leave the "

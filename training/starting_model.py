@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,10 +136,10 @@ class StartingModel:
             return
         remedy = "" if cfg.pose_opt else "; give --pose_opt to correct them anew"
         if steps_of(run) is not None:
-            remedy = f"; give --model_dir {poses} to have the corrected ones"
+            remedy = f"; give --model_dir {shlex.quote(str(poses))} to have the corrected ones"
         say(f"Its poses were corrected: the Gaussians do not fit those of the dataset, which photos have here{remedy}.")
 
 
 def _run_of(path: Path) -> Path:
     """Return the result folder in which a checkpoint or PLY file lies, if it lies in one."""
-    return path.absolute().parent.parent
+    return Path(os.path.abspath(path)).parent.parent
