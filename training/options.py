@@ -209,14 +209,14 @@ def _check_ffmpeg(option: str) -> None:
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         named = os.environ.get("IMAGEIO_FFMPEG_EXE")
         if named:
-            raise InputError(
-                f"{option} asks for a video, which ffmpeg writes, and IMAGEIO_FFMPEG_EXE names {named}, which cannot "
-                "be run: let it name an ffmpeg, or nothing; or leave the option out."
-            ) from error
+            lacking = f"IMAGEIO_FFMPEG_EXE names {named}, which cannot be run: let it name an ffmpeg, or nothing"
+        else:
+            lacking = (
+                "there is none on this machine: pip install --force-reinstall imageio-ffmpeg brings one, "
+                "IMAGEIO_FFMPEG_EXE names one that is elsewhere"
+            )
         raise InputError(
-            f"{option} asks for a video, which ffmpeg writes, and there is none on this machine: pip install "
-            "--force-reinstall imageio-ffmpeg brings one, IMAGEIO_FFMPEG_EXE names one that is elsewhere; or leave the "
-            "option out."
+            f"{option} asks for a video, which ffmpeg writes, and {lacking}; or leave the option out."
         ) from error
 
 
