@@ -115,8 +115,9 @@ def find_depths(
     fits = {image: both for image, both in found.items() if both is not None}
     if not points and not fits and not named:
         raise InputError(
-            f"--depth_loss finds no depths in {data_dir}: its model does not say which points each photo saw, without "
-            f"which {FOLDER}/ cannot be used either. Give a COLMAP model with its observations."
+            f"--depth_loss finds no depths in {data_dir}: its model, or that of --model_dir, does not say which "
+            f"points each photo saw, without which {FOLDER}/ cannot be used either. Give a COLMAP model "
+            "with its observations."
         )
     by_points = len(points.keys() - fits.keys() - named.keys())
     of_named = f"from the depth images that the model names for {len(named):,}, " if named else ""

@@ -147,8 +147,8 @@ class Poses(TrainedModule):
 def turns_upwards(viewmats: Tensor) -> Tensor:
     """Return axes [n, 3], in those of the cameras, of turns away from the ground, the longer the more aslant they look.
 
-    The length is the sine of the angle between where a camera looks and the world's third axis, which is upright in the
-    normalized world.
+    The length is the sine of the angle between where a camera looks and the normalized world's third axis, along which
+    its points spread least: of a capture of ground its normal, of a facade that of the wall.
 
     Args:
         viewmats: [n, 4, 4], world to camera.

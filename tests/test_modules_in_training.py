@@ -258,6 +258,10 @@ def test_corrected_poses_are_a_model_to_train_on(monkeypatch, city_block, block,
     twice = (*QUIET, *POSES, "--max_steps", 8, "--resume", "--new_photos", "--model_dir", tmp_path / "poses")
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *twice) == 2
     assert "leave --model_dir out" in capsys.readouterr().err
+    elsewhere = ("--result_dir", tmp_path / "evaluated", "--model_dir", tmp_path / "poses")
+    checkpoint = max((tmp_path / "ckpts").glob("ckpt_*.pt"))
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *QUIET, "--ckpt", checkpoint, *elsewhere) == 2
+    assert "that the run of --ckpt has corrected" in capsys.readouterr().err
     again = load_scene(city_block, model_dir=str(tmp_path / "poses"))
     read = transform_cameras(np.linalg.inv(again.transform), again.camtoworlds)
     np.testing.assert_allclose(read, found, rtol=0, atol=1e-6)

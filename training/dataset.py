@@ -17,6 +17,7 @@ from datasets.splits import split_indices
 from errors import InputError, counted
 from offload.adam.state import stored_values
 from training.checkpoints import Checkpoint
+from training.files import result_folder_of
 
 SAME_PLACE = 1e-4  # of the scene's extent: reading a model again moves no camera as far
 SAME_WORLD = 1e-2  # of the same: another adjustment of the same cameras moves most of them less far
@@ -97,11 +98,16 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
         if not same_axes(checkpoint.transform, scene.own_transform) and not cfg.new_photos:
             raise another
         return cfg.new_photos
-    poses = Path(cfg.result_dir, "poses")
-    if not cfg.ckpt and "poses/rows" in checkpoint.state and is_named(poses, Path(cfg.data_dir), cfg.model_dir):
+    run = result_folder_of(Path(cfg.ckpt)) if cfg.ckpt else Path(cfg.result_dir)
+    if "poses/rows" in checkpoint.state and is_named(run / "poses", Path(cfg.data_dir), cfg.model_dir):
+        corrected, remedy = (
+            ("the run of --ckpt", "leave --model_dir out")
+            if cfg.ckpt
+            else ("this run", "leave --model_dir out to go on, or begin a run on them with another --result_dir")
+        )
         raise InputError(
-            f"--model_dir {cfg.model_dir} holds the poses that this run has corrected, and its checkpoint has the "
-            "corrections: leave --model_dir out to go on, or begin a run on them with another --result_dir."
+            f"--model_dir {cfg.model_dir} holds the poses that {corrected} has corrected, and its checkpoint has the "
+            f"corrections: {remedy}."
         )
     photos = photos_of(scene)
     common = [name for name in photos if name in checkpoint.photos]

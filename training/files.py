@@ -49,3 +49,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def result_folder_of(path: Path) -> Path:
+    """Return the result folder in which a checkpoint or PLY file lies, if it lies in one."""
+    return Path(os.path.abspath(path)).parent.parent

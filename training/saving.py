@@ -244,7 +244,7 @@ class Saving:
             view_has_changed = True
         trained = {name.removesuffix("/names") for name in state if name.endswith("/names")}  # by modules
         for part_name in sorted(trained - {*self._parts}):
-            print(f"Warning: what the checkpoint holds of {part_name} is dropped, since the option is not given.")
+            print(f"Warning: what the checkpoint holds of {part_name} is dropped, since the options do not ask for it.")
         if view_has_changed:
             state = {key: value for key, value in state.items() if not key.startswith("upcoming/")}
         try:

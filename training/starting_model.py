@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from datasets.normalize import is_similarity
 from errors import InputError
 from offload.store.morton import morton_order
 from training.checkpoints import load_checkpoint
+from training.files import result_folder_of
 from training.gaussians import PARAMETER_NAMES
 from training.model_files import check_model_file
 from training.modules import state_of
@@ -58,7 +58,7 @@ class StartingModel:
             is_ply = file.read(3) == b"ply"
         if is_ply:
             transform, up = frame_of_ply(path)
-            found = cls(path, load_ply(path), transform, up, has_own_poses=steps_of(_run_of(path)) is not None)
+            found = cls(path, load_ply(path), transform, up, has_own_poses=steps_of(result_folder_of(path)) is not None)
         else:
             checkpoint = load_checkpoint(path)
             found = cls(
@@ -130,7 +130,7 @@ class StartingModel:
 
     def _tell_of_poses(self, cfg: Config, say: Say) -> None:
         """Say where photos do not have the poses that the Gaussians fit."""
-        run = _run_of(self.path)
+        run = result_folder_of(self.path)
         poses = run / POSES
         if not self.has_own_poses or is_named(poses, Path(cfg.data_dir), cfg.model_dir):
             return
@@ -138,8 +138,3 @@ class StartingModel:
         if steps_of(run) is not None:
             remedy = f"; give --model_dir {shlex.quote(str(poses))} to have the corrected ones"
         say(f"Its poses were corrected: the Gaussians do not fit those of the dataset, which photos have here{remedy}.")
-
-
-def _run_of(path: Path) -> Path:
-    """Return the result folder in which a checkpoint or PLY file lies, if it lies in one."""
-    return Path(os.path.abspath(path)).parent.parent
