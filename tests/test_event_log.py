@@ -52,11 +52,13 @@ def test_what_was_done_once_more_is_there_once_and_nobody_is_told(tmp_path, capl
 
 def test_logs_of_torch_are_read(tmp_path):
     for purge_step in (None, 3):
-        writer = SummaryWriter(str(tmp_path), purge_step=purge_step)
+        folder = tmp_path / "its own"  # since the name of its file changes by the second
+        writer = SummaryWriter(str(folder), purge_step=purge_step)
         for step in range(purge_step or 0, 5):
             writer.add_scalar("loss", 1.5 * step, step)
         writer.close()
-        os.rename(next(tmp_path.glob("*.[0-9]")), tmp_path / f"events.out.tfevents.{purge_step or 0}")
+        next(folder.iterdir()).rename(tmp_path / f"events.out.tfevents.{purge_step or 0}")
+        folder.rmdir()
     assert read(tmp_path) == shown(tmp_path) == {"loss": [(step, 1.5 * step) for step in range(5)]}
 
 
