@@ -75,7 +75,8 @@ TROUBLES = [
         {"poses": True},
         {
             "without": (),
-            "--pose_opt": ("--pose_opt", "--pose_opt_lr", "2e-4"),  # twice the default, of so few steps
+            "--pose_opt": ("--pose_opt",),
+            "--pose_opt --pose_opt_lr 2e-4": ("--pose_opt", "--pose_opt_lr", "2e-4"),
         },
         without={},
     ),
@@ -103,7 +104,7 @@ TROUBLES = [
 
 
 def run_script(name: str, arguments: list[str]) -> None:
-    """Run a script with these arguments in this process, without a word: 28 of them would each take seconds to start.
+    """Run a script with these arguments in this process, without a word: 30 of them would each take seconds to start.
 
     Raises:
         InputError: It could not be run to its end.
