@@ -75,11 +75,8 @@ def run_in_child(work: Callable[..., None], *arguments: object, look: Callable[[
 
 def _work(sender: Connection, parent: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
     """Call the function in the child, and send what went wrong, or an empty text."""
-    for number in (
-        signal.SIGHUP,
-        signal.SIGTERM,
-    ):  # pycolmap would print its stack; the parent gets them, too
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # pycolmap would print its stack; the parent gets them too, and kills
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it has ended before

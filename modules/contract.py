@@ -40,6 +40,7 @@ class TrainedModule(nn.Module):
     """
 
     by_row: tuple[str, ...] = (*ARRAYS, "last_step")  # buffers that belong to rows, and are known again with them
+    rows: Tensor  # [n, d], which lag behind by the steps since their last update
     last_step: Tensor  # [n] int64, of each row's last update
 
     def __init__(

@@ -50,7 +50,7 @@ class Exposure(TrainedModule):
     def update(self) -> None:
         """Do as `TrainedModule.update`, and take from all trained photos what their matrices have in common."""
         super().update()
-        rows, trained = self.get_buffer("rows"), self.last_step > 0  # the others are the identity
+        rows, trained = self.rows, self.last_step > 0  # the others are the identity
         means = rows.mean(dim=0).view(12, self.levels, -1)  # [12, levels, cells]
         off = means.mean(dim=2, keepdim=True) - torch.eye(3, 4).to(rows).view(12, 1, 1)
         common = off.expand_as(means).reshape(1, -1) * (len(rows) / trained.sum().clamp(min=1))

@@ -37,7 +37,6 @@ class Poses(TrainedModule):
     """
 
     by_row = (*TrainedModule.by_row, "distances")
-    rows: Tensor  # [n, 6]
     distances: Tensor  # [n, 1] float64, how far in front of each camera that place is
     common_gradient: Tensor  # of a turn upwards of all cameras, the mean over about the last epoch
 
@@ -125,7 +124,7 @@ class Poses(TrainedModule):
         common = self._common_turn()
         upwards = self._upwards[ids]  # [U, 3]
         share = (gradient[:, :3] * upwards).sum(dim=1).mean() / self._mean_square
-        self.common_gradient += (share - self.common_gradient) * min(len(ids) / len(self.names), 1.0)
+        self.common_gradient += (share - self.common_gradient) * (len(ids) / len(self.names))
         super()._step(ids, gradient - functional.pad(self.common_gradient * upwards, (0, 3)), rate)
         self.rows -= common
 

@@ -18,6 +18,7 @@ from errors import InputError, counted
 from offload.adam.state import stored_values
 from training.checkpoints import Checkpoint
 from training.files import result_folder_of
+from training.pose_files import FOLDER as POSES
 
 SAME_PLACE = 1e-4  # of the scene's extent: reading a model again moves no camera as far
 SAME_WORLD = 1e-2  # of the same: another adjustment of the same cameras moves most of them less far
@@ -99,7 +100,7 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
             raise another
         return cfg.new_photos
     run = result_folder_of(Path(cfg.ckpt)) if cfg.ckpt else Path(cfg.result_dir)
-    if "poses/rows" in checkpoint.state and is_named(run / "poses", Path(cfg.data_dir), cfg.model_dir):
+    if "poses/rows" in checkpoint.state and is_named(run / POSES, Path(cfg.data_dir), cfg.model_dir):
         corrected, remedy = (
             ("the run of --ckpt", "leave --model_dir out")
             if cfg.ckpt

@@ -222,9 +222,8 @@ def _check_ffmpeg(option: str) -> None:
 
 def _check_watching(cfg: Config) -> None:
     default = Config()
-    for name in ("video", "timelapse"):
-        if getattr(cfg, name):
-            _check_ffmpeg(f"--{name}")
+    if cfg.video or cfg.timelapse:
+        _check_ffmpeg("--video" if cfg.video else "--timelapse")
     for name in ("trajectory", "video_seconds", "video_size", "video_depth"):
         if not cfg.video and getattr(cfg, name) != getattr(default, name):
             raise InputError(f"--{name} is of the video, which --video asks for: give that, too.")
