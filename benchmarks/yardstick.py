@@ -1,7 +1,7 @@
 """Quality of gsplat's own strategies and of its example trainer's formulas on a dataset; needs a GPU.
 
     python -m benchmarks.yardstick --data_dir D --strategy mcmc --max_gaussians 1000000 --result_dir R
-        [--pose_opt] [--exposure bilateral_grid] [--depth_loss]
+        [--regularized drawn] [--pose_opt] [--exposure bilateral_grid] [--depth_loss]
 
 A small loop over gsplat's rasterization, its strategies and dense Adam, with the options and defaults of our scripts.
 Photos, first Gaussians, order of views and metrics are ours, so that a difference to a script is one of training. Its
@@ -32,6 +32,8 @@ from errors import InputError
 from offload.culling.cameras import Cameras
 from rendering.losses import photometric_loss
 from reporting.numbers import count
+from strategies.mcmc import REGULARIZER
+from strategies.regularizers import Regularizers
 from training.evaluation import evaluate, load_lpips
 from training.gaussians import activate, initial_gaussians
 from training.schedules import SCALE_MARGIN, learning_rates
@@ -65,6 +67,8 @@ class Options(BenchmarkOptions):
     """DefaultStrategy or MCMCStrategy of gsplat."""
     max_gaussians: int = 1_000_000
     """What MCMCStrategy grows to."""
+    regularized: Literal["all", "drawn"] = "all"
+    """Which Gaussians it regularizes at a step: all, as gsplat's example trainer does, or those in view, as we do."""
     refine_start_iter: int = 500
     """Gaussians are refined after steps whose number, from 0, is above this."""
     refine_every: int = 100
@@ -213,6 +217,7 @@ class Trainer:
         self._optimizers = optimizers_of(self.parameters, self.cfg, self._scene_scale)
         self._strategy, self._state = strategy_of(options, self.cfg, self._scene_scale)
         self._strategy.check_sanity(self.parameters, self._optimizers)
+        self._regularizers = Regularizers(REGULARIZER, REGULARIZER)  # of --regularized drawn
         num_photos = len(scene.image_names)
         self._poses = PoseCorrections(num_photos, device) if options.pose_opt else None
         self._grids = Grids(num_photos, device) if options.exposure != "none" else None
@@ -262,11 +267,20 @@ class Trainer:
         if self._grids is not None:
             loss = loss + GRID_VARIATION * self._grids.variation()
         if options.strategy == "mcmc":
-            loss = loss + 0.01 * torch.sigmoid(self.parameters["opacities"]).mean()
-            loss = loss + 0.01 * torch.exp(self.parameters["scales"]).mean()
+            loss = loss + self._regularization(info["radii"])
         loss.backward()
         self._update(step, info)
         return loss.detach()
+
+    def _regularization(self, radii: Tensor) -> Tensor:
+        """Return what MCMCStrategy's trainer adds to the loss, or what ours does; radii [1, N, 2] are of the view."""
+        if self.options.regularized == "drawn":
+            drawn = (radii[0] > 0).all(dim=-1).nonzero()[:, 0]
+            loss = self._regularizers.of(dict(self.parameters.items()), drawn)
+            self._regularizers.count(len(drawn))
+            return loss
+        opacities, scales = (self.parameters[name] for name in ("opacities", "scales"))
+        return REGULARIZER * (torch.sigmoid(opacities).mean() + torch.exp(scales).mean())
 
     def _update(self, step: int, info: dict[str, Any]) -> None:
         """Let Adam and the strategy have the gradients."""

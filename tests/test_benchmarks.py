@@ -521,8 +521,12 @@ def test_benchmark_writes_its_table(tmp_path, monkeypatch, module, options):
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "options",
-    [{"strategy": "default", "pose_opt": True, "depth_loss": True}, {"strategy": "mcmc", "exposure": "bilateral_grid"}],
-    ids=lambda options: options["strategy"],
+    [
+        {"strategy": "default", "pose_opt": True, "depth_loss": True},
+        {"strategy": "mcmc", "exposure": "bilateral_grid"},
+        {"strategy": "mcmc", "regularized": "drawn"},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
 )
 def test_yardstick_trains_by_gsplats_parts(tmp_path, city_block, options):
     yardstick.main(
