@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
@@ -70,7 +71,7 @@ def environment(rank: int, size: int, store: TCPStore) -> dict[str, str]:
 
 def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     """Train in this process, to which a fault happens: picture, error, kill, interrupt and the step, as in "kill@7".
-    With "stop" Ctrl-C comes before the picture of a number.
+    With "stop" Ctrl-C comes before the picture of a number, with "frame" before that frame of its video.
 
     One that is "full" cannot write its parts of checkpoints.
 
@@ -80,7 +81,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     """
     import startup  # noqa: F401
     from errors import InputError
-    from training import command_line, reporting, run
+    from training import command_line, reporting, run, video
     from training.checkpoints import PartialCheckpoint
     from training.run import TrainingRun
     from training.views import View
@@ -88,8 +89,8 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     leave_charts_undrawn(pytest.MonkeyPatch())
     what, _, step = fault.partition("@")
     reporting.load_lpips = lambda net, device: None
-    mark, leave, from_batch = TrainingRun.mark, TrainingRun.__exit__, View.from_batch
-    loaded = 0
+    mark, leave, from_batch, even = TrainingRun.mark, TrainingRun.__exit__, View.from_batch, video.even
+    loaded = drawn = 0
 
     def marked(self: TrainingRun, stage: str) -> None:
         mark(self, stage)
@@ -123,12 +124,21 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
             raise InputError("photos/7.png cannot be decoded: replace it.")
         return from_batch(*batch)
 
+    def finished(frame: Any) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn == int(step):
+            os.kill(os.getpid(), signal.SIGINT)
+        return even(frame)
+
     if what == "early_kill":
         run.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     elif what == "full":
         PartialCheckpoint.publish = no_room
     elif what == "slow":
         time.sleep(2)
+    elif what == "frame":
+        video.even = finished
     elif what in ("picture", "stop"):
         View.from_batch = decoded
     elif what != "none":

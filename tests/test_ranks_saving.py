@@ -531,3 +531,15 @@ def test_ctrl_c_at_one_rank_ends_all_after_the_same_step(city_block, tmp_path):
     (sentence,) = sentences(ended, "Interrupted after")
     assert sentence == f"Interrupted after 7 steps; saved {tmp_path}/ckpts/ckpt_7.pt"
     assert steps == 7
+
+
+def test_ctrl_c_at_one_rank_ends_a_video_between_frames(city_block, tmp_path):
+    options = options_for(city_block, tmp_path, "--max_steps", 2, "--video", "--video_seconds", 0.4)
+    ended = ScriptGroup(2, "gpu_only", options, {1: "frame@3"}).ends()
+    assert [code for code, _ in ended] == [0, 0]
+    (sentence,) = sentences(ended, "The video was left")
+    assert sentence == "The video was left after 4 of 12 frames: --resume makes it anew."
+    (sentence,) = sentences(ended, "Interrupted after")
+    assert sentence == f"Interrupted after 2 steps; saved {tmp_path}/ckpts/ckpt_2.pt"
+    assert not list((tmp_path / "videos").iterdir())
+    assert json.loads((tmp_path / "ended.json").read_text())["status"] == "interrupted"

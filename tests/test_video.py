@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -164,6 +166,31 @@ def test_no_flight_goes_to_a_camera_that_stands_far_off(city_block, tmp_path):
     record_video(scene, Config(video_seconds=1.0), draw, tmp_path / "videos/flight.mp4")
     assert len(seen) == 30
     assert max(torch.linalg.inv(cameras.viewmats)[0, :3, 3].norm().item() for cameras in seen) < 100
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_its_video_and_makes_it_when_resumed(monkeypatch, city_block, tmp_path, capsys):
+    """Ctrl-C comes in the third frame, once more in the first one of the resumed run, and then not."""
+    monkeypatch.setattr("training.reporting.load_lpips", lambda net, device: None)
+    options = ("--data_dir", city_block, *VIDEO, "--max_steps", 2, "--result_dir", tmp_path)
+    for stopped_at, resume in ((3, ()), (1, ("--resume",))):
+        frames = count(1)
+
+        def finished(frame: np.ndarray, stopped_at: int = stopped_at, frames: Iterator[int] = frames) -> np.ndarray:
+            if next(frames) == stopped_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return even(frame)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("training.video.even", finished)
+            train(patch, simple_trainer, *options, *resume)
+        output = capsys.readouterr().out
+        assert f"The video was left after {stopped_at - 1} of 12 frames: --resume makes it anew." in output
+        assert f"Interrupted after 2 steps; saved {tmp_path}/ckpts/ckpt_2.pt" in output
+        assert json.loads((tmp_path / "ended.json").read_text())["status"] == "interrupted"
+        assert not list((tmp_path / "videos").iterdir())
+    train(monkeypatch, simple_trainer, *options, "--resume")
+    assert len(frames_of(tmp_path / "videos/flight_2.mp4")) == 12
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
 from training.pose_files import pose_figures
 from training.report import write_report
-from training.video import record_video, video_file
+from training.video import VideoLeft, record_video, video_file
 from training.views import View
 
 if TYPE_CHECKING:
@@ -299,8 +299,13 @@ class Evaluation:
         )
 
     def record_video(self, run: TrainingRun, steps: int) -> None:
-        """Write the video where --video asks for it; as `evaluate`."""
-        if run.cfg.video:
+        """Write the video where --video asks for it; as `evaluate`. Whoever stops the run leaves it between frames."""
+        if not run.cfg.video:
+            return
+        path = run.results.path / video_file(run.cfg, steps)
+        try:
             with run.results.missed_if_unwritable(f"The video of step {steps}"):
-                path = run.results.path / video_file(run.cfg, steps)
-                record_video(run.scene, run.cfg, run.draw, path, run.ranks)
+                record_video(run.scene, run.cfg, run.draw, path, run.ranks, lambda: run.is_interrupted)
+        except VideoLeft as left:
+            tqdm.write(f"The video was left {left}: --resume makes it anew.")
+            run.end_as_interrupted()

@@ -384,6 +384,10 @@ class TrainingRun(Generic[AnyConfig]):
         """Tell whether training has been asked to stop after the present step."""
         return self._interrupted
 
+    def end_as_interrupted(self) -> None:
+        """End after what is under way, which the ranks have left together."""
+        self.agreed = replace(self.agreed, interrupted=True)
+
     def mark(self, stage: str) -> None:
         """End a stage of the present step, which began at the mark before."""
         self.times.mark(stage)
@@ -425,6 +429,9 @@ class TrainingRun(Generic[AnyConfig]):
             self._begin(None)
             for result in self._results_of_the_end:
                 result.make_missing(self, first)
+            if self.agreed.interrupted:
+                self._end_interrupted()
+                return
             self._timelapse.make_video(self)
             self.results.check_none_missed()
             return

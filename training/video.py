@@ -25,6 +25,7 @@ from datasets.trajectory_file import read_key_poses
 from datasets.view_order import sample_of
 from distributed.mesh import Ranks
 from distributed.together import taken_in_turn
+from errors import counted
 from offload.culling.cameras import Cameras
 from training.files import replacing
 from training.views import posed_cameras
@@ -41,6 +42,10 @@ class Draw(Protocol):
 
     def __call__(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
         """Return [1, H, W, 3], or 4 channels with the depth."""
+
+
+class VideoLeft(Exception):
+    """Say that a video has been left between two frames, since somebody asked to stop; at all ranks alike."""
 
 
 def video_file(cfg: Config, steps: int) -> str:
@@ -90,7 +95,14 @@ class Lens:
         return Lens(K, width, height)
 
 
-def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path, ranks: Ranks | None = None) -> None:
+def record_video(
+    scene: Scene,
+    cfg: Config,
+    draw: Draw,
+    path: Path,
+    ranks: Ranks | None = None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> None:
     """Render a path through the scene, frame by frame as held-out views are, and write it as an H.264 video.
 
     Args:
@@ -100,9 +112,11 @@ def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path, ranks: Ranks
         path: The .mp4 file, which appears when it is complete. Its sides are even, as the format wants them: of frames
             with an odd number of rows or columns it has the last one twice.
         ranks: That draw together; the first one writes the file.
+        is_interrupted: Returns whether this process has been asked to stop; then all leave the video.
 
     Raises:
         OSError: The file cannot be written.
+        VideoLeft: Some rank has been asked to stop; there is no file.
     """
     poses, lens = poses_of(scene, cfg), Lens.of(scene, cfg)
     turn = fastest_turn(poses, FRAMES_PER_SECOND)
@@ -111,7 +125,7 @@ def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path, ranks: Ranks
             f"Warning: the given path turns by {turn:.0f} degrees a second in {len(poses) / FRAMES_PER_SECOND:.1f} s: "
             "a longer --video_seconds is calmer."
         )
-    frames = _frames(scene, cfg, draw, poses, lens, ranks)
+    frames = _frames(scene, cfg, draw, poses, lens, ranks, is_interrupted)
     try:
         if ranks is None or ranks.leads:
             with replacing(path) as partial, whole_video(partial, len(poses)) as append:
@@ -125,9 +139,19 @@ def record_video(scene: Scene, cfg: Config, draw: Draw, path: Path, ranks: Ranks
 
 @torch.no_grad()
 def _frames(
-    scene: Scene, cfg: Config, draw: Draw, poses: np.ndarray, lens: Lens, ranks: Ranks | None
+    scene: Scene,
+    cfg: Config,
+    draw: Draw,
+    poses: np.ndarray,
+    lens: Lens,
+    ranks: Ranks | None,
+    is_interrupted: Callable[[], bool],
 ) -> Iterator[np.ndarray]:
-    """Yield the frames [H, W, 3] uint8 at poses [F, 4, 4], at all ranks."""
+    """Yield the frames [H, W, 3] uint8 at poses [F, 4, 4], at all ranks.
+
+    Raises:
+        VideoLeft: At all ranks.
+    """
     K = torch.from_numpy(lens.K).float()[None]
     span = depth_span(scene.points, poses, lens) if cfg.video_depth else None
     own, _ = taken_in_turn(np.arange(len(poses)), ranks)
@@ -138,10 +162,12 @@ def _frames(
         frame = pixels(picture[..., :3])
         if span is not None:
             frame = np.concatenate([frame, depth_colors(picture[..., 3], span)], axis=1)
-        if ranks is None:
-            yield even(frame)
-        else:
-            yield from ranks.gather(even(frame))[: len(poses) - turn * ranks.size]
+        own_turn = even(frame), is_interrupted()
+        drawn, interrupted = zip(*([own_turn] if ranks is None else ranks.gather(own_turn)), strict=True)
+        num_before = turn * len(drawn)
+        if any(interrupted):
+            raise VideoLeft(f"after {num_before} of {counted(len(poses), 'frame')}")
+        yield from drawn[: len(poses) - num_before]
 
 
 def pixels(colors: np.ndarray) -> np.ndarray:
