@@ -90,6 +90,8 @@ class RunOptions:
     """Trace so many steps, after the first ones, with torch.profiler, into profile/trace.json; 0 traces none."""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """Network that the LPIPS metric uses."""
+    color_correct: bool = False
+    """Score test photos with corrected colours as well, as runs with --exposure do."""
 
 
 @dataclass

@@ -11,9 +11,9 @@ Each run is a trainer script in a process of its own. With --from it goes on fro
 steps, without densification: runs that begin anew soon differ in their Gaussians, and that hides what is looked for.
 Differences are to the first trainer with the first variant, run by run and picture by picture, where both have seen as
 many pictures: with W views in a step and W times fewer steps a process makes the model that W ranks make
-(docs/several_gpus.md). Figures with corrected colours exist of runs with --exposure alone: name one of these first, to
-have differences. Runs side by side on one GPU tell nothing of times. Nothing that is finished is lost or done again:
-the same command goes on where the last one stopped.
+(docs/several_gpus.md). Figures with corrected colours exist of runs with --exposure; give --color_correct to have them,
+and their differences, of all. Runs side by side on one GPU tell nothing of times. Nothing that is finished is lost or
+done again: the same command goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 
 METRICS = {"psnr": "{:.3f}", "ssim": "{:.4f}", "lpips": "{:.4f}"}
-METRICS |= {f"cc_{metric}": form for metric, form in METRICS.items()}  # with corrected colours, as --exposure has them
+METRICS |= {f"cc_{metric}": form for metric, form in METRICS.items()}  # with corrected colours
 OWN_OPTIONS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "force", "ckpt")  # no variant has them
 FIRST_SEED = 42
 QUICK = ("--sh_degree_interval", "5", "--max_gaussians", "2000", "--device", "cpu")

@@ -391,10 +391,11 @@ def test_pairs_have_seen_as_many_pictures(tmp_path, monkeypatch):
     ]
 
 
-def test_figures_with_corrected_colours_are_compared_where_runs_have_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_all", [False, True])
+def test_figures_with_corrected_colours_are_compared_where_runs_have_them(tmp_path, monkeypatch, of_all):
     def evaluated(wanted, interruption, show):
         of_run = {"psnr": 20.0, "ssim": 0.5, "lpips": 0.25}
-        if wanted.cfg.exposure != "none":
+        if wanted.cfg.exposure != "none" or wanted.cfg.color_correct:
             of_run |= {"cc_psnr": 24.0 + wanted.cfg.seed - 42, "cc_ssim": 0.75, "cc_lpips": 0.125}
         path = wanted.folder / "stats/val_step12.json"
         path.parent.mkdir(parents=True)
@@ -405,12 +406,13 @@ def test_figures_with_corrected_colours_are_compared_where_runs_have_them(tmp_pa
     options = quality.Options(data_dir=tmp_path, max_steps=12, seeds=2, out=tmp_path / "table")
     options.trainers, options.result_dir = ("streamed",), tmp_path / "runs"
     options.variants = ("affine: --exposure affine", "grid: --exposure bilateral_grid", "none")
-    quality.main(options)
+    quality.main(options, ["--color_correct"] if of_all else [])
     runs, differences = (table["rows"] for table in written(tmp_path / "table")["tables"])
     corrected = "PSNR, dB, corrected colours"
-    assert [row[corrected] for row in runs] == 2 * [24.0] + [None] + 2 * [25.0] + [None]
-    assert {row["LPIPS, corrected colours"] for row in runs} == {0.125, None}
-    assert [row[corrected] for row in differences] == ["+0.000 ± 0.000 ± -", None]
+    psnr = [row[corrected] for row in runs]
+    assert psnr == [24.0, 24.0, 24.0 if of_all else None, 25.0, 25.0, 25.0 if of_all else None]
+    assert {row["LPIPS, corrected colours"] for row in runs} == ({0.125} if of_all else {0.125, None})
+    assert [row[corrected] for row in differences] == ["+0.000 ± 0.000 ± -", "+0.000 ± 0.000 ± -" if of_all else None]
     assert [row["PSNR, dB"] for row in differences] == 2 * ["+0.000 ± 0.000 ± -"]
 
 

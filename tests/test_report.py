@@ -152,6 +152,17 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_colours_are_corrected_where_that_is_asked_for(monkeypatch, city_block, tmp_path):
+    train(monkeypatch, city_block, tmp_path, "--max_steps", 1)
+    train(monkeypatch, city_block, tmp_path, "--ckpt", tmp_path / "ckpts/ckpt_1.pt", "--color_correct")
+    plain, corrected = (
+        json.loads((folder / "stats/val_step1.json").read_text()) for folder in (tmp_path, tmp_path / "evaluated")
+    )
+    assert "cc_psnr" not in plain
+    assert corrected["psnr"] == pytest.approx(plain["psnr"], rel=1e-6)
+    assert corrected["cc_psnr"] > plain["psnr"]  # of a model that has seen one picture
+
+
 def test_an_evaluation_leaves_what_the_training_has_written(monkeypatch, city_block, tmp_path, capsys):
     """Also what it says of colours and poses, which the command of the evaluation does not name."""
     corrected = ("--exposure", "affine", "--pose_opt")

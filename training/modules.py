@@ -42,7 +42,8 @@ class RunModules:
 
     Attributes:
         parts: The modules by the names that their state has in checkpoints.
-        corrects_colors: Whether photos' colours are their own, so that held-out ones are compared with corrected ones.
+        corrects_colors: Whether held-out photos are compared with corrected colours as well: where photos' colours are
+            their own, or that is asked for.
     """
 
     def __init__(self, cfg: Config, scene: Scene | None, device: torch.device, ranks: Ranks | None = None) -> None:
@@ -58,7 +59,7 @@ class RunModules:
         """
         views_per_step = cfg.batch_size * (1 if ranks is None else ranks.size)
         training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(views_per_step), device)
-        self.corrects_colors = cfg.exposure != "none"
+        self.corrects_colors = cfg.color_correct or cfg.exposure != "none"
         self._ranks = ranks
         self._are_averaged = False  # the gradients of the present step, over the ranks
         self._background = cfg.background

@@ -30,6 +30,7 @@ OPTIONS_OF_THE_PLACE = (
     *("data_dir", "model_dir", "result_dir", "device", "shares", "resume", "force", "new_photos", "save_every", "keep"),
     "init_ckpt",  # a resumed run has left behind what it began from
     *("num_workers", "log_every", "profile", "eval_steps", "save_steps", "ply_steps", "lpips_net"),
+    "color_correct",
     "resident_share",  # where rows lie, which changes no bit of them
     *("video", "trajectory", "video_seconds", "video_size", "video_depth", "timelapse"),
     *("viewer", "viewer_host"),
