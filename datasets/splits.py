@@ -19,22 +19,37 @@ def split_indices(num_images: int, *, test_every: int, test_after: int) -> tuple
     Raises:
         InputError: both or neither option is set, one is out of range, or a side of the split is empty.
     """
-    if (test_every == -1) == (test_after == -1):
+    if test_every == -1 and test_after == -1:
         raise InputError(
-            f"Set exactly one of test_every and test_after, and the other to -1 (got test_every={test_every}, "
-            f"test_after={test_after})."
+            "--test_every -1 and --test_after -1 hold no picture out: give --test_every 8, which holds out every "
+            "eighth, or --test_after with the index above which pictures are held out."
+        )
+    if test_every != -1 and test_after != -1:
+        raise InputError(
+            f"--test_every {test_every} and --test_after {test_after} are two rules for what is held out: give "
+            f"--test_every -1 with --test_after {test_after}, or --test_after -1 with --test_every {test_every}."
         )
     indices = np.arange(num_images)
     if test_after == -1:
         if test_every < 1:
-            raise InputError(f"test_every must be at least 1, or -1 where test_after is used (got {test_every}).")
+            raise InputError(
+                f"--test_every is {test_every}: give at least 2, or -1 together with --test_after, the index "
+                "above which pictures are held out."
+            )
         is_test = indices % test_every == 0
+        option = f"--test_every {test_every}"
     else:
         if test_after < 0:
-            raise InputError(f"test_after must be at least 0, or -1 where test_every is used (got {test_after}).")
+            raise InputError(f"--test_after is {test_after}: give at least 0, or -1 where --test_every says the rule.")
         is_test = indices > test_after
-    option = f"test_every={test_every}" if test_after == -1 else f"test_after={test_after}"
-    for side, members in (("train", ~is_test), ("test", is_test)):
-        if not members.any():
-            raise InputError(f"{option} leaves no {side} image among {num_images}: choose another value.")
+        option = f"--test_after {test_after}"
+    if num_images < 2:
+        raise InputError(
+            f"The dataset has {num_images} image{'' if num_images == 1 else 's'}: give it two or more, one to train "
+            "on and one to hold out."
+        )
+    if is_test.all():
+        raise InputError(f"{option} leaves no train image among {num_images}: give at least 2.")
+    if not is_test.any():
+        raise InputError(f"{option} leaves no test image among {num_images}: give at most {num_images - 2}.")
     return indices[~is_test], indices[is_test]
