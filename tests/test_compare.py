@@ -252,6 +252,25 @@ def test_a_trainer_says_how_it_ended(monkeypatch, tmp_path, capsys, error, statu
         (tmp_path / ENDED).unlink()
 
 
+def test_how_a_run_ended_is_told_with_the_run(monkeypatch, tmp_path):
+    """So that a copy of the file, or one of many in an archive, can be told from others."""
+    folder, elsewhere = tmp_path / "a run", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script.py", "default", "--result_dir", "a run"])
+    write_ending(Path("a run"), Ending("failed", "Error: no such file"))
+    (folder / ENDED).rename(elsewhere / ENDED)
+    said = json.loads((elsewhere / ENDED).read_text())
+    assert (said["folder"], said["started_in"]) == (str(folder), str(tmp_path))
+    assert said["command"].endswith("script.py default --result_dir 'a run'")
+    assert read_ending(elsewhere) == Ending("failed", "Error: no such file")
+    (elsewhere / ENDED).write_text('{"status": "finished", "message": ""}')  # as before the run was told
+    assert read_ending(elsewhere) == Ending("finished")
+    (elsewhere / ENDED).write_text('{"status": "finished"}')
+    assert read_ending(elsewhere) is None
+
+
 def caused_by(error: Exception) -> TrainingStopped:
     try:
         raise TrainingStopped("Training has stopped; the Gaussians are saved.") from error

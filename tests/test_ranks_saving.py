@@ -37,6 +37,7 @@ from training.agreement import check_same_dataset, check_same_options
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, Part, load_checkpoint, peek_checkpoint
 from training.command_line import main
+from training.ending import Ending, read_ending
 from training.joined_rows import JoinedRows, Runs, whole
 from training.joint_run import JointRun, told_once
 
@@ -375,7 +376,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(city_block, tmp_path):
     assert "rank 1 (process" in sentence
     assert sentence.endswith("--resume")
     assert steps == 4
-    assert json.loads((tmp_path / "ended.json").read_text()) == {"status": "failed", "message": sentence}
+    assert read_ending(tmp_path) == Ending("failed", sentence)
 
 
 def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(city_block, tmp_path):
@@ -461,7 +462,7 @@ def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, f
         assert first[f"{module}/step_count"] == steps
         assert torch.equal(first[f"{module}/rows"], second[f"{module}/rows"])
         assert first[f"{module}/rows"].std() > 0
-    assert json.loads((tmp_path / "ended.json").read_text()) == {"status": status, "message": sentence}
+    assert read_ending(tmp_path) == Ending(status, sentence)
 
 
 def test_a_rank_that_cannot_write_its_last_part_is_told_once(city_block, tmp_path):
@@ -472,7 +473,7 @@ def test_a_rank_that_cannot_write_its_last_part_is_told_once(city_block, tmp_pat
     assert sentence.count("The Gaussians after 2 steps could not be saved in") == 1
     assert re.search(r"rank 1\b.*no room for a test\)", sentence)  # whoever tells
     assert sentence.endswith("--resume")
-    assert json.loads((tmp_path / "ended.json").read_text()) == {"status": "failed", "message": sentence}
+    assert read_ending(tmp_path) == Ending("failed", sentence)
     assert not any("training goes on" in output for _, output in ended)
     assert not list((tmp_path / "ckpts").iterdir())
 

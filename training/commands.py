@@ -24,6 +24,11 @@ def started_in() -> str:
         return ""
 
 
+def given_command() -> str:
+    """Return the command that started this run."""
+    return shlex.join([*_launcher(), *sys.argv])
+
+
 def train_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the command that begins this run anew: the one that started it, without --resume and --force.
 

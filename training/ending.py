@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from errors import NotEnoughMemory
+from training.commands import given_command, started_in
 from training.files import write_file
 
 ENDED = "ended.json"
@@ -42,10 +43,15 @@ def ending_of(error: BaseException, message: str) -> Ending:
 
 
 def write_ending(folder: Path, ending: Ending) -> None:
-    """Write ended.json into a folder that exists; a disk that does not take it changes nothing else."""
+    """Write ended.json into a folder that exists; a disk that does not take it changes nothing else.
+
+    For whoever finds the file elsewhere it says of which run it is, too: the result folder as a whole path (`folder`),
+    the command that started the run, and where that was given, since paths in command and message count from there.
+    """
     with contextlib.suppress(OSError):
         if folder.is_dir():
-            write_file(folder / ENDED, json.dumps(asdict(ending), indent=2) + "\n")
+            of_run = {"folder": str(folder.resolve()), "command": given_command(), "started_in": started_in()}
+            write_file(folder / ENDED, json.dumps({**asdict(ending), **of_run}, indent=2) + "\n")
 
 
 def forget_ending(folder: Path) -> None:
@@ -57,6 +63,7 @@ def forget_ending(folder: Path) -> None:
 def read_ending(folder: Path) -> Ending | None:
     """Return what ended.json says; None where it is missing or damaged, as after a kill."""
     try:
-        return Ending(**json.loads((folder / ENDED).read_text()))
-    except (OSError, ValueError, TypeError):
+        said = json.loads((folder / ENDED).read_text())
+        return Ending(said["status"], said["message"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
