@@ -12,7 +12,7 @@ from torch import Tensor
 from errors import InputError
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
-from offload.tiles.boxes import Box, Coverage, Tile, box_of
+from offload.tiles.boxes import CELL, SMALLEST, Box, Coverage, Tile, box_of
 from offload.tiles.budget import (
     EXCHANGED_BYTES,
     HEADROOM,
@@ -22,7 +22,9 @@ from offload.tiles.budget import (
     RENDERING_BYTES,
     MemoryBudget,
     RowBytes,
+    RowLimit,
 )
+from offload.tiles.planner import TilePlanner
 from offload.tiles.rounds import RoundPlanner
 from tests.test_split_planning import HEIGHT, WIDTH, corners_of, count, rectangles_in_cells
 
@@ -106,3 +108,30 @@ def test_a_budget_that_is_named_suffices():
     for budget, suffices in ((named, True), (0.9 * named, False)):
         limit = MemoryBudget(int(budget), ROW_BYTES, ROWS)
         assert (RoundPlanner(limit, Geometry(), 5, Empty()).find(CAMERAS).refusal is None) == suffices
+
+
+class Large(Geometry):
+    """Rows that may draw everywhere."""
+
+    def covered_cells(self, ids: Tensor, cameras: Cameras, *, halo: int, cell: int) -> list[CoveredCells]:
+        cells = np.tile(np.array([[0], [-(-WIDTH // CELL)], [0], [-(-HEIGHT // CELL)]], np.int16), len(ids))
+        return [CoveredCells(torch.from_numpy(cells), corners_of(cells))] * SIZE
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_where_memory_lacks_tiles_are_cut_by_pixels_if_no_cut_makes_rows_fewer(together):
+    """Pixels and what is sorted take memory, too, which no number of rows bounds."""
+    limit = RowLimit(1.0)
+    planner = RoundPlanner(limit, Large(), 5, Empty()) if together else TilePlanner(limit, Large(), 5)
+    view = planner.find(CAMERAS)
+    (whole,) = parts = view.tiles
+    assert whole.rows is None
+    number = 0
+    while len(parts) > number:
+        number = len(parts)
+        parts = [cut for part in parts for cut in planner.refine(CAMERAS, view, part)]
+    tiles = [tile for part in parts for tile in part.tiles]
+    assert sum(tile.width * tile.height for tile in tiles) == SIZE * WIDTH * HEIGHT
+    assert all(min(tile[3:]) >= SMALLEST for tile in tiles)
+    assert max(max(tile[3:]) for tile in tiles) < 2 * SMALLEST
+    assert all(len(part.numbers()) == ROWS for part in parts)

@@ -13,7 +13,7 @@ import numpy as np
 from errors import format_bytes
 from offload.errors import MemoryParameterError, ParameterError
 from offload.store.layout import StateFormat, num_columns
-from offload.tiles.boxes import Box, Coverage, Numbers, plan_boxes
+from offload.tiles.boxes import Box, Coverage, Numbers, halved, plan_boxes
 
 HEADROOM = 0.08  # share of a budget that plans leave free, for fragments and for what the model does not know
 CALIBRATION_TILES = 12  # tiles that are measured by themselves; afterwards the peaks are only watched
@@ -80,6 +80,15 @@ class RowLimit:
     def cost(self, rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
         """Return the number of rows."""
         return rows
+
+    def refine(self, coverage: Coverage, box: Box) -> list[Box]:
+        """Cut a box that memory has not sufficed for, until each has half of its rows.
+
+        Where no cut makes rows fewer, as of large Gaussians near the camera that draw everywhere, it is cut until each
+        takes half as much for pixels and what is sorted of the rows; it stays one where it has the smallest size.
+        """
+        finer = halved(coverage, self.cost, box)
+        return finer if len(finer) > 1 else halved(coverage, _on_the_screen, box)
 
     def exceeded(self) -> None:
         """Do nothing: what a tile takes of memory does not change how many rows it may have."""
@@ -170,6 +179,10 @@ class MemoryBudget:
         # Drawn together, a tile's pairs are sent and drawn; of its rows others bring a part, as this one of theirs.
         as_rows = rows * (1 + 2 * self._row_bytes.exchanged / self._prior[0])
         return self._row_bytes.values * rows + self._rendering(as_rows, intersections, pixels)
+
+    def refine(self, coverage: Coverage, box: Box) -> list[Box]:
+        """Cut a box that memory has not sufficed for, until each costs half; it stays one at the smallest size."""
+        return halved(coverage, self.cost, box)
 
     def as_rows(self, rows: int, made: int, exchanged: int) -> int:
         """Count rows together with pairs made of them, beyond one each, and pairs sent and drawn, as so many rows."""
@@ -288,6 +301,11 @@ class MemoryBudget:
         )
         fixed = self.fixed + self._row_bytes.view * num_visible
         return (fixed + finest * self._with_next_tile(coverages)) / (1 - HEADROOM)
+
+
+def _on_the_screen(rows: Numbers, intersections: Numbers, pixels: Numbers) -> Numbers:
+    """Return the bytes that rendering tiles takes, but for what each row takes however large the tile is."""
+    return INTERSECTION_BYTES * intersections + PIXEL_BYTES * pixels
 
 
 def mebibytes(num_bytes: float) -> str:

@@ -12,7 +12,7 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.culling.visible import VisibleRows, to_host
 from offload.errors import ParameterError
-from offload.tiles.boxes import CELL, Box, Coverage, Tile, box_of, halved
+from offload.tiles.boxes import CELL, Box, Coverage, Tile, box_of
 from offload.tiles.budget import Load, MemoryBudget, RowLimit
 
 
@@ -108,7 +108,7 @@ class TilePlanner:
         return TiledRows(ids, host_ids, tiles, shared, refusal)
 
     def refine(self, cameras: Cameras, view: TiledRows, tile: TileRows) -> list[TileRows]:
-        """Cut a tile, for each camera, until a finer one costs half.
+        """Cut a tile that memory has not sufficed for, for each camera, as the limit's `refine` says.
 
         Returns:
             Tiles that together have its rows and pixels; or one alone, where it cannot be cut.
@@ -119,7 +119,7 @@ class TilePlanner:
         plans: list[list[Box]] = []
         for camera, coverage in enumerate(coverages):
             boxes = [coverage.everything] if not tile.tiles else [box_of(t) for t in tile.tiles if t.camera == camera]
-            plans.append([finer for box in boxes for finer in halved(coverage, self._limit.cost, box)])
+            plans.append([finer for box in boxes for finer in self._limit.refine(coverage, box)])
         finer, _ = _tiles(plans, coverages, cells)
         return [part.within(tile) for part in finer]
 

@@ -21,7 +21,7 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.culling.visible import to_host
 from offload.errors import MemoryParameterError
-from offload.tiles.boxes import Box, Coverage, Tile, box_of, halved
+from offload.tiles.boxes import Box, Coverage, Tile, box_of
 from offload.tiles.budget import Load, MemoryBudget, RowLimit, mebibytes
 from offload.tiles.planner import CulledGeometry, TiledRows, TilePlanner, TileRows
 
@@ -121,14 +121,14 @@ class RoundPlanner(TilePlanner):
         return TiledRows(ids, host_ids, rounds, refusal=refusal)
 
     def refine(self, cameras: Cameras, view: TiledRows, tile: TileRows) -> list[TileRows]:
-        """Cut the tiles of a round until a finer one costs half, at all processes; as `TilePlanner.refine`."""
+        """Cut the tiles of a round at all processes; as `TilePlanner.refine`."""
         with lacking_together(self._others):
             cells, local = self._look(cameras, view.of_tile(tile).ids)
         own, first = self._of_all(cameras, local), self._first(cameras)
         boxes: list[list[Box]] = []
         for camera, coverage in enumerate(own, start=first):
             given = [coverage.everything] if not tile.tiles else [box_of(t) for t in tile.tiles if t.camera == camera]
-            boxes.append([finer for box in given for finer in halved(coverage, self._together_by.cost, box)])
+            boxes.append([finer for box in given for finer in self._together_by.refine(coverage, box)])
         with lacking_together(self._others):
             rounds, _ = self._rounds(cameras, boxes, own, cells)
         return [part.within(tile) for part in rounds]
