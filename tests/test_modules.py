@@ -17,11 +17,14 @@ from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
 from modules.poses import Poses, corrections, turns_upwards
 from modules.sky import Sky, directions
+from offload.culling.cameras import Cameras
 from rendering.projection import Projection
 from rendering.rasterize import rasterize
 from rendering.spherical_harmonics import spherical_harmonics
 from tests.gaussian_scenes import GaussianScene, random_scene
 from training.color_correction import clipped_as, color_corrected
+from training.evaluation import evaluate
+from training.views import View
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e"]
@@ -559,6 +562,21 @@ def test_clipped_pixels_do_not_count():
     rendered = 0.2 + 0.5 * random(1, 20, 30, 3)
     photo = (1.6 * rendered).clamp(0, 1)
     assert (color_corrected(rendered, photo) - photo).abs().max() < 1e-4
+
+
+def test_what_is_wrong_where_a_photo_is_clipped_counts_in_metrics():
+    """It is left out of the fit alone: a white sky may be drawn brighter than white, and not grey."""
+    photo = 0.2 + 0.6 * random(1, 20, 30, 3)
+    photo[:, :8] = 1.0
+    rendered = 0.5 * photo + 0.1
+    view = View(photo, Cameras(torch.eye(4)[None], torch.eye(3)[None], 30, 20))
+    found = {}
+    for sky, drawn in {"bright": 0.8, "grey": 0.5}.items():
+        rendered[:, :8] = drawn
+        evaluated = evaluate([("a", view)], lambda cameras: rendered, None, lambda *_: None, CPU, color_correct=True)
+        found[sky] = evaluated["cc_psnr"]
+    assert found["bright"] > 60
+    assert found["grey"] == pytest.approx(-10 * math.log10(8 / 20 * 0.2**2), abs=0.01)  # 0.5 becomes 0.8
 
 
 def test_what_a_clipped_photo_cannot_hold_is_no_error():

@@ -15,7 +15,8 @@ def color_corrected(rendered: Tensor, photo: Tensor, mask: Tensor | None = None)
     """Return a rendering whose colours are transformed by the 3x4 matrix that brings them nearest to its photo.
 
     The matrix is that of least squares over the pixels where no channel of the photo is clipped; over all, where fewer
-    than half are left. gsplat reports its metrics of test pictures so where photos have exposures (cc_psnr, ...).
+    than half are left. Metrics (cc_psnr, ...) count all pixels, as gsplat's do: where the photo is clipped, what comes
+    out beyond is clamped to what the photo has, and what does not is wrong.
 
     Args:
         rendered: [1, H, W, 3] in [0, 1].
