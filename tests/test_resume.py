@@ -1,6 +1,7 @@
 """A run that was interrupted and resumed gives, bit for bit on the CPU, what one that never stopped gives."""
 
 import functools
+import json
 import random
 import shutil
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_saving_changes_nothing(monkeypatch, city_block, tmp_path):
 
 
 UNDISTURBED = ("--max_steps", 21, "--save_steps", 20, "--refine_start_iter", 1000, "--num_workers", 1)
+SHOWN = ("--eval_steps", 20, "--ply_steps", 20, "--timelapse", 20)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def undisturbed(city_block, tmp_path_factory):
     def run(script: ModuleType, place: tuple) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed")
         with pytest.MonkeyPatch.context() as monkeypatch:
-            assert run_script(monkeypatch, script, city_block, folder, *UNDISTURBED, *place) == 0
+            assert run_script(monkeypatch, script, city_block, folder, *UNDISTURBED, *SHOWN, *place) == 0
         return folder
 
     return run
@@ -150,6 +152,38 @@ def test_another_trainer_goes_on(
     current = (next(current_rows(checkpoint.state, "sh0"))[1] for checkpoint in (expected, actual))
     moments, other_moments = (rows["exp_avg"] for rows in current)
     assert (moments - other_moments).norm() < 1e-5 * moments.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "place"), SCRIPTS)
+def test_what_a_kill_has_left_out_after_a_checkpoint_is_made_up_for(
+    monkeypatch, city_block, tmp_path, undisturbed, script, place
+):
+    """Before training goes on, which it does as if nothing had been missing."""
+    whole = undisturbed(script, place)
+    (tmp_path / "ckpts").mkdir()
+    shutil.copy(whole / "ckpts/ckpt_20.pt", tmp_path / "ckpts")
+    options = (*UNDISTURBED, *SHOWN, *place, "--resume")
+    assert run_script(monkeypatch, script, city_block, tmp_path, *options) == 0
+    expected, actual = (json.loads((folder / "stats/val_step20.json").read_text()) for folder in (whole, tmp_path))
+    for key in ("num_GS", "psnr", "ssim"):
+        assert actual[key] == expected[key]
+    assert json.loads((tmp_path / "stats/train_step20.json").read_text())["num_GS"] == expected["num_GS"]
+    assert (tmp_path / "ply/point_cloud_20.ply").read_bytes() == (whole / "ply/point_cloud_20.ply").read_bytes()
+    assert (tmp_path / "videos/timelapse/step_000000020.jpg").is_file()
+    assert_same_state(saved(tmp_path, 21), saved(whole, 21))
+
+
+@pytest.mark.slow
+def test_what_is_there_or_not_asked_for_is_not_made(monkeypatch, city_block, tmp_path, undisturbed):
+    shutil.copytree(undisturbed(simple_trainer, ()), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ckpts/ckpt_21.pt").unlink()
+    (tmp_path / "ply/point_cloud_20.ply").unlink()
+    before = (tmp_path / "stats/val_step20.json").stat().st_mtime_ns
+    options = (*UNDISTURBED, "--eval_steps", 20, "--resume")
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+    assert (tmp_path / "stats/val_step20.json").stat().st_mtime_ns == before
+    assert not (tmp_path / "ply/point_cloud_20.ply").exists()
 
 
 def test_a_deferred_checkpoint_holds_current_values(monkeypatch, city_block, tmp_path):

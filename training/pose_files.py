@@ -15,6 +15,7 @@ from datasets.normalize import transform_cameras
 from datasets.scene import Scene
 from datasets.trajectory_file import KEY
 from training.files import write_file
+from training.schedules import is_due
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -29,11 +30,12 @@ class PoseFiles:
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write the files where it is due."""
-        if steps_done in run.cfg.ply_steps or steps_done == run.cfg.max_steps:
-            self.make_missing(run, steps_done)
+        self.make_missing(run, steps_done)
 
     def make_missing(self, run: TrainingRun, steps: int) -> None:
-        """Write the files: after the last step they are those of the model, whatever was there."""
+        """Write the files where it is due: they are those of the model then, whatever was there."""
+        if not is_due(run.cfg, steps, run.cfg.ply_steps):
+            return
         camtoworlds = run.modules.corrected_poses(run.scene)
         if camtoworlds is None or not run.speaks:
             return

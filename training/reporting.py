@@ -18,6 +18,7 @@ from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
 from training.pose_files import pose_figures
 from training.report import write_report
+from training.schedules import is_due
 from training.video import VideoLeft, record_video, video_file
 from training.views import View
 
@@ -51,13 +52,13 @@ class Observer(Protocol):
 
 
 class Result(Observer, Protocol):
-    """Write something that belongs to the end of every run."""
+    """Write something that belongs to certain steps, and to the end of every run."""
 
     def make_missing(self, run: TrainingRun, steps: int) -> None:
-        """Write what is due after the last step and is not there, since the run was killed before it came to that.
+        """Write what is due after the newest step and is not there, since the run was killed before it came to that.
 
         Args:
-            run: The run, resumed after its last step.
+            run: The run, resumed after that step, and before another one.
             steps: How many it has done.
         """
 
@@ -152,7 +153,7 @@ class TrainStatistics:
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write the file where it is due."""
-        if steps_done in run.cfg.save_steps or steps_done == run.cfg.max_steps:
+        if is_due(run.cfg, steps_done, run.cfg.save_steps):
             statistics = self._statistics(run)
             if run.speaks:
                 with run.results.missed_if_unwritable(f"The statistics of step {steps_done}"):
@@ -160,6 +161,8 @@ class TrainStatistics:
 
     def make_missing(self, run: TrainingRun, steps: int) -> None:
         """Write what is still known of the training."""
+        if not is_due(run.cfg, steps, run.cfg.save_steps):
+            return
         if not run.results.has(f"stats/train_step{steps}.json") and run.speaks:
             seconds = run.saving.elapsed_seconds
             known = {
@@ -202,12 +205,12 @@ class Export:
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Write the file where it is due."""
-        if steps_done in run.cfg.ply_steps or steps_done == run.cfg.max_steps:
+        if is_due(run.cfg, steps_done, run.cfg.ply_steps):
             self._write(run, steps_done)
 
     def make_missing(self, run: TrainingRun, steps: int) -> None:
-        """Write the file of the last step."""
-        if not run.results.has(f"ply/point_cloud_{steps}.ply"):
+        """Write the file where it is due and not there."""
+        if is_due(run.cfg, steps, run.cfg.ply_steps) and not run.results.has(f"ply/point_cloud_{steps}.ply"):
             self._write(run, steps)
 
     def _write(self, run: TrainingRun, steps: int) -> None:
@@ -233,17 +236,16 @@ class Evaluation:
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Evaluate where it is due; after the last step record the video, too, that --video asks for."""
-        last = steps_done == run.cfg.max_steps
-        if steps_done in run.cfg.eval_steps or last:
+        if is_due(run.cfg, steps_done, run.cfg.eval_steps):
             self.evaluate(run, steps_done)
-        if last:
+        if is_due(run.cfg, steps_done, ()):
             self.record_video(run, steps_done)
 
     def make_missing(self, run: TrainingRun, steps: int) -> None:
-        """Evaluate the model after its last step, and record the video, where that has not been done."""
-        if not run.results.has(f"stats/val_step{steps}.json"):
+        """Evaluate the model, and record the video, where that is due and has not been done."""
+        if is_due(run.cfg, steps, run.cfg.eval_steps) and not run.results.has(f"stats/val_step{steps}.json"):
             self.evaluate(run, steps)
-        if not run.results.has(video_file(run.cfg, steps)):
+        if is_due(run.cfg, steps, ()) and not run.results.has(video_file(run.cfg, steps)):
             self.record_video(run, steps)
 
     def evaluate(self, run: TrainingRun, steps: int) -> None:

@@ -55,6 +55,7 @@ from training.reporting import (
     Export,
     Observer,
     ProgressBar,
+    Result,
     TensorBoardLog,
     TrainStatistics,
     is_looked_at,
@@ -165,8 +166,10 @@ class TrainingRun(Generic[AnyConfig]):
             self._resources = resources.pop_all()  # which an error above closes
         self.scene_scale = schedules.SCALE_MARGIN * self.scene.scene_scale
         self.times = StageTimes(self.device)
-        self._results_of_the_end = (TrainStatistics(), Export(), PoseFiles(), self._evaluation)
         self._timelapse = Timelapse()
+        self._results: tuple[Result, ...] = (
+            self._timelapse, TrainStatistics(), Export(), PoseFiles(), self._evaluation,
+        )  # fmt: skip
         self.observers: list[Observer] = ([OtherRank()] if live is None else [live]) if is_shown else []
         self.view: View | None = None
         self.upcoming: View | None = None
@@ -424,18 +427,19 @@ class TrainingRun(Generic[AnyConfig]):
                 self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self.saving.begin(model, {strategy.name: strategy, **self.modules.parts})
         self.modules.begin_at(first)
-        if first >= self.cfg.max_steps:
+        is_over = first >= self.cfg.max_steps
+        if is_over:
             tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
-            self._begin(None)
-            for result in self._results_of_the_end:
-                result.make_missing(self, first)
-            if self.agreed.interrupted:
-                self._end_interrupted()
-                return
+        self._begin(None if is_over else first)
+        for result in self._results if first > 0 else ():
+            result.make_missing(self, first)
+        if self.agreed.interrupted:
+            self._end_interrupted()
+            return
+        if is_over:
             self._timelapse.make_video(self)
             self.results.check_none_missed()
             return
-        self._begin(first)
         loader = self._resources.enter_context(
             training_loader(
                 self.scene,
@@ -457,7 +461,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._resources.enter_context(bar)
         if self.speaks:
             self.observers += [ProgressBar(bar), BlankPictures(), TensorBoardLog()]
-        self.observers += [self._timelapse, *self._results_of_the_end]
+        self.observers += self._results
         self._step = first - 1
         following = self._following(loader)
         step_done = self._resources.enter_context(

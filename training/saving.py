@@ -19,6 +19,7 @@ from distributed.mesh import Ranks
 from errors import InputError, NotSaved, counted
 from offload.adam.state import format_of, names_of_rows, num_gaussians_of, sh_degree_of
 from offload.models.contract import GaussianModel
+from training import schedules
 from training.checkpoint_folder import CheckpointFolder, SaveSchedule
 from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
@@ -130,7 +131,7 @@ class Saving:
             steps_done: So far.
             is_due: Whether a periodic checkpoint is, as the ranks have agreed; None: as `is_due` says.
         """
-        if steps_done in self._cfg.save_steps or steps_done == self._cfg.max_steps:
+        if schedules.is_due(self._cfg, steps_done, self._cfg.save_steps):
             self._save(periodic=False)
         elif self.is_due(steps_done) if is_due is None else is_due:
             self._save(periodic=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -13,6 +14,17 @@ SCALE_MARGIN = 1.1  # gsplat's, on the extent of the cameras: lengths in trainin
 # Noise that culling ahead allows for, as a share of the scene scale: eight of Adam's largest first steps of means.
 NOISE_MARGIN = 0.01
 POSES_REST = 0.25  # share of the steps, at first, in which poses stay as they are given
+
+
+def is_due(cfg: Config, steps_done: int, at: Collection[int]) -> bool:
+    """Tell whether what belongs to certain steps, and to the last, is due.
+
+    Args:
+        cfg: Says how many steps there are.
+        steps_done: So far.
+        at: These steps, such as `cfg.eval_steps`.
+    """
+    return steps_done in at or steps_done >= cfg.max_steps
 
 
 def adam_options(cfg: Config, scene_scale: float) -> AdamOptions:

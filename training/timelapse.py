@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs import Config
 from errors import counted
 from training.files import replacing, write_file
+from training.schedules import is_due
 from training.video import FRAMES_PER_SECOND, even, pixels, whole_video
 from training.views import posed_cameras
 
@@ -34,14 +36,13 @@ class Timelapse:
 
     def after_step(self, run: TrainingRun, steps_done: int, loss: Tensor) -> None:
         """Draw a frame where it is due."""
-        every = run.cfg.timelapse
-        if every and (steps_done % every == 0 or steps_done in (1, run.cfg.max_steps)):
-            frame = self._frame(run)
-            if frame is None:
-                return
-            with run.results.missed_if_unwritable(f"The frame of step {steps_done}", was_asked_for=False):
-                content = imageio.imwrite("<bytes>", frame, extension=".jpg", quality=92)
-                write_file(run.results.path / FRAMES / f"step_{steps_done:09d}.jpg", content)
+        if _is_due(run.cfg, steps_done):
+            self._draw(run, steps_done)
+
+    def make_missing(self, run: TrainingRun, steps: int) -> None:
+        """Draw the frame where it is due and not there."""
+        if _is_due(run.cfg, steps) and not run.results.has(_frame_of(steps)):
+            self._draw(run, steps)
 
     def make_video(self, run: TrainingRun) -> None:
         """Make the video of the frames that there are, up to the steps that the model has had."""
@@ -51,6 +52,14 @@ class Timelapse:
         if frames:
             with run.results.missed_if_unwritable("The timelapse"):
                 write_video(frames, run.results.path / VIDEO)
+
+    def _draw(self, run: TrainingRun, steps: int) -> None:
+        frame = self._frame(run)
+        if frame is None:
+            return
+        with run.results.missed_if_unwritable(f"The frame of step {steps}", was_asked_for=False):
+            content = imageio.imwrite("<bytes>", frame, extension=".jpg", quality=92)
+            write_file(run.results.path / _frame_of(steps), content)
 
     @torch.no_grad()
     def _frame(self, run: TrainingRun) -> np.ndarray | None:
@@ -64,6 +73,14 @@ class Timelapse:
         cameras = posed_cameras(viewmat, K, camera.width, camera.height, run.cfg)
         picture: Tensor | None = run.draw(cameras) if run.ranks is None else run.draw_for_first(cameras)
         return None if picture is None else even(pixels(picture[0].cpu().numpy()))
+
+
+def _is_due(cfg: Config, steps: int) -> bool:
+    return cfg.timelapse > 0 and (steps % cfg.timelapse == 0 or is_due(cfg, steps, (1,)))
+
+
+def _frame_of(steps: int) -> str:
+    return f"{FRAMES}/step_{steps:09d}.jpg"
 
 
 def frames_until(result_dir: Path, steps: int) -> list[Path]:
