@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import export
 import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_streamed
@@ -110,6 +111,15 @@ def test_a_compact_state_is_read_back_bit_for_bit(tmp_path, kind, sh_degree):
     train(gaussians, 5, 9)
     train(again, 5, 9)
     assert_same_bits(again.state(), gaussians.state())
+
+
+@pytest.mark.parametrize("sh_degree", [0, 3])
+@pytest.mark.parametrize("make", [FLOAT["dense"], FLOAT["forwarded"], FLOAT["streamed, host"], COMPACT["streamed"]])
+def test_a_checkpoint_is_exported_with_all_steps_applied(tmp_path, make, sh_degree):
+    """Whichever rows have deferred some; .ply asks for none of them first."""
+    checkpoint = write(tmp_path / "a.pt", train(make(start(sh_degree)), 5))
+    export.export(export.Options(tmp_path / "a.pt", tmp_path / "a.ply"))
+    assert_same_bits(load_ply(tmp_path / "a.ply"), checkpoint.gaussians)
 
 
 @pytest.mark.parametrize("kind", ["forwarded", "streamed", "streamed, host"])

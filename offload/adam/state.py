@@ -201,7 +201,8 @@ class CurrentValues:
         if name not in self._adams:
             self._adams[name] = DeferredAdam.from_tables(deferral_tables(self._state, group), columns)
         adam = self._adams[name]
-        parameters, *moments = (value.view(len(value), -1) for value in block.values())
+        # Not -1 columns, which no rows would leave open; opacities have no axis of them.
+        parameters, *moments = (value.view(len(value), value.shape[1:].numel()) for value in block.values())
         last_step = self._state[f"last_step/{group}"][rows].clone()
         stale = (last_step < adam.step).nonzero().squeeze(1)
         adam.commit(RowState(parameters, tuple(moments)), last_step, stale, None)
