@@ -107,14 +107,15 @@ class RunModules:
             InputError: It was trained before another background, or holds what cannot be used.
         """
         self.corrects_colors |= checkpoint.options.get("exposure", "none") != "none"
+        before = checkpoint.options.get("background", self._background)
         has_sky = "sky/rows" in checkpoint.state
         if has_sky != (self._sky is not None):
             raise InputError(
                 "The checkpoint of --ckpt holds a sky that its pictures need: give --background sky."
                 if has_sky
-                else "The checkpoint of --ckpt holds no sky: give the --background that it was trained with."
+                else "The checkpoint of --ckpt holds no sky: give the --background that it was trained with"
+                + (f", {before}." if before != self._background else ".")
             )
-        before = checkpoint.options.get("background", self._background)
         if {before, self._background} not in ({self._background}, {"black", "random"}):
             print(f"Warning: the checkpoint was trained with --background {before}, not {self._background}.")
         if self._sky is not None:

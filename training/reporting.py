@@ -296,7 +296,7 @@ class Evaluation:
         corrected = f" ({statistics['cc_psnr']:.2f} with corrected colours)" if "cc_psnr" in statistics else ""
         tqdm.write(
             f"Step {steps}: PSNR {statistics['psnr']:.2f} dB{corrected}, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
-            f"on {len(statistics['images'])} held-out views, "
+            f"on {counted(len(statistics['images']), 'held-out view')}, "
             f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {run.num_gaussians} Gaussians"
         )
 
