@@ -60,7 +60,7 @@ def count_windows(pictures: Tensor) -> int:
     if min(height, width) <= border:
         raise InputError(
             f"Pictures of {width}x{height} pixels are smaller than the {border + 1}x{border + 1} window of SSIM: "
-            "choose a smaller data_factor."
+            "give a smaller --data_factor."
         )
     return n_cameras * (height - border) * (width - border) * channels
 

@@ -194,6 +194,10 @@ def truncate_image(data_dir: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def none(data_dir: Path) -> None:
+    """A copy all the same, into which scaled pictures go."""
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "words"),
     [
@@ -202,6 +206,7 @@ def truncate_image(data_dir: Path) -> None:
         (break_cameras, [], ["cameras.bin"]),
         (remove_images, [], ["00.png", "09.png", "3 more"]),
         (truncate_image, [], ["05.png"]),
+        (none, ["--data_factor", 8], ["00.png is 8x6 pixels", "11x11", "at most --data_factor 4."]),
         (None, ["--test_every", -1], ["test_every", "test_after"]),
         (None, ["--test_after", 3], ["test_every", "test_after"]),
         (None, ["--test_every", -1, "--test_after", 15], ["test_after", "test"]),

@@ -16,6 +16,7 @@ from datasets.sight import check_views
 from datasets.splits import split_indices
 from errors import InputError, counted
 from offload.adam.state import stored_values
+from rendering.ssim import WINDOW_SIZE
 from training.checkpoints import Checkpoint
 from training.files import result_folder_of
 from training.pose_files import FOLDER as POSES
@@ -60,6 +61,7 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
         transform=None if checkpoint is None else checkpoint.transform,
         depths=cfg.depth_loss and not cfg.ckpt,
     )
+    _check_sizes(scene, cfg.data_factor)
     has_changed = checkpoint is not None and _compare(cfg, checkpoint, scene, say)
     offset = np.linalg.inv(scene.transform)[:3, 3]
     if np.spacing(np.abs(offset).max().astype(np.float32)) > 1e-5 * np.cbrt(1 / np.linalg.det(scene.transform[:3, :3])):
@@ -72,6 +74,27 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
     for warning in check_views(scene, means, cfg.near_plane, cfg.far_plane):
         say(f"Warning: {warning}")
     return Dataset(scene, has_changed)
+
+
+def _check_sizes(scene: Scene, data_factor: float) -> None:
+    """Refuse pictures, to train on or to be compared with, that no window of SSIM fits into.
+
+    Raises:
+        InputError: Naming the smallest, and a factor that leaves enough of it.
+    """
+    sizes = [(camera.width, camera.height) for camera in scene.cameras]
+    smallest = min(range(len(sizes)), key=lambda camera: min(sizes[camera]))
+    width, height = sizes[smallest]
+    if min(width, height) >= WINDOW_SIZE:
+        return
+    name = scene.image_names[int(np.flatnonzero(scene.camera_indices == smallest)[0])]
+    # Half a pixel less, which may have been rounded up; two digits are read more easily.
+    most = np.floor(10 * data_factor * (min(width, height) - 0.5) / WINDOW_SIZE) / 10
+    remedy = f"give at most --data_factor {most:g}" if most >= 1 else "give larger photos, or leave it out of the model"
+    raise InputError(
+        f"{name} is {width}x{height} pixels with --data_factor {data_factor:g}, smaller than the "
+        f"{WINDOW_SIZE}x{WINDOW_SIZE} window of SSIM: {remedy}."
+    )
 
 
 def photos_of(scene: Scene) -> dict[str, list[float]]:
