@@ -490,7 +490,7 @@ class TrainingRun(Generic[AnyConfig]):
             self.view = None
             del view
             step_done()
-            if self._interrupted and self.ranks is None:
+            if self.agreed.interrupted or (self._interrupted and self.ranks is None):
                 self._end_interrupted()
                 return
         self.saving.at_the_end()
