@@ -151,19 +151,25 @@ def transform_cameras(transform: np.ndarray, camtoworlds: np.ndarray) -> np.ndar
 def camera_alignment(camtoworlds: np.ndarray, wanted: np.ndarray, extent: float) -> np.ndarray:
     """Return the similarity [4, 4] that brings cameras nearest to others.
 
-    A camera counts as its centre and three points on its axes, which tell how cameras turned that stand in a line.
+    A camera counts as its points (`camera_points`), which tell how cameras turned that stand in a line.
 
     Args:
         camtoworlds: [k, 4, 4].
         wanted: [k, 4, 4], which of them each is brought to.
         extent: Of the scene.
     """
+    return alignment(*(camera_points(poses, extent).reshape(-1, 3) for poses in (camtoworlds, wanted)))
+
+
+def camera_points(camtoworlds: np.ndarray, extent: float) -> np.ndarray:
+    """Return the centre of each camera and a point on each of its axes, [k, 4, 3], which lie where it does.
+
+    Args:
+        camtoworlds: [k, 4, 4].
+        extent: Of the scene.
+    """
     own = LEVER * extent * np.eye(4, 3, -1)  # the centre, and along each axis
-    points, wanted_points = (
-        (own @ poses[:, :3, :3].transpose(0, 2, 1) + poses[:, None, :3, 3]).reshape(-1, 3)
-        for poses in (camtoworlds, wanted)
-    )
-    return alignment(points, wanted_points)
+    return own @ camtoworlds[:, :3, :3].transpose(0, 2, 1) + camtoworlds[:, None, :3, 3]
 
 
 def alignment(points: np.ndarray, wanted: np.ndarray) -> np.ndarray:

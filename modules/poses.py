@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from datasets.normalize import camera_alignment
 from modules.contract import TrainedModule, Training
+from modules.held_out_poses import foretold_poses
 
 TINY = 1e-12  # of squares of sines: cameras that all look straight down have no turn upwards
 
@@ -99,17 +99,13 @@ class Poses(TrainedModule):
         """
         return corrections(rows, self.distances[ids, 0])
 
-    def common_motion(self) -> np.ndarray:
-        """Return the similarity [4, 4] that the corrections after the last step have in common.
-
-        No photo tells it from the truth: it is how far training has carried the world away, with all that is in it.
-        """
+    def foretold(self, camtoworlds: np.ndarray) -> np.ndarray:
+        """Return the poses of other photos [k, 4, 4], camera to world, that go with those found so far."""
         ids = torch.arange(len(self.names))[self.last_step > 0]
-        if not len(ids):
-            return np.eye(4)
         given = torch.linalg.inv(self._viewmats[ids])
         found = given @ self.corrections(self.values(ids), ids)
-        return camera_alignment(given.numpy(), found.numpy(), self._extent or 1.0)
+        distances = self.distances[ids, 0].numpy()
+        return foretold_poses(camtoworlds, given.numpy(), found.numpy(), distances, self._extent or 1.0)
 
     def penalty(self, rows: Tensor) -> Tensor:
         """Return the weighted mean square of the step's rows [U, 6], in radians and units of the extent."""

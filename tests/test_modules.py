@@ -12,9 +12,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from benchmarks.troubled_city import pose_errors
-from datasets.normalize import camera_alignment, transform_cameras, transform_points
+from datasets.normalize import camera_alignment, transform_cameras
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
+from modules.held_out_poses import foretold_poses
 from modules.poses import Poses, corrections, turns_upwards
 from modules.sky import Sky, directions
 from offload.culling.cameras import Cameras
@@ -280,20 +281,63 @@ def test_the_penalty_of_poses_is_in_radians_and_extents():
     torch.testing.assert_close(some_poses(weight=2.0).penalty(rows), torch.tensor(2.0 * (0.1**2 + (0.3 / 3) ** 2) / 2))
 
 
-def test_what_all_poses_have_moved_in_common():
+def test_held_out_photos_go_with_what_all_poses_have_moved_in_common():
     scene = seen_from_around(10)
     given = torch.linalg.inv(scene.viewmats.double())
     poses = Poses(list("abcdefghij"), scene.viewmats.double(), torch.zeros(10).double(), 3.5, 1e-3, 0.0, TRAINING)
-    assert np.array_equal(poses.common_motion(), np.eye(4))  # of none that was seen
+    assert np.array_equal(poses.foretold(given.numpy()), given.numpy())  # by those of none that was seen
     motion = np.eye(4)
     motion[:3, :3] = 1.002 * Rotation.from_rotvec([0.01, -0.02, 0.015]).as_matrix()
     motion[:3, 3] = 0.03, -0.01, 0.02
-    off = torch.linalg.inv(given) @ torch.from_numpy(transform_cameras(motion, given.numpy()))
+    moved = transform_cameras(motion, given.numpy())
+    off = torch.linalg.inv(given) @ torch.from_numpy(moved)
     turns = Rotation.from_matrix(off[:, :3, :3].numpy()).as_rotvec()
     poses.rows[:] = torch.cat([torch.from_numpy(turns), off[:, :3, 3]], dim=1)
     poses.last_step[:] = 1
-    found = transform_points(poses.common_motion(), given[:, :3, 3].numpy())
-    np.testing.assert_allclose(found, transform_points(motion, given[:, :3, 3].numpy()), rtol=0, atol=5e-4)
+    np.testing.assert_allclose(poses.foretold(given.numpy()), moved, rtol=0, atol=5e-4)
+
+
+def around(count: int) -> np.ndarray:
+    """Return cameras [count, 4, 4] in a circle of radius 1 about what they look at."""
+    angles = 2 * np.pi * np.arange(count) / count
+    poses = np.repeat(np.eye(4)[None], count, axis=0)
+    poses[:, :3, :3] = Rotation.from_euler("y", -angles[:, None]).as_matrix()
+    poses[:, :3, 3] = -poses[:, :3, 2]
+    return poses
+
+
+@pytest.mark.parametrize("of", ["the capture", "each photo"])
+def test_held_out_photos_go_with_their_neighbours_where_these_foretell_one_another(of):
+    """Cameras all shifted to the right, and more so on one side, are an error of the capture."""
+    generator, every, distances = np.random.default_rng(0), around(40), np.ones(35)
+    is_held_out = np.arange(40) % 8 == 0
+    rows = np.zeros((40, 6))
+    if of == "the capture":
+        rows[:, 3] = 0.002 + 0.001 * np.cos(2 * np.pi * np.arange(40) / 40)
+        rows[[3, 21], :] += 0.1  # photos that nothing else shows
+    else:
+        rows[~is_held_out] = 0.002 * generator.standard_normal((35, 6))
+    right = every @ corrections(torch.from_numpy(rows), torch.ones(40).double()).numpy()
+    found = foretold_poses(every[is_held_out], every[~is_held_out], right[~is_held_out], distances, extent=1.0)
+    motion = camera_alignment(every[~is_held_out], right[~is_held_out], 1.0)
+    by_all = transform_cameras(motion, every[is_held_out])
+    missed, missed_by_all = (
+        np.linalg.norm((poses - right[is_held_out])[:, :3, 3], axis=1) for poses in (found, by_all)
+    )
+    if of == "the capture":
+        assert missed.max() < 0.001
+        assert missed_by_all.min() > 0.002
+    else:
+        np.testing.assert_array_equal(found, by_all)
+        assert missed.max() < 0.002
+
+
+def test_few_photos_foretell_what_they_have_in_common():
+    every, shift = around(8), np.array([0.0, 0.1, 0])
+    right = every.copy()
+    right[:, :3, 3] += shift
+    found = foretold_poses(every[:3], every[3:], right[3:], np.ones(5), extent=1.0)
+    np.testing.assert_allclose(found, right[:3], rtol=0, atol=1e-12)
 
 
 def test_what_all_cameras_look_too_high_by_is_not_followed():

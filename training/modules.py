@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from datasets.normalize import transform_cameras
 from datasets.scene import Scene, seen_distances
 from distributed.mesh import Ranks
 from errors import InputError, format_bytes
@@ -173,15 +172,15 @@ class RunModules:
         return replace(view.cameras, viewmats=viewmats.float())
 
     def held_out(self, view: View) -> View:
-        """Return a held-out view with its cameras where they stand among those of training photos, which have moved.
+        """Return a held-out view with its cameras where those of training photos, which have moved, tell them to stand.
 
-        What all these have moved in common, the Gaussians have too; the photo itself is not asked.
+        The photo itself is not asked.
         """
         if self._known_poses is None:
             return view
         camtoworlds = torch.linalg.inv(view.cameras.viewmats.double()).numpy()
-        moved = transform_cameras(self._known_poses.common_motion(), camtoworlds)
-        return _seen_by(view, torch.linalg.inv(torch.from_numpy(moved)))
+        foretold = self._known_poses.foretold(camtoworlds)
+        return _seen_by(view, torch.linalg.inv(torch.from_numpy(foretold)))
 
     def corrected_poses(self, scene: Scene) -> np.ndarray | None:
         """Return the poses of all photos, corrected, and held-out ones as `held_out`; None: of a run without.
@@ -196,8 +195,7 @@ class RunModules:
             return None
         rows, camtoworlds = torch.arange(len(scene.train_ids)), scene.camtoworlds.copy()
         camtoworlds[scene.train_ids] @= self._poses.corrections(self._poses.values(rows), rows).numpy()
-        moved = transform_cameras(self._poses.common_motion(), camtoworlds[scene.test_ids])
-        camtoworlds[scene.test_ids] = moved
+        camtoworlds[scene.test_ids] = self._poses.foretold(camtoworlds[scene.test_ids])
         return camtoworlds
 
     def _rows_of(self, view: View) -> Tensor:
