@@ -189,7 +189,8 @@ def depth_loss(depths: Tensor, points: np.ndarray, camtoworld: Tensor, K: Tensor
     if not inside.any():
         return depths.new_zeros(())
     drawn = grid_sample(depths[None, None], at, align_corners=False)[0, 0, 0]  # [k]
-    inverse = torch.where(drawn > 0, 1 / drawn, 0.0)
+    # Of nothing the inverse has a gradient that is not a number, in gsplat's trainer too: on seneca its strategy dies of that.
+    inverse = torch.where(drawn > 0, 1 / torch.where(drawn > 0, drawn, 1.0), 0.0)
     return (inverse - 1 / seen[:, 2])[inside].abs().mean()
 
 
