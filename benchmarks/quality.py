@@ -45,7 +45,7 @@ from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 
 METRICS = {"psnr": "{:.3f}", "ssim": "{:.4f}", "lpips": "{:.4f}"}
-METRICS |= {f"cc_{metric}": form for metric, form in METRICS.items()}  # with corrected colours
+METRICS |= {f"{kind}_{metric}": form for kind in ("cc", "aligned") for metric, form in METRICS.items()}
 OWN_OPTIONS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "force", "ckpt")  # no variant has them
 FIRST_SEED = 42
 QUICK = ("--sh_degree_interval", "5", "--max_gaussians", "2000", "--device", "cpu")
@@ -297,9 +297,9 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
 
 
 def shown_metrics(found: Iterable[Evaluation]) -> list[str]:
-    """Return the keys of `METRICS` that tables have: those with corrected colours where a run has them."""
+    """Return the keys of `METRICS` that tables have: of corrected colours and aligned poses where a run has them."""
     there = {metric for evaluation in found for picture in evaluation.pictures.values() for metric in picture}
-    return [metric for metric in METRICS if metric in there or not metric.startswith("cc_")]
+    return [metric for metric in METRICS if metric in there or "_" not in metric]
 
 
 def title_of(metric: str) -> str:

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,7 +190,7 @@ def depth_loss(depths: Tensor, points: np.ndarray, camtoworld: Tensor, K: Tensor
     if not inside.any():
         return depths.new_zeros(())
     drawn = grid_sample(depths[None, None], at, align_corners=False)[0, 0, 0]  # [k]
-    # Of nothing the inverse has a gradient that is not a number, in gsplat's trainer too: on seneca its strategy dies of that.
+    # Of nothing the inverse has a gradient that is not a number, in gsplat's trainer too: on seneca it ended there.
     inverse = torch.where(drawn > 0, 1 / torch.where(drawn > 0, drawn, 1.0), 0.0)
     return (inverse - 1 / seen[:, 2])[inside].abs().mean()
 
@@ -303,8 +304,8 @@ class Trainer:
     def evaluate(self, steps: int, lpips: Callable[[Tensor, Tensor], Tensor] | None) -> dict[str, object]:
         """Return the number of Gaussians and the metrics of the held-out views, as `training.evaluation` has them."""
 
-        def picture(cameras: Cameras) -> Tensor:
-            return self.draw(cameras, cameras.viewmats.to(self.device), self.cfg.sh_degree, "RGB")[0]
+        def picture(cameras: Cameras, mode: str = "RGB") -> Tensor:
+            return self.draw(cameras, cameras.viewmats.to(self.device), self.cfg.sh_degree, mode)[0]
 
         scene = self.scene
         with evaluation_loader(scene, scene.test_ids) as loader:
@@ -312,8 +313,15 @@ class Trainer:
                 (scene.image_names[image], View.from_batch(batch, self.cfg, self.device))
                 for image, batch in zip(scene.test_ids, loader, strict=True)
             )
-            corrects = self._grids is not None
-            found = evaluate(views, picture, lpips, lambda index, canvas: None, self.device, color_correct=corrects)
+            found = evaluate(
+                views,
+                picture,
+                lpips,
+                lambda index, canvas: None,
+                self.device,
+                color_correct=self._grids is not None,
+                draw_with_depth=None if self._poses is None else partial(picture, mode="RGB+ED"),
+            )
         return {"steps": steps, "num_GS": len(self.parameters["means"]), **found}
 
 

@@ -35,7 +35,7 @@ def color_corrected(rendered: Tensor, photo: Tensor, mask: Tensor | None = None)
     inputs = torch.cat([colors, torch.ones_like(colors[:, :1])], dim=1)  # [H W, 4]
     chosen = inputs * valid[:, None]
     # A little towards the identity, for pictures of fewer colours than a matrix has columns.
-    ridge = 1e-6 * torch.eye(4, dtype=torch.float64) * valid.sum()
+    ridge = 1e-6 * torch.eye(4, dtype=torch.float64) * valid.sum().clamp(min=1)
     identity = torch.eye(4, 3, dtype=torch.float64)
     matrix = torch.linalg.solve(chosen.T @ inputs + ridge, chosen.T @ wanted + ridge @ identity)  # [4, 3]
     return (inputs @ matrix).clamp(0.0, 1.0).to(rendered).view_as(rendered)

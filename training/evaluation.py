@@ -19,6 +19,7 @@ from distributed.mesh import Ranks
 from distributed.together import failing_together
 from offload.culling.cameras import Cameras
 from training.color_correction import color_corrected
+from training.pose_alignment import best_aligned
 from training.views import View
 
 
@@ -55,6 +56,7 @@ def evaluate(
     device: torch.device,
     *,
     color_correct: bool = False,
+    draw_with_depth: Callable[[Cameras], Tensor] | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, object]:
     """Render views one by one and compare them with their photos.
@@ -66,13 +68,16 @@ def evaluate(
         save_picture: Takes an index and [H, 2 W, 3] uint8, photo and rendering side by side.
         device: Where rendering runs.
         color_correct: Report the same of renderings whose colours are made like the photos' as well.
+        draw_with_depth: As `draw`, with depths [1, H, W, 4]; where it is given, the same of the pose nearby that fits
+            the photo best is reported as well.
         ranks: Each of which has its own views, `distributed.together.taken_in_turn`; None: this process has all.
 
     Returns:
         Means of psnr (dB), ssim, lpips (None where missing) and seconds_per_image, and `images` with the values of
-        each, of all ranks; cc_psnr, cc_ssim and cc_lpips with corrected colours, where those are wanted. Pixels outside
-        a view's mask count for nothing in PSNR, nor do windows around them in SSIM; for LPIPS, and for windows that
-        reach them, they are black in both pictures. Views that are hidden entirely are left out.
+        each, of all ranks; cc_psnr, cc_ssim and cc_lpips with corrected colours, and aligned_psnr, aligned_ssim and
+        aligned_lpips from aligned poses, with corrected colours too where both are wanted. Pixels outside a view's
+        mask count for nothing in PSNR, nor do windows around them in SSIM; for LPIPS, and for windows that reach them,
+        they are black in both pictures. Views that are hidden entirely are left out.
     """
     images: dict[int, dict[str, Any]] = {}  # by the number of the view
     written: list[Future[None]] = []
@@ -84,6 +89,8 @@ def evaluate(
             rendered = draw(view.cameras)  # also of what does not count: other ranks draw with this one
             synchronize(device)
             seconds = time.perf_counter() - begin
+            if draw_with_depth is not None:
+                aligned = best_aligned(view, draw_with_depth, color_correct=color_correct)
             if name is None or (view.masks is not None and not view.masks.any()):
                 continue
 
@@ -92,6 +99,8 @@ def evaluate(
             if color_correct:
                 corrected = color_corrected(rendered, view.images, view.masks)
                 found |= {f"cc_{key}": value for key, value in _metrics(corrected, view, lpips).items()}
+            if draw_with_depth is not None:
+                found |= {f"aligned_{key}": value for key, value in _metrics(aligned, view, lpips).items()}
             canvas = (torch.cat(_masked(view, view.images, rendered), dim=2)[0] * 255.0).round().byte().cpu().numpy()
             written.append(writers.submit(save_picture, index, canvas))
             images[index] = {"name": name, **found, "seconds": seconds}
@@ -106,7 +115,8 @@ def evaluate(
         return float(np.mean([images[index][key] for index in sorted(images)]))
 
     means: dict[str, object] = {}
-    for kind in ("", "cc_") if color_correct else ("",):
+    kinds = ("", *(("cc_",) if color_correct else ()), *(("aligned_",) if draw_with_depth is not None else ()))
+    for kind in kinds:
         means |= {f"{kind}psnr": mean(f"{kind}psnr"), f"{kind}ssim": mean(f"{kind}ssim")}
         means[f"{kind}lpips"] = None if lpips is None else mean(f"{kind}lpips")
     return {**means, "seconds_per_image": mean("seconds"), "images": [images[index] for index in sorted(images)]}

@@ -33,7 +33,7 @@ TRAIN_FIGURES = (
 )
 VAL_FIGURES = ("psnr", "ssim", "lpips")
 # What runs have that train exposures, or correct poses (`training.pose_files`).
-CORRECTED_FIGURES = ("cc_psnr", "cc_ssim", "cc_lpips")
+CORRECTED_FIGURES = ("cc_psnr", "cc_ssim", "cc_lpips", "aligned_psnr", "aligned_ssim", "aligned_lpips")
 POSE_FIGURES = ("pose_turn_median", "pose_turn_largest", "pose_shift_median", "pose_shift_largest")
 OF_VIEWS = VAL_FIGURES + CORRECTED_FIGURES
 

@@ -43,6 +43,7 @@ class RunModules:
         parts: The modules by the names that their state has in checkpoints.
         corrects_colors: Whether held-out photos are compared with corrected colours as well: where photos' colours are
             their own, or that is asked for.
+        aligns_poses: Whether they are compared from the pose nearby that fits best as well: where poses are corrected.
     """
 
     def __init__(self, cfg: Config, scene: Scene | None, device: torch.device, ranks: Ranks | None = None) -> None:
@@ -59,6 +60,7 @@ class RunModules:
         views_per_step = cfg.batch_size * (1 if ranks is None else ranks.size)
         training = Training(lambda step: schedules.decay(cfg, step), schedules.adam_betas(views_per_step), device)
         self.corrects_colors = cfg.color_correct or cfg.exposure != "none"
+        self.aligns_poses = cfg.pose_opt
         self._ranks = ranks
         self._are_averaged = False  # the gradients of the present step, over the ranks
         self._background = cfg.background
@@ -120,6 +122,7 @@ class RunModules:
         if self._sky is not None:
             _load("sky", self._sky, state_of(checkpoint, "sky"))
         if "poses/rows" in checkpoint.state:
+            self.aligns_poses = True
             self._known_poses = _poses_of(cfg, scene, 1, UNTRAINED)
             _load("poses", self._known_poses, state_of(checkpoint, "poses"))
 

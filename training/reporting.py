@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from datasets.loader import Batch, evaluation_loader
 from distributed.together import taken_in_turn
 from errors import counted, format_bytes
 from training.evaluation import evaluate, load_lpips, synchronize
+from training.measured import OF_VIEWS
 from training.memory import allocated_bytes, peak_bytes
 from training.per_step import PerStep
 from training.pose_files import pose_figures
@@ -282,18 +284,21 @@ class Evaluation:
                 lambda index, canvas: results.save_rendering(steps, index, canvas),
                 run.device,
                 color_correct=run.modules.corrects_colors,
+                draw_with_depth=partial(run.draw, depth=True) if run.modules.aligns_poses else None,
                 ranks=run.ranks,
             )
         if not run.speaks:
             return
         statistics: dict[str, Any] = {"num_GS": run.num_gaussians, **found}
         results.save_statistics("val", steps, statistics)
-        for key in ("psnr", "ssim", "lpips", "cc_psnr", "cc_ssim", "cc_lpips"):
+        for key in OF_VIEWS:
             if statistics.get(key) is not None:
                 results.log.add_scalar(f"val/{key}", statistics[key], steps)
         results.log_renderings(steps, len(statistics["images"]))
         lpips = "missing" if statistics["lpips"] is None else f"{statistics['lpips']:.3f}"
-        corrected = f" ({statistics['cc_psnr']:.2f} with corrected colours)" if "cc_psnr" in statistics else ""
+        more = ("with corrected colours", "cc_psnr"), ("from aligned poses", "aligned_psnr")
+        others = ", ".join(f"{statistics[key]:.2f} {words}" for words, key in more if key in statistics)
+        corrected = f" ({others})" if others else ""
         tqdm.write(
             f"Step {steps}: PSNR {statistics['psnr']:.2f} dB{corrected}, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
             f"on {counted(len(statistics['images']), 'held-out view')}, "
