@@ -1,7 +1,8 @@
 """Where photos stand that were not trained on, once the poses of the others have been corrected.
 
 What all corrections share, a similarity of the whole scene, no photo tells from the truth, and the Gaussians have moved
-with it: so do held-out cameras. What is left may still be alike among photos that were taken beside each other. Then it
+with it: so do held-out cameras. It is that of the photos that agree, since one that nothing else shows may have gone
+anywhere. What is left may still be alike among photos that were taken beside each other. Then it
 is an error of the capture rather than of a photo: a principal point that is not in the middle of the pictures shifts
 all cameras to one side in their own axes, and on bonsai the trained photos all moved by a pixel of 800, each within 0.2
 of what its neighbours did. A held-out photo, which nobody has asked, has that error too. Or corrections are each
@@ -17,6 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from datasets.normalize import LEVER, camera_alignment, camera_points, transform_cameras
 
+ROUNDS, OUTLIER = 5, 2.0
 NEIGHBOURS = 5  # whose median foretells best on bonsai and seneca, of 1 to 17
 
 
@@ -32,7 +34,7 @@ def foretold_poses(
         distances: [n], how far in front of them is what they look at.
         extent: Of the scene.
     """
-    motion = camera_alignment(given, found, extent) if len(given) else np.eye(4)
+    motion = common_motion(given, found, extent)
     held_out, moved = (transform_cameras(motion, poses) for poses in (held_out, given))
     if len(given) <= NEIGHBOURS:
         return held_out
@@ -44,6 +46,26 @@ def foretold_poses(
         return held_out
     _, nearest = tree.query(_places(held_out, extent), NEIGHBOURS)  # [k, NEIGHBOURS]
     return held_out @ _motions(_median(rows[nearest]), _median(distances[nearest]))
+
+
+def common_motion(given: np.ndarray, found: np.ndarray, extent: float) -> np.ndarray:
+    """Return the similarity [4, 4] by which most of the trained cameras have moved.
+
+    By least squares over those that it misses by no more than `OUTLIER` times the median, found in a few rounds.
+
+    Args:
+        given: [n, 4, 4], camera to world.
+        found: [n, 4, 4] what these became.
+        extent: Of the scene.
+    """
+    if not len(given):
+        return np.eye(4)
+    motion, wanted = camera_alignment(given, found, extent), _places(found, extent)
+    for _ in range(ROUNDS if len(given) > NEIGHBOURS else 0):
+        missed = np.linalg.norm(_places(transform_cameras(motion, given), extent) - wanted, axis=1)
+        agrees = missed <= OUTLIER * np.median(missed)
+        motion = camera_alignment(given[agrees], found[agrees], extent)
+    return motion
 
 
 def _places(camtoworlds: np.ndarray, extent: float) -> np.ndarray:
