@@ -39,9 +39,8 @@ def foretold_poses(
     if len(given) <= NEIGHBOURS:
         return held_out
     tree, rows = cKDTree(_places(moved, extent)), _rows(np.linalg.inv(moved) @ found, distances)
-    _, nearest = tree.query(_places(moved, extent), NEIGHBOURS + 1)  # [n, NEIGHBOURS + 1], the first is itself
     units = np.array([LEVER, LEVER, LEVER, 1 / extent, 1 / extent, 1 / extent])
-    missed = np.linalg.norm((rows - _median(rows[nearest[:, 1:]])) * units, axis=1)  # [n], extents
+    missed = np.linalg.norm((rows - _median(rows[_nearest_others(tree)])) * units, axis=1)  # [n], extents
     if missed.mean() >= np.linalg.norm(rows * units, axis=1).mean():
         return held_out
     _, nearest = tree.query(_places(held_out, extent), NEIGHBOURS)  # [k, NEIGHBOURS]
@@ -71,6 +70,17 @@ def common_motion(given: np.ndarray, found: np.ndarray, extent: float) -> np.nda
 def _places(camtoworlds: np.ndarray, extent: float) -> np.ndarray:
     """Return the points [k, 12] by which cameras are far from each other."""
     return camera_points(camtoworlds, extent).reshape(-1, 12)
+
+
+def _nearest_others(tree: cKDTree) -> np.ndarray:
+    """Return the NEIGHBOURS nearest places to each in a tree, [n, NEIGHBOURS].
+
+    A place itself is the first of its nearest, or any of them where photos were taken at one place, or none.
+    """
+    _, nearest = tree.query(tree.data, NEIGHBOURS + 1)  # [n, NEIGHBOURS + 1]
+    is_other = nearest != np.arange(len(nearest))[:, None]
+    is_other[is_other.all(axis=1), -1] = False
+    return nearest[is_other].reshape(-1, NEIGHBOURS)
 
 
 def _median(of_neighbours: np.ndarray) -> np.ndarray:

@@ -342,6 +342,18 @@ def test_photos_that_have_gone_astray_do_not_move_the_others():
     assert np.abs(transform_cameras(camera_alignment(every, astray, 1.0), every) - right).max() > 0.02
 
 
+def test_a_photo_does_not_foretell_itself_where_many_were_taken_at_one_place():
+    """Seven exposures from each place have the same given pose, and errors of their own."""
+    generator, every = np.random.default_rng(0), np.repeat(around(20), 7, axis=0)
+    is_held_out = np.arange(140) % 8 == 0
+    rows = 0.002 * generator.standard_normal((140, 6))
+    right = every @ corrections(torch.from_numpy(rows), torch.ones(140).double()).numpy()
+    given, known = every[~is_held_out], right[~is_held_out]
+    found = foretold_poses(every[is_held_out], given, known, np.ones(len(given)), extent=1.0)
+    by_all = transform_cameras(common_motion(given, known, 1.0), every[is_held_out])
+    np.testing.assert_array_equal(found, by_all)
+
+
 def test_few_photos_foretell_what_they_have_in_common():
     every, shift = around(8), np.array([0.0, 0.1, 0])
     right = every.copy()
