@@ -125,16 +125,19 @@ def find_depths(
         f"--depth_loss: depths come {of_named}from maps in {FOLDER}/ for {counted(len(fits), 'training photo')}, and "
         f"from the points that it saw for {by_points:,}."
     )
-    if files:
-        missing = [names[image] for image in train_ids.tolist() if image not in files and image not in named]
-        if missing:
-            say(f"Warning: {FOLDER}/ has no map of {_listed(missing)}: the points that were seen are used there.")
-        useless = [str(files[image].relative_to(data_dir)) for image in files if image not in fits]
-        if useless:
-            say(
-                f"Warning: {_listed(useless)} cannot be fitted to the points that the photo saw, and the points are "
-                f"used: a map needs values other than 0 at {FEWEST} of them, which rise with one over the depth."
-            )
+    missing = [names[image] for image in train_ids.tolist() if image not in files and image not in named]
+    if missing and any(file.is_file() for file in (data_dir / FOLDER).rglob("*")):
+        wanted = " or ".join(f"{PurePosixPath(FOLDER, missing[0]).with_suffix(suffix)}" for suffix in SUFFIXES)
+        say(
+            f"Warning: {FOLDER}/ has no map of {_listed(missing)}: the points that were seen are used there. That of "
+            f"{missing[0]} would be {wanted}."
+        )
+    useless = [str(files[image].relative_to(data_dir)) for image in files if image not in fits]
+    if useless:
+        say(
+            f"Warning: {_listed(useless)} cannot be fitted to the points that the photo saw, and the points are "
+            f"used: a map needs values other than 0 at {FEWEST} of them, which rise with one over the depth."
+        )
     world = float(np.cbrt(np.linalg.det(transform[:3, :3])))  # the model's unit in the normalized world
     maps = {image: files[image] for image in fits} | {image: known.path for image, known in named.items()}
     fits |= {image: (1 / (known.unit * world), 0.0) for image, known in named.items()}

@@ -177,6 +177,18 @@ def test_what_cannot_be_used_is_said(mapped_city, tmp_path):
     assert abs(np.median(inverse[12:] / true[12:]) - 1) < 0.02
 
 
+def test_maps_that_bear_other_names_than_photos_are_not_passed_over_in_silence(mapped_city, tmp_path):
+    data_dir = shutil.copytree(mapped_city, tmp_path / "city")
+    for path in (data_dir / "depths").iterdir():
+        path.rename(path.with_name(f"depth_{path.name}"))
+    _, said = loaded(data_dir)
+    assert "maps in depths/ for 0 training photos" in said[0]
+    assert "depths/ has no map of 001.png, 002.png, 003.png and 5 more" in said[1]
+    assert "That of 001.png would be depths/001.npy or depths/001.png." in said[1]
+    shutil.rmtree(data_dir / "depths")
+    assert len(loaded(data_dir)[1]) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
