@@ -227,9 +227,17 @@ def test_cameras_are_known_ahead_unless_the_step_moves_them(block):
     assert (moved > 1e-3).all()
 
 
-def test_poses_of_one_photo_cannot_be_corrected(block):
-    with pytest.raises(InputError, match="--pose_opt wants two training photos or more"):
-        RunModules(Config(pose_opt=True), replace(block, train_ids=block.train_ids[:1]), torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("cfg", "option"),
+    [
+        (Config(pose_opt=True), "--pose_opt"),
+        (Config(exposure="affine"), "--exposure affine"),
+        (Config(exposure="bilateral_grid"), "--exposure bilateral_grid"),
+    ],
+)
+def test_a_single_photo_cannot_be_corrected(block, cfg, option):
+    with pytest.raises(InputError, match=f"{option} wants two training photos or more"):
+        RunModules(cfg, replace(block, train_ids=block.train_ids[:1]), torch.device("cpu"))
 
 
 @pytest.mark.slow

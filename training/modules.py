@@ -77,16 +77,18 @@ class RunModules:
         names = [scene.image_names[index] for index in scene.train_ids]
         self._rows = torch.full((len(scene.image_names),), -1)  # of photos in the modules that are theirs
         self._rows[torch.from_numpy(scene.train_ids)] = torch.arange(len(names))
+        of_photos = [(f"--exposure {cfg.exposure}", cfg.exposure != "none"), ("--pose_opt", cfg.pose_opt)]
+        options = [option for option, is_on in of_photos if is_on]
+        if options and len(names) < 2:
+            raise InputError(
+                f"{options[0]} wants two training photos or more, since each is corrected by what others show, and "
+                "there is one: leave it out, or train on more (--test_every -1 and --test_after hold out fewer)."
+            )
         if cfg.exposure != "none":
             self._exposure = self.parts[cfg.exposure] = EXPOSURES[cfg.exposure](names, training)
             taken = format_bytes(self.nbytes)
             print(f"--exposure {cfg.exposure}: {len(names)} training photos have their own, which takes {taken}.")
         if cfg.pose_opt:
-            if len(names) < 2:
-                raise InputError(
-                    "--pose_opt wants two training photos or more, since poses are corrected by what others show, and "
-                    "there is one: leave it out, or hold out fewer photos with --test_every -1 and --test_after."
-                )
             self._poses = self._known_poses = self.parts["poses"] = _poses_of(cfg, scene, views_per_step, training)
             print(f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones go with them.")
 
