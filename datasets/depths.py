@@ -66,6 +66,7 @@ def find_depths(
     names: list[str],
     train_ids: np.ndarray,
     cameras_of: Callable[[int], Camera],
+    seen_in: Callable[[int], np.ndarray | None],
     camtoworlds: np.ndarray,
     tracks: Mapping[str, np.ndarray],
     distances: Mapping[str, DistanceMap],
@@ -79,6 +80,7 @@ def find_depths(
         names: Of the n photos.
         train_ids: Those that are trained on.
         cameras_of: Returns the camera of a photo by its number.
+        seen_in: Returns which pixels [H, W] of an undistorted photo masks do not hide; None: they hide none.
         camtoworlds: [n, 4, 4] in the normalized world.
         tracks: By name, the points [k, 3] that a photo saw, in the model's world.
         distances: By name, maps of distances; where a photo has one, it goes before a map in `depths/`.
@@ -107,7 +109,10 @@ def find_depths(
         camera, pose = cameras_of(image), camtoworlds[image]
         values = read_map(files[image])
         _check_shape(files[image], values, camera)
-        return fit(*_undistorted(values, camera), of_points(points.get(image, np.zeros((0, 3))), camera, pose))
+        values, known = _undistorted(values, camera)
+        seen = seen_in(image)
+        known = known if seen is None else known & seen
+        return fit(values, known, of_points(points.get(image, np.zeros((0, 3))), camera, pose))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         found = dict(zip(files, pool.map(fitted, files), strict=True))

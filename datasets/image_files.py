@@ -89,6 +89,16 @@ def decode_picture(path: Path, size: tuple[int, int] | None = None) -> tuple[np.
         return np.asarray(to_rgb(path, image)), seen_of(image)
 
 
+def decode_alpha(path: Path) -> np.ndarray | None:
+    """Decode the transparency of a picture alone, as `decode_picture` does; of one that has none the header is read.
+
+    Raises:
+        PictureFault: It cannot be decoded.
+    """
+    with _opened(path) as image:
+        return seen_of(image)
+
+
 def decode_mask(path: Path) -> np.ndarray:
     """Decode a mask as COLMAP understands it  # [H, W] bool, false where the photo is to be ignored.
 

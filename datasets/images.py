@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.cache import CacheFile, fingerprint, is_writable, user_cache_dir
-from datasets.camera import check_shape
+from datasets.camera import Camera, check_shape
 from datasets.image_files import (
     PictureFault,
     Seen,
@@ -180,6 +180,28 @@ def scaled_mask(seen: np.ndarray, size: Size) -> np.ndarray:
         return seen
     share = Image.fromarray(seen.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     return np.abs(np.asarray(share) - 1) < 1 / 512  # half a step of 8 bits
+
+
+def seen_pixels(seen: np.ndarray | None, mask_path: Path | None, camera: Camera) -> np.ndarray | None:
+    """Return which pixels of a picture neither its alpha, nor its mask, nor the undistortion hides.
+
+    Args:
+        seen: [source_height, source_width] bool, by the picture's alpha; None where it is opaque.
+        mask_path: File of its mask, of any scale.
+        camera: Its camera.
+
+    Returns:
+        [H, W] bool of the undistorted picture; None where nothing is hidden.
+    """
+    if mask_path is not None:
+        by_mask = scaled_mask(decode_mask(mask_path), (camera.source_width, camera.source_height))
+        seen = by_mask if seen is None else seen & by_mask
+    valid = camera.valid_mask
+    if seen is None:
+        return valid
+    # A pixel is a mean of four of the source; it is seen where all of them are.
+    undistorted = camera.undistort(np.where(seen, np.uint8(255), np.uint8(0))) == 255
+    return undistorted if valid is None else undistorted & valid
 
 
 def save_jpeg(image: Image.Image, path: Path) -> None:

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
 
-from datasets.camera import Camera
 from datasets.depths import Depths
-from datasets.image_files import decode_mask, decode_picture, fitting_workers
-from datasets.images import scaled_mask
+from datasets.image_files import decode_picture, fitting_workers
+from datasets.images import seen_pixels
 from datasets.scene import Scene
 from datasets.view_order import ViewWindows
 from errors import InputError
@@ -194,7 +192,7 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, own: slice, pin_memory: boo
         size = camera.source_width, camera.source_height
         image, seen = decode_picture(scene.image_paths[image_id], size)
         images.append(camera.undistort(image))
-        masks.append(_mask(seen, scene.mask_paths[image_id], camera))
+        masks.append(seen_pixels(seen, scene.mask_paths[image_id], camera))
     batch = Batch(
         images=torch.from_numpy(np.stack(images)),
         masks=_stack_masks(masks, images),
@@ -211,28 +209,6 @@ def _load_batch(scene: Scene, image_ids: np.ndarray, own: slice, pin_memory: boo
     if not pin_memory:
         return batch
     return replace(batch, **{name: t.pin_memory() for name, t in vars(batch).items() if t is not None})
-
-
-def _mask(seen: np.ndarray | None, mask_path: Path | None, camera: Camera) -> np.ndarray | None:
-    """Join what hides pixels of a picture: its alpha, its mask, and the undistortion.
-
-    Args:
-        seen: [source_height, source_width] bool, by the picture's alpha; None where it is opaque.
-        mask_path: File of its mask, of any scale.
-        camera: Its camera.
-
-    Returns:
-        [H, W] bool of the undistorted picture; None where nothing is hidden.
-    """
-    if mask_path is not None:
-        by_mask = scaled_mask(decode_mask(mask_path), (camera.source_width, camera.source_height))
-        seen = by_mask if seen is None else seen & by_mask
-    valid = camera.valid_mask
-    if seen is None:
-        return valid
-    # A pixel is a mean of four of the source; it is seen where all of them are.
-    undistorted = camera.undistort(np.where(seen, np.uint8(255), np.uint8(0))) == 255
-    return undistorted if valid is None else undistorted & valid
 
 
 def _stack_masks(masks: list[np.ndarray | None], images: list[np.ndarray]) -> torch.Tensor | None:

@@ -9,7 +9,8 @@ from datasets.camera import Camera, check_shape, make_camera
 from datasets.colmap import SparseModel, has_model, read_tracks
 from datasets.consistency import check_points, far_camera_warnings
 from datasets.depths import Depths, find_depths
-from datasets.images import prepare_images
+from datasets.image_files import decode_alpha
+from datasets.images import prepare_images, seen_pixels
 from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
 from datasets.model_choice import Say, load_sparse_model, points_ply, quiet
 from datasets.normalize import (
@@ -190,11 +191,19 @@ def seen_distances(scene: Scene, image_ids: np.ndarray) -> np.ndarray:
 
 
 def _depths_of(scene: Scene, model: SparseModel, model_path: Path, say: Say) -> Depths:
+    def camera_of(image: int) -> Camera:
+        return scene.cameras[scene.camera_indices[image]]
+
+    def seen_in(image: int) -> np.ndarray | None:
+        alpha = decode_alpha(scene.image_paths[image])
+        return seen_pixels(alpha, scene.mask_paths[image], camera_of(image))
+
     return find_depths(
         scene.data_dir,
         scene.image_names,
         scene.train_ids,
-        lambda image: scene.cameras[scene.camera_indices[image]],
+        camera_of,
+        seen_in,
         scene.camtoworlds,
         read_tracks(model_path) if has_model(model_path) else {},
         model.distances,

@@ -177,6 +177,28 @@ def test_what_cannot_be_used_is_said(mapped_city, tmp_path):
     assert abs(np.median(inverse[12:] / true[12:]) - 1) < 0.02
 
 
+@pytest.mark.parametrize("by", ["mask", "alpha"])
+def test_what_is_hidden_does_not_say_how_a_map_is_fitted(mapped_city, tmp_path, by):
+    """As where somebody walks by, who is not in the points: the map is as if it were not known there."""
+    fits = []
+    for hidden in ("nothing", "something else"):
+        data_dir = shutil.copytree(mapped_city, tmp_path / hidden)
+        picture = cv2.imread(str(data_dir / "images" / "001.png"))
+        seen = np.full((HEIGHT, WIDTH), 255, np.uint8)
+        seen[:, : 3 * WIDTH // 4] = 0
+        if by == "mask":
+            (data_dir / "masks").mkdir()
+            assert cv2.imwrite(str(data_dir / "masks" / "001.png"), seen)
+        else:
+            assert cv2.imwrite(str(data_dir / "images" / "001.png"), np.dstack([picture, seen]))
+        values = np.load(data_dir / "depths" / "001.npy")
+        values[seen == 0] = 0 if hidden == "nothing" else -values[seen == 0]
+        np.save(data_dir / "depths" / "001.npy", values)
+        scene, _ = loaded(data_dir)
+        fits.append(scene.depths.fits[scene.image_names.index("001.png")])
+    assert fits[0] == fits[1]
+
+
 def test_maps_that_bear_other_names_than_photos_are_not_passed_over_in_silence(mapped_city, tmp_path):
     data_dir = shutil.copytree(mapped_city, tmp_path / "city")
     for path in (data_dir / "depths").iterdir():
