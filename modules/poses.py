@@ -101,9 +101,10 @@ class Poses(TrainedModule):
 
     def foretold(self, camtoworlds: np.ndarray) -> np.ndarray:
         """Return the poses of other photos [k, 4, 4], camera to world, that go with those found so far."""
-        ids = torch.arange(len(self.names))[self.last_step > 0]
+        rows = self.values(torch.arange(len(self.names)))
+        ids = rows.any(dim=1).nonzero().flatten()  # read with other options, those never seen have a last step, too
         given = torch.linalg.inv(self._viewmats[ids])
-        found = given @ self.corrections(self.values(ids), ids)
+        found = given @ self.corrections(rows[ids], ids)
         distances = self.distances[ids, 0].numpy()
         return foretold_poses(camtoworlds, given.numpy(), found.numpy(), distances, self._extent or 1.0)
 

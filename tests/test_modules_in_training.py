@@ -22,6 +22,7 @@ from benchmarks.troubled_city import flight_of, in_light, write_city
 from configs import Config
 from datasets.normalize import transform_cameras
 from datasets.scene import Scene, load_scene
+from datasets.splits import split_indices
 from datasets.trajectory_file import read_key_poses
 from errors import InputError
 from offload.culling.cameras import Cameras
@@ -238,6 +239,28 @@ def test_cameras_are_known_ahead_unless_the_step_moves_them(block):
 def test_a_single_photo_cannot_be_corrected(block, cfg, option):
     with pytest.raises(InputError, match=f"{option} wants two training photos or more"):
         RunModules(cfg, replace(block, train_ids=block.train_ids[:1]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cfg", [Config(), Config(test_every=3)])
+def test_held_out_photos_stand_where_they_stood_by_a_checkpoint_too(block, cfg):
+    """Of a run with other betas, that did not see all photos, whichever are held out now."""
+    training = Config(pose_opt=True, pose_opt_lr=1e-2, max_steps=4, batch_size=2)
+    modules = RunModules(training, block, torch.device("cpu"))
+    for pair in block.train_ids[:8].reshape(4, 2).tolist():
+        view = some_view(block, *pair)
+        modules.begin_step(view)
+        (modules.cameras(view).viewmats[:, :3] * torch.arange(12.0).view(3, 4).sin()).sum().backward()
+        modules.update()
+    test_view = some_view(block, *block.test_ids.tolist())
+    wanted = modules.held_out(test_view).cameras.viewmats
+    assert not torch.equal(wanted, test_view.cameras.viewmats)
+
+    state = {f"poses/{key}": value for key, value in modules.parts["poses"].state_dict().items()}
+    train_ids, test_ids = split_indices(len(block.image_names), test_every=cfg.test_every, test_after=-1)
+    scene = replace(block, train_ids=train_ids, test_ids=test_ids)
+    evaluated = RunModules(cfg, scene, torch.device("cpu"))
+    evaluated.load_evaluated(Checkpoint(4, np.eye(4), state), cfg, scene)
+    torch.testing.assert_close(evaluated.held_out(test_view).cameras.viewmats, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

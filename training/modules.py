@@ -89,7 +89,8 @@ class RunModules:
             taken = format_bytes(self.nbytes)
             print(f"--exposure {cfg.exposure}: {len(names)} training photos have their own, which takes {taken}.")
         if cfg.pose_opt:
-            self._poses = self._known_poses = self.parts["poses"] = _poses_of(cfg, scene, views_per_step, training)
+            poses = _poses_of(cfg, scene, scene.train_ids, views_per_step, training)
+            self._poses = self._known_poses = self.parts["poses"] = poses
             print(f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones go with them.")
 
     @property
@@ -125,7 +126,8 @@ class RunModules:
             _load("sky", self._sky, state_of(checkpoint, "sky"))
         if "poses/rows" in checkpoint.state:
             self.aligns_poses = True
-            self._known_poses = _poses_of(cfg, scene, 1, UNTRAINED)
+            every = np.arange(len(scene.image_names))  # which of them are held out may be another choice now
+            self._known_poses = _poses_of(cfg, scene, every, 1, UNTRAINED)
             _load("poses", self._known_poses, state_of(checkpoint, "poses"))
 
     def begin_at(self, steps_done: int) -> None:
@@ -282,14 +284,14 @@ class RunModules:
         return are_lost
 
 
-def _poses_of(cfg: Config, scene: Scene, views_per_step: int, training: Training) -> Poses:
-    """Return the poses of a scene's training photos, as they are given."""
+def _poses_of(cfg: Config, scene: Scene, ids: np.ndarray, views_per_step: int, training: Training) -> Poses:
+    """Return the poses of photos of a scene, by their numbers [k], as they are given."""
     # In float32 first, as photos come with them: without a correction a view is what it is without this.
-    camtoworlds = torch.from_numpy(scene.camtoworlds[scene.train_ids]).float().double()
+    camtoworlds = torch.from_numpy(scene.camtoworlds[ids]).float().double()
     return Poses(
-        [scene.image_names[index] for index in scene.train_ids],
+        [scene.image_names[index] for index in ids],
         torch.linalg.inv(camtoworlds),
-        torch.from_numpy(seen_distances(scene, scene.train_ids)).clamp(max=FARTHEST_PLACE * scene.scene_scale),
+        torch.from_numpy(seen_distances(scene, ids)).clamp(max=FARTHEST_PLACE * scene.scene_scale),
         scene.scene_scale,
         cfg.pose_opt_lr * math.sqrt(views_per_step),
         cfg.pose_opt_reg,
