@@ -2,12 +2,14 @@
 
 What all corrections share, a similarity of the whole scene, no photo tells from the truth, and the Gaussians have moved
 with it: so do held-out cameras. It is that of the photos that agree, since one that nothing else shows may have gone
-anywhere. What is left may still be alike among photos that were taken beside each other. Then it
-is an error of the capture rather than of a photo: a principal point that is not in the middle of the pictures shifts
-all cameras to one side in their own axes, and on bonsai the trained photos all moved by a pixel of 800, each within 0.2
-of what its neighbours did. A held-out photo, which nobody has asked, has that error too. Or corrections are each
-photo's own, as where poses were found one by one: then neighbours foretell nothing. Which it is the trained photos
-tell, each foretold by its neighbours as if it had been held out.
+anywhere.
+
+What is left may still be alike among photos that were taken beside each other. Then it is an error of the capture
+rather than of a photo: a principal point that is not in the middle of the pictures shifts all cameras to one side in
+their own axes, and on bonsai the trained photos all moved by a pixel of 800, each within 0.2 of what its neighbours
+did. A held-out photo, which nobody has asked, has that error too. Or corrections are each photo's own, as where poses
+were found one by one: then neighbours foretell nothing. Which it is the trained photos tell, each foretold by its
+neighbours as if it had been held out.
 """
 
 from __future__ import annotations
