@@ -24,29 +24,40 @@ ROUNDS, OUTLIER = 5, 2.0
 NEIGHBOURS = 5  # whose median foretells best on bonsai and seneca, of 1 to 17
 
 
-def foretold_poses(
-    held_out: np.ndarray, given: np.ndarray, found: np.ndarray, distances: np.ndarray, extent: float
-) -> np.ndarray:
-    """Return the poses of held-out photos that go with those of trained ones, [k, 4, 4] camera to world.
+class Foretelling:
+    """Tell where held-out photos stand, by how those that were trained on have moved; for as many as are asked for."""
 
-    Args:
-        held_out: [k, 4, 4], as they are given.
-        given: [n, 4, 4] of trained photos.
-        found: [n, 4, 4] what these became.
-        distances: [n], how far in front of them is what they look at.
-        extent: Of the scene.
-    """
-    motion = common_motion(given, found, extent)
-    held_out, moved = (transform_cameras(motion, poses) for poses in (held_out, given))
-    if len(given) <= NEIGHBOURS:
-        return held_out
-    tree, rows = cKDTree(_places(moved, extent)), _rows(np.linalg.inv(moved) @ found, distances)
-    units = np.array([LEVER, LEVER, LEVER, 1 / extent, 1 / extent, 1 / extent])
-    missed = np.linalg.norm((rows - _median(rows[_nearest_others(tree)])) * units, axis=1)  # [n], extents
-    if missed.mean() >= np.linalg.norm(rows * units, axis=1).mean():
-        return held_out
-    _, nearest = tree.query(_places(held_out, extent), NEIGHBOURS)  # [k, NEIGHBOURS]
-    return held_out @ _motions(_median(rows[nearest]), _median(distances[nearest]))
+    def __init__(self, given: np.ndarray, found: np.ndarray, distances: np.ndarray, extent: float) -> None:
+        """
+        Args:
+            given: [n, 4, 4] of trained photos, camera to world.
+            found: [n, 4, 4] what these became.
+            distances: [n], how far in front of them is what they look at.
+            extent: Of the scene.
+        """
+        self._extent, self._distances = extent, distances
+        self._motion = common_motion(given, found, extent)
+        self._tree: cKDTree | None = None  # of the cameras; None where neighbours foretell nothing
+        if len(given) <= NEIGHBOURS:
+            return
+        moved = transform_cameras(self._motion, given)
+        tree, rows = cKDTree(_places(moved, extent)), _rows(np.linalg.inv(moved) @ found, distances)
+        units = np.array([LEVER, LEVER, LEVER, 1 / extent, 1 / extent, 1 / extent])
+        missed = np.linalg.norm((rows - _median(rows[_nearest_others(tree)])) * units, axis=1)  # [n], extents
+        if missed.mean() < np.linalg.norm(rows * units, axis=1).mean():
+            self._tree, self._rows = tree, rows
+
+    def poses(self, held_out: np.ndarray) -> np.ndarray:
+        """Return the poses of held-out photos that go with those of trained ones.
+
+        Args:
+            held_out: [k, 4, 4] camera to world, as they are given.
+        """
+        held_out = transform_cameras(self._motion, held_out)
+        if self._tree is None:
+            return held_out
+        _, nearest = self._tree.query(_places(held_out, self._extent), NEIGHBOURS)  # [k, NEIGHBOURS]
+        return held_out @ _motions(_median(self._rows[nearest]), _median(self._distances[nearest]))
 
 
 def common_motion(given: np.ndarray, found: np.ndarray, extent: float) -> np.ndarray:

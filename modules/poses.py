@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from modules.contract import TrainedModule, Training
-from modules.held_out_poses import foretold_poses
+from modules.held_out_poses import Foretelling
 
 TINY = 1e-12  # of squares of sines: cameras that all look straight down have no turn upwards
 
@@ -99,14 +98,13 @@ class Poses(TrainedModule):
         """
         return corrections(rows, self.distances[ids, 0])
 
-    def foretold(self, camtoworlds: np.ndarray) -> np.ndarray:
-        """Return the poses of other photos [k, 4, 4], camera to world, that go with those found so far."""
+    def foretelling(self) -> Foretelling:
+        """Return what tells where other photos stand, which go with those found so far."""
         rows = self.values(torch.arange(len(self.names)))
         ids = rows.any(dim=1).nonzero().flatten()  # read with other options, those never seen have a last step, too
         given = torch.linalg.inv(self._viewmats[ids])
         found = given @ self.corrections(rows[ids], ids)
-        distances = self.distances[ids, 0].numpy()
-        return foretold_poses(camtoworlds, given.numpy(), found.numpy(), distances, self._extent or 1.0)
+        return Foretelling(given.numpy(), found.numpy(), self.distances[ids, 0].numpy(), self._extent or 1.0)
 
     def penalty(self, rows: Tensor) -> Tensor:
         """Return the weighted mean square of the step's rows [U, 6], in radians and units of the extent."""

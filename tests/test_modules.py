@@ -15,7 +15,7 @@ from benchmarks.troubled_city import pose_errors
 from datasets.normalize import camera_alignment, transform_cameras
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
-from modules.held_out_poses import common_motion, foretold_poses
+from modules.held_out_poses import Foretelling, common_motion
 from modules.poses import Poses, corrections, turns_upwards
 from modules.sky import Sky, directions
 from offload.culling.cameras import Cameras
@@ -285,7 +285,7 @@ def test_held_out_photos_go_with_what_all_poses_have_moved_in_common():
     scene = seen_from_around(10)
     given = torch.linalg.inv(scene.viewmats.double())
     poses = Poses(list("abcdefghij"), scene.viewmats.double(), torch.zeros(10).double(), 3.5, 1e-3, 0.0, TRAINING)
-    assert np.array_equal(poses.foretold(given.numpy()), given.numpy())  # by those of none that was seen
+    assert np.array_equal(poses.foretelling().poses(given.numpy()), given.numpy())  # by those of none that was seen
     motion = np.eye(4)
     motion[:3, :3] = 1.002 * Rotation.from_rotvec([0.01, -0.02, 0.015]).as_matrix()
     motion[:3, 3] = 0.03, -0.01, 0.02
@@ -294,7 +294,7 @@ def test_held_out_photos_go_with_what_all_poses_have_moved_in_common():
     turns = Rotation.from_matrix(off[:, :3, :3].numpy()).as_rotvec()
     poses.rows[:] = torch.cat([torch.from_numpy(turns), off[:, :3, 3]], dim=1)
     poses.last_step[:] = 1
-    np.testing.assert_allclose(poses.foretold(given.numpy()), moved, rtol=0, atol=5e-4)
+    np.testing.assert_allclose(poses.foretelling().poses(given.numpy()), moved, rtol=0, atol=5e-4)
 
 
 def around(count: int) -> np.ndarray:
@@ -318,7 +318,7 @@ def test_held_out_photos_go_with_their_neighbours_where_these_foretell_one_anoth
     else:
         rows[~is_held_out] = 0.002 * generator.standard_normal((35, 6))
     right = every @ corrections(torch.from_numpy(rows), torch.ones(40).double()).numpy()
-    found = foretold_poses(every[is_held_out], every[~is_held_out], right[~is_held_out], distances, extent=1.0)
+    found = Foretelling(every[~is_held_out], right[~is_held_out], distances, extent=1.0).poses(every[is_held_out])
     motion = common_motion(every[~is_held_out], right[~is_held_out], 1.0)
     by_all = transform_cameras(motion, every[is_held_out])
     ahead = np.array([0, 0, 1.0, 1])  # what they look at
@@ -349,7 +349,7 @@ def test_a_photo_does_not_foretell_itself_where_many_were_taken_at_one_place():
     rows = 0.002 * generator.standard_normal((140, 6))
     right = every @ corrections(torch.from_numpy(rows), torch.ones(140).double()).numpy()
     given, known = every[~is_held_out], right[~is_held_out]
-    found = foretold_poses(every[is_held_out], given, known, np.ones(len(given)), extent=1.0)
+    found = Foretelling(given, known, np.ones(len(given)), extent=1.0).poses(every[is_held_out])
     by_all = transform_cameras(common_motion(given, known, 1.0), every[is_held_out])
     np.testing.assert_array_equal(found, by_all)
 
@@ -358,7 +358,7 @@ def test_few_photos_foretell_what_they_have_in_common():
     every, shift = around(8), np.array([0.0, 0.1, 0])
     right = every.copy()
     right[:, :3, 3] += shift
-    found = foretold_poses(every[:3], every[3:], right[3:], np.ones(5), extent=1.0)
+    found = Foretelling(every[3:], right[3:], np.ones(5), extent=1.0).poses(every[:3])
     np.testing.assert_allclose(found, right[:3], rtol=0, atol=1e-12)
 
 

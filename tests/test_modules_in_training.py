@@ -252,7 +252,7 @@ def test_held_out_photos_stand_where_they_stood_by_a_checkpoint_too(block, cfg):
         (modules.cameras(view).viewmats[:, :3] * torch.arange(12.0).view(3, 4).sin()).sum().backward()
         modules.update()
     test_view = some_view(block, *block.test_ids.tolist())
-    wanted = modules.held_out(test_view).cameras.viewmats
+    wanted = modules.held_out()(test_view).cameras.viewmats
     assert not torch.equal(wanted, test_view.cameras.viewmats)
 
     state = {f"poses/{key}": value for key, value in modules.parts["poses"].state_dict().items()}
@@ -260,7 +260,7 @@ def test_held_out_photos_stand_where_they_stood_by_a_checkpoint_too(block, cfg):
     scene = replace(block, train_ids=train_ids, test_ids=test_ids)
     evaluated = RunModules(cfg, scene, torch.device("cpu"))
     evaluated.load_evaluated(Checkpoint(4, np.eye(4), state), cfg, scene)
-    torch.testing.assert_close(evaluated.held_out(test_view).cameras.viewmats, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(evaluated.held_out()(test_view).cameras.viewmats, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -178,16 +178,20 @@ class RunModules:
         viewmats = self._poses(self._poses.leaf(), self._rows_of(view))
         return replace(view.cameras, viewmats=viewmats.float())
 
-    def held_out(self, view: View) -> View:
-        """Return a held-out view with its cameras where those of training photos, which have moved, tell them to stand.
+    def held_out(self) -> Callable[[View], View]:
+        """Return what gives held-out views the cameras that those of training photos, which have moved, tell them.
 
-        The photo itself is not asked.
+        What the newest step has made of these is looked at once, for all views. The photos themselves are not asked.
         """
         if self._known_poses is None:
-            return view
-        camtoworlds = torch.linalg.inv(view.cameras.viewmats.double()).numpy()
-        foretold = self._known_poses.foretold(camtoworlds)
-        return _seen_by(view, torch.linalg.inv(torch.from_numpy(foretold)))
+            return lambda view: view
+        foretelling = self._known_poses.foretelling()
+
+        def placed(view: View) -> View:
+            camtoworlds = torch.linalg.inv(view.cameras.viewmats.double()).numpy()
+            return _seen_by(view, torch.linalg.inv(torch.from_numpy(foretelling.poses(camtoworlds))))
+
+        return placed
 
     def corrected_poses(self, scene: Scene) -> np.ndarray | None:
         """Return the poses of all photos, corrected, and held-out ones as `held_out`; None: of a run without.
@@ -202,7 +206,7 @@ class RunModules:
             return None
         rows, camtoworlds = torch.arange(len(scene.train_ids)), scene.camtoworlds.copy()
         camtoworlds[scene.train_ids] @= self._poses.corrections(self._poses.values(rows), rows).numpy()
-        camtoworlds[scene.test_ids] = self._poses.foretold(camtoworlds[scene.test_ids])
+        camtoworlds[scene.test_ids] = self._poses.foretelling().poses(camtoworlds[scene.test_ids])
         return camtoworlds
 
     def _rows_of(self, view: View) -> Tensor:

@@ -266,11 +266,11 @@ class Evaluation:
         self, run: TrainingRun, batches: Iterable[tuple[str | None, Batch]]
     ) -> Iterator[tuple[str | None, View]]:
         """Give views one after the other, and say how many are done, by all ranks."""
-        num_views = len(run.scene.test_ids)
+        num_views, placed = len(run.scene.test_ids), run.modules.held_out()
         for turn, (name, batch) in enumerate(batches):
             done = min(turn * run.num_ranks, num_views)
             self.standing = f"the evaluation is not complete ({done} of {counted(num_views, 'view')})"
-            yield name, run.modules.held_out(View.from_batch(batch, run.cfg, run.device))
+            yield name, placed(View.from_batch(batch, run.cfg, run.device))
 
     def _evaluate(self, run: TrainingRun, steps: int) -> None:
         scene, results = run.scene, run.results
