@@ -149,6 +149,21 @@ def find_depths(
     return Depths(points, maps, fits, frozenset(named))
 
 
+def say_unused_depths(data_dir: Path, distances: Mapping[str, DistanceMap], say: Say) -> None:
+    """Say that a dataset has depth maps, where it has, and what would use them; for a training without.
+
+    Args:
+        data_dir: The dataset, with or without `depths/`.
+        distances: By name, maps of distances that its model names.
+        say: Takes the sentence.
+    """
+    there = ["images that the model names"] if distances else []
+    if any(file.suffix in SUFFIXES for file in (data_dir / FOLDER).rglob("*")):
+        there.append(f"maps in {FOLDER}/")
+    if there:
+        say(f"Depth {' and '.join(there)} are not used; --depth_loss trains with them.")
+
+
 def of_points(points: np.ndarray, camera: Camera, camtoworld: np.ndarray) -> np.ndarray:
     """Return one over the depth of points [k, 3] at their pixels, [H, W] float32; 0 elsewhere, the nearest counts."""
     inverse = np.zeros((camera.height, camera.width), np.float32)

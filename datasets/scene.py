@@ -8,7 +8,7 @@ import numpy as np
 from datasets.camera import Camera, check_shape, make_camera
 from datasets.colmap import SparseModel, has_model, read_tracks
 from datasets.consistency import check_points, far_camera_warnings
-from datasets.depths import Depths, find_depths
+from datasets.depths import Depths, find_depths, say_unused_depths
 from datasets.image_files import decode_alpha
 from datasets.images import prepare_images, seen_pixels
 from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
@@ -69,7 +69,7 @@ def load_scene(
     max_points: int = 0,
     num_workers: int | None = None,
     transform: np.ndarray | None = None,
-    depths: bool = False,
+    depths: bool | None = None,
     say: Say = quiet,
 ) -> Scene:
     """Read a dataset: its model, its pictures (scaled where that has not been done) and initial points.
@@ -86,7 +86,7 @@ def load_scene(
         num_workers: threads that check and scale pictures; all processors where None.
         transform: [4, 4] similarity from the input world to that in which the scene has been trained; None to
             normalize it.
-        depths: find depths of the training photos, too.
+        depths: find depths of the training photos, too; False says that those there are not used, None nothing.
         say: is told what is used of what is there, and what looks wrong.
 
     Raises:
@@ -163,7 +163,11 @@ def load_scene(
         far_ids=np.flatnonzero(is_far),
         scene_scale=scene_scale,
     )
-    return replace(scene, depths=_depths_of(scene, model, model_path, say)) if depths else scene
+    if depths:
+        return replace(scene, depths=_depths_of(scene, model, model_path, say))
+    if depths is False:
+        say_unused_depths(data_dir, model.distances, say)
+    return scene
 
 
 def seen_distances(scene: Scene, image_ids: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ def loaded(data_dir: Path, *, depths: bool = True) -> tuple[Scene, list[str]]:
     """The scene with its depths, and what was said of those."""
     said: list[str] = []
     scene = load_scene(data_dir, depths=depths, say=said.append)
-    return scene, [sentence for sentence in said if "depths" in sentence]
+    return scene, [sentence for sentence in said if "depth" in sentence.lower()]
 
 
 def inverse_of(scene: Scene, image: int) -> np.ndarray:
@@ -75,6 +75,9 @@ def test_depth_images_that_a_file_names_count_as_they_are(mapped_city, tmp_path)
         frame["depth_file_path"] = f"depth/{image}.npy"  # farther than 16 bits of a PNG reach
         np.save(tmp_path / frame["depth_file_path"], millimetres)
     path.write_text(json.dumps(meta))
+    assert loaded(tmp_path, depths=False)[1] == [
+        "Depth images that the model names are not used; --depth_loss trains with them."
+    ]
     scene, said = loaded(tmp_path)
     assert "from the depth images that the model names for 8, from maps in depths/ for 0 training photos" in said[0]
     shutil.copytree(mapped_city / "depths", tmp_path / "depths")
@@ -84,6 +87,27 @@ def test_depth_images_that_a_file_names_count_as_they_are(mapped_city, tmp_path)
     assert not any("has no map" in sentence for sentence in loaded(tmp_path)[1])  # of a photo that has a named one
     for image in scene.train_ids.tolist():
         np.testing.assert_allclose(inverse_of(scene, image), true_inverse(scene, image), rtol=1e-4)
+
+
+def test_maps_that_nothing_uses_are_told_of(mapped_city, tmp_path):
+    assert loaded(mapped_city, depths=False)[1] == [
+        "Depth maps in depths/ are not used; --depth_loss trains with them."
+    ]
+    assert loaded(mapped_city, depths=None)[1] == []  # nothing is trained
+    for folder in ("images", "sparse"):
+        shutil.copytree(mapped_city / folder, tmp_path / folder)
+    assert loaded(tmp_path, depths=False)[1] == []
+    (tmp_path / "depths").mkdir()
+    (tmp_path / "depths/README.txt").touch()
+    assert loaded(tmp_path, depths=False)[1] == []
+
+
+@pytest.mark.slow
+def test_a_run_without_depth_loss_says_what_would_use_the_maps(monkeypatch, mapped_city, tmp_path, capsys):
+    sentence = "Depth maps in depths/ are not used; --depth_loss trains with them."
+    for more, times in (((), 1), (("--ckpt", tmp_path / "ckpts/ckpt_1.pt"), 0)):
+        run_script(monkeypatch, simple_trainer, mapped_city, tmp_path, "--max_steps", 1, "--eval_steps", 9, *more)
+        assert capsys.readouterr().out.count(sentence) == times
 
 
 def test_maps_are_fitted_to_what_the_photos_saw(mapped_city):

@@ -59,7 +59,7 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
         num_workers=cfg.num_workers or None,
         say=say,
         transform=None if checkpoint is None else checkpoint.transform,
-        depths=cfg.depth_loss and not cfg.ckpt,
+        depths=None if cfg.ckpt else cfg.depth_loss,
     )
     _check_sizes(scene, cfg.data_factor)
     has_changed = checkpoint is not None and _compare(cfg, checkpoint, scene, say)
