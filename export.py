@@ -27,6 +27,7 @@ from exports.ply import write_commented_ply
 from exports.source import Source, open_source
 from exports.streamed import INDEX
 from exports.world import Up, World, placement
+from training.model_files import not_held
 from training.ply import write_way_back
 from training.streams import unbreakable_output
 
@@ -93,9 +94,9 @@ def export(options: Options) -> None:
         f"Writing {counted(gaussians.count, 'Gaussian')} of {source.path} with {_harmonics(degree, source)} to {to} "
         f"({form.name}), in {place.describe(options.world)}."
     )
-    if source.background in ("sky", "white"):
-        what = "a sky" if source.background == "sky" else "white"
-        print(f"It was trained before {what}, which no format holds: a viewer shows its own background.")
+    behind = not_held(source.background)
+    if behind:
+        print(f"It was trained before {behind}, which no format holds: a viewer shows its own background.")
     try:
         with placing(to) as path:
             if form is PLY and not options.plain:

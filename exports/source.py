@@ -13,6 +13,8 @@ from datasets.normalize import is_similarity
 from errors import InputError
 from offload.adam.state import CurrentValues, num_gaussians_of, sh_degree_of
 from training.checkpoints import load_checkpoint
+from training.files import result_folder_of
+from training.measured import read_options
 from training.model_files import check_model_file
 from training.ply import PlyRows, Up, frame_of_ply
 
@@ -72,4 +74,8 @@ def _open_ply(path: Path) -> Source:
             "of degree 0 to 3."
         )
     transform, up = frame_of_ply(path)
-    return Source(path, rows.num_gaussians, DEGREES[rows.num_harmonics], transform, up, False, "black", rows.parameter)
+    options = read_options(result_folder_of(path)) or {}  # the file says nothing of what is behind it, but its run does
+    background = str(options.get("background", "black"))
+    return Source(
+        path, rows.num_gaussians, DEGREES[rows.num_harmonics], transform, up, False, background, rows.parameter
+    )

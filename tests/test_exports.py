@@ -157,6 +157,18 @@ def test_a_background_that_no_format_holds_is_named(background, said, model, tmp
     assert told == bool(said)
 
 
+@pytest.mark.parametrize("ending", [".ply", *READERS, ".html", "/lod-meta.json"])
+def test_a_ply_of_a_run_is_known_to_have_had_a_sky(ending, model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run/ply").mkdir(parents=True)
+    save_ply(tmp_path / "run/ply/a.ply", lambda *at: {k: v[slice(*at)] for k, v in model.items()}, 600, TRANSFORM)
+    monkeypatch.chdir(tmp_path / "run/ply")
+    cases = {"sky": "max_steps: 9\nbackground: sky\n", "none": "max_steps: 9\n", "damaged": "["}
+    for case, options in cases.items():
+        (tmp_path / "run/cfg.yml").write_text(options)
+        run("a.ply", "--to", f"{tmp_path}/{case}{ending}")
+        assert ("It was trained before a sky, which no format holds" in capsys.readouterr().out) == (case == "sky")
+
+
 def test_exports_are_made_by_one_process(monkeypatch, checkpoint, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start it without torchrun"):

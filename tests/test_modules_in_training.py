@@ -157,12 +157,15 @@ def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_
         assert code == (2 if "Error: " in printed.err else 0), printed.err
         return printed.out + printed.err
 
-    run("--max_steps", 6, "--save_steps", 6)
+    assert "which it does not hold" not in run("--max_steps", 6, "--save_steps", 6)
     printed = run("--max_steps", 12, "--resume", "--background", "sky", "--exposure", "affine")
     assert "--background is now sky; it was black." in printed
     assert "--exposure affine: 14 training photos have their own" in printed
     assert "holds nothing of affine: it is trained from step 6 on" in printed
     assert "with corrected colours" in printed
+    (model,) = (line for line in printed.splitlines() if line.startswith("Model:"))
+    assert "point_cloud_12.ply" in model
+    assert "trained before a sky, which it does not hold" in model
     checkpoint = ("--ckpt", tmp_path / "run/ckpts/ckpt_12.pt")
     before = next(line for line in printed.splitlines() if "Step 12: PSNR" in line).split("Step 12: PSNR ")[1][:5]
     assert f"PSNR {before} dB" in run(*checkpoint, "--background", "sky", result_dir="evaluated")

@@ -1,4 +1,7 @@
-"""Which files hold a model that the suite reads: a checkpoint or a 3DGS PLY file, and no file that is for viewers."""
+"""Which files hold a model that the suite reads: a checkpoint or a 3DGS PLY file, and no file that is for viewers.
+
+All but checkpoints hold Gaussians alone.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,15 @@ OPENED_BY = {  # what opens files that keep less than a model has, by their endi
     ".html": "a browser",
     "lod-meta.json": "SuperSplat's viewer",
 }
+
+
+def not_held(background: str) -> str:
+    """Return what Gaussians were trained before and no file for other programs holds; empty for nothing.
+
+    Args:
+        background: As the option.
+    """
+    return {"sky": "a sky", "white": "white"}.get(background, "")
 
 
 def check_model_file(path: Path, what: str = "") -> None:

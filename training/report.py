@@ -23,6 +23,7 @@ from training.commands import evaluate_command, resume_command, script_command, 
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.files import write_file
 from training.measured import Measured, read_measured
+from training.model_files import not_held
 from training.pose_files import FOLDER as POSES
 from training.pose_files import steps_of
 from training.timelapse import FRAMES, VIDEO
@@ -73,7 +74,7 @@ def _page(run: TrainingRun, ending: Ending | None) -> str:
     folder = run.results.path
     measured = read_measured(folder, run.last_step)
     stages = charts.stage_colors([measured.stages_ms])
-    found = findings(folder, _steps_had(run))
+    found = findings(folder, _steps_had(run), run.cfg.background)
     return render_page(
         Path(__file__).parent / "report.html",
         title=f"{run.scene_name}: {folder.name}",
@@ -154,20 +155,23 @@ def commands(run: TrainingRun) -> list[tuple[str, str]]:
     return found
 
 
-def findings(folder: Path, steps: int) -> list[tuple[str, Path, str]]:
+def findings(folder: Path, steps: int, background: str) -> list[tuple[str, Path, str]]:
     """Return what there is to look at in a result folder: what it is, where, and how to look at it.
 
     Args:
         folder: The result folder.
         steps: That the model has had. What a run before has left there of another step is called so.
+        background: That it is trained before, as the option.
     """
     videos = [file for name in NAMES for file in (folder / "videos").glob(f"{name}_*.mp4")]
     models, pictures = (folder / "ply").glob("point_cloud_*.ply"), (folder / "renders").glob("val_step*_*.png")
     posed = steps_of(folder)
     frames = (folder / FRAMES).glob("step_*.jpg")
     model, picture, video, frame = (_newest(files) for files in (models, pictures, videos, frames))
+    behind = not_held(background)
+    lacks = f"; trained before {behind}, which it does not hold" if behind else ""
     newest = {
-        "Model": (model, "for viewers of Gaussian splats, or view.py", _unless(steps, model)),
+        "Model": (model, f"for viewers of Gaussian splats, or view.py{lacks}", _unless(steps, model)),
         "Pictures": (folder / "renders", "held-out photos, each beside what the model draws", _unless(steps, picture)),
         "Video": (video, "", _unless(steps, video)),
         "Timelapse": (folder / VIDEO, "of the training", _unless(steps, frame, "up to")),
@@ -193,7 +197,7 @@ def _unless(steps: int, file: Path | None, of: str = "of") -> str:
 
 def say_where(run: TrainingRun) -> None:
     """Print where the results of a run are, and how to look at them."""
-    found = findings(run.results.path, _steps_had(run))
+    found = findings(run.results.path, _steps_had(run), run.cfg.background)
     widest = max((len(what) for what, _, _ in found), default=0)
     for what, path, how in found:
         tqdm.write(f"{what + ':':{widest + 1}} {path}{f'  ({how})' if how else ''}")
