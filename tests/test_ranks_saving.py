@@ -532,11 +532,28 @@ def test_ctrl_c_before_ranks_have_met_is_told_by_the_first(monkeypatch, capsys, 
 
 
 def test_ctrl_c_at_one_rank_ends_all_after_the_same_step(city_block, tmp_path):
-    ended, steps = ends(city_block, tmp_path, "interrupt@7")
+    ended, steps = ends(city_block, tmp_path, "interrupt@7", "--timelapse", 2)
     assert [code for code, _ in ended] == [0, 0]
+    (sentence,) = sentences(ended, "The timelapse")
+    assert sentence == "The timelapse was left after 0 of 4 frames: --resume makes it anew."
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["timelapse"]  # the frames
     (sentence,) = sentences(ended, "Interrupted after")
     assert sentence == f"Interrupted after 7 steps; saved {tmp_path}/ckpts/ckpt_7.pt"
     assert steps == 7
+
+
+def test_ctrl_c_in_the_last_step_leaves_the_timelapse(city_block, tmp_path):
+    options = options_for(city_block, tmp_path, "--max_steps", 4, "--timelapse", 1)
+    ended = ScriptGroup(2, "streamed", options, {0: "interrupt@4"}).ends()
+    assert [code for code, _ in ended] == [0, 0]
+    (sentence,) = sentences(ended, "The timelapse")
+    assert sentence == "The timelapse was left after 0 of 4 frames: --resume makes it anew."
+    (sentence,) = sentences(ended, "Interrupted after")
+    assert sentence == f"Interrupted after 4 steps; saved {tmp_path}/ckpts/ckpt_4.pt"
+    assert json.loads((tmp_path / "ended.json").read_text())["status"] == "interrupted"
+    ended = ScriptGroup(2, "streamed", (*options, "--resume"), {}).ends()
+    assert sentences(ended, "The timelapse") == ["The timelapse shows 4 frames, 2 a second, in 2.0 s."]
+    assert (tmp_path / "videos/timelapse.mp4").stat().st_size > 0
 
 
 def test_ctrl_c_at_one_rank_ends_a_video_between_frames(city_block, tmp_path):

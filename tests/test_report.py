@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import simple_trainer
 from training import command_line, reporting
-from training.report import MOST_VIEWS
+from training.report import MOST_VIEWS, findings
 from training.reporting import TensorBoardLog
 from training.results import MOST_LOGGED, remove_run
 
@@ -118,6 +118,17 @@ def test_the_last_lines_say_where_everything_is(monkeypatch, city_block, tmp_pat
     assert f"Video: {tmp_path}/videos/flight_2.mp4 (of step 2)" in said
     assert f"Timelapse: {tmp_path}/videos/timelapse.mp4 (of the training, up to step 2)" in said
     assert any(line.startswith("Model:") and "point_cloud_3" in line and "step" not in line for line in said)
+
+
+def test_a_timelapse_is_of_the_frames_that_were_there_when_it_was_made(tmp_path):
+    (tmp_path / "videos/timelapse").mkdir(parents=True)
+    files = ("timelapse/step_000000001.jpg", "timelapse/step_000000004.jpg", "timelapse.mp4")
+    for name, seconds in zip(files, (1, 3, 2), strict=True):
+        (tmp_path / "videos" / name).touch()
+        os.utime(tmp_path / "videos" / name, (seconds, seconds))
+    assert findings(tmp_path, 4, "black") == [
+        ("Timelapse", tmp_path / "videos/timelapse.mp4", "of the training, up to step 1")
+    ]
 
 
 def test_a_run_that_was_stopped_has_a_page_too(monkeypatch, city_block, tmp_path, capsys):

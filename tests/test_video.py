@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ from offload.culling.cameras import Cameras
 from training import command_line
 from training.checkpoints import load_checkpoint
 from training.timelapse import Timelapse, pace_of
-from training.video import Lens, depth_colors, depth_span, even, poses_of, record_video, video_file
+from training.video import Lens, depth_colors, depth_span, even, poses_of, record_video, video_file, whole_video
 from training.views import posed_cameras, render
 
 VIDEO = ("--video", "--video_seconds", 0.4)  # 12 frames
@@ -191,6 +192,38 @@ def test_a_run_that_is_stopped_leaves_its_video_and_makes_it_when_resumed(monkey
         assert not list((tmp_path / "videos").iterdir())
     train(monkeypatch, simple_trainer, *options, "--resume")
     assert len(frames_of(tmp_path / "videos/flight_2.mp4")) == 12
+
+
+@pytest.mark.slow
+def test_a_timelapse_is_left_between_frames_and_made_when_resumed(monkeypatch, city_block, tmp_path, capsys):
+    """Ctrl-C comes before the third frame is added, once more before the second of a run that is over, and then not."""
+    monkeypatch.setattr("training.reporting.load_lpips", lambda net, device: None)
+    options = ("--data_dir", city_block, "--timelapse", 1, "--max_steps", 4, "--result_dir", tmp_path)
+    for stopped_at, resume in ((3, ()), (2, ("--resume",))):
+        frames = count(1)
+
+        @contextmanager
+        def stopped(*video: object, stopped_at: int = stopped_at, frames: Iterator[int] = frames) -> Iterator[object]:
+            with whole_video(*video) as append:
+
+                def appended(frame: np.ndarray) -> None:
+                    append(frame)
+                    if next(frames) == stopped_at - 1:
+                        os.kill(os.getpid(), signal.SIGINT)
+
+                yield appended
+
+        with monkeypatch.context() as patch:
+            patch.setattr("training.timelapse.whole_video", stopped)
+            train(patch, simple_trainer, *options, *resume)
+        output = capsys.readouterr().out
+        assert f"The timelapse was left after {stopped_at - 1} of 4 frames: --resume makes it anew." in output
+        assert f"Interrupted after 4 steps; saved {tmp_path}/ckpts/ckpt_4.pt" in output
+        assert json.loads((tmp_path / "ended.json").read_text())["status"] == "interrupted"
+        assert [path.name for path in (tmp_path / "videos").iterdir()] == ["timelapse"]  # the frames
+    train(monkeypatch, simple_trainer, *options, "--resume")
+    assert len(frames_of(tmp_path / "videos/timelapse.mp4")) == 4
+    assert json.loads((tmp_path / "ended.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow

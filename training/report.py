@@ -166,7 +166,9 @@ def findings(folder: Path, steps: int, background: str) -> list[tuple[str, Path,
     videos = [file for name in NAMES for file in (folder / "videos").glob(f"{name}_*.mp4")]
     models, pictures = (folder / "ply").glob("point_cloud_*.ply"), (folder / "renders").glob("val_step*_*.png")
     posed = steps_of(folder)
-    frames = (folder / FRAMES).glob("step_*.jpg")
+    timelapse = folder / VIDEO
+    made = timelapse.stat().st_mtime_ns if timelapse.is_file() else 0
+    frames = (frame for frame in (folder / FRAMES).glob("step_*.jpg") if frame.stat().st_mtime_ns <= made)  # it shows
     model, picture, video, frame = (_newest(files) for files in (models, pictures, videos, frames))
     behind = not_held(background)
     lacks = f"; trained before {behind}, which it does not hold" if behind else ""
@@ -174,7 +176,7 @@ def findings(folder: Path, steps: int, background: str) -> list[tuple[str, Path,
         "Model": (model, f"for viewers of Gaussian splats, or view.py{lacks}", _unless(steps, model)),
         "Pictures": (folder / "renders", "held-out photos, each beside what the model draws", _unless(steps, picture)),
         "Video": (video, "", _unless(steps, video)),
-        "Timelapse": (folder / VIDEO, "of the training", _unless(steps, frame, "up to")),
+        "Timelapse": (timelapse, "of the training", _unless(steps, frame, "up to")),
         "Poses": (
             None if posed is None else folder / POSES,
             f"cameras of step {posed}, corrected where trained on",

@@ -437,8 +437,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._end_interrupted()
             return
         if is_over:
-            self._timelapse.make_video(self)
-            self.results.check_none_missed()
+            self._finish()
             return
         loader = self._resources.enter_context(
             training_loader(
@@ -493,10 +492,7 @@ class TrainingRun(Generic[AnyConfig]):
             if self.agreed.interrupted or (self._interrupted and self.ranks is None):
                 self._end_interrupted()
                 return
-        self.saving.at_the_end()
-        self._timelapse.make_video(self)
-        self._joint.wait_for_all()  # whoever waits for others has what it waits for
-        self.results.check_none_missed()
+        self._finish()
 
     def _following(self, loader: BatchLoader) -> View | None:
         """Return the view of the next step, None behind the last; where ranks train together, when all have theirs."""
@@ -512,13 +508,23 @@ class TrainingRun(Generic[AnyConfig]):
         view, self.agreed = self._joint.load_and_agree(load, wishes)
         return view
 
+    def _finish(self) -> None:
+        saved = self.saving.at_the_end()
+        if not self._timelapse.make_video(self):
+            self._tell_interrupted(saved)
+        self._joint.wait_for_all()  # whoever waits for others has what it waits for
+        self.results.check_none_missed()
+
     def _end_interrupted(self) -> None:
         saved = self.saving.at_the_end()
+        self._timelapse.make_video(self)
+        self._tell_interrupted(saved)
+        self._joint.wait_for_all()
+
+    def _tell_interrupted(self, saved: Path) -> None:
         sentence = f"Interrupted after {counted(self.model.steps_done, 'step')}; saved {saved}"
         self.ending = Ending(INTERRUPTED, sentence)
-        self._timelapse.make_video(self)
         tqdm.write(f"{sentence}\nContinue with:\n{resume_command()}")
-        self._joint.wait_for_all()
 
     def _begin(self, first_step: int | None) -> None:
         """Let the run write to its folder, as `ResultFolder.begin`, and tell what it leaves there as it is."""

@@ -1,11 +1,13 @@
 """A video of the training: one view, drawn now and then while the model grows.
 
 Each frame is a file of its own, which is there or not, so a kill loses none that was drawn. The video is made of them
-when the run ends, whichever way, and anew when it has gone on.
+when the run ends, whichever way, and anew when it has gone on; but ranks that are stopped leave that to the run which
+goes on, since torchrun kills them soon after.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from configs import Config
 from errors import counted
 from training.files import replacing, write_file
 from training.schedules import is_due
-from training.video import FRAMES_PER_SECOND, even, pixels, whole_video
+from training.video import FRAMES_PER_SECOND, VideoLeft, even, pixels, whole_video
 from training.views import posed_cameras
 
 if TYPE_CHECKING:
@@ -44,14 +46,27 @@ class Timelapse:
         if _is_due(run.cfg, steps) and not run.results.has(_frame_of(steps)):
             self._draw(run, steps)
 
-    def make_video(self, run: TrainingRun) -> None:
-        """Make the video of the frames that there are, up to the steps that the model has had."""
-        if not run.cfg.timelapse or not run.speaks:
-            return
-        frames = frames_until(run.results.path, run.model.steps_done)
-        if frames:
+    def make_video(self, run: TrainingRun) -> bool:
+        """Make the video of the frames that there are, up to the steps that the model has had.
+
+        Returns:
+            False where it was left between two frames, since somebody asked to stop; of several ranks the first knows.
+        """
+        frames = frames_until(run.results.path, run.model.steps_done) if run.cfg.timelapse and run.speaks else []
+        if not frames:
+            return True
+        has_time = run.ranks is None and run.is_interrupted  # stopped before, and another Ctrl-C ends it at once
+        try:
             with run.results.missed_if_unwritable("The timelapse"):
-                write_video(frames, run.results.path / VIDEO)
+                write_video(
+                    frames,
+                    run.results.path / VIDEO,
+                    lambda: not has_time and (run.is_interrupted or run.agreed.interrupted),
+                )
+        except VideoLeft as left:
+            tqdm.write(f"The timelapse was left {left}: --resume makes it anew.")
+            return False
+        return True
 
     def _draw(self, run: TrainingRun, steps: int) -> None:
         frame = self._frame(run)
@@ -89,17 +104,20 @@ def frames_until(result_dir: Path, steps: int) -> list[Path]:
     return [numbered[number] for number in sorted(numbered) if number <= steps]
 
 
-def write_video(frames: list[Path], path: Path) -> None:
+def write_video(frames: list[Path], path: Path, is_interrupted: Callable[[], bool]) -> None:
     """Write an H.264 video of pictures, and say how it shows them; those of another size than the last are left out.
 
     Raises:
         OSError: It cannot be written; one that was there is as it was.
+        VideoLeft: It has been asked to stop; the same.
     """
     shape = imageio.improps(frames[-1]).shape
     frames = [frame for frame in frames if imageio.improps(frame).shape == shape]
     pace = pace_of(len(frames))
     with replacing(path) as partial, whole_video(partial, len(frames), pace) as append:
-        for frame in frames:
+        for number, frame in enumerate(frames):
+            if is_interrupted():
+                raise VideoLeft(f"after {number} of {counted(len(frames), 'frame')}")
             append(imageio.imread(frame))
     tqdm.write(
         f"The timelapse shows {counted(len(frames), 'frame')}, {pace:g} a second, in {len(frames) / pace:.1f} s."

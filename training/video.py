@@ -45,7 +45,7 @@ class Draw(Protocol):
 
 
 class VideoLeft(Exception):
-    """Say that a video has been left between two frames, since somebody asked to stop; at all ranks alike."""
+    """Say that a video has been left between two frames, since somebody asked to stop; at all ranks that make it."""
 
 
 def video_file(cfg: Config, steps: int) -> str:
