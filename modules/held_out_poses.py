@@ -15,10 +15,11 @@ neighbours as if it had been held out.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.spatial import cKDTree
-from scipy.spatial.transform import Rotation
 
 from datasets.normalize import LEVER, camera_alignment, camera_points, transform_cameras
+from modules.motions import corrections, rows_of
 
 ROUNDS, OUTLIER = 5, 2.0
 NEIGHBOURS = 5  # whose median foretells best on bonsai and seneca, of 1 to 17
@@ -41,7 +42,7 @@ class Foretelling:
         if len(given) <= NEIGHBOURS:
             return
         moved = transform_cameras(self._motion, given)
-        tree, rows = cKDTree(_places(moved, extent)), _rows(np.linalg.inv(moved) @ found, distances)
+        tree, rows = cKDTree(_places(moved, extent)), rows_of(np.linalg.inv(moved) @ found, distances)
         units = np.array([LEVER, LEVER, LEVER, 1 / extent, 1 / extent, 1 / extent])
         missed = np.linalg.norm((rows - _median(rows[_nearest_others(tree)])) * units, axis=1)  # [n], extents
         if missed.mean() < np.linalg.norm(rows * units, axis=1).mean():
@@ -57,7 +58,8 @@ class Foretelling:
         if self._tree is None:
             return held_out
         _, nearest = self._tree.query(_places(held_out, self._extent), NEIGHBOURS)  # [k, NEIGHBOURS]
-        return held_out @ _motions(_median(self._rows[nearest]), _median(self._distances[nearest]))
+        rows, distances = _median(self._rows[nearest]), _median(self._distances[nearest])
+        return held_out @ corrections(torch.from_numpy(rows), torch.from_numpy(distances)).numpy()
 
 
 def common_motion(given: np.ndarray, found: np.ndarray, extent: float) -> np.ndarray:
@@ -99,22 +101,3 @@ def _nearest_others(tree: cKDTree) -> np.ndarray:
 def _median(of_neighbours: np.ndarray) -> np.ndarray:
     """Return the median of each number of neighbours [k, NEIGHBOURS, ...], one of whom may have gone anywhere."""
     return np.median(of_neighbours, axis=1)
-
-
-def _rows(motions: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    """Return motions [n, 4, 4] in the axes of cameras as turns, in radians, and shifts of what they look at, [n, 6].
-
-    A photo tells well how that has shifted, and badly how the camera has turned about it, so neighbours agree on the
-    first.
-    """
-    ahead = distances[:, None] * np.array([0.0, 0, 1])  # [n, 3]
-    shifts = motions[:, :3, 3] + np.einsum("nij,nj->ni", motions[:, :3, :3], ahead) - ahead
-    return np.concatenate([Rotation.from_matrix(motions[:, :3, :3]).as_rotvec(), shifts], axis=1)
-
-
-def _motions(rows: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    """Return the motions [k, 4, 4] of which rows [k, 6] are made, as `_rows` does."""
-    ahead, motions = distances[:, None] * np.array([0.0, 0, 1]), np.repeat(np.eye(4)[None], len(rows), axis=0)
-    motions[:, :3, :3] = Rotation.from_rotvec(rows[:, :3]).as_matrix()
-    motions[:, :3, 3] = rows[:, 3:] - np.einsum("nij,nj->ni", motions[:, :3, :3], ahead) + ahead
-    return motions

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from modules.contract import TrainedModule, Training
 from modules.held_out_poses import Foretelling
+from modules.motions import corrections
 
 TINY = 1e-12  # of squares of sines: cameras that all look straight down have no turn upwards
 
@@ -30,9 +31,8 @@ TINY = 1e-12  # of squares of sines: cameras that all look straight down have no
 class Poses(TrainedModule):
     """Train for each photo a small turn and shift of its camera, in the directions of its axes; none at first.
 
-    A row is the turn's axis times its angle, in radians where that is small (`rotations`), and the shift in world
-    units. The turn is about the place in front of the camera that it looks at. Rows are on the host, as the cameras are
-    by which a view is culled before it is drawn.
+    A row is as in `modules/motions.py`, about the place in front of the camera that it looks at. Rows are on the host,
+    as the cameras are by which a view is culled before it is drawn.
     """
 
     by_row = (*TrainedModule.by_row, "distances")
@@ -149,32 +149,3 @@ def turns_upwards(viewmats: Tensor) -> Tensor:
     """
     right, down, _ = viewmats[:, :3, 2].unbind(dim=1)  # of the third axis, in those of the cameras
     return torch.stack([-down, right, torch.zeros_like(right)], dim=1)
-
-
-def corrections(rows: Tensor, distances: Tensor) -> Tensor:
-    """Return what leads from the axes of corrected cameras to those of the given ones, [C, 4, 4] float64.
-
-    Args:
-        rows: [C, 6] of `Poses`.
-        distances: [C] float64, how far in front of each camera is the place about which it turns.
-    """
-    turns, shifts = rotations(rows[:, :3].double()), rows[:, 3:, None].double()
-    places = functional.pad(distances[:, None, None], (0, 0, 2, 0))  # [C, 3, 1], on the third axis
-    last = turns.new_tensor([0.0, 0, 0, 1]).expand(len(rows), 1, 4)
-    return torch.cat([torch.cat([turns, places - turns @ places + shifts], dim=2), last], dim=1)
-
-
-def rotations(vectors: Tensor) -> Tensor:
-    """Return the rotations [C, 3, 3] of the quaternions w = 1 and x y z = vectors / 2, of vectors [C, 3].
-
-    They turn about the vectors, by their length in radians but for its cube / 12. Differentiable at zero, too.
-    """
-    x, y, z = (vectors / 2).unbind(dim=1)
-    one = torch.ones_like(x)
-    rows = [
-        [one + x * x - y * y - z * z, 2 * (x * y - z), 2 * (x * z + y)],
-        [2 * (x * y + z), one - x * x + y * y - z * z, 2 * (y * z - x)],
-        [2 * (x * z - y), 2 * (y * z + x), one - x * x - y * y + z * z],
-    ]
-    norm2 = one + x * x + y * y + z * z
-    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1) / norm2[:, None, None]

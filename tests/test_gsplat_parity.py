@@ -12,7 +12,7 @@ import torch
 
 import simple_trainer
 from errors import InputError
-from modules.poses import corrections
+from modules.motions import corrections
 from rendering import rasterize as rasterize_module
 from tests.gaussian_scenes import gradients, random_scene, relative_error, render, weights_like
 from tests.gsplat_comparison import GRADIENT_TOLERANCE, compare_renders, run

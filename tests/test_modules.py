@@ -16,7 +16,8 @@ from datasets.normalize import camera_alignment, transform_cameras
 from modules.contract import TrainedModule, Training
 from modules.exposure import AffineExposure, BilateralGrid, Place
 from modules.held_out_poses import Foretelling, common_motion
-from modules.poses import Poses, corrections, turns_upwards
+from modules.motions import corrections, rows_of
+from modules.poses import Poses, turns_upwards
 from modules.sky import Sky, directions
 from offload.culling.cameras import Cameras
 from rendering.projection import Projection
@@ -255,6 +256,12 @@ def test_a_pose_is_turned_about_what_it_looks_at_and_moved_in_its_own_axes():
     torch.testing.assert_close(torch.linalg.inv(found), expected, rtol=0, atol=1e-6)
     products = found[:, :3, :3] @ found[:, :3, :3].mT
     torch.testing.assert_close(products, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), rtol=0, atol=1e-6)
+
+
+def test_rows_of_motions_are_those_that_they_were_made_of():
+    rows, distances = random(50, 6, seed=2, dtype=torch.float64) - 0.5, 3 * random(50, seed=3, dtype=torch.float64)
+    found = rows_of(corrections(rows, distances).numpy(), distances.numpy())
+    np.testing.assert_allclose(found, rows.numpy(), rtol=0, atol=1e-14)  # of numbers up to 3
 
 
 @pytest.mark.parametrize("size", [0.0, 0.3])

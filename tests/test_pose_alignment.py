@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.poses import corrections
+from modules.motions import corrections
 from offload.culling.cameras import Cameras
 from rendering.rasterize import rasterize
 from tests.gaussian_scenes import random_scene

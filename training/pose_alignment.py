@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modules.poses import corrections
+from modules.motions import corrections
 from offload.culling.cameras import Cameras
 from training.color_correction import color_corrected
 from training.views import View
