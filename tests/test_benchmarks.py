@@ -2,6 +2,7 @@
 
 import functools
 import json
+import runpy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -414,6 +415,32 @@ def test_figures_with_corrected_colours_are_compared_where_runs_have_them(tmp_pa
     assert {row["LPIPS, corrected colours"] for row in runs} == ({0.125} if of_all else {0.125, None})
     assert [row[corrected] for row in differences] == ["+0.000 ± 0.000 ± -", "+0.000 ± 0.000 ± -" if of_all else None]
     assert [row["PSNR, dB"] for row in differences] == 2 * ["+0.000 ± 0.000 ± -"]
+
+
+@pytest.mark.slow
+def test_the_chart_of_quality_by_number_has_the_means_of_finished_runs(tmp_path, monkeypatch, capsys):
+    make = SimpleNamespace(**runpy.run_path(str(Path(trainers.__file__).parent / "docs/images/make.py")))
+    head = ("trainer", "seed", "steps", "PSNR, dB", "SSIM", "LPIPS", "Gaussians", "device GB", "run")
+    cells = [
+        ("gpu_only_deferred, 2M", 42, 9, 21.0, 0.5, 0.25, 2_000_000, 3 * 10**9, "finished"),
+        ("gpu_only_deferred, 1M", 42, 4, 10.0, 0.1, 0.75, 500_000, 10**9, "finished"),
+        ("gpu_only_deferred, 1M", 42, 9, 20.0, 0.5, 0.25, 1_000_000, 2 * 10**9, "finished"),
+        ("gpu_only_deferred, 1M", 43, 9, 20.5, 0.7, 0.35, 1_000_000, 2 * 10**9, "finished"),
+        ("streamed_compact, 1M", 42, 9, 20.25, 0.625, None, 1_000_000, 10**9, "finished"),
+        ("streamed_compact, 2M", 42, 9, 99.0, 1.0, 0.0, 2_000_000, None, "interrupted"),
+    ]
+    rows = [dict(zip(head, row, strict=True)) for row in cells]
+    (tmp_path / "a.json").write_text(json.dumps({"tables": [{"rows": rows}]}))
+    of_module = make.draw_quality.__globals__
+    monkeypatch.setitem(of_module, "QUALITY", dict.fromkeys(("bonsai", "seneca"), tmp_path / "a.json"))
+    monkeypatch.setitem(of_module, "FOLDER", tmp_path)
+    make.draw_quality()
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.splitlines()[2:5] == [
+        "| bonsai | gpu_only_deferred | 1,000,000 | 20.25 | 0.6000 | 0.3000 | 2.00 |",
+        "| bonsai | gpu_only_deferred | 2,000,000 | 21.00 | 0.5000 | 0.2500 | 3.00 |",
+        "| bonsai | streamed_compact | 1,000,000 | 20.25 | 0.6250 | nan | 1.00 |",
+    ]
 
 
 def test_differences_are_those_of_pairs():

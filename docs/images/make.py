@@ -1,13 +1,22 @@
 """Draw the pictures of README.md: from the demo's results, and from figures that were measured.
 
-python simple_trainer.py demo
-python docs/images/make.py
+    python simple_trainer.py demo
+    python docs/images/make.py [demo] [time_and_memory] [quality]
+
+Without a name it draws all. The last is of runs of `benchmarks.quality` with as many Gaussians as each variant says
+(benchmarks/README.md); their means are printed as a table, too.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from math import nan
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import matplotlib
 
@@ -19,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 DEMO_PAIR = ROOT / "results/demo/renders/val_step2000_0003.png"  # a held-out photo and its rendering, side by side
 MEASURED = ROOT / "benchmarks/results/train_step_h200.json"
+QUALITY = {scene: ROOT / f"benchmarks/results/quality_{scene}_h200.json" for scene in ("bonsai", "seneca")}
 NUM_GAUSSIANS = 18_000_000
 LABELS = {  # of the bars, by the trainer's name in trainers.py
     "gpu_only": "simple_trainer.py",
@@ -29,6 +39,12 @@ LABELS = {  # of the bars, by the trainer's name in trainers.py
     "optimized_geometry_on_host": "..._hybrid_optimized.py --geometry host",
     "baseline": "..._hybrid_baseline.py",
 }
+COLORS = ("#4477aa", "#cc7744")
+LINES = {  # of trainers, by their names
+    "gpu_only_deferred": "simple_trainer.py --adam deferred",
+    "streamed_compact": "..._hybrid_streamed.py --state compact",
+}
+FIGURES = ("PSNR, dB", "SSIM", "LPIPS", "device GB")  # columns of the results
 
 
 def save_demo() -> None:
@@ -45,7 +61,7 @@ def draw_time_and_memory() -> None:
         "milliseconds per step": [rows[name]["ms per step: median (10 %, 90 %)"]["median"] for name in LABELS],
     }
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 2.9), sharey=True, constrained_layout=True)
-    for axis, (title, values), color in zip(axes, columns.items(), ("#4477aa", "#cc7744"), strict=True):
+    for axis, (title, values), color in zip(axes, columns.items(), COLORS, strict=True):
         bars = axis.barh(list(LABELS.values()), values, color=color)
         axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9)
         axis.set_title(title, fontsize=10)
@@ -57,6 +73,59 @@ def draw_time_and_memory() -> None:
     figure.savefig(FOLDER / "time_and_memory.png", dpi=110)
 
 
+def draw_quality() -> None:
+    """Draw PSNR, SSIM, LPIPS and GPU memory against the number of Gaussians, a row for each scene."""
+    figure, axes = plt.subplots(len(QUALITY), 4, figsize=(9.6, 4.6), squeeze=False, layout="constrained")
+    print(f"| scene | trainer | Gaussians | {' | '.join(FIGURES)} |\n{'|---' * 7}|")
+    for of_scene, (scene, path) in zip(axes, QUALITY.items(), strict=True):
+        points = quality_by_number(json.loads(path.read_text())["tables"][0]["rows"])
+        for (name, label), color, style in zip(LINES.items(), COLORS, ("o-", "s--"), strict=True):
+            of_trainer = points[name]
+            numbers = [point["Gaussians"] / 1e6 for point in of_trainer]
+            for axis, key in zip(of_scene, FIGURES, strict=True):
+                scale = 1e9 if key == "device GB" else 1
+                values = [point[key] / scale for point in of_trainer]
+                axis.plot(numbers, values, style, color=color, markersize=4, label=label)
+            for point in of_trainer:
+                shown = f"{point['PSNR, dB']:.2f} | {point['SSIM']:.4f} | {point['LPIPS']:.4f}"
+                print(f"| {scene} | {name} | {point['Gaussians']:,.0f} | {shown} | {point['device GB'] / 1e9:.2f} |")
+        of_scene[0].set_ylabel(scene)
+    for axis, title in zip(axes[0], ("PSNR, dB", "SSIM", "LPIPS (less is better)", "GPU memory, GB"), strict=True):
+        axis.set_title(title, fontsize=10)
+    for axis in axes.flat:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 3]:
+        axis.set_ylim(bottom=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("million Gaussians", fontsize=9)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False
+    )
+    figure.savefig(FOLDER / "quality.png", dpi=110)
+
+
+def quality_by_number(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Return by trainer the means over seeds of each variant after the last step, fewest Gaussians first.
+
+    Args:
+        rows: Of the first table of `benchmarks.quality`. Those of runs that have not finished are left out.
+    """
+    finished = [row for row in rows if row["run"] == "finished"]
+    last = max(row["steps"] for row in finished)
+    points: dict[str, list[dict[str, float]]] = {name: [] for name in LINES}
+    for name, case in product(LINES, dict.fromkeys(row["trainer"] for row in finished)):
+        of_case = [row for row in finished if row["trainer"] == case and row["steps"] == last]
+        if case.partition(", ")[0] == name:
+            figures = {key: [row[key] for row in of_case] for key in ("Gaussians", *FIGURES)}
+            points[name].append({key: nan if None in values else fmean(values) for key, values in figures.items()})
+    return {name: sorted(of_trainer, key=lambda point: point["Gaussians"]) for name, of_trainer in points.items()}
+
+
+PICTURES = {"demo": save_demo, "time_and_memory": draw_time_and_memory, "quality": draw_quality}
+
 if __name__ == "__main__":
-    save_demo()
-    draw_time_and_memory()
+    for picture in sys.argv[1:] or PICTURES:
+        PICTURES[picture]()
