@@ -44,43 +44,56 @@ def _grid(tensor: Tensor) -> tuple[int]:
 
 
 def _tile(tensor: Tensor) -> dict[str, int]:
-    columns = tensor.shape[1]
-    return {"COLUMNS": columns, "LANES": triton.next_power_of_2(columns), "ROWS": _rows(tensor)}
+    return {"COLUMNS": tensor.shape[1], "ROWS": _rows(tensor)}
 
 
 @triton.jit
-def _places(num_rows, COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+def _places(num_rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Return where the first parts of a program's rows are, and which rows there are."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    lane = tl.arange(0, LANES)[None, :]
-    return row * COLUMNS + lane, (row < num_rows) & (lane < COLUMNS)
+    return row * COLUMNS + tl.arange(0, 16)[None, :], row < num_rows
 
 
 @triton.jit
-def _encode_kernel(
-    m, v, random, codes, reach, num_rows, COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr
-):
-    at, used = _places(num_rows, COLUMNS, LANES, ROWS)
-    words = codes_triton.encode_moments(
-        tl.load(m + at, mask=used, other=0.0),
-        tl.load(v + at, mask=used, other=0.0),
-        reach,
-        tl.load(random + at, mask=used, other=0).to(tl.uint32, bitcast=True),
-        COLUMNS,
-        LANES,
-    )
-    tl.store(codes + at, words, mask=used)
+def _encode_kernel(m, v, random, codes, reach, num_rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    at, used = _places(num_rows, COLUMNS, ROWS)
+    m0, m1, m2 = _load_parts(m + at, used, COLUMNS)
+    v0, v1, v2 = _load_parts(v + at, used, COLUMNS)
+    random0, random1, random2 = _load_parts(random.to(tl.pointer_type(tl.uint32)) + at, used, COLUMNS)
+    words0, words1, words2 = codes_triton.encode_moments(
+        m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS
+    )  # fmt: skip
+    for part in tl.static_range(COLUMNS // 16):
+        tl.store(codes + at + part * 16, codes_triton.part_of(words0, words1, words2, part), mask=used)
 
 
 @triton.jit
-def _decode_kernel(codes, m, v, reach, num_rows, COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    at, used = _places(num_rows, COLUMNS, LANES, ROWS)
-    first, second = codes_triton.decode_moments(tl.load(codes + at, mask=used, other=0), reach, COLUMNS, LANES)
-    tl.store(m + at, first, mask=used)
-    tl.store(v + at, second, mask=used)
+def _load_parts(rows, mask, COLUMNS: tl.constexpr):
+    part0 = tl.load(rows, mask=mask, other=0)
+    part1, part2 = part0, part0
+    if COLUMNS > 16:
+        part1 = tl.load(rows + 16, mask=mask, other=0)
+    if COLUMNS > 32:
+        part2 = tl.load(rows + 32, mask=mask, other=0)
+    return part0, part1, part2
 
 
 @triton.jit
-def _round_kernel(w, random, rounded, num_rows, COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    at, used = _places(num_rows, COLUMNS, LANES, ROWS)
-    bits = tl.load(random + at, mask=used, other=0).to(tl.uint32, bitcast=True)
-    tl.store(rounded + at, codes_triton.round_to_half(tl.load(w + at, mask=used, other=0.0), bits), mask=used)
+def _decode_kernel(codes, m, v, reach, num_rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    at, used = _places(num_rows, COLUMNS, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale0, scale1, scale2 = codes_triton.load_scales(codes + row * COLUMNS, row < num_rows, COLUMNS)
+    for part in tl.static_range(COLUMNS // 16):
+        words = tl.load(codes + at + part * 16, mask=used, other=0)
+        first, second = codes_triton.decode_moments(words, scale0, scale1, scale2, reach, part, COLUMNS)
+        tl.store(m + at + part * 16, first, mask=used)
+        tl.store(v + at + part * 16, second, mask=used)
+
+
+@triton.jit
+def _round_kernel(w, random, rounded, num_rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    at, used = _places(num_rows, COLUMNS, ROWS)
+    for part in tl.static_range(COLUMNS // 16):
+        bits = tl.load(random + at + part * 16, mask=used, other=0).to(tl.uint32, bitcast=True)
+        values = tl.load(w + at + part * 16, mask=used, other=0.0)
+        tl.store(rounded + at + part * 16, codes_triton.round_to_half(values, bits), mask=used)

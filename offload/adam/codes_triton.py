@@ -1,7 +1,13 @@
 """`offload/adam/codes.py` for kernels in Triton, which inline it.
 
-They see whole rows, [ROWS, LANES], since a block's scale is the largest of its roots. LANES is a power of two, of which
-a row uses the first COLUMNS; in the others moments are zero.
+A row comes in parts of 16 columns, tiles [ROWS, 16]: three of them, of which rows of fewer columns use the first one or
+two. (Triton before 3.3 has no tuples.) Degrees cross the parts in one way, however many there are: the first columns of
+part p, so many as `_border` says, are of the degree p + 1, and its others of the next degree, or, in the last part,
+behind the values.
+
+What coding costs a GPU are instructions, so here are few: no root or quotient of a value is rounded exactly, integers
+become floats and back by their bits, a logarithm is a polynomial, and nothing rare takes a way of its own. A value that
+all but equals a code may be taken for one just beyond it; the draw that follows then gives that code nevertheless.
 """
 
 from __future__ import annotations
@@ -10,101 +16,187 @@ import triton
 import triton.language as tl
 
 from offload.adam import codes
+from offload.adam.deferral_triton import quotient
 from offload.store.layout import HALF_MAX
 
+PART = 16  # columns of a part
+
+_PART = tl.constexpr(PART)
 _HALF_MAX = tl.constexpr(HALF_MAX)
+_SMALLEST_NORMAL_HALF = tl.constexpr(2.0**-14)
 _OCTAVE_STEPS, _STEP_UP = tl.constexpr(codes.OCTAVE_STEPS), tl.constexpr(codes.STEP_UP)
 _LARGEST_ROOT, _LARGEST_RATIO = tl.constexpr(codes.LARGEST_ROOT), tl.constexpr(codes.LARGEST_RATIO)
-_SMALLEST_SHARE = tl.constexpr(2.0 ** -(codes.LARGEST_ROOT // codes.OCTAVE_STEPS + 2))  # below that of the first code
 _SECOND_HASH = tl.constexpr(codes.SECOND_HASH)
+_ONE, _TWO_TO_23 = tl.constexpr(0x3F800000), tl.constexpr(0x4B000000)  # their bits in float32
+# log2(1 + x) = x + x (c0 + c1 x + ... + c4 x^4), 0 <= x <= 1: fitted for the least largest error, 1.6e-5.
+_LOG_0, _LOG_1 = tl.constexpr(0.44191704), tl.constexpr(-0.70909646)
+_LOG_2, _LOG_3, _LOG_4 = tl.constexpr(0.41560609), tl.constexpr(-0.19357574), tl.constexpr(0.04514906)
 
 
 @triton.jit
 def round_to_half(w, random):
     """Do as `codes.round_to_half`, with the random bits (uint32) themselves."""
     size = tl.abs(w)
-    exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 127 - 14)
-    spacing = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
-    over_spacing = ((254 - (exponent - 10)) << 23).to(tl.float32, bitcast=True)
-    fraction = (random & 0x1FFF).to(tl.float32) * (1.0 / (1 << 13))
-    rounded = tl.floor(size * over_spacing + fraction) * spacing
-    rounded = tl.where(rounded > _HALF_MAX, _HALF_MAX, rounded)  # not `minimum`, which would hide what is not a number
-    return tl.where(w.to(tl.int32, bitcast=True) < 0, -rounded, rounded)
+    size = tl.where(size > _HALF_MAX, _HALF_MAX, size)  # not `minimum`, which would hide what is not a number
+    # Below the normal ones all halves are as far apart as here, and so are float32 from this one to its double.
+    offset = tl.where(size < _SMALLEST_NORMAL_HALF, _SMALLEST_NORMAL_HALF, 0.0)
+    bits = (size + offset).to(tl.int32, bitcast=True) + (random & 0x1FFF).to(tl.int32, bitcast=True)
+    rounded = (bits & -0x2000).to(tl.float32, bitcast=True) - offset
+    rounded = tl.where(size == size, rounded, size).to(tl.int32, bitcast=True)
+    return (rounded | (w.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def encode_moments(m, v, reach, random, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """Do as `codes.encode_moments`, with moments [ROWS, LANES] and random bits in uint32."""
-    DEGREE: tl.constexpr = COLUMNS // 16
-    VALUES: tl.constexpr = 3 * ((DEGREE + 1) * (DEGREE + 1) - 1)
-    lane = tl.arange(0, LANES)[None, :]
-    roots = tl.sqrt_rn(v)
-    scale = tl.zeros_like(v)
-    scale_codes = tl.zeros_like(v).to(tl.int32)
-    for number in tl.static_range(DEGREE):
-        block = _in_block(lane, number)
-        largest = tl.max(tl.where(block, roots, 0.0), axis=1)  # [ROWS]
-        bits = (largest.to(tl.int32, bitcast=True) + 0xFFFF) & -65536  # rounded upwards
-        scale = tl.where(block, bits.to(tl.float32, bitcast=True)[:, None], scale)
-        scale_codes = tl.where(lane == VALUES + number, (bits >> 16)[:, None], scale_codes)
-    second = _encode_roots(roots, scale, (random >> 16).to(tl.float32) * (1.0 / (1 << 16)))
-    root = scale * _relative_root(second)
-    other = (random * tl.full([1], _SECOND_HASH, tl.uint32)) >> 16
-    first = _encode_ratios(m, reach * root, other.to(tl.float32) * (1.0 / (1 << 16)))
-    return tl.where(lane < VALUES, (second << 8) | first, scale_codes).to(tl.int16)
+def encode_moments(
+    m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Do as `codes.encode_moments`, with moments and random bits (uint32) in parts; return parts of int16."""
+    DEGREES: tl.constexpr = COLUMNS // _PART
+    VALUES: tl.constexpr = 3 * ((DEGREES + 1) * (DEGREES + 1) - 1)
+    lane = tl.arange(0, _PART)[None, :]
+    behind = tl.zeros_like(v0).to(tl.int32)  # the codes of the scales, where they are in the last part
+    before = tl.zeros_like(v0)  # second moments of the degree that are in the part before
+    scale0, scale1, scale2 = 0.0, 0.0, 0.0  # [ROWS], 1 where there are no moments
+    for part in tl.static_range(DEGREES):
+        v = part_of(v0, v1, v2, part)
+        of_degree = lane < _border(part)
+        largest = tl.max(tl.maximum(before, tl.where(of_degree, v, 0.0)), axis=1)
+        before = tl.where(of_degree, 0.0, v)
+        some = largest > 0
+        bits = (tl.sqrt_rn(tl.where(some, largest, 1.0)).to(tl.int32, bitcast=True) + 0xFFFF) & -65536  # upwards
+        scale0, scale1, scale2 = with_part(scale0, scale1, scale2, bits.to(tl.float32, bitcast=True), part)
+        code = tl.where(some, bits >> 16, 0)[:, None]
+        behind = tl.where(lane == VALUES + part - (DEGREES - 1) * _PART, code, behind)
+    words0, words1, words2 = 0, 0, 0
+    for part in tl.static_range(DEGREES):
+        m, v, random = part_of(m0, m1, m2, part), part_of(v0, v1, v2, part), part_of(random0, random1, random2, part)
+        scale = _of_columns(scale0, scale1, scale2, lane, part, DEGREES)
+        second = _encode_roots(quotient(tl.sqrt(v), scale), random)
+        root = scale * _relative_root(second)
+        other = random * tl.full([1], _SECOND_HASH, tl.uint32)
+        words = (tl.where(v > 0, second, 0) << 8) + _encode_ratios(m, reach * root, other)
+        if part == DEGREES - 1:
+            words = tl.where(lane < _border(part), words, behind)
+        words0, words1, words2 = with_part(words0, words1, words2, words.to(tl.int16), part)
+    return words0, words1, words2
 
 
 @triton.jit
-def decode_moments(words, reach, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """Do as `codes.decode_moments`, with codes int16 [ROWS, LANES]."""
-    DEGREE: tl.constexpr = COLUMNS // 16
-    VALUES: tl.constexpr = 3 * ((DEGREE + 1) * (DEGREE + 1) - 1)
-    lane = tl.arange(0, LANES)[None, :]
+def load_scales(codes, mask, COLUMNS: tl.constexpr):
+    """Load the scale of each degree [ROWS] of rows whose codes begin at `codes` [ROWS]; zero where there is none."""
+    DEGREES: tl.constexpr = COLUMNS // _PART
+    VALUES: tl.constexpr = 3 * ((DEGREES + 1) * (DEGREES + 1) - 1)
+    scale0, scale1, scale2 = 0.0, 0.0, 0.0
+    for number in tl.static_range(DEGREES):
+        bits = tl.load(codes + (VALUES + number), mask=mask, other=0).to(tl.int32) << 16
+        scale0, scale1, scale2 = with_part(scale0, scale1, scale2, bits.to(tl.float32, bitcast=True), number)
+    return scale0, scale1, scale2
+
+
+@triton.jit
+def decode_moments(words, scale0, scale1, scale2, reach, part: tl.constexpr, COLUMNS: tl.constexpr):
+    """Do as `codes.decode_moments` for one part.
+
+    Args:
+        words: int16 [ROWS, 16].
+        scale0, scale1, scale2: Of each degree, as `load_scales` gives them.
+        reach: As there.
+        part: Its number.
+    """
+    lane = tl.arange(0, _PART)[None, :]
     words = words.to(tl.int32) & 0xFFFF
-    scale = tl.zeros_like(words).to(tl.float32)
-    for number in tl.static_range(DEGREE):
-        # The largest of one and zeros [ROWS]: the interpreter of Triton 3.2 makes 64 bits of a sum.
-        bits = tl.max(tl.where(lane == VALUES + number, words, 0), axis=1) << 16
-        scale = tl.where(_in_block(lane, number), bits.to(tl.float32, bitcast=True)[:, None], scale)
-    root = scale * _relative_root(words >> 8)
-    ratio = (words & 0x7F).to(tl.float32) / _LARGEST_RATIO
+    scale = _of_columns(scale0, scale1, scale2, lane, part, COLUMNS // _PART)
+    if part == COLUMNS // _PART - 1:
+        scale = tl.where(lane < _border(part), scale, 0.0)
+    root = tl.where(words > 0xFF, scale * _relative_root(words >> 8), 0.0)
+    ratio = _scaled(words & 0x7F, 1.0, 0) / _LARGEST_RATIO
     m = ratio * ratio * (reach * root)
     return tl.where((words & 0x80) != 0, -m, m), root * root
 
 
 @triton.jit
-def _in_block(lane, number: tl.constexpr):
-    """Tell which columns are those of the degree `number` + 1."""
-    first: tl.constexpr = 3 * ((number + 1) * (number + 1) - 1)
-    last: tl.constexpr = 3 * ((number + 2) * (number + 2) - 1)
-    return (lane >= first) & (lane < last)
+def part_of(first, second, third, part: tl.constexpr):
+    """Return one of three."""
+    if part == 0:
+        chosen = first
+    elif part == 1:
+        chosen = second
+    else:
+        chosen = third
+    return chosen
+
+
+@triton.jit
+def with_part(first, second, third, other, part: tl.constexpr):
+    """Return three with another in the place of one."""
+    if part == 0:
+        first = other
+    elif part == 1:
+        second = other
+    else:
+        third = other
+    return first, second, third
+
+
+@triton.jit
+def _border(part: tl.constexpr):
+    """Count the columns of a part that are of the degree `part` + 1."""
+    return 3 * ((part + 2) * (part + 2) - 1) - part * _PART
+
+
+@triton.jit
+def _of_columns(factor0, factor1, factor2, lane, part: tl.constexpr, DEGREES: tl.constexpr):
+    """Give each column of a part the factor [ROWS] of its degree; those behind the values, that of the last degree."""
+    factors = part_of(factor0, factor1, factor2, part)[:, None]
+    if part < DEGREES - 1:
+        factors = tl.where(lane < _border(part), factors, part_of(factor0, factor1, factor2, part + 1)[:, None])
+    return factors
+
+
+@triton.jit
+def _scaled(number, scale: tl.constexpr, origin: tl.constexpr):
+    """Compute `scale` (a power of two) times what an integer of up to 22 bits exceeds another by."""
+    return (number | _TWO_TO_23).to(tl.float32, bitcast=True) * scale - (8388608.0 + origin) * scale
 
 
 @triton.jit
 def _relative_root(code):
-    """Compute the root of a second moment's code over its scale."""
-    root = tl.exp2((code - _LARGEST_ROOT).to(tl.float32) * (1.0 / _OCTAVE_STEPS))
-    return tl.where(code > 0, root, 0.0)
+    """Compute the root of a second moment's code, 1 ... 255, over its scale."""
+    return tl.exp2(_scaled(code, 1.0 / _OCTAVE_STEPS, _LARGEST_ROOT))
 
 
 @triton.jit
-def _encode_roots(roots, scale, fraction):
-    """Return k, with the second moment right on average."""
-    share = tl.div_rn(roots, tl.where(scale > 0, scale, 1.0))  # 0 ... 1
-    octaves = tl.log2(tl.maximum(share, _SMALLEST_SHARE))
-    lower = tl.maximum(tl.floor(octaves * _OCTAVE_STEPS + _LARGEST_ROOT).to(tl.int32), 1)
-    lower = tl.minimum(lower, _LARGEST_ROOT)
-    over = tl.div_rn(share, _relative_root(lower))
-    goes_up = fraction * _STEP_UP < over * over - 1
-    return tl.where(share > 0, tl.minimum(lower + goes_up.to(tl.int32), _LARGEST_ROOT), 0)
+def _encode_roots(share, random):
+    """Return the code k, 1 ... 255, of roots over their scale [ROWS, 16], with the second moment right on average."""
+    bits = share.to(tl.int32, bitcast=True)
+    x = ((bits & 0x7FFFFF) | _ONE).to(tl.float32, bitcast=True) - 1.0
+    bend = ((((x * _LOG_4 + _LOG_3) * x + _LOG_2) * x + _LOG_1) * x + _LOG_0) * x
+    # The bits, as a number, follow log2 by straight lines; from these it is bent.
+    steps = bits.to(tl.float32) * (_OCTAVE_STEPS / 2.0**23) + (_LARGEST_ROOT - 127 * _OCTAVE_STEPS - 0.5)
+    steps = bend * _OCTAVE_STEPS + steps
+    lower = _nearest(tl.minimum(tl.maximum(steps, 1.0), _LARGEST_ROOT - 1.0))
+    over = quotient(share, _relative_root(lower))
+    goes_up = _fraction(random) * _STEP_UP < over * over - 1
+    return lower + goes_up.to(tl.int32)
 
 
 @triton.jit
-def _encode_ratios(m, largest, fraction):
-    """Return sign and c, with the first moment right on average; c is zero where `largest` is."""
-    share = tl.where(largest > 0, tl.div_rn(tl.abs(m), tl.where(largest > 0, largest, 1.0)), 0.0)
-    share = tl.minimum(share, 1.0) * (_LARGEST_RATIO * _LARGEST_RATIO)
-    lower = tl.floor(tl.sqrt_rn(share))
-    goes_up = fraction * (2 * lower + 1) < share - lower * lower
-    code = tl.minimum(lower.to(tl.int32) + goes_up.to(tl.int32), _LARGEST_RATIO)
-    return code | tl.where(m.to(tl.int32, bitcast=True) < 0, 0x80, 0)
+def _encode_ratios(m, largest, random):
+    """Return sign and c, in 8 bits, with the first moment right on average."""
+    share = tl.minimum(quotient(tl.abs(m), largest), 1.0) * (_LARGEST_RATIO * _LARGEST_RATIO)
+    lower = _nearest(tl.sqrt(share) - 0.5)
+    root = _scaled(lower, 1.0, 0)
+    goes_up = _fraction(random) * (2 * root + 1) < share - root * root
+    return (lower + goes_up.to(tl.int32)) | ((m.to(tl.int32, bitcast=True) >> 24) & 0x80)
+
+
+@triton.jit
+def _fraction(random):
+    """Return the upper 16 random bits as a number below 1."""
+    return _scaled((random >> 16).to(tl.int32, bitcast=True), 1.0 / (1 << 16), 0)
+
+
+@triton.jit
+def _nearest(number):
+    """Round numbers of -0.5 ... 2^22 to integers: by a sum of 2^23 and more, which has no bits behind the point."""
+    return (number + 12582912.0).to(tl.int32, bitcast=True) & 0x3FFFFF

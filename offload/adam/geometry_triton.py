@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.adam.deferral import DeferralTables, StepSizes
-from offload.adam.deferral_triton import adam_step, caught_up, decayed, skipped_sizes
+from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of, skipped_sizes
 from offload.adam.geometry import COLUMNS, GeometryState
 
 BLOCK = 256  # rows
@@ -162,7 +162,7 @@ def _step(
         parameters, first_moment, second_moment, row_id, last, inside, sums, multipliers, capacity, eps,
         SCHEDULES, NUM_COLUMNS, WIDTH, LANES,
     )  # fmt: skip
-    m, v = decayed(m, v, decays, capacity, skipped, inside)
+    m, v = decayed(m, v, *decays_of(decays, capacity, skipped, inside))
     g = tl.load(gradients + row[:, None] * WIDTH + lane, mask=used, other=0.0)
     w, m, v = adam_step(w, m, v, g, tl.load(sizes), gradient_weight, square_weight, new_eps)
     tl.store(first_moment + at, m, mask=used)

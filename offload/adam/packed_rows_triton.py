@@ -1,9 +1,10 @@
 """What `rows_triton.py` does with the rows of a compact store, which lie packed there, and in a view.
 
-Kernels that decode and code see tiles of ROWS whole rows [ROWS, LANES], of which a row uses its first COLUMNS lanes.
-Parameters and moments of a packed row lie side by side, and are read in one access and written in one,
-[ROWS, 2, LANES]: every thread moves 16 bytes, and a warp whole rows. So the link carries few large requests, and whole
-lines of 64 bytes, also the line in which the values of a row end and its codes begin.
+Kernels that decode and code see rows in parts of 16 columns, [ROWS, 16] (`codes_triton.py`), four of them to a thread:
+no lane idles, floats move in vectors of 16 bytes and codes of 8, each part fills whole sectors of 32 bytes, and threads
+exchange nothing but the largest of a degree. What a tile needs is loaded before any of it is worked on; the barriers
+after that are for the compiler, which would else put loads off. Rows on the host are read and written so too, but no
+pipeline does that: rows cross the link by `copy`, as vectors of 16 bytes in whole lines of 64.
 
 Decoded values are float32 and in an array of their own, [V, COLUMNS]; moments are never anywhere but in packed rows.
 """
@@ -19,16 +20,26 @@ from torch import Tensor
 
 from offload.adam.bfloat16 import seed_of
 from offload.adam.bfloat16_triton import pack, random_bits, unpack
-from offload.adam.codes_triton import decode_moments, encode_moments, round_to_half
+from offload.adam.codes_triton import (
+    PART,
+    decode_moments,
+    encode_moments,
+    load_scales,
+    part_of,
+    round_to_half,
+    with_part,
+)
 from offload.adam.deferral import DeferralTables
-from offload.adam.deferral_triton import adam_step, caught_up, decayed
+from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
 from offload.store.layout import PackedRows, ResidentRows, RowState
 
-TILE = 2048  # lanes, so that a thread has 16 bytes of its codes
 COPIED_ROWS = 256  # at once by a thread block that only copies
 COPY_TILE = 1024  # 16-byte vectors of these under way: four to a thread
 NONE = None, None  # no other group
-WARPS = 8
+COPY_WARPS = 8
+WARPS = 4  # of the other kernels: a thread has some 100 registers, which leave room for 20 warps of 4, for 16 of 8
+TILE = 4 * 32 * WARPS  # columns of a part: four to a thread, or arrays of other types are laid out in other ways
+_PART = tl.constexpr(PART)
 # What begins anywhere in an array, since views and their parts do. A kernel that made use of where it happens to begin
 # would be compiled once more, for a second, in the midst of training.
 UNALIGNED = ["source_steps", "target_steps", "other_source_steps", "other_target_steps", "ids", "wanted"]
@@ -58,7 +69,7 @@ def fetch(
         raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
     with torch.cuda.device_of(places):
-        _fetch_kernel[(_grid(len(places), columns, source, blocks),)](
+        _fetch_kernel[(_grid(len(places), source, blocks),)](
             _packed(source),
             places,
             ids,
@@ -94,7 +105,7 @@ def step(
     """
     sizes, (count, columns) = tables.step_sizes(), values.shape
     with torch.cuda.device_of(values):
-        _step_kernel[(_grid(count, columns, rows, blocks),)](
+        _step_kernel[(_grid(count, rows, blocks),)](
             values,
             ids,
             last_step,
@@ -152,19 +163,19 @@ def copy(
             places, near, near_steps, other_near, other_near_steps, moved,
             TO_VIEW=to_view, VECTORS=words.shape[1] // 4,
             OTHER_VECTORS=0 if other_words is None else other_words.shape[1] // 4,
-            ROWS=COPIED_ROWS, TILE=COPY_TILE, num_warps=WARPS,
+            ROWS=COPIED_ROWS, TILE=COPY_TILE, num_warps=COPY_WARPS,
         )  # fmt: skip
 
 
 def _tile(columns: int, rows: RowState) -> dict[str, int]:
     """Return the shape of a tile and the kind of moments, by the names of the kernels' arguments."""
-    lanes, has_codes = triton.next_power_of_2(columns), rows.moments[0].dtype == torch.int16
-    return {"COLUMNS": columns, "LANES": lanes, "ROWS": TILE // lanes, "CODES": has_codes, "num_warps": WARPS}
+    has_codes = rows.moments[0].dtype == torch.int16
+    return {"COLUMNS": columns, "ROWS": TILE // PART, "CODES": has_codes, "num_warps": WARPS}
 
 
-def _grid(count: int, columns: int, rows: RowState, blocks: int | None) -> int:
+def _grid(count: int, rows: RowState, blocks: int | None) -> int:
     """Count the thread blocks: one for each tile, or as many as loop over the tiles where rows are on the host."""
-    tiles = triton.cdiv(count, TILE // triton.next_power_of_2(columns))
+    tiles = triton.cdiv(count, TILE // PART)
     return tiles if blocks is None or rows.parameters.is_cuda else min(tiles, blocks)
 
 
@@ -186,57 +197,69 @@ def _packed(rows: RowState) -> Tensor:
 
 
 @triton.jit
-def _places(row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """Return where decoded values, or gradients, of rows [ROWS] lie, [ROWS, LANES], and which there are."""
-    lane = tl.arange(0, LANES)[None, :]
-    return row.to(tl.int64)[:, None] * COLUMNS + lane, mask[:, None] & (lane < COLUMNS)
+def _load_parts(rows, mask, COLUMNS: tl.constexpr):
+    """Load rows that begin at `rows` [ROWS, 16], in parts; those that are not there are what the first one is."""
+    part0 = tl.load(rows, mask=mask, other=0)
+    part1, part2 = part0, part0
+    if COLUMNS > _PART:
+        part1 = tl.load(rows + _PART, mask=mask, other=0)
+    if COLUMNS > 2 * _PART:
+        part2 = tl.load(rows + 2 * _PART, mask=mask, other=0)
+    return part0, part1, part2
 
 
 @triton.jit
-def _packed_places(row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """Return where values and codes of packed rows [ROWS] lie, [ROWS, 2, LANES], and which there are."""
-    half, lane = tl.arange(0, 2)[None, :, None], tl.arange(0, LANES)[None, None, :]
-    at = row.to(tl.int64)[:, None, None] * (2 * COLUMNS) + half * COLUMNS + lane
-    return at, mask[:, None, None] & (lane < COLUMNS)
+def _store_parts(rows, part0, part1, part2, mask, COLUMNS: tl.constexpr):
+    for part in tl.static_range(COLUMNS // _PART):
+        tl.store(rows + part * _PART, part_of(part0, part1, part2, part), mask=mask)
 
 
 @triton.jit
-def _load(packed, row, mask, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
-    """Load rows [ROWS]: parameters in float32, and the words of their moments, [ROWS, LANES]."""
-    at, used = _packed_places(row, mask, COLUMNS, LANES)
-    values, words = tl.split(tl.permute(tl.load(packed + at, mask=used, other=0), (0, 2, 1)))
-    w = values.to(tl.float16, bitcast=True).to(tl.float32) if CODES else values.to(tl.float32, bitcast=True)
-    return w, words
+def _decoded_values(words, CODES: tl.constexpr):
+    """Return the parameters that packed rows hold as integers, in float32."""
+    return words.to(tl.float16, bitcast=True).to(tl.float32) if CODES else words.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _store(packed, row, mask, w, words, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
-    """Store rows [ROWS], with codes beside values that a float16 holds; also the columns without values."""
-    values = w.to(tl.float16).to(tl.int16, bitcast=True) if CODES else w.to(tl.int32, bitcast=True)
-    at, used = _packed_places(row, mask, COLUMNS, LANES)
-    tl.store(packed + at, tl.permute(tl.join(values, words), (0, 2, 1)), mask=used)
+def _coded_values(w, CODES: tl.constexpr):
+    """Do the reverse, of values that a float16 holds where there are codes."""
+    return w.to(tl.float16).to(tl.int16, bitcast=True) if CODES else w.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _unpack(words, reach, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
-    """Return both moments in float32, from codes or pairs."""
+def _load_scales(codes, mask, COLUMNS: tl.constexpr, CODES: tl.constexpr):
+    scale0, scale1, scale2 = 0.0, 0.0, 0.0
     if CODES:
-        m, v = decode_moments(words, reach, COLUMNS, LANES)
+        scale0, scale1, scale2 = load_scales(codes, mask, COLUMNS)
+    return scale0, scale1, scale2
+
+
+@triton.jit
+def _decoded_moments(
+    words, scale0, scale1, scale2, reach, part: tl.constexpr, COLUMNS: tl.constexpr, CODES: tl.constexpr
+):
+    """Return a part of both moments in float32, from codes or pairs."""
+    if CODES:
+        m, v = decode_moments(words, scale0, scale1, scale2, reach, part, COLUMNS)
     else:
         m, v = unpack(words)
     return m, v
 
 
 @triton.jit
-def _pack(w, m, v, row_id, seed, reach, COLUMNS: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr):
-    """Return what values become where moments are codes, and the words of both moments."""
-    random = random_bits(row_id[:, None] * COLUMNS + tl.arange(0, LANES)[None, :], seed)
+def _coded_moments(
+    m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS: tl.constexpr, CODES: tl.constexpr
+):
+    """Return the words of both moments, in parts."""
     if CODES:
-        w = round_to_half(w, random)
-        words = encode_moments(m, v, reach, random, COLUMNS, LANES)
+        words0, words1, words2 = encode_moments(
+            m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS
+        )  # fmt: skip
     else:
-        words = pack(m, v, random)
-    return w, words
+        tl.static_assert(COLUMNS == _PART)
+        words0 = pack(m0, v0, random0)
+        words1, words2 = words0, words0
+    return words0, words1, words2
 
 
 @triton.jit
@@ -263,28 +286,36 @@ def _fetch_kernel(
     num_rows,  # V
     SCHEDULES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, _PART)[None, :]
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         fetched = is_wanted(wanted, row, row < num_rows)
-        place = tl.load(places + row, mask=fetched, other=0)
-        w, words = _load(packed, place, fetched, COLUMNS, LANES, CODES)
+        there = packed + tl.load(places + row, mask=fetched, other=0) * (2 * COLUMNS)
         if ids is None:
             last = tl.load(last_step + row, mask=fetched, other=0)
         else:
             last = tl.load(last_step + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
-        skipped = tl.zeros([ROWS, LANES], tl.float32)
-        for schedule in tl.static_range(SCHEDULES):
-            total = tl.load(sums + schedule * capacity + last, mask=fetched, other=0.0).to(tl.float32)
-            rates = tl.load(multipliers + schedule * COLUMNS + lane, mask=lane < COLUMNS, other=0.0)
-            skipped += total[:, None] * rates[None, :]
-        m, v = _unpack(words, reach, COLUMNS, LANES, CODES)
-        here, used = _places(row, fetched, COLUMNS, LANES)
-        tl.store(out + here, caught_up(w, m, v, skipped, eps), mask=used)
+        used = fetched[:, None]
+        scale0, scale1, scale2 = _load_scales(there + COLUMNS, fetched, COLUMNS, CODES)
+        words0, words1, words2 = _load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
+        values0, values1, values2 = _load_parts(there[:, None] + lane, used, COLUMNS)
+        tl.debug_barrier()
+        out0, out1, out2 = 0.0, 0.0, 0.0
+        for part in tl.static_range(COLUMNS // _PART):
+            w, words = part_of(values0, values1, values2, part), part_of(words0, words1, words2, part)
+            m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
+            skipped = tl.zeros_like(m)
+            for schedule in tl.static_range(SCHEDULES):
+                total = tl.load(sums + schedule * capacity + last, mask=fetched, other=0.0).to(tl.float32)
+                rates = tl.load(multipliers + (schedule * COLUMNS + part * _PART) + lane)
+                skipped += total[:, None] * rates
+            w = caught_up(_decoded_values(w, CODES), m, v, skipped, eps)
+            out0, out1, out2 = with_part(out0, out1, out2, w, part)
+        here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
+        _store_parts(out + here, out0, out1, out2, used, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["capacity", "step", "seed", "num_rows"], do_not_specialize_on_alignment=["last_step"])
@@ -306,11 +337,10 @@ def _step_kernel(
     num_rows,  # V
     IN_ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, _PART)[None, :]
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         changed = row < num_rows
@@ -319,19 +349,42 @@ def _step_kernel(
         if gradients is None:
             changed = changed & (skipped > 0)
         place = row.to(tl.int64) if IN_ORDER else row_id
-        there = (place * (2 * COLUMNS) + COLUMNS)[:, None] + lane[None, :]  # of the moments
-        here, used = _places(row, changed, COLUMNS, LANES)
-        words = tl.load(packed + there, mask=used, other=0)
-        w = tl.load(values + here, mask=used, other=0.0)
-        m, v = _unpack(words, reach, COLUMNS, LANES, CODES)
-        m, v = decayed(m, v, decays, capacity, skipped, changed)
+        here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
+        there, used = packed + place * (2 * COLUMNS), changed[:, None]
+        w0, w1, w2 = _load_parts(values + here, used, COLUMNS)
+        g0, g1, g2 = w0, w1, w2
         if gradients is not None:
-            g = tl.load(gradients + here, mask=used, other=0.0)
-            size = tl.load(sizes + lane, mask=lane < COLUMNS, other=0.0)[None, :]
-            w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
-        w, words = _pack(w, m, v, row_id, seed, reach, COLUMNS, LANES, CODES)
-        tl.store(values + here, w, mask=used)
-        _store(packed, place, changed, w, words, COLUMNS, LANES, CODES)
+            g0, g1, g2 = _load_parts(gradients + here, used, COLUMNS)
+        tl.debug_barrier()
+        words0, words1, words2 = _load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
+        scale0, scale1, scale2 = _load_scales(there + COLUMNS, changed, COLUMNS, CODES)
+        decay1, near, rest = decays_of(decays, capacity, skipped, changed)
+        tl.debug_barrier()
+        m0, m1, m2 = w0, w0, w0
+        v0, v1, v2 = w0, w0, w0
+        random0, random1, random2 = w0, w0, w0
+        for part in tl.static_range(COLUMNS // _PART):
+            w, g, words = part_of(w0, w1, w2, part), part_of(g0, g1, g2, part), part_of(words0, words1, words2, part)
+            m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
+            m, v = decayed(m, v, decay1, near, rest)
+            if gradients is not None:
+                size = tl.load(sizes + part * _PART + lane)
+                w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
+            random = random_bits(row_id[:, None] * COLUMNS + part * _PART + lane, seed)
+            if CODES:
+                w = round_to_half(w, random)
+            w0, w1, w2 = with_part(w0, w1, w2, w, part)
+            m0, m1, m2 = with_part(m0, m1, m2, m, part)
+            v0, v1, v2 = with_part(v0, v1, v2, v, part)
+            random0, random1, random2 = with_part(random0, random1, random2, random, part)
+        _store_parts(values + here, w0, w1, w2, used, COLUMNS)
+        there = there[:, None] + lane
+        w0, w1, w2 = _coded_values(w0, CODES), _coded_values(w1, CODES), _coded_values(w2, CODES)
+        _store_parts(there, w0, w1, w2, used, COLUMNS)
+        words0, words1, words2 = _coded_moments(
+            m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS, CODES
+        )  # fmt: skip
+        _store_parts(there + COLUMNS, words0, words1, words2, used, COLUMNS)
 
 
 @triton.jit

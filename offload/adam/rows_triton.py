@@ -23,7 +23,7 @@ from offload.adam import packed_rows_triton as packed_rows
 from offload.adam.bfloat16 import seed_of
 from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables
-from offload.adam.deferral_triton import adam_step, caught_up, decayed
+from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
 from offload.adam.packed_rows_triton import is_wanted
 from offload.adam.rows import catch_up_rows
 from offload.store.layout import PackedRows, ResidentRows, RowState
@@ -383,7 +383,7 @@ def _step_kernel(
 
     row_id = tl.load(ids + row, mask=inside, other=0)
     skipped = step - 1 - tl.load(last_step + row_id, mask=inside, other=0)
-    m, v = decayed(m, v, decays, capacity, skipped, inside)
+    m, v = decayed(m, v, *decays_of(decays, capacity, skipped, inside))
     w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
     tl.store(parameters + here, w, mask=inside[:, None])
     if second_moment is None:
@@ -430,7 +430,7 @@ def _step_host_kernel(
         w = tl.load(parameters + here, mask=used, other=0.0)
         m, v = _unpack(words1, words2, host_second)
         skipped = step - 1 - tl.load(last_step + row, mask=inside, other=0)
-        m, v = decayed(m, v, decays, capacity, skipped, inside)
+        m, v = decayed(m, v, *decays_of(decays, capacity, skipped, inside))
         if gradients is not None:
             g = tl.load(gradients + here, mask=used, other=0.0)
             size = tl.load(sizes + column, mask=used, other=0.0)
