@@ -27,7 +27,10 @@ _SMALLEST_NORMAL_HALF = tl.constexpr(2.0**-14)
 _OCTAVE_STEPS, _STEP_UP = tl.constexpr(codes.OCTAVE_STEPS), tl.constexpr(codes.STEP_UP)
 _LARGEST_ROOT, _LARGEST_RATIO = tl.constexpr(codes.LARGEST_ROOT), tl.constexpr(codes.LARGEST_RATIO)
 _SECOND_HASH = tl.constexpr(codes.SECOND_HASH)
-_ONE, _TWO_TO_23 = tl.constexpr(0x3F800000), tl.constexpr(0x4B000000)  # their bits in float32
+_ONE = tl.constexpr(0x3F800000)  # its bits in float32
+# An integer of up to 22 bits is shifted where it is the float32 of this more than itself, in whose lowest bits it is; a
+# difference makes a float of it. A number that this is added to is rounded to an integer, and shifted.
+_SHIFT, _SHIFT_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
 # log2(1 + x) = x + x (c0 + c1 x + ... + c4 x^4), 0 <= x <= 1: fitted for the least largest error, 1.6e-5.
 _LOG_0, _LOG_1 = tl.constexpr(0.44191704), tl.constexpr(-0.70909646)
 _LOG_2, _LOG_3, _LOG_4 = tl.constexpr(0.41560609), tl.constexpr(-0.19357574), tl.constexpr(0.04514906)
@@ -74,7 +77,8 @@ def encode_moments(
         second = _encode_roots(quotient(tl.sqrt(v), scale), random)
         root = scale * _relative_root(second)
         other = random * tl.full([1], _SECOND_HASH, tl.uint32)
-        words = (tl.where(v > 0, second, 0) << 8) + _encode_ratios(m, reach * root, other)
+        second_bits = tl.where(v > 0, second.to(tl.int32, bitcast=True), 0)
+        words = (second_bits << 8) + _encode_ratios(m, reach * root, other)
         if part == DEGREES - 1:
             words = tl.where(lane < _border(part), words, behind)
         words0, words1, words2 = with_part(words0, words1, words2, words.to(tl.int16), part)
@@ -108,8 +112,8 @@ def decode_moments(words, scale0, scale1, scale2, reach, part: tl.constexpr, COL
     scale = _of_columns(scale0, scale1, scale2, lane, part, COLUMNS // _PART)
     if part == COLUMNS // _PART - 1:
         scale = tl.where(lane < _border(part), scale, 0.0)
-    root = tl.where(words > 0xFF, scale * _relative_root(words >> 8), 0.0)
-    ratio = _scaled(words & 0x7F, 1.0, 0) / _LARGEST_RATIO
+    root = tl.where(words > 0xFF, scale * _relative_root(_shifted(words >> 8)), 0.0)
+    ratio = (_shifted(words & 0x7F) - _SHIFT) / _LARGEST_RATIO
     m = ratio * ratio * (reach * root)
     return tl.where((words & 0x80) != 0, -m, m), root * root
 
@@ -154,49 +158,45 @@ def _of_columns(factor0, factor1, factor2, lane, part: tl.constexpr, DEGREES: tl
 
 
 @triton.jit
-def _scaled(number, scale: tl.constexpr, origin: tl.constexpr):
-    """Compute `scale` (a power of two) times what an integer of up to 22 bits exceeds another by."""
-    return (number | _TWO_TO_23).to(tl.float32, bitcast=True) * scale - (8388608.0 + origin) * scale
+def _shifted(number):
+    """Shift an integer."""
+    return (number | _SHIFT_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _upper_half(random):
+    """Return the upper 16 random bits over 2^16, times 2^32."""
+    return (random & tl.full([1], 0xFFFF0000, tl.uint32)).to(tl.float32)
 
 
 @triton.jit
 def _relative_root(code):
-    """Compute the root of a second moment's code, 1 ... 255, over its scale."""
-    return tl.exp2(_scaled(code, 1.0 / _OCTAVE_STEPS, _LARGEST_ROOT))
+    """Compute the root of a second moment's code, 1 ... 255, shifted, over its scale."""
+    return tl.exp2(code * (1.0 / _OCTAVE_STEPS) - (_SHIFT + _LARGEST_ROOT) / _OCTAVE_STEPS)
 
 
 @triton.jit
 def _encode_roots(share, random):
-    """Return the code k, 1 ... 255, of roots over their scale [ROWS, 16], with the second moment right on average."""
+    """Return the code k, 1 ... 255, shifted, of roots over their scale, with the second moment right on average."""
     bits = share.to(tl.int32, bitcast=True)
     x = ((bits & 0x7FFFFF) | _ONE).to(tl.float32, bitcast=True) - 1.0
     bend = ((((x * _LOG_4 + _LOG_3) * x + _LOG_2) * x + _LOG_1) * x + _LOG_0) * x
     # The bits, as a number, follow log2 by straight lines; from these it is bent.
     steps = bits.to(tl.float32) * (_OCTAVE_STEPS / 2.0**23) + (_LARGEST_ROOT - 127 * _OCTAVE_STEPS - 0.5)
     steps = bend * _OCTAVE_STEPS + steps
-    lower = _nearest(tl.minimum(tl.maximum(steps, 1.0), _LARGEST_ROOT - 1.0))
+    # The largest code is found from the one before, from which its share goes up for certain.
+    lower = tl.minimum(tl.maximum(steps, 1.0), _LARGEST_ROOT - 1.0) + _SHIFT
     over = quotient(share, _relative_root(lower))
-    goes_up = _fraction(random) * _STEP_UP < over * over - 1
-    return lower + goes_up.to(tl.int32)
+    goes_up = _upper_half(random) * (_STEP_UP / 2.0**32) < over * over - 1
+    return tl.where(goes_up, lower + 1.0, lower)
 
 
 @triton.jit
 def _encode_ratios(m, largest, random):
-    """Return sign and c, in 8 bits, with the first moment right on average."""
+    """Return sign and c, in the lowest 16 bits of a word, with the first moment right on average."""
     share = tl.minimum(quotient(tl.abs(m), largest), 1.0) * (_LARGEST_RATIO * _LARGEST_RATIO)
-    lower = _nearest(tl.sqrt(share) - 0.5)
-    root = _scaled(lower, 1.0, 0)
-    goes_up = _fraction(random) * (2 * root + 1) < share - root * root
-    return (lower + goes_up.to(tl.int32)) | ((m.to(tl.int32, bitcast=True) >> 24) & 0x80)
-
-
-@triton.jit
-def _fraction(random):
-    """Return the upper 16 random bits as a number below 1."""
-    return _scaled((random >> 16).to(tl.int32, bitcast=True), 1.0 / (1 << 16), 0)
-
-
-@triton.jit
-def _nearest(number):
-    """Round numbers of -0.5 ... 2^22 to integers: by a sum of 2^23 and more, which has no bits behind the point."""
-    return (number + 12582912.0).to(tl.int32, bitcast=True) & 0x3FFFFF
+    lower = (tl.sqrt(share) - 0.5) + _SHIFT
+    root = lower - _SHIFT
+    goes_up = _upper_half(random) * (root * (2.0 / 2.0**32) + 1.0 / 2.0**32) < share - root * root
+    code = lower.to(tl.int32, bitcast=True) + goes_up.to(tl.int32)
+    return code | ((m.to(tl.int32, bitcast=True) >> 24) & 0x80)
