@@ -696,6 +696,28 @@ def test_ranks_of_a_machine_share_its_cores(ranks, said, threads):
     assert done.stdout.strip() == threads, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "machines", "expected"),
+    [
+        ("--nnodes 2 --nproc-per-node=1 --rdzv_endpoint here:29511 --max-restarts 3", "2", ""),
+        ("--standalone --nproc_per_node 2 --", "1", ""),
+        ("", "1", "--standalone --nproc_per_node 2"),
+        ("", "2", "--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint there:29500"),
+    ],
+)
+def test_the_command_that_resumes_starts_torchrun_as_it_was(tmp_path, given, machines, expected):
+    """By a process of that name; one that was given no options has them from elsewhere, or is something else."""
+    child, starter = tmp_path / "train.py", tmp_path / "torchrun"
+    child.write_text("from training.commands import resume_command; print(resume_command())")
+    starter.write_text(f"import subprocess, sys; subprocess.run([sys.executable, {str(child)!r}, 'a b'])")
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": machines, "MASTER_ADDR": "there"}
+    places = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/nowhere"}
+    command = (sys.executable, starter, *given.split(), child, "a b")
+    done = subprocess.run(command, env=os.environ | told | places, capture_output=True, text=True)
+    launcher = f"{sys.executable} -m torch.distributed.run {given or expected}"
+    assert done.stdout.strip() == f"{launcher} {child} 'a b' --resume", done.stderr
+
+
 ENVIRONMENT = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
 
 

@@ -107,12 +107,28 @@ def _launcher() -> list[str]:
     interpreter = _interpreter()
     if not is_one_of_several():
         return [interpreter]
-    processes, machines = str(local_ranks()), int(os.environ.get("GROUP_WORLD_SIZE") or "1")
     torchrun = ["torchrun"] if shutil.which("torchrun") else [interpreter, "-m", "torch.distributed.run"]
+    return [*torchrun, *(_words_of_torchrun() or _options_for_torchrun())]
+
+
+def _words_of_torchrun() -> list[str]:
+    """Return the options of the torchrun that has started this process; none where they cannot be seen."""
+    try:
+        words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
+    except OSError:
+        return []
+    names = [place for place, word in enumerate(words) if Path(word).name in ("torchrun", "torch.distributed.run")]
+    is_seen = names and words[-len(sys.argv) :] == sys.argv
+    return words[names[0] + 1 : -len(sys.argv)] if is_seen else []
+
+
+def _options_for_torchrun() -> list[str]:
+    """Return options with which torchrun starts as many processes as there are."""
+    processes, machines = str(local_ranks()), int(os.environ.get("GROUP_WORLD_SIZE") or "1")
     if machines == 1:
-        return [*torchrun, "--standalone", "--nproc_per_node", processes]
+        return ["--standalone", "--nproc_per_node", processes]
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500"]
-    return [*torchrun, "--nnodes", str(machines), "--nproc_per_node", processes, *meeting]
+    return ["--nnodes", str(machines), "--nproc_per_node", processes, *meeting]
 
 
 def _interpreter() -> str:
