@@ -176,6 +176,8 @@ def test_other_dictionaries_and_newer_checkpoints_are_refused(tmp_path):
         load_checkpoint(tmp_path / "newer.pt")
     with pytest.raises(InputError, match="does not exist"):
         load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(InputError, match="is a folder"):
+        load_checkpoint(tmp_path)
 
 
 def test_damaged_ply_files_are_refused(tmp_path):

@@ -483,7 +483,8 @@ def _damaged_part(path: Path, file: Path) -> DamagedError:
 def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[_Block]]:
     """Return a checkpoint, and all blocks of its tensors."""
     if not path.is_file():
-        raise InputError(f"Checkpoint {path} does not exist: give --ckpt a file such as ckpts/ckpt_30000.pt.")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"Checkpoint {path} {fault}: give --ckpt a file such as ckpts/ckpt_30000.pt.")
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"PK\x03\x04":
