@@ -9,7 +9,8 @@ harmonics in Cartesian form (Sloan, Efficient Spherical Harmonic Evaluation, JCG
 
 The gradient of the coefficients is the largest tensor of the backward pass, and nothing else there needs it. So it is
 made by a node of its own, which comes after those of all that was computed between `Harmonics(...)` and `colors(...)`:
-autograd takes the youngest node that is ready. By then most of what they had saved is free.
+autograd takes the youngest node that is ready. By then most of what they had saved is free. Where only band 0 asks for
+a gradient it is made of that alone, and is no larger than colours.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 ROWS = 16
 CHAINED = 1024  # pairs, by a program that chains them
+CONSTANT = 0.28209479177387814  # Y_0
 
 
 class Harmonics:
@@ -74,16 +76,21 @@ class _Coefficients(torch.autograd.Function):
         owed, (shape0, shapeN) = ctx.owed, ctx.shapes
         v_colors, (means, camera_positions, camera_ids, gaussian_ids) = owed.v_colors, owed.views
         owed.v_colors, owed.views = None, ()
-        v_sh0, v_shN = means.new_zeros(shape0), None if shapeN is None else means.new_zeros(shapeN)
-        if len(gaussian_ids) and len(camera_positions) == 1:
+        v_sh0 = means.new_zeros(shape0)
+        v_shN = means.new_zeros(shapeN) if shapeN is not None and ctx.needs_input_grad[3] else None
+        bands = ctx.bands if shapeN is None or v_shN is not None else 1
+        one_camera = len(camera_positions) == 1
+        if bands == 1 and one_camera:
+            v_sh0[:, 0].index_copy_(0, gaussian_ids, v_colors.mul_(CONSTANT))
+        elif len(gaussian_ids) and one_camera:
             _backward_coeffs[_grid(gaussian_ids)](
                 means, camera_positions, camera_ids, gaussian_ids, v_colors, *_rows(v_sh0, v_shN),
-                len(gaussian_ids), BANDS=ctx.bands, ROWS=ROWS,
+                len(gaussian_ids), BANDS=bands, ROWS=ROWS,
             )  # fmt: skip
         elif len(gaussian_ids):
             _backward_chained_coeffs[_grid(means)](
                 means, camera_positions, camera_ids, *_chains(gaussian_ids, len(means)), v_colors,
-                *_rows(v_sh0, v_shN), len(means), BANDS=ctx.bands, ROWS=ROWS,
+                *_rows(v_sh0, v_shN), len(means), BANDS=bands, ROWS=ROWS,
             )  # fmt: skip
         return None, None, v_sh0, v_shN
 

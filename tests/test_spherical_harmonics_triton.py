@@ -47,6 +47,27 @@ def test_colors_and_gradients_equal_the_native_ones(num_cameras, sh_degree, tens
     assert relative_error(placed.grad.cpu(), viewmats.grad) < 1e-5
 
 
+@pytest.mark.parametrize("num_cameras", [1, 2])
+def test_band_0_has_its_gradient_where_others_want_none(num_cameras):
+    from rendering.spherical_harmonics_triton import Harmonics
+
+    torch.manual_seed(num_cameras)
+    camera_ids = torch.arange(20 * num_cameras, device=TRITON_DEVICE) // 20
+    gaussian_ids = (torch.arange(20 * num_cameras, device=TRITON_DEVICE) % 20) + 5 * camera_ids
+    positions = torch.randn(num_cameras, 3, device=TRITON_DEVICE)
+    means, sh0, shN = (torch.randn(30, *shape, device=TRITON_DEVICE) for shape in ((3,), (1, 3), (15, 3)))
+    gradients = []
+    for wants_others in (True, False):
+        leaves = [x.detach().clone().requires_grad_() for x in (means, sh0)]
+        others = shN.clone().requires_grad_(wants_others)
+        colors = Harmonics(3, (leaves[1], others)).colors(leaves[0], positions, camera_ids, gaussian_ids)
+        (colors * weights_like(colors)).sum().backward()
+        assert (others.grad is not None) == wants_others
+        gradients.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert gradients[0][1][:20].any()
+
+
 def test_the_gradient_of_coefficients_comes_last():
     """After those of all that was computed since they were handed over, whose memory is free by then."""
     from rendering.spherical_harmonics_triton import Harmonics
