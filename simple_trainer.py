@@ -55,7 +55,7 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
 
     for step, view in run.steps(gaussians, strategy):
         # All Gaussians are on the device; the rasterizer finds those in view, or culling has where Adam is deferred.
-        rows = gaussians.fetch(view.cameras)
+        rows = gaussians.fetch(view.cameras, run.sh_degree)
         strays = strategy.strays(step, gaussians, gaussians.ids, rows) if deferred else None
         run.mark("fetch")
 

@@ -31,7 +31,7 @@ def train(run: TrainingRun[Config]) -> None:
 
     for step, view in run.steps(gaussians, strategy):
         # Every Gaussian is tested against the cameras; the rows in view are gathered and sent to the device.
-        rows = gaussians.fetch(view.cameras)
+        rows = gaussians.fetch(view.cameras, run.sh_degree)
         run.mark("fetch")
 
         cameras = run.modules.cameras(view)

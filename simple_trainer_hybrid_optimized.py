@@ -49,7 +49,7 @@ def train(run: TrainingRun[HybridConfig]) -> None:
 
     for step, view in run.steps(gaussians, strategy):
         # The rows of this view are on the device already, but for the first one and after densification.
-        rows = gaussians.fetch(view.cameras)
+        rows = gaussians.fetch(view.cameras, run.sh_degree)
         run.mark("fetch")
 
         # Behind the rendering the CPU commits the last view's gradients and forwards the next view's rows.

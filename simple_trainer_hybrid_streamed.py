@@ -64,7 +64,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
 
     for step, view in run.steps(gaussians, strategy):
         # The rows of this view are on the device already, but for the first one and after densification.
-        rows = gaussians.fetch(view.cameras)
+        rows = gaussians.fetch(view.cameras, run.sh_degree)
         run.mark("fetch")
 
         # Behind the rendering the next view's rows come from the host, and those of the last one go there.

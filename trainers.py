@@ -74,13 +74,15 @@ class Smaller:
 #   once more for Adam, and all 768 go: by far the most is read.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
 #   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
-# - A compact row has 328 bytes, with the step of its last update in both groups; values and gradients have 256. To
-#   decode it on the device reads the row and writes the values; to step it reads those, the gradients, moments (160)
-#   and last step (8), and writes the row. Where it travels it is written when it comes and read when it goes. Culling
+# - A compact row has 328 bytes, with the step of its last update in both groups; values have 256. To decode it on the
+#   device reads the row and writes the values; to step it reads those, the gradients, moments (160) and last step (8),
+#   and writes the row. Gradients are those of geometry (64); those of harmonics are made of the constant one (12) and
+#   of means, which are copied before (36). Where it travels it is written when it comes and read when it goes. Culling
 #   reads 20 bytes of each Gaussian, or 28 of each 64 of them.
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
-COMPACT_STEP = (COMPACT_ROW + COMPACT_VALUES) + (2 * COMPACT_VALUES + 168 + COMPACT_ROW)
+COMPACT_GRADIENTS = 64 + 12 + 36
+COMPACT_STEP = (COMPACT_ROW + COMPACT_VALUES) + (COMPACT_VALUES + COMPACT_GRADIENTS + 168 + COMPACT_ROW)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
 COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
 
@@ -98,14 +100,14 @@ def streamed_compact(culled: float, visible: float) -> Traffic:
 
 def streamed_compact_footprint(cfg: Any) -> Footprint:
     """Return the memory that training with compact rows takes, residents included."""
-    footprint = memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state)
+    footprint = memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state, cfg.batch_size)
     return memory_estimate.with_residents(footprint, cfg.sh_degree, cfg.resident_share)
 
 
 TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(device=(28 + 4) * 59 * n),
         options={"adam": "dense"},
         less_device={"adam": "deferred"},
@@ -113,7 +115,7 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "gpu_only_deferred": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(device=24 * n + (16 + 28) * 59 * v),
         options={"adam": "deferred"},
         less_device="optimized",
@@ -121,7 +123,7 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "gpu_only_compact": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state),
+        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(device=20 * n + COMPACT_STEP * v),
         options={"adam": "deferred", "state": "compact"},
         less_device="streamed_compact",

@@ -97,7 +97,7 @@ def check_fits(
     device, trainer = select_device(cfg.device), TRAINERS[job.trainer]
     if job.memory_cap:
         bound_memory(job.memory_cap, device)
-    footprint = trainer.footprint(cfg)
+    footprint = trainer.footprint(replace(cfg, batch_size=num_ranks * cfg.batch_size))
     at_start = footprint.host_at_start - parameter_bytes(cfg.sh_degree) + scene_bytes
     width, height = scaled(size, job.picture_scale)
     all_needs = needs(

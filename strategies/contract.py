@@ -43,6 +43,8 @@ class Strategy(Protocol):
     def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
         """Return the loss of a step, or of a tile, with what the strategy adds to it.
 
+        That does not depend on sh0 and shN, whose gradients a model may make of each other (`GaussianModel.fetch`).
+
         Args:
             loss: Scalar.
             rows: The parameters [V, ...] that were rendered, as `fetch` gave them.

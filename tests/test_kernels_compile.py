@@ -13,6 +13,7 @@ from tests import (
     test_culling,
     test_device_geometry,
     test_gradients,
+    test_harmonics_gradient,
     test_losses,
     test_named_rows,
     test_overlap,
@@ -48,6 +49,7 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             test_row_kernels.test_triton_equals_torch_for_packed_rows(*HERE, group, degree, 79, gradient)
         groups = test_row_kernels.PACKED[:2]
         test_row_kernels.test_packed_rows_are_copied_as_they_are(*HERE, groups, degree == 3, 256)
+    test_harmonics_gradient.test_rows_take_the_step_of_the_gradient_itself(*HERE, 3, 3, 79)
     test_named_rows.test_gradients_are_joined(*HERE, 1, monkeypatch)
     test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
     test_device_geometry.test_what_is_read_equals_dense_adam_in_float64(*HERE)

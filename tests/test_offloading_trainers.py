@@ -144,7 +144,7 @@ def test_statistics_count_what_travels(monkeypatch, city_block, tmp_path):
     monkeypatch.setattr(
         simple_trainer_hybrid_streamed.StreamedGaussians,
         "fetch",
-        lambda self, cameras: (fetch(self, cameras), views.append(set(self.ids.tolist())))[0],
+        lambda self, *told: (fetch(self, *told), views.append(set(self.ids.tolist())))[0],
     )
     options = (*NO_DENSIFICATION, "--max_steps", 12, "--log_every", 5)
     train(monkeypatch, simple_trainer_hybrid_streamed, city_block, tmp_path, *options)

@@ -96,15 +96,22 @@ class Need:
         return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
 
 
-def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"], state: StateFormat = "float32") -> Footprint:
+def gpu_only(
+    sh_degree: int, adam: Literal["dense", "deferred"], state: StateFormat = "float32", batch_size: int = 1
+) -> Footprint:
     """Return that of simple_trainer.py.
 
     With dense Adam: parameters, gradients, moments; activated scales and opacities with theirs. With deferred Adam:
     parameters and moments; values and gradients of the rows in view, and their ids and those of the next view.
+
+    Args:
+        sh_degree: Degree of the spherical harmonics.
+        adam: Which Adam.
+        state: The form of rows.
+        batch_size: Views per step, those of all ranks.
     """
     parameters = parameter_bytes(sh_degree)
     if state == "compact":
-        row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
         rows = Balls.BYTES + sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
         return Footprint(
             host_at_start=parameters,  # as read
@@ -112,7 +119,7 @@ def gpu_only(sh_degree: int, adam: Literal["dense", "deferred"], state: StateFor
             host=0,
             host_in_view=0,
             device=rows,
-            device_in_view=2 * row + 2 * ID_BYTES + RENDERING_BYTES,
+            device_in_view=_compact_view_bytes(sh_degree, batch_size) + 2 * ID_BYTES + RENDERING_BYTES,
             device_while_changed=row_bytes("appearance", sh_degree, state=state),
         )
     if adam == "deferred":
@@ -180,17 +187,27 @@ def split(
 
 
 def streamed(
-    sh_degree: int, geometry: Literal["device", "host"], moments: Moments, state: StateFormat = "float32"
+    sh_degree: int,
+    geometry: Literal["device", "host"],
+    moments: Moments,
+    state: StateFormat = "float32",
+    batch_size: int = 1,
 ) -> Footprint:
     """Return that of simple_trainer_hybrid_streamed.py.
 
     With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
     parameters of two views, gradients, and numbers of rows. A compact state has all rows on the host in either place,
     and on the device those of two views, values and gradients of one, and what culling needs.
+
+    Args:
+        sh_degree: Degree of the spherical harmonics.
+        geometry: Where it is.
+        moments: Their precision.
+        state: The form of rows.
+        batch_size: Views per step, those of all ranks.
     """
     on_device = geometry == "device"
     if state == "compact":
-        row = 4 * sum(num_columns(group, sh_degree, state) for group in GROUP_NAMES)
         store = sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
         bounds = Balls.BYTES if on_device else math.ceil(Boxes.BYTES)
         return Footprint(
@@ -199,7 +216,7 @@ def streamed(
             host=int(PEAK * store),
             host_in_view=0,
             device=bounds,
-            device_in_view=2 * store + 2 * row + NUMBERS_BYTES + RENDERING_BYTES,
+            device_in_view=2 * store + _compact_view_bytes(sh_degree, batch_size) + NUMBERS_BYTES + RENDERING_BYTES,
         )
     groups = ("appearance",) if on_device else GROUP_NAMES
     row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)
@@ -229,6 +246,15 @@ def with_residents(footprint: Footprint, sh_degree: int, share: float) -> Footpr
 def parameter_bytes(sh_degree: int) -> int:
     """Return the bytes of the parameters of one Gaussian: 236 at SH degree 3."""
     return 4 * (11 + 3 * (sh_degree + 1) ** 2)
+
+
+def _compact_view_bytes(sh_degree: int, batch_size: int) -> int:
+    """Return the bytes of values and gradients of a compact row in view.
+
+    That of the harmonics is made in the update where a step has one view (`offload/adam/harmonics.py`), and only there.
+    """
+    values = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
+    return sum(values.values()) + (values["geometry"] if batch_size == 1 else sum(values.values()))
 
 
 def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:

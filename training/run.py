@@ -289,7 +289,7 @@ class TrainingRun(Generic[AnyConfig]):
             )
 
     def _check_memory(self) -> None:
-        footprint = self._trainer.footprint(self.cfg)
+        footprint = self._trainer.footprint(replace(self.cfg, batch_size=self.views_per_step))
         if self.ranks is not None:  # of whom each draws a part at once, and all bring what they hold of these
             footprint = replace(footprint, largest_part=min(1.0, self.num_ranks * footprint.largest_part))
         all_needs = needs(

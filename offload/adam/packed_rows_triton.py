@@ -31,6 +31,8 @@ from offload.adam.codes_triton import (
 )
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
+from offload.adam.harmonics import HarmonicsGradient
+from offload.adam.harmonics_triton import NOTHING, arguments_of, made_gradient, seen
 from offload.store.layout import PackedRows, ResidentRows, RowState
 
 COPIED_ROWS = 256  # at once by a thread block that only copies
@@ -91,25 +93,28 @@ def step(
     values: Tensor,
     ids: Tensor,
     last_step: Tensor,
-    gradients: Tensor | None,
+    gradients: Tensor | HarmonicsGradient | None,
     rows: RowState,
     tables: DeferralTables,
-    blocks: int | None,
+    *,
+    in_order: bool,
 ) -> None:
     """Do as `offload.adam.rows.step_host_rows`, or as `step_view_rows`; what need not change is not written.
 
     Args:
         values, ids, last_step, gradients, tables: As for these functions.
         rows: Packed.
-        blocks: Thread blocks over rows on the host, where they lie by ids. None: they are a view's, in its order.
+        in_order: Whether rows are a view's, in its order, as for the latter; or lie by ids.
     """
     sizes, (count, columns) = tables.step_sizes(), values.shape
+    made = gradients if isinstance(gradients, HarmonicsGradient) else None
     with torch.cuda.device_of(values):
-        _step_kernel[(_grid(count, rows, blocks),)](
+        _step_kernel[(triton.cdiv(count, TILE // PART),)](
             values,
             ids,
             last_step,
-            None if gradients is None else gradients.contiguous(),
+            gradients.contiguous() if isinstance(gradients, Tensor) else None,
+            *(NOTHING if made is None else arguments_of(made)),
             _packed(rows),
             sizes.sizes,
             tables.decays,
@@ -121,7 +126,8 @@ def step(
             sizes.eps,
             tables.reach,
             count,
-            IN_ORDER=blocks is None,
+            HARMONICS=0 if made is None else made.num_harmonics,
+            IN_ORDER=in_order,
             **_tile(columns, rows),
         )
 
@@ -173,10 +179,10 @@ def _tile(columns: int, rows: RowState) -> dict[str, int]:
     return {"COLUMNS": columns, "ROWS": TILE // PART, "CODES": has_codes, "num_warps": WARPS}
 
 
-def _grid(count: int, rows: RowState, blocks: int | None) -> int:
+def _grid(count: int, rows: RowState, blocks: int) -> int:
     """Count the thread blocks: one for each tile, or as many as loop over the tiles where rows are on the host."""
     tiles = triton.cdiv(count, TILE // PART)
-    return tiles if blocks is None or rows.parameters.is_cuda else min(tiles, blocks)
+    return tiles if rows.parameters.is_cuda else min(tiles, blocks)
 
 
 def _in_one_memory(rows: RowState) -> bool:
@@ -324,6 +330,13 @@ def _step_kernel(
     ids,  # [V]
     last_step,  # [V]
     gradients,  # [V, COLUMNS] or None
+    means,  # [V, 3], or None: they are made of this and of what comes up to at_z (`harmonics_triton.seen`)
+    means_stride,
+    constant,
+    constant_stride,
+    at_x,
+    at_y,
+    at_z,
     packed,  # [N, 2 * COLUMNS] on the host or on the device; or a view's, [V, 2 * COLUMNS]
     sizes,  # [COLUMNS]
     decays,  # [2, capacity] float64
@@ -335,56 +348,63 @@ def _step_kernel(
     eps,
     reach,
     num_rows,  # V
+    HARMONICS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
 ):
     lane = tl.arange(0, _PART)[None, :]
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        changed = row < num_rows
-        row_id = tl.load(ids + row, mask=changed, other=0)
-        skipped = step - 1 - tl.load(last_step + row, mask=changed, other=0)
-        if gradients is None:
-            changed = changed & (skipped > 0)
-        place = row.to(tl.int64) if IN_ORDER else row_id
-        here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
-        there, used = packed + place * (2 * COLUMNS), changed[:, None]
-        w0, w1, w2 = _load_parts(values + here, used, COLUMNS)
-        g0, g1, g2 = w0, w1, w2
-        if gradients is not None:
-            g0, g1, g2 = _load_parts(gradients + here, used, COLUMNS)
-        tl.debug_barrier()
-        words0, words1, words2 = _load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
-        scale0, scale1, scale2 = _load_scales(there + COLUMNS, changed, COLUMNS, CODES)
-        decay1, near, rest = decays_of(decays, capacity, skipped, changed)
-        tl.debug_barrier()
-        m0, m1, m2 = w0, w0, w0
-        v0, v1, v2 = w0, w0, w0
-        random0, random1, random2 = w0, w0, w0
-        for part in tl.static_range(COLUMNS // _PART):
-            w, g, words = part_of(w0, w1, w2, part), part_of(g0, g1, g2, part), part_of(words0, words1, words2, part)
-            m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
-            m, v = decayed(m, v, decay1, near, rest)
-            if gradients is not None:
-                size = tl.load(sizes + part * _PART + lane)
-                w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
-            random = random_bits(row_id[:, None] * COLUMNS + part * _PART + lane, seed)
-            if CODES:
-                w = round_to_half(w, random)
-            w0, w1, w2 = with_part(w0, w1, w2, w, part)
-            m0, m1, m2 = with_part(m0, m1, m2, m, part)
-            v0, v1, v2 = with_part(v0, v1, v2, v, part)
-            random0, random1, random2 = with_part(random0, random1, random2, random, part)
-        _store_parts(values + here, w0, w1, w2, used, COLUMNS)
-        there = there[:, None] + lane
-        w0, w1, w2 = _coded_values(w0, CODES), _coded_values(w1, CODES), _coded_values(w2, CODES)
-        _store_parts(there, w0, w1, w2, used, COLUMNS)
-        words0, words1, words2 = _coded_moments(
-            m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS, CODES
-        )  # fmt: skip
-        _store_parts(there + COLUMNS, words0, words1, words2, used, COLUMNS)
+    # No loop over tiles: from one, what lanes have in common would be taken out, and a third more registers with it.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    changed = row < num_rows
+    row_id = tl.load(ids + row, mask=changed, other=0)
+    skipped = step - 1 - tl.load(last_step + row, mask=changed, other=0)
+    if gradients is None and means is None:
+        changed = changed & (skipped > 0)
+    place = row.to(tl.int64) if IN_ORDER else row_id
+    here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
+    there, used = packed + place * (2 * COLUMNS), changed[:, None]
+    w0, w1, w2 = _load_parts(values + here, used, COLUMNS)
+    g0, g1, g2 = w0, w1, w2
+    if gradients is not None:
+        g0, g1, g2 = _load_parts(gradients + here, used, COLUMNS)
+    if means is not None:
+        x, y, z, red, green, blue = seen(means, means_stride, constant, constant_stride, at_x, at_y, at_z, row, changed)
+    tl.debug_barrier()
+    words0, words1, words2 = _load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
+    scale0, scale1, scale2 = _load_scales(there + COLUMNS, changed, COLUMNS, CODES)
+    decay1, near, rest = decays_of(decays, capacity, skipped, changed)
+    if means is not None:  # while words are under way
+        g0 = made_gradient(x, y, z, red, green, blue, 0, HARMONICS)
+        g1 = made_gradient(x, y, z, red, green, blue, _PART, HARMONICS)
+        g2 = made_gradient(x, y, z, red, green, blue, 2 * _PART, HARMONICS)
+    tl.debug_barrier()
+    m0, m1, m2 = w0, w0, w0
+    v0, v1, v2 = w0, w0, w0
+    random0, random1, random2 = w0, w0, w0
+    for part in tl.static_range(COLUMNS // _PART):
+        w, g, words = part_of(w0, w1, w2, part), part_of(g0, g1, g2, part), part_of(words0, words1, words2, part)
+        m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
+        m, v = decayed(m, v, decay1, near, rest)
+        if gradients is not None or means is not None:
+            size = tl.load(sizes + part * _PART + lane)
+            w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
+        random = random_bits(row_id[:, None] * COLUMNS + part * _PART + lane, seed)
+        if CODES:
+            w = round_to_half(w, random)
+        w0, w1, w2 = with_part(w0, w1, w2, w, part)
+        m0, m1, m2 = with_part(m0, m1, m2, m, part)
+        v0, v1, v2 = with_part(v0, v1, v2, v, part)
+        random0, random1, random2 = with_part(random0, random1, random2, random, part)
+    _store_parts(values + here, w0, w1, w2, used, COLUMNS)
+    there = there[:, None] + lane
+    w0, w1, w2 = _coded_values(w0, CODES), _coded_values(w1, CODES), _coded_values(w2, CODES)
+    _store_parts(there, w0, w1, w2, used, COLUMNS)
+    words0, words1, words2 = _coded_moments(
+        m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS, CODES
+    )  # fmt: skip
+    _store_parts(there + COLUMNS, words0, words1, words2, used, COLUMNS)
 
 
 @triton.jit

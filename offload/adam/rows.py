@@ -26,6 +26,7 @@ from torch import Tensor
 from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.codes import decode_moments, encode_moments, random_fractions, round_to_half
 from offload.adam.deferral import DeferralTables, adam_step, caught_up, decayed
+from offload.adam.harmonics import HarmonicsGradient
 from offload.store.layout import PackedRows, ResidentRows, RowState
 
 STEP_ROWS = 1 << 12  # updated at once; what that takes, moments in float32 and their changes, stays small
@@ -91,7 +92,12 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
 
 
 def step_host_rows(
-    parameters: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, host: RowState, tables: DeferralTables
+    parameters: Tensor,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    host: RowState,
+    tables: DeferralTables,
 ) -> None:
     """Step rows whose moments are on the host: they are read there, and all of a row is written there.
 
@@ -99,7 +105,8 @@ def step_host_rows(
         parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values.
         ids: [V] int64 on the device, the rows of the host that they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
-        gradients: [V, columns]. None: there are none, and moments are brought to the step of the parameters.
+        gradients: [V, columns]; or what they are made of, where the rows are packed. None: there are none, and moments
+            are brought to the step of the parameters.
         host: N rows, pinned or on the device, of either kind; the values in it are as old as the moments.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
@@ -110,7 +117,12 @@ def step_host_rows(
 
 
 def step_view_rows(
-    values: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, rows: RowState, tables: DeferralTables
+    values: Tensor,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    rows: RowState,
+    tables: DeferralTables,
 ) -> None:
     """Step rows of a view that lie packed and in its order.
 
@@ -118,7 +130,8 @@ def step_view_rows(
         values: [V, columns] on the device, as `fetch_dated_rows` gives them; receives the new values.
         ids: [V] int64 on the device, which Gaussians they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
-        gradients: [V, columns]; None: there are none, and moments are brought to the step of the values.
+        gradients: [V, columns], or what they are made of. None: there are none, and moments are brought to the step of
+            the values.
         rows: V packed rows on the device.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
@@ -221,11 +234,19 @@ def _chosen(wanted: Tensor | None) -> Tensor | slice:
     return slice(None) if wanted is None else wanted.nonzero().squeeze(1)
 
 
-def _update(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor | None, tables: DeferralTables) -> None:
+def _update(
+    rows: RowState,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    tables: DeferralTables,
+) -> None:
     """Step rows in place; without gradients bring their moments to the step of their parameters."""
     if gradients is None:
         _catch_up(rows, ids, last_step, tables)
     else:
+        if isinstance(gradients, HarmonicsGradient):
+            gradients = gradients.dense(tables.columns)
         _store(rows, *_stepped(rows, last_step, gradients, tables), ids, tables)
 
 

@@ -24,6 +24,7 @@ from offload.adam.bfloat16 import seed_of
 from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.packed_rows_triton import is_wanted
 from offload.adam.rows import catch_up_rows
 from offload.store.layout import PackedRows, ResidentRows, RowState
@@ -83,15 +84,22 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
 
 
 def step_host_rows(
-    parameters: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, host: RowState, tables: DeferralTables
+    parameters: Tensor,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    host: RowState,
+    tables: DeferralTables,
 ) -> None:
     """Do as `offload.adam.rows.step_host_rows`."""
     count, columns = parameters.shape
     if count == 0:
         return
     if packed_rows.takes(host):
-        packed_rows.step(parameters, ids, last_step, gradients, host, tables, STEP_BLOCKS)
+        packed_rows.step(parameters, ids, last_step, gradients, host, tables, in_order=False)
         return
+    if isinstance(gradients, HarmonicsGradient):
+        raise TypeError("gradients are made for packed rows alone")
     host_columns = host.parameters.shape[1]
     step, num_vectors = tables.step_sizes(), count * host_columns // 4
     with torch.cuda.device_of(parameters):
@@ -118,11 +126,16 @@ def step_host_rows(
 
 
 def step_view_rows(
-    values: Tensor, ids: Tensor, last_step: Tensor, gradients: Tensor | None, rows: RowState, tables: DeferralTables
+    values: Tensor,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    rows: RowState,
+    tables: DeferralTables,
 ) -> None:
     """Do as `offload.adam.rows.step_view_rows`."""
     if len(ids):
-        packed_rows.step(values, ids, last_step, gradients, rows, tables, None)
+        packed_rows.step(values, ids, last_step, gradients, rows, tables, in_order=True)
 
 
 def read_packed_rows(

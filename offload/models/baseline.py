@@ -79,7 +79,7 @@ class BaselineGaussians:
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Tensor]:
         """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
         with self._order.taking("fetch", cameras=cameras):
             self._ids = self._cull(cameras)

@@ -2,7 +2,8 @@
 
 A training step is
 
-    rows = model.fetch(cameras)     the rows that the view needs, as leaves of autograd or views of such
+    rows = model.fetch(cameras)     the rows that the view needs, as leaves of autograd or views of such; told which
+                                    degree is rendered, it may make the harmonics' gradient itself
     model.prefetch(next_cameras)    optional: the rows of the next view travel while this one is rendered
     ...                             rendering and the backward pass
     model.displace(rows, offsets)   optional: means of rows of the view move with the update
@@ -210,8 +211,15 @@ class GaussianModel(Protocol):
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
-        """Return the rows [V] that cameras may draw, for `training.gaussians.activate`, on the rendering device."""
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Tensor]:
+        """Return the rows [V] that cameras may draw, for `training.gaussians.activate`, on the rendering device.
+
+        Args:
+            cameras: Of the view.
+            sh_degree: Of the harmonics that these cameras will render, where they stand, and no others. A model may
+                then make the gradient of shN from that of sh0, to which colours alone add, and let shN receive none.
+                None: all parameters receive theirs.
+        """
 
     def prefetch(self, cameras: Cameras, strays: Tensor | None = None) -> None:
         """Prepare the view after this one; not where rows will be changed before it.

@@ -62,7 +62,7 @@ class DeviceGaussians:
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Tensor]:
         """Return all parameters for `training.gaussians.activate`: they are on the device, whatever cameras see."""
         with self._order.taking("fetch", cameras=cameras):
             return self.parameters

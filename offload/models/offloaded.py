@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
 from offload.adam.finite import FiniteGradients, gradient_of
+from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import ARRAYS, State, load_deferred
@@ -20,12 +21,13 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.models.named_rows import named_rows
-from offload.pipelines.contract import Counters, Displacement, FetchedRows, Pipeline
+from offload.pipelines.contract import MEANS, Counters, Displacement, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
-from offload.store.layout import Moments, StateFormat
+from offload.store.layout import Moments, StateFormat, group_columns
 
+CONSTANT = group_columns("geometry", sh_degree=0, state="compact")["sh0"]  # columns of a row of geometry
 Place = Literal["device", "host"]
 Adam = TypeVar("Adam", bound=DeferralTables)
 
@@ -61,6 +63,8 @@ class OffloadedGaussians:
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)  # [V] of the present view
         self._leaves: dict[str, Tensor] = {}  # [V, ...] of geometry that does not travel
         self._displaced: Displacement | None = None  # rows of the present view, with its update
+        # Of the present view, where the gradient of its harmonics is made in the update: its camera, and the degree.
+        self._seen: tuple[Cameras, int] | None = None
 
     @property
     def num_gaussians(self) -> int:
@@ -73,12 +77,15 @@ class OffloadedGaussians:
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras) -> dict[str, Tensor]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Tensor]:
         """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
         with self._order.taking("fetch", cameras=cameras):
             self._forget_other_rows(cameras)
             rows = self._pipeline.fetch(cameras)
-            self._ids = rows.ids
+            self._ids, self._seen = rows.ids, None
+            if sh_degree is not None and len(cameras.viewmats) == 1 and isinstance(self._geometry, CulledGeometry):
+                self._seen = cameras, sh_degree
+                rows.values["appearance"].requires_grad_(False)
             return self._to_render(rows)
 
     @property
@@ -103,10 +110,12 @@ class OffloadedGaussians:
         with self._order.taking("update"):
             self._keep_finite()
             gradients = self._geometry_gradients()
+            self._groups["appearance"].made = self._harmonics_gradient()
             travels, displaced = "geometry" in self._groups, self._displaced
             if travels and displaced is not None:
                 self._pipeline.displace(displaced)
             self._update_travelled()
+            self._groups["appearance"].made = None
             if not travels and displaced is not None:
                 self._geometry.displace(self._ids[displaced.rows], displaced.offsets)
             self._displaced = None
@@ -296,6 +305,14 @@ class OffloadedGaussians:
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Return the gradients [V, ...] of geometry that does not travel."""
         return {name: gradient_of(leaf) for name, leaf in self._leaves.items()}
+
+    def _harmonics_gradient(self) -> HarmonicsGradient | None:
+        """Return what that of the present view is made of, before its means move; None: its leaf has one."""
+        if self._seen is None or self._rows is None:
+            return None
+        (cameras, sh_degree), geometry = self._seen, self._rows.values["geometry"]
+        means, constant = geometry.detach()[:, MEANS].clone(), gradient_of(geometry)[:, CONSTANT]
+        return HarmonicsGradient(means, constant, position_of(cameras), sh_degree)
 
     @contextmanager
     def _changing(self, method: str, ids: Tensor) -> Iterator[None]:

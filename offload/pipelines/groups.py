@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from offload.adam.deferral import DeferralTables
+from offload.adam.finite import gradient_of
+from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
@@ -31,6 +33,12 @@ class RowGroup(Generic[Adam]):
     # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
     # and before they are in the store.
     on_step: Callable[[Tensor, Tensor], None] | None = None
+    # What the gradient of the present view's rows is made of, by the next update; None: their leaf has one.
+    made: HarmonicsGradient | None = None
+
+    def gradient_of(self, leaf: Tensor) -> Tensor | HarmonicsGradient:
+        """Return the gradient of rows [V, columns] of the present view, or what it is made of."""
+        return gradient_of(leaf) if self.made is None else self.made
 
     def begin_step(self) -> None:
         """Begin the next step, on the current stream."""

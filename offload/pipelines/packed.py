@@ -22,7 +22,8 @@ Some rows may be resident (`offload/pipelines/residents.py`): these come from th
 whoever reads or changes a store that makes no difference, since `finish` brings them to it.
 
 Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
-the device a row of the arena takes 328 bytes, and one of the present view 256 of values and as many of gradients.
+the device a row of the arena takes 328 bytes, and one of the present view 256 of values and 64 of gradients: those of
+harmonics are made in the update where one camera has seen the view (`offload/adam/harmonics.py`), or 192 bytes more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
@@ -168,7 +168,7 @@ class PackedPipeline:
             group.begin_step()
         self._applied = True
         for name, group in self._groups.items():
-            values, gradients = view.values[name].detach(), gradient_of(view.values[name])
+            values, gradients = view.values[name].detach(), group.gradient_of(view.values[name])
             rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
             self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
             last_step.fill_(group.adam.step)

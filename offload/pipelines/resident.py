@@ -18,7 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offload.adam.finite import gradient_of
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
@@ -83,7 +82,7 @@ class ResidentPipeline:
     def update(self) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave, in the stores."""
         view = fetched(self._present)
-        gradients = {name: gradient_of(values) for name, values in view.values.items()}
+        gradients = {name: group.gradient_of(view.values[name]) for name, group in self._groups.items()}
         for group in self._groups.values():
             group.begin_step()
         self._applied = True
