@@ -46,6 +46,8 @@ def project_pairs(
     depth_only = render_mode in ("D", "ED")
     # Here, since its gradient is to come last.
     harmonics = None if depth_only or sh_degree is None else Harmonics(sh_degree, colors)
+    # -R^T t, since a general inverse makes cuBLAS keep 32 MiB. Before the host waits for the number of pairs.
+    camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
     rows = (means, quats, scales, opacities)
     if not len(means):
         rows = _stand_in(*rows)
@@ -69,8 +71,6 @@ def project_pairs(
             raise ValueError("colors are two tensors, but sh_degree is None")
         features = colors.index_select(0, gaussian_ids)
     else:
-        # -R^T t, since a general inverse makes cuBLAS keep 32 MiB.
-        camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
         features = harmonics.colors(means, camera_positions, camera_ids, gaussian_ids)
     if render_mode != "RGB":
         features = torch.cat([features, depths[:, None]], dim=-1)
