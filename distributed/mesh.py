@@ -17,19 +17,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from distributed.board import Board
-from errors import InputError
+from errors import InputError, reason
 from offload.errors import ParameterError
 
 T = TypeVar("T")
 TELLS_WITHIN = 10.0  # seconds, of processes that have been started together
+REACHES_WITHIN = 60.0  # seconds, torchrun's store, which was there before this process
 
 
 class RanksParted(RuntimeError):
@@ -288,8 +291,8 @@ def arrive(device: torch.device, proportions: Sequence[int] = ()) -> Arrival | N
         proportions: In which the ranks are to hold the Gaussians, a number for each; empty: equally.
 
     Raises:
-        InputError: There are more processes on this machine than GPUs, torchrun has not started them, there are
-            not as many as proportions, or what the environment says of them is no number.
+        InputError: There are more processes on this machine than GPUs, torchrun has not started them or cannot be
+            reached, there are not as many as proportions, or what the environment says of them is no number.
     """
     size = _number("WORLD_SIZE", 1)
     if proportions and len(proportions) != size:
@@ -329,8 +332,24 @@ def arrive_by(device: torch.device, backend: Literal["nccl", "gloo"], proportion
             of a GPU through pinned host memory, does not, so that one GPU can stand for several.
         backend: Of torch.distributed, for tensors.
         proportions: As for `arrive`.
+
+    Raises:
+        InputError: The store cannot be reached by which they meet.
     """
-    store, rank, size = next(rendezvous("env://"))
+    # No signal is heard meanwhile. Where torchrun keeps no store, rank 0 does, which may have to import for minutes.
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    timeout = timedelta(seconds=REACHES_WITHIN) if is_kept else default_pg_timeout
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        board = Board()
+    except RuntimeError as error:
+        let_first_tell()
+        keeper = "torchrun" if is_kept else "the process of rank 0"
+        raise InputError(
+            f"{keeper} cannot be reached at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({reason(error)}): if it has ended, start all again, and otherwise let all machines reach that port."
+        ) from error
+    store.set_timeout(default_pg_timeout)  # for what ranks wait for when they have met
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # ranks before a restart have left things in the store
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    return Arrival(rank, size, device, tuple(proportions) or (1,) * size, Board(), backend, store)
+    return Arrival(rank, size, device, tuple(proportions) or (1,) * size, board, backend, store)

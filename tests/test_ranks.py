@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -731,6 +732,19 @@ def test_what_torchrun_would_not_set_is_refused(monkeypatch, name, value):
         monkeypatch.setenv(known, number)
     with pytest.raises(InputError, match=rf"The environment has {name}={value}, which is n"):
         arrive(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_torchrun_that_is_gone_is_waited_for_no_half_hour(monkeypatch, rank):
+    with socket.socket() as taken:  # for a port where nobody listens
+        taken.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": rank}
+        for name, value in (ENVIRONMENT | there | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("distributed.mesh.REACHES_WITHIN", 1)
+        monkeypatch.setattr("distributed.mesh.TELLS_WITHIN", 0)
+        with pytest.raises(InputError, match=r"^torchrun cannot be reached at 127\.0\.0\.1:\d+ \(.*\): .*start all"):
+            arrive(torch.device("cpu"))
 
 
 def test_without_a_number_of_processes_there_is_one(monkeypatch):
