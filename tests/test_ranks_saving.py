@@ -397,6 +397,14 @@ def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(
     assert not (tmp_path / "results").exists()  # nothing has begun there
 
 
+def test_what_would_fit_is_told_of_the_rank_with_the_least_room(city_block, tmp_path):
+    """Both have the same memory."""
+    ended = ScriptGroup(2, "streamed", options_for(city_block, tmp_path, "--max_steps", 1, "--shares", 1, 9)).ends()
+    assert [code for code, _ in ended] == [0, 0]
+    assert sentences(ended, "For a rank that holds") == ["For a rank that holds 90 % of the Gaussians:"]
+    assert len(sentences(ended, "Memory for ")) == len(sentences(ended, "About ")) == 1
+
+
 def test_an_error_that_the_first_does_not_tell_is_told_by_who_has_it(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("distributed.mesh.TELLS_WITHIN", 0)

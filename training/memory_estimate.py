@@ -340,7 +340,7 @@ def check_memory(
                 f"Training {num_gaussians} Gaussians takes about {format_bytes(needed)} of "
                 f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
             )
-    most = int(min(need.most_gaussians() for need in all_needs) / share)
+    most = most_that_fit(all_needs, share)
     if max_gaussians > most:
         need = min(all_needs, key=Need.most_gaussians)
         raise NotEnoughMemory(
@@ -356,6 +356,11 @@ def check_memory(
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
     return "\n".join(lines)
+
+
+def most_that_fit(all_needs: list[Need], share: float = 1.0) -> int:
+    """Return how many Gaussians, at all ranks, training can hold where this process has a share of them."""
+    return int(min(need.most_gaussians() for need in all_needs) / share)
 
 
 def _listed(all_needs: list[Need], needed: list[float]) -> str:

@@ -45,7 +45,7 @@ from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
-from training.memory_estimate import check_memory, needs, share_in_largest_view
+from training.memory_estimate import check_memory, most_that_fit, needs, share_in_largest_view
 from training.modules import RunModules
 from training.options import check_options
 from training.pose_files import PoseFiles, tell_of_old_poses
@@ -311,7 +311,9 @@ class TrainingRun(Generic[AnyConfig]):
                 need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // local_ranks())
                 for need in all_needs
             ]
-        print(where + check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option, share))
+        told = where + check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option, share)
+        # That of the rank which has the least room for what it is to hold: where it has none, all end.
+        print(min(self._joint.gather((most_that_fit(all_needs, share), told)))[1])
         resident_share = getattr(self.cfg, "resident_share", 0.0)
         if resident_share > 0 and self.device.type == "cuda":
             print(
