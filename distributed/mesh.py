@@ -39,6 +39,13 @@ class RanksParted(RuntimeError):
     """Say that a collective has failed, since another rank has ended or cannot be reached."""
 
 
+class Terminated(Exception):
+    """Say that SIGTERM has come, which torchrun sends where another rank has ended, or where it has got it itself.
+
+    Whoever takes errors of torch for those of the others, which are of RuntimeError, does not take this one.
+    """
+
+
 @contextmanager
 def _talking() -> Iterator[None]:
     try:

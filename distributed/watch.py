@@ -21,13 +21,14 @@ from pathlib import Path
 from threading import Event, Thread
 
 from distributed.board import BoardGone
-from distributed.mesh import Arrival, RanksParted
+from distributed.mesh import Arrival, RanksParted, Terminated
 
 LOOKS_EVERY = 0.5  # seconds
 SILENT_FOR = 60.0  # seconds, in which another machine's rank must have given a beat
 SUSPECTED_FOR = 10.0  # the same, once a collective has failed or torchrun ends this rank; also to arrive in
 ARRIVE_WITHIN = 1800.0  # seconds between the first and the last, as torch.distributed has it
 GRACE = 10.0  # seconds for a rank to leave by itself
+CAUSED_WITHIN = 3.0  # seconds in which a rank's end is known that has made torchrun send SIGTERM to the others
 ENDED = "ended"
 _runs = itertools.count()
 GONE = "gone"  # says which rank's process is no more; who waits for all ranks on the board looks at it
@@ -123,17 +124,18 @@ class Watch:
         return self._post(End(self.rank, self.rank, sentence, is_gone=False))
 
     def end_by_others(self, error: Exception) -> End:
-        """Return why others do not answer any more, when a collective has failed with an error.
+        """Return why others do not answer any more, when a collective has failed with an error, or SIGTERM has come.
 
         This process is leaving from now on.
         """
         self._is_leaving, self._suspicious_since = True, time.monotonic()
-        are_here = [process.machine == self._own.machine for process in self._processes.values()]
-        is_certain = len(are_here) == self._size and all(are_here)  # of any that has ended, within LOOKS_EVERY
-        deadline = self._suspicious_since + GRACE + (0 if is_certain else SUSPECTED_FOR)
-        while self._end is None and time.monotonic() < deadline and self._thread.is_alive():
+        is_terminated = isinstance(error, Terminated)  # which may be all there is
+        patience = CAUSED_WITHIN if is_terminated else GRACE
+        while self._end is None and self._thread.is_alive():
+            if time.monotonic() > self._suspicious_since + patience + (0 if self._is_certain() else SUSPECTED_FOR):
+                break
             time.sleep(LOOKS_EVERY / 5)
-        return self._end or self.end_by(f"the ranks have parted ({error})")
+        return self._end or self.end_by(str(error) if is_terminated else f"the ranks have parted ({error})")
 
     def all_stand_at(self, standing: list[int]) -> bool:
         """Return whether all ranks have come to the same place, named by numbers; each asks once, when it leaves.
@@ -199,6 +201,11 @@ class Watch:
         watched = sorted(self._processes.keys() - self._finished)
         gone = [rank for rank in watched if self._is_gone(rank, self._processes[rank])]
         return gone + (sorted(missing) if self._suspects(SUSPECTED_FOR) else [])
+
+    def _is_certain(self) -> bool:
+        """Return whether any rank that has ended is known within LOOKS_EVERY: all have arrived, on this machine."""
+        processes = list(self._processes.values())  # the thread adds to them
+        return len(processes) == self._size and all(process.machine == self._own.machine for process in processes)
 
     def _suspects(self, seconds: float = 0.0) -> bool:
         """Return whether this rank has cause to believe that another has ended, and has had it for so long."""

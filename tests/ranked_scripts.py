@@ -76,8 +76,8 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     One that is "full" cannot write its parts of checkpoints.
 
     With "unfinished" the error comes when the Gaussians have taken the step and modules have not. With "early_kill" it
-    is killed before it reads the dataset. One that is "slow" begins two seconds later. With
-    "late_error" torchrun finds that another rank has left before this one has told why.
+    is killed before it reads the dataset, with "terminate" it gets SIGTERM there. One that is "slow" begins two seconds
+    later. With "late_error" torchrun finds that another rank has left before this one has told why.
     """
     import startup  # noqa: F401
     from errors import InputError
@@ -89,6 +89,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     leave_charts_undrawn(pytest.MonkeyPatch())
     what, _, step = fault.partition("@")
     reporting.load_lpips = lambda net, device: None
+    load_dataset = run.load_dataset
     mark, leave, from_batch, even = TrainingRun.mark, TrainingRun.__exit__, View.from_batch, video.even
     loaded = drawn = 0
 
@@ -110,6 +111,10 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
             leave(self, *error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def terminated(*arguments: object) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load_dataset(*arguments)
 
     def no_room(self: PartialCheckpoint) -> None:
         self.discard()
@@ -133,6 +138,8 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
 
     if what == "early_kill":
         run.load_dataset = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "terminate":
+        run.load_dataset = terminated
     elif what == "full":
         PartialCheckpoint.publish = no_room
     elif what == "slow":

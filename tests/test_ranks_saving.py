@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from configs import Config
 from datasets.scene import load_scene
 from distributed.levelling import HeldTwice
-from distributed.mesh import Ranks, RanksParted
+from distributed.mesh import Ranks, RanksParted, Terminated
 from distributed.watch import End, Process, Watch
 from errors import DamagedError, InputError
 from exports.source import open_source
@@ -397,6 +397,15 @@ def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(
     assert not (tmp_path / "results").exists()  # nothing has begun there
 
 
+def test_sigterm_from_outside_before_the_first_step_is_told_once(city_block, tmp_path):
+    options = options_for(city_block, tmp_path / "results", "--max_steps", 9)
+    ended = ScriptGroup(2, "streamed", options, {0: "terminate", 1: "terminate"}).ends()
+    assert [code for code, _ in ended] == [1, 1]
+    (sentence,) = sentences(ended, "Stopped: ")
+    assert re.fullmatch(r"Stopped: rank \d \(.*\): SIGTERM has come before the first step\.", sentence)
+    assert not any("Traceback" in output for _, output in ended)
+
+
 def test_what_would_fit_is_told_of_the_rank_with_the_least_room(city_block, tmp_path):
     """Both have the same memory."""
     ended = ScriptGroup(2, "streamed", options_for(city_block, tmp_path, "--max_steps", 1, "--shares", 1, 9)).ends()
@@ -432,6 +441,7 @@ class Notices(dict):
         return self.setdefault(name, value)
 
 
+@pytest.mark.parametrize("error", [RanksParted("a line is closed"), Terminated("SIGTERM has come")])
 @pytest.mark.parametrize(
     ("arrived", "told"),
     [
@@ -440,17 +450,18 @@ class Notices(dict):
         ({2: False}, r"rank 2 \(process 1 on there\) has ended without a word, as if it was killed"),
     ],
 )
-def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, arrived, told):
+def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, error, arrived, told):
     """The one of three that asks is rank 1; who has come and ended is more certain than who has not come."""
     monkeypatch.setattr("distributed.watch.LOOKS_EVERY", 0.02)
     monkeypatch.setattr("distributed.watch.SUSPECTED_FOR", 0.2)
+    monkeypatch.setattr("distributed.watch.CAUSED_WITHIN", 0.1)
     notices = Notices()
     with Watch(SimpleNamespace(rank=1, size=3, board=notices), print) as watch:
         (own,) = (name for name in notices if name.endswith("arrived 1"))
         for rank, lives in arrived.items():
             process = Process.own() if lives else replace(Process.own(), host="there", pid=1, started="never")
             notices[own.removesuffix("1") + str(rank)] = asdict(process)
-        end = watch.end_by_others(RanksParted("SIGTERM"))
+        end = watch.end_by_others(error)
     assert re.fullmatch(told, end.sentence)
     assert end.told_by == 1
 

@@ -25,7 +25,7 @@ from configs import Config
 from datasets.scene import Scene
 from distributed.dealing import dealt_rows
 from distributed.levelling import HeldTwice
-from distributed.mesh import Ranks, RanksParted, arrive, hear_sigterm, let_first_tell
+from distributed.mesh import Ranks, RanksParted, Terminated, arrive, hear_sigterm, let_first_tell
 from distributed.watch import End, Watch
 from errors import EndedElsewhere, InputError, NotSaved, TrainingStopped, reason
 from offload.errors import ParameterError, sentence_of
@@ -123,7 +123,7 @@ class JointRun:
     def _on_early_end(self, signal_number: int, frame: FrameType | None) -> None:
         """Leave what comes before the first step: torchrun sends SIGTERM, mostly where another rank has ended."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: this one is leaving
-        raise RanksParted("SIGTERM has come from outside")
+        raise Terminated(f"SIGTERM has come {'in the evaluation' if self._given.ckpt else 'before the first step'}")
 
     def release_sigterm(self) -> None:
         """Let SIGTERM end this process as it ends any: what comes before the first step is over, or the run is."""
@@ -207,7 +207,7 @@ class JointRun:
             end = self._end_of(error, sentence_of(error))
             if end.told_by != self._watch.rank:
                 raise EndedElsewhere(end.sentence) from error
-            if isinstance(error, RanksParted):
+            if isinstance(error, RanksParted | Terminated):
                 raise TrainingStopped(f"{end.sentence}.") from error
             if isinstance(error, InputError | TrainingStopped):
                 raise
@@ -263,7 +263,10 @@ class JointRun:
         assert self._watch is not None
         if signal.getsignal(signal.SIGTERM) == self._on_early_end:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this one is leaving by itself
-        end = self._watch.end_by_others(error) if isinstance(error, RanksParted) else self._watch.end_by(sentence)
+        if isinstance(error, RanksParted | Terminated):
+            end = self._watch.end_by_others(error)
+        else:
+            end = self._watch.end_by(sentence)
         if end.told_by == self._watch.rank:  # torchrun sends it as soon as another rank has left, before this one tells
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.device.type == "cpu" and self.ranks is not None:
