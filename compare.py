@@ -35,7 +35,7 @@ from comparing.runs import (
     read_options,
     read_run,
 )
-from distributed.mesh import local_ranks
+from distributed.mesh import refuse_several
 from errors import InputError, refusing
 from reporting.figures import FIGURES
 from reporting.machine import describe_machine
@@ -62,6 +62,8 @@ def main() -> None:
 
     The exit code is 0 when all runs have finished, 1 when one has not, 2 for bad input, and 130 after Ctrl-C.
     """
+    with refusing():
+        refuse_several("compare.py starts each trainer")
     options, passed_on = tyro.cli(Options, description=__doc__, return_unknown_args=True)
     with unbreakable_output():
         _main(options, passed_on)
@@ -98,10 +100,8 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
     """Train a scene in all wanted ways, and report after each.
 
     Raises:
-        InputError: Options that cannot be used, or torchrun has started this; nothing has been started.
+        InputError: Options that cannot be used; nothing has been started.
     """
-    if local_ranks() > 1:
-        raise InputError("compare.py starts each trainer as one process: start it without torchrun.")
     plans = plan(options.scene, options.trainers, options.result_dir, passed_on)
     check_free_folders(plans)
     if not options.force:

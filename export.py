@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 import startup  # noqa: F401, before torch is imported
-from distributed.mesh import local_ranks
+from distributed.mesh import refuse_several
 from errors import InputError, counted, format_bytes, reason, refusing, stopped_by_signals
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
@@ -57,6 +57,8 @@ class Options:
 
 def main() -> None:
     """Export; the exit code is 0, or 2 with one sentence where something in the input cannot be used."""
+    with refusing():
+        refuse_several("export.py writes a model")
     options = tyro.cli(Options, description=__doc__)
     with unbreakable_output(), refusing(), stopped_by_signals():
         try:
@@ -72,8 +74,6 @@ def export(options: Options) -> None:
     Raises:
         InputError: It cannot be written; nothing is left of it.
     """
-    if local_ranks() > 1:
-        raise InputError("export.py writes a model as one process: start it without torchrun.")
     to, form = options.to, _check(options)
     check_target(to)
     region = read_region(options.crop)

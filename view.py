@@ -16,8 +16,8 @@ from typing import Literal
 import tyro
 
 import startup  # noqa: F401, before torch is imported
-from distributed.mesh import local_ranks
-from errors import InputError, refusing, stopped_by_signals
+from distributed.mesh import refuse_several
+from errors import refusing, stopped_by_signals
 from training.opened import open_model
 from training.run import select_device
 from viewer.page import HOST, PORT, Page
@@ -41,6 +41,8 @@ class Options:
 
 def main() -> None:
     """Show a model until Ctrl-C or SIGTERM; the exit code is 2 for bad input."""
+    with refusing():
+        refuse_several("view.py shows a model")
     options = tyro.cli(Options, description=__doc__)
     with refusing(), stopped_by_signals():
         try:
@@ -55,8 +57,6 @@ def show(options: Options) -> None:
     Raises:
         InputError: The model cannot be read, viser is not installed, or the port is taken.
     """
-    if local_ranks() > 1:
-        raise InputError("view.py shows a model as one process: start it without torchrun.")
     page = Page(options.port, options.host)
     try:
         model, up, pose = open_model(options.model, select_device(options.device), antialiased=options.antialiased)

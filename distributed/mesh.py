@@ -231,6 +231,21 @@ def let_first_tell() -> None:
         time.sleep(TELLS_WITHIN)
 
 
+def refuse_several(what: str) -> None:
+    """Refuse to do as one of several processes what is for one; the first of a machine tells.
+
+    Args:
+        what: The program and what it does, with which the sentence begins.
+
+    Raises:
+        InputError: The environment says that there are several.
+    """
+    if is_one_of_several():
+        let_first_tell()
+        size = os.environ["WORLD_SIZE"]
+        raise InputError(f"{what} as one process: start it without torchrun, which sets WORLD_SIZE={size}.")
+
+
 def hear_sigterm() -> None:
     """Let SIGTERM, which torchrun sends where another rank has ended, do what it does; `startup` has put it off."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

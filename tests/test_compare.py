@@ -358,7 +358,7 @@ def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
 
 def test_processes_of_torchrun_start_no_trainers(monkeypatch, tmp_path, capsys):
     """Each would start all of them, which would take each other for their ranks."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["compare.py", "demo", "--result_dir", str(tmp_path / "results")])
     with pytest.raises(SystemExit) as ended:
         compare.main()

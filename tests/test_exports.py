@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,9 @@ from numpy.lib.recfunctions import repack_fields
 from plyfile import PlyData, PlyElement
 from torch import Tensor
 
+import compare
 import export
+import view
 from configs import Config
 from errors import InputError
 from exports import formats, streamed
@@ -169,10 +172,22 @@ def test_a_ply_of_a_run_is_known_to_have_had_a_sky(ending, model, tmp_path, monk
         assert ("It was trained before a sky, which no format holds" in capsys.readouterr().out) == (case == "sky")
 
 
-def test_exports_are_made_by_one_process(monkeypatch, checkpoint, tmp_path):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="start it without torchrun"):
-        run(checkpoint, "--to", tmp_path / "a.spz")
+@pytest.mark.parametrize("program", [compare, export, view])
+def test_of_several_processes_that_do_the_work_of_one_the_first_tells(program, monkeypatch, capsys):
+    """Of the first machine and of others, which may have one process each."""
+    waiting = []
+    monkeypatch.setattr("distributed.mesh.hear_sigterm", lambda: waiting.append(os.environ["RANK"]))
+    monkeypatch.setattr("distributed.mesh.TELLS_WITHIN", 0)
+    monkeypatch.setattr("sys.argv", [f"{program.__name__}.py"])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, local_rank, local_size in (("0", "0", "2"), ("1", "1", "2"), ("2", "0", "1")):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", local_size)):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        assert ended.value.code == 2
+        assert "as one process: start it without torchrun, which sets WORLD_SIZE=3." in capsys.readouterr().err
+    assert waiting == ["1"]
 
 
 def test_splat_holds_float32_and_bytes(model, checkpoint, tmp_path, capsys):
