@@ -221,7 +221,7 @@ class DefaultStrategy:
         try:
             grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seeds, step))
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            failure = f"Growing to {store.num_gaussians + num_new} Gaussians failed ({sentence_of(error)})."
+            failure = f"Growing to {store.num_gaussians + num_new:,} Gaussians failed ({sentence_of(error)})."
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
 
         self._room.tell_any(failure)
@@ -233,7 +233,7 @@ class DefaultStrategy:
         kept_ids = torch.where(~remove)[0]
         if self._sum(len(kept_ids)) == 0:
             raise TrainingStopped(
-                f"The refinement at step {step} would remove all {self._sum(store.num_gaussians)} Gaussians: "
+                f"The refinement at step {step} would remove all {self._sum(store.num_gaussians):,} Gaussians: "
                 "lower --prune_opa or raise --prune_scale3d."
             )
         self._num_appended += len(duplicate_ids) + len(split_ids)

@@ -155,7 +155,7 @@ class MCMCStrategy:
         num_dead, num_gaussians = self._sums(len(dead_ids), len(opacities))
         if num_dead == num_gaussians:
             raise TrainingStopped(
-                f"At step {step} all {num_gaussians} Gaussians are transparent, so there is none to relocate others "
+                f"At step {step} all {num_gaussians:,} Gaussians are transparent, so there is none to relocate others "
                 "to: lower --opacity_reg or --prune_opa."
             )
         if num_dead == 0:
@@ -229,7 +229,7 @@ class MCMCStrategy:
                 store.append_copies(source_ids)
                 store.overwrite(torch.arange(num_before, num_before + num_new, device=source_ids.device), values)
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            failure = f"Growing to {num_before + num_new} Gaussians failed ({sentence_of(error)})."
+            failure = f"Growing to {num_before + num_new:,} Gaussians failed ({sentence_of(error)})."
         if self._room.tell_any(failure):
             store.truncate(num_before)
             return False

@@ -229,7 +229,7 @@ def lacking_memory(store: GaussianModel, num_new: int, remedy: str) -> str | Non
         free = free_bytes() if device.type == "cpu" else unallocated_bytes(device)
         if needed > free:
             return (
-                f"Growing from {store.num_gaussians} to {store.num_gaussians + num_new} Gaussians needs "
+                f"Growing from {store.num_gaussians:,} to {store.num_gaussians + num_new:,} Gaussians needs "
                 f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: {remedy}."
             )
     return None

@@ -281,7 +281,7 @@ def test_a_trainer_that_the_city_leaves_no_memory_is_not_started(monkeypatch):
     job = train_step.Job("streamed_compact", 1_000_000, (1000.0,) * 64, 0.1, steps=3)
     found = train_step.run_trainer(job, run_type)
     assert found.milliseconds is None
-    assert "1000000 Gaussians" in found.problem
+    assert "1,000,000 Gaussians" in found.problem
 
 
 def test_a_city_is_counted_tile_by_tile_as_if_it_were_whole():

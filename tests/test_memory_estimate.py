@@ -146,6 +146,8 @@ def test_what_fits_is_told_of_the_gaussians_of_all_ranks():
         "Memory for 2,097,152 Gaussians for its share: 1.17 GiB of host memory (4.00 GiB free), 100 MiB of GPU memory "
         "(1.00 GiB free).\nAbout 8,589,934 would fit."
     )
+    with pytest.raises(NotEnoughMemory, match=r"^Training 9,000,000 Gaussians takes about .* for its share, and"):
+        check_memory(needs_of(4 * GIB, GIB), 9_000_000, 0, share=0.5)
     with pytest.raises(NotEnoughMemory, match=r"--max_gaussians 9000000 .*for its share.* at most 8589934"):
         check_memory(needs_of(4 * GIB, GIB), 2**21, 9_000_000, share=0.5)
 

@@ -92,7 +92,7 @@ def test_a_budget_that_no_tiles_can_keep_names_one_that_they_can(coverage):
 
 
 def test_a_budget_below_the_geometry_is_refused():
-    with pytest.raises(InputError, match="geometry of 1000000 Gaussians alone takes 150 MiB"):
+    with pytest.raises(InputError, match="geometry of 1,000,000 Gaussians alone takes 150 MiB"):
         MemoryBudget(100_000_000, ROWS, num_gaussians=1_000_000)
     MemoryBudget(100_000_000, RowBytes.of("host", 3), num_gaussians=1_000_000)
     assert ROWS.everywhere * 1_000_000 / (1 - HEADROOM) < 150 * 2**20

@@ -28,7 +28,7 @@ import torch
 
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
-from errors import NotEnoughMemory, format_bytes
+from errors import NotEnoughMemory, counted, format_bytes
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
@@ -337,7 +337,7 @@ def check_memory(
         needed = need.bytes_from_start(held)
         if needed > need.free_bytes:
             raise NotEnoughMemory(
-                f"Training {num_gaussians} Gaussians takes about {format_bytes(needed)} of "
+                f"Training {counted(num_gaussians, 'Gaussian')} takes about {format_bytes(needed)} of "
                 f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
             )
     most = most_that_fit(all_needs, share)

@@ -302,7 +302,7 @@ class Evaluation:
         tqdm.write(
             f"Step {steps}: PSNR {statistics['psnr']:.2f} dB{corrected}, SSIM {statistics['ssim']:.4f}, LPIPS {lpips} "
             f"on {counted(len(statistics['images']), 'held-out view')}, "
-            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {run.num_gaussians} Gaussians"
+            f"{1000 * statistics['seconds_per_image']:.1f} ms per view, {counted(run.num_gaussians, 'Gaussian')}"
         )
 
     def record_video(self, run: TrainingRun, steps: int) -> None:

@@ -679,8 +679,9 @@ class TrainingRun(Generic[AnyConfig]):
             clear_frames(error.__traceback__)  # which hold what the step had allocated
             torch.cuda.empty_cache()
             message = (
-                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with {self.model.num_gaussians} "
-                "Gaussians: continue in a trainer that needs less of it, or raise --data_factor."
+                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with "
+                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or raise "
+                "--data_factor."
             )
             smaller = smaller_trainer(self._trainer, self.cfg, "device")
             command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)

@@ -54,7 +54,7 @@ class HostArray:
             self._mapping = _Mapping.anonymous(num_bytes + HUGE_PAGE_BYTES)
         except OSError as error:
             raise MemoryParameterError(
-                f"This system does not let the process reserve {num_bytes} bytes of address space for {max_rows} "
+                f"This system does not let the process reserve {num_bytes} bytes of address space for {max_rows:,} "
                 "Gaussians: set {max_gaussians} lower."
             ) from error
         self._mapping.pinned = pin and torch.cuda.is_available()
@@ -78,7 +78,7 @@ class HostArray:
         """
         if rows > self.max_rows:
             raise MemoryParameterError(
-                f"{rows} Gaussians do not fit into the host store, which has address space for {self.max_rows}: "
+                f"{rows:,} Gaussians do not fit into the host store, which has address space for {self.max_rows:,}: "
                 "raise {max_gaussians}."
             )
         used, needed = self.rows * self._row_bytes, rows * self._row_bytes

@@ -153,7 +153,7 @@ class MemoryBudget:
         everywhere = row_bytes.everywhere * num_gaussians
         if everywhere > (1 - HEADROOM) * budget:
             raise MemoryParameterError(
-                f"{{device_memory_budget}} is {format_bytes(budget)}, but the geometry of {num_gaussians} Gaussians "
+                f"{{device_memory_budget}} is {format_bytes(budget)}, but the geometry of {num_gaussians:,} Gaussians "
                 f"alone takes {mebibytes(everywhere / (1 - HEADROOM))}: give it more than that, or {{geometry}} host."
             )
         self.budget = budget
@@ -234,7 +234,7 @@ class MemoryBudget:
         if must_fit and dearest > limit:
             least = mebibytes(self._smallest(coverages, num_visible))
             raise MemoryParameterError(
-                f"{{device_memory_budget}} is too small for a view of {num_visible} Gaussians, however it is split: "
+                f"{{device_memory_budget}} is too small for a view of {num_visible:,} Gaussians, however it is split: "
                 f"give it at least {least}.",
                 {"device_memory_budget": least},
             )

@@ -115,7 +115,7 @@ class RoundPlanner(TilePlanner):
             least = mebibytes(max(self._others.gather(self._together_by.needs_together(loads, len(ids)))))
             refusal = MemoryParameterError(
                 f"{{device_memory_budget}} is too small for the views of a step, which {self._others.size} ranks draw "
-                f"of {in_view} Gaussians, however they are split: give it at least {least}.",
+                f"of {in_view:,} Gaussians, however they are split: give it at least {least}.",
                 {"device_memory_budget": least},
             )
         return TiledRows(ids, host_ids, rounds, refusal=refusal)
