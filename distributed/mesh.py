@@ -32,7 +32,7 @@ from offload.errors import ParameterError
 
 T = TypeVar("T")
 TELLS_WITHIN = 10.0  # seconds, of processes that have been started together
-REACHES_WITHIN = 60.0  # seconds, torchrun's store, which was there before this process
+REACHES_WITHIN = 30.0  # seconds, torchrun's store, which was there before this process; torch tries twice
 
 
 class RanksParted(RuntimeError):
