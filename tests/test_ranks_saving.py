@@ -454,7 +454,6 @@ def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, error,
     """The one of three that asks is rank 1; who has come and ended is more certain than who has not come."""
     monkeypatch.setattr("distributed.watch.LOOKS_EVERY", 0.02)
     monkeypatch.setattr("distributed.watch.SUSPECTED_FOR", 0.2)
-    monkeypatch.setattr("distributed.watch.CAUSED_WITHIN", 0.1)
     notices = Notices()
     with Watch(SimpleNamespace(rank=1, size=3, board=notices), print) as watch:
         (own,) = (name for name in notices if name.endswith("arrived 1"))
