@@ -712,9 +712,11 @@ def test_the_command_that_resumes_starts_torchrun_as_it_was(tmp_path, given, mac
     child.write_text("from training.commands import resume_command; print(resume_command())")
     starter.write_text(f"import subprocess, sys; subprocess.run([sys.executable, {str(child)!r}, 'a b'])")
     told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": machines, "MASTER_ADDR": "there"}
+    elsewhere = tmp_path / "elsewhere"  # below which no path lies that would be shortened
+    elsewhere.mkdir()
     places = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/nowhere"}
     command = (sys.executable, starter, *given.split(), child, "a b")
-    done = subprocess.run(command, env=os.environ | told | places, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=elsewhere, env=os.environ | told | places, capture_output=True, text=True)
     launcher = f"{sys.executable} -m torch.distributed.run {given or expected}"
     assert done.stdout.strip() == f"{launcher} {child} 'a b' --resume", done.stderr
 
