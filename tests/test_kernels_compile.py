@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -37,6 +38,19 @@ def kernels_of(*rooms: str) -> set[str]:
     kernels = {name for text in texts for name in re.findall(r"@triton\.jit[^\n]*\ndef (\w+)\(", text)}
     called = {name for text in texts for name in re.findall(r"(?<!def )\b(\w+)\(", text)}
     return kernels - called - {"_of_tuple", "_of_tensor"}  # which others call as `number`
+
+
+def test_kernels_are_written_as_the_oldest_triton_understands():
+    """That of torch 2.6, 3.2, refuses calls with `*values`, which the newer ones that compile them here take."""
+    files = [path for room in ("distributed", "offload", "rendering") for path in (ROOT / room).rglob("*_triton.py")]
+    assert files
+    for path in files:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(d) for d in function.decorator_list
+            ):
+                starred = [node for node in ast.walk(function) if isinstance(node, ast.Starred)]
+                assert not starred, f"{path.name}:{starred[0].lineno}"
 
 
 def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,8 @@ def _step(
         parameters, first_moment, second_moment, row_id, last, inside, sums, multipliers, capacity, eps,
         SCHEDULES, NUM_COLUMNS, WIDTH, LANES,
     )  # fmt: skip
-    m, v = decayed(m, v, *decays_of(decays, capacity, skipped, inside))
+    decay1, near, rest = decays_of(decays, capacity, skipped, inside)
+    m, v = decayed(m, v, decay1, near, rest)
     g = tl.load(gradients + row[:, None] * WIDTH + lane, mask=used, other=0.0)
     w, m, v = adam_step(w, m, v, g, tl.load(sizes), gradient_weight, square_weight, new_eps)
     tl.store(first_moment + at, m, mask=used)

@@ -396,7 +396,8 @@ def _step_kernel(
 
     row_id = tl.load(ids + row, mask=inside, other=0)
     skipped = step - 1 - tl.load(last_step + row_id, mask=inside, other=0)
-    m, v = decayed(m, v, *decays_of(decays, capacity, skipped, inside))
+    decay1, near, rest = decays_of(decays, capacity, skipped, inside)
+    m, v = decayed(m, v, decay1, near, rest)
     w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
     tl.store(parameters + here, w, mask=inside[:, None])
     if second_moment is None:
@@ -443,7 +444,8 @@ def _step_host_kernel(
         w = tl.load(parameters + here, mask=used, other=0.0)
         m, v = _unpack(words1, words2, host_second)
         skipped = step - 1 - tl.load(last_step + row, mask=inside, other=0)
-        m, v = decayed(m, v, *decays_of(decays, capacity, skipped, inside))
+        decay1, near, rest = decays_of(decays, capacity, skipped, inside)
+        m, v = decayed(m, v, decay1, near, rest)
         if gradients is not None:
             g = tl.load(gradients + here, mask=used, other=0.0)
             size = tl.load(sizes + column, mask=used, other=0.0)
