@@ -227,6 +227,27 @@ def test_a_timelapse_is_left_between_frames_and_made_when_resumed(monkeypatch, c
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_after_the_checkpoint_says_where_that_is(monkeypatch, city_block, tmp_path, capsys):
+    """The first one comes in the second step, and another while the timelapse of a run that was stopped is made."""
+    after_step = Timelapse.after_step
+
+    def stop(self: Timelapse, run: object, steps_done: int, loss: torch.Tensor) -> None:
+        after_step(self, run, steps_done, loss)
+        if steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("training.reporting.load_lpips", lambda net, device: None)
+    monkeypatch.setattr(Timelapse, "after_step", stop)
+    monkeypatch.setattr("training.timelapse.whole_video", lambda *video: os.kill(os.getpid(), signal.SIGINT))
+    options = ("--data_dir", city_block, "--timelapse", 1, "--max_steps", 9, "--result_dir", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        train(monkeypatch, simple_trainer, *options)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"Stopped at once; saved {tmp_path}/ckpts/ckpt_2.pt"
+    assert (tmp_path / "ckpts/ckpt_2.pt").stat().st_size > 0
+
+
+@pytest.mark.slow
 def test_depth_is_beside_the_colours_and_the_size_is_chosen(monkeypatch, city_block, tmp_path):
     """The ground is farther than roofs, and the tiles of the split trainer draw the same."""
     options = ("--data_dir", city_block, *VIDEO, "--max_steps", 2, "--video_size", 96, 50, "--video_depth")

@@ -186,6 +186,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._skipped_steps = 0
         self._depth_share: float | Tensor = 1.0
         self._interrupted = False
+        self._saved: Path | None = None  # what holds all steps, once training is over
         self.agreed = Agreed()
 
     def _say_of_input(self, sentence: str) -> None:
@@ -511,14 +512,14 @@ class TrainingRun(Generic[AnyConfig]):
         return view
 
     def _finish(self) -> None:
-        saved = self.saving.at_the_end()
+        saved = self._saved = self.saving.at_the_end()
         if not self._timelapse.make_video(self):
             self._tell_interrupted(saved)
         self._joint.wait_for_all()  # whoever waits for others has what it waits for
         self.results.check_none_missed()
 
     def _end_interrupted(self) -> None:
-        saved = self.saving.at_the_end()
+        saved = self._saved = self.saving.at_the_end()
         self._timelapse.make_video(self)
         self._tell_interrupted(saved)
         self._joint.wait_for_all()
@@ -619,8 +620,12 @@ class TrainingRun(Generic[AnyConfig]):
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
             if isinstance(error, KeyboardInterrupt):
-                is_training = self._evaluated is None
-                told = "Stopped at once, without saving." if is_training else f"Stopped: {self._evaluation.standing}."
+                if self._evaluated is not None:
+                    told = f"Stopped: {self._evaluation.standing}."
+                elif self._saved is not None:
+                    told = f"Stopped at once; saved {self._saved}"
+                else:
+                    told = "Stopped at once, without saving."
                 self._joint.stop_at_once(error, told)
             if not isinstance(error, Exception):
                 return
