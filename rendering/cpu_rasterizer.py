@@ -7,7 +7,7 @@ from torch import Tensor
 
 from native import rendering as native
 from rendering.native import array, zeros
-from rendering.projection import Projection, project
+from rendering.projection import Colors, Projection, project
 from rendering.spherical_harmonics import spherical_harmonics
 
 TILE_SIZE: int = native.TILE_SIZE  # pixels
@@ -59,7 +59,7 @@ def project_pairs(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor | tuple[Tensor, Tensor],
+    colors: Tensor | tuple[Tensor, Tensor] | Colors,
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
@@ -80,14 +80,28 @@ def project_pairs(
     """
     if isinstance(colors, tuple):
         colors = torch.cat(colors, dim=1)
-    _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height, sh_degree)
+    _check(
+        means,
+        quats,
+        scales,
+        opacities,
+        colors if isinstance(colors, Tensor) else None,
+        viewmats,
+        Ks,
+        width,
+        height,
+        sh_degree,
+    )
     projection = project(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
     )  # fmt: skip
     if render_mode in ("D", "ED"):
         return projection, projection.depths[:, None]
-    if sh_degree is None:
+    if not isinstance(colors, Tensor):
+        ids = projection.camera_ids, projection.gaussian_ids
+        features = colors.colors(means, torch.inverse(viewmats)[:, :3, 3], *ids)
+    elif sh_degree is None:
         features = colors[projection.gaussian_ids]
     else:
         features = spherical_harmonics(sh_degree, means, viewmats, colors, projection)
@@ -141,13 +155,14 @@ def _check(means, quats, scales, opacities, colors, viewmats, Ks, width, height,
         "opacities": (opacities, (N,)),
         "viewmats": (viewmats, (C, 4, 4)),
         "Ks": (Ks, (C, 3, 3)),
-        "colors": (colors, (N, colors.shape[1]) if sh_degree is None else (N, colors.shape[1], 3)),
     }
+    if colors is not None:
+        shapes["colors"] = (colors, (N, colors.shape[1]) if sh_degree is None else (N, colors.shape[1], 3))
     for name, (t, shape) in shapes.items():
         _check_like(name, t, shape, means)
     if sh_degree is not None and not 0 <= sh_degree <= native.MAX_SH_DEGREE:
         raise ValueError(f"sh_degree is {sh_degree}, expected 0 to {native.MAX_SH_DEGREE}")
-    if sh_degree is not None and colors.shape[1] < (sh_degree + 1) ** 2:
+    if sh_degree is not None and colors is not None and colors.shape[1] < (sh_degree + 1) ** 2:
         raise ValueError(
             f"sh_degree {sh_degree} needs {(sh_degree + 1) ** 2} coefficients, colors has {colors.shape[1]}"
         )

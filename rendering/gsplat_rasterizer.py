@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from rendering.projection import Projection
+from rendering.projection import Colors, Projection
 from rendering.spherical_harmonics_triton import Harmonics
 
 TILE_SIZE = 16  # pixels
@@ -23,7 +23,7 @@ def project_pairs(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor | tuple[Tensor, Tensor],
+    colors: Tensor | tuple[Tensor, Tensor] | Colors,
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
@@ -44,8 +44,11 @@ def project_pairs(
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     depth_only = render_mode in ("D", "ED")
-    # Here, since its gradient is to come last.
-    harmonics = None if depth_only or sh_degree is None else Harmonics(sh_degree, colors)
+    harmonics: Colors | None = None
+    if not isinstance(colors, Tensor | tuple):
+        harmonics = colors
+    elif not depth_only and sh_degree is not None:
+        harmonics = Harmonics(sh_degree, colors)  # here, since its gradient is to come last
     # -R^T t, since a general inverse makes cuBLAS keep 32 MiB. Before the host waits for the number of pairs.
     camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
     rows = (means, quats, scales, opacities)
@@ -67,7 +70,7 @@ def project_pairs(
     if depth_only:
         return projection, depths[:, None]
     if harmonics is None:
-        if isinstance(colors, tuple):
+        if not isinstance(colors, Tensor):
             raise ValueError("colors are two tensors, but sh_degree is None")
         features = colors.index_select(0, gaussian_ids)
     else:

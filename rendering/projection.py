@@ -29,6 +29,19 @@ class Projection:
     row_offsets: Tensor | None = None  # [C + 1] int64: camera c has rows row_offsets[c] to row_offsets[c + 1]; on CPUs
 
 
+class Colors(Protocol):
+    """Colours of N Gaussians, from whoever has their spherical harmonics in a form of its own."""
+
+    def colors(self, means: Tensor, camera_positions: Tensor, camera_ids: Tensor, gaussian_ids: Tensor) -> Tensor:
+        """Return colours [nnz, 3] of pairs of camera and Gaussian: 0.5 plus the harmonics, cut at zero as in 3DGS.
+
+        Args:
+            means: Gaussian centres [N, 3].
+            camera_positions: [C, 3] in world units.
+            camera_ids, gaussian_ids: [nnz] int64.
+        """
+
+
 class Exchange(Protocol):
     """Stands between projection and blending where those who hold Gaussians and those who draw cameras are many."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errors import InputError
 from rendering.backends import kernels_for
-from rendering.projection import Exchange, Projection
+from rendering.projection import Colors, Exchange, Projection
 from rendering.region import Region
 
 _RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
@@ -24,7 +24,7 @@ def rasterize(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor | tuple[Tensor, Tensor],
+    colors: Tensor | tuple[Tensor, Tensor] | Colors,
     viewmats: Tensor,
     Ks: Tensor,
     width: int,
@@ -48,7 +48,7 @@ def rasterize(
         means: centres [N, 3]. quats: rotations w x y z, of any length [N, 4].
         scales: standard deviations [N, 3], after exp. opacities: [N], after sigmoid.
         colors: [N, D]; or spherical harmonics when sh_degree is given: [N, K, 3], or sh0 [N, 1, 3] and
-            shN [N, K - 1, 3] where they are two tensors.
+            shN [N, K - 1, 3] where they are two tensors, or what makes colours of them itself.
         viewmats: world to camera [C, 4, 4], rigid. Ks: intrinsics in pixels [C, 3, 3]. width, height: pixels.
         region: render these pixels of the picture only, as they are in the whole picture; None: all.
         near_plane, far_plane: Gaussians with a depth outside are left out.
@@ -96,7 +96,7 @@ def project_pairs(
     quats: Tensor,
     scales: Tensor,
     opacities: Tensor,
-    colors: Tensor | tuple[Tensor, Tensor],
+    colors: Tensor | tuple[Tensor, Tensor] | Colors,
     viewmats: Tensor,
     Ks: Tensor,
     width: int,

@@ -46,6 +46,20 @@ class StepSizes:
     betas: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class SkippedSteps:
+    """Hold what catching up rows takes, on a device, for `offload.adam.rows.fetch_dated_rows`."""
+
+    sums: Tensor  # [schedules, steps] float32 or float64, C_t(s) indexed by s
+    multipliers: Tensor  # [schedules, columns]
+    eps: float  # with the bias correction of step t
+    reach: float  # the bound of m / sqrt(v)
+
+    @property
+    def columns(self) -> int:
+        return self.multipliers.shape[1]
+
+
 class DeferralTables:
     """C_t(s) of each schedule and the decay of both moments over any number of steps.
 
@@ -84,7 +98,7 @@ class DeferralTables:
         self._ratio_powers = self._powers_of_ratio(window).to(device)  # [window], of the oldest step first
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
-        self._unchanged = slice(0, 0), self.sums[:, :0]  # which steps `begin_step` has changed, and what was there
+        self._unchanged = slice(0, 0), self.sums  # which steps `begin_step` has changed, and the table before
 
     @property
     def columns(self) -> int:
@@ -116,7 +130,7 @@ class DeferralTables:
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
         changed, unchanged = self._unchanged
-        self.sums[:, changed] = unchanged
+        self.sums[:, changed] = unchanged[:, changed]
         self.step -= 1
         self.eps = self._corrected_eps(self.step)
 
@@ -158,6 +172,16 @@ class DeferralTables:
         if "sums" in tables:
             self._load_sums(tables, steps)
 
+    def skipped(self, *, before_step: bool = False) -> SkippedSteps:
+        """Return what catches rows up where the tables are, until the next step begins.
+
+        Args:
+            before_step: To what they were before step t began.
+        """
+        if before_step:
+            return SkippedSteps(self._unchanged[1], self.multipliers, self._corrected_eps(self.step - 1), self.reach)
+        return SkippedSteps(self.sums, self.multipliers, self.eps, self.reach)
+
     def step_sizes(self) -> StepSizes:
         """Compute the sizes of step t on the current stream."""
         return self._sizes(self.eps, self._rates)
@@ -192,7 +216,7 @@ class DeferralTables:
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
-        self._unchanged = changed, self.sums[:, changed].clone()
+        self._unchanged = changed, self.sums.clone()
         powers = self._ratio_powers[len(self._ratio_powers) - (changed.stop - changed.start) :]
         for sums, rate in zip(self.sums, rates, strict=True):
             sums[changed].add_(powers, alpha=rate)
@@ -212,7 +236,12 @@ class DeferralTables:
 
 
 def caught_up(
-    w: Tensor, m: Tensor, v: Tensor, last_step: Tensor, tables: DeferralTables, columns: slice = slice(None)
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    last_step: Tensor,
+    tables: DeferralTables | SkippedSteps,
+    columns: slice = slice(None),
 ) -> Tensor:
     """Compute parameters after step `tables.step`.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from offload.culling.cameras import Cameras
 
+CONSTANT = 0.28209479177387814  # Y_0
 SHORTEST_SQUARED = 1e-24  # of the way to a Gaussian, as the rasterizers have it
 
 
@@ -34,21 +35,27 @@ class HarmonicsGradient:
     position: tuple[float, float, float]  # of the camera
     sh_degree: int  # which they were rendered with; columns of higher ones have no gradient
 
-    @property
-    def num_harmonics(self) -> int:
-        """Count the harmonics that have a gradient, without the constant one."""
-        return (self.sh_degree + 1) ** 2 - 1
-
     def dense(self, columns: int) -> Tensor:
         """Return the gradient [V, columns]; the step's kernel does not, but makes it as it needs it."""
-        towards = self.means - self.means.new_tensor(self.position)
-        directions = towards / towards.square().sum(dim=1, keepdim=True).clamp(min=SHORTEST_SQUARED).sqrt()
-        factors = relative_harmonics(directions)[:, : self.num_harmonics]  # [V, K - 1]
+        used = num_harmonics(self.sh_degree)
+        directions = directions_to(self.means, self.means.new_tensor(self.position))
+        factors = relative_harmonics(directions)[:, :used]  # [V, K - 1]
         # What is not drawn has no gradient, wherever it lies; its direction may be none.
         products = torch.where(self.constant[:, None] == 0, 0, factors[:, :, None] * self.constant[:, None])
         gradient = self.means.new_zeros(len(self.means), columns)
-        gradient[:, : 3 * self.num_harmonics] = products.flatten(1)
+        gradient[:, : 3 * used] = products.flatten(1)
         return gradient
+
+
+def num_harmonics(sh_degree: int) -> int:
+    """Count the harmonics up to a degree, without the constant one."""
+    return (sh_degree + 1) ** 2 - 1
+
+
+def directions_to(means: Tensor, position: Tensor) -> Tensor:
+    """Return the unit vectors [V, 3] from a position [3] or [1, 3] to means [V, 3]."""
+    towards = means - position
+    return towards / towards.square().sum(dim=1, keepdim=True).clamp(min=SHORTEST_SQUARED).sqrt()
 
 
 def relative_harmonics(directions: Tensor) -> Tensor:

@@ -55,24 +55,68 @@ def made_gradient(x, y, z, red, green, blue, FIRST: tl.constexpr, HARMONICS: tl.
         HARMONICS: How many, without the constant one, have a gradient.
     """
     lane = tl.arange(0, 16)[None, :]
-    third = (lane * 43) >> 7  # lane // 3
-    place = lane - 3 * third
-    # 16 columns have at most six harmonics, of which the first one has begun before; their colours take turns.
+    place = lane - 3 * _third(lane)
     if FIRST % 3 == 0:
-        number, color = third, tl.where(place == 0, red, tl.where(place == 1, green, blue))
+        color = tl.where(place == 0, red, tl.where(place == 1, green, blue))
     elif FIRST % 3 == 1:
-        number, color = ((lane + 1) * 43) >> 7, tl.where(place == 0, green, tl.where(place == 1, blue, red))
+        color = tl.where(place == 0, green, tl.where(place == 1, blue, red))
     else:
-        number, color = ((lane + 2) * 43) >> 7, tl.where(place == 0, blue, tl.where(place == 1, red, green))
+        color = tl.where(place == 0, blue, tl.where(place == 1, red, green))
+    return harmonics_part(x, y, z, FIRST, HARMONICS) * color
+
+
+@triton.jit
+def harmonics_part(x, y, z, FIRST: tl.constexpr, HARMONICS: tl.constexpr):
+    """Return for the columns FIRST ... FIRST + 15 the harmonics over the constant one, [ROWS, 16].
+
+    Args:
+        x, y, z: Of unit vectors, [ROWS, 1].
+        FIRST: Of columns of the appearance, which has three a harmonic; a multiple of 16.
+        HARMONICS: How many, without the constant one, are not zero.
+    """
+    FIRST_HARMONIC: tl.constexpr = FIRST // 3
+    return _of_columns(
+        _harmonic(x, y, z, FIRST_HARMONIC, HARMONICS),
+        _harmonic(x, y, z, FIRST_HARMONIC + 1, HARMONICS),
+        _harmonic(x, y, z, FIRST_HARMONIC + 2, HARMONICS),
+        _harmonic(x, y, z, FIRST_HARMONIC + 3, HARMONICS),
+        _harmonic(x, y, z, FIRST_HARMONIC + 4, HARMONICS),
+        _harmonic(x, y, z, FIRST_HARMONIC + 5, HARMONICS),
+        FIRST,
+    )
+
+
+@triton.jit
+def slopes_part(x, y, z, FIRST: tl.constexpr, HARMONICS: tl.constexpr, AXIS: tl.constexpr):
+    """Return the derivatives by x, y or z of what `harmonics_part` gives, as polynomials; AXIS is 0, 1 or 2."""
+    FIRST_HARMONIC: tl.constexpr = FIRST // 3
+    return _of_columns(
+        _slope(x, y, z, FIRST_HARMONIC, HARMONICS, AXIS),
+        _slope(x, y, z, FIRST_HARMONIC + 1, HARMONICS, AXIS),
+        _slope(x, y, z, FIRST_HARMONIC + 2, HARMONICS, AXIS),
+        _slope(x, y, z, FIRST_HARMONIC + 3, HARMONICS, AXIS),
+        _slope(x, y, z, FIRST_HARMONIC + 4, HARMONICS, AXIS),
+        _slope(x, y, z, FIRST_HARMONIC + 5, HARMONICS, AXIS),
+        FIRST,
+    )
+
+
+@triton.jit
+def _third(lane):
+    """Divide numbers below 64 by three."""
+    return (lane * 43) >> 7
+
+
+@triton.jit
+def _of_columns(number0, number1, number2, number3, number4, number5, FIRST: tl.constexpr):
+    """Give each of 16 columns what its harmonic has, [ROWS, 1]: they have at most six, the first of which has begun."""
+    lane = tl.arange(0, 16)[None, :]
+    number = _third(lane + FIRST % 3)
     is_odd = (number & 1) != 0
-    pair0 = tl.where(is_odd, _harmonic(x, y, z, FIRST // 3 + 1, HARMONICS), _harmonic(x, y, z, FIRST // 3, HARMONICS))
-    pair1 = tl.where(
-        is_odd, _harmonic(x, y, z, FIRST // 3 + 3, HARMONICS), _harmonic(x, y, z, FIRST // 3 + 2, HARMONICS)
-    )
-    pair2 = tl.where(
-        is_odd, _harmonic(x, y, z, FIRST // 3 + 5, HARMONICS), _harmonic(x, y, z, FIRST // 3 + 4, HARMONICS)
-    )
-    return tl.where(number >= 4, pair2, tl.where(number >= 2, pair1, pair0)) * color
+    pair0 = tl.where(is_odd, number1, number0)
+    pair1 = tl.where(is_odd, number3, number2)
+    pair2 = tl.where(is_odd, number5, number4)
+    return tl.where(number >= 4, pair2, tl.where(number >= 2, pair1, pair0))
 
 
 @triton.jit
@@ -110,4 +154,90 @@ def _harmonic(x, y, z, NUMBER: tl.constexpr, HARMONICS: tl.constexpr):
         value = 5.123475382979799 * z * (x * x - y * y)
     else:
         value = -2.091650066335189 * x * (x * x - 3.0 * y * y)
+    return value
+
+
+@triton.jit
+def _slope(x, y, z, NUMBER: tl.constexpr, HARMONICS: tl.constexpr, AXIS: tl.constexpr):
+    """Compute the derivative of `_harmonic` by x, y or z."""
+    value = 0.0 * x
+    if NUMBER < HARMONICS:
+        if AXIS == 0:
+            value = _slope_x(x, y, z, NUMBER)
+        elif AXIS == 1:
+            value = _slope_y(x, y, z, NUMBER)
+        else:
+            value = _slope_z(x, y, z, NUMBER)
+    return value
+
+
+@triton.jit
+def _slope_x(x, y, z, NUMBER: tl.constexpr):
+    value = 0.0 * x
+    if NUMBER == 2:
+        value = value - 1.7320508075688772
+    elif NUMBER == 3:
+        value = 3.872983346207417 * y
+    elif NUMBER == 6:
+        value = -3.872983346207417 * z
+    elif NUMBER == 7:
+        value = 3.872983346207417 * x
+    elif NUMBER == 8:
+        value = -12.549900398011133 * x * y
+    elif NUMBER == 9:
+        value = 10.246950765959598 * y * z
+    elif NUMBER == 12:
+        value = -1.6201851746019651 * (5.0 * z * z - 1.0)
+    elif NUMBER == 13:
+        value = 10.246950765959598 * x * z
+    elif NUMBER == 14:
+        value = -6.274950199005566 * (x * x - y * y)
+    return value
+
+
+@triton.jit
+def _slope_y(x, y, z, NUMBER: tl.constexpr):
+    value = 0.0 * x
+    if NUMBER == 0:
+        value = value - 1.7320508075688772
+    elif NUMBER == 3:
+        value = 3.872983346207417 * x
+    elif NUMBER == 4:
+        value = -3.872983346207417 * z
+    elif NUMBER == 7:
+        value = -3.872983346207417 * y
+    elif NUMBER == 8:
+        value = -6.274950199005566 * (x * x - y * y)
+    elif NUMBER == 9:
+        value = 10.246950765959598 * x * z
+    elif NUMBER == 10:
+        value = -1.6201851746019651 * (5.0 * z * z - 1.0)
+    elif NUMBER == 13:
+        value = -10.246950765959598 * y * z
+    elif NUMBER == 14:
+        value = 12.549900398011133 * x * y
+    return value
+
+
+@triton.jit
+def _slope_z(x, y, z, NUMBER: tl.constexpr):
+    value = 0.0 * x
+    if NUMBER == 1:
+        value = value + 1.7320508075688772
+    elif NUMBER == 4:
+        value = -3.872983346207417 * y
+    elif NUMBER == 5:
+        value = 6.708203932499369 * z
+    elif NUMBER == 6:
+        value = -3.872983346207417 * x
+    elif NUMBER == 9:
+        value = 10.246950765959598 * x * y
+    elif NUMBER == 10:
+        value = -16.20185174601965 * y * z
+    elif NUMBER == 11:
+        value = 1.3228756555322954 * (15.0 * z * z - 3.0)
+    elif NUMBER == 12:
+        value = -16.20185174601965 * x * z
+    elif NUMBER == 13:
+        value = 5.123475382979799 * (x * x - y * y)
     return value

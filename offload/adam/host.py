@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offload.adam.bfloat16 import seed_of
-from offload.adam.deferral import DeferralTables, checked_table
+from offload.adam.deferral import DeferralTables, SkippedSteps, checked_table
 from offload.backends import native, num_threads
 from offload.store.layout import RowState
 
 CODED_COLUMNS = (16, 32, 48)  # of rows whose moments are codes
-
-
-@dataclass(frozen=True)
-class SkippedSteps:
-    """Hold what catching up rows takes, on a device, for `offload.adam.rows.fetch_dated_rows`."""
-
-    sums: Tensor  # [schedules, steps] float32, C_t(s) indexed by s
-    multipliers: Tensor  # [schedules, columns]
-    eps: float  # with the bias correction of step t
-    reach: float  # the bound of m / sqrt(v)
-
-    @property
-    def columns(self) -> int:
-        return self.multipliers.shape[1]
 
 
 class DeferredAdam(DeferralTables):
@@ -276,7 +261,7 @@ class DeferredAdam(DeferralTables):
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         step_rates, sums = np.array(rates), self.sums.numpy()  # float64
         self._column_rates = (step_rates @ self.multipliers.numpy()).astype(np.float32)
-        self._unchanged = changed, self.sums[:, changed].clone()
+        self._unchanged = changed, self.sums.clone()
         self._before_unchanged = self._before[changed].copy()
         self._before[changed] = self._after[changed]
         powers = self._ratio_powers.numpy()[len(self._ratio_powers) - (changed.stop - changed.start) :]

@@ -29,9 +29,9 @@ from offload.adam.codes_triton import (
     round_to_half,
     with_part,
 )
-from offload.adam.deferral import DeferralTables
+from offload.adam.deferral import DeferralTables, SkippedSteps
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
-from offload.adam.harmonics import HarmonicsGradient
+from offload.adam.harmonics import HarmonicsGradient, num_harmonics
 from offload.adam.harmonics_triton import NOTHING, arguments_of, made_gradient, seen
 from offload.store.layout import PackedRows, ResidentRows, RowState
 
@@ -59,7 +59,7 @@ def fetch(
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
-    tables: DeferralTables,
+    tables: DeferralTables | SkippedSteps,
     blocks: int,
 ) -> None:
     """Do as `offload.adam.rows.fetch_rows`; without ids as `fetch_dated_rows`.
@@ -72,7 +72,7 @@ def fetch(
     schedules, columns = tables.multipliers.shape
     with torch.cuda.device_of(places):
         _fetch_kernel[(_grid(len(places), source, blocks),)](
-            _packed(source),
+            packed_words(source),
             places,
             ids,
             last_step,
@@ -90,7 +90,7 @@ def fetch(
 
 
 def step(
-    values: Tensor,
+    values: Tensor | None,
     ids: Tensor,
     last_step: Tensor,
     gradients: Tensor | HarmonicsGradient | None,
@@ -106,16 +106,18 @@ def step(
         rows: Packed.
         in_order: Whether rows are a view's, in its order, as for the latter; or lie by ids.
     """
-    sizes, (count, columns) = tables.step_sizes(), values.shape
+    sizes, count = tables.step_sizes(), len(ids)
     made = gradients if isinstance(gradients, HarmonicsGradient) else None
-    with torch.cuda.device_of(values):
+    before = None if values is not None else tables.skipped(before_step=True)
+    with torch.cuda.device_of(ids):
         _step_kernel[(triton.cdiv(count, TILE // PART),)](
             values,
+            *((None, None, 0, 0.0) if before is None else _arguments(before)),
             ids,
             last_step,
             gradients.contiguous() if isinstance(gradients, Tensor) else None,
             *(NOTHING if made is None else arguments_of(made)),
-            _packed(rows),
+            packed_words(rows),
             sizes.sizes,
             tables.decays,
             tables.decays.shape[1],
@@ -126,9 +128,10 @@ def step(
             sizes.eps,
             tables.reach,
             count,
-            HARMONICS=0 if made is None else made.num_harmonics,
+            SCHEDULES=0 if before is None else len(before.multipliers),
+            HARMONICS=0 if made is None else num_harmonics(made.sh_degree),
             IN_ORDER=in_order,
-            **_tile(columns, rows),
+            **_tile(tables.columns, rows),
         )
 
 
@@ -173,6 +176,23 @@ def copy(
         )  # fmt: skip
 
 
+def packed_words(rows: RowState) -> Tensor:
+    """Return the parameters as integers, behind each row of which its moments lie.
+
+    Raises:
+        ValueError: They lie elsewhere.
+    """
+    parameters, moments = rows.parameters, rows.moments[0]
+    half_row, pitch = (size * parameters.element_size() for size in (parameters.shape[1], parameters.stride(0)))
+    if moments.data_ptr() - parameters.data_ptr() != half_row or pitch != 2 * half_row:
+        raise ValueError("parameters and moments of a packed row must lie side by side, and rows one after another")
+    return parameters.view(moments.dtype)
+
+
+def _arguments(skipped: SkippedSteps) -> tuple[Tensor, Tensor, int, float]:
+    return skipped.sums, skipped.multipliers, skipped.sums.shape[1], skipped.eps
+
+
 def _tile(columns: int, rows: RowState) -> dict[str, int]:
     """Return the shape of a tile and the kind of moments, by the names of the kernels' arguments."""
     has_codes = rows.moments[0].dtype == torch.int16
@@ -187,19 +207,6 @@ def _grid(count: int, rows: RowState, blocks: int) -> int:
 
 def _in_one_memory(rows: RowState) -> bool:
     return rows.parameters.untyped_storage().data_ptr() == rows.moments[0].untyped_storage().data_ptr()
-
-
-def _packed(rows: RowState) -> Tensor:
-    """Return the parameters as integers, behind each row of which its moments lie.
-
-    Raises:
-        ValueError: They lie elsewhere.
-    """
-    parameters, moments = rows.parameters, rows.moments[0]
-    half_row, pitch = (size * parameters.element_size() for size in (parameters.shape[1], parameters.stride(0)))
-    if moments.data_ptr() - parameters.data_ptr() != half_row or pitch != 2 * half_row:
-        raise ValueError("parameters and moments of a packed row must lie side by side, and rows one after another")
-    return parameters.view(moments.dtype)
 
 
 @triton.jit
@@ -269,6 +276,40 @@ def _coded_moments(
 
 
 @triton.jit
+def _skipped_part(
+    sums, multipliers, capacity, last, mask, part: tl.constexpr, SCHEDULES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sum up C_t(s) of a part's columns, [ROWS, 16], of rows with these last steps [ROWS]."""
+    lane = tl.arange(0, _PART)[None, :]
+    skipped = last[:, None] * (lane * 0.0)
+    for schedule in tl.static_range(SCHEDULES):
+        total = tl.load(sums + schedule * capacity + last, mask=mask, other=0.0).to(tl.float32)
+        skipped += total[:, None] * tl.load(multipliers + (schedule * COLUMNS + part * _PART) + lane)
+    return skipped
+
+
+@triton.jit
+def caught_up_part(
+    there, mask, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+    part: tl.constexpr, SCHEDULES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Read a part [ROWS, 16] of the current values of rows with codes, which begin at `there` [ROWS].
+
+    Args:
+        there, mask: Rows of parameters and codes, and which of them there are.
+        last: Their last steps.
+        scale0, scale1, scale2: As `load_scales` gives them.
+        sums, multipliers, capacity, eps, reach: As of `_fetch_kernel`.
+    """
+    columns = there[:, None] + part * _PART + tl.arange(0, _PART)[None, :]
+    values = tl.load(columns, mask=mask[:, None], other=0)
+    words = tl.load(columns + COLUMNS, mask=mask[:, None], other=0)
+    m, v = decode_moments(words, scale0, scale1, scale2, reach, part, COLUMNS)
+    skipped = _skipped_part(sums, multipliers, capacity, last, mask, part, SCHEDULES, COLUMNS)
+    return caught_up(_decoded_values(values, True), m, v, skipped, eps)
+
+
+@triton.jit
 def is_wanted(wanted, row, inside):
     """Tell which rows of the tile to move: those inside, and where `wanted` says so."""
     if wanted is not None:
@@ -313,20 +354,23 @@ def _fetch_kernel(
         for part in tl.static_range(COLUMNS // _PART):
             w, words = part_of(values0, values1, values2, part), part_of(words0, words1, words2, part)
             m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
-            skipped = tl.zeros_like(m)
-            for schedule in tl.static_range(SCHEDULES):
-                total = tl.load(sums + schedule * capacity + last, mask=fetched, other=0.0).to(tl.float32)
-                rates = tl.load(multipliers + (schedule * COLUMNS + part * _PART) + lane)
-                skipped += total[:, None] * rates
+            skipped = _skipped_part(sums, multipliers, capacity, last, fetched, part, SCHEDULES, COLUMNS)
             w = caught_up(_decoded_values(w, CODES), m, v, skipped, eps)
             out0, out1, out2 = with_part(out0, out1, out2, w, part)
         here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
         _store_parts(out + here, out0, out1, out2, used, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["capacity", "step", "seed", "num_rows"], do_not_specialize_on_alignment=["last_step"])
+@triton.jit(
+    do_not_specialize=["sums_capacity", "capacity", "step", "seed", "num_rows"],
+    do_not_specialize_on_alignment=["last_step"],
+)
 def _step_kernel(
-    values,  # [V, COLUMNS]
+    values,  # [V, COLUMNS]; None: they are decoded, and caught up by these
+    sums,  # [SCHEDULES, sums_capacity] float64
+    multipliers,  # [SCHEDULES, COLUMNS]
+    sums_capacity,
+    eps_before,
     ids,  # [V]
     last_step,  # [V]
     gradients,  # [V, COLUMNS] or None
@@ -348,6 +392,7 @@ def _step_kernel(
     eps,
     reach,
     num_rows,  # V
+    SCHEDULES: tl.constexpr,
     HARMONICS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -359,13 +404,18 @@ def _step_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     changed = row < num_rows
     row_id = tl.load(ids + row, mask=changed, other=0)
-    skipped = step - 1 - tl.load(last_step + row, mask=changed, other=0)
+    last = tl.load(last_step + row, mask=changed, other=0)
+    skipped = step - 1 - last
     if gradients is None and means is None:
         changed = changed & (skipped > 0)
     place = row.to(tl.int64) if IN_ORDER else row_id
     here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
     there, used = packed + place * (2 * COLUMNS), changed[:, None]
-    w0, w1, w2 = _load_parts(values + here, used, COLUMNS)
+    if values is None:
+        w0, w1, w2 = _load_parts(there[:, None] + lane, used, COLUMNS)
+        w0, w1, w2 = _decoded_values(w0, CODES), _decoded_values(w1, CODES), _decoded_values(w2, CODES)
+    else:
+        w0, w1, w2 = _load_parts(values + here, used, COLUMNS)
     g0, g1, g2 = w0, w1, w2
     if gradients is not None:
         g0, g1, g2 = _load_parts(gradients + here, used, COLUMNS)
@@ -386,6 +436,9 @@ def _step_kernel(
     for part in tl.static_range(COLUMNS // _PART):
         w, g, words = part_of(w0, w1, w2, part), part_of(g0, g1, g2, part), part_of(words0, words1, words2, part)
         m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
+        if values is None:
+            sizes_skipped = _skipped_part(sums, multipliers, sums_capacity, last, changed, part, SCHEDULES, COLUMNS)
+            w = caught_up(w, m, v, sizes_skipped, eps_before)
         m, v = decayed(m, v, decay1, near, rest)
         if gradients is not None or means is not None:
             size = tl.load(sizes + part * _PART + lane)
@@ -397,7 +450,8 @@ def _step_kernel(
         m0, m1, m2 = with_part(m0, m1, m2, m, part)
         v0, v1, v2 = with_part(v0, v1, v2, v, part)
         random0, random1, random2 = with_part(random0, random1, random2, random, part)
-    _store_parts(values + here, w0, w1, w2, used, COLUMNS)
+    if values is not None:
+        _store_parts(values + here, w0, w1, w2, used, COLUMNS)
     there = there[:, None] + lane
     w0, w1, w2 = _coded_values(w0, CODES), _coded_values(w1, CODES), _coded_values(w2, CODES)
     _store_parts(there, w0, w1, w2, used, COLUMNS)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.codes import decode_moments, encode_moments, random_fractions, round_to_half
-from offload.adam.deferral import DeferralTables, adam_step, caught_up, decayed
+from offload.adam.deferral import DeferralTables, SkippedSteps, adam_step, caught_up, decayed
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.layout import PackedRows, ResidentRows, RowState
 
@@ -57,7 +57,12 @@ def fetch_rows(
 
 
 def fetch_dated_rows(
-    source: RowState, places: Tensor, last_step: Tensor, wanted: Tensor | None, out: RowState, tables: DeferralTables
+    source: RowState,
+    places: Tensor,
+    last_step: Tensor,
+    wanted: Tensor | None,
+    out: RowState,
+    tables: DeferralTables | SkippedSteps,
 ) -> None:
     """Do as `fetch_rows` where the step of the last update is known row by row.
 
@@ -92,7 +97,7 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
 
 
 def step_host_rows(
-    parameters: Tensor,
+    parameters: Tensor | None,
     ids: Tensor,
     last_step: Tensor,
     gradients: Tensor | HarmonicsGradient | None,
@@ -102,7 +107,8 @@ def step_host_rows(
     """Step rows whose moments are on the host: they are read there, and all of a row is written there.
 
     Args:
-        parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values.
+        parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values. None: they are read
+            once more, from packed rows.
         ids: [V] int64 on the device, the rows of the host that they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
         gradients: [V, columns]; or what they are made of, where the rows are packed. None: there are none, and moments
@@ -110,6 +116,8 @@ def step_host_rows(
         host: N rows, pinned or on the device, of either kind; the values in it are as old as the moments.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
+    if parameters is None:
+        parameters = _before_step(host, ids, last_step, tables)
     rows = RowState(parameters, tuple(moment[ids, : tables.columns] for moment in host.moments))
     _update(rows, ids, last_step, gradients, tables)
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
@@ -117,7 +125,7 @@ def step_host_rows(
 
 
 def step_view_rows(
-    values: Tensor,
+    values: Tensor | None,
     ids: Tensor,
     last_step: Tensor,
     gradients: Tensor | HarmonicsGradient | None,
@@ -127,7 +135,8 @@ def step_view_rows(
     """Step rows of a view that lie packed and in its order.
 
     Args:
-        values: [V, columns] on the device, as `fetch_dated_rows` gives them; receives the new values.
+        values: [V, columns] on the device, as `fetch_dated_rows` gives them; receives the new values. None: they are
+            read once more.
         ids: [V] int64 on the device, which Gaussians they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
         gradients: [V, columns], or what they are made of. None: there are none, and moments are brought to the step of
@@ -135,6 +144,8 @@ def step_view_rows(
         rows: V packed rows on the device.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
+    if values is None:
+        values = _before_step(rows, torch.arange(len(ids), device=ids.device), last_step, tables)
     state = RowState(values, tuple(moment.clone() for moment in rows.moments))
     _update(state, ids, last_step, gradients, tables)
     for tensor, destination in zip(state.tensors(), rows.tensors(), strict=True):
@@ -221,6 +232,13 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
     ids = ids[chosen]
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
         destination[ids] = tensor[chosen]
+
+
+def _before_step(rows: RowState, places: Tensor, last_step: Tensor, tables: DeferralTables) -> Tensor:
+    """Return the values [V, columns] that rows had before step `tables.step` began."""
+    values = torch.empty(len(places), tables.columns, device=places.device)
+    fetch_dated_rows(rows, places, last_step, None, RowState(values, ()), tables.skipped(before_step=True))
+    return values
 
 
 def _among(residents: ResidentRows, ids: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from offload.adam import packed_rows_triton as packed_rows
 from offload.adam.bfloat16 import seed_of
 from offload.adam.bfloat16_triton import pack, random_bits, unpack
-from offload.adam.deferral import DeferralTables
+from offload.adam.deferral import DeferralTables, SkippedSteps
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.packed_rows_triton import is_wanted
@@ -69,7 +69,12 @@ def fetch_rows(
 
 
 def fetch_dated_rows(
-    source: RowState, places: Tensor, last_step: Tensor, wanted: Tensor | None, out: RowState, tables: DeferralTables
+    source: RowState,
+    places: Tensor,
+    last_step: Tensor,
+    wanted: Tensor | None,
+    out: RowState,
+    tables: DeferralTables | SkippedSteps,
 ) -> None:
     """Do as `offload.adam.rows.fetch_dated_rows`."""
     _fetch(source, places, None, last_step, wanted, out, tables)
@@ -84,7 +89,7 @@ def step_rows(rows: RowState, ids: Tensor, last_step: Tensor, gradients: Tensor,
 
 
 def step_host_rows(
-    parameters: Tensor,
+    parameters: Tensor | None,
     ids: Tensor,
     last_step: Tensor,
     gradients: Tensor | HarmonicsGradient | None,
@@ -92,14 +97,14 @@ def step_host_rows(
     tables: DeferralTables,
 ) -> None:
     """Do as `offload.adam.rows.step_host_rows`."""
-    count, columns = parameters.shape
-    if count == 0:
+    if len(ids) == 0:
         return
     if packed_rows.takes(host):
         packed_rows.step(parameters, ids, last_step, gradients, host, tables, in_order=False)
         return
-    if isinstance(gradients, HarmonicsGradient):
-        raise TypeError("gradients are made for packed rows alone")
+    if isinstance(gradients, HarmonicsGradient) or parameters is None:
+        raise TypeError("gradients are made, and parameters read again, for packed rows alone")
+    count, columns = parameters.shape
     host_columns = host.parameters.shape[1]
     step, num_vectors = tables.step_sizes(), count * host_columns // 4
     with torch.cuda.device_of(parameters):
@@ -126,7 +131,7 @@ def step_host_rows(
 
 
 def step_view_rows(
-    values: Tensor,
+    values: Tensor | None,
     ids: Tensor,
     last_step: Tensor,
     gradients: Tensor | HarmonicsGradient | None,
@@ -204,7 +209,7 @@ def _fetch(
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
-    tables: DeferralTables,
+    tables: DeferralTables | SkippedSteps,
 ) -> None:
     """Launch a kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
     if len(places) == 0:

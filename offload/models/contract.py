@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -211,14 +211,14 @@ class GaussianModel(Protocol):
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Tensor]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Any]:
         """Return the rows [V] that cameras may draw, for `training.gaussians.activate`, on the rendering device.
 
         Args:
             cameras: Of the view.
             sh_degree: Of the harmonics that these cameras will render, where they stand, and no others. A model may
-                then make the gradient of shN from that of sh0, to which colours alone add, and let shN receive none.
-                None: all parameters receive theirs.
+                then give harmonics in a form of its own, as `colors`, and make the gradient of shN from that of sh0,
+                to which colours alone add. None: all parameters are tensors, and receive their gradients.
         """
 
     def prefetch(self, cameras: Cameras, strays: Tensor | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import ARRAYS, State, load_deferred
+from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.models.named_rows import named_rows
-from offload.pipelines.contract import MEANS, Counters, Displacement, FetchedRows, Pipeline
+from offload.pipelines.contract import MEANS, CodedRows, Counters, Displacement, FetchedRows, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
@@ -56,6 +57,8 @@ class OffloadedGaussians:
         self._geometry = geometry
         self._groups = groups
         self._pipeline = pipeline
+        is_compact = groups["appearance"].store.layout.state == "compact"
+        self._coded = pipeline if is_compact and isinstance(pipeline, CodedRows) else None
         self._rendering_device = device
         self._order = StepOrder()
         self._finite = FiniteGradients(device)
@@ -77,16 +80,19 @@ class OffloadedGaussians:
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Tensor]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Any]:
         """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
         with self._order.taking("fetch", cameras=cameras):
             self._forget_other_rows(cameras)
-            rows = self._pipeline.fetch(cameras)
-            self._ids, self._seen = rows.ids, None
-            if sh_degree is not None and len(cameras.viewmats) == 1 and isinstance(self._geometry, CulledGeometry):
-                self._seen = cameras, sh_degree
-                rows.values["appearance"].requires_grad_(False)
-            return self._to_render(rows)
+            if sh_degree is None or len(cameras.viewmats) != 1 or self._coded is None:
+                self._seen, rows = None, self._pipeline.fetch(cameras)
+                self._ids = rows.ids
+                return self._to_render(rows)
+            self._seen = cameras, sh_degree
+            rows, stored = self._coded.fetch_coded(cameras, "appearance")
+            self._ids = rows.ids
+            named = self._to_render(rows)
+            return {**named, "colors": StoredHarmonics(named.pop("sh0"), stored, sh_degree)}
 
     @property
     def ids(self) -> Tensor:
@@ -283,8 +289,8 @@ class OffloadedGaussians:
     def _named_to_render(self, travelled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name rows [V, columns] of groups as rendering takes them."""
         named = {}
-        for name, group in self._groups.items():
-            layout, rows = group.store.layout, travelled[name]
+        for name, rows in travelled.items():
+            layout = self._groups[name].store.layout
             several = layout.state == "compact" and len(layout.columns) > 1
             named.update(named_rows(layout, rows) if several else layout.to_render(rows))
         return named
@@ -307,7 +313,7 @@ class OffloadedGaussians:
         return {name: gradient_of(leaf) for name, leaf in self._leaves.items()}
 
     def _harmonics_gradient(self) -> HarmonicsGradient | None:
-        """Return what that of the present view is made of, before its means move; None: its leaf has one."""
+        """Return what that of the present view is made of, before its means move; None: a leaf has one."""
         if self._seen is None or self._rows is None:
             return None
         (cameras, sh_degree), geometry = self._seen, self._rows.values["geometry"]

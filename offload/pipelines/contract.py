@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from offload.adam.stored_harmonics import StoredRows
 from offload.culling.cameras import Cameras
 from offload.store.layout import group_columns
 
@@ -29,6 +30,17 @@ class FetchedRows(Protocol):
     @property
     def values(self) -> dict[str, Tensor]:
         """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
+
+
+@runtime_checkable
+class CodedRows(Protocol):
+    """What a pipeline is that can leave rows of a view as a compact store has them."""
+
+    def fetch_coded(self, cameras: Cameras, name: str) -> tuple[FetchedRows, StoredRows]:
+        """Do as `Pipeline.fetch`, but for one group, whose rows have no values: return them as they are stored.
+
+        Their gradient is that which the group has been given (`RowGroup.made`) when they are updated.
+        """
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,16 @@ class RowGroup(Generic[Adam]):
     # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
     # and before they are in the store.
     on_step: Callable[[Tensor, Tensor], None] | None = None
-    # What the gradient of the present view's rows is made of, by the next update; None: their leaf has one.
+    # What the gradient of the present view's rows is made of, by the next update, where they have no leaf.
     made: HarmonicsGradient | None = None
 
-    def gradient_of(self, leaf: Tensor) -> Tensor | HarmonicsGradient:
-        """Return the gradient of rows [V, columns] of the present view, or what it is made of."""
-        return gradient_of(leaf) if self.made is None else self.made
+    def gradient_of(self, leaf: Tensor | None) -> Tensor | HarmonicsGradient:
+        """Return the gradient of rows [V, columns] of the present view, or what it is made of, where they have none."""
+        if leaf is not None:
+            return gradient_of(leaf)
+        if self.made is None:
+            raise RuntimeError("rows without values were updated before their gradient was given")
+        return self.made
 
     def begin_step(self) -> None:
         """Begin the next step, on the current stream."""

@@ -28,7 +28,7 @@ harmonics are made in the update where one camera has seen the view (`offload/ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -36,6 +36,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from offload.adam.stored_harmonics import StoredRows
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
@@ -142,6 +143,15 @@ class PackedPipeline:
 
     def fetch(self, cameras: Cameras) -> PackedView:
         """Return the rows of a view, with the values they have after the last step."""
+        return self._fetch(cameras, self._groups)
+
+    def fetch_coded(self, cameras: Cameras, name: str) -> tuple[PackedView, StoredRows]:
+        """Do as `fetch`, but for one group, whose packed rows are returned as they are."""
+        view = self._fetch(cameras, [other for other in self._groups if other != name])
+        rows, skipped = packed_rows(view.words(name), name), self._groups[name].adam.skipped()
+        return view, StoredRows(rows, None, view.last_step(name), skipped)
+
+    def _fetch(self, cameras: Cameras, names: Iterable[str]) -> PackedView:
         if self._residents.is_due:
             self._choose_residents()
         compute, upcoming = Lane.current(self._device), self._upcoming
@@ -151,7 +161,7 @@ class PackedPipeline:
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         compute.uses(view.ids)
-        view.values = {name: self._decoded(name, view).requires_grad_() for name in self._groups}
+        view.values = {name: self._decoded(name, view).requires_grad_() for name in names}
         self._upcoming = self._found_ids = None  # only now, since a fetch that fails may be repeated
         self._ready = compute.record()
         self._present, self._applied = view, False
@@ -168,11 +178,12 @@ class PackedPipeline:
             group.begin_step()
         self._applied = True
         for name, group in self._groups.items():
-            values, gradients = view.values[name].detach(), group.gradient_of(view.values[name])
+            leaf = view.values.get(name)
+            values, gradients = None if leaf is None else leaf.detach(), group.gradient_of(leaf)
             rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
             self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
             last_step.fill_(group.adam.step)
-            if group.on_step is not None:
+            if group.on_step is not None and values is not None:
                 group.on_step(view.ids, values)
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it

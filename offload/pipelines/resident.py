@@ -11,13 +11,14 @@ known before the device has nothing left to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from offload.adam.stored_harmonics import StoredRows
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
@@ -61,13 +62,21 @@ class ResidentPipeline:
 
     def fetch(self, cameras: Cameras) -> ResidentRows:
         """Return the rows of a view, with the values they have after the last step."""
+        return self._fetch(cameras, self._groups)
+
+    def fetch_coded(self, cameras: Cameras, name: str) -> tuple[ResidentRows, StoredRows]:
+        """Do as `fetch`, but for one group, whose rows in a compact store are returned as they are."""
+        view, group = self._fetch(cameras, [other for other in self._groups if other != name]), self._groups[name]
+        return view, StoredRows(group.store.rows, view.ids, group.store.last_step, group.adam.skipped())
+
+    def _fetch(self, cameras: Cameras, names: Iterable[str]) -> ResidentRows:
         compute = Lane.current(self._device)
         if self._upcoming is None:
             self._upcoming = self._new_view(cameras)
         view = self._upcoming
         compute.wait(view.found)
         compute.uses(view.ids)
-        view.values = {name: self.read(name, view.ids).requires_grad_() for name in self._groups}
+        view.values = {name: self.read(name, view.ids).requires_grad_() for name in names}
         self._present, self._upcoming, self._applied = view, None, False
         self._ready = compute.record()  # what has moved geometry was given before
         return view
@@ -82,16 +91,17 @@ class ResidentPipeline:
     def update(self) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave, in the stores."""
         view = fetched(self._present)
-        gradients = {name: group.gradient_of(view.values[name]) for name, group in self._groups.items()}
+        gradients = {name: group.gradient_of(view.values.get(name)) for name, group in self._groups.items()}
         for group in self._groups.values():
             group.begin_step()
         self._applied = True
         for name, group in self._groups.items():
-            values, last_step = view.values[name].detach(), group.store.last_step
+            values, last_step = view.values.get(name), group.store.last_step
+            values = None if values is None else values.detach()
             with group.store.changing(view.ids) as rows:
                 self._kernels.step_host_rows(values, view.ids, last_step[view.ids], gradients[name], rows, group.adam)
                 last_step.index_fill_(0, view.ids, group.adam.step)
-            if group.on_step is not None:
+            if group.on_step is not None and values is not None:
                 group.on_step(view.ids, values)
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it

@@ -1,0 +1,127 @@
+"""Colours of a view's Gaussians, made of harmonics as a compact store has them.
+
+Their coefficients are 45 of a Gaussian's 59 values. In float32 they would be the largest tensor of a view, 180 bytes a
+row, which is written once, read twice, and lies there until the update. Here a row of codes is decoded, and caught up
+with the steps that it has skipped, where a colour is made of it; once more in the backward pass, where the colour's
+direction gets a gradient; and once more by Adam's step (`step_view_rows` without values). The coefficients themselves
+get none: theirs is made in the update too (`offload/adam/harmonics.py`). All this is for one camera.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from offload.adam.deferral import SkippedSteps
+from offload.adam.harmonics import CONSTANT, directions_to, num_harmonics, relative_harmonics
+from offload.adam.rows import fetch_dated_rows
+from offload.backends import kernels_for
+from offload.store.layout import RowState
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Packed rows of harmonics, of which some are those of a view."""
+
+    rows: RowState
+    places: Tensor | None  # [V] int64, which of them the view has; None: they are the view's, in its order
+    last_step: Tensor  # int32, the step of each row's last update
+    skipped: SkippedSteps  # what catches them up
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """Return the values [M, columns] of rows [M] of the view, as `fetch_dated_rows` gives them."""
+        places = numbers if self.places is None else self.places[numbers]
+        values = torch.empty(len(places), self.skipped.columns, device=places.device)
+        fetch_dated_rows(self.rows, places, self.last_step[places], None, RowState(values, ()), self.skipped)
+        return values
+
+
+@dataclass(frozen=True)
+class StoredHarmonics:
+    """Harmonics of a view, in the place of coefficients that `rendering.rasterize` takes for colours."""
+
+    sh0: Tensor  # [V, 1, 3], which receives a gradient
+    others: StoredRows
+    sh_degree: int
+
+    def colors(self, means: Tensor, camera_positions: Tensor, camera_ids: Tensor, gaussian_ids: Tensor) -> Tensor:
+        """Return colours [nnz, 3] of the Gaussians that the camera sees: as `rendering.projection.Colors` says."""
+        if len(camera_positions) != 1:
+            raise ValueError(f"harmonics as they are stored are for one camera, there are {len(camera_positions)}")
+        return _Colors.apply(self.sh0, means, camera_positions, self, gaussian_ids)
+
+
+class _Colors(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sh0: Tensor, means: Tensor, camera_positions: Tensor, harmonics: StoredHarmonics, ids: Tensor
+    ) -> Tensor:
+        means = means.contiguous()
+        kernels = kernels_for(means.device, __name__)
+        colors = kernels.colors_of(harmonics.others, sh0, means, camera_positions, ids, harmonics.sh_degree)
+        ctx.save_for_backward(means, camera_positions, ids, colors)
+        ctx.others, ctx.sh_degree, ctx.shape = harmonics.others, harmonics.sh_degree, sh0.shape
+        return colors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v_colors: Tensor) -> tuple[Tensor | None, ...]:
+        means, camera_positions, ids, colors = ctx.saved_tensors
+        v_colors = torch.where(colors > 0, v_colors, 0)
+        kernels = kernels_for(means.device, __name__)
+        v_means = kernels.gradient_of_means(ctx.others, means, camera_positions, ids, v_colors, ctx.sh_degree)
+        v_positions = -v_means.sum(dim=0, keepdim=True) if ctx.needs_input_grad[2] else None
+        v_sh0 = means.new_zeros(ctx.shape)
+        v_sh0[:, 0].index_copy_(0, ids, v_colors.mul_(CONSTANT))
+        return v_sh0, v_means, v_positions, None, None
+
+
+def colors_of(
+    others: StoredRows, sh0: Tensor, means: Tensor, camera_positions: Tensor, ids: Tensor, sh_degree: int
+) -> Tensor:
+    """Compute colours: 0.5 plus the harmonics, cut at zero as in 3DGS.
+
+    Args:
+        others: Of V rows, those of shN.
+        sh0: [V, 1, 3]; the values of a row lie side by side.
+        means: [V, 3], contiguous.
+        camera_positions: [1, 3].
+        ids: int64 [M], the rows whose colours are wanted.
+        sh_degree: Of the harmonics to use.
+
+    Returns:
+        [M, 3].
+    """
+    return _uncut(others, sh0, means[ids], camera_positions, ids, sh_degree).clamp(min=0)
+
+
+def gradient_of_means(
+    others: StoredRows, means: Tensor, camera_positions: Tensor, ids: Tensor, v_colors: Tensor, sh_degree: int
+) -> Tensor:
+    """Compute the gradient of means [V, 3] by directions; zero of rows that are not among `ids`.
+
+    Args:
+        others, means, camera_positions, ids, sh_degree: As for `colors_of`.
+        v_colors: [M, 3] of their colours, zero where these were cut.
+    """
+    v_means = torch.zeros_like(means)
+    if num_harmonics(sh_degree) and len(ids):
+        with torch.enable_grad():
+            seen = means[ids].requires_grad_()
+            uncut = _uncut(others, means.new_zeros(len(means), 1, 3), seen, camera_positions, ids, sh_degree)
+            (v_means[ids],) = torch.autograd.grad(uncut, seen, v_colors)
+    return v_means
+
+
+def _uncut(
+    others: StoredRows, sh0: Tensor, means: Tensor, camera_positions: Tensor, ids: Tensor, sh_degree: int
+) -> Tensor:
+    """Compute colours [M, 3] before they are cut, of rows `ids` with these means [M, 3]."""
+    used = num_harmonics(sh_degree)
+    relative = relative_harmonics(directions_to(means, camera_positions))[:, :used]  # [M, K - 1]
+    coefficients = others.of(ids)[:, : 3 * used].reshape(len(ids), used, 3)
+    return 0.5 + CONSTANT * (sh0[ids, 0] + (relative[:, :, None] * coefficients).sum(dim=1))

@@ -1,0 +1,125 @@
+"""Colours made of harmonics as a compact store has them, against float64 and against the values that are fetched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload.adam.harmonics import HarmonicsGradient
+from offload.adam.stored_harmonics import StoredHarmonics, StoredRows
+from rendering.harmonics import real_harmonics
+from tests.test_row_kernels import HostRows, random_host_rows
+from tests.triton_places import ON_GPU, WITHOUT_GPU
+
+POSITION = (0.3, -1.2, 2.5)
+PLACES = [*WITHOUT_GPU, *ON_GPU]
+
+
+@pytest.fixture(autouse=True)
+def triton_where_a_test_wants_it(monkeypatch, request):
+    """Let tensors on the CPU meet the kernels that a test is for."""
+    kind = request.node.callspec.params["kind"]
+    monkeypatch.setattr("offload.backends._takes_triton", lambda device: kind == "triton")
+
+
+def stored(host: HostRows, ids: Tensor, *, in_order: bool) -> StoredRows:
+    """Rows `ids` of a store; or, in order, of a view that has copies of them."""
+    if in_order:
+        words, last_step = host.view(ids)
+        return StoredRows(host.packed(words), None, last_step, host.tables.skipped())
+    return StoredRows(host.state, ids, host.last_step, host.tables.skipped())
+
+
+def colors_in_float64(sh0: Tensor, shN: Tensor, means: Tensor, position: Tensor, degree: int) -> Tensor:
+    """Colours [M, 3] of coefficients [M, 1, 3] and [M, columns], before they are cut."""
+    directions = torch.nn.functional.normalize(means - position, dim=1)
+    basis = torch.stack(list(real_harmonics(directions)), dim=1)[:, : (degree + 1) ** 2]  # [M, K]
+    used = basis.shape[1] - 1
+    coefficients = torch.cat([sh0, shN[:, : 3 * used].reshape(len(sh0), used, 3)], dim=1)
+    return 0.5 + (basis[:, :, None] * coefficients).sum(dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+@pytest.mark.parametrize(("degree", "of_degree"), [(3, 3), (3, 2), (3, 0), (2, 1), (1, 1), (0, 0)])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_colors_and_gradients_are_those_of_the_values(kind, device, degree, of_degree, in_order):
+    """Two thirds of the rows are drawn, in another order; half of the colours are cut."""
+    torch.manual_seed(degree)
+    host = random_host_rows(kind, device, "appearance", "compact", degree)
+    ids = torch.randperm(300)[:79].sort().values.to(device)
+    geometry = 3 * torch.randn(79, 16, device=device)
+    sh0 = geometry[:, 11:14].unflatten(1, (1, 3)).requires_grad_()  # not contiguous
+    means = torch.randn(79, 3, device=device).requires_grad_()
+    position = torch.tensor([POSITION], device=device).requires_grad_()
+    drawn = torch.randperm(79)[:53].to(device)
+    weights = torch.randn(53, 3, device=device)
+
+    harmonics = StoredHarmonics(sh0, stored(host, ids, in_order=in_order), of_degree)
+    colors = harmonics.colors(means, position, torch.zeros_like(drawn), drawn)
+    (colors * weights).sum().backward()
+
+    values = host.values(*host.view(ids)).double()
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (sh0, means, position)]
+    uncut = colors_in_float64(leaves[0][drawn], values[drawn], leaves[1][drawn], leaves[2], of_degree)
+    (uncut.clamp(min=0) * weights).sum().backward()
+    assert 0.1 < (uncut < 0).double().mean() < 0.9
+    torch.testing.assert_close(colors.double(), uncut.clamp(min=0), rtol=1e-5, atol=1e-5)
+    for leaf, other in zip((sh0, means, position), leaves, strict=True):
+        expected = torch.zeros_like(other) if other.grad is None else other.grad  # of degree 0 directions have none
+        # Of the order of ten, sums of 45 terms; a position's of 53 rows.
+        torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+@pytest.mark.parametrize("degree", [3, 1])
+def test_a_step_without_values_is_the_step_on_those_that_are_fetched(kind, device, degree):
+    """Bit for bit, in a view and in a store; after the first step, and where tables grow."""
+    results = []
+    for has_values in (True, False):
+        torch.manual_seed(degree)
+        host = random_host_rows(kind, device, "appearance", "compact", degree)
+        ids = torch.randperm(300)[:79].sort().values.to(device)
+        made = HarmonicsGradient(*(torch.randn(79, 3, device=device) for _ in range(2)), POSITION, degree)
+        words, last_step = host.view(ids)
+        values = host.values(words, last_step) if has_values else None
+        resident = None if values is None else values.clone()
+        host.begin_step()
+        host.kernels.step_view_rows(values, ids, last_step, made, host.packed(words), host.tables)
+        host.kernels.step_host_rows(resident, ids, last_step, made, host.state, host.tables)
+        results.append([*host.packed(words).tensors(), *host.state.tensors()])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_what_catches_up_before_a_step_is_what_did_so_before_it_began(kind, device):
+    torch.manual_seed(0)
+    host = random_host_rows(kind, device, "appearance", "compact")
+    for _ in range(3):
+        before = host.tables.skipped()
+        sums, eps = before.sums.clone(), before.eps
+        host.begin_step()
+        again, after = host.tables.skipped(before_step=True), host.tables.skipped()
+        assert torch.equal(again.sums, sums)
+        assert again.eps == eps
+        assert not torch.equal(after.sums, sums)
+    host.tables.undo_step()
+    assert torch.equal(host.tables.skipped().sums, sums)
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_nothing_is_drawn_and_several_cameras_are_refused(kind, device):
+    host = random_host_rows(kind, device, "appearance", "compact")
+    ids, nothing = torch.arange(5, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    sh0 = torch.zeros(5, 1, 3, device=device, requires_grad=True)
+    harmonics = StoredHarmonics(sh0, stored(host, ids, in_order=False), 3)
+    means = torch.zeros(5, 3, device=device, requires_grad=True)
+    colors = harmonics.colors(means, torch.zeros(1, 3, device=device), nothing, nothing)
+    assert colors.shape == (0, 3)
+    colors.sum().backward()
+    assert sh0.grad.count_nonzero() == means.grad.count_nonzero() == 0
+    with pytest.raises(ValueError, match="one camera, there are 2"):
+        harmonics.colors(means, torch.zeros(2, 3, device=device), nothing, nothing)
