@@ -67,22 +67,23 @@ class Smaller:
 # Traffic. Rows are 48 (appearance) and 12 (geometry) float32.
 # - Adam over a value reads parameter, gradient and two moments, and writes three of them: 28 bytes. Where it is dense
 #   the backward pass has written gradients of all Gaussians: 4 more. Culling on the device reads 24 bytes of each.
-# - A row on the device whose steps are deferred is gathered before, which reads parameter and moments and writes the
-#   value: 16 bytes of each more.
+# - Geometry on the device whose steps are deferred is gathered before, which reads parameter and moments and writes the
+#   value: 16 bytes of each more. Harmonics that lie there are read so where colours are made of them, 12 bytes of each,
+#   and read and written by the step, 24, which makes their gradients.
 # - A streamed row comes and goes with its moments, 576 bytes each way, and is updated on the device; with moments in
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
 #   once more for Adam, and all 768 go: by far the most is read.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
 #   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
-# - A compact row has 328 bytes, with the step of its last update in both groups; values have 256. To decode it on the
-#   device reads the row and writes the values; to step it reads those, the gradients, moments (160) and last step (8),
-#   and writes the row. Gradients are those of geometry (64); those of harmonics are made of the constant one (12) and
-#   of means, which are copied before (36). Where it travels it is written when it comes and read when it goes. Culling
-#   reads 20 bytes of each Gaussian, or 28 of each 64 of them.
+# - A compact row has 328 bytes, with the step of its last update in both groups: 132 of geometry, 196 of harmonics;
+#   values have 256. On the device geometry (64) is decoded, which reads the row and writes the values, and stepped,
+#   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
+#   made of them, and read and written by the step, which makes their gradients of the constant one (12) and of means,
+#   which are copied before (36). Where a row travels it is written when it comes and read when it goes. Culling reads
+#   20 bytes of each Gaussian, or 28 of each 64 of them.
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
-COMPACT_GRADIENTS = 64 + 12 + 36
-COMPACT_STEP = (COMPACT_ROW + COMPACT_VALUES) + (COMPACT_VALUES + COMPACT_GRADIENTS + 168 + COMPACT_ROW)
+COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + 196 + (196 + 12 + 36 + 196)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
 COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
 
@@ -116,7 +117,7 @@ TRAINERS: dict[str, Trainer] = {
     "gpu_only_deferred": Trainer(
         "simple_trainer",
         footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
-        traffic=lambda n, v: Traffic(device=24 * n + (16 + 28) * 59 * v),
+        traffic=lambda n, v: Traffic(device=24 * n + ((16 + 28) * 11 + (12 + 24) * 48) * v),
         options={"adam": "deferred"},
         less_device="optimized",
         smaller_views_help=False,

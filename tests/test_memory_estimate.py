@@ -94,9 +94,9 @@ def test_bytes_per_gaussian():
     compact = memory_estimate.streamed(3, "device", "float32", "compact")
     assert memory_estimate.with_residents(compact, 3, 0.0) == compact
     assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5
-    assert compact.device_in_view == 2 * 328 + 256 + 64 + 240  # of gradients those of geometry; numbers and rendering
+    assert compact.device_in_view == 2 * 328 + 64 + 64 + 240  # values and gradients of geometry; numbers and rendering
     of_two_views = memory_estimate.streamed(3, "device", "float32", "compact", batch_size=2)
-    assert of_two_views.device_in_view == compact.device_in_view + 192
+    assert of_two_views.device_in_view == compact.device_in_view + 192 + 192
 
 
 def test_gpu_only_training_is_not_bound_by_host_memory(monkeypatch):

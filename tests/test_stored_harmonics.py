@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.stored_harmonics import StoredHarmonics, StoredRows
+from offload.store.layout import RowState
 from rendering.harmonics import real_harmonics
 from tests.test_row_kernels import HostRows, random_host_rows
 from tests.triton_places import ON_GPU, WITHOUT_GPU
@@ -31,6 +32,13 @@ def stored(host: HostRows, ids: Tensor, *, in_order: bool) -> StoredRows:
     return StoredRows(host.state, ids, host.last_step, host.tables.skipped())
 
 
+def values_of(host: HostRows, ids: Tensor) -> Tensor:
+    """The current values of rows [V, columns]."""
+    values = host.zeros(len(ids))
+    host.kernels.fetch_rows(host.state, ids, ids, host.last_step, None, RowState(values, ()), host.tables)
+    return values
+
+
 def colors_in_float64(sh0: Tensor, shN: Tensor, means: Tensor, position: Tensor, degree: int) -> Tensor:
     """Colours [M, 3] of coefficients [M, 1, 3] and [M, columns], before they are cut."""
     directions = torch.nn.functional.normalize(means - position, dim=1)
@@ -43,11 +51,11 @@ def colors_in_float64(sh0: Tensor, shN: Tensor, means: Tensor, position: Tensor,
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "device"), PLACES)
 @pytest.mark.parametrize(("degree", "of_degree"), [(3, 3), (3, 2), (3, 0), (2, 1), (1, 1), (0, 0)])
-@pytest.mark.parametrize("in_order", [True, False])
-def test_colors_and_gradients_are_those_of_the_values(kind, device, degree, of_degree, in_order):
-    """Two thirds of the rows are drawn, in another order; half of the colours are cut."""
+@pytest.mark.parametrize("form", ["compact, in order", "compact", "float32"])
+def test_colors_and_gradients_are_those_of_the_values(kind, device, degree, of_degree, form):
+    """Two thirds of the rows are drawn, in another order; some of the colours are cut."""
     torch.manual_seed(degree)
-    host = random_host_rows(kind, device, "appearance", "compact", degree)
+    host = random_host_rows(kind, device, "appearance", form.split(",")[0], degree)
     ids = torch.randperm(300)[:79].sort().values.to(device)
     geometry = 3 * torch.randn(79, 16, device=device)
     sh0 = geometry[:, 11:14].unflatten(1, (1, 3)).requires_grad_()  # not contiguous
@@ -56,13 +64,15 @@ def test_colors_and_gradients_are_those_of_the_values(kind, device, degree, of_d
     drawn = torch.randperm(79)[:53].to(device)
     weights = torch.randn(53, 3, device=device)
 
-    harmonics = StoredHarmonics(sh0, stored(host, ids, in_order=in_order), of_degree)
+    harmonics = StoredHarmonics(sh0, stored(host, ids, in_order="order" in form), of_degree)
     colors = harmonics.colors(means, position, torch.zeros_like(drawn), drawn)
     (colors * weights).sum().backward()
 
-    values = host.values(*host.view(ids)).double()
+    values, before = values_of(host, ids).double(), 3 if form == "float32" else 0
+    constant = values[:, None, :before] if before else torch.zeros(79, 1, 3, device=device)
     leaves = [leaf.detach().double().requires_grad_() for leaf in (sh0, means, position)]
-    uncut = colors_in_float64(leaves[0][drawn], values[drawn], leaves[1][drawn], leaves[2], of_degree)
+    coefficients = (leaves[0] + constant)[drawn], values[drawn, before:]
+    uncut = colors_in_float64(*coefficients, leaves[1][drawn], leaves[2], of_degree)
     (uncut.clamp(min=0) * weights).sum().backward()
     assert 0.1 < (uncut < 0).double().mean() < 0.9
     torch.testing.assert_close(colors.double(), uncut.clamp(min=0), rtol=1e-5, atol=1e-5)
@@ -70,6 +80,32 @@ def test_colors_and_gradients_are_those_of_the_values(kind, device, degree, of_d
         expected = torch.zeros_like(other) if other.grad is None else other.grad  # of degree 0 directions have none
         # Of the order of ten, sums of 45 terms; a position's of 53 rows.
         torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+@pytest.mark.parametrize("degree", [3, 1])
+def test_a_step_of_float32_without_values_is_that_on_the_gradient_itself(kind, device, degree):
+    results = []
+    for each, place in (("torch", "cpu"), (kind, device)):
+        torch.manual_seed(degree)
+        host = random_host_rows(each, place, "appearance", "float32", degree)
+        ids = torch.randperm(300)[:79].sort().values.to(place)
+        means, constant = (torch.randn(79, 3).to(place) for _ in range(2))
+        constant[::3] = 0  # not drawn
+        made = HarmonicsGradient(means, constant, POSITION, degree, has_constant=True)
+        values, last_step = values_of(host, ids), host.last_step[ids]
+        host.begin_step()
+        if each == "torch" and not results:
+            gradients = made.dense(host.columns)
+            assert torch.equal(gradients[:, :3], constant)
+            assert (gradients[:, 3 * (degree + 1) ** 2 :] == 0).all()
+            host.kernels.step_host_rows(values, ids, last_step, gradients, host.state, host.tables)
+        else:
+            host.kernels.step_host_rows(None, ids, last_step, made, host.state, host.tables)
+        results.append(host.state.tensors())
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=2e-6, atol=1e-7)  # rounded otherwise
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def gpu_only(
     """Return that of simple_trainer.py.
 
     With dense Adam: parameters, gradients, moments; activated scales and opacities with theirs. With deferred Adam:
-    parameters and moments; values and gradients of the rows in view, and their ids and those of the next view.
+    parameters and moments; values and gradients of geometry in view, those of harmonics where a step has several views,
+    and ids of the rows in view and of those of the next one.
 
     Args:
         sh_degree: Degree of the spherical harmonics.
@@ -124,13 +125,14 @@ def gpu_only(
         )
     if adam == "deferred":
         row, rows = _row_bytes(("appearance",), sh_degree), GEOMETRY_BYTES + row_bytes("appearance", sh_degree)
+        harmonics = 0 if batch_size == 1 else 2 * row  # where they are copied (`offload/adam/stored_harmonics.py`)
         return Footprint(
             host_at_start=parameters,  # as read
             device_at_start=rows,
             host=0,
             host_in_view=0,
             device=rows,
-            device_in_view=2 * row + 3 * 44 + 2 * ID_BYTES + RENDERING_BYTES,
+            device_in_view=harmonics + 3 * 44 + 2 * 12 + 2 * ID_BYTES + RENDERING_BYTES,
             device_while_changed=row,
         )
     return Footprint(
@@ -251,10 +253,10 @@ def parameter_bytes(sh_degree: int) -> int:
 def _compact_view_bytes(sh_degree: int, batch_size: int) -> int:
     """Return the bytes of values and gradients of a compact row in view.
 
-    That of the harmonics is made in the update where a step has one view (`offload/adam/harmonics.py`), and only there.
+    Where a step has one view, and only there, harmonics have neither (`offload/adam/stored_harmonics.py`).
     """
     values = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
-    return sum(values.values()) + (values["geometry"] if batch_size == 1 else sum(values.values()))
+    return 2 * (values["geometry"] if batch_size == 1 else sum(values.values()))
 
 
 def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:

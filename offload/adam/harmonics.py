@@ -28,12 +28,13 @@ SHORTEST_SQUARED = 1e-24  # of the way to a Gaussian, as the rasterizers have it
 
 @dataclass(frozen=True)
 class HarmonicsGradient:
-    """Holds what the gradient of shN in V rows is made of, where one camera has seen them."""
+    """Holds what the gradient of harmonics in V rows is made of, where one camera has seen them."""
 
     means: Tensor  # [V, 3] float32 on the device, as they were rendered
     constant: Tensor  # [V, 3] the gradient of sh0, which comes from colours alone
     position: tuple[float, float, float]  # of the camera
     sh_degree: int  # which they were rendered with; columns of higher ones have no gradient
+    has_constant: bool = False  # whether the gradient of sh0 is wanted as well, before the others
 
     def dense(self, columns: int) -> Tensor:
         """Return the gradient [V, columns]; the step's kernel does not, but makes it as it needs it."""
@@ -42,8 +43,9 @@ class HarmonicsGradient:
         factors = relative_harmonics(directions)[:, :used]  # [V, K - 1]
         # What is not drawn has no gradient, wherever it lies; its direction may be none.
         products = torch.where(self.constant[:, None] == 0, 0, factors[:, :, None] * self.constant[:, None])
-        gradient = self.means.new_zeros(len(self.means), columns)
-        gradient[:, : 3 * used] = products.flatten(1)
+        gradient, first = self.means.new_zeros(len(self.means), columns), 3 if self.has_constant else 0
+        gradient[:, :first] = self.constant[:, :first]
+        gradient[:, first : first + 3 * used] = products.flatten(1)
         return gradient
 
 

@@ -51,7 +51,7 @@ def made_gradient(x, y, z, red, green, blue, FIRST: tl.constexpr, HARMONICS: tl.
 
     Args:
         x, y, z, red, green, blue: As `seen` gives them.
-        FIRST: Of columns of the appearance; a multiple of 16.
+        FIRST: Of columns of harmonics without the constant one, which is before them: from -3 on.
         HARMONICS: How many, without the constant one, have a gradient.
     """
     lane = tl.arange(0, 16)[None, :]
@@ -71,7 +71,7 @@ def harmonics_part(x, y, z, FIRST: tl.constexpr, HARMONICS: tl.constexpr):
 
     Args:
         x, y, z: Of unit vectors, [ROWS, 1].
-        FIRST: Of columns of the appearance, which has three a harmonic; a multiple of 16.
+        FIRST: Of columns of harmonics, three each, without the constant one, which is before them: from -3 on.
         HARMONICS: How many, without the constant one, are not zero.
     """
     FIRST_HARMONIC: tl.constexpr = FIRST // 3
@@ -122,7 +122,9 @@ def _of_columns(number0, number1, number2, number3, number4, number5, FIRST: tl.
 @triton.jit
 def _harmonic(x, y, z, NUMBER: tl.constexpr, HARMONICS: tl.constexpr):
     """Compute a column of `harmonics.relative_harmonics` from directions; zero where it has no gradient."""
-    if NUMBER >= HARMONICS:
+    if NUMBER < 0:
+        value = tl.zeros_like(x) + 1.0
+    elif NUMBER >= HARMONICS:
         value = 0.0 * x
     elif NUMBER == 0:
         value = -1.7320508075688772 * y

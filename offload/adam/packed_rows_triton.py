@@ -112,7 +112,7 @@ def step(
     with torch.cuda.device_of(ids):
         _step_kernel[(triton.cdiv(count, TILE // PART),)](
             values,
-            *((None, None, 0, 0.0) if before is None else _arguments(before)),
+            *((None, None, 0, 0.0) if before is None else tables_of(before)),
             ids,
             last_step,
             gradients.contiguous() if isinstance(gradients, Tensor) else None,
@@ -189,7 +189,8 @@ def packed_words(rows: RowState) -> Tensor:
     return parameters.view(moments.dtype)
 
 
-def _arguments(skipped: SkippedSteps) -> tuple[Tensor, Tensor, int, float]:
+def tables_of(skipped: SkippedSteps) -> tuple[Tensor, Tensor, int, float]:
+    """Return what kernels take of it."""
     return skipped.sums, skipped.multipliers, skipped.sums.shape[1], skipped.eps
 
 
@@ -276,7 +277,7 @@ def _coded_moments(
 
 
 @triton.jit
-def _skipped_part(
+def skipped_part(
     sums, multipliers, capacity, last, mask, part: tl.constexpr, SCHEDULES: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Sum up C_t(s) of a part's columns, [ROWS, 16], of rows with these last steps [ROWS]."""
@@ -305,7 +306,7 @@ def caught_up_part(
     values = tl.load(columns, mask=mask[:, None], other=0)
     words = tl.load(columns + COLUMNS, mask=mask[:, None], other=0)
     m, v = decode_moments(words, scale0, scale1, scale2, reach, part, COLUMNS)
-    skipped = _skipped_part(sums, multipliers, capacity, last, mask, part, SCHEDULES, COLUMNS)
+    skipped = skipped_part(sums, multipliers, capacity, last, mask, part, SCHEDULES, COLUMNS)
     return caught_up(_decoded_values(values, True), m, v, skipped, eps)
 
 
@@ -354,7 +355,7 @@ def _fetch_kernel(
         for part in tl.static_range(COLUMNS // _PART):
             w, words = part_of(values0, values1, values2, part), part_of(words0, words1, words2, part)
             m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
-            skipped = _skipped_part(sums, multipliers, capacity, last, fetched, part, SCHEDULES, COLUMNS)
+            skipped = skipped_part(sums, multipliers, capacity, last, fetched, part, SCHEDULES, COLUMNS)
             w = caught_up(_decoded_values(w, CODES), m, v, skipped, eps)
             out0, out1, out2 = with_part(out0, out1, out2, w, part)
         here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
@@ -437,7 +438,7 @@ def _step_kernel(
         w, g, words = part_of(w0, w1, w2, part), part_of(g0, g1, g2, part), part_of(words0, words1, words2, part)
         m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
         if values is None:
-            sizes_skipped = _skipped_part(sums, multipliers, sums_capacity, last, changed, part, SCHEDULES, COLUMNS)
+            sizes_skipped = skipped_part(sums, multipliers, sums_capacity, last, changed, part, SCHEDULES, COLUMNS)
             w = caught_up(w, m, v, sizes_skipped, eps_before)
         m, v = decayed(m, v, decay1, near, rest)
         if gradients is not None or means is not None:

@@ -108,11 +108,11 @@ def step_host_rows(
 
     Args:
         parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values. None: they are read
-            once more, from packed rows.
+            once more, and gradients are made.
         ids: [V] int64 on the device, the rows of the host that they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
-        gradients: [V, columns]; or what they are made of, where the rows are packed. None: there are none, and moments
-            are brought to the step of the parameters.
+        gradients: [V, columns]; or what they are made of, where rows are packed or have no values here. None: there are
+            none, and moments are brought to the step of the parameters.
         host: N rows, pinned or on the device, of either kind; the values in it are as old as the moments.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.adam import packed_rows_triton as packed_rows
+from offload.adam import stored_harmonics_triton as stored_harmonics
 from offload.adam.bfloat16 import seed_of
 from offload.adam.bfloat16_triton import pack, random_bits, unpack
 from offload.adam.deferral import DeferralTables, SkippedSteps
@@ -102,8 +103,11 @@ def step_host_rows(
     if packed_rows.takes(host):
         packed_rows.step(parameters, ids, last_step, gradients, host, tables, in_order=False)
         return
-    if isinstance(gradients, HarmonicsGradient) or parameters is None:
-        raise TypeError("gradients are made, and parameters read again, for packed rows alone")
+    if parameters is None and isinstance(gradients, HarmonicsGradient):
+        stored_harmonics.step(ids, last_step, gradients, host, tables)
+        return
+    if parameters is None or isinstance(gradients, HarmonicsGradient):
+        raise TypeError("in float32 gradients are made of rows without values, and of no others")
     count, columns = parameters.shape
     host_columns = host.parameters.shape[1]
     step, num_vectors = tables.step_sizes(), count * host_columns // 4

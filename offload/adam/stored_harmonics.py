@@ -1,10 +1,11 @@
-"""Colours of a view's Gaussians, made of harmonics as a compact store has them.
+"""Colours of a view's Gaussians, made of harmonics as they are stored.
 
-Their coefficients are 45 of a Gaussian's 59 values. In float32 they would be the largest tensor of a view, 180 bytes a
-row, which is written once, read twice, and lies there until the update. Here a row of codes is decoded, and caught up
-with the steps that it has skipped, where a colour is made of it; once more in the backward pass, where the colour's
-direction gets a gradient; and once more by Adam's step (`step_view_rows` without values). The coefficients themselves
-get none: theirs is made in the update too (`offload/adam/harmonics.py`). All this is for one camera.
+Their coefficients are 48 of a Gaussian's 59 values, or 45 without the constant one. Copied for a view they would be
+its largest tensor, which is written once, read twice, and lies there until the update, and their gradient another one
+as large. Here a row is decoded, where it has codes, and caught up with the steps that it has skipped where a colour is
+made of it; once more in the backward pass, where the colour's direction gets a gradient; and once more by Adam's step
+(`offload.adam.rows`, without values). The coefficients get no gradient before that: it is made there too
+(`offload/adam/harmonics.py`). All this is for one camera.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ from offload.store.layout import RowState
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Packed rows of harmonics, of which some are those of a view."""
+    """Rows of harmonics, of which some are those of a view."""
 
-    rows: RowState
+    rows: RowState  # packed ones, without the constant harmonic; or float32, which begin with it
     places: Tensor | None  # [V] int64, which of them the view has; None: they are the view's, in its order
     last_step: Tensor  # int32, the step of each row's last update
     skipped: SkippedSteps  # what catches them up
+
+    @property
+    def has_constant(self) -> bool:
+        """Tell whether the first three columns are the constant harmonic's."""
+        return len(self.rows.moments) == 2
 
     def of(self, numbers: Tensor) -> Tensor:
         """Return the values [M, columns] of rows [M] of the view, as `fetch_dated_rows` gives them."""
@@ -44,7 +50,7 @@ class StoredRows:
 class StoredHarmonics:
     """Harmonics of a view, in the place of coefficients that `rendering.rasterize` takes for colours."""
 
-    sh0: Tensor  # [V, 1, 3], which receives a gradient
+    sh0: Tensor  # [V, 1, 3], which receives a gradient; zeros, where the rows have the constant harmonic too
     others: StoredRows
     sh_degree: int
 
@@ -87,7 +93,7 @@ def colors_of(
 
     Args:
         others: Of V rows, those of shN.
-        sh0: [V, 1, 3]; the values of a row lie side by side.
+        sh0: [V, 1, 3], is added to the constant harmonic, where rows have it; the values of a row lie side by side.
         means: [V, 3], contiguous.
         camera_positions: [1, 3].
         ids: int64 [M], the rows whose colours are wanted.
@@ -123,5 +129,8 @@ def _uncut(
     """Compute colours [M, 3] before they are cut, of rows `ids` with these means [M, 3]."""
     used = num_harmonics(sh_degree)
     relative = relative_harmonics(directions_to(means, camera_positions))[:, :used]  # [M, K - 1]
-    coefficients = others.of(ids)[:, : 3 * used].reshape(len(ids), used, 3)
-    return 0.5 + CONSTANT * (sh0[ids, 0] + (relative[:, :, None] * coefficients).sum(dim=1))
+    columns, constant = others.of(ids), sh0[ids, 0]
+    if others.has_constant:
+        constant, columns = constant + columns[:, :3], columns[:, 3:]
+    coefficients = columns[:, : 3 * used].reshape(len(ids), used, 3)
+    return 0.5 + CONSTANT * (constant + (relative[:, :, None] * coefficients).sum(dim=1))

@@ -1,8 +1,8 @@
-"""`offload/adam/stored_harmonics.py` as CUDA kernels in Triton.
+"""`offload/adam/stored_harmonics.py` as CUDA kernels in Triton, and Adam's step on such rows in float32.
 
-A program has ROWS colours, and decodes their rows in parts of 16 columns, as those of `packed_rows_triton.py` do.
-Memory traffic of a colour at degree 3: 192 bytes of its row, and some 40 of everything else; a pass over 1.4 million of
-them is 0.08 ms at 4 TB/s.
+A program has ROWS colours, and reads their rows in parts of 16 columns, as those of `packed_rows_triton.py` do, where
+the step on packed ones is. Memory traffic of a colour at degree 3: 192 bytes of a row with codes, 576 of one in
+float32, and some 40 of everything else. A pass over 1.4 million of them is 0.08 or 0.21 ms at 4 TB/s.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.adam.codes_triton import PART, load_scales
-from offload.adam.harmonics import CONSTANT, SHORTEST_SQUARED, num_harmonics
-from offload.adam.harmonics_triton import harmonics_part, slopes_part
-from offload.adam.packed_rows_triton import TILE, WARPS, caught_up_part, packed_words
+from offload.adam.deferral import DeferralTables
+from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
+from offload.adam.harmonics import CONSTANT, SHORTEST_SQUARED, HarmonicsGradient, num_harmonics
+from offload.adam.harmonics_triton import arguments_of, harmonics_part, made_gradient, seen, slopes_part
+from offload.adam.packed_rows_triton import TILE, WARPS, caught_up_part, packed_words, skipped_part, tables_of
 from offload.adam.stored_harmonics import StoredRows
+from offload.store.layout import RowState
 
 _PART = tl.constexpr(PART)
 _CONSTANT = tl.constexpr(CONSTANT)
@@ -52,16 +55,42 @@ def gradient_of_means(
     return v_means
 
 
+def step(ids: Tensor, last_step: Tensor, made: HarmonicsGradient, rows: RowState, tables: DeferralTables) -> None:
+    """Do as `offload.adam.rows.step_host_rows` without values, for rows in float32."""
+    sizes, before = tables.step_sizes(), tables.skipped(before_step=True)
+    with torch.cuda.device_of(ids):
+        _step_kernel[(triton.cdiv(len(ids), ROWS),)](
+            *rows.tensors(),
+            ids,
+            last_step,
+            *arguments_of(made),
+            *tables_of(before),
+            sizes.sizes,
+            tables.decays,
+            tables.decays.shape[1],
+            tables.step,
+            1 - sizes.betas[0],
+            1 - sizes.betas[1],
+            sizes.eps,
+            len(ids),
+            SCHEDULES=tables.schedules,
+            HARMONICS=num_harmonics(made.sh_degree),
+            COLUMNS=tables.columns,
+            ROWS=ROWS,
+            num_warps=WARPS,
+        )
+
+
 def _arguments(others: StoredRows) -> tuple[Tensor | float | int | None, ...]:
-    skipped = others.skipped
-    tables = skipped.sums, skipped.multipliers, skipped.sums.shape[1], skipped.eps, skipped.reach
-    return packed_words(others.rows), others.places, others.last_step, *tables
+    rows = others.rows.tensors() if others.has_constant else (packed_words(others.rows), None, None)
+    return *rows, others.places, others.last_step, *tables_of(others.skipped), others.skipped.reach
 
 
 def _shape(others: StoredRows, sh_degree: int) -> dict[str, int]:
+    """Return the shape of a tile and the kind of rows, by the names of the kernels' arguments."""
     schedules, columns = others.skipped.multipliers.shape
-    used = min(num_harmonics(sh_degree), columns // 3)
-    return {"SCHEDULES": schedules, "HARMONICS": used, "COLUMNS": columns, "ROWS": ROWS, "num_warps": WARPS}
+    kind = {"HARMONICS": num_harmonics(sh_degree), "BEFORE": 3 if others.has_constant else 0}
+    return {"SCHEDULES": schedules, "COLUMNS": columns, "ROWS": ROWS, "num_warps": WARPS, **kind}
 
 
 @triton.jit
@@ -85,6 +114,36 @@ def _place_of(places, number, inside):
 
 
 @triton.jit
+def _scales_of(rows, place, inside, BEFORE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load the scales of rows with codes."""
+    scale0, scale1, scale2 = 0.0, 0.0, 0.0
+    if BEFORE == 0:
+        scale0, scale1, scale2 = load_scales(rows + place * (2 * COLUMNS) + COLUMNS, inside, COLUMNS)
+    return scale0, scale1, scale2
+
+
+@triton.jit
+def _part_of_rows(
+    rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+    part: tl.constexpr, SCHEDULES: tl.constexpr, BEFORE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Read a part [ROWS, 16] of the current values of rows."""
+    if BEFORE == 0:
+        there = rows + place * (2 * COLUMNS)
+        w = caught_up_part(
+            there, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+            part, SCHEDULES, COLUMNS,
+        )  # fmt: skip
+    else:
+        at = (place * COLUMNS)[:, None] + part * _PART + tl.arange(0, _PART)[None, :]
+        w = tl.load(rows + at, mask=inside[:, None], other=0.0)
+        m = tl.load(exp_avg + at, mask=inside[:, None], other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside[:, None], other=0.0)
+        w = caught_up(w, m, v, skipped_part(sums, multipliers, capacity, last, inside, part, SCHEDULES, COLUMNS), eps)
+    return w
+
+
+@triton.jit
 def _of_color(values, lane, part: tl.constexpr, COLOR: tl.constexpr):
     """Return the columns [ROWS, 16] of one colour, and zeros: column 3k + c is of the colour c."""
     channel = (lane + part * _PART) % 3
@@ -95,14 +154,21 @@ def _of_color(values, lane, part: tl.constexpr, COLOR: tl.constexpr):
 def _colors_kernel(
     means, camera_position,  # [V, 3], [1, 3]
     ids,  # [M]
-    packed,  # [rows, 2 * COLUMNS]
+    rows,  # int16 [rows, 2 * COLUMNS], packed; or float32 [rows, COLUMNS], as both moments, which packed ones lack here
+    exp_avg, exp_avg_sq,
     places,  # [V] or None
     last_step,  # [rows]
-    sums, multipliers, capacity, eps, reach,  # as of `_fetch_kernel`
+    sums,  # [SCHEDULES, capacity] float64
+    multipliers,  # [SCHEDULES, COLUMNS]
+    capacity, eps, reach,
     sh0, sh0_stride,  # [V, 3]
     colors,  # [M, 3]
     num_rows,  # M
-    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SCHEDULES: tl.constexpr,
+    HARMONICS: tl.constexpr,  # in use, without the constant one
+    BEFORE: tl.constexpr,  # columns of the constant one, before the others: 0 or 3
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, _PART)[None, :]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -112,19 +178,18 @@ def _colors_kernel(
     red = tl.load(of_constant, mask=inside, other=0.0)
     green = tl.load(of_constant + 1, mask=inside, other=0.0)
     blue = tl.load(of_constant + 2, mask=inside, other=0.0)
-    if HARMONICS > 0:
+    if BEFORE + HARMONICS > 0:
         place = _place_of(places, number, inside)
-        there = packed + place * (2 * COLUMNS)
         last = tl.load(last_step + place, mask=inside, other=0)
-        scale0, scale1, scale2 = load_scales(there + COLUMNS, inside, COLUMNS)
+        scale0, scale1, scale2 = _scales_of(rows, place, inside, BEFORE, COLUMNS)
         reds, greens, blues = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
         for part in tl.static_range(COLUMNS // _PART):
-            if part * _PART < 3 * HARMONICS:
-                w = caught_up_part(
-                    there, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-                    part, SCHEDULES, COLUMNS,
+            if part * _PART < 3 * HARMONICS + BEFORE:
+                w = _part_of_rows(
+                    rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2,
+                    sums, multipliers, capacity, eps, reach, part, SCHEDULES, BEFORE, COLUMNS,
                 )  # fmt: skip
-                terms = w * harmonics_part(x, y, z, part * _PART, HARMONICS)
+                terms = w * harmonics_part(x, y, z, part * _PART - BEFORE, HARMONICS)
                 reds += _of_color(terms, lane, part, 0)
                 greens += _of_color(terms, lane, part, 1)
                 blues += _of_color(terms, lane, part, 2)
@@ -136,11 +201,11 @@ def _colors_kernel(
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step", "ids"])
 def _means_kernel(
-    means, camera_position, ids, packed, places, last_step, sums, multipliers, capacity, eps, reach,
+    means, camera_position, ids, rows, exp_avg, exp_avg_sq, places, last_step, sums, multipliers, capacity, eps, reach,
     v_colors,  # [M, 3], zero where colours were cut
     v_means,  # [V, 3]
     num_rows,  # M
-    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, BEFORE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, _PART)[None, :]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -150,21 +215,20 @@ def _means_kernel(
     green = _CONSTANT * tl.load(v_colors + row * 3 + 1, mask=inside, other=0.0)[:, None]
     blue = _CONSTANT * tl.load(v_colors + row * 3 + 2, mask=inside, other=0.0)[:, None]
     place = _place_of(places, number, inside)
-    there = packed + place * (2 * COLUMNS)
     last = tl.load(last_step + place, mask=inside, other=0)
-    scale0, scale1, scale2 = load_scales(there + COLUMNS, inside, COLUMNS)
+    scale0, scale1, scale2 = _scales_of(rows, place, inside, BEFORE, COLUMNS)
     v_xs, v_ys, v_zs = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
     for part in tl.static_range(COLUMNS // _PART):
-        if part * _PART < 3 * HARMONICS:
-            w = caught_up_part(
-                there, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-                part, SCHEDULES, COLUMNS,
+        if part * _PART < 3 * HARMONICS + BEFORE:
+            w = _part_of_rows(
+                rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2,
+                sums, multipliers, capacity, eps, reach, part, SCHEDULES, BEFORE, COLUMNS,
             )  # fmt: skip
             channel = (lane + part * _PART) % 3
             w = w * tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-            v_xs += w * slopes_part(x, y, z, part * _PART, HARMONICS, 0)
-            v_ys += w * slopes_part(x, y, z, part * _PART, HARMONICS, 1)
-            v_zs += w * slopes_part(x, y, z, part * _PART, HARMONICS, 2)
+            v_xs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 0)
+            v_ys += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 1)
+            v_zs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 2)
     v_x, v_y, v_z = tl.sum(v_xs, axis=1)[:, None], tl.sum(v_ys, axis=1)[:, None], tl.sum(v_zs, axis=1)[:, None]
     # Through d / |d|: what points along d is lost. One camera sees a row once, so nobody adds to the same one.
     along = v_x * x + v_y * y + v_z * z
@@ -172,3 +236,49 @@ def _means_kernel(
     tl.store(to, (v_x - along * x) * inverse, mask=inside[:, None])
     tl.store(to + 1, (v_y - along * y) * inverse, mask=inside[:, None])
     tl.store(to + 2, (v_z - along * z) * inverse, mask=inside[:, None])
+
+
+@triton.jit(
+    do_not_specialize=["sums_capacity", "capacity", "step", "num_rows"],
+    do_not_specialize_on_alignment=["last_step", "ids"],
+)
+def _step_kernel(
+    rows, exp_avg, exp_avg_sq,  # [N, COLUMNS], of which the first three are the constant harmonic's
+    ids,  # [V]
+    last_step,  # [V]
+    means, means_stride, constant, constant_stride, at_x, at_y, at_z,  # as `harmonics_triton.arguments_of` gives them
+    sums,  # [SCHEDULES, sums_capacity] float64, of the steps before this one
+    multipliers,  # [SCHEDULES, COLUMNS]
+    sums_capacity,
+    eps_before,
+    sizes,  # [COLUMNS]
+    decays,  # [2, capacity] float64
+    capacity,
+    step,
+    gradient_weight,  # 1 - b1
+    square_weight,  # 1 - b2
+    eps,
+    num_rows,  # V
+    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, _PART)[None, :]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    place, last = tl.load(ids + row, mask=inside, other=0), tl.load(last_step + row, mask=inside, other=0)
+    x, y, z, red, green, blue = seen(means, means_stride, constant, constant_stride, at_x, at_y, at_z, row, inside)
+    decay1, near, rest = decays_of(decays, capacity, step - 1 - last, inside)
+    used = inside[:, None]
+    for part in tl.static_range(COLUMNS // _PART):
+        at = (place * COLUMNS)[:, None] + part * _PART + lane
+        w = tl.load(rows + at, mask=used, other=0.0)
+        m = tl.load(exp_avg + at, mask=used, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=used, other=0.0)
+        skipped = skipped_part(sums, multipliers, sums_capacity, last, inside, part, SCHEDULES, COLUMNS)
+        w = caught_up(w, m, v, skipped, eps_before)
+        m, v = decayed(m, v, decay1, near, rest)
+        gradient = made_gradient(x, y, z, red, green, blue, part * _PART - 3, HARMONICS)
+        size = tl.load(sizes + part * _PART + lane)
+        w, m, v = adam_step(w, m, v, gradient, size, gradient_weight, square_weight, eps)
+        tl.store(rows + at, w, mask=used)
+        tl.store(exp_avg + at, m, mask=used)
+        tl.store(exp_avg_sq + at, v, mask=used)

@@ -22,7 +22,7 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.models.named_rows import named_rows
-from offload.pipelines.contract import MEANS, CodedRows, Counters, Displacement, FetchedRows, Pipeline
+from offload.pipelines.contract import MEANS, Counters, Displacement, FetchedRows, FetchesStored, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
@@ -57,8 +57,7 @@ class OffloadedGaussians:
         self._geometry = geometry
         self._groups = groups
         self._pipeline = pipeline
-        is_compact = groups["appearance"].store.layout.state == "compact"
-        self._coded = pipeline if is_compact and isinstance(pipeline, CodedRows) else None
+        self._stored = pipeline if isinstance(pipeline, FetchesStored) else None
         self._rendering_device = device
         self._order = StepOrder()
         self._finite = FiniteGradients(device)
@@ -68,6 +67,7 @@ class OffloadedGaussians:
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         # Of the present view, where the gradient of its harmonics is made in the update: its camera, and the degree.
         self._seen: tuple[Cameras, int] | None = None
+        self._constant: Tensor | None = None  # [V, 1, 3] zeros, whose gradient is that of sh0, where that is not copied
 
     @property
     def num_gaussians(self) -> int:
@@ -84,14 +84,18 @@ class OffloadedGaussians:
         """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
         with self._order.taking("fetch", cameras=cameras):
             self._forget_other_rows(cameras)
-            if sh_degree is None or len(cameras.viewmats) != 1 or self._coded is None:
-                self._seen, rows = None, self._pipeline.fetch(cameras)
+            if sh_degree is None or len(cameras.viewmats) != 1 or self._stored is None:
+                self._seen, self._constant, rows = None, None, self._pipeline.fetch(cameras)
                 self._ids = rows.ids
                 return self._to_render(rows)
-            self._seen = cameras, sh_degree
-            rows, stored = self._coded.fetch_coded(cameras, "appearance")
+            self._seen, self._constant = (cameras, sh_degree), None
+            rows, stored = self._stored.fetch_stored(cameras, "appearance")
             self._ids = rows.ids
             named = self._to_render(rows)
+            if stored.has_constant:
+                self._constant = named["sh0"] = torch.zeros(
+                    len(rows.ids), 1, 3, device=rows.ids.device
+                ).requires_grad_()
             return {**named, "colors": StoredHarmonics(named.pop("sh0"), stored, sh_degree)}
 
     @property
@@ -128,7 +132,7 @@ class OffloadedGaussians:
             self._geometry.update(self._ids, gradients)
             self._pipeline.geometry_moved()
             self._geometry.expect_strays(None)  # which have moved, so that they are found where they lie
-            self._leaves, self._rows = {}, None
+            self._leaves, self._rows, self._constant = {}, None, None
             self.steps_done += 1
 
     # --------------------------------------------------------------------------------------------------- reading
@@ -259,7 +263,7 @@ class OffloadedGaussians:
         counts = [self._geometry.steps_done, *(group.adam.step for group in self._groups.values())]
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
-        self._leaves, self._rows, self._displaced = {}, None, None
+        self._leaves, self._rows, self._constant, self._displaced = {}, None, None, None
         self._geometry.expect_strays(None)
         self._order.undo()
 
@@ -306,7 +310,8 @@ class OffloadedGaussians:
 
     def _keep_finite(self) -> None:
         if self._rows is not None:
-            self._finite.keep([*self._rows.values.values(), *self._leaves.values()])
+            constant = [] if self._constant is None else [self._constant]
+            self._finite.keep([*self._rows.values.values(), *self._leaves.values(), *constant])
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Return the gradients [V, ...] of geometry that does not travel."""
@@ -316,9 +321,13 @@ class OffloadedGaussians:
         """Return what that of the present view is made of, before its means move; None: a leaf has one."""
         if self._seen is None or self._rows is None:
             return None
-        (cameras, sh_degree), geometry = self._seen, self._rows.values["geometry"]
-        means, constant = geometry.detach()[:, MEANS].clone(), gradient_of(geometry)[:, CONSTANT]
-        return HarmonicsGradient(means, constant, position_of(cameras), sh_degree)
+        (cameras, sh_degree), has_constant = self._seen, self._constant is not None
+        if self._constant is not None:
+            means, constant = self._leaves["means"].detach(), gradient_of(self._constant)[:, 0]
+        else:
+            geometry = self._rows.values["geometry"]
+            means, constant = geometry.detach()[:, MEANS].clone(), gradient_of(geometry)[:, CONSTANT]
+        return HarmonicsGradient(means, constant, position_of(cameras), sh_degree, has_constant)
 
     @contextmanager
     def _changing(self, method: str, ids: Tensor) -> Iterator[None]:

@@ -33,10 +33,10 @@ class FetchedRows(Protocol):
 
 
 @runtime_checkable
-class CodedRows(Protocol):
-    """What a pipeline is that can leave rows of a view as a compact store has them."""
+class FetchesStored(Protocol):
+    """What a pipeline is that can leave rows of a view as they are stored."""
 
-    def fetch_coded(self, cameras: Cameras, name: str) -> tuple[FetchedRows, StoredRows]:
+    def fetch_stored(self, cameras: Cameras, name: str) -> tuple[FetchedRows, StoredRows]:
         """Do as `Pipeline.fetch`, but for one group, whose rows have no values: return them as they are stored.
 
         Their gradient is that which the group has been given (`RowGroup.made`) when they are updated.

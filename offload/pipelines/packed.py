@@ -5,9 +5,10 @@ Three lanes of work run at the same time. While view j is rendered,
 - the fetch lane copies the rows of view j + 1 from the host;
 - the write lane copies the rows of view j - 1 to the host.
 
-Neither computes anything, so both leave the device's processors to the rendering. When a view begins its rows are
-decoded into values, caught up with the steps that they have skipped. After its backward pass they are stepped and coded
-again where they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
+Neither computes anything, so both leave the device's processors to the rendering. When a view begins its geometry is
+decoded into values, caught up with the steps that it has skipped; harmonics are where one camera sees them, when their
+colours are made (`offload/adam/stored_harmonics.py`). After the backward pass rows are stepped and coded again where
+they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
 
 Packed rows of two views are on the device at once, in one arena, at either end. View j + 1 takes the end of view j - 1,
 part by part as that is written, with the rows that both have, which are set aside before. The arena has space for the
@@ -22,8 +23,8 @@ Some rows may be resident (`offload/pipelines/residents.py`): these come from th
 whoever reads or changes a store that makes no difference, since `finish` brings them to it.
 
 Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
-the device a row of the arena takes 328 bytes, and one of the present view 256 of values and 64 of gradients: those of
-harmonics are made in the update where one camera has seen the view (`offload/adam/harmonics.py`), or 192 bytes more.
+the device a row of the arena takes 328 bytes, and one of the present view 64 of values and 64 of gradients; where more
+cameras than one see it 192 more of each.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class PackedPipeline:
         """Return the rows of a view, with the values they have after the last step."""
         return self._fetch(cameras, self._groups)
 
-    def fetch_coded(self, cameras: Cameras, name: str) -> tuple[PackedView, StoredRows]:
+    def fetch_stored(self, cameras: Cameras, name: str) -> tuple[PackedView, StoredRows]:
         """Do as `fetch`, but for one group, whose packed rows are returned as they are."""
         view = self._fetch(cameras, [other for other in self._groups if other != name])
         rows, skipped = packed_rows(view.words(name), name), self._groups[name].adam.skipped()

@@ -64,8 +64,8 @@ class ResidentPipeline:
         """Return the rows of a view, with the values they have after the last step."""
         return self._fetch(cameras, self._groups)
 
-    def fetch_coded(self, cameras: Cameras, name: str) -> tuple[ResidentRows, StoredRows]:
-        """Do as `fetch`, but for one group, whose rows in a compact store are returned as they are."""
+    def fetch_stored(self, cameras: Cameras, name: str) -> tuple[ResidentRows, StoredRows]:
+        """Do as `fetch`, but for one group, whose rows are returned as its store has them."""
         view, group = self._fetch(cameras, [other for other in self._groups if other != name]), self._groups[name]
         return view, StoredRows(group.store.rows, view.ids, group.store.last_step, group.adam.skipped())
 
