@@ -331,19 +331,21 @@ class PackedPipeline:
             if num_late is None:
                 return _Upcoming(ids, found=lane.record())
             late_rows, early = _cut(len(ids), num_late, late_first=not present.at_end)
-            common = self._overlap(ids, present.ids, ids[:0] if previous is None else previous.ids)
-            late = _left_to_host(common, late_rows) if num_late else None
+            before = ids[:0] if previous is None else previous.ids
+            common, late = self._overlap(ids, present.ids, before, self._rows_retained), None
+            if num_late:
+                late = _left_to_host(common, late_rows)
+                self._rows_retained -= late.shared.sum()
             if previous is not None and previous.overwritten is not None:
                 _find_on_host(common, previous.overwritten)
             kept = places = ids[:0]  # rows of the view before the present one, and where they are there
             if previous is not None:
-                kept = (common.places >= 0).nonzero().squeeze(1)
+                kept = common.nearby.nonzero().squeeze(1)
                 places = common.places[kept]
             found = lane.record()
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
-            self._rows_retained += common.moved.sum()
             self._rows_kept += len(kept)
             aside = None if previous is None else self._copied(previous, places)
             found = lane.record()
@@ -504,13 +506,12 @@ def _left_to_host(common: Overlap, late: slice) -> _Late:
     shared = torch.zeros_like(common.moved)
     shared[late] = common.moved[late]
     common.leaving[common.sources[shared]] = True
-    common.moved[late] = False
-    common.places[late] = -1
+    common.moved[late] = common.nearby[late] = False
     return _Late(late, shared)
 
 
 def _find_on_host(common: Overlap, overwritten: slice) -> None:
     """Let rows of the next view come from the host that the view before the present one has no more."""
-    lost = (common.places >= overwritten.start) & (common.places < overwritten.stop)
+    lost = common.nearby & (common.places >= overwritten.start) & (common.places < overwritten.stop)
     common.on_host.logical_or_(lost)
-    common.places.masked_fill_(lost, -1)
+    common.nearby.logical_xor_(lost)
