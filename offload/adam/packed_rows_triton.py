@@ -70,8 +70,9 @@ def fetch(
     if out.moments:
         raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
+    count = places.shape[0]
     with torch.cuda.device_of(places):
-        _fetch_kernel[(_grid(len(places), source, blocks),)](
+        _fetch_kernel[(_grid(count, source, blocks),)](
             _packed(source),
             places,
             ids,
@@ -83,7 +84,7 @@ def fetch(
             tables.sums.shape[1],
             tables.eps,
             tables.reach,
-            len(places),
+            count,
             SCHEDULES=schedules,
             **_tile(columns, source),
         )
@@ -109,7 +110,7 @@ def step(
     sizes, (count, columns) = tables.step_sizes(), values.shape
     made = gradients if isinstance(gradients, HarmonicsGradient) else None
     with torch.cuda.device_of(values):
-        _step_kernel[(triton.cdiv(count, TILE // PART),)](
+        _step_kernel[(-(-count // (TILE // PART)),)](
             values,
             ids,
             last_step,
@@ -150,10 +151,11 @@ def copy(
         blocks: Thread blocks, which loop over the tiles, where rows cross the link.
         to_view: Whether the view is the target.
     """
-    if len(ids) == 0:
+    count = ids.shape[0]
+    if count == 0:
         return
     if wanted is None:  # or that kernel would be compiled when a view is first written whole, late in training
-        wanted = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        wanted = torch.ones(count, dtype=torch.bool, device=ids.device)
     (words, steps), (out, out_steps) = source[0], target[0]
     (other_words, other_steps), (other_out, other_out_steps) = (source[1], target[1]) if source[1:] else (NONE, NONE)
     places = moved = None
@@ -162,10 +164,10 @@ def copy(
         places, moved = residents.places, residents.moved[0 if to_view else 1 :]
         near, near_steps = residents.rows[0]
         other_near, other_near_steps = residents.rows[1] if source[1:] else NONE
-    tiles, stays = triton.cdiv(len(ids), COPIED_ROWS), words.is_cuda and out.is_cuda
+    tiles, stays = -(-count // COPIED_ROWS), words.is_cuda and out.is_cuda
     with torch.cuda.device_of(ids):
         _copy_kernel[(tiles if stays else min(tiles, blocks),)](
-            words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, len(ids),
+            words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, count,
             places, near, near_steps, other_near, other_near_steps, moved,
             TO_VIEW=to_view, VECTORS=words.shape[1] // 4,
             OTHER_VECTORS=0 if other_words is None else other_words.shape[1] // 4,
@@ -181,7 +183,7 @@ def _tile(columns: int, rows: RowState) -> dict[str, int]:
 
 def _grid(count: int, rows: RowState, blocks: int) -> int:
     """Count the thread blocks: one for each tile, or as many as loop over the tiles where rows are on the host."""
-    tiles = triton.cdiv(count, TILE // PART)
+    tiles = -(-count // (TILE // PART))
     return tiles if rows.parameters.is_cuda else min(tiles, blocks)
 
 

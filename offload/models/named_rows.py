@@ -18,7 +18,8 @@ def named_rows(layout: RowLayout, rows: Tensor) -> dict[str, Tensor]:
     Autograd would join them as it joins any tensors along their short side, which takes ten times as long.
     """
     parts = _Parts.apply(rows, tuple(columns.stop - columns.start for columns in layout.columns.values()))
-    return {name: part.view(len(rows), *layout.shapes[name]) for name, part in zip(layout.columns, parts, strict=True)}
+    count = rows.shape[0]
+    return {name: part.view(count, *layout.shapes[name]) for name, part in zip(layout.columns, parts, strict=True)}
 
 
 class _Parts(torch.autograd.Function):
