@@ -53,6 +53,7 @@ class DeferralTables:
         step: t, the step that `begin_step` began last; 0 before the first.
         eps: Adam's, times the bias correction of step t.
         betas: Adam's decay rates.
+        rates: [schedules], the learning rates of step t with its bias correction.
         multipliers: [schedules, columns] float32; at learning rates [schedules] those of the columns are
             `learning_rates @ multipliers`, so columns whose learning rates keep their ratio share a schedule.
         sums: [schedules, capacity] float64, C_t(s) indexed by s.
@@ -78,7 +79,7 @@ class DeferralTables:
         self.eps = self._plain_eps = eps
         self.betas = betas
         self.multipliers = multipliers.detach().to(device, torch.float32, copy=True).contiguous()
-        self._rates = [0.0] * len(multipliers)  # [schedules], with bias correction
+        self.rates = [0.0] * len(multipliers)
         self._ratio = b1 / math.sqrt(b2)
         window = math.ceil(math.log(NEGLIGIBLE) / math.log(self._ratio)) if self._ratio > 0 else 1
         self._ratio_powers = self._powers_of_ratio(window).to(device)  # [window], of the oldest step first
@@ -110,8 +111,8 @@ class DeferralTables:
         self.step += 1
         if self.step >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        self.eps, self._rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
-        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self._rates)
+        self.eps, self.rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
+        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self.rates)
 
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
@@ -160,7 +161,7 @@ class DeferralTables:
 
     def step_sizes(self) -> StepSizes:
         """Compute the sizes of step t on the current stream."""
-        return self._sizes(self.eps, self._rates)
+        return self._sizes(self.eps, self.rates)
 
     def next_step_sizes(self, learning_rates: Sequence[float]) -> StepSizes:
         """Compute the sizes of step t + 1, which has not begun yet, as `begin_step` and `step_sizes` will."""

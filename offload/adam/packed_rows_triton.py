@@ -107,7 +107,9 @@ def step(
         rows: Packed.
         in_order: Whether rows are a view's, in its order, as for the latter; or lie by ids.
     """
-    sizes, (count, columns) = tables.step_sizes(), values.shape
+    (count, columns), schedules = values.shape, tables.schedules
+    if schedules > 2:
+        raise ValueError(f"packed rows have one schedule or two, and not {schedules}")
     made = gradients if isinstance(gradients, HarmonicsGradient) else None
     with torch.cuda.device_of(values):
         _step_kernel[(-(-count // (TILE // PART)),)](
@@ -117,18 +119,21 @@ def step(
             gradients.contiguous() if isinstance(gradients, Tensor) else None,
             *(NOTHING if made is None else arguments_of(made)),
             _packed(rows),
-            sizes.sizes,
+            tables.multipliers,
+            tables.rates[0],
+            tables.rates[-1],
             tables.decays,
             tables.decays.shape[1],
             tables.step if gradients is not None else tables.step + 1,  # of which the kernel decays all but the last
             seed_of(tables.step),
-            1 - sizes.betas[0],
-            1 - sizes.betas[1],
-            sizes.eps,
+            1 - tables.betas[0],
+            1 - tables.betas[1],
+            tables.eps,
             tables.reach,
             count,
             HARMONICS=0 if made is None else made.num_harmonics,
             IN_ORDER=in_order,
+            SCHEDULES=schedules,
             **_tile(columns, rows),
         )
 
@@ -340,7 +345,9 @@ def _step_kernel(
     at_y,
     at_z,
     packed,  # [N, 2 * COLUMNS] on the host or on the device; or a view's, [V, 2 * COLUMNS]
-    sizes,  # [COLUMNS]
+    multipliers,  # [SCHEDULES, COLUMNS]
+    rate,  # of the first schedule
+    other_rate,  # of the second, where there is one
     decays,  # [2, capacity] float64
     capacity,
     step,
@@ -352,6 +359,7 @@ def _step_kernel(
     num_rows,  # V
     HARMONICS: tl.constexpr,
     IN_ORDER: tl.constexpr,
+    SCHEDULES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
@@ -390,7 +398,9 @@ def _step_kernel(
         m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
         m, v = decayed(m, v, decay1, near, rest)
         if gradients is not None or means is not None:
-            size = tl.load(sizes + part * _PART + lane)
+            size = tl.load(multipliers + part * _PART + lane) * rate
+            if SCHEDULES == 2:
+                size = tl.fma(tl.load(multipliers + COLUMNS + part * _PART + lane), other_rate, size)
             w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
         random = random_bits(row_id[:, None] * COLUMNS + part * _PART + lane, seed)
         if CODES:
