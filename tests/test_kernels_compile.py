@@ -12,6 +12,7 @@ import torch
 from tests import (
     test_bounds,
     test_culling,
+    test_deferral_tables,
     test_device_geometry,
     test_gradients,
     test_harmonics_gradient,
@@ -66,6 +67,8 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     test_harmonics_gradient.test_rows_take_the_step_of_the_gradient_itself(*HERE, 3, 3, 79)
     test_named_rows.test_gradients_are_joined(*HERE, 1, monkeypatch)
     test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
+    with monkeypatch.context() as for_tables:
+        test_deferral_tables.test_a_step_that_is_undone_leaves_no_trace(*HERE, 3, for_tables)
     test_device_geometry.test_what_is_read_equals_dense_adam_in_float64(*HERE)
     test_device_geometry.test_what_is_settled_equals_dense_adam_in_float64(*HERE)
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.backends import kernels_for
+
 # What a step adds to C_t(s) is (b1/sqrt(b2))^(t-s) times its learning rate; below this it is lost in float32.
 NEGLIGIBLE = 1e-12
 FIRST_CAPACITY = 4096  # steps
@@ -85,6 +87,7 @@ class DeferralTables:
         self._ratio_powers = self._powers_of_ratio(window).to(device)  # [window], of the oldest step first
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
+        self._add = kernels_for(device, __name__).add_step
         self._unchanged = slice(0, 0), self.sums[:, :0]  # which steps `begin_step` has changed, and what was there
 
     @property
@@ -193,10 +196,7 @@ class DeferralTables:
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
-        self._unchanged = changed, self.sums[:, changed].clone()
-        powers = self._ratio_powers[len(self._ratio_powers) - (changed.stop - changed.start) :]
-        for sums, rate in zip(self.sums, rates, strict=True):
-            sums[changed].add_(powers, alpha=rate)
+        self._unchanged = changed, self._add(self.sums, changed, self._ratio_powers, rates)
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         self.sums[:, :steps] = checked_table(tables, "sums", (steps, self.schedules)).T.to(self.sums.device)
@@ -210,6 +210,25 @@ class DeferralTables:
         decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
         decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers: they are slow
         self.decays = decays.to(device)
+
+
+def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:
+    """Add a step to C(s) of the steps before it that it changes, in place.
+
+    Args:
+        sums: [schedules, capacity] float64.
+        changed: Which steps these are, the last ones.
+        powers: [window] float64 of the ratio, that of the last step last.
+        rates: [schedules], of the step.
+
+    Returns:
+        What was there, [schedules, changed].
+    """
+    unchanged = sums[:, changed].clone()
+    powers = powers[len(powers) - (changed.stop - changed.start) :]
+    for each, rate in zip(sums, rates, strict=True):
+        each[changed].add_(powers, alpha=rate)
+    return unchanged
 
 
 def caught_up(
