@@ -54,7 +54,7 @@ class Clock:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def milliseconds(self, begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:

@@ -52,14 +52,14 @@ def project_pairs(
     # -R^T t, since a general inverse makes cuBLAS keep 32 MiB. Before the host waits for the number of pairs.
     camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
     rows = (means, quats, scales, opacities)
-    if not len(means):
+    if not means.shape[0]:
         rows = _stand_in(*rows)
     pairs = fully_fused_projection(
         rows[0], None, rows[1], rows[2], viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
         far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=rows[3],
         calc_compensations=rasterize_mode == "antialiased",
     )  # fmt: skip
-    if not len(means):
+    if not means.shape[0]:
         pairs = tuple(None if values is None else values[:0] for values in pairs)
     _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = pairs
     # index_select, whose backward pass adds where indexing would sort
@@ -116,4 +116,4 @@ def blend_pairs(
     if backgrounds is not None:
         # gsplat's own check refuses backgrounds when packed.
         render_colors = render_colors + (1.0 - render_alphas) * backgrounds[:, None, None, :]
-    return render_colors, render_alphas, len(isect_ids)
+    return render_colors, render_alphas, isect_ids.shape[0]

@@ -81,12 +81,12 @@ def rasterize(
     drawn = projection = replace(projection, means2d=region.relative(projection.means2d))
     if exchange is not None:
         drawn, features = exchange(projection, features)
-    num_drawn = len(viewmats) if exchange is None else exchange.num_cameras
+    num_drawn = viewmats.shape[0] if exchange is None else exchange.num_cameras
     render_colors, render_alphas, num_intersections = blend_pairs(
         drawn, features, num_drawn, region.width, region.height, backgrounds=backgrounds, render_mode=render_mode,
         absgrad=absgrad,
     )  # fmt: skip
-    info = pair_info(projection, width, height, len(viewmats))
+    info = pair_info(projection, width, height, viewmats.shape[0])
     info["n_intersections"] = num_intersections
     return render_colors, render_alphas, info
 

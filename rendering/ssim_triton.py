@@ -89,7 +89,7 @@ def weighted_sum_gradient(
 
 def _grid(pictures: Tensor) -> tuple[int, int, int]:
     n_cameras, height, width, _ = pictures.shape
-    return triton.cdiv(3 * width, BLOCK), triton.cdiv(height, ROWS), n_cameras
+    return -(-3 * width // BLOCK), -(-height // ROWS), n_cameras
 
 
 @triton.jit

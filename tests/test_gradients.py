@@ -29,9 +29,10 @@ def test_all_are_cleared_unless_all_are_finite(kind, device, some_rows, value):
     ids = torch.cat([torch.arange(0, 300, 2), torch.tensor([4])]).to(device) if some_rows else None  # one comes twice
     gradients[2][298, 14, 2] = value
     before = [gradient.clone() for gradient in gradients]
-    spoiled = clear_unless_finite(kind)(gradients, ids)
+    skipped = torch.tensor([7, 2, 0], dtype=torch.int32, device=device)
+    clear_unless_finite(kind)(gradients, ids, skipped, 9)
     is_finite = abs(value) < float("inf")
-    assert int(spoiled) == int(not is_finite)
+    assert skipped.tolist() == ([7, 0, 0] if is_finite else [8, 3, 9])
     for gradient, expected in zip(gradients, before, strict=True):
         if not is_finite:
             expected[slice(None) if ids is None else ids] = 0
@@ -41,9 +42,32 @@ def test_all_are_cleared_unless_all_are_finite(kind, device, some_rows, value):
 @pytest.mark.parametrize(("kind", "device"), PLACES)
 def test_nothing_in_view(kind, device):
     gradients, none = [torch.ones(4, 3, device=device)], torch.zeros(0, dtype=torch.int64, device=device)
-    assert int(clear_unless_finite(kind)(gradients, none)) == 0
-    assert int(clear_unless_finite(kind)([gradients[0][:0]], None)) == 0
+    skipped = torch.tensor([7, 2, 8], dtype=torch.int32, device=device)
+    clear_unless_finite(kind)(gradients, none, skipped, 9)
+    assert skipped.tolist() == [7, 0, 8]
+    skipped[1] = 2
+    clear_unless_finite(kind)([gradients[0][:0]], None, skipped, 10)
+    assert skipped.tolist() == [7, 0, 8]
     assert gradients[0].min() == 1
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+@pytest.mark.parametrize("some_rows", [False, True])
+@pytest.mark.parametrize("spoiled", range(6))
+def test_any_of_six_gradients_spoils_all(kind, device, some_rows, spoiled):
+    """As many as a model has at most; of one block each, of more, and of none; the last value is what spoils."""
+    gradients = [torch.ones(300, *shape, device=device) for shape in ((3,), (), (15, 3), (0,), (4,), (1, 3))]
+    if spoiled == 3:
+        gradients[spoiled] = torch.ones(300, 28, device=device)  # 8400 values are 3 blocks
+    gradients[spoiled].view(300, -1)[299, -1] = float("nan")
+    ids = torch.arange(1, 300, 2, device=device) if some_rows else None
+    skipped = torch.zeros(3, dtype=torch.int32, device=device)
+    clear_unless_finite(kind)(gradients, ids, skipped, 1)
+    assert skipped.tolist() == [1, 1, 1]
+    for gradient in gradients:
+        assert not gradient[slice(None) if ids is None else ids].any()
+        if ids is not None:
+            assert gradient[::2].numel() == 0 or gradient[::2].min() == 1
 
 
 @pytest.mark.parametrize(("kind", "device"), PLACES)

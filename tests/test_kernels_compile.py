@@ -12,6 +12,7 @@ import torch
 from tests import (
     test_bounds,
     test_culling,
+    test_deferral_tables,
     test_device_geometry,
     test_gradients,
     test_harmonics_gradient,
@@ -72,6 +73,8 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     test_stored_harmonics.test_a_step_without_values_is_the_step_on_those_that_are_fetched(*HERE, 3)
     test_stored_harmonics.test_a_step_of_float32_without_values_is_that_on_the_gradient_itself(*HERE, 3)
     test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
+    with monkeypatch.context() as for_tables:
+        test_deferral_tables.test_a_step_that_is_undone_leaves_no_trace(*HERE, 3, for_tables)
     test_device_geometry.test_what_is_read_equals_dense_adam_in_float64(*HERE)
     test_device_geometry.test_what_is_settled_equals_dense_adam_in_float64(*HERE)
 

@@ -124,9 +124,9 @@ def test_compact_trainers_round_alike(views_and_points, gpu_only):
 )
 def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu_only, trainer):
     """All of `offload` as it runs on a GPU, but for streams and memory."""
+    from offload.adam import deferral_triton, packed_rows_triton
     from offload.adam import finite_triton as gradients_triton
     from offload.adam import geometry_triton as geometry_kernels_triton
-    from offload.adam import packed_rows_triton
     from offload.adam import rows_triton as row_kernels_triton
     from offload.culling import kernels_triton as culling_triton
 
@@ -141,7 +141,8 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
         monkeypatch.setattr(module, size, 1 << 12)  # the interpreter takes as long for a small one
     monkeypatch.setattr(packed_rows_triton, "TILE", 1 << 14)
     monkeypatch.setattr(backends, "_takes_triton", lambda device: True)
-    for module, names in ((row_kernels_triton, ROW_KERNELS), (gradients_triton, ["clear_unless_finite"])):
+    others = [(gradients_triton, ["clear_unless_finite"]), (deferral_triton, ["add_step"])]
+    for module, names in [(row_kernels_triton, ROW_KERNELS), *others]:
         for name in names:
             monkeypatch.setattr(module, name, one_at_a_time(getattr(module, name)))
     differences = relative_differences(train(trainer, views[:few], scene, drawn, refines), expected)

@@ -215,7 +215,8 @@ def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(ordered, seed, r
         read_late(self, view, rows, present)
 
     def noting_lost(common, overwritten: slice) -> None:
-        lost.append(common.places[(common.places >= overwritten.start) & (common.places < overwritten.stop)])
+        places = common.places[common.nearby]
+        lost.append(places[(places >= overwritten.start) & (places < overwritten.stop)])
         find_on_host(common, overwritten)
 
     monkeypatch.setattr(PackedPipeline, "_read_late", noting_late)

@@ -121,7 +121,7 @@ class HostRows:
         return packed_rows(words, self.group)
 
     def begin_step(self) -> None:
-        self.tables.begin_step([1e-2] * len(self.multipliers))
+        self.tables.begin_step([1e-2, 4e-3][: len(self.multipliers)])
 
     def step(self, ids: Tensor, gradients: Tensor, learning_rates: list[float]) -> None:
         """One step of a view, as the trainer does it: fetch, begin the step, update, write back."""

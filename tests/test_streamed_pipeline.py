@@ -100,9 +100,9 @@ class Clock:
         self._note_found(positions)
         return positions
 
-    def overlap(self, ids: Tensor, present: Tensor, previous: Tensor) -> Overlap:
+    def overlap(self, ids: Tensor, present: Tensor, previous: Tensor, num_moved: Tensor) -> Overlap:
         """As `positions_among`."""
-        common = overlap.overlap(ids, present, previous)
+        common = overlap.overlap(ids, present, previous, num_moved)
         self._note_found(*common)
         return common
 

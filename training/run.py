@@ -84,7 +84,7 @@ def select_device(name: str) -> torch.device:
         return torch.device("cpu")
     limit_fragmentation()
     check_gsplat()
-    return torch.device("cuda")
+    return torch.device("cuda", 0)  # with an index, or torch looks at each call for a stream which one is meant
 
 
 class TrainingRun(Generic[AnyConfig]):

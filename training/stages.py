@@ -19,6 +19,7 @@ class StageTimes:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []  # not read yet: events of CUDA, or seconds
         self._totals: dict[str, float] = defaultdict(float)  # milliseconds of each stage in all steps so far
@@ -33,7 +34,7 @@ class StageTimes:
         """End the stage of this name, which began at the mark before."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._marks.append((name, event))
         else:
             self._marks.append((name, time.perf_counter()))

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.backends import kernels_for
+
 # What a step adds to C_t(s) is (b1/sqrt(b2))^(t-s) times its learning rate; below this it is lost in float32.
 NEGLIGIBLE = 1e-12
 FIRST_CAPACITY = 4096  # steps
@@ -67,6 +69,7 @@ class DeferralTables:
         step: t, the step that `begin_step` began last; 0 before the first.
         eps: Adam's, times the bias correction of step t.
         betas: Adam's decay rates.
+        rates: [schedules], the learning rates of step t with its bias correction.
         multipliers: [schedules, columns] float32; at learning rates [schedules] those of the columns are
             `learning_rates @ multipliers`, so columns whose learning rates keep their ratio share a schedule.
         sums: [schedules, capacity] float64, C_t(s) indexed by s.
@@ -92,12 +95,13 @@ class DeferralTables:
         self.eps = self._plain_eps = eps
         self.betas = betas
         self.multipliers = multipliers.detach().to(device, torch.float32, copy=True).contiguous()
-        self._rates = [0.0] * len(multipliers)  # [schedules], with bias correction
+        self.rates = [0.0] * len(multipliers)
         self._ratio = b1 / math.sqrt(b2)
         window = math.ceil(math.log(NEGLIGIBLE) / math.log(self._ratio)) if self._ratio > 0 else 1
         self._ratio_powers = self._powers_of_ratio(window).to(device)  # [window], of the oldest step first
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
+        self._add = kernels_for(device, __name__).add_step
         self._unchanged = slice(0, 0), self.sums  # which steps `begin_step` has changed, and the table before
 
     @property
@@ -124,8 +128,8 @@ class DeferralTables:
         self.step += 1
         if self.step >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        self.eps, self._rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
-        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self._rates)
+        self.eps, self.rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
+        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self.rates)
 
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
@@ -184,7 +188,7 @@ class DeferralTables:
 
     def step_sizes(self) -> StepSizes:
         """Compute the sizes of step t on the current stream."""
-        return self._sizes(self.eps, self._rates)
+        return self._sizes(self.eps, self.rates)
 
     def next_step_sizes(self, learning_rates: Sequence[float]) -> StepSizes:
         """Compute the sizes of step t + 1, which has not begun yet, as `begin_step` and `step_sizes` will."""
@@ -216,10 +220,7 @@ class DeferralTables:
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
-        self._unchanged = changed, self.sums.clone()
-        powers = self._ratio_powers[len(self._ratio_powers) - (changed.stop - changed.start) :]
-        for sums, rate in zip(self.sums, rates, strict=True):
-            sums[changed].add_(powers, alpha=rate)
+        self._unchanged = changed, self._add(self.sums, changed, self._ratio_powers, rates)
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         self.sums[:, :steps] = checked_table(tables, "sums", (steps, self.schedules)).T.to(self.sums.device)
@@ -233,6 +234,25 @@ class DeferralTables:
         decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
         decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers: they are slow
         self.decays = decays.to(device)
+
+
+def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:
+    """Add a step to C(s) of the steps before it that it changes, in place.
+
+    Args:
+        sums: [schedules, capacity] float64.
+        changed: Which steps these are, the last ones.
+        powers: [window] float64 of the ratio, that of the last step last.
+        rates: [schedules], of the step.
+
+    Returns:
+        The sums before, [schedules, capacity].
+    """
+    before = sums.clone()
+    powers = powers[len(powers) - (changed.stop - changed.start) :]
+    for each, rate in zip(sums, rates, strict=True):
+        each[changed].add_(powers, alpha=rate)
+    return before
 
 
 def caught_up(

@@ -1,14 +1,66 @@
-"""`offload/adam/deferral.py` for kernels in Triton, which inline it."""
+"""`offload/adam/deferral.py` for CUDA: a kernel in Triton for its tables, and what other kernels inline."""
 
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
+BLOCK = 256  # steps
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:
+    """Do as `offload.adam.deferral.add_step`, for one schedule or two."""
+    (schedules, capacity), count = sums.shape, changed.stop - changed.start
+    if schedules > 2:
+        raise ValueError(f"{schedules} schedules are more than two")
+    before = torch.empty_like(sums)
+    # Triton takes numbers as float32: the bits of float64 go as an integer.
+    bits = [struct.unpack("q", struct.pack("d", rate))[0] for rate in rates]
+    with torch.cuda.device_of(sums):
+        _add_step[(-(-capacity // BLOCK),)](
+            sums, capacity, changed.start, count, powers, powers.shape[0] - count, before, bits[0], bits[-1],
+            SCHEDULES=schedules, BLOCK=BLOCK,
+        )  # fmt: skip
+    return before
+
+
+@triton.jit(do_not_specialize=["capacity", "first", "count", "first_power", "rate_bits", "other_rate_bits"])
+def _add_step(
+    sums,  # [SCHEDULES, capacity] float64
+    capacity,
+    first,  # step that is changed
+    count,  # of steps that are changed
+    powers,  # [first_power + count] float64
+    first_power,
+    before,  # [SCHEDULES, capacity] float64, to be written
+    rate_bits,  # of float64, as those of the second schedule
+    other_rate_bits,
+    SCHEDULES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, changed = i < capacity, (i >= first) & (i < first + count)
+    power = tl.load(powers + first_power + i - first, mask=changed, other=0.0)
+    _add_to(sums + i, before + i, power, rate_bits, inside, changed)
+    if SCHEDULES == 2:
+        _add_to(sums + capacity + i, before + capacity + i, power, other_rate_bits, inside, changed)
+
+
+@triton.jit
+def _add_to(sums, before, power, rate_bits, inside, changed):
+    """Copy sums, and add a power times a rate to those that are changed."""
+    rate = rate_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    values = tl.load(sums, mask=inside, other=0.0)
+    tl.store(before, values, mask=inside)
+    tl.store(sums, tl.fma(power, rate, values), mask=changed)
 
 
 @triton.jit

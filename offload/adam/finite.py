@@ -24,7 +24,9 @@ class FiniteGradients:
 
     def __init__(self, device: torch.device) -> None:
         self._kernels = kernels_for(device, __name__)
-        self._skipped = torch.zeros(2, dtype=torch.int32, device=device)  # so far; the last ones in a row
+        self._calls = 0  # of `keep`
+        # So far; the last ones in a row; the call that skipped the last one. The last spares clearing a mark.
+        self._skipped = torch.zeros(3, dtype=torch.int32, device=device)
 
     def keep(self, leaves: Iterable[Tensor], ids: Tensor | None = None) -> None:
         """Set all of a step's gradients to zero, in place, unless all their values are finite.
@@ -34,24 +36,31 @@ class FiniteGradients:
             ids: int64 [V], the rows that may have values other than zero; None: all rows. They may repeat.
         """
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if not gradients:
-            return
-        spoiled = self._kernels.clear_unless_finite(gradients, ids)
-        self._skipped += spoiled
-        self._skipped[1] *= spoiled
+        if gradients:
+            self._calls += 1
+            self._kernels.clear_unless_finite(gradients, ids, self._skipped, self._calls)
 
     def skipped_steps(self) -> tuple[int, int]:
         """Count the steps skipped so far, and those of them that were the last in a row; waits."""
-        total, in_a_row = self._skipped.tolist()
+        total, in_a_row, _ = self._skipped.tolist()
         return total, in_a_row
 
 
-def clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None) -> int:
-    """Set gradients to zero unless all are finite, and return 1 where that was needed, else 0."""
+def clear_unless_finite(gradients: Sequence[Tensor], ids: Tensor | None, skipped: Tensor, call: int) -> None:
+    """Set gradients to zero, in place, unless all their values are finite.
+
+    Args:
+        gradients: [N, ...] each.
+        ids: int64 [V], the rows to look at and to clear; None: all rows.
+        skipped: int32 [3] of `FiniteGradients`, to be kept.
+        call: Which call this is, from 1.
+    """
     rows = gradients if ids is None else [gradient[ids] for gradient in gradients]
     # NaN goes through minimum and maximum, which unlike `isfinite` take no memory.
     if all(math.isfinite(end) for values in rows if values.numel() for end in map(float, values.aminmax())):
-        return 0
+        skipped[1] = 0
+        return
     for gradient in gradients:
         gradient.zero_() if ids is None else gradient.index_fill_(0, ids, 0.0)
-    return 1
+    skipped += 1
+    skipped[2] = call

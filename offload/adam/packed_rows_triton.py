@@ -70,8 +70,9 @@ def fetch(
     if out.moments:
         raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
+    count = places.shape[0]
     with torch.cuda.device_of(places):
-        _fetch_kernel[(_grid(len(places), source, blocks),)](
+        _fetch_kernel[(_grid(count, source, blocks),)](
             packed_words(source),
             places,
             ids,
@@ -83,7 +84,7 @@ def fetch(
             tables.sums.shape[1],
             tables.eps,
             tables.reach,
-            len(places),
+            count,
             SCHEDULES=schedules,
             **_tile(columns, source),
         )
@@ -106,31 +107,35 @@ def step(
         rows: Packed.
         in_order: Whether rows are a view's, in its order, as for the latter; or lie by ids.
     """
-    sizes, count = tables.step_sizes(), len(ids)
+    count, schedules = ids.shape[0], tables.schedules
+    if schedules > 2:
+        raise ValueError(f"packed rows have one schedule or two, and not {schedules}")
     made = gradients if isinstance(gradients, HarmonicsGradient) else None
     before = None if values is not None else tables.skipped(before_step=True)
     with torch.cuda.device_of(ids):
-        _step_kernel[(triton.cdiv(count, TILE // PART),)](
+        _step_kernel[(-(-count // (TILE // PART)),)](
             values,
-            *((None, None, 0, 0.0) if before is None else tables_of(before)),
+            *((None, 0, 0.0) if before is None else (before.sums, before.sums.shape[1], before.eps)),
             ids,
             last_step,
             gradients.contiguous() if isinstance(gradients, Tensor) else None,
             *(NOTHING if made is None else arguments_of(made)),
             packed_words(rows),
-            sizes.sizes,
+            tables.multipliers,
+            tables.rates[0],
+            tables.rates[-1],
             tables.decays,
             tables.decays.shape[1],
             tables.step if gradients is not None else tables.step + 1,  # of which the kernel decays all but the last
             seed_of(tables.step),
-            1 - sizes.betas[0],
-            1 - sizes.betas[1],
-            sizes.eps,
+            1 - tables.betas[0],
+            1 - tables.betas[1],
+            tables.eps,
             tables.reach,
             count,
-            SCHEDULES=0 if before is None else len(before.multipliers),
             HARMONICS=0 if made is None else num_harmonics(made.sh_degree),
             IN_ORDER=in_order,
+            SCHEDULES=schedules,
             **_tile(tables.columns, rows),
         )
 
@@ -153,10 +158,11 @@ def copy(
         blocks: Thread blocks, which loop over the tiles, where rows cross the link.
         to_view: Whether the view is the target.
     """
-    if len(ids) == 0:
+    count = ids.shape[0]
+    if count == 0:
         return
     if wanted is None:  # or that kernel would be compiled when a view is first written whole, late in training
-        wanted = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        wanted = torch.ones(count, dtype=torch.bool, device=ids.device)
     (words, steps), (out, out_steps) = source[0], target[0]
     (other_words, other_steps), (other_out, other_out_steps) = (source[1], target[1]) if source[1:] else (NONE, NONE)
     places = moved = None
@@ -165,10 +171,10 @@ def copy(
         places, moved = residents.places, residents.moved[0 if to_view else 1 :]
         near, near_steps = residents.rows[0]
         other_near, other_near_steps = residents.rows[1] if source[1:] else NONE
-    tiles, stays = triton.cdiv(len(ids), COPIED_ROWS), words.is_cuda and out.is_cuda
+    tiles, stays = -(-count // COPIED_ROWS), words.is_cuda and out.is_cuda
     with torch.cuda.device_of(ids):
         _copy_kernel[(tiles if stays else min(tiles, blocks),)](
-            words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, len(ids),
+            words, steps, out, out_steps, other_words, other_steps, other_out, other_out_steps, ids, wanted, count,
             places, near, near_steps, other_near, other_near_steps, moved,
             TO_VIEW=to_view, VECTORS=words.shape[1] // 4,
             OTHER_VECTORS=0 if other_words is None else other_words.shape[1] // 4,
@@ -202,7 +208,7 @@ def _tile(columns: int, rows: RowState) -> dict[str, int]:
 
 def _grid(count: int, rows: RowState, blocks: int) -> int:
     """Count the thread blocks: one for each tile, or as many as loop over the tiles where rows are on the host."""
-    tiles = triton.cdiv(count, TILE // PART)
+    tiles = -(-count // (TILE // PART))
     return tiles if rows.parameters.is_cuda else min(tiles, blocks)
 
 
@@ -368,8 +374,7 @@ def _fetch_kernel(
 )
 def _step_kernel(
     values,  # [V, COLUMNS]; None: they are decoded, and caught up by these
-    sums,  # [SCHEDULES, sums_capacity] float64
-    multipliers,  # [SCHEDULES, COLUMNS]
+    sums,  # [SCHEDULES, sums_capacity] float64, of the steps before this one
     sums_capacity,
     eps_before,
     ids,  # [V]
@@ -383,7 +388,9 @@ def _step_kernel(
     at_y,
     at_z,
     packed,  # [N, 2 * COLUMNS] on the host or on the device; or a view's, [V, 2 * COLUMNS]
-    sizes,  # [COLUMNS]
+    multipliers,  # [SCHEDULES, COLUMNS]
+    rate,  # of the first schedule
+    other_rate,  # of the second, where there is one
     decays,  # [2, capacity] float64
     capacity,
     step,
@@ -393,9 +400,9 @@ def _step_kernel(
     eps,
     reach,
     num_rows,  # V
-    SCHEDULES: tl.constexpr,
     HARMONICS: tl.constexpr,
     IN_ORDER: tl.constexpr,
+    SCHEDULES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
@@ -442,7 +449,9 @@ def _step_kernel(
             w = caught_up(w, m, v, sizes_skipped, eps_before)
         m, v = decayed(m, v, decay1, near, rest)
         if gradients is not None or means is not None:
-            size = tl.load(sizes + part * _PART + lane)
+            size = tl.load(multipliers + part * _PART + lane) * rate
+            if SCHEDULES == 2:
+                size = tl.fma(tl.load(multipliers + COLUMNS + part * _PART + lane), other_rate, size)
             w, m, v = adam_step(w, m, v, g, size, gradient_weight, square_weight, eps)
         random = random_bits(row_id[:, None] * COLUMNS + part * _PART + lane, seed)
         if CODES:

@@ -143,7 +143,7 @@ def step_view_rows(
     tables: DeferralTables,
 ) -> None:
     """Do as `offload.adam.rows.step_view_rows`."""
-    if len(ids):
+    if ids.shape[0]:
         packed_rows.step(values, ids, last_step, gradients, rows, tables, in_order=True)
 
 
@@ -216,7 +216,7 @@ def _fetch(
     tables: DeferralTables | SkippedSteps,
 ) -> None:
     """Launch a kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
-    if len(places) == 0:
+    if places.shape[0] == 0:
         return
     if packed_rows.takes(source):
         packed_rows.fetch(source, places, ids, last_step, wanted, out, tables, FETCH_BLOCKS)

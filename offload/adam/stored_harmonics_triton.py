@@ -31,11 +31,12 @@ def colors_of(
     others: StoredRows, sh0: Tensor, means: Tensor, camera_positions: Tensor, ids: Tensor, sh_degree: int
 ) -> Tensor:
     """Do as `offload.adam.stored_harmonics.colors_of`."""
-    colors = means.new_empty(len(ids), 3)
-    if len(ids):
+    count = ids.shape[0]
+    colors = means.new_empty(count, 3)
+    if count:
         with torch.cuda.device_of(ids):
-            _colors_kernel[(triton.cdiv(len(ids), ROWS),)](
-                means, camera_positions.contiguous(), ids, *_arguments(others), sh0, sh0.stride(0), colors, len(ids),
+            _colors_kernel[(-(-count // ROWS),)](
+                means, camera_positions.contiguous(), ids, *_arguments(others), sh0, sh0.stride(0), colors, count,
                 **_shape(others, sh_degree),
             )  # fmt: skip
     return colors
@@ -45,11 +46,11 @@ def gradient_of_means(
     others: StoredRows, means: Tensor, camera_positions: Tensor, ids: Tensor, v_colors: Tensor, sh_degree: int
 ) -> Tensor:
     """Do as `offload.adam.stored_harmonics.gradient_of_means`."""
-    v_means = torch.zeros_like(means)
-    if num_harmonics(sh_degree) and len(ids):
+    v_means, count = torch.zeros_like(means), ids.shape[0]
+    if num_harmonics(sh_degree) and count:
         with torch.cuda.device_of(ids):
-            _means_kernel[(triton.cdiv(len(ids), ROWS),)](
-                means, camera_positions.contiguous(), ids, *_arguments(others), v_colors, v_means, len(ids),
+            _means_kernel[(-(-count // ROWS),)](
+                means, camera_positions.contiguous(), ids, *_arguments(others), v_colors, v_means, count,
                 **_shape(others, sh_degree),
             )  # fmt: skip
     return v_means
@@ -57,22 +58,25 @@ def gradient_of_means(
 
 def step(ids: Tensor, last_step: Tensor, made: HarmonicsGradient, rows: RowState, tables: DeferralTables) -> None:
     """Do as `offload.adam.rows.step_host_rows` without values, for rows in float32."""
-    sizes, before = tables.step_sizes(), tables.skipped(before_step=True)
+    before = tables.skipped(before_step=True)
+    if tables.schedules > 2:
+        raise ValueError(f"rows of harmonics have one schedule or two, and not {tables.schedules}")
     with torch.cuda.device_of(ids):
-        _step_kernel[(triton.cdiv(len(ids), ROWS),)](
+        _step_kernel[(-(-ids.shape[0] // ROWS),)](
             *rows.tensors(),
             ids,
             last_step,
             *arguments_of(made),
             *tables_of(before),
-            sizes.sizes,
+            tables.rates[0],
+            tables.rates[-1],
             tables.decays,
             tables.decays.shape[1],
             tables.step,
-            1 - sizes.betas[0],
-            1 - sizes.betas[1],
-            sizes.eps,
-            len(ids),
+            1 - tables.betas[0],
+            1 - tables.betas[1],
+            tables.eps,
+            ids.shape[0],
             SCHEDULES=tables.schedules,
             HARMONICS=num_harmonics(made.sh_degree),
             COLUMNS=tables.columns,
@@ -251,7 +255,8 @@ def _step_kernel(
     multipliers,  # [SCHEDULES, COLUMNS]
     sums_capacity,
     eps_before,
-    sizes,  # [COLUMNS]
+    rate,  # of the first schedule
+    other_rate,  # of the second, where there is one
     decays,  # [2, capacity] float64
     capacity,
     step,
@@ -277,7 +282,9 @@ def _step_kernel(
         w = caught_up(w, m, v, skipped, eps_before)
         m, v = decayed(m, v, decay1, near, rest)
         gradient = made_gradient(x, y, z, red, green, blue, part * _PART - 3, HARMONICS)
-        size = tl.load(sizes + part * _PART + lane)
+        size = tl.load(multipliers + part * _PART + lane) * rate
+        if SCHEDULES == 2:
+            size = tl.fma(tl.load(multipliers + COLUMNS + part * _PART + lane), other_rate, size)
         w, m, v = adam_step(w, m, v, gradient, size, gradient_weight, square_weight, eps)
         tl.store(rows + at, w, mask=used)
         tl.store(exp_avg + at, m, mask=used)

@@ -20,11 +20,10 @@ POSITION_ERROR = tl.constexpr(native.POSITION_ERROR)
 
 def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
     """Do as `offload.culling.bounds.follow_balls`."""
-    if len(ids):
+    count = ids.shape[0]
+    if count:
         with torch.cuda.device_of(balls):
-            _follow_balls[(triton.cdiv(len(ids), BLOCK),)](
-                balls, balls.stride(0), ids, rows, rows.stride(0), len(ids), BLOCK=BLOCK
-            )
+            _follow_balls[(-(-count // BLOCK),)](balls, balls.stride(0), ids, rows, rows.stride(0), count, BLOCK=BLOCK)
 
 
 def follow_boxes(boxes: Tensor, ids: Tensor, rows: Tensor) -> None:

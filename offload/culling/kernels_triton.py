@@ -77,10 +77,12 @@ def visible_ids(
 def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     """Find the rows whose balls any of the cameras may draw, as `offload.culling.kernels.visible_balls`."""
     num_rows = balls.shape[1]
-    drawn = torch.zeros(num_rows, dtype=torch.uint8, device=balls.device)
+    drawn = torch.empty(num_rows, dtype=torch.uint8, device=balls.device)
     if num_rows:
-        for camera in as_arguments(pack(cameras, margin), balls.device):
-            _mark_balls[(triton.cdiv(num_rows, BLOCK),)](balls, balls.stride(0), num_rows, camera, drawn, BLOCK=BLOCK)
+        for index, camera in enumerate(as_arguments(pack(cameras, margin), balls.device)):
+            _mark_balls[(-(-num_rows // BLOCK),)](
+                balls, balls.stride(0), num_rows, camera, drawn, FIRST=index == 0, BLOCK=BLOCK
+            )
     return drawn.nonzero().squeeze(1)
 
 
@@ -216,6 +218,7 @@ def _mark_balls(
     num_rows,  # N
     camera,
     drawn,  # [N] uint8
+    FIRST: tl.constexpr,  # whether no camera has written to it before
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -227,7 +230,10 @@ def _mark_balls(
     logit = tl.load(balls + 4 * stride + i, mask=valid, other=0.0)
     reaches, _x, _y, _z, _error, _s0, _s1, _s2 = _reaches(camera, mx, my, mz, log_scale, log_scale, log_scale, valid)
     reaches &= logit >= LOGIT_THRESHOLD - RELATIVE_ERROR - number(camera, LOGIT_GAIN)
-    tl.store(drawn + i, 1, mask=reaches)
+    if FIRST:
+        tl.store(drawn + i, reaches.to(tl.uint8), mask=valid)
+    else:
+        tl.store(drawn + i, 1, mask=reaches)
 
 
 @triton.jit

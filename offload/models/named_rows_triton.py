@@ -15,12 +15,13 @@ MOST = 5  # parts
 
 def join(parts: Sequence[Tensor], columns: int) -> Tensor:
     """Lay at most five tensors [V, ...] side by side, and zeros behind them, in rows [V, columns], a power of 2."""
-    out = torch.empty(len(parts[0]), columns, dtype=parts[0].dtype, device=parts[0].device)
-    if len(out):
+    count = parts[0].shape[0]
+    out = torch.empty(count, columns, dtype=parts[0].dtype, device=parts[0].device)
+    if count:
         given = [part.contiguous() for part in parts] + [None] * (MOST - len(parts))
         widths = [part.shape[1] for part in parts] + [0] * (MOST - len(parts))
         with torch.cuda.device_of(out):
-            _join_kernel[(triton.cdiv(len(out), ROWS),)](*given, out, len(out), *widths, COLUMNS=columns, ROWS=ROWS)
+            _join_kernel[(-(-count // ROWS),)](*given, out, count, *widths, COLUMNS=columns, ROWS=ROWS)
     return out
 
 

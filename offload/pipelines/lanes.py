@@ -23,12 +23,15 @@ class Lane:
         return Lane(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
     def __enter__(self) -> Lane:
-        self._context = torch.cuda.stream(self.stream)  # of None: no change
-        self._context.__enter__()
+        # Not `torch.cuda.stream`, which looks twice in Python which device is current.
+        if self.stream is not None:
+            self._outer = torch.cuda.current_stream(self.stream.device)
+            torch.cuda.set_stream(self.stream)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)
+        if self.stream is not None:
+            torch.cuda.set_stream(self._outer)
 
     def wait(self, *events: torch.cuda.Event | None) -> None:
         """Let the work given from now on wait for events; None has happened."""

@@ -20,19 +20,23 @@ class Overlap(NamedTuple):
     sources: Tensor  # [V] int64, where it is in the present view; -1 where it is not
     moved: Tensor  # [V] bool, whether it is there
     places: Tensor  # [V] int64, where those that are not are in the view before; -1 where they are not
+    nearby: Tensor  # [V] bool, whether they are there
     on_host: Tensor  # [V] bool, whether it is in neither
     leaving: Tensor  # [V of the present view] bool, which rows of that the next one does not need
 
 
-def overlap(ids: Tensor, present: Tensor, previous: Tensor) -> Overlap:
+def overlap(ids: Tensor, present: Tensor, previous: Tensor, num_moved: Tensor) -> Overlap:
     """Find the rows that views have in common.
 
     Args:
         ids: int64 [V], sorted and unique, of the next view.
         present: The same of the present view.
         previous: The same of the view before that; empty where its rows are not on the device.
+        num_moved: int64 scalar, to which the number of rows that are moved is added.
     """
     sources, places = positions_among(present, ids), positions_among(previous, ids)
     moved = sources >= 0
     places = torch.where(moved, -1, places)
-    return Overlap(sources, moved, places, ~moved & (places < 0), positions_among(ids, present) < 0)
+    nearby = places >= 0
+    num_moved += moved.sum()
+    return Overlap(sources, moved, places, nearby, ~moved & ~nearby, positions_among(ids, present) < 0)

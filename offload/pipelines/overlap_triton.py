@@ -12,18 +12,20 @@ from offload.pipelines.overlap import Overlap
 BLOCK = 256  # rows
 
 
-def overlap(ids: Tensor, present: Tensor, previous: Tensor) -> Overlap:
+def overlap(ids: Tensor, present: Tensor, previous: Tensor, num_moved: Tensor) -> Overlap:
     """Do as `offload.pipelines.overlap.overlap`."""
     sources, places = torch.empty_like(ids), torch.empty_like(ids)
-    moved, on_host = (torch.empty_like(ids, dtype=torch.bool) for _ in range(2))
+    moved, nearby, on_host = (torch.empty_like(ids, dtype=torch.bool) for _ in range(3))
     leaving = torch.ones_like(present, dtype=torch.bool)
-    if len(ids):
+    count = ids.shape[0]
+    if count:
         with torch.cuda.device_of(ids):
-            _overlap_kernel[(triton.cdiv(len(ids), BLOCK),)](
-                ids, len(ids), present, len(present), previous, len(previous), sources, moved.view(torch.uint8), places,
-                on_host.view(torch.uint8), leaving.view(torch.uint8), BLOCK=BLOCK,
+            _overlap_kernel[(-(-count // BLOCK),)](
+                ids, count, present, present.shape[0], previous, previous.shape[0], sources, moved.view(torch.uint8),
+                places, nearby.view(torch.uint8), on_host.view(torch.uint8), leaving.view(torch.uint8), num_moved,
+                BLOCK=BLOCK,
             )  # fmt: skip
-    return Overlap(sources, moved, places, on_host, leaving)
+    return Overlap(sources, moved, places, nearby, on_host, leaving)
 
 
 @triton.jit
@@ -48,8 +50,9 @@ def _overlap_kernel(
     ids, num_rows,  # [V]
     present, num_present,  # [V of the present view]
     previous, num_previous,  # [V of the view before that]
-    sources, moved, places, on_host,  # [V] of `Overlap`, bytes where it has bool, to be written
+    sources, moved, places, nearby, on_host,  # [V] of `Overlap`, bytes where it has bool, to be written
     leaving,  # [V of the present view], 1 so far
+    num_moved,  # scalar, to be added to
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -60,5 +63,7 @@ def _overlap_kernel(
     tl.store(sources + i, tl.where(is_moved, source, -1), mask=inside)
     tl.store(moved + i, is_moved.to(tl.uint8), mask=inside)
     tl.store(places + i, tl.where(is_kept, place, -1), mask=inside)
+    tl.store(nearby + i, is_kept.to(tl.uint8), mask=inside)
     tl.store(on_host + i, 1 - (is_moved | is_kept).to(tl.uint8), mask=inside)
     tl.store(leaving + source, 0, mask=is_moved)
+    tl.atomic_add(num_moved, tl.sum(is_moved.to(tl.int64)))

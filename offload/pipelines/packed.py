@@ -63,18 +63,26 @@ class PackedView:
     ids: Tensor  # [V] int64 on the device, sorted
     first_row: int  # in the arena
     at_end: bool  # of the arena
-    space: dict[str, Tensor]  # in the arena: group -> words int32 [V, words]; STEPS + group -> int32 [V, 1]
+    rows: dict[str, PackedRows]  # in the arena: group -> words int32 [V, words], the step of each last update [V]
     values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
     fetched: torch.cuda.Event | None = None
     written: torch.cuda.Event | None = None
     overwritten: slice | None = None  # rows whose space the next view has taken, once these were on the host
 
     def words(self, group: str) -> Tensor:
-        return self.space[group]
+        return self.rows[group][0]
 
     def last_step(self, group: str) -> Tensor:
         """Return the step of each row's last update, int32 [V]."""
-        return self.space[STEPS + group][:, 0]
+        return self.rows[group][1]
+
+    def part(self, rows: slice) -> list[PackedRows]:
+        """Return some rows of each group."""
+        return [(words[rows], last_step[rows]) for words, last_step in self.rows.values()]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is in the arena."""
+        return [tensor for rows in self.rows.values() for tensor in rows]
 
 
 @dataclass(frozen=True)
@@ -339,31 +347,33 @@ class PackedPipeline:
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
-            num_late = self._arena.rows_in_common(len(present.ids), len(ids))
+            count = ids.shape[0]
+            num_late = self._arena.rows_in_common(present.ids.shape[0], count)
             if num_late is None:
                 return _Upcoming(ids, found=lane.record())
-            late_rows, early = _cut(len(ids), num_late, late_first=not present.at_end)
-            common = self._overlap(ids, present.ids, ids[:0] if previous is None else previous.ids)
-            late = _left_to_host(common, late_rows) if num_late else None
+            late_rows, early = _cut(count, num_late, late_first=not present.at_end)
+            before = ids[:0] if previous is None else previous.ids
+            common, late = self._overlap(ids, present.ids, before, self._rows_retained), None
+            if num_late:
+                late = _left_to_host(common, late_rows)
+                self._rows_retained -= late.shared.sum()
             if previous is not None and previous.overwritten is not None:
                 _find_on_host(common, previous.overwritten)
-            kept = places = ids[:0]  # rows of the view before the present one, and where they are there
-            if previous is not None:
-                kept = (common.places >= 0).nonzero().squeeze(1)
-                places = common.places[kept]
+            # Rows of the view before the present one, which often are none, and where they are there.
+            kept = ids[:0] if previous is None else common.nearby.nonzero().squeeze(1)
+            places = common.places[kept] if kept.shape[0] else kept
             found = lane.record()
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
-            self._rows_retained += common.moved.sum()
-            self._rows_kept += len(kept)
-            aside = None if previous is None else self._copied(previous, places)
+            self._rows_kept += kept.shape[0]
+            aside = self._copied(previous, places) if previous is not None and kept.shape[0] else None
             found = lane.record()
             self._read_behind_writing(view, common.on_host, early, self._writing[view.at_end])
             if aside is not None:
-                self._kernels.write_packed_rows(aside, kept, None, self._packed(view))
+                self._kernels.write_packed_rows(aside, kept, None, list(view.rows.values()))
             view.fetched = lane.record()
-            lane.uses(ids, common.moved, common.on_host, kept, places, *view.space.values())
+            lane.uses(ids, common.moved, common.on_host, kept, places, *view.tensors())
         return _Upcoming(ids, view, common, late, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
@@ -402,24 +412,25 @@ class PackedPipeline:
         self._arena.set_beside(0)
 
     def _new_view(self, ids: Tensor, at_end: bool) -> PackedView:
-        count = len(ids)
+        count = ids.shape[0]
         self._rows_found += count
-        return PackedView(ids, self._arena.first_row(count, at_end), at_end, self._arena.rows(count, at_end))
+        space = self._arena.rows(count, at_end)
+        rows = {name: (space[name], space[STEPS + name][:, 0]) for name in self._groups}
+        return PackedView(ids, self._arena.first_row(count, at_end), at_end, rows)
 
     def _read(self, view: PackedView, wanted: Tensor | None, rows: slice = slice(None)) -> None:
-        stored = [_stored(group) for group in self._groups.values()]
+        """Read some rows of a view, those of them that are wanted [V]; None: all."""
         wanted = None if wanted is None else wanted[rows]
-        packed = self._packed(view, rows)
-        self._kernels.read_packed_rows(stored, view.ids[rows], wanted, packed, self._residents.rows)
+        self._kernels.read_packed_rows(self._stored(), view.ids[rows], wanted, view.part(rows), self._residents.rows)
 
-    def _packed(self, view: PackedView, rows: slice = slice(None)) -> list[PackedRows]:
-        """Return some rows of a view in each group."""
-        return [(view.words(name)[rows], view.last_step(name)[rows]) for name in self._groups]
+    def _stored(self) -> list[PackedRows]:
+        """Return all rows of each group, as the stores have them."""
+        return [_stored(group) for group in self._groups.values()]
 
     def _copied(self, view: PackedView, places: Tensor) -> list[PackedRows]:
         """Copy the rows at places [M] of a view, of each group."""
-        copies = [self._new_rows(name, len(places)) for name in self._groups]
-        self._kernels.read_packed_rows(self._packed(view), places, None, copies)
+        copies = [self._new_rows(name, places.shape[0]) for name in self._groups]
+        self._kernels.read_packed_rows(list(view.rows.values()), places, None, copies)
         return copies
 
     def _read_behind_writing(self, view: PackedView, wanted: Tensor, rows: slice, writing: Written) -> None:
@@ -439,9 +450,9 @@ class PackedPipeline:
             lane.wait(present.written)
             self._read(view, late.shared, late.rows)
             view.fetched = lane.record()
-            lane.uses(view.ids, late.shared, *view.space.values())
+            lane.uses(view.ids, late.shared, *view.tensors())
         num_late = late.rows.stop - late.rows.start
-        present.overwritten, _ = _cut(len(present.ids), num_late, late_first=present.at_end)
+        present.overwritten, _ = _cut(present.ids.shape[0], num_late, late_first=present.at_end)
 
     def _write(self, view: PackedView, wanted: Tensor | None) -> None:
         """Write rows part by part, as they will be when what the current lane has been given is done."""
@@ -450,16 +461,16 @@ class PackedPipeline:
         with ExitStack() as changes:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(view.ids))
-            stored = [_stored(group) for group in self._groups.values()]
+            stored = self._stored()
             updated = Lane.current(self._device).record()
             with self._write_lane as lane:
                 lane.wait(updated)
-                for rows in _parts_of(slice(0, len(view.ids))):
+                for rows in _parts_of(slice(0, view.ids.shape[0])):
                     those = None if wanted is None else wanted[rows]
-                    packed = self._packed(view, rows)
-                    self._kernels.write_packed_rows(packed, view.ids[rows], those, stored, self._residents.rows)
+                    packed, ids = view.part(rows), view.ids[rows]
+                    self._kernels.write_packed_rows(packed, ids, those, stored, self._residents.rows)
                     parts.append((view.first_row + rows.start, view.first_row + rows.stop, lane.record()))
-                lane.uses(view.ids, *view.space.values(), *(() if wanted is None else (wanted,)))
+                lane.uses(view.ids, *view.tensors(), *(() if wanted is None else (wanted,)))
                 view.written = lane.record()
         self._writing[view.at_end] = parts
 
@@ -467,7 +478,8 @@ class PackedPipeline:
         """Move rows that both views have from the present one to the next, whose others may still come meanwhile."""
         compute = Lane.current(self._device)
         compute.wait(found, None if self._previous is None else self._previous.written)  # which was there before
-        self._kernels.read_packed_rows(self._packed(view), common.sources, common.moved, self._packed(upcoming))
+        source, target = list(view.rows.values()), list(upcoming.rows.values())
+        self._kernels.read_packed_rows(source, common.sources, common.moved, target)
         compute.uses(common.sources, common.moved)
 
     def _decoded(self, name: str, view: PackedView) -> Tensor:
@@ -516,13 +528,12 @@ def _left_to_host(common: Overlap, late: slice) -> _Late:
     shared = torch.zeros_like(common.moved)
     shared[late] = common.moved[late]
     common.leaving[common.sources[shared]] = True
-    common.moved[late] = False
-    common.places[late] = -1
+    common.moved[late] = common.nearby[late] = False
     return _Late(late, shared)
 
 
 def _find_on_host(common: Overlap, overwritten: slice) -> None:
     """Let rows of the next view come from the host that the view before the present one has no more."""
-    lost = (common.places >= overwritten.start) & (common.places < overwritten.stop)
+    lost = common.nearby & (common.places >= overwritten.start) & (common.places < overwritten.stop)
     common.on_host.logical_or_(lost)
-    common.places.masked_fill_(lost, -1)
+    common.nearby.logical_xor_(lost)

@@ -127,10 +127,8 @@ class StreamedPipeline:
         with self._cull_lane as lane:
             lane.wait(self._ready)
             ids = self._cull(cameras)
-            common = self._overlap(ids, present, ids[:0] if previous is None else previous.ids)
-            nearby = common.places >= 0  # [V]
-            self._rows_retained += common.moved.sum()
-            self._rows_copied += nearby.sum()
+            common = self._overlap(ids, present, ids[:0] if previous is None else previous.ids, self._rows_retained)
+            self._rows_copied += common.nearby.sum()
             culled = lane.record()
         view = self._new_view(ids)
         with self._fetch_lane as lane:
@@ -141,11 +139,11 @@ class StreamedPipeline:
                 for name, group in self._groups.items():
                     rows, last_step = view.state(name), self.last_step(name)
                     self._kernels.fetch_rows(
-                        previous.state(name), common.places, ids, last_step, nearby, rows, group.adam
+                        previous.state(name), common.places, ids, last_step, common.nearby, rows, group.adam
                     )
                 lane.uses(previous.ids)
             view.fetched = lane.record()
-            lane.uses(ids, nearby, *common)
+            lane.uses(ids, *common)
         self._upcoming = _Upcoming(view, common, culled)
 
     def update(self) -> None:

@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from offload.backends import native, num_threads
 from offload.errors import MemoryParameterError
@@ -62,11 +61,7 @@ class HostArray:
         self._offset = -everything.ctypes.data % HUGE_PAGE_BYTES
         self._bytes = everything[self._offset : self._offset + num_bytes]
         self._all_rows = torch.from_numpy(self._bytes[: max_rows * self._row_bytes]).view(dtype).view(max_rows, columns)
-
-    @property
-    def tensor(self) -> Tensor:
-        """Return all rows [rows, columns]; a view of the memory."""
-        return self._all_rows[: self.rows]
+        self.tensor = self._all_rows[:0]  # [rows, columns], a view of the memory
 
     def resize(self, rows: int) -> None:
         """Add rows of zeros at the end, or remove rows from there.
@@ -89,7 +84,7 @@ class HostArray:
             if self._taken - needed > 2 * max(needed // SPARE, self._granule):
                 self._give_back(self._round_up(needed))
             self._all_rows[rows : min(self.rows, self._taken // self._row_bytes)].zero_()
-        self.rows = rows
+        self.rows, self.tensor = rows, self._all_rows[:rows]
 
     def uncut_ranges(self, first: int, last: int) -> list[tuple[int, int]]:
         """Cut the rows first ... last - 1 into ranges (first, last) that lie within one pinned part each."""
