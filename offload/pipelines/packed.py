@@ -47,7 +47,7 @@ from offload.pipelines.residents import Residents
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
-SMALLEST_PART = 1 << 17  # rows
+SMALLEST_PART = 1 << 19  # rows; smaller parts would cost more time to launch than they spare
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
 # Parts of a view: the first row of the arena, the one behind the last, and when the host has them.
