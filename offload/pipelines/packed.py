@@ -49,7 +49,7 @@ from offload.pipelines.residents import Residents
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
-SMALLEST_PART = 1 << 17  # rows
+SMALLEST_PART = 1 << 19  # rows; smaller parts would cost more time to launch than they spare
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
 # Parts of a view: the first row of the arena, the one behind the last, and when the host has them.
@@ -78,7 +78,7 @@ class PackedView:
 
     def part(self, rows: slice) -> list[PackedRows]:
         """Return some rows of each group."""
-        return [(words[rows], last_step[rows]) for words, last_step in self.rows.values()]
+        return [(_cut_out(words, rows), _cut_out(last_step, rows)) for words, last_step in self.rows.values()]
 
     def tensors(self) -> list[Tensor]:
         """Return all that is in the arena."""
@@ -420,8 +420,8 @@ class PackedPipeline:
 
     def _read(self, view: PackedView, wanted: Tensor | None, rows: slice = slice(None)) -> None:
         """Read some rows of a view, those of them that are wanted [V]; None: all."""
-        wanted = None if wanted is None else wanted[rows]
-        self._kernels.read_packed_rows(self._stored(), view.ids[rows], wanted, view.part(rows), self._residents.rows)
+        wanted, ids = None if wanted is None else _cut_out(wanted, rows), _cut_out(view.ids, rows)
+        self._kernels.read_packed_rows(self._stored(), ids, wanted, view.part(rows), self._residents.rows)
 
     def _stored(self) -> list[PackedRows]:
         """Return all rows of each group, as the stores have them."""
@@ -466,8 +466,8 @@ class PackedPipeline:
             with self._write_lane as lane:
                 lane.wait(updated)
                 for rows in _parts_of(slice(0, view.ids.shape[0])):
-                    those = None if wanted is None else wanted[rows]
-                    packed, ids = view.part(rows), view.ids[rows]
+                    those, ids = None if wanted is None else _cut_out(wanted, rows), _cut_out(view.ids, rows)
+                    packed = view.part(rows)
                     self._kernels.write_packed_rows(packed, ids, those, stored, self._residents.rows)
                     parts.append((view.first_row + rows.start, view.first_row + rows.stop, lane.record()))
                 lane.uses(view.ids, *view.tensors(), *(() if wanted is None else (wanted,)))
@@ -508,6 +508,11 @@ class PackedPipeline:
 def _stored(group: RowGroup) -> PackedRows:
     """Return all rows of a group, as its store has them."""
     return group.store.packed, group.store.last_step
+
+
+def _cut_out(tensor: Tensor, rows: slice) -> Tensor:
+    """Return some rows; without a view of them where they are all, as in most views of a small model."""
+    return tensor if rows == slice(0, tensor.shape[0]) else tensor[rows]
 
 
 def _parts_of(rows: slice) -> list[slice]:
