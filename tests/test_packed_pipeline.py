@@ -153,7 +153,7 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
         kernels = {"offload.adam.rows": OrderedKernels(lanes), "offload.pipelines.overlap": overlap}
         monkeypatch.setattr(packed_pipeline, "kernels_for", lambda device, module: kernels[module])
         monkeypatch.setattr(packed_pipeline, "Lane", lanes)
-        monkeypatch.setattr(packed_pipeline, "SMALLEST_PART", 4)
+        monkeypatch.setattr(packed_pipeline, "SMALLEST_CUT", 4)
         monkeypatch.setattr(arenas, "ROOM", 0)  # for the largest view alone, so that many meet
         monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note
         monkeypatch.setattr(residents, "FIRST_CHOICE", 3)

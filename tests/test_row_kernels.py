@@ -148,8 +148,8 @@ class HostRows:
 
     def values(self, words: Tensor, last_step: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Current values [V, columns] of packed rows on the device; zero where they are not wanted."""
-        values, places = self.zeros(len(words)), torch.arange(len(words), device=self.device)
-        self.kernels.fetch_dated_rows(self.packed(words), places, last_step, wanted, RowState(values, ()), self.tables)
+        values = self.zeros(len(words))
+        self.kernels.fetch_dated_rows(self.packed(words), None, last_step, wanted, RowState(values, ()), self.tables)
         return values
 
     def zeros(self, count: int) -> Tensor:

@@ -88,6 +88,6 @@ def relative_harmonics(directions: Tensor) -> Tensor:
 
 def position_of(cameras: Cameras) -> tuple[float, float, float]:
     """Return where the first one stands."""
-    viewmat = cameras.viewmats[0].double()
-    x, y, z = (-viewmat[:3, :3].T @ viewmat[:3, 3]).tolist()
+    *rows, _ = cameras.viewmats[0].tolist()  # in Python's numbers: torch takes longer to launch for so few
+    x, y, z = (-sum(row[axis] * row[3] for row in rows) for axis in range(3))  # -R^T t
     return x, y, z

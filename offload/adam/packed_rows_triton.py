@@ -54,7 +54,7 @@ def takes(rows: RowState) -> bool:
 
 def fetch(
     source: RowState,
-    places: Tensor,
+    places: Tensor | None,
     ids: Tensor | None,
     last_step: Tensor,
     wanted: Tensor | None,
@@ -70,8 +70,8 @@ def fetch(
     if out.moments:
         raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
-    count = places.shape[0]
-    with torch.cuda.device_of(places):
+    count = (last_step if places is None else places).shape[0]
+    with torch.cuda.device_of(last_step):
         _fetch_kernel[(_grid(count, source, blocks),)](
             packed_words(source),
             places,
@@ -327,7 +327,7 @@ def is_wanted(wanted, row, inside):
 @triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step"])
 def _fetch_kernel(
     packed,  # [rows, 2 * COLUMNS] on the host or on the device
-    places,  # [V]
+    places,  # [V]; None: in order
     ids,  # [V], or None
     last_step,  # [N]; without ids [V]
     wanted,  # [V] or None
@@ -347,7 +347,10 @@ def _fetch_kernel(
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         fetched = is_wanted(wanted, row, row < num_rows)
-        there = packed + tl.load(places + row, mask=fetched, other=0) * (2 * COLUMNS)
+        place = row.to(tl.int64)
+        if places is not None:
+            place = tl.load(places + row, mask=fetched, other=0)
+        there = packed + place * (2 * COLUMNS)
         if ids is None:
             last = tl.load(last_step + row, mask=fetched, other=0)
         else:

@@ -58,7 +58,7 @@ def fetch_rows(
 
 def fetch_dated_rows(
     source: RowState,
-    places: Tensor,
+    places: Tensor | None,
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
@@ -67,11 +67,12 @@ def fetch_dated_rows(
     """Do as `fetch_rows` where the step of the last update is known row by row.
 
     Args:
-        source, places, wanted, out, tables: As for `fetch_rows`.
+        source, wanted, out, tables: As for `fetch_rows`.
+        places: As there; None: V packed rows of a view, in its order.
         last_step: [V] int32 on the device, of these rows.
     """
     chosen = _chosen(wanted)
-    places = places[chosen]
+    places = chosen if places is None else places[chosen]
     moments = [moment[places, : tables.columns] for moment in source.moments]
     w = source.parameters[places, : tables.columns]
     out.parameters[chosen] = caught_up(w.float(), *float_moments(moments, tables.reach), last_step[chosen], tables)
@@ -234,7 +235,7 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
         destination[ids] = tensor[chosen]
 
 
-def _before_step(rows: RowState, places: Tensor, last_step: Tensor, tables: DeferralTables) -> Tensor:
+def _before_step(rows: RowState, places: Tensor | None, last_step: Tensor, tables: DeferralTables) -> Tensor:
     """Return the values [V, columns] that rows had before step `tables.step` began."""
     values = torch.empty(len(places), tables.columns, device=places.device)
     fetch_dated_rows(rows, places, last_step, None, RowState(values, ()), tables.skipped(before_step=True))

@@ -71,7 +71,7 @@ def fetch_rows(
 
 def fetch_dated_rows(
     source: RowState,
-    places: Tensor,
+    places: Tensor | None,
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
@@ -208,19 +208,25 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
 
 def _fetch(
     source: RowState,
-    places: Tensor,
+    places: Tensor | None,
     ids: Tensor | None,
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
     tables: DeferralTables | SkippedSteps,
 ) -> None:
-    """Launch a kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V]."""
-    if places.shape[0] == 0:
+    """Launch a kernel; `last_step` [N] is looked up by ids [V], or without them that of these rows, [V].
+
+    Raises:
+        TypeError: There are no places of rows that are not packed.
+    """
+    if last_step.shape[0] == 0 or (places is not None and places.shape[0] == 0):
         return
     if packed_rows.takes(source):
         packed_rows.fetch(source, places, ids, last_step, wanted, out, tables, FETCH_BLOCKS)
         return
+    if places is None:
+        raise TypeError("packed rows alone are fetched in the order in which they lie")
     schedules, columns = tables.multipliers.shape
     num_vectors = len(places) * columns // 4
     with torch.cuda.device_of(places):

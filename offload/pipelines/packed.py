@@ -49,7 +49,7 @@ from offload.pipelines.residents import Residents
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
-SMALLEST_PART = 1 << 19  # rows; smaller parts would cost more time to launch than they spare
+SMALLEST_CUT = 1 << 19  # rows of a view; parts of smaller ones would cost more time to launch than they spare
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
 # Parts of a view: the first row of the arena, the one behind the last, and when the host has them.
@@ -489,8 +489,7 @@ class PackedPipeline:
         """Compute the current values [V, columns] of packed rows on the device."""
         adam, count = self._groups[name].adam, len(words)
         out = torch.empty(count, adam.columns, device=self._device)
-        places = torch.arange(count, device=self._device)
-        self._kernels.fetch_dated_rows(packed_rows(words, name), places, last_step, None, RowState(out, ()), adam)
+        self._kernels.fetch_dated_rows(packed_rows(words, name), None, last_step, None, RowState(out, ()), adam)
         return out
 
     def _rows_of(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -516,8 +515,9 @@ def _cut_out(tensor: Tensor, rows: slice) -> Tensor:
 
 
 def _parts_of(rows: slice) -> list[slice]:
-    """Cut rows into parts."""
-    size = max(SMALLEST_PART, -(-(rows.stop - rows.start) // PARTS))
+    """Cut rows into parts, where there are many."""
+    count = rows.stop - rows.start
+    size = max(count if count <= SMALLEST_CUT else -(-count // PARTS), 1)
     return [slice(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
 
 
