@@ -102,7 +102,8 @@ class DeferralTables:
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
         self._add = kernels_for(device, __name__).add_step
-        self._unchanged = slice(0, 0), self.sums  # which steps `begin_step` has changed, and the table before
+        self._unchanged = slice(0, 0), self.sums[:, :0]  # which steps `begin_step` has changed, and their sums before
+        self._sums_before = self.sums  # the whole table before
 
     @property
     def columns(self) -> int:
@@ -134,7 +135,7 @@ class DeferralTables:
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
         changed, unchanged = self._unchanged
-        self.sums[:, changed] = unchanged[:, changed]
+        self.sums[:, changed] = unchanged
         self.step -= 1
         self.eps = self._corrected_eps(self.step)
 
@@ -183,7 +184,7 @@ class DeferralTables:
             before_step: To what they were before step t began.
         """
         if before_step:
-            return SkippedSteps(self._unchanged[1], self.multipliers, self._corrected_eps(self.step - 1), self.reach)
+            return SkippedSteps(self._sums_before, self.multipliers, self._corrected_eps(self.step - 1), self.reach)
         return SkippedSteps(self.sums, self.multipliers, self.eps, self.reach)
 
     def step_sizes(self) -> StepSizes:
@@ -220,7 +221,8 @@ class DeferralTables:
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
-        self._unchanged = changed, self._add(self.sums, changed, self._ratio_powers, rates)
+        self._sums_before = self._add(self.sums, changed, self._ratio_powers, rates)
+        self._unchanged = changed, self._sums_before[:, changed]
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         self.sums[:, :steps] = checked_table(tables, "sums", (steps, self.schedules)).T.to(self.sums.device)
