@@ -126,11 +126,13 @@ class DeferralTables:
         """
         if len(learning_rates) != self.schedules:
             raise ValueError(f"{len(learning_rates)} learning rates for {self.schedules} schedules")
-        self.step += 1
-        if self.step >= self.sums.shape[1]:
+        step = self.step + 1
+        if step >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        self.eps, self.rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
-        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self.rates)
+        rates = self._corrected_rates(step, learning_rates)
+        self._add_step(slice(max(0, step - len(self._ratio_powers)), step), rates)
+        # Last: where memory lacks for the tables, the step has not begun, and there is nothing to undo.
+        self.step, self.eps, self.rates = step, self._corrected_eps(step), rates
 
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
@@ -232,10 +234,9 @@ class DeferralTables:
         device = self.sums.device
         sums = torch.zeros(self.schedules, capacity, dtype=torch.float64, device=device)
         sums[:, : self.sums.shape[1]] = self.sums
-        self.sums = sums
         decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
         decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers: they are slow
-        self.decays = decays.to(device)
+        self.decays, self.sums = decays.to(device), sums
 
 
 def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:
