@@ -59,6 +59,32 @@ def test_a_step_that_is_undone_leaves_no_trace(kind, device, steps, monkeypatch)
     assert torch.equal(tables.sums, before)
 
 
+@pytest.mark.parametrize("lacking", ["_add", "_grow"])
+def test_a_step_for_which_memory_lacks_has_not_begun(lacking, monkeypatch):
+    """Nor is the step before undone with it, by whoever undoes those that have begun; the next try ends as any."""
+    tables, others = (tables_of("torch", "cpu", 2, monkeypatch) for _ in range(2))
+    steps = tables.sums.shape[1] - 1 if lacking == "_grow" else 3
+    for each in (tables, others):
+        each.load_state({"step_count": torch.tensor(steps - 1)})
+        each.begin_step(rates_at(0))
+
+    def fail(*_args: object) -> None:
+        raise MemoryError
+
+    before, eps = tables.sums.clone(), tables.eps
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, lacking, fail)
+        with pytest.raises(MemoryError):
+            tables.begin_step(rates_at(1))
+    assert tables.step == steps
+    assert tables.eps == eps
+    assert torch.equal(tables.sums, before)
+    for each in (tables, others):
+        each.begin_step(rates_at(1))
+    assert torch.equal(tables.sums, others.sums)
+    assert tables.step == steps + 1 < tables.decays.shape[1]
+
+
 @pytest.mark.cuda
 def test_the_kernel_adds_as_torch_does():
     """Bit for bit, on a GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -170,6 +171,21 @@ def test_rows_that_several_cameras_see_receive_theirs(kind):
     parameters, (first, second, *_) = scene()
     viewmats, Ks = (torch.cat([getattr(view, name) for view in (first, second)]) for name in ("viewmats", "Ks"))
     assert step(model_of(kind, parameters), replace(first, viewmats=viewmats, Ks=Ks), 2, is_told=True)
+
+
+def test_a_view_that_is_over_does_not_hold_a_store_that_grows():
+    """Its rows and its picture are at hand until the next view is fetched, and rows are appended before that."""
+    parameters, (view, *_) = scene()
+    gaussians = model_of("float32", parameters)
+    rows = gaussians.fetch(view, 2)
+    loss = render(rows, view, CONFIG, sh_degree=2)[0].sum()
+    loss.backward()
+    gaussians.update()
+    before = [weakref.ref(array) for array in gaussians._groups["appearance"].store.rows.tensors()]
+    gaussians.append_copies(torch.arange(3))
+    assert [array() for array in before] == [None] * 3
+    assert isinstance(rows["colors"], StoredHarmonics)
+    assert loss.grad_fn is not None
 
 
 def test_a_camera_stands_where_it_is_seen_from():

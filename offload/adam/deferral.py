@@ -102,7 +102,8 @@ class DeferralTables:
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
         self._add = kernels_for(device, __name__).add_step
-        self._unchanged = slice(0, 0), self.sums  # which steps `begin_step` has changed, and the table before
+        self._unchanged = slice(0, 0), self.sums[:, :0]  # which steps `begin_step` has changed, and their sums before
+        self._sums_before = self.sums  # the whole table before
 
     @property
     def columns(self) -> int:
@@ -125,16 +126,18 @@ class DeferralTables:
         """
         if len(learning_rates) != self.schedules:
             raise ValueError(f"{len(learning_rates)} learning rates for {self.schedules} schedules")
-        self.step += 1
-        if self.step >= self.sums.shape[1]:
+        step = self.step + 1
+        if step >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        self.eps, self.rates = self._corrected_eps(self.step), self._corrected_rates(self.step, learning_rates)
-        self._add_step(slice(max(0, self.step - len(self._ratio_powers)), self.step), self.rates)
+        rates = self._corrected_rates(step, learning_rates)
+        self._add_step(slice(max(0, step - len(self._ratio_powers)), step), rates)
+        # Last: where memory lacks for the tables, the step has not begun, and there is nothing to undo.
+        self.step, self.eps, self.rates = step, self._corrected_eps(step), rates
 
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
         changed, unchanged = self._unchanged
-        self.sums[:, changed] = unchanged[:, changed]
+        self.sums[:, changed] = unchanged
         self.step -= 1
         self.eps = self._corrected_eps(self.step)
 
@@ -183,7 +186,7 @@ class DeferralTables:
             before_step: To what they were before step t began.
         """
         if before_step:
-            return SkippedSteps(self._unchanged[1], self.multipliers, self._corrected_eps(self.step - 1), self.reach)
+            return SkippedSteps(self._sums_before, self.multipliers, self._corrected_eps(self.step - 1), self.reach)
         return SkippedSteps(self.sums, self.multipliers, self.eps, self.reach)
 
     def step_sizes(self) -> StepSizes:
@@ -220,7 +223,8 @@ class DeferralTables:
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
-        self._unchanged = changed, self._add(self.sums, changed, self._ratio_powers, rates)
+        self._sums_before = self._add(self.sums, changed, self._ratio_powers, rates)
+        self._unchanged = changed, self._sums_before[:, changed]
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         self.sums[:, :steps] = checked_table(tables, "sums", (steps, self.schedules)).T.to(self.sums.device)
@@ -230,10 +234,9 @@ class DeferralTables:
         device = self.sums.device
         sums = torch.zeros(self.schedules, capacity, dtype=torch.float64, device=device)
         sums[:, : self.sums.shape[1]] = self.sums
-        self.sums = sums
         decays = torch.tensor(self.betas, dtype=torch.float64)[:, None] ** torch.arange(capacity)
         decays[decays < torch.finfo(torch.float32).tiny] = 0  # no denormal numbers: they are slow
-        self.decays = decays.to(device)
+        self.decays, self.sums = decays.to(device), sums
 
 
 def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:

@@ -261,7 +261,7 @@ class DeferredAdam(DeferralTables):
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         step_rates, sums = np.array(rates), self.sums.numpy()  # float64
         self._column_rates = (step_rates @ self.multipliers.numpy()).astype(np.float32)
-        self._unchanged = changed, self.sums.clone()
+        self._unchanged = changed, self.sums[:, changed].clone()
         self._before_unchanged = self._before[changed].copy()
         self._before[changed] = self._after[changed]
         powers = self._ratio_powers.numpy()[len(self._ratio_powers) - (changed.stop - changed.start) :]

@@ -24,9 +24,9 @@ from offload.backends import kernels_for
 from offload.store.layout import RowState
 
 
-@dataclass(frozen=True)
+@dataclass
 class StoredRows:
-    """Rows of harmonics, of which some are those of a view."""
+    """Rows of harmonics, of which some are those of a view, until they are updated."""
 
     rows: RowState  # packed ones, without the constant harmonic; or float32, which begin with it
     places: Tensor | None  # [V] int64, which of them the view has; None: they are the view's, in its order
@@ -37,6 +37,10 @@ class StoredRows:
     def has_constant(self) -> bool:
         """Tell whether the first three columns are the constant harmonic's."""
         return len(self.rows.moments) == 2
+
+    def forget(self) -> None:
+        """Let go of the rows: a store that grows would stand twice while somebody still holds colours made of it."""
+        del self.rows, self.last_step
 
     def of(self, numbers: Tensor) -> Tensor:
         """Return the values [M, columns] of rows [M] of the view, as `fetch_dated_rows` gives them."""

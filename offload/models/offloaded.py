@@ -15,7 +15,7 @@ from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import ARRAYS, State, load_deferred
-from offload.adam.stored_harmonics import StoredHarmonics
+from offload.adam.stored_harmonics import StoredHarmonics, StoredRows
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
 from offload.models.geometry_culled import CulledGeometry
@@ -67,6 +67,7 @@ class OffloadedGaussians:
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         # Of the present view, where the gradient of its harmonics is made in the update: its camera, and the degree.
         self._seen: tuple[Cameras, int] | None = None
+        self._harmonics: StoredRows | None = None  # of the present view, where they are not copied
         self._constant: Tensor | None = None  # [V, 1, 3] zeros, whose gradient is that of sh0, where that is not copied
 
     @property
@@ -90,7 +91,7 @@ class OffloadedGaussians:
                 return self._to_render(rows)
             self._seen, self._constant = (cameras, sh_degree), None
             rows, stored = self._stored.fetch_stored(cameras, "appearance")
-            self._ids = rows.ids
+            self._ids, self._harmonics = rows.ids, stored
             named = self._to_render(rows)
             if stored.has_constant:
                 self._constant = named["sh0"] = torch.zeros(
@@ -126,6 +127,7 @@ class OffloadedGaussians:
                 self._pipeline.displace(displaced)
             self._update_travelled()
             self._groups["appearance"].made = None
+            self._forget_harmonics()
             if not travels and displaced is not None:
                 self._geometry.displace(self._ids[displaced.rows], displaced.offsets)
             self._displaced = None
@@ -263,6 +265,7 @@ class OffloadedGaussians:
         counts = [self._geometry.steps_done, *(group.adam.step for group in self._groups.values())]
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
+        self._forget_harmonics()
         self._leaves, self._rows, self._constant, self._displaced = {}, None, None, None
         self._geometry.expect_strays(None)
         self._order.undo()
@@ -312,6 +315,11 @@ class OffloadedGaussians:
         if self._rows is not None:
             constant = [] if self._constant is None else [self._constant]
             self._finite.keep([*self._rows.values.values(), *self._leaves.values(), *constant])
+
+    def _forget_harmonics(self) -> None:
+        if self._harmonics is not None:
+            self._harmonics.forget()
+        self._harmonics = None
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Return the gradients [V, ...] of geometry that does not travel."""
