@@ -146,7 +146,7 @@ def step_view_rows(
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
     if values is None:
-        values = _before_step(rows, torch.arange(len(ids), device=ids.device), last_step, tables)
+        values = _before_step(rows, None, last_step, tables)
     state = RowState(values, tuple(moment.clone() for moment in rows.moments))
     _update(state, ids, last_step, gradients, tables)
     for tensor, destination in zip(state.tensors(), rows.tensors(), strict=True):
@@ -237,7 +237,7 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
 
 def _before_step(rows: RowState, places: Tensor | None, last_step: Tensor, tables: DeferralTables) -> Tensor:
     """Return the values [V, columns] that rows had before step `tables.step` began."""
-    values = torch.empty(len(places), tables.columns, device=places.device)
+    values = torch.empty(len(last_step), tables.columns, device=last_step.device)
     fetch_dated_rows(rows, places, last_step, None, RowState(values, ()), tables.skipped(before_step=True))
     return values
 
