@@ -72,9 +72,9 @@ def fetch_dated_rows(
         last_step: [V] int32 on the device, of these rows.
     """
     chosen = _chosen(wanted)
-    places = chosen if places is None else places[chosen]
-    moments = [moment[places, : tables.columns] for moment in source.moments]
-    w = source.parameters[places, : tables.columns]
+    taken = chosen if places is None else places[chosen]
+    moments = [moment[taken, : tables.columns] for moment in source.moments]
+    w = source.parameters[taken, : tables.columns]
     out.parameters[chosen] = caught_up(w.float(), *float_moments(moments, tables.reach), last_step[chosen], tables)
     for moment, fetched in zip(out.moments, moments, strict=False):
         moment[chosen] = fetched
