@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
+from offload.adam.harmonics import HarmonicsGradient
 from offload.store.layout import PackedRows, ResidentRows, RowState
 
 ops = torch.ops.aten
@@ -293,8 +294,10 @@ class OrderedKernels:
 
     @_unnoted
     def step_view_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
-        reads = [(tensor, None) for tensor in (ids, last_step, gradients)]
-        writes = [(values, None), *_all(rows, None)]
+        made = (gradients.means, gradients.constant) if isinstance(gradients, HarmonicsGradient) else (gradients,)
+        before, written = (tables.skipped(before_step=True).sums, []) if values is None else (None, [(values, None)])
+        reads = [(tensor, None) for tensor in (ids, last_step, *made, before)]
+        writes = [*written, *_all(rows, None)]
         self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)
 
     @_unnoted

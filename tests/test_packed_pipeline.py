@@ -13,6 +13,7 @@ from torch import Tensor
 from offload.adam import deferral
 from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.pipelines import arena as arenas
@@ -66,7 +67,8 @@ def make_pipeline(
 class Training:
     """Steps with random gradients, and beside them those of rows that stay where they are, which must be bit-equal.
 
-    Now and then the next view is not known in time. What culling reads on the device is written after each step.
+    Now and then the next view is not known in time. What culling reads on the device is written after each step. Every
+    second view leaves harmonics as they are stored, and reads them when the next view is on its way, as backward does.
     """
 
     def __init__(self, views: list[Tensor], lanes: OrderedLanes | None = None, *, resident_share: float = 0.0) -> None:
@@ -105,12 +107,23 @@ class Training:
             name: torch.randn(len(self.views[step]), group.adam.columns, generator=generator)
             for name, group in self.groups.items()
         }
+        made = HarmonicsGradient(gradients["appearance"][:, :3], gradients["appearance"][:, 3:6], (0.0, 1.0, 2.0), 3)
+        stored = current = None
         with self.noted():
-            view = self.pipeline.fetch(step)
+            if step % 2:
+                view, stored = self.pipeline.fetch_stored(step, "appearance")
+            else:
+                view = self.pipeline.fetch(step)
             if step + 1 < len(self.views) and self.prefetches(step):
                 self.pipeline.prefetch(step + 1)
+            if stored is not None:
+                current = stored.of(torch.arange(len(view.ids)))
         assert torch.equal(view.ids, self.views[step])
         expected = self.reference.fetch(step)
+        if current is not None:
+            assert torch.equal(current, expected.values["appearance"])
+            expected.values["appearance"].grad = made.dense(current.shape[1])
+            self.groups["appearance"].made = made
         for name, values in view.values.items():
             assert torch.equal(values, expected.values[name])
             values.grad, expected.values[name].grad = gradients[name].clone(), gradients[name]
