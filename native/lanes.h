@@ -1,10 +1,13 @@
-// SIMD without intrinsics: vectors as wide as the instruction set that this file is compiled for. GCC and Clang turn
+// SIMD with few intrinsics: vectors as wide as the instruction set that this file is compiled for. GCC and Clang turn
 // arithmetic and comparisons on them into single instructions, on x86 and on ARM.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -61,14 +64,26 @@ inline Lanes<T> lane_numbers() {
 }
 
 template <class V>
-inline V minimum(const V& a, const V& b) {
+inline V minimum(const V& a, const V& b) {  // b where a or b is NaN
   return a < b ? a : b;
 }
 
 template <class V>
-inline V maximum(const V& a, const V& b) {  // b where a is NaN
+inline V maximum(const V& a, const V& b) {  // b where a or b is NaN
   return a > b ? a : b;
 }
+
+// Of the above compilers make a comparison and a choice, where one instruction does.
+#if defined(__AVX512F__)
+inline Lanes<float> minimum(const Lanes<float>& a, const Lanes<float>& b) { return _mm512_min_ps(a, b); }
+inline Lanes<float> maximum(const Lanes<float>& a, const Lanes<float>& b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+inline Lanes<float> minimum(const Lanes<float>& a, const Lanes<float>& b) { return _mm256_min_ps(a, b); }
+inline Lanes<float> maximum(const Lanes<float>& a, const Lanes<float>& b) { return _mm256_max_ps(a, b); }
+#elif defined(__SSE__)
+inline Lanes<float> minimum(const Lanes<float>& a, const Lanes<float>& b) { return _mm_min_ps(a, b); }
+inline Lanes<float> maximum(const Lanes<float>& a, const Lanes<float>& b) { return _mm_max_ps(a, b); }
+#endif
 
 template <class T>
 inline Lanes<T> square_root(const Lanes<T>& v) {
@@ -76,6 +91,23 @@ inline Lanes<T> square_root(const Lanes<T>& v) {
   for (int i = 0; i < kLanes<T>; ++i) r[i] = std::sqrt(v[i]);
   return r;
 }
+
+#if defined(__AVX512F__)
+template <>
+inline Lanes<float> square_root<float>(const Lanes<float>& v) {
+  return _mm512_sqrt_ps(v);
+}
+#elif defined(__AVX2__)
+template <>
+inline Lanes<float> square_root<float>(const Lanes<float>& v) {
+  return _mm256_sqrt_ps(v);
+}
+#elif defined(__SSE__)
+template <>
+inline Lanes<float> square_root<float>(const Lanes<float>& v) {
+  return _mm_sqrt_ps(v);
+}
+#endif
 
 template <class T, int Bytes>
 inline T sum_bytes(const T* values) {

@@ -52,23 +52,17 @@ int64_t sum_over_pieces(int64_t count, int64_t threads, const Body& body) {
   return sum;
 }
 
-// Rows are written by several threads: each must be there, and only once.
-bool increasing_within(const int64_t* ids, int64_t count, int64_t rows, int64_t threads) {
-  if (count == 0) return true;
-  if (ids[0] < 0 || ids[count - 1] >= rows) return false;
-  return sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
-           int64_t wrong = 0;
-           for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) wrong += ids[i] <= ids[i - 1];
-           return wrong;
-         }) == 0;
+int64_t count_outside(const int64_t* numbers, int64_t rows, int64_t begin, int64_t end) {
+  int64_t wrong = 0;
+  for (int64_t i = begin; i < end; ++i) wrong += numbers[i] < 0 || numbers[i] >= rows;
+  return wrong;
 }
 
-bool within(const int64_t* ids, int64_t count, int64_t rows, int64_t threads) {
-  return sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
-           int64_t wrong = 0;
-           for (int64_t i = begin; i < end; ++i) wrong += ids[i] < 0 || ids[i] >= rows;
-           return wrong;
-         }) == 0;
+// Rows are written by several threads: each must be there, and only once.
+int64_t count_misplaced(const int64_t* ids, int64_t rows, int64_t begin, int64_t end) {
+  int64_t wrong = count_outside(ids, rows, begin, end);
+  for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) wrong += ids[i] <= ids[i - 1];
+  return wrong;
 }
 
 void require(bool condition, const char* message) {
@@ -155,13 +149,24 @@ void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<
   int64_t refused = 0;
   {
     const nb::gil_scoped_release no_gil;
-    require(!rows.ids || increasing_within(rows.ids, count, total, threads),
-            "ids must increase and be rows of the parameters");
-    require(!gradients || (rows.gradient_rows ? within(rows.gradient_rows, count, gradient_count, threads)
-                                              : gradient_count == count),
-            "every row needs a row of gradients");
-    require(!out || (rows.out_rows ? within(rows.out_rows, count, out_count, threads) : out_count == count),
-            "every row needs a row of out");
+    require(!gradients || rows.gradient_rows || gradient_count == count, "every row needs a row of gradients");
+    require(!out || rows.out_rows || out_count == count, "every row needs a row of out");
+    // All three at once: threads that wait for one another cost more than to read the numbers.
+    const auto wrong_ids = [&](int64_t begin, int64_t end) {
+      return rows.ids ? count_misplaced(rows.ids, total, begin, end) : 0;
+    };
+    const auto wrong_gradients = [&](int64_t begin, int64_t end) {
+      return gradients && rows.gradient_rows ? count_outside(rows.gradient_rows, gradient_count, begin, end) : 0;
+    };
+    const auto wrong_outs = [&](int64_t begin, int64_t end) {
+      return out && rows.out_rows ? count_outside(rows.out_rows, out_count, begin, end) : 0;
+    };
+    const int64_t wrong = sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
+      return wrong_ids(begin, end) + wrong_gradients(begin, end) + wrong_outs(begin, end);
+    });
+    require(wrong == 0 || wrong_ids(0, count) == 0, "ids must increase and be rows of the parameters");
+    require(wrong == 0 || wrong_gradients(0, count) == 0, "every row needs a row of gradients");
+    require(wrong == 0, "every row needs a row of out");
     const AdamKernel kernel = OF_BEST_BUILD(kernel_for)(rows, columns);
     refused = sum_over_pieces(count, threads, [&](int64_t begin, int64_t end) {
       return kernel(adam_step, rows, begin, end);

@@ -1,5 +1,5 @@
-// The inner loops of Adam. Plain C++ in blocks of fixed length, which the compiler turns into vector instructions of
-// the set that this build is for (KERNEL_ISA).
+// The inner loops of Adam. Rows of float32 are plain C++ in blocks of fixed length, which the compiler turns into
+// vector instructions of the set that this build is for (KERNEL_ISA); those of codes are vectors (lanes.h).
 #include "adam_kernels.h"
 
 #include <cmath>
@@ -10,18 +10,19 @@
 
 #include "bfloat16.h"
 #include "codes.h"
-#include "quick_math.h"
+#include "float32.h"
 
 namespace offload {
 namespace KERNEL_ISA {
 
-// Rows to look ahead: enough to hide the latency of main memory; 8 to 64 were equally fast.
-constexpr int64_t kPrefetchRows = 16;
+// Rows to look ahead: enough to hide the latency of main memory; 8 to 64 were equally fast. A batch of rows of codes
+// asks for those of the next one.
+constexpr int64_t kPrefetchRows = kBatch;
 constexpr int64_t kCacheLine = 64;  // bytes
 
 // Into the second-level cache (locality 2), which can wait for more lines at a time than the first: random rows take a
 // fifth less time than with prefetching into the first.
-inline void prefetch_row(const void* row, int64_t bytes) {
+inline __attribute__((always_inline)) void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
 }
 
@@ -124,9 +125,10 @@ class Float32Rows {
 
   Float32Rows(const AdamStep& step, const AdamRows& rows) : step_(step), rows_(rows) {}
 
-  static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
-    prefetch_row(rows.parameters.row<float>(id), columns * 4);
-    Kept::prefetch(rows, id, columns);
+  void prefetch(int64_t id, const float* gradient) const {
+    prefetch_row(rows_.parameters.row<float>(id), step_.columns * 4);
+    Kept::prefetch(rows_, id, step_.columns);
+    if (gradient) prefetch_row(gradient, step_.columns * 4);
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
@@ -186,107 +188,111 @@ class CodedRows {
  public:
   static constexpr bool exact = false;
 
-  CodedRows(const AdamStep& step, const AdamRows& rows) : step_(step), rows_(rows) {}
+  CodedRows(const AdamStep& step, const AdamRows& rows)
+      : step_(step), rows_(rows), unit_(unit_of(step.reach)), gradient_weight_(step.gradient_weight / unit_) {
+    for (int i = 0; i < kColumns; ++i) rates_[i] = step.rates[i] * unit_;
+    for (int i = 0; i < kColumns; ++i) numbers_[i] = static_cast<uint32_t>(i);
+  }
 
-  static void prefetch(const AdamRows& rows, int64_t id, int64_t columns) {
-    prefetch_row(rows.parameters.row<uint16_t>(id), columns * 2);
-    prefetch_row(rows.moments[0].row<uint16_t>(id), columns * 2);
+  // Notes a row of the next batch, whose lines are asked for one after another while this one is worked on.
+  void prefetch(int64_t id, const float* gradient) {
+    ahead_[count_] = {rows_.parameters.row<uint16_t>(id), rows_.moments[0].row<uint16_t>(id), gradient};
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
   void update(const Row& row) {
-    batch_[count_] = row;
-    halves_[count_] = rows_.parameters.row<uint16_t>(row.id);
+    static_assert(kCatchUp, "rows of codes are never updated densely");
+    Row& copy = batch_[count_];  // part by part: a copy of all of it would wait for the stores of its parts
+    copy.id = row.id, copy.skipped = row.skipped, copy.decays = row.decays;
+    copy.gradient = row.gradient, copy.out = row.out, copy.streaming = row.streaming;
     codes_[count_] = rows_.moments[0].row<uint16_t>(row.id);
+    halves_[count_] = rows_.parameters.row<uint16_t>(row.id);
     if (++count_ == kBatch) finish<kCatchUp, kGradient, kStore, kOut>();
   }
 
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
-  void finish() {
-    static_assert(kCatchUp, "rows of codes are never updated densely");
-    for (int i = 0; i < count_; ++i) load(i);
-    for (int i = 0; i < count_; ++i) catch_up(i);
-    if (kGradient || kStore) {
-      for (int i = 0; i < count_; ++i) update_moments_of<kGradient>(i);
-      if (kGradient) {
-        for (int i = 0; i < count_; ++i) find_divisors(i);
-        for (int i = 0; i < count_; ++i) apply_gradient(i);
-      }
-      for (int i = 0; i < count_; ++i) round<kStore, kOut>(i);
+  __attribute__((noinline)) void finish() {
+    const int count = count_;
+    const AdamStep step = step_;  // copies, which nothing that is written may change
+    for (int i = 0; i < count; ++i) {
+      prefetch_row(ahead_[i].halves, kColumns * 2);
+      prefetch_row(ahead_[i].codes, kColumns * 2);
+      load_row<kGradient, kStore>(step, i);
     }
+    if (kGradient || kStore)
+      for (int i = 0; i < count; ++i) {
+        if (kGradient && ahead_[i].gradient) prefetch_row(ahead_[i].gradient, kColumns * 4);
+        step_row<kGradient, kStore, kOut>(step, i);
+      }
     if (kOut)
-      for (int i = 0; i < count_; ++i) write_out<kColumns>(batch_[i].out, values_[i], batch_[i].streaming);
-    if (kStore) moments_.encode(count_, step_.reach, codes_);
+      for (int i = 0; i < count; ++i) write_out<kColumns>(batch_[i].out, values_[i], batch_[i].streaming);
+    if (kStore) moments_.encode(count, codes_);
     count_ = 0;
   }
 
  private:
-  void load(int row) {
-    for (int i = 0; i < kColumns; i += kBlock) load_halves(halves_[row] + i, values_[row] + i);
-    decode_moments<kColumns>(codes_[row], step_.reach, moments_.first[row], roots_[row]);
-    skipped_sizes<kColumns>(step_, batch_[row], 0, skipped_[row]);
-  }
-
-  void catch_up(int row) {
-    float* value = values_[row];
-    const float *first = moments_.first[row], *root = roots_[row], *skipped = skipped_[row];
-    const float eps = step_.eps;
-#pragma omp simd
-    for (int i = 0; i < kColumns; ++i) value[i] -= skipped[i] * (first[i] * reciprocal(root[i] + eps));
-  }
-
-  template <bool kGradient>
-  void update_moments_of(int row) {
-    float *first = moments_.first[row], *second = moments_.second[row];
-    uint32_t* random = moments_.random[row];
-    const float* root = roots_[row];
-    const AdamStep step = step_;  // copies, which nothing that is written may change
-    const Row of_row = batch_[row];
-    const uint32_t counter = static_cast<uint32_t>(of_row.id * kColumns);
-#pragma omp simd
-    for (int i = 0; i < kColumns; ++i) {
-      second[i] = root[i] * root[i];
-      update_moments<kGradient>(step, of_row, kGradient ? of_row.gradient[i] : 0.0f, first[i], second[i]);
-      random[i] = random_bits(counter + static_cast<uint32_t>(i), step.seed);
+  // Decodes a row, catches it up and brings its moments to step t.
+  template <bool kGradient, bool kStore>
+  void load_row(const AdamStep& step, int number) {
+    const Row row = batch_[number];
+    const uint16_t *codes = codes_[number], *halves = halves_[number];
+    float *values = values_[number], *first = moments_.first[number], *roots = moments_.roots[number];
+    const Factors scales = load_scales<kColumns>(codes);
+    const float unit = unit_, skipped = row.skipped[0] * unit, gradient_weight = gradient_weight_;
+    const float decay = row.decays[0], square_decay = row.decays[1], square_decay_rest = row.decays[2];
+    for (int column = 0; column < kColumns; column += kWidth) {
+      const Decoded moments = decode<kColumns>(codes, scales, column);
+      Floats sizes = skipped * load(step.multipliers + column);
+      for (int64_t j = 1; j < step.schedules; ++j)
+        sizes += row.skipped[j] * unit * load(step.multipliers + j * kColumns + column);
+      store<float>(values + column, load_halves(halves + column) - sizes * moments.first / (moments.root + step.eps));
+      if (kGradient || kStore) {
+        Floats m = decay * moments.first, square = moments.root * moments.root;
+        if (kGradient) {
+          const Floats gradient = load(row.gradient + column);
+          m += gradient_weight * gradient;
+          square = square_decay * square + (square_decay_rest * square + step.square_weight * (gradient * gradient));
+        } else {
+          square = square_decay * square + square_decay_rest * square;
+        }
+        store(first + column, m);
+        store(roots + column, square_root<float>(square));
+      }
     }
   }
 
-  void find_divisors(int row) {
-    float* root = roots_[row];
-    const float* second = moments_.second[row];
-    const float eps = step_.eps;
-#pragma omp simd
-    for (int i = 0; i < kColumns; ++i) root[i] = root_of(second[i]) + eps;
-  }
-
-  void apply_gradient(int row) {
-    float* value = values_[row];
-    const float *first = moments_.first[row], *divisor = roots_[row], *rates = step_.rates;
-#pragma omp simd
-    for (int i = 0; i < kColumns; ++i) value[i] -= rates[i] * (first[i] * reciprocal(divisor[i]));
-  }
-
-  template <bool kStore, bool kOut>
-  void round(int row) {
-    alignas(64) uint32_t words[kColumns];
-    uint16_t rounded[kColumns];
-    const float* value = values_[row];
-    const uint32_t* random = moments_.random[row];
-#pragma omp simd
-    for (int i = 0; i < kColumns; ++i) words[i] = rounded_half(value[i], random[i]);
-    uint16_t* halves = kStore ? halves_[row] : rounded;
-    for (int i = 0; i < kColumns; i += kBlock) {
-      narrow(words + i, halves + i);
-      if (kOut) load_halves(halves + i, values_[row] + i);
+  // Takes the step, and rounds.
+  template <bool kGradient, bool kStore, bool kOut>
+  void step_row(const AdamStep& step, int number) {
+    alignas(64) uint16_t rounded[kColumns];
+    uint16_t* halves = kStore ? halves_[number] : rounded;
+    float* values = values_[number];
+    const float *first = moments_.first[number], *roots = moments_.roots[number];
+    const Words counters = Words{} + static_cast<uint32_t>(batch_[number].id * kColumns);
+    for (int column = 0; column < kColumns; column += kWidth) {
+      Floats value = load(values + column);
+      if (kGradient) value -= load(rates_ + column) * load(first + column) / (load(roots + column) + step.eps);
+      const Words random = mixed((counters + load_words(numbers_ + column)) ^ step.seed);  // as random_bits
+      store_words(moments_.random[number] + column, random);
+      store_rounded(value, random, halves + column);
+      if (kOut) store(values + column, load_halves(halves + column));
     }
   }
 
   const AdamStep& step_;
   const AdamRows& rows_;
+  const float unit_, gradient_weight_;  // of first moments, and in it
   int count_ = 0;
   Row batch_[kBatch];
+  struct Ahead {
+    const uint16_t *halves, *codes;
+    const float* gradient;  // or null
+  };
+  Ahead ahead_[kBatch] = {};
   uint16_t *halves_[kBatch], *codes_[kBatch];
-  Batch<float, kColumns> values_, roots_, skipped_;
+  alignas(64) float rates_[kColumns];        // times the unit
+  alignas(64) uint32_t numbers_[kColumns];  // 0, 1, 2 ...
+  Batch<float, kColumns> values_;
   CodedMoments<kColumns> moments_;
 };
 
@@ -303,10 +309,9 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
   for (int64_t i = begin; i < end; ++i) {
     if (rows.ids && i + kPrefetchRows < end) {
       const int64_t ahead = rows.ids[i + kPrefetchRows];
-      Rows::prefetch(rows, ahead, columns);
       if (kCatchUp) __builtin_prefetch(rows.last_step + ahead, 0, 2);
-      if (kGradient && rows.gradient_rows)
-        prefetch_row(rows.gradients + rows.gradient_rows[i + kPrefetchRows] * columns, columns * 4);
+      const bool scattered = kGradient && rows.gradient_rows;
+      visited.prefetch(ahead, scattered ? rows.gradients + rows.gradient_rows[i + kPrefetchRows] * columns : nullptr);
     }
     const int64_t id = rows.ids ? rows.ids[i] : i;
     const int32_t last = kCatchUp ? rows.last_step[id] : step.largest_last_step;

@@ -4,13 +4,14 @@
 
 #include <cstdint>
 
-#include "quick_math.h"
+#include "float32.h"
 
 namespace offload {
 namespace KERNEL_ISA {
 
 // lowbias32 of C. Wellons, https://nullprogram.com/blog/2018/07/31/
-inline uint32_t mixed(uint32_t x) {
+template <class Word>
+inline Word mixed(Word x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   return x ^ (x >> 16);

@@ -12,37 +12,38 @@ template <int kColumns>
 __attribute__((noinline)) void encode_batches(const FloatRows& rows, const uint32_t* random, float reach,
                                               const StoredRows& stored) noexcept {
   CodedMoments<kColumns> moments;
-  alignas(64) uint32_t words[kColumns];
   uint16_t* codes[kBatch];
+  const float unit = unit_of(reach);
   for (int64_t begin = 0; begin < stored.count; begin += kBatch) {
     const int count = static_cast<int>(std::min<int64_t>(kBatch, stored.count - begin));
     for (int row = 0; row < count; ++row) {
       const int64_t first = (begin + row) * kColumns;
-#pragma omp simd
-      for (int i = 0; i < kColumns; ++i) {
-        moments.first[row][i] = rows.first[first + i];
-        moments.second[row][i] = rows.second[first + i];
-        moments.random[row][i] = random[first + i];
-        words[i] = rounded_half(rows.values[first + i], random[first + i]);
+      for (int column = 0; column < kColumns; column += kWidth) {
+        const int64_t i = first + column;
+        const Words bits = load_words(random + i);
+        const Floats square = load(rows.second + i);
+        // The root of what is too small for arithmetic is so as well, but there all the same.
+        const Words root = bits_of(square) < 0x800000u ? bits_of(square) : bits_of(square_root<float>(square));
+        store<float>(moments.first[row] + column, load(rows.first + i) / unit);
+        store(moments.roots[row] + column, floats_of(root));
+        store_words(moments.random[row] + column, bits);
+        store_rounded(load(rows.values + i), bits, stored.halves + i);
       }
-      for (int i = 0; i < kColumns; i += kBlock) narrow(words + i, stored.halves + first + i);
       codes[row] = stored.codes + first;
     }
-    moments.encode(count, reach, codes);
+    moments.encode(count, codes);
   }
 }
 
 template <int kColumns>
 __attribute__((noinline)) void decode_each(const StoredRows& stored, float reach, const FloatRows& rows) noexcept {
-  alignas(64) float values[kColumns], means[kColumns], roots[kColumns];
   for (int64_t first = 0; first < stored.count * kColumns; first += kColumns) {
-    for (int i = 0; i < kColumns; i += kBlock) load_halves(stored.halves + first + i, values + i);
-    decode_moments<kColumns>(stored.codes + first, reach, means, roots);
-#pragma omp simd
-    for (int i = 0; i < kColumns; ++i) {
-      rows.values[first + i] = values[i];
-      rows.first[first + i] = means[i];
-      rows.second[first + i] = roots[i] * roots[i];
+    const Factors scales = load_scales<kColumns>(stored.codes + first);
+    for (int column = 0; column < kColumns; column += kWidth) {
+      const Decoded moments = decode<kColumns>(stored.codes + first, scales, column);
+      store(rows.values + first + column, load_halves(stored.halves + first + column));
+      store<float>(rows.first + first + column, moments.first * unit_of(reach));
+      store<float>(rows.second + first + column, moments.root * moments.root);
     }
   }
 }
