@@ -30,7 +30,7 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
 from offload.pipelines.lanes import Lane
-from offload.store.layout import GROUP_NAMES, PackedRows, RowState, num_columns, packed_rows, packed_words
+from offload.store.layout import GROUP_NAMES, PackedRows, RowState, packed_words
 from offload.store.memory import HostArray
 from training.calibration import Scene, Speeds, machine_name, save_verdict, verdict
 from training.memory import available_bytes, parse_bytes
@@ -227,29 +227,6 @@ def rendering_seconds(device: torch.device) -> tuple[float, float]:
     return max(seconds[0] - each * visible[0], 0.0), each
 
 
-def coding_seconds(num_rows: int, device: torch.device) -> float:
-    """Measure decoding, stepping and coding on the device, per compact row."""
-    kernels = kernels_for(device, "offload.adam.rows")
-    ids = torch.arange(num_rows, device=device)
-    last_step = torch.full((num_rows,), STEPS_BEFORE - 12, dtype=torch.int32, device=device)
-    groups = []
-    for group in GROUP_NAMES:
-        columns = num_columns(group, SH_DEGREE, "compact")
-        tables = DeferralTables(torch.ones(1, columns), (0.9, 0.999), 1e-15, device)
-        for _ in range(STEPS_BEFORE):
-            tables.begin_step([1e-3])
-        words = torch.zeros(num_rows, packed_words(group, SH_DEGREE), dtype=torch.int32, device=device)
-        values, gradients = (torch.full((num_rows, columns), 1e-3, device=device) for _ in range(2))
-        groups.append((packed_rows(words, group), values, gradients, tables))
-
-    def work(turn: int) -> None:
-        for rows, values, gradients, tables in groups:
-            kernels.fetch_dated_rows(rows, ids, last_step, None, RowState(values, ()), tables)
-            kernels.step_view_rows(values, ids, last_step, gradients, rows, tables)
-
-    return median_seconds(work, device) / num_rows
-
-
 def measure(device: torch.device, num_rows: int) -> Speeds:
     """Measure the speeds of this machine.
 
@@ -263,8 +240,7 @@ def measure(device: torch.device, num_rows: int) -> Speeds:
         return Speeds(host)
     packed = packed_speed(num_rows, rows.views, device)
     of_rows, on_device = (row_speed(rows, device), packed), copy_bandwidth(device)
-    coding = coding_seconds(rows.num_visible, device)
-    return Speeds(host, *copy_speeds(device), *of_rows, on_device, *rendering_seconds(device), coding)
+    return Speeds(host, *copy_speeds(device), *of_rows, on_device, *rendering_seconds(device))
 
 
 def rows_that_fit() -> int:
@@ -311,8 +287,7 @@ def main(options: Options) -> None:
     print(f"Rows read and written by the GPU at once: {rows:.1f} GB/s, compact ones {packed:.1f} GB/s")
     print(
         f"On the GPU: copies {speeds.device / 1e9:.0f} GB/s read and written; rendering and its backward pass "
-        f"{1e3 * speeds.launching:.2f} ms, and {1e9 * speeds.rendering:.2f} ms for a million Gaussians in view; coding "
-        f"a million compact rows {1e9 * speeds.coding:.2f} ms"
+        f"{1e3 * speeds.launching:.2f} ms, and {1e9 * speeds.rendering:.2f} ms for a million Gaussians in view"
     )
     print(verdict(speeds, scene))
     try:

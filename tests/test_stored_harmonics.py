@@ -20,8 +20,8 @@ PLACES = [*WITHOUT_GPU, *ON_GPU]
 @pytest.fixture(autouse=True)
 def triton_where_a_test_wants_it(monkeypatch, request):
     """Let tensors on the CPU meet the kernels that a test is for."""
-    kind = request.node.callspec.params["kind"]
-    monkeypatch.setattr("offload.backends._takes_triton", lambda device: kind == "triton")
+    kind, place = (request.node.callspec.params[name] for name in ("kind", "device"))
+    monkeypatch.setattr("offload.backends._takes_triton", lambda device: kind == "triton" and device.type == place)
 
 
 def stored(host: HostRows, ids: Tensor, *, in_order: bool) -> StoredRows:
