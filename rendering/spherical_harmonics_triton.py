@@ -25,6 +25,9 @@ from torch import Tensor
 ROWS = 16
 CHAINED = 1024  # pairs, by a program that chains them
 CONSTANT = 0.28209479177387814  # Y_0
+# A colour above the first is zero but for rounding, and is not cut: black points begin there, which would else get no
+# gradient. It becomes the second, as what was cut is zero.
+CUT_BELOW, LEAST = tl.constexpr(-(2.0**-22)), tl.constexpr(2.0**-100)
 
 
 class Harmonics:
@@ -278,7 +281,7 @@ def _forward(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     for c in tl.static_range(3):
         color = tl.sum(tl.where(channel == c, terms, 0.0), axis=1) + 0.5
-        tl.store(colors + row * 3 + c, tl.maximum(color, 0.0), mask=row < num_pairs)
+        tl.store(colors + row * 3 + c, tl.where(color > CUT_BELOW, tl.maximum(color, LEAST), 0.0), mask=row < num_pairs)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

@@ -24,6 +24,9 @@ from offload.culling.cameras import Cameras
 
 CONSTANT = 0.28209479177387814  # Y_0
 SHORTEST_SQUARED = 1e-24  # of the way to a Gaussian, as the rasterizers have it
+# A colour above the first is zero but for rounding, and is not cut: black points begin there, which would else get no
+# gradient. It becomes the second, as what was cut is zero.
+CUT_BELOW, LEAST_COLOR = -(2.0**-22), 2.0**-100
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from offload.adam.deferral import SkippedSteps
-from offload.adam.harmonics import CONSTANT, directions_to, num_harmonics, relative_harmonics
+from offload.adam.harmonics import (
+    CONSTANT,
+    CUT_BELOW,
+    LEAST_COLOR,
+    directions_to,
+    num_harmonics,
+    relative_harmonics,
+)
 from offload.adam.rows import fetch_dated_rows
 from offload.backends import kernels_for
 from offload.store.layout import RowState
@@ -72,7 +79,7 @@ class _Colors(torch.autograd.Function):
     ) -> Tensor:
         means = means.contiguous()
         kernels = kernels_for(means.device, __name__)
-        colors = kernels.colors_of(harmonics.others, sh0, means, camera_positions, ids, harmonics.sh_degree)
+        colors = kernels.colors_of(harmonics.others, sh0.detach(), means, camera_positions, ids, harmonics.sh_degree)
         ctx.save_for_backward(means, camera_positions, ids, colors)
         ctx.others, ctx.sh_degree, ctx.shape = harmonics.others, harmonics.sh_degree, sh0.shape
         return colors
@@ -106,7 +113,8 @@ def colors_of(
     Returns:
         [M, 3].
     """
-    return _uncut(others, sh0, means[ids], camera_positions, ids, sh_degree).clamp(min=0)
+    uncut = _uncut(others, sh0, means[ids], camera_positions, ids, sh_degree)
+    return torch.where(uncut > CUT_BELOW, uncut.clamp(min=LEAST_COLOR), 0)
 
 
 def gradient_of_means(

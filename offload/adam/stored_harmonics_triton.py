@@ -15,7 +15,14 @@ from torch import Tensor
 from offload.adam.codes_triton import PART, load_scales
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
-from offload.adam.harmonics import CONSTANT, SHORTEST_SQUARED, HarmonicsGradient, num_harmonics
+from offload.adam.harmonics import (
+    CONSTANT,
+    CUT_BELOW,
+    LEAST_COLOR,
+    SHORTEST_SQUARED,
+    HarmonicsGradient,
+    num_harmonics,
+)
 from offload.adam.harmonics_triton import arguments_of, harmonics_part, made_gradient, seen, slopes_part
 from offload.adam.packed_rows_triton import TILE, WARPS, caught_up_part, packed_words, skipped_part, tables_of
 from offload.adam.stored_harmonics import StoredRows
@@ -24,6 +31,7 @@ from offload.store.layout import RowState
 _PART = tl.constexpr(PART)
 _CONSTANT = tl.constexpr(CONSTANT)
 _SHORTEST_SQUARED = tl.constexpr(SHORTEST_SQUARED)
+_CUT_BELOW, _LEAST_COLOR = tl.constexpr(CUT_BELOW), tl.constexpr(LEAST_COLOR)
 ROWS = TILE // PART
 
 
@@ -198,9 +206,10 @@ def _colors_kernel(
                 greens += _of_color(terms, lane, part, 1)
                 blues += _of_color(terms, lane, part, 2)
         red, green, blue = red + tl.sum(reds, axis=1), green + tl.sum(greens, axis=1), blue + tl.sum(blues, axis=1)
-    tl.store(colors + row * 3, tl.maximum(_CONSTANT * red + 0.5, 0.0), mask=inside)
-    tl.store(colors + row * 3 + 1, tl.maximum(_CONSTANT * green + 0.5, 0.0), mask=inside)
-    tl.store(colors + row * 3 + 2, tl.maximum(_CONSTANT * blue + 0.5, 0.0), mask=inside)
+    red, green, blue = red * _CONSTANT + 0.5, green * _CONSTANT + 0.5, blue * _CONSTANT + 0.5
+    tl.store(colors + row * 3, tl.where(red > _CUT_BELOW, tl.maximum(red, _LEAST_COLOR), 0.0), mask=inside)
+    tl.store(colors + row * 3 + 1, tl.where(green > _CUT_BELOW, tl.maximum(green, _LEAST_COLOR), 0.0), mask=inside)
+    tl.store(colors + row * 3 + 2, tl.where(blue > _CUT_BELOW, tl.maximum(blue, _LEAST_COLOR), 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step", "ids"])

@@ -97,7 +97,7 @@ struct Kernels {
   void (*project_backward)(const GaussianGeometry<T>&, const Camera<T>&, T eps2d, const int64_t* gaussian_ids,
                            const T* conics, const T* compensations, const ProjectionGradients<T>&, int64_t begin,
                            int64_t end, T* v_pose);
-  // Colours are 0.5 above the harmonics and cut at zero; clamped [nnz, 3] tells where they were cut.
+  // Colours are 0.5 above the harmonics and cut at zero; clamped [nnz, 3] tells where they were cut by more than rounding.
   void (*sh_forward)(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
                      const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors, bool* clamped);
   // The gradient of the camera's position is added to v_camera_position [3], or that is null.

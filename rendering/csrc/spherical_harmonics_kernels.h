@@ -61,6 +61,10 @@ inline T view_direction(const T* mean, const T* camera_position, T* direction) {
   return inverse;
 }
 
+// A colour above minus this is zero but for rounding, and is not cut: black points begin there, which would else get no
+// gradient.
+constexpr double kColorRounding = 0x1p-22;
+
 template <class T>
 void sh_forward(int degree, int n_bases, const T* means, const T* camera_position, const T* coeffs,
                 const int64_t* gaussian_ids, int64_t begin, int64_t end, T* colors, bool* clamped) {
@@ -76,7 +80,7 @@ void sh_forward(int degree, int n_bases, const T* means, const T* camera_positio
       for (int c = 0; c < 3; ++c) color[c] += basis[k] * coeff[3 * k + c];
     }
     for (int c = 0; c < 3; ++c) {
-      clamped[3 * row + c] = color[c] < T(0);
+      clamped[3 * row + c] = color[c] < -T(kColorRounding);
       colors[3 * row + c] = color[c] < T(0) ? T(0) : color[c];
     }
   }
