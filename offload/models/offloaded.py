@@ -15,7 +15,7 @@ from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import ARRAYS, State, load_deferred
-from offload.adam.stored_harmonics import StoredHarmonics, StoredRows
+from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
 from offload.models.geometry_culled import CulledGeometry
@@ -65,10 +65,8 @@ class OffloadedGaussians:
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)  # [V] of the present view
         self._leaves: dict[str, Tensor] = {}  # [V, ...] of geometry that does not travel
         self._displaced: Displacement | None = None  # rows of the present view, with its update
-        # Of the present view, where the gradient of its harmonics is made in the update: its camera, and the degree.
-        self._seen: tuple[Cameras, int] | None = None
-        self._harmonics: StoredRows | None = None  # of the present view, where they are not copied
-        self._constant: Tensor | None = None  # [V, 1, 3] zeros, whose gradient is that of sh0, where that is not copied
+        # The camera and the harmonics of the present view, where these are not copied, and their gradient is made.
+        self._seen: tuple[Cameras, StoredHarmonics] | None = None
 
     @property
     def num_gaussians(self) -> int:
@@ -86,18 +84,16 @@ class OffloadedGaussians:
         with self._order.taking("fetch", cameras=cameras):
             self._forget_other_rows(cameras)
             if sh_degree is None or len(cameras.viewmats) != 1 or self._stored is None:
-                self._seen, self._constant, rows = None, None, self._pipeline.fetch(cameras)
+                self._seen, rows = None, self._pipeline.fetch(cameras)
                 self._ids = rows.ids
                 return self._to_render(rows)
-            self._seen, self._constant = (cameras, sh_degree), None
             rows, stored = self._stored.fetch_stored(cameras, "appearance")
-            self._ids, self._harmonics = rows.ids, stored
-            named = self._to_render(rows)
-            if stored.has_constant:
-                self._constant = named["sh0"] = torch.zeros(
-                    len(rows.ids), 1, 3, device=rows.ids.device
-                ).requires_grad_()
-            return {**named, "colors": StoredHarmonics(named.pop("sh0"), stored, sh_degree)}
+            self._ids, named = rows.ids, self._to_render(rows)
+            if stored.has_constant:  # zeros receive its gradient
+                named["sh0"] = torch.zeros(len(rows.ids), 1, 3, device=rows.ids.device).requires_grad_()
+            harmonics = StoredHarmonics(named.pop("sh0"), stored, sh_degree)
+            self._seen = cameras, harmonics
+            return {**named, "colors": harmonics}
 
     @property
     def ids(self) -> Tensor:
@@ -134,7 +130,7 @@ class OffloadedGaussians:
             self._geometry.update(self._ids, gradients)
             self._pipeline.geometry_moved()
             self._geometry.expect_strays(None)  # which have moved, so that they are found where they lie
-            self._leaves, self._rows, self._constant = {}, None, None
+            self._leaves, self._rows = {}, None
             self.steps_done += 1
 
     # --------------------------------------------------------------------------------------------------- reading
@@ -266,7 +262,7 @@ class OffloadedGaussians:
         if any(count != self.steps_done for count in counts):
             raise RuntimeError("the step had been applied in part")
         self._forget_harmonics()
-        self._leaves, self._rows, self._constant, self._displaced = {}, None, None, None
+        self._leaves, self._rows, self._displaced = {}, None, None
         self._geometry.expect_strays(None)
         self._order.undo()
 
@@ -313,13 +309,13 @@ class OffloadedGaussians:
 
     def _keep_finite(self) -> None:
         if self._rows is not None:
-            constant = [] if self._constant is None else [self._constant]
+            constant = [self._seen[1].sh0] if self._seen is not None and self._seen[1].others.has_constant else []
             self._finite.keep([*self._rows.values.values(), *self._leaves.values(), *constant])
 
     def _forget_harmonics(self) -> None:
-        if self._harmonics is not None:
-            self._harmonics.forget()
-        self._harmonics = None
+        if self._seen is not None:
+            self._seen[1].others.forget()
+        self._seen = None
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Return the gradients [V, ...] of geometry that does not travel."""
@@ -329,13 +325,14 @@ class OffloadedGaussians:
         """Return what that of the present view is made of, before its means move; None: a leaf has one."""
         if self._seen is None or self._rows is None:
             return None
-        (cameras, sh_degree), has_constant = self._seen, self._constant is not None
-        if self._constant is not None:
-            means, constant = self._leaves["means"].detach(), gradient_of(self._constant)[:, 0]
+        cameras, harmonics = self._seen
+        has_constant = harmonics.others.has_constant
+        if has_constant:
+            means, constant = self._leaves["means"].detach(), gradient_of(harmonics.sh0)[:, 0]
         else:
             geometry = self._rows.values["geometry"]
             means, constant = geometry.detach()[:, MEANS].clone(), gradient_of(geometry)[:, CONSTANT]
-        return HarmonicsGradient(means, constant, position_of(cameras), sh_degree, has_constant)
+        return HarmonicsGradient(means, constant, position_of(cameras), harmonics.sh_degree, has_constant)
 
     @contextmanager
     def _changing(self, method: str, ids: Tensor) -> Iterator[None]:
