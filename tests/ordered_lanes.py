@@ -295,7 +295,7 @@ class OrderedKernels:
     @_unnoted
     def step_view_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
         made = (gradients.means, gradients.constant) if isinstance(gradients, HarmonicsGradient) else (gradients,)
-        before, written = (tables.skipped(before_step=True).sums, []) if values is None else (None, [(values, None)])
+        before, written = (tables.skipped(previous=True).sums, []) if values is None else (None, [(values, None)])
         reads = [(tensor, None) for tensor in (ids, last_step, *made, before)]
         writes = [*written, *_all(rows, None)]
         self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)

@@ -138,7 +138,7 @@ def test_what_catches_up_before_a_step_is_what_did_so_before_it_began(kind, devi
         before = host.tables.skipped()
         sums, eps = before.sums.clone(), before.eps
         host.begin_step()
-        again, after = host.tables.skipped(before_step=True), host.tables.skipped()
+        again, after = host.tables.skipped(previous=True), host.tables.skipped()
         assert torch.equal(again.sums, sums)
         assert again.eps == eps
         assert not torch.equal(after.sums, sums)

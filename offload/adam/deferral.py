@@ -179,13 +179,13 @@ class DeferralTables:
         if "sums" in tables:
             self._load_sums(tables, steps)
 
-    def skipped(self, *, before_step: bool = False) -> SkippedSteps:
+    def skipped(self, *, previous: bool = False) -> SkippedSteps:
         """Return what catches rows up where the tables are, until the next step begins.
 
         Args:
-            before_step: To what they were before step t began.
+            previous: For values before step t began.
         """
-        if before_step:
+        if previous:
             return SkippedSteps(self._sums_before, self.multipliers, self._corrected_eps(self.step - 1), self.reach)
         return SkippedSteps(self.sums, self.multipliers, self.eps, self.reach)
 

@@ -111,7 +111,7 @@ def step(
     if schedules > 2:
         raise ValueError(f"packed rows have one schedule or two, and not {schedules}")
     made = gradients if isinstance(gradients, HarmonicsGradient) else None
-    before = None if values is not None else tables.skipped(before_step=True)
+    before = None if values is not None else tables.skipped(previous=True)
     with torch.cuda.device_of(ids):
         _step_kernel[(-(-count // (TILE // PART)),)](
             values,

@@ -238,7 +238,7 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
 def _before_step(rows: RowState, places: Tensor | None, last_step: Tensor, tables: DeferralTables) -> Tensor:
     """Return the values [V, columns] that rows had before step `tables.step` began."""
     values = torch.empty(len(last_step), tables.columns, device=last_step.device)
-    fetch_dated_rows(rows, places, last_step, None, RowState(values, ()), tables.skipped(before_step=True))
+    fetch_dated_rows(rows, places, last_step, None, RowState(values, ()), tables.skipped(previous=True))
     return values
 
 

@@ -66,7 +66,7 @@ def gradient_of_means(
 
 def step(ids: Tensor, last_step: Tensor, made: HarmonicsGradient, rows: RowState, tables: DeferralTables) -> None:
     """Do as `offload.adam.rows.step_host_rows` without values, for rows in float32."""
-    before = tables.skipped(before_step=True)
+    before = tables.skipped(previous=True)
     if tables.schedules > 2:
         raise ValueError(f"rows of harmonics have one schedule or two, and not {tables.schedules}")
     with torch.cuda.device_of(ids):
