@@ -80,25 +80,15 @@ def project_pairs(
     """
     if isinstance(colors, tuple):
         colors = torch.cat(colors, dim=1)
-    _check(
-        means,
-        quats,
-        scales,
-        opacities,
-        colors if isinstance(colors, Tensor) else None,
-        viewmats,
-        Ks,
-        width,
-        height,
-        sh_degree,
-    )
+    coefficients = colors if isinstance(colors, Tensor) else None
+    _check(means, quats, scales, opacities, coefficients, viewmats, Ks, width, height, sh_degree)
     projection = project(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
         radius_clip=radius_clip, eps2d=eps2d, antialiased=rasterize_mode == "antialiased",
     )  # fmt: skip
     if render_mode in ("D", "ED"):
         return projection, projection.depths[:, None]
-    if not isinstance(colors, Tensor):
+    if not isinstance(colors, Tensor):  # it has coefficients of its own
         ids = projection.camera_ids, projection.gaussian_ids
         features = colors.colors(means, torch.inverse(viewmats)[:, :3, 3], *ids)
     elif sh_degree is None:

@@ -21,7 +21,7 @@ import torch
 from trainers import TRAINERS
 from training.memory_estimate import PIXEL_BYTES
 
-GPU_ONLY, STREAMED = "simple_trainer", "simple_trainer_hybrid_streamed"  # scripts whose device runs Adam
+STREAMED = "simple_trainer_hybrid_streamed"  # the script whose device reads and writes rows of the host
 # Launching the kernels of a step takes the host so many times what launching those of rendering does, which is all that
 # counts in steps with few Gaussians. By benchmarks.train_step with 1 million on an H200: 3.5 to 4.3, 4.6 and 5.5 ms on
 # the GPU alone; 6.5 to 7.7 streamed and 8.3 with Adam on the CPU, where rendering launched for 1.75 ms.
