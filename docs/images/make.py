@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import product
 from math import nan
 from pathlib import Path
 from statistics import fmean
@@ -40,9 +39,10 @@ LABELS = {  # of the bars, by the trainer's name in trainers.py
     "baseline": "..._hybrid_baseline.py",
 }
 COLORS = ("#4477aa", "#cc7744")
-LINES = {  # of trainers, by their names
-    "gpu_only_deferred": "simple_trainer.py --adam deferred",
-    "streamed_compact": "..._hybrid_streamed.py --state compact",
+LINES = {  # of trainers, by their names; those that have run are drawn
+    "gpu_only": ("simple_trainer.py", COLORS[0], "o-"),
+    "gpu_only_deferred": ("simple_trainer.py --adam deferred", COLORS[0], "^:"),
+    "streamed_compact": ("..._hybrid_streamed.py --state compact", COLORS[1], "s--"),
 }
 FIGURES = ("PSNR, dB", "SSIM", "LPIPS", "device GB")  # columns of the results
 
@@ -79,8 +79,8 @@ def draw_quality() -> None:
     print(f"| scene | trainer | Gaussians | {' | '.join(FIGURES)} |\n{'|---' * 7}|")
     for of_scene, (scene, path) in zip(axes, QUALITY.items(), strict=True):
         points = quality_by_number(json.loads(path.read_text())["tables"][0]["rows"])
-        for (name, label), color, style in zip(LINES.items(), COLORS, ("o-", "s--"), strict=True):
-            of_trainer = points[name]
+        for name, of_trainer in points.items():
+            label, color, style = LINES[name]
             numbers = [point["Gaussians"] / 1e6 for point in of_trainer]
             for axis, key in zip(of_scene, FIGURES, strict=True):
                 scale = 1e9 if key == "device GB" else 1
@@ -108,19 +108,19 @@ def draw_quality() -> None:
 
 
 def quality_by_number(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Return by trainer the means over seeds of each variant after the last step, fewest Gaussians first.
+    """Return by trainer the means over seeds of each variant after its last step, fewest Gaussians first.
 
     Args:
         rows: Of the first table of `benchmarks.quality`. Those of runs that have not finished are left out.
     """
     finished = [row for row in rows if row["run"] == "finished"]
-    last = max(row["steps"] for row in finished)
-    points: dict[str, list[dict[str, float]]] = {name: [] for name in LINES}
-    for name, case in product(LINES, dict.fromkeys(row["trainer"] for row in finished)):
-        of_case = [row for row in finished if row["trainer"] == case and row["steps"] == last]
-        if case.partition(", ")[0] == name:
-            figures = {key: [row[key] for row in of_case] for key in ("Gaussians", *FIGURES)}
-            points[name].append({key: nan if None in values else fmean(values) for key, values in figures.items()})
+    points: dict[str, list[dict[str, float]]] = {}
+    for case in dict.fromkeys(row["trainer"] for row in finished):
+        of_case = [row for row in finished if row["trainer"] == case]
+        last = [row for row in of_case if row["steps"] == max(row["steps"] for row in of_case)]
+        figures = {key: [row[key] for row in last] for key in ("Gaussians", *FIGURES)}
+        means = {key: nan if None in values else fmean(values) for key, values in figures.items()}
+        points.setdefault(case.partition(", ")[0], []).append(means)
     return {name: sorted(of_trainer, key=lambda point: point["Gaussians"]) for name, of_trainer in points.items()}
 
 
