@@ -313,9 +313,9 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
   for (int64_t i = begin; i < end; ++i) {
     const int in_batch = static_cast<int>((i - begin) % kBatch);
     if (makes && in_batch == 0) {
-      // Rows that were refused leave the last of the others waiting, with the gradients of the batch before.
+      // Rows that were refused have left others waiting, whose gradients are not to be written over.
       visited.template finish<kCatchUp, kGradient, kStore, kOut>();
-      made.make(rows.gradient_rows, i, static_cast<int>(std::min<int64_t>(kBatch, end - i)));
+      made.read(rows.gradient_rows, i, static_cast<int>(std::min<int64_t>(kBatch, end - i)));
     }
     if (makes && rows.gradient_rows && i + 2 * kBatch < end) made.prefetch(rows.gradient_rows[i + 2 * kBatch]);
     if (rows.ids && i + kPrefetchRows < end) {
@@ -333,7 +333,7 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
     if (kStore && !kGradient && !Rows::exact && last == step.step) continue;  // nothing is rounded twice
     const float* gradient = nullptr;
     if (makes)
-      gradient = made[in_batch];
+      gradient = made.make(in_batch);
     else if (kGradient)
       gradient = rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns;
     const Row row{id,

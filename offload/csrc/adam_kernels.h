@@ -55,8 +55,8 @@ struct AdamRows {
   RowArray moments[2];           // first and second; pairs and codes have both in the first of these
   int32_t* last_step;            // [N], or null: every row has been updated at every step before t; float32 only
   const int64_t* ids;            // [V], or null: all rows
-  const float* gradients;        // [rows, columns], or null: made, or none at step t
-  MadeOf made;                   // in the place of gradients
+  const float* gradients;        // [rows, columns], or null: made, or no gradient at step t
+  MadeOf made;                   // in their place
   const int64_t* gradient_rows;  // [V] or null
   float* out;                    // [rows, columns], or null
   const int64_t* out_rows;       // [V] or null

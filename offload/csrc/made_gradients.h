@@ -67,7 +67,7 @@ inline Floats spread_harmonics(Floats v) {
 #endif
 }
 
-// Makes the gradients of a batch of rows: directions of all rows at once, then each row by itself, with harmonics and
+// Makes the gradients of a batch of rows: all their directions at once, and each gradient by itself, with harmonics and
 // columns in the lanes of vectors.
 class MadeGradients {
  public:
@@ -83,15 +83,13 @@ class MadeGradients {
     for (int i = 0; i < kBatch; ++i) std::fill_n(gradients_[i], kMostMadeColumns, 0.0f);
   }
 
-  const float* operator[](int i) const { return gradients_[i]; }
-
   void prefetch(int64_t row) const {
     __builtin_prefetch(of_.means.row<float>(row), 0, 2);
     __builtin_prefetch(of_.constant.row<float>(row), 0, 2);
   }
 
-  // Rows begin, begin + 1 ... of the visit, of which gradient_rows has the numbers if it is not null.
-  __attribute__((noinline)) void make(const int64_t* gradient_rows, int64_t begin, int count) {
+  // Reads what those of rows begin, begin + 1 ... of the visit are made of.
+  __attribute__((noinline)) void read(const int64_t* gradient_rows, int64_t begin, int count) {
     for (int i = 0; i < count; ++i) read_row(gradient_rows ? gradient_rows[begin + i] : begin + i, i);
 #pragma omp simd
     for (int i = 0; i < kBatch; ++i) {
@@ -101,7 +99,26 @@ class MadeGradients {
       y_[i] *= inverse;
       z_[i] *= inverse;
     }
-    for (int i = 0; i < count; ++i) make_row(i);
+  }
+
+  // Makes the gradient of one of the rows that were read, [columns].
+  const float* make(int i) {
+    const Factors colors = {colors_[i][0], colors_[i][1], colors_[i][2], 0.0f};
+    const Factors direction = {x_[i], y_[i], z_[i], 1.0f};
+    const float yy = direction[kY] * direction[kY];
+    const Floats color0 = choose(colors, kColumnNumbers.colors[0]);
+    const Floats color1 = choose(colors, kColumnNumbers.colors[1]);
+    const Floats color2 = choose(colors, kColumnNumbers.colors[2]);
+    for (int n = 0; n < harmonics_; n += kWidth) {
+      float* gradient = gradients_[i] + 3 * n;
+      const Floats products = choose(direction, q_ + n) * choose(direction, r_ + n);
+      const Floats sum = load(a_ + n) + load(b_ + n) * products + load(c_ + n) * yy;
+      const Floats harmonics = choose(direction, p_ + n) * sum;
+      store(gradient, spread_harmonics<0>(harmonics) * color0);
+      store(gradient + kWidth, spread_harmonics<1>(harmonics) * color1);
+      store(gradient + 2 * kWidth, spread_harmonics<2>(harmonics) * color2);
+    }
+    return gradients_[i];
   }
 
  private:
@@ -117,29 +134,11 @@ class MadeGradients {
     z_[i] = mean[2] - of_.position[2];
   }
 
-  void make_row(int i) {
-    const Factors colors = {colors_[i][0], colors_[i][1], colors_[i][2], 0.0f};
-    const Factors direction = {x_[i], y_[i], z_[i], 1.0f};
-    const float yy = direction[kY] * direction[kY];
-    const Floats color0 = choose(colors, kColumnNumbers.colors[0]);
-    const Floats color1 = choose(colors, kColumnNumbers.colors[1]);
-    const Floats color2 = choose(colors, kColumnNumbers.colors[2]);
-    float* gradient = gradients_[i];
-    for (int n = 0; n < harmonics_; n += kWidth, gradient += 3 * kWidth) {
-      const Floats products = choose(direction, q_ + n) * choose(direction, r_ + n);
-      const Floats sum = load(a_ + n) + load(b_ + n) * products + load(c_ + n) * yy;
-      const Floats harmonics = choose(direction, p_ + n) * sum;
-      store(gradient, spread_harmonics<0>(harmonics) * color0);
-      store(gradient + kWidth, spread_harmonics<1>(harmonics) * color1);
-      store(gradient + 2 * kWidth, spread_harmonics<2>(harmonics) * color2);
-    }
-  }
-
   const MadeOf of_;
   int harmonics_ = 0;  // that have a gradient
   alignas(64) int32_t p_[kHarmonics], q_[kHarmonics], r_[kHarmonics];  // as Harmonic
   alignas(64) float a_[kHarmonics], b_[kHarmonics], c_[kHarmonics];
-  float x_[kBatch] = {}, y_[kBatch] = {}, z_[kBatch] = {};  // ways to Gaussians, then directions
+  float x_[kBatch] = {}, y_[kBatch] = {}, z_[kBatch] = {};  // ways to Gaussians, and then directions
   float colors_[kBatch][3];
   Batch<float, kMostMadeColumns> gradients_;
 };
