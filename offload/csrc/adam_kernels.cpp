@@ -311,13 +311,19 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
   const bool makes = kGradient && !rows.gradients;
   int64_t refused = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const int in_batch = static_cast<int>((i - begin) % kBatch);
-    if (makes && in_batch == 0) {
-      // Rows that were refused have left others waiting, whose gradients are not to be written over.
-      visited.template finish<kCatchUp, kGradient, kStore, kOut>();
-      made.read(rows.gradient_rows, i, static_cast<int>(std::min<int64_t>(kBatch, end - i)));
+    const float* gradient = nullptr;
+    if (makes) {
+      const int in_batch = static_cast<int>((i - begin) % kBatch);
+      if (in_batch == 0) {
+        // Rows that were refused have left others waiting, whose gradients are not to be written over.
+        visited.template finish<kCatchUp, kGradient, kStore, kOut>();
+        made.read(rows.gradient_rows, i, static_cast<int>(std::min<int64_t>(kBatch, end - i)));
+      }
+      if (rows.gradient_rows && i + 2 * kBatch < end) made.prefetch(rows.gradient_rows[i + 2 * kBatch]);
+      gradient = made.make(in_batch);
+    } else if (kGradient) {
+      gradient = rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns;
     }
-    if (makes && rows.gradient_rows && i + 2 * kBatch < end) made.prefetch(rows.gradient_rows[i + 2 * kBatch]);
     if (rows.ids && i + kPrefetchRows < end) {
       const int64_t ahead = rows.ids[i + kPrefetchRows];
       if (kCatchUp) __builtin_prefetch(rows.last_step + ahead, 0, 2);
@@ -331,11 +337,6 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
       continue;
     }
     if (kStore && !kGradient && !Rows::exact && last == step.step) continue;  // nothing is rounded twice
-    const float* gradient = nullptr;
-    if (makes)
-      gradient = made.make(in_batch);
-    else if (kGradient)
-      gradient = rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns;
     const Row row{id,
                   kCatchUp ? step.skipped + last * step.schedules : nullptr,
                   step.decays + 3 * (step.step - last),
