@@ -3,9 +3,10 @@
     python -m benchmarks.host_adam [--quick] [--state compact] [--num_gaussians 4000000] [--visible 0.08] [--repeats 20]
 
 The rows are appearance, 48 columns, in float32 or as a compact store has them; gradients and values that are sent ahead
-are float32. The visible ones come in runs, as those of a store in Morton order do, or at random. Bytes are counted, not
-measured: every array element read or written once, nothing for what a cache line brings along. All cases take turns, so
-that other work on the machine meets each alike. Dense steps are in float32, whatever the state.
+are float32. Made gradients are those of harmonics, of means and gradients of sh0 side by side. The visible rows come in
+runs, as those of a store in Morton order do, or at random. Bytes are counted, not measured: every array element read or
+written once, nothing for what a cache line brings along. All cases take turns, so that other work on the machine meets
+each alike. Dense steps are in float32, whatever the state.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.report import Report, spread
 from benchmarks.timing import Case, time_in_turns
 from benchmarks.visible_rows import KINDS, MEAN_RUN
 from offload.adam.codes import num_values
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.host import DeferredAdam
 from offload.backends import num_threads
 from offload.store.layout import RowState, StateFormat, packed_rows
@@ -33,6 +35,7 @@ from training.memory import available_bytes
 COLUMNS = 48
 ROW = 4 * COLUMNS  # bytes
 LAST_STEP, ID = 4, 8  # bytes
+MADE_OF = 4 * 6  # bytes: a mean and the gradient of sh0
 STEPS_BEFORE = 1000
 MOST_GAUSSIANS = 18_000_000
 YARDSTICK = "torch.optim.Adam(fused=True), all rows"
@@ -103,6 +106,8 @@ def visiting_cases(adam: DeferredAdam, rows: RowState, last_step: Tensor, visibl
         most = max(map(len, choices))
         gradients, out = store_rows(most), store_rows(most)
         gradients[:, : num_values(3)].normal_()
+        made_of = torch.randn(most, 6)
+        has_constant = len(rows.moments) == 2  # with geometry where the state is compact
         turn = {"ids": choices[0]}
 
         def prepare(turn=turn, choices=choices) -> None:
@@ -111,6 +116,11 @@ def visiting_cases(adam: DeferredAdam, rows: RowState, last_step: Tensor, visibl
 
         def commit(turn=turn, gradients=gradients) -> None:
             adam.commit(rows, last_step, turn["ids"], gradients[: len(turn["ids"])])
+
+        def commit_made(turn=turn, made_of=made_of, has_constant=has_constant) -> None:
+            means, constant = made_of[: len(turn["ids"])].split(3, dim=1)
+            made = HarmonicsGradient(means, constant, (0.0, 0.0, 10.0), 3, has_constant)
+            adam.commit(rows, last_step, turn["ids"], made)
 
         def commit_and_forward(turn=turn, gradients=gradients, out=out) -> None:
             v = len(turn["ids"])
@@ -123,6 +133,8 @@ def visiting_cases(adam: DeferredAdam, rows: RowState, last_step: Tensor, visibl
         commit_bytes = v * (2 * rows.row_bytes + ROW + 2 * LAST_STEP + ID)  # reads w m v g, writes w m v
         forward_bytes = v * (rows.row_bytes + ROW + LAST_STEP + ID)  # reads w m v, writes out
         cases[f"commit, {kind}"] = Counted(Case(commit, prepare), commit_bytes, v)
+        made_bytes = commit_bytes - v * (ROW - MADE_OF)
+        cases[f"commit, made gradients, {kind}"] = Counted(Case(commit_made, prepare), made_bytes, v)
         cases[f"commit and forward, {kind}"] = Counted(Case(commit_and_forward, prepare), commit_bytes + v * ROW, v)
         cases[f"forward, {kind}"] = Counted(Case(forward, prepare), forward_bytes, v)
     return cases

@@ -14,7 +14,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 OF_TORCH = {"baseline": "default"}  # what torch calls them, where it has another word
 COMPARE_NUMBERS = (
     *("adam", "camera", "codes", "compact_adam", "culling", "device_geometry", "gradients", "gsplat_parity", "losses"),
-    *("margins", "pipeline", "rasterizer", "regions", "spherical_harmonics_triton"),
+    *("made_gradients", "margins", "pipeline", "rasterizer", "regions", "spherical_harmonics_triton"),
 )
 
 

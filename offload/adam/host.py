@@ -10,10 +10,12 @@ from torch import Tensor
 
 from offload.adam.bfloat16 import seed_of
 from offload.adam.deferral import DeferralTables, SkippedSteps, checked_table
+from offload.adam.harmonics import HarmonicsGradient, num_harmonics
 from offload.backends import native, num_threads
 from offload.store.layout import RowState
 
 CODED_COLUMNS = (16, 32, 48)  # of rows whose moments are codes
+MOST_MADE_COLUMNS = 48  # of rows whose gradient is made
 
 
 class DeferredAdam(DeferralTables):
@@ -24,6 +26,10 @@ class DeferredAdam(DeferralTables):
     moments of zero and last_step = step. `ids` int64 [V] are the rows to visit, strictly increasing, or None for all of
     them. Row i of the visit reads its gradient from row i of `gradients`, or from row gradient_rows[i], and writes its
     value, float32, to row i of `out`, or to row out_rows[i].
+
+    The gradient of harmonics that one camera has seen may be made where a row is visited, of 24 bytes: `gradients` is
+    then a `HarmonicsGradient`, whose `means` and `constant` are float32 [V, 3], or [any, 3] with gradient_rows; their
+    rows may stand apart. Rows of the store then have at most 48 columns.
 
     Where moments are pairs or codes they are rounded at random when rows are committed, and values with codes; a row
     that does not lag and has no gradient stays as it is. The value after a step with a gradient is the one that is
@@ -103,7 +109,7 @@ class DeferredAdam(DeferralTables):
         rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
-        gradients: Tensor | None,
+        gradients: Tensor | HarmonicsGradient | None,
         *,
         gradient_rows: Tensor | None = None,
     ) -> None:
@@ -111,7 +117,8 @@ class DeferredAdam(DeferralTables):
 
         Args:
             rows, last_step, ids: See the class.
-            gradients: float32 [V, columns] or [any, columns] with gradient_rows; None where the gradient is zero.
+            gradients: float32 [V, columns] or [any, columns] with gradient_rows, or what they are made of, as the class
+                says; None where the gradient is zero.
             gradient_rows: int64 [V].
 
         Raises:
@@ -126,7 +133,7 @@ class DeferredAdam(DeferralTables):
         last_step: Tensor,
         ids: Tensor | None,
         out: Tensor,
-        gradients: Tensor | None = None,
+        gradients: Tensor | HarmonicsGradient | None = None,
         *,
         gradient_rows: Tensor | None = None,
         out_rows: Tensor | None = None,
@@ -162,7 +169,7 @@ class DeferredAdam(DeferralTables):
         rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
-        gradients: Tensor,
+        gradients: Tensor | HarmonicsGradient,
         out: Tensor,
         *,
         gradient_rows: Tensor | None = None,
@@ -188,7 +195,7 @@ class DeferredAdam(DeferralTables):
         rows: RowState,
         last_step: Tensor | None,
         ids: Tensor | None,
-        gradients: Tensor | None,
+        gradients: Tensor | HarmonicsGradient | None,
         gradient_rows: Tensor | None,
         out: Tensor | None = None,
         out_rows: Tensor | None = None,
@@ -206,7 +213,11 @@ class DeferredAdam(DeferralTables):
             raise ValueError("dense steps take float32 rows alone")
         _check("last_step", last_step, torch.int32, (n,))
         _check("ids", ids, torch.int64, (v,))
-        _check("gradients", gradients, torch.float32, (v if gradient_rows is None else any_size, self.columns))
+        num_gradients = v if gradient_rows is None else any_size
+        dense, made = (None, gradients) if isinstance(gradients, HarmonicsGradient) else (gradients, None)
+        _check("gradients", dense, torch.float32, (num_gradients, self.columns))
+        if made is not None:
+            self._check_made(made, num_gradients)
         _check("gradient_rows", gradient_rows, torch.int64, (v,))
         _check("out", out, torch.float32, (v if out_rows is None else any_size, self.columns))
         _check("out_rows", out_rows, torch.int64, (v,))
@@ -217,8 +228,13 @@ class DeferredAdam(DeferralTables):
             moments=list(rows.moments),
             last_step=last_step,
             ids=ids,
-            gradients=gradients,
+            gradients=dense,
             gradient_rows=gradient_rows,
+            means=made.means.detach() if made else None,
+            constant=made.constant.detach() if made else None,
+            position=made.position if made else (),
+            harmonics=num_harmonics(made.sh_degree) if made else 0,
+            has_constant=made.has_constant if made else False,
             out=out,
             out_rows=out_rows,
             store=store,
@@ -250,6 +266,17 @@ class DeferredAdam(DeferralTables):
             raise ValueError(f"rows of codes have 16, 32 or 48 columns; these have {self.columns}")
         for tensor, (name, dtype) in zip(rows.tensors(), kinds.items(), strict=True):
             _check(name, tensor, dtype, (n, self.columns), rows_apart=True)
+
+    def _check_made(self, made: HarmonicsGradient, rows: int) -> None:
+        """Raise ValueError unless it is as the kernels need it, with so many rows, -1 for any number."""
+        _check("means", made.means, torch.float32, (rows, 3), rows_apart=True)
+        _check("constant", made.constant, torch.float32, (len(made.means), 3), rows_apart=True)
+        columns = 3 * (num_harmonics(made.sh_degree) + made.has_constant)
+        if not columns <= self.columns <= MOST_MADE_COLUMNS:
+            raise ValueError(
+                f"gradients of sh_degree {made.sh_degree} are made in {columns} to {MOST_MADE_COLUMNS} columns; "
+                f"rows have {self.columns}"
+            )
 
     def _corrected_rates(self, t: int, learning_rates: Sequence[float]) -> list[float]:
         correction = self._root_correction(t) / (1 - self.betas[0] ** t)

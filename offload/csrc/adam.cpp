@@ -90,14 +90,20 @@ Moments format_of(const Rows& parameters, const std::vector<Rows>& moments) {
   return Moments::codes;
 }
 
+bool values_lie_together(const Rows& rows) {
+  const int64_t columns = rows.shape(1);
+  return (rows.shape(0) < 2 || rows.stride(0) >= columns) && (columns < 2 || rows.stride(1) == 1);
+}
+
 RowArray row_array(const Rows& rows) {
   return {static_cast<char*>(rows.data()), static_cast<int64_t>(rows.stride(0)) * rows.dtype().bits / 8};
 }
 
 void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<int32_t>> last_step,
                std::optional<Vector<const int64_t>> ids, std::optional<Matrix<const float>> gradients,
-               std::optional<Vector<const int64_t>> gradient_rows, std::optional<Matrix<float>> out,
-               std::optional<Vector<const int64_t>> out_rows, bool store, int32_t step, Matrix<const float> skipped,
+               std::optional<Vector<const int64_t>> gradient_rows, std::optional<Rows> means,
+               std::optional<Rows> constant, const std::vector<float>& position, int harmonics, bool has_constant,
+               std::optional<Matrix<float>> out, std::optional<Vector<const int64_t>> out_rows, bool store, int32_t step, Matrix<const float> skipped,
                Matrix<const float> decays, Matrix<const float> multipliers, Vector<const float> rates,
                float gradient_weight, float square_weight, float eps, float reach, uint32_t seed, int64_t threads) {
   const int64_t total = parameters.shape(0), columns = parameters.shape(1);
@@ -110,9 +116,17 @@ void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<
   // The Python side says which argument is wrong; these only keep every access inside its array.
   const Moments format = format_of(parameters, moments);
   const auto is_rows = [&](const Rows& rows) {
-    const bool apart = total < 2 || rows.stride(0) >= columns;
-    return has_length(rows, total) && has_columns(rows) && apart && (columns < 2 || rows.stride(1) == 1);
+    return has_length(rows, total) && has_columns(rows) && values_lie_together(rows);
   };
+  const bool makes = means && constant, has_gradients = gradients || makes;
+  const auto is_made_of = [&](const Rows& rows) {
+    return has_type(rows, nb::dlpack::dtype_code::Float, 32) && rows.shape(1) == 3 && values_lie_together(rows) &&
+           has_length(rows, static_cast<int64_t>(means->shape(0)));
+  };
+  require(!makes || (is_made_of(*means) && is_made_of(*constant) && position.size() == 3 && !gradients && last_step &&
+                     columns <= kMostMadeColumns && harmonics >= 0 && harmonics < kMostMadeColumns / 3 &&
+                     3 * (harmonics + has_constant) <= columns),
+          "what gradients are made of does not fit together");
   require(is_rows(parameters) && is_rows(moments.front()) && is_rows(moments.back()) && has_columns(multipliers) &&
               has_length(rates, columns) && (last_step || format == Moments::float32) && (!last_step || has_length(*last_step, total)) && (!gradients || has_columns(*gradients)) &&
               (!out || has_columns(*out)) && (!gradient_rows || has_length(*gradient_rows, count)) &&
@@ -121,7 +135,7 @@ void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<
               static_cast<int64_t>(decays.shape(0)) > step,
           "arrays do not fit together");
 
-  const AdamStep adam_step{gradients ? step - 1 : step,
+  const AdamStep adam_step{has_gradients ? step - 1 : step,
                            step,
                            columns,
                            static_cast<int64_t>(multipliers.shape(0)),
@@ -134,29 +148,34 @@ void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<
                            eps,
                            reach,
                            seed};
+  MadeOf made = {};
+  if (makes)
+    made = {row_array(*means), row_array(*constant), {position[0], position[1], position[2]}, harmonics, has_constant};
   const AdamRows rows{format,
                       row_array(parameters),
                       {row_array(moments.front()), row_array(moments.back())},
                       data_or_null(last_step),
                       data_or_null(ids),
                       data_or_null(gradients),
+                      made,
                       data_or_null(gradient_rows),
                       data_or_null(out),
                       data_or_null(out_rows),
                       store};
-  const int64_t gradient_count = gradients ? gradients->shape(0) : 0, out_count = out ? out->shape(0) : 0;
+  const int64_t gradient_count = gradients ? gradients->shape(0) : makes ? means->shape(0) : 0;
+  const int64_t out_count = out ? out->shape(0) : 0;
 
   int64_t refused = 0;
   {
     const nb::gil_scoped_release no_gil;
-    require(!gradients || rows.gradient_rows || gradient_count == count, "every row needs a row of gradients");
+    require(!has_gradients || rows.gradient_rows || gradient_count == count, "every row needs a row of gradients");
     require(!out || rows.out_rows || out_count == count, "every row needs a row of out");
     // All three at once: threads that wait for one another cost more than to read the numbers.
     const auto wrong_ids = [&](int64_t begin, int64_t end) {
       return rows.ids ? count_misplaced(rows.ids, total, begin, end) : 0;
     };
     const auto wrong_gradients = [&](int64_t begin, int64_t end) {
-      return gradients && rows.gradient_rows ? count_outside(rows.gradient_rows, gradient_count, begin, end) : 0;
+      return has_gradients && rows.gradient_rows ? count_outside(rows.gradient_rows, gradient_count, begin, end) : 0;
     };
     const auto wrong_outs = [&](int64_t begin, int64_t end) {
       return out && rows.out_rows ? count_outside(rows.out_rows, out_count, begin, end) : 0;
@@ -180,8 +199,9 @@ void adam_rows(Rows parameters, std::vector<Rows> moments, std::optional<Vector<
 
 void bind_adam(nb::module_& module) {
   module.def("adam_rows", &offload::adam_rows, nb::arg("parameters"), nb::arg("moments"), nb::arg("last_step").none(), nb::arg("ids").none(), nb::arg("gradients").none(),
-             nb::arg("gradient_rows").none(), nb::arg("out").none(), nb::arg("out_rows").none(), nb::arg("store"),
-             nb::arg("step"), nb::arg("skipped"), nb::arg("decays"), nb::arg("multipliers"), nb::arg("rates"),
+             nb::arg("gradient_rows").none(), nb::arg("means").none(), nb::arg("constant").none(), nb::arg("position"),
+             nb::arg("harmonics"), nb::arg("has_constant"), nb::arg("out").none(), nb::arg("out_rows").none(),
+             nb::arg("store"), nb::arg("step"), nb::arg("skipped"), nb::arg("decays"), nb::arg("multipliers"), nb::arg("rates"),
              nb::arg("gradient_weight"), nb::arg("square_weight"), nb::arg("eps"), nb::arg("reach"),
              nb::arg("seed"), nb::arg("threads"));
 }

@@ -11,6 +11,7 @@
 #include "bfloat16.h"
 #include "codes.h"
 #include "float32.h"
+#include "made_gradients.h"
 
 namespace offload {
 namespace KERNEL_ISA {
@@ -213,6 +214,7 @@ class CodedRows {
   template <bool kCatchUp, bool kGradient, bool kStore, bool kOut>
   __attribute__((noinline)) void finish() {
     const int count = count_;
+    if (count == 0) return;
     const AdamStep step = step_;  // copies, which nothing that is written may change
     for (int i = 0; i < count; ++i) {
       prefetch_row(ahead_[i].halves, kColumns * 2);
@@ -305,12 +307,27 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
   const int64_t columns = step.columns;
   const bool streaming = kOut && columns % 4 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
   Rows visited(step, rows);
+  MadeGradients made(rows.made);
+  const bool makes = kGradient && !rows.gradients;
   int64_t refused = 0;
   for (int64_t i = begin; i < end; ++i) {
+    const float* gradient = nullptr;
+    if (makes) {
+      const int in_batch = static_cast<int>((i - begin) % kBatch);
+      if (in_batch == 0) {
+        // Rows that were refused have left others waiting, whose gradients are not to be written over.
+        visited.template finish<kCatchUp, kGradient, kStore, kOut>();
+        made.read(rows.gradient_rows, i, static_cast<int>(std::min<int64_t>(kBatch, end - i)));
+      }
+      if (rows.gradient_rows && i + 2 * kBatch < end) made.prefetch(rows.gradient_rows[i + 2 * kBatch]);
+      gradient = made.make(in_batch);
+    } else if (kGradient) {
+      gradient = rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns;
+    }
     if (rows.ids && i + kPrefetchRows < end) {
       const int64_t ahead = rows.ids[i + kPrefetchRows];
       if (kCatchUp) __builtin_prefetch(rows.last_step + ahead, 0, 2);
-      const bool scattered = kGradient && rows.gradient_rows;
+      const bool scattered = kGradient && rows.gradients && rows.gradient_rows;
       visited.prefetch(ahead, scattered ? rows.gradients + rows.gradient_rows[i + kPrefetchRows] * columns : nullptr);
     }
     const int64_t id = rows.ids ? rows.ids[i] : i;
@@ -323,7 +340,7 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
     const Row row{id,
                   kCatchUp ? step.skipped + last * step.schedules : nullptr,
                   step.decays + 3 * (step.step - last),
-                  kGradient ? rows.gradients + (rows.gradient_rows ? rows.gradient_rows[i] : i) * columns : nullptr,
+                  gradient,
                   kOut ? rows.out + (rows.out_rows ? rows.out_rows[i] : i) * columns : nullptr,
                   streaming};
     visited.template update<kCatchUp, kGradient, kStore, kOut>(row);
@@ -343,8 +360,9 @@ int64_t update_rows(const AdamStep& step, const AdamRows& rows, int64_t begin, i
 template <class Rows>
 AdamKernel deferred_kernel_for(const AdamRows& rows) {
   if (!rows.store)
-    return rows.gradients ? update_rows<Rows, true, true, false, true> : update_rows<Rows, true, false, false, true>;
-  if (!rows.gradients) return update_rows<Rows, true, false, true, false>;
+    return rows.has_gradients() ? update_rows<Rows, true, true, false, true>
+                                : update_rows<Rows, true, false, false, true>;
+  if (!rows.has_gradients()) return update_rows<Rows, true, false, true, false>;
   return rows.out ? update_rows<Rows, true, true, true, true> : update_rows<Rows, true, true, true, false>;
 }
 

@@ -37,6 +37,16 @@ struct RowArray {
   }
 };
 
+// What gradients of harmonics are made of, where they are not given: offload/adam/harmonics.py.
+struct MadeOf {
+  RowArray means;     // float32 [rows, 3]; no data: they are not made
+  RowArray constant;  // float32 [rows, 3], the gradients of sh0
+  float position[3];  // of the camera
+  int harmonics;      // that have a gradient, without the constant one
+  bool has_constant;  // the first columns are of the constant one
+};
+constexpr int kMostMadeColumns = 48;
+
 // The rows to visit; those of `out` and `gradients` are numbered 0, 1, 2 ... unless out_rows or gradient_rows say
 // otherwise.
 struct AdamRows {
@@ -45,11 +55,14 @@ struct AdamRows {
   RowArray moments[2];           // first and second; pairs and codes have both in the first of these
   int32_t* last_step;            // [N], or null: every row has been updated at every step before t; float32 only
   const int64_t* ids;            // [V], or null: all rows
-  const float* gradients;        // [rows, columns], or null: no gradient at step t
+  const float* gradients;        // [rows, columns], or null: made, or no gradient at step t
+  MadeOf made;                   // in their place
   const int64_t* gradient_rows;  // [V] or null
   float* out;                    // [rows, columns], or null
   const int64_t* out_rows;       // [V] or null
   bool store;                    // write the new state back
+
+  bool has_gradients() const { return gradients || made.means.data; }
 };
 
 // Visits rows [begin, end) of the V; returns how many were left alone because of an impossible last_step.

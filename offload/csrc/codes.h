@@ -236,10 +236,8 @@ struct Decoded {
 
 inline float unit_of(float reach) { return reach / static_cast<float>(kLargestRatio * kLargestRatio); }
 
-// Gives columns from `column` on the factor of their degree.
-template <int kColumns>
-inline Floats spread(Factors factors, int column) {
-  const int32_t* numbers = kDegreeNumbers<kColumns>.of + column;
+// factors[number] for each lane
+inline Floats choose(Factors factors, const int32_t* numbers) {
 #if defined(__AVX512F__)
   const __m512i index = _mm512_load_si512(numbers);
   return (Floats)_mm512_permutexvar_ps(index, _mm512_castps128_ps512((__m128)factors));
@@ -247,10 +245,16 @@ inline Floats spread(Factors factors, int column) {
   const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers));
   return (Floats)_mm256_permutevar8x32_ps(_mm256_castps128_ps256((__m128)factors), index);
 #else
-  Floats of_columns;
-  for (int i = 0; i < kWidth; ++i) of_columns[i] = factors[numbers[i]];
-  return of_columns;
+  Floats chosen;
+  for (int i = 0; i < kWidth; ++i) chosen[i] = factors[numbers[i]];
+  return chosen;
 #endif
+}
+
+// Gives columns from `column` on the factor of their degree.
+template <int kColumns>
+inline Floats spread(Factors factors, int column) {
+  return choose(factors, kDegreeNumbers<kColumns>.of + column);
 }
 
 // Reads the scales of a row.
