@@ -328,12 +328,12 @@ class OffloadedGaussians:
         if self._seen is None or self._rows is None:
             return None
         cameras, harmonics = self._seen
-        has_constant = harmonics.others.has_constant
-        if has_constant:
-            means, constant = self._leaves["means"].detach(), gradient_of(harmonics.sh0)[:, 0]
+        has_constant, geometry = harmonics.others.has_constant, self._rows.values.get("geometry")
+        means = self._leaves["means"].detach() if geometry is None else geometry.detach()[:, MEANS].clone()
+        if has_constant or geometry is None:
+            constant = gradient_of(harmonics.sh0)[:, 0]
         else:
-            geometry = self._rows.values["geometry"]
-            means, constant = geometry.detach()[:, MEANS].clone(), gradient_of(geometry)[:, CONSTANT]
+            constant = gradient_of(geometry)[:, CONSTANT]
         return HarmonicsGradient(means, constant, position_of(cameras), harmonics.sh_degree, has_constant)
 
     @contextmanager

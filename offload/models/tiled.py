@@ -268,7 +268,7 @@ class TiledGaussians(OffloadedGaussians):
         self._tiles.replace_tile(finer)
 
     def _update_travelled(self, made: HarmonicsGradient | None) -> None:
-        _once_more(self._tiles.update)
+        _once_more(self._tiles.update, made)
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Return the gradients [V, ...] of the view, once its last tile has been propagated back."""

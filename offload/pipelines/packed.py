@@ -159,7 +159,7 @@ class PackedPipeline:
         """Do as `fetch`, but for one group, whose packed rows are returned as they are."""
         view = self._fetch(cameras, [other for other in self._groups if other != name])
         rows, skipped = packed_rows(view.words(name), name), self._groups[name].adam.skipped()
-        return view, StoredRows(rows, None, view.last_step(name), skipped)
+        return view, StoredRows(rows, None, view.last_step(name), skipped, has_constant=False)
 
     def _fetch(self, cameras: Cameras, names: Iterable[str]) -> PackedView:
         if self._residents.is_due:

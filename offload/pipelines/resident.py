@@ -68,7 +68,8 @@ class ResidentPipeline:
     def fetch_stored(self, cameras: Cameras, name: str) -> tuple[ResidentRows, StoredRows]:
         """Do as `fetch`, but for one group, whose rows are returned as its store has them."""
         view, group = self._fetch(cameras, [other for other in self._groups if other != name]), self._groups[name]
-        return view, StoredRows(group.store.rows, view.ids, group.store.last_step, group.adam.skipped())
+        store, skipped = group.store, group.adam.skipped()
+        return view, StoredRows(store.rows, view.ids, store.last_step, skipped, store.layout.has_constant)
 
     def _fetch(self, cameras: Cameras, names: Iterable[str]) -> ResidentRows:
         compute = Lane.current(self._device)
