@@ -10,8 +10,8 @@ While the device renders view j, a worker thread on the host
 Where rows are compact the device reads and decodes them itself, instead, when the worker has committed those that it
 would (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values.
 
-When view j has been rendered, its gradients travel to the host, beside what the worker is still doing. When that is
-done,
+When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
+that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
 
 3. rows in both views are updated, committed and forwarded in one pass. Only these wait for each other.
 
