@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,10 +27,12 @@ def triton_where_a_test_wants_it(monkeypatch, request):
 
 
 def stored(host: HostRows, ids: Tensor, *, in_order: bool) -> StoredRows:
-    """Rows `ids` of a store; or, in order, of a view that has copies of them."""
+    """Rows `ids` of a store; or, in order, of a view that has copies of them, and tables as the host rounds them."""
     if in_order:
         words, last_step = host.view(ids)
-        return StoredRows(host.packed(words), None, last_step, host.tables.skipped(), has_constant=False)
+        skipped = host.tables.skipped()
+        skipped = replace(skipped, sums=skipped.sums.float())
+        return StoredRows(host.packed(words), None, last_step, skipped, has_constant=False)
     return StoredRows(host.state, ids, host.last_step, host.tables.skipped(), len(host.state.moments) == 2)
 
 
