@@ -180,23 +180,24 @@ def optimized(
 
 def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat, *, is_made: bool) -> Footprint:
     """Return that of rows that the host updates; `is_made` tells whether the gradient of harmonics is made there."""
-    groups = ("appearance",) if geometry == "device" else GROUP_NAMES
-    columns = {group: 4 * num_columns(group, sh_degree, state) for group in groups}
-    on_device = geometry == "device"
+    on_device, is_float32 = geometry == "device", state == "float32"
+    groups = ("appearance",) if on_device else GROUP_NAMES
     store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
-    moving, travelling = MOVING_ROWS * sum(columns.values()), sum(columns.values())
+    of_geometry = 0 if on_device else 4 * num_columns("geometry", sh_degree, state)
+    staged = 4 * num_columns("appearance", sh_degree, state)
+    moving = MOVING_ROWS * staged
     if is_made:
-        arrived = columns["appearance"] if state == "float32" else row_bytes("appearance", sh_degree, state=state)
-        moving += 2 * arrived - MOVING_ROWS * columns["appearance"] + MADE_BYTES
-        travelling += MADE_BYTES - columns["appearance"]
-        moving += 2 * 12 if state == "float32" else 12  # sh0's leaf and gradient; or a copy of means
+        arrived = staged if is_float32 else row_bytes("appearance", sh_degree, state=state)
+        # Rows of two views; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
+        moving = 2 * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
+        staged = MADE_BYTES
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=GEOMETRY_BYTES if on_device else 0,
         host=int(PEAK * store),
-        host_in_view=int(STAGING_ROWS * travelling),
+        host_in_view=int(STAGING_ROWS * (of_geometry + staged)),
         device=GEOMETRY_BYTES if on_device else 0,
-        device_in_view=moving + (3 * 44 if on_device else 0) + RENDERING_BYTES,
+        device_in_view=moving + (3 * 44 if on_device else MOVING_ROWS * of_geometry) + RENDERING_BYTES,
     )
 
 
