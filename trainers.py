@@ -74,7 +74,8 @@ class Smaller:
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
 #   once more for Adam, and all 768 go: by far the most is read.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
-#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
+#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are. The optimized
+#   trainer reads 24 bytes in place of the gradient of harmonics.
 # - A compact row has 328 bytes, with the step of its last update in both groups: 132 of geometry, 196 of harmonics;
 #   values have 256. On the device geometry (64) is decoded, which reads the row and writes the values, and stepped,
 #   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
@@ -85,6 +86,7 @@ COMPACT_ROW = 328
 COMPACT_VALUES = 256
 COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + 196 + (196 + 12 + 36 + 196)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
+COMPACT_MADE_COMMIT = COMPACT_ROW + 64 + 24 + COMPACT_ROW  # where gradients of harmonics are made
 COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
 
 
@@ -141,24 +143,24 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "optimized": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        traffic=lambda n, v: Traffic(host=(40 * 48 + 24) * v, link=192 * v),
         less_device={"geometry": "host"},
     ),
     "optimized_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        traffic=lambda n, v: Traffic(host=(44 * 12 + 40 * 48 + 24) * v, link=240 * v),
         options={"geometry": "host"},
         less_device="split_geometry_on_host",
         less_host={"state": "compact"},
     ),
     "optimized_compact": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        # The device reads rows itself, and writes what decoding gives.
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        # The device reads rows itself, and decodes geometry, and harmonics where colours are made of them.
         traffic=lambda n, v: Traffic(
-            device=(3 * COMPACT_ROW + COMPACT_VALUES) * v, host=(COMPACT_ROW + COMPACT_COMMIT) * v, link=COMPACT_ROW * v
+            device=(2 * COMPACT_ROW + 64) * v, host=(COMPACT_ROW + COMPACT_MADE_COMMIT) * v, link=COMPACT_ROW * v
         ),
         options={"geometry": "host", "state": "compact"},
         less_device="split_compact",

@@ -62,7 +62,7 @@ def test_rows_as_they_are_stored_do_so(kind, device, monkeypatch):
     rows, tables = points(device), DeferralTables(torch.ones(1, 16), (0.9, 0.999), 1e-15, place)
     words = torch.zeros(4, packed_words("appearance", 1), dtype=torch.int32, device=device)
     last_step, ids = torch.zeros(4, dtype=torch.int32, device=device), torch.arange(4, device=device)
-    stored = StoredRows(packed_rows(words, "appearance"), None, last_step, tables.skipped())
+    stored = StoredRows(packed_rows(words, "appearance"), None, last_step, tables.skipped(), has_constant=False)
     harmonics = StoredHarmonics(rows["sh0"], stored, 1)
     colors = harmonics.colors(rows["means"], torch.zeros(1, 3, device=device), torch.zeros_like(ids), ids)
     colors.sum().backward()

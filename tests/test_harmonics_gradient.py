@@ -18,6 +18,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.deferred import DeferredGaussians
+from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from offload.store.layout import GROUP_NAMES, packed_rows
 from rendering.harmonics import real_harmonics
@@ -92,13 +93,22 @@ def test_rows_take_the_step_of_the_gradient_itself(kind, device, degree, of_degr
         assert_same_rows(actual, expected, exact=False, rounded=True)
 
 
-def model_of(kind: str, parameters: dict[str, Tensor]) -> DeferredGaussians | StreamedGaussians:
+KINDS = ["deferred", "streamed", "float32", "forwarded", "forwarded, host", "forwarded, compact"]
+Model = DeferredGaussians | StreamedGaussians | ForwardedGaussians
+
+
+def model_of(kind: str, parameters: dict[str, Tensor]) -> Model:
     adam = AdamOptions(schedules.learning_rates(CONFIG, 3.2), lambda step: 1e-4, (0.9, 0.999))
     parameters = {name: value.clone() for name, value in parameters.items()}
     if kind == "deferred":
         return DeferredGaussians(parameters, adam, device=CPU, state="compact")
     if kind == "float32":
         return DeferredGaussians(parameters, adam, device=CPU)
+    if kind == "forwarded":
+        return ForwardedGaussians(parameters, adam, device=CPU)
+    if kind.startswith("forwarded"):
+        state = "compact" if "compact" in kind else "float32"
+        return ForwardedGaussians(parameters, adam, device=CPU, geometry="host", state=state)
     return StreamedGaussians(parameters, adam, device=CPU, state="compact", geometry="host")
 
 
@@ -125,7 +135,7 @@ def step(gaussians, view: Cameras, degree: int, *, is_told: bool, moves: bool = 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["deferred", "streamed", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["", "kernels of a GPU", "moves", "bad", "nothing drawn"])
 def test_a_model_takes_the_step_of_the_gradient_itself(monkeypatch, kind, case):
     """Colours are made in other orders of sums, too, so that geometry differs in last bits."""
@@ -166,7 +176,7 @@ def parameters_of(state: dict[str, Tensor]) -> list[Tensor]:
     return [value for name, value in state.items() if name.startswith("parameters/")]
 
 
-@pytest.mark.parametrize("kind", ["deferred", "streamed", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_several_cameras_see_receive_theirs(kind):
     parameters, (first, second, *_) = scene()
     viewmats, Ks = (torch.cat([getattr(view, name) for view in (first, second)]) for name in ("viewmats", "Ks"))

@@ -5,6 +5,10 @@ Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainer
     appearance row  192 x 3   values, gradient, rows of the next view
     geometry row     48 x 3   the same, where geometry is on the host;
                      44 x 3   else: values, gradient, a gathered copy
+
+Where harmonics have no gradient there (`offload/adam/stored_harmonics.py`), an appearance row takes 192 x 2, or packed
+196 x 2, and what the gradient is made of. Beside them:
+
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
 
@@ -29,6 +33,7 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import NotEnoughMemory, counted, format_bytes
+from offload.adam.harmonics import MADE_COLUMNS
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
@@ -46,6 +51,7 @@ MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 ID_BYTES = 8
+MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
@@ -158,19 +164,40 @@ def baseline(sh_degree: int) -> Footprint:
     )
 
 
-def optimized(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32") -> Footprint:
-    """Return that of simple_trainer_hybrid_optimized.py."""
-    groups = ("appearance",) if geometry == "device" else GROUP_NAMES
-    row = 4 * sum(num_columns(group, sh_degree, state) for group in groups)
-    on_device = geometry == "device"
+def optimized(
+    sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32", batch_size: int = 1
+) -> Footprint:
+    """Return that of simple_trainer_hybrid_optimized.py.
+
+    Args:
+        sh_degree: Degree of the spherical harmonics.
+        geometry: Where it is.
+        state: The form of rows.
+        batch_size: Views per step, those of all ranks.
+    """
+    return _forwarded(sh_degree, geometry, state, is_made=batch_size == 1)
+
+
+def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat, *, is_made: bool) -> Footprint:
+    """Return that of rows that the host updates; `is_made` tells whether the gradient of harmonics is made there."""
+    on_device, is_float32 = geometry == "device", state == "float32"
+    groups = ("appearance",) if on_device else GROUP_NAMES
     store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
+    of_geometry = 0 if on_device else 4 * num_columns("geometry", sh_degree, state)
+    staged = 4 * num_columns("appearance", sh_degree, state)
+    moving = MOVING_ROWS * staged
+    if is_made:
+        arrived = staged if is_float32 else row_bytes("appearance", sh_degree, state=state)
+        # Rows of two views; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
+        moving = 2 * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
+        staged = MADE_BYTES
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=GEOMETRY_BYTES if on_device else 0,
         host=int(PEAK * store),
-        host_in_view=int(STAGING_ROWS * row),
+        host_in_view=int(STAGING_ROWS * (of_geometry + staged)),
         device=GEOMETRY_BYTES if on_device else 0,
-        device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
+        device_in_view=moving + (3 * 44 if on_device else MOVING_ROWS * of_geometry) + RENDERING_BYTES,
     )
 
 
@@ -185,7 +212,7 @@ def split(
         largest_part: Share of the Gaussians above which a view is rendered in parts.
         state: The form of rows.
     """
-    return replace(optimized(sh_degree, geometry, state), largest_part=largest_part)
+    return replace(_forwarded(sh_degree, geometry, state, is_made=False), largest_part=largest_part)
 
 
 def streamed(
