@@ -1,5 +1,7 @@
 """The photometric loss against torchmetrics, finite differences and, on a GPU, the torch path in float64."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +83,22 @@ def test_equal_pictures():
     value, gradient = gradient_of(photometric_loss, target, target)
     assert value.item() == pytest.approx(0.0, abs=1e-6)
     assert gradient.abs().max().item() < 1e-6
+
+
+def test_nothing_holds_a_picture_when_its_gradient_goes_on():
+    """Scripts let go of it before the backward pass, whose largest tensors come after the loss's."""
+    rendered, target = make_pictures(1, 20, 20)
+    values = rendered.requires_grad_()
+    picture = 1.0 * values
+    held = weakref.ref(picture)
+    found: list[bool] = []
+    values.register_hook(lambda gradient: found.append(held() is not None))
+    loss = photometric_loss(picture, target)
+    assert held() is not None
+    del picture
+    assert held() is not None  # by the loss
+    loss.backward()
+    assert found == [False]
 
 
 def test_target_gets_no_gradient():
