@@ -8,10 +8,11 @@ registers: `open1` is the oldest, and each new row moves every sum one step on. 
 programs and nothing intermediate but the three maps of derivatives goes to memory.
 
 Memory traffic in float32, per pixel: the first kernel reads 2 pictures and writes 3 maps, the second reads all of that
-and writes the gradient, 11 x 12 bytes. At 4 TB/s that is 0.014 ms for 800x533 and 0.27 ms for 3840x2160. The maps,
-36 bytes per pixel, would be the largest tensors of a step with large pictures. So the two kernels take turns in bands
-of a picture, each some waves of programs, and a band's maps lie where those of the band before lay, but for its last
-rows, into which windows of this one reach up: row m of a map is row m modulo `kept` in memory.
+and writes the gradient, 11 x 12 bytes, and the backward pass scales that, 2 x 12. At 4 TB/s that is 0.017 ms for
+800x533 and 0.32 ms for 3840x2160. The maps, 36 bytes per pixel, would be the largest tensors of a step with large
+pictures. So the two kernels take turns in bands of a picture, each some waves of programs, and a band's maps lie where
+those of the band before lay, but for its last rows, into which windows of this one reach up: row m of a map is row m
+modulo `kept` in memory.
 
 What holds for a row as a whole bounds its columns in the masks: a scalar condition and a block's would together make
 an integer in Triton's interpreter, where the kernels are tested without a GPU.
