@@ -69,6 +69,7 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
         loss = strategy.regularized(loss, rows, info)
+        del colors  # whose memory the gradients need
         loss.backward()
         if run.upcoming is not None:
             gaussians.prefetch(run.upcoming.cameras, strays)  # culled behind the backward pass where Adam is deferred
@@ -84,7 +85,7 @@ def train(run: TrainingRun[DeviceConfig]) -> None:
         run.mark("densify")
 
         run.after_step(step, loss)
-        del rows, colors, info, loss  # each keeps what the next view needs memory for
+        del rows, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------------------------

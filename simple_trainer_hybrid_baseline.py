@@ -44,6 +44,7 @@ def train(run: TrainingRun[Config]) -> None:
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
         loss = strategy.regularized(loss, rows, info)
+        del colors  # whose memory the gradients need
         loss.backward()
         run.mark("backward")
 
@@ -57,7 +58,7 @@ def train(run: TrainingRun[Config]) -> None:
         run.mark("densify")
 
         run.after_step(step, loss)
-        del rows, colors, info, loss  # each keeps what the next view needs memory for
+        del rows, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -131,11 +131,13 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         )
         loss = share_of_loss(colors, info, view, part.tile)
         loss = strategy.regularized(loss, part.rows, screen.newly_drawn(part, info))
+        num_pixels = colors.shape[:3].numel()
+        del colors  # whose memory the gradients need
         loss.backward()
         screen.add(part, len(gaussians.ids), info)
         run.modules.gather()
         run.mark("backward")
-        return TileResult(loss.detach(), info["n_intersections"], colors.shape[:3].numel())
+        return TileResult(loss.detach(), info["n_intersections"], num_pixels)
 
     def train_together(part: ViewTile, view: View, screen: ScreenGradients, ranks: Ranks) -> TileResult:
         """Render this rank's tile, or its pictures, of the Gaussians of all ranks; all propagate their losses at once.
@@ -151,6 +153,7 @@ def train(run: TrainingRun[SplitConfig]) -> None:
                 colors, info = joint.render(run.backgrounds(view))
                 num_intersections, num_pixels = info["n_intersections"], colors.shape[:3].numel()
                 loss = share_of_loss(colors, info, view, joint.tile)
+                del colors
                 loss.backward()
             loss = strategy.regularized(loss.detach(), part.rows, screen.newly_drawn(part, joint.info))
             joint.take_for_return()

@@ -82,6 +82,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
         loss = strategy.regularized(loss, rows, info)
+        del colors  # whose memory the gradients need
         loss.backward()
         run.mark("backward")
 
@@ -95,7 +96,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         run.mark("densify")
 
         run.after_step(step, loss)
-        del rows, colors, info, loss  # each keeps what the next view needs memory for
+        del rows, info, loss  # each keeps what the next view needs memory for
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from reporting.numbers import number
 
 SIZES = [(320, 240), (800, 533), (1600, 1066)]  # px, width x height
 SSIM_LAMBDA = 0.2
-FLOOR_BYTES_PER_PIXEL = 11 * 3 * 4
+FLOOR_BYTES_PER_PIXEL = 13 * 3 * 4
 
 
 @dataclass

@@ -8,6 +8,8 @@ where they lie. It also cannot render a part of a picture, and refuses backgroun
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +40,6 @@ def project_pairs(
     rasterize_mode: str,
 ) -> tuple[Projection, Tensor]:
     """Do what `rendering.rasterize.project_pairs` says, for CUDA tensors; float32, packed."""
-    # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
-    from gsplat.cuda._wrapper import fully_fused_projection
-
     # Columns of wider rows are copied once, here, for projection and harmonics alike.
     means, quats, scales, opacities = (t.contiguous() for t in (means, quats, scales, opacities))
     depth_only = render_mode in ("D", "ED")
@@ -54,10 +53,10 @@ def project_pairs(
     rows = (means, quats, scales, opacities)
     if not means.shape[0]:
         rows = _stand_in(*rows)
-    pairs = fully_fused_projection(
-        rows[0], None, rows[1], rows[2], viewmats, Ks, width, height, eps2d=eps2d, near_plane=near_plane,
-        far_plane=far_plane, radius_clip=radius_clip, packed=True, opacities=rows[3],
-        calc_compensations=rasterize_mode == "antialiased",
+    sparse_gradients, antialiased = False, rasterize_mode == "antialiased"
+    pairs = _projection().apply(
+        rows[0], None, rows[1], rows[2], viewmats.contiguous(), Ks.contiguous(), width, height, eps2d, near_plane,
+        far_plane, radius_clip, sparse_gradients, antialiased, "pinhole", rows[3],
     )  # fmt: skip
     if not means.shape[0]:
         pairs = tuple(None if values is None else values[:0] for values in pairs)
@@ -78,6 +77,36 @@ def project_pairs(
     if render_mode != "RGB":
         features = torch.cat([features, depths[:, None]], dim=-1)
     return projection, features
+
+
+@cache
+def _projection() -> Any:
+    """Return gsplat's packed projection as a function of autograd, without zeros for what has no gradient.
+
+    gsplat's own is given them for every result: ids, radii and depths of pairs, 36 bytes each, where memory is scarce.
+    """
+    # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
+    from gsplat.cuda._wrapper import _FullyFusedProjectionPacked as Packed
+
+    class Projecting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+            ctx.set_materialize_grads(False)
+            return Packed.forward(ctx, *arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            *ids, radii, means2d, depths, conics, compensations = gradients
+            like = ctx.saved_tensors[-2]  # conics [nnz, 3]
+            if means2d is None:
+                means2d = torch.zeros_like(like[:, :2])
+            if depths is None:
+                depths = torch.zeros_like(like[:, 0])
+            if conics is None:
+                conics = torch.zeros_like(like)
+            return Packed.backward(ctx, *ids, radii, means2d, depths, conics, compensations)
+
+    return Projecting
 
 
 def _stand_in(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -91,23 +91,21 @@ class _PhotometricSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
         rendered, target = rendered.contiguous(), target.contiguous()
-        total, derivatives = _kernels(rendered).weighted_sum(
-            rendered, target, l1_weight, ssim_weight, with_derivatives=ctx.needs_input_grad[0]
+        total, gradient = _kernels(rendered).weighted_sum(
+            rendered, target, l1_weight, ssim_weight, with_gradient=ctx.needs_input_grad[0]
         )
-        ctx.save_for_backward(rendered, target, derivatives)
-        ctx.weights = l1_weight, ssim_weight
+        ctx.save_for_backward(gradient)  # and neither picture
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum: Tensor):
-        rendered, target, derivatives = ctx.saved_tensors
-        gradient = _kernels(rendered).weighted_sum_gradient(rendered, target, derivatives, *ctx.weights, grad_sum)
-        return gradient, None, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_sum, None, None, None
 
 
 def _kernels(pictures: Tensor) -> ModuleType:
-    """Return the module whose `weighted_sum` and `weighted_sum_gradient` suit these pictures."""
+    """Return the module whose `weighted_sum` suits these pictures."""
     if pictures.dtype != torch.float32:
         return ssim_torch  # on any device; Triton's kernels take float32 only
     return kernels_for(pictures.device, ssim_torch.__name__)

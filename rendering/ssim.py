@@ -17,7 +17,7 @@ and the gradient is, with G' the transpose of the blur,
 
     d sum(SSIM) / dx = G' by_mean + 2 x G' by_square + y G' by_cross.
 
-`rendering/ssim_triton.py` has the same two functions as CUDA kernels.
+`rendering/ssim_triton.py` has the same function as two CUDA kernels.
 """
 
 import math
@@ -41,16 +41,16 @@ WINDOW = _gaussian(WINDOW_SIZE, sigma=1.5)
 
 
 def weighted_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_derivatives: bool
+    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return `l1_weight` * sum |rendered - target| + `ssim_weight` * sum SSIM.
 
     Args:
         rendered, target: [C, H, W, 3] contiguous, H and W at least 11 px.
-        with_derivatives: whether `weighted_sum_gradient` will follow.
+        with_gradient: whether its gradient is wanted.
 
     Returns:
-        The sum (scalar), and the maps that `weighted_sum_gradient` wants, or None.
+        The sum (scalar), and its gradient [C, H, W, 3] by `rendered`, or None.
     """
     l1_sum = (rendered - target).abs_().sum()
     square = (rendered * rendered).addcmul_(target, target)
@@ -67,28 +67,17 @@ def weighted_sum(
     inverse_de = (d * e).reciprocal_()
     ssim = a * b * inverse_de
     total = l1_weight * l1_sum + ssim_weight * ssim.sum()
-    if not with_derivatives:
+    if not with_gradient:
         return total, None
 
     by_square = -ssim / e
     by_cross = 2 * a * inverse_de
     by_mean = 2 * (mu2 * (b - a) * inverse_de - mu1 * (ssim / d + by_square))
-    return total, torch.cat([by_mean, by_square, by_cross], dim=-1)  # [C, H-10, W-10, 9]
-
-
-def weighted_sum_gradient(
-    rendered: Tensor,
-    target: Tensor,
-    derivatives: Tensor,
-    l1_weight: float,
-    ssim_weight: float,
-    grad_sum: Tensor,
-) -> Tensor:
-    """Return the gradient [C, H, W, 3] of `weighted_sum` by `rendered`, times the scalar `grad_sum`."""
+    derivatives = torch.cat([by_mean, by_square, by_cross], dim=-1)  # [C, H-10, W-10, 9]
     # The window is symmetric, so the transpose of the valid blur is the blur of the zero-padded maps.
     mean, square, cross = _blur(derivatives, padding=WINDOW_SIZE - 1).split(3, dim=-1)
     gradient = torch.addcmul(mean, rendered, square, value=2).addcmul_(target, cross).mul_(ssim_weight)
-    return gradient.add_((rendered - target).sign_(), alpha=l1_weight).mul_(grad_sum)
+    return total, gradient.add_((rendered - target).sign_(), alpha=l1_weight)
 
 
 def _blur(maps: Tensor, padding: int = 0) -> Tensor:

@@ -5,11 +5,14 @@ floats away; so nothing is transposed and neighbouring threads read neighbouring
 columns (floats) of ROWS rows and walks down the rows. For each row it blurs horizontally from 11 shifted loads,
 which the L1 cache serves, and vertically by keeping the partial sums of the 10 windows that are still open in
 registers: `open1` is the oldest, and each new row moves every sum one step on. Nothing is shared between
-programs and nothing intermediate but the three derivative maps goes to memory.
+programs and nothing intermediate but the three maps of derivatives goes to memory.
 
-Memory traffic in float32, per pixel: forward reads 2 pictures and writes 3 maps, backward reads both again and
-writes one gradient, 11 x 12 bytes. At 4 TB/s that is 0.014 ms for 800x533 and 0.27 ms for 3840x2160. The maps,
-36 bytes per pixel (0.3 GB at 3840x2160), live from forward to backward.
+Memory traffic in float32, per pixel: the first kernel reads 2 pictures and writes 3 maps, the second reads all of that
+and writes the gradient, 11 x 12 bytes, and the backward pass scales that, 2 x 12. At 4 TB/s that is 0.017 ms for
+800x533 and 0.32 ms for 3840x2160. The maps, 36 bytes per pixel, would be the largest tensors of a step with large
+pictures. So the two kernels take turns in bands of a picture, each some waves of programs, and a band's maps lie where
+those of the band before lay, but for its last rows, into which windows of this one reach up: row m of a map is row m
+modulo `kept` in memory.
 
 What holds for a row as a whole bounds its columns in the masks: a scalar condition and a block's would together make
 an integer in Triton's interpreter, where the kernels are tested without a GPU.
@@ -26,6 +29,7 @@ from rendering.ssim import C1, C2, WINDOW
 
 BLOCK = 128  # floats of a row per program, one per thread
 ROWS = 16  # rows per program; 10 more are read for the windows that reach over its edge
+PROGRAMS = 1536  # of a band, at most, where a row of programs has fewer: some waves, so that bands cost no time
 
 _C1 = tl.constexpr(C1)
 _C2 = tl.constexpr(C2)
@@ -34,86 +38,60 @@ _FALL = tl.constexpr(WINDOW[4] / WINDOW[5])  # a Gaussian falls by this factor t
 
 
 def weighted_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_derivatives: bool
+    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Do as `rendering.ssim.weighted_sum`, for float32 on a CUDA device."""
     n_cameras, height, width, _ = rendered.shape
-    grid = _grid(rendered)
-    partial_sums = rendered.new_empty(grid)
-    derivatives = rendered.new_empty(3, n_cameras, height - 10, width - 10, 3) if with_derivatives else None
+    columns, rows = -(-3 * width // BLOCK), -(-height // ROWS)  # of programs
+    partial_sums = rendered.new_empty(n_cameras, rows, columns)
+    num_bands = min(-(-partial_sums.numel() // PROGRAMS), rows) if with_gradient else 1
+    band = -(-rows // num_bands)
+    kept = ROWS * min(band + 1, rows)
+    maps = rendered.new_empty(3, n_cameras, kept, width - 10, 3) if with_gradient else None
+    gradient = torch.empty_like(rendered) if with_gradient else None
     with torch.cuda.device_of(rendered):
-        _forward_kernel[grid](
-            rendered,
-            target,
-            derivatives,
-            partial_sums,
-            height,
-            3 * width,
-            l1_weight,
-            ssim_weight,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-            num_warps=BLOCK // 32,
-        )
-    return partial_sums.sum(), derivatives
+        for first in range(0, rows, band):
+            grid = (columns, min(band, rows - first), n_cameras)
+            _forward_kernel[grid](
+                rendered, target, maps, partial_sums, height, 3 * width, first, rows, kept, l1_weight, ssim_weight,
+                ROWS=ROWS, BLOCK=BLOCK, num_warps=BLOCK // 32,
+            )  # fmt: skip
+            if with_gradient:
+                _backward_kernel[grid](
+                    rendered, target, maps, gradient, height, 3 * width, first, kept, l1_weight, ssim_weight,
+                    ROWS=ROWS, BLOCK=BLOCK, num_warps=BLOCK // 32,
+                )  # fmt: skip
+    return partial_sums.sum(), gradient
 
 
-def weighted_sum_gradient(
-    rendered: Tensor,
-    target: Tensor,
-    derivatives: Tensor,
-    l1_weight: float,
-    ssim_weight: float,
-    grad_sum: Tensor,
-) -> Tensor:
-    """Do as `rendering.ssim.weighted_sum_gradient`, for float32 on a CUDA device."""
-    _, height, width, _ = rendered.shape
-    gradient = torch.empty_like(rendered)
-    with torch.cuda.device_of(rendered):
-        _backward_kernel[_grid(rendered)](
-            rendered,
-            target,
-            derivatives,
-            grad_sum,
-            gradient,
-            height,
-            3 * width,
-            l1_weight,
-            ssim_weight,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-            num_warps=BLOCK // 32,
-        )
-    return gradient
-
-
-def _grid(pictures: Tensor) -> tuple[int, int, int]:
-    n_cameras, height, width, _ = pictures.shape
-    return -(-3 * width // BLOCK), -(-height // ROWS), n_cameras
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["first", "num_rows"])
 def _forward_kernel(
     rendered,  # [C, H, W, 3]
     target,  # [C, H, W, 3]
-    derivatives,  # [3, C, H-10, W-10, 3], by_mean, by_square, by_cross; or None
-    partial_sums,  # one per program
+    maps,  # [3, C, kept, W-10, 3], by_mean, by_square, by_cross; or None
+    partial_sums,  # [C, num_rows, programs of a row]
     height,
     row_length,  # 3 W
+    first,  # row of programs
+    num_rows,  # of programs, of the picture
+    kept,
     l1_weight,
     ssim_weight,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first_row = tl.program_id(1) * ROWS
+    program_row = first + tl.program_id(1)
+    first_row = program_row * ROWS
     camera = tl.program_id(2).to(tl.int64)  # offsets between pictures may pass 2^31
     in_map = column < row_length - 30  # a window begins here that ends inside the picture
     rendered += camera * height * row_length
     target += camera * height * row_length
     map_row_length = row_length - 30
-    map_size = (height - 10) * map_row_length
+    map_size = kept * map_row_length
     map_stride = tl.num_programs(2).to(tl.int64) * map_size
+    if maps is not None:
+        maps += camera * map_size + (first_row % kept - first_row) * map_row_length  # to where row 0 would be
 
     l1_sum = tl.zeros([BLOCK], tl.float32)
     ssim_sum = tl.zeros([BLOCK], tl.float32)
@@ -160,41 +138,43 @@ def _forward_kernel(
         is_complete = column < tl.where(row >= first_row + 10, map_row_length, 0)
         ssim_sum += tl.where(is_complete, ssim, 0.0)
 
-        if derivatives is not None:
+        if maps is not None:
             by_square = -ssim * inverse_e
             by_cross = 2 * a_by_d * inverse_e
             by_mean = 2 * ((mu2 * (b - a) * inverse_e - mu1 * ssim) / d - mu1 * by_square)
-            map_row = derivatives + camera * map_size + (row - 10) * map_row_length + column
+            map_row = maps + (row - 10) * map_row_length + column
             tl.store(map_row, by_mean, mask=is_complete)
             tl.store(map_row + map_stride, by_square, mask=is_complete)
             tl.store(map_row + 2 * map_stride, by_cross, mask=is_complete)
 
-    program = (camera * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    program = (camera * num_rows + program_row) * tl.num_programs(0) + tl.program_id(0)
     tl.store(partial_sums + program, tl.sum(l1_weight * l1_sum + ssim_weight * ssim_sum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _backward_kernel(
     rendered,  # [C, H, W, 3]
     target,  # [C, H, W, 3]
-    derivatives,  # [3, C, H-10, W-10, 3]
-    grad_sum,  # scalar
+    maps,  # [3, C, kept, W-10, 3]
     gradient,  # [C, H, W, 3]
     height,
     row_length,  # 3 W
+    first,  # row of programs
+    kept,
     l1_weight,
     ssim_weight,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first_row = tl.program_id(1) * ROWS
+    first_row = (first + tl.program_id(1)) * ROWS
     camera = tl.program_id(2).to(tl.int64)
     picture = camera * height * row_length
     map_row_length = row_length - 30
-    map_size = (height - 10) * map_row_length
+    map_size = kept * map_row_length
     map_stride = tl.num_programs(2).to(tl.int64) * map_size
-    grad = tl.load(grad_sum)
+    maps += camera * map_size + (first_row % kept - first_row) * map_row_length  # to where row 0 would be
+    wrap = tl.where(first_row % kept == 0, kept, 0)  # what is more than that for the rows before this program's
 
     zero = tl.zeros([BLOCK, 2, 2], tl.float32)
     open1, open2, open3, open4, open5 = zero, zero, zero, zero, zero
@@ -202,7 +182,7 @@ def _backward_kernel(
     # A pixel gathers from the windows that begin up to 10 px above and to the left of it.
     for i in range(0, tl.minimum(ROWS + 10, height - first_row + 10)):
         row = first_row - 10 + i
-        map_row = derivatives + camera * map_size + row * map_row_length + column
+        map_row = maps + (row + tl.where(i < 10, wrap, 0)) * map_row_length + column
         map_columns = tl.where((row >= 0) & (row < height - 10), map_row_length, 0)
         mean = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
@@ -228,7 +208,7 @@ def _backward_kernel(
         y = tl.load(target + pixel, mask=is_own, other=0.0)
         sign = (x > y).to(tl.float32) - (x < y).to(tl.float32)
         total = ssim_weight * (mean + 2 * x * square + y * cross) + l1_weight * sign
-        tl.store(gradient + pixel, grad * total, mask=is_own)
+        tl.store(gradient + pixel, total, mask=is_own)
 
 
 @triton.jit

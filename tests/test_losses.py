@@ -1,5 +1,8 @@
 """The photometric loss against torchmetrics, finite differences and, on a GPU, the torch path in float64."""
 
+import weakref
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,6 +86,19 @@ def test_equal_pictures():
     assert gradient.abs().max().item() < 1e-6
 
 
+def test_the_loss_holds_no_picture():
+    """Scripts let go of what was rendered before the backward pass, which needs the memory."""
+    rendered, target = make_pictures(1, 20, 20)
+    picture = 1.0 * rendered.requires_grad_()
+    held = weakref.ref(picture)
+    loss = photometric_loss(picture, target)
+    assert held() is not None
+    del picture
+    assert held() is None
+    loss.backward()
+    assert rendered.grad is not None
+
+
 def test_target_gets_no_gradient():
     rendered, target = make_pictures(1, 16, 16)
     target.requires_grad_()
@@ -164,13 +180,33 @@ def test_interpreted_triton_kernels_equal_torch():
     from rendering import ssim_triton
 
     rendered, target = make_pictures(1, 19, 45)
-    value, derivatives = ssim_triton.weighted_sum(rendered, target, 0.8, -0.2, True)
-    gradient = ssim_triton.weighted_sum_gradient(rendered, target, derivatives, 0.8, -0.2, torch.tensor(2.0))
-    rendered, target = rendered.double(), target.double()
-    expected, derivatives = ssim_torch.weighted_sum(rendered, target, 0.8, -0.2, True)
+    value, gradient = ssim_triton.weighted_sum(rendered, target, 0.8, -0.2, True)
+    expected, expected_gradient = ssim_torch.weighted_sum(rendered.double(), target.double(), 0.8, -0.2, True)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    expected = ssim_torch.weighted_sum_gradient(rendered, target, derivatives, 0.8, -0.2, torch.tensor(2.0))
-    assert relative_error(gradient, expected) < 1e-4
+    assert relative_error(gradient, expected_gradient) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a test below cuts pictures on a GPU")
+@pytest.mark.parametrize(("n_cameras", "height"), [(1, 35), (2, 17)])
+def test_bands_change_no_bit(n_cameras, height, monkeypatch):
+    """Three rows of programs and two, in bands of one; maps of the third lie where those of the first did."""
+    check_bands(make_pictures(n_cameras, height, 11), 1, monkeypatch)
+
+
+@pytest.mark.cuda
+def test_bands_change_no_bit_on_a_gpu(monkeypatch):
+    check_bands([pictures.cuda() for pictures in make_pictures(2, 533, 800)], 300, monkeypatch)
+
+
+def check_bands(pictures: Sequence[Tensor], programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rendering import ssim_triton
+
+    whole = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, True)
+    monkeypatch.setattr(ssim_triton, "PROGRAMS", programs)
+    banded = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, True)
+    for actual, expected in zip(banded, whole, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.cuda
@@ -189,7 +225,7 @@ def test_triton_kernels_equal_torch(size, weights):
     expected_value, expected_gradient = gradient_of(loss, rendered.double(), target.double())
     assert value.item() == pytest.approx(expected_value.item(), rel=1e-5, abs=1e-7)
     assert relative_error(gradient.cpu(), expected_gradient) < 1e-4
-    assert value.item() == loss(rendered.cuda(), target.cuda()).item()  # bit-equal, and without derivatives
+    assert value.item() == loss(rendered.cuda(), target.cuda()).item()  # bit-equal, and without its gradient
 
 
 @pytest.mark.cuda

@@ -133,7 +133,8 @@ def test_loops_differ_only_where_it_is_said(script):
 def test_tiles_are_trained_as_whole_views_are_but_for_rendering():
     def after_rendering(script: str) -> list[str]:
         lines = lines_of_train(script)
+        lines = lines[lines.index("ids = gaussians.ids") :]
         (end,) = (index for index, line in enumerate(lines) if line.startswith("del "))
-        return lines[lines.index("ids = gaussians.ids") : end]
+        return lines[:end]
 
     assert after_rendering(SPLIT) == after_rendering(OPTIMIZED)

@@ -12,8 +12,8 @@ Where harmonics have no gradient there (`offload/adam/stored_harmonics.py`), an 
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
 
-Bytes per pixel: three pictures of 12 bytes (this view's, the next view's, the rendering), SSIM's derivatives (36),
-gradients (16), alphas and last ids (8): about 100.
+Bytes per pixel: three pictures of 12 bytes (this view's, the next view's, the rendering), SSIM's derivatives (36; on a
+GPU those of a band of a large picture), gradients (16), alphas and last ids (8): about 100, and 75 of 1920x1080 pixels.
 
 Nothing takes memory for all Gaussians beside the trainer's own: checkpoints and PLY files are written block by block.
 But those that training starts with stand twice until they are stored, 236 bytes as read; and a host store that grows

@@ -217,8 +217,8 @@ def _in_one_memory(rows: RowState) -> bool:
 
 
 @triton.jit
-def _load_parts(rows, mask, COLUMNS: tl.constexpr):
-    """Load rows that begin at `rows` [ROWS, 16], in parts; those that are not there are what the first one is."""
+def load_parts(rows, mask, COLUMNS: tl.constexpr):
+    """Load the first COLUMNS of rows that begin at `rows` [ROWS, 16], in parts; further ones are what the first is."""
     part0 = tl.load(rows, mask=mask, other=0)
     part1, part2 = part0, part0
     if COLUMNS > _PART:
@@ -229,13 +229,13 @@ def _load_parts(rows, mask, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_parts(rows, part0, part1, part2, mask, COLUMNS: tl.constexpr):
+def store_parts(rows, part0, part1, part2, mask, COLUMNS: tl.constexpr):
     for part in tl.static_range(COLUMNS // _PART):
         tl.store(rows + part * _PART, part_of(part0, part1, part2, part), mask=mask)
 
 
 @triton.jit
-def _decoded_values(words, CODES: tl.constexpr):
+def decoded_values(words, CODES: tl.constexpr):
     """Return the parameters that packed rows hold as integers, in float32."""
     return words.to(tl.float16, bitcast=True).to(tl.float32) if CODES else words.to(tl.float32, bitcast=True)
 
@@ -296,27 +296,6 @@ def skipped_part(
 
 
 @triton.jit
-def caught_up_part(
-    there, mask, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-    part: tl.constexpr, SCHEDULES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Read a part [ROWS, 16] of the current values of rows with codes, which begin at `there` [ROWS].
-
-    Args:
-        there, mask: Rows of parameters and codes, and which of them there are.
-        last: Their last steps.
-        scale0, scale1, scale2: As `load_scales` gives them.
-        sums, multipliers, capacity, eps, reach: As of `_fetch_kernel`.
-    """
-    columns = there[:, None] + part * _PART + tl.arange(0, _PART)[None, :]
-    values = tl.load(columns, mask=mask[:, None], other=0)
-    words = tl.load(columns + COLUMNS, mask=mask[:, None], other=0)
-    m, v = decode_moments(words, scale0, scale1, scale2, reach, part, COLUMNS)
-    skipped = skipped_part(sums, multipliers, capacity, last, mask, part, SCHEDULES, COLUMNS)
-    return caught_up(_decoded_values(values, True), m, v, skipped, eps)
-
-
-@triton.jit
 def is_wanted(wanted, row, inside):
     """Tell which rows of the tile to move: those inside, and where `wanted` says so."""
     if wanted is not None:
@@ -357,18 +336,18 @@ def _fetch_kernel(
             last = tl.load(last_step + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
         used = fetched[:, None]
         scale0, scale1, scale2 = _load_scales(there + COLUMNS, fetched, COLUMNS, CODES)
-        words0, words1, words2 = _load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
-        values0, values1, values2 = _load_parts(there[:, None] + lane, used, COLUMNS)
+        words0, words1, words2 = load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
+        values0, values1, values2 = load_parts(there[:, None] + lane, used, COLUMNS)
         tl.debug_barrier()
         out0, out1, out2 = 0.0, 0.0, 0.0
         for part in tl.static_range(COLUMNS // _PART):
             w, words = part_of(values0, values1, values2, part), part_of(words0, words1, words2, part)
             m, v = _decoded_moments(words, scale0, scale1, scale2, reach, part, COLUMNS, CODES)
             skipped = skipped_part(sums, multipliers, capacity, last, fetched, part, SCHEDULES, COLUMNS)
-            w = caught_up(_decoded_values(w, CODES), m, v, skipped, eps)
+            w = caught_up(decoded_values(w, CODES), m, v, skipped, eps)
             out0, out1, out2 = with_part(out0, out1, out2, w, part)
         here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
-        _store_parts(out + here, out0, out1, out2, used, COLUMNS)
+        store_parts(out + here, out0, out1, out2, used, COLUMNS)
 
 
 @triton.jit(
@@ -423,17 +402,17 @@ def _step_kernel(
     here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
     there, used = packed + place * (2 * COLUMNS), changed[:, None]
     if values is None:
-        w0, w1, w2 = _load_parts(there[:, None] + lane, used, COLUMNS)
-        w0, w1, w2 = _decoded_values(w0, CODES), _decoded_values(w1, CODES), _decoded_values(w2, CODES)
+        w0, w1, w2 = load_parts(there[:, None] + lane, used, COLUMNS)
+        w0, w1, w2 = decoded_values(w0, CODES), decoded_values(w1, CODES), decoded_values(w2, CODES)
     else:
-        w0, w1, w2 = _load_parts(values + here, used, COLUMNS)
+        w0, w1, w2 = load_parts(values + here, used, COLUMNS)
     g0, g1, g2 = w0, w1, w2
     if gradients is not None:
-        g0, g1, g2 = _load_parts(gradients + here, used, COLUMNS)
+        g0, g1, g2 = load_parts(gradients + here, used, COLUMNS)
     if means is not None:
         x, y, z, red, green, blue = seen(means, means_stride, constant, constant_stride, at_x, at_y, at_z, row, changed)
     tl.debug_barrier()
-    words0, words1, words2 = _load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
+    words0, words1, words2 = load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
     scale0, scale1, scale2 = _load_scales(there + COLUMNS, changed, COLUMNS, CODES)
     decay1, near, rest = decays_of(decays, capacity, skipped, changed)
     if means is not None:  # while words are under way
@@ -464,14 +443,14 @@ def _step_kernel(
         v0, v1, v2 = with_part(v0, v1, v2, v, part)
         random0, random1, random2 = with_part(random0, random1, random2, random, part)
     if values is not None:
-        _store_parts(values + here, w0, w1, w2, used, COLUMNS)
+        store_parts(values + here, w0, w1, w2, used, COLUMNS)
     there = there[:, None] + lane
     w0, w1, w2 = _coded_values(w0, CODES), _coded_values(w1, CODES), _coded_values(w2, CODES)
-    _store_parts(there, w0, w1, w2, used, COLUMNS)
+    store_parts(there, w0, w1, w2, used, COLUMNS)
     words0, words1, words2 = _coded_moments(
         m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS, CODES
     )  # fmt: skip
-    _store_parts(there + COLUMNS, words0, words1, words2, used, COLUMNS)
+    store_parts(there + COLUMNS, words0, words1, words2, used, COLUMNS)
 
 
 @triton.jit

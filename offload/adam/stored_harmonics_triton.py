@@ -1,8 +1,10 @@
 """`offload/adam/stored_harmonics.py` as CUDA kernels in Triton, and Adam's step on such rows in float32.
 
 A program has ROWS colours, and reads their rows in parts of 16 columns, as those of `packed_rows_triton.py` do, where
-the step on packed ones is. Memory traffic of a colour at degree 3: 192 bytes of a row with codes, 576 of one in
-float32, and some 40 of everything else. A pass over 1.4 million of them is 0.08 or 0.21 ms at 4 TB/s.
+the step on packed ones is: all that it needs of them first, and a barrier keeps the compiler to that.
+
+Memory traffic of a colour at degree 3: 192 bytes of a row with codes, 576 of one in float32, and some 40 of everything
+else. A pass over 1.4 million of them is 0.08 or 0.21 ms at 4 TB/s.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.adam.codes_triton import PART, load_scales
+from offload.adam.codes_triton import PART, decode_moments, load_scales, part_of, with_part
 from offload.adam.deferral import DeferralTables
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
 from offload.adam.harmonics import (
@@ -24,7 +26,16 @@ from offload.adam.harmonics import (
     num_harmonics,
 )
 from offload.adam.harmonics_triton import arguments_of, harmonics_part, made_gradient, seen, slopes_part
-from offload.adam.packed_rows_triton import TILE, WARPS, caught_up_part, packed_words, skipped_part, tables_of
+from offload.adam.packed_rows_triton import (
+    TILE,
+    WARPS,
+    decoded_values,
+    load_parts,
+    packed_words,
+    skipped_part,
+    store_parts,
+    tables_of,
+)
 from offload.adam.stored_harmonics import StoredRows
 from offload.store.layout import RowState
 
@@ -126,52 +137,52 @@ def _seen(means, camera_position, ids, row, inside):
 
 
 @triton.jit
-def _place_of(places, number, inside):
-    """Return where rows [ROWS] of the view are."""
+def _load(
+    rows, exp_avg, exp_avg_sq, places, last_step, number, inside,
+    HARMONICS: tl.constexpr, BEFORE: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Load all that is used of rows [ROWS] of a view, before any of it is worked on.
+
+    Returns:
+        Their last steps [ROWS]; the scales of rows with codes; and parts [ROWS, 16] of parameters and of both moments:
+        as integers, parameters and codes, where there are codes.
+    """
+    lane, used = tl.arange(0, _PART)[None, :], inside[:, None]
     place = number
     if places is not None:
         place = tl.load(places + number, mask=inside, other=0)
-    return place
-
-
-@triton.jit
-def _last_of(last_step, place, inside):
-    """Return the steps of the last updates of rows [ROWS]; nothing reads those of current ones."""
-    last = place
+    last = place  # which nothing reads
     if last_step is not None:
         last = tl.load(last_step + place, mask=inside, other=0)
-    return last
-
-
-@triton.jit
-def _scales_of(rows, place, inside, CODES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load the scales of rows with codes."""
     scale0, scale1, scale2 = 0.0, 0.0, 0.0
     if CODES:
-        scale0, scale1, scale2 = load_scales(rows + place * (2 * COLUMNS) + COLUMNS, inside, COLUMNS)
-    return scale0, scale1, scale2
+        there = rows + place * (2 * COLUMNS)
+        scale0, scale1, scale2 = load_scales(there + COLUMNS, inside, COLUMNS)
+        w0, w1, w2 = load_parts(there[:, None] + lane, used, BEFORE + 3 * HARMONICS)
+        m0, m1, m2 = load_parts(there[:, None] + (COLUMNS + lane), used, BEFORE + 3 * HARMONICS)
+        v0, v1, v2 = m0, m1, m2
+    else:
+        at = (place * COLUMNS)[:, None] + lane
+        w0, w1, w2 = load_parts(rows + at, used, BEFORE + 3 * HARMONICS)
+        m0, m1, m2, v0, v1, v2 = w0, w1, w2, w0, w1, w2
+        if exp_avg is not None:
+            m0, m1, m2 = load_parts(exp_avg + at, used, BEFORE + 3 * HARMONICS)
+            v0, v1, v2 = load_parts(exp_avg_sq + at, used, BEFORE + 3 * HARMONICS)
+    tl.debug_barrier()
+    return last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2
 
 
 @triton.jit
-def _part_of_rows(
-    rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+def _current(
+    w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
     part: tl.constexpr, SCHEDULES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Read a part [ROWS, 16] of the current values of rows."""
+    """Compute a part of the current values of rows from what `_load` gives; without schedules they are that."""
     if CODES:
-        there = rows + place * (2 * COLUMNS)
-        w = caught_up_part(
-            there, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-            part, SCHEDULES, COLUMNS,
-        )  # fmt: skip
-    else:
-        at = (place * COLUMNS)[:, None] + part * _PART + tl.arange(0, _PART)[None, :]
-        w = tl.load(rows + at, mask=inside[:, None], other=0.0)
-        if exp_avg is not None:
-            m = tl.load(exp_avg + at, mask=inside[:, None], other=0.0)
-            v = tl.load(exp_avg_sq + at, mask=inside[:, None], other=0.0)
-            skipped = skipped_part(sums, multipliers, capacity, last, inside, part, SCHEDULES, COLUMNS)
-            w = caught_up(w, m, v, skipped, eps)
+        w = decoded_values(w, True)
+        m, v = decode_moments(m, scale0, scale1, scale2, reach, part, COLUMNS)
+    if SCHEDULES > 0:
+        w = caught_up(w, m, v, skipped_part(sums, multipliers, capacity, last, inside, part, SCHEDULES, COLUMNS), eps)
     return w
 
 
@@ -213,15 +224,16 @@ def _colors_kernel(
     green = tl.load(of_constant + 1, mask=inside, other=0.0)
     blue = tl.load(of_constant + 2, mask=inside, other=0.0)
     if BEFORE + HARMONICS > 0:
-        place = _place_of(places, number, inside)
-        last = _last_of(last_step, place, inside)
-        scale0, scale1, scale2 = _scales_of(rows, place, inside, CODES, COLUMNS)
+        last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2 = _load(
+            rows, exp_avg, exp_avg_sq, places, last_step, number, inside, HARMONICS, BEFORE, CODES, COLUMNS
+        )  # fmt: skip
         reds, greens, blues = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
         for part in tl.static_range(COLUMNS // _PART):
             if part * _PART < 3 * HARMONICS + BEFORE:
-                w = _part_of_rows(
-                    rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2,
-                    sums, multipliers, capacity, eps, reach, part, SCHEDULES, CODES, COLUMNS,
+                w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
+                w = _current(
+                    w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+                    part, SCHEDULES, CODES, COLUMNS,
                 )  # fmt: skip
                 terms = w * harmonics_part(x, y, z, part * _PART - BEFORE, HARMONICS)
                 reds += _of_color(terms, lane, part, 0)
@@ -250,15 +262,16 @@ def _means_kernel(
     red = _CONSTANT * tl.load(v_colors + row * 3, mask=inside, other=0.0)[:, None]
     green = _CONSTANT * tl.load(v_colors + row * 3 + 1, mask=inside, other=0.0)[:, None]
     blue = _CONSTANT * tl.load(v_colors + row * 3 + 2, mask=inside, other=0.0)[:, None]
-    place = _place_of(places, number, inside)
-    last = _last_of(last_step, place, inside)
-    scale0, scale1, scale2 = _scales_of(rows, place, inside, CODES, COLUMNS)
+    last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2 = _load(
+        rows, exp_avg, exp_avg_sq, places, last_step, number, inside, HARMONICS, BEFORE, CODES, COLUMNS
+    )  # fmt: skip
     v_xs, v_ys, v_zs = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
     for part in tl.static_range(COLUMNS // _PART):
         if part * _PART < 3 * HARMONICS + BEFORE:
-            w = _part_of_rows(
-                rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2,
-                sums, multipliers, capacity, eps, reach, part, SCHEDULES, CODES, COLUMNS,
+            w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
+            w = _current(
+                w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+                part, SCHEDULES, CODES, COLUMNS,
             )  # fmt: skip
             channel = (lane + part * _PART) % 3
             w = w * tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
@@ -302,22 +315,27 @@ def _step_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     place, last = tl.load(ids + row, mask=inside, other=0), tl.load(last_step + row, mask=inside, other=0)
+    at, used = (place * COLUMNS)[:, None] + lane, inside[:, None]
+    w0, w1, w2 = load_parts(rows + at, used, COLUMNS)
+    m0, m1, m2 = load_parts(exp_avg + at, used, COLUMNS)
+    v0, v1, v2 = load_parts(exp_avg_sq + at, used, COLUMNS)
     x, y, z, red, green, blue = seen(means, means_stride, constant, constant_stride, at_x, at_y, at_z, row, inside)
     decay1, near, rest = decays_of(decays, capacity, step - 1 - last, inside)
-    used = inside[:, None]
+    tl.debug_barrier()
     for part in tl.static_range(COLUMNS // _PART):
-        at = (place * COLUMNS)[:, None] + part * _PART + lane
-        w = tl.load(rows + at, mask=used, other=0.0)
-        m = tl.load(exp_avg + at, mask=used, other=0.0)
-        v = tl.load(exp_avg_sq + at, mask=used, other=0.0)
-        skipped = skipped_part(sums, multipliers, sums_capacity, last, inside, part, SCHEDULES, COLUMNS)
-        w = caught_up(w, m, v, skipped, eps_before)
+        w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
+        w = caught_up(
+            w, m, v, skipped_part(sums, multipliers, sums_capacity, last, inside, part, SCHEDULES, COLUMNS), eps_before
+        )
         m, v = decayed(m, v, decay1, near, rest)
         gradient = made_gradient(x, y, z, red, green, blue, part * _PART - 3, HARMONICS)
         size = tl.load(multipliers + part * _PART + lane) * rate
         if SCHEDULES == 2:
             size = tl.fma(tl.load(multipliers + COLUMNS + part * _PART + lane), other_rate, size)
         w, m, v = adam_step(w, m, v, gradient, size, gradient_weight, square_weight, eps)
-        tl.store(rows + at, w, mask=used)
-        tl.store(exp_avg + at, m, mask=used)
-        tl.store(exp_avg_sq + at, v, mask=used)
+        w0, w1, w2 = with_part(w0, w1, w2, w, part)
+        m0, m1, m2 = with_part(m0, m1, m2, m, part)
+        v0, v1, v2 = with_part(v0, v1, v2, v, part)
+    store_parts(rows + at, w0, w1, w2, used, COLUMNS)
+    store_parts(exp_avg + at, m0, m1, m2, used, COLUMNS)
+    store_parts(exp_avg_sq + at, v0, v1, v2, used, COLUMNS)

@@ -1,0 +1,55 @@
+"""What gsplat's projection is given in the backward pass; a stand-in for it runs on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from rendering import gsplat_rasterizer
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Put a stand-in in the place of gsplat's function; returns the list of gradients that it is given."""
+    gradients: list[torch.Tensor | None] = []
+
+    class Packed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, means, covars, quats, scales, *others):
+            ids, radii = torch.arange(len(means)), torch.ones(len(means), 2, dtype=torch.int32)
+            conics = 5 * scales
+            ctx.save_for_backward(ids, ids, ids, means, covars, quats, scales, None, None, conics, None)
+            return ids, ids.clone(), ids.clone(), radii, 2 * means[:, :2], 3 * means[:, 2], conics, None
+
+        @staticmethod
+        def backward(ctx, *v):
+            gradients[:] = v
+            v_means = torch.cat([2 * v[4], 3 * v[5][:, None]], dim=1)
+            return v_means, None, None, 5 * v[6], *[None] * 12
+
+    wrapper = ModuleType("gsplat.cuda._wrapper")
+    wrapper._FullyFusedProjectionPacked = Packed  # type: ignore[attr-defined]
+    for name, module in (("gsplat", ModuleType("gsplat")), ("gsplat.cuda", ModuleType("gsplat.cuda"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, wrapper.__name__, wrapper)
+    gsplat_rasterizer._projection.cache_clear()
+    yield gradients
+    gsplat_rasterizer._projection.cache_clear()
+
+
+@pytest.mark.parametrize("used", [("means2d",), ("depths",), ("conics",), ("means2d", "depths", "conics")])
+def test_what_has_no_gradient_is_given_none_but_where_zeros_are_needed(given, used):
+    means, scales = (torch.rand(7, 3, requires_grad=True) for _ in range(2))
+    results = gsplat_rasterizer._projection().apply(means, None, None, scales, *[None] * 12)
+    named = dict(zip(("means2d", "depths", "conics"), results[4:7], strict=True))
+    sum(named[name].sum() for name in used).backward()
+    assert given[:4] == [None] * 4
+    assert given[7] is None
+    for gradient, (name, values) in zip(given[4:7], named.items(), strict=True):
+        assert torch.equal(gradient, torch.full_like(values, float(name in used)))
+    on_screen, deep = 2.0 * ("means2d" in used), 3.0 * ("depths" in used)
+    assert torch.equal(means.grad, torch.tensor([on_screen, on_screen, deep]).expand(7, 3))
+    assert torch.equal(scales.grad, torch.full((7, 3), 5.0 * ("conics" in used)))
