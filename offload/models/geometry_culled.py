@@ -158,9 +158,9 @@ class CulledGeometry:
         self.steps_done = int(state["step_count"])
         self._bounds_are_good = False
 
-    def _margin(self) -> Margin:
-        """Return how far a row may be from its bounds when the step after the present one renders it."""
-        return margin_ahead(self._adam, self.steps_done, lagging=True, rounded=True)
+    def _margin(self, lagging: bool = True) -> Margin:
+        """Return how far a row may be from its bounds, or its current values, when the next step renders it."""
+        return margin_ahead(self._adam, self.steps_done, lagging=lagging, rounded=True)
 
     def _make_bounds(self) -> None:
         """Make bounds of the stored values, where they are not; once after a refinement, whose operations are many."""
