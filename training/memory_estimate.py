@@ -159,18 +159,25 @@ def baseline(sh_degree: int) -> Footprint:
 
 
 def optimized(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32") -> Footprint:
-    """Return that of simple_trainer_hybrid_optimized.py."""
-    groups = ("appearance",) if geometry == "device" else GROUP_NAMES
+    """Return that of simple_trainer_hybrid_optimized.py.
+
+    Geometry on the device lies there with its moments; in a compact state with the ball that culling reads, too, and
+    rows that are added or removed stand there twice meanwhile.
+    """
+    on_device, compact = geometry == "device", state == "compact"
+    groups = ("appearance",) if on_device else GROUP_NAMES
     row = 4 * sum(num_columns(group, sh_degree, state) for group in groups)
-    on_device = geometry == "device"
     store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
+    compact_geometry = row_bytes("geometry", sh_degree, state="compact")
+    rows, values = (compact_geometry + Balls.BYTES, 64) if compact else (GEOMETRY_BYTES, 44)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
-        device_at_start=GEOMETRY_BYTES if on_device else 0,
+        device_at_start=rows if on_device else 0,
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * row),
-        device=GEOMETRY_BYTES if on_device else 0,
-        device_in_view=MOVING_ROWS * row + (3 * 44 if on_device else 0) + RENDERING_BYTES,
+        device=rows if on_device else 0,
+        device_in_view=MOVING_ROWS * row + (3 * values if on_device else 0) + RENDERING_BYTES,
+        device_while_changed=compact_geometry if on_device and compact else 0,
     )
 
 
