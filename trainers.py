@@ -80,8 +80,8 @@ class Smaller:
 #   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
 #   made of them, and read and written by the step, which makes their gradients of the constant one (12) and of means,
 #   which are copied before (36). Where a row travels it is written when it comes and read when it goes. Culling reads
-#   20 bytes of each Gaussian, or 28 of each 64 of them. Beside harmonics on the host the step decodes geometry once more,
-#   and lays its gradients side by side (56 + 64).
+#   20 bytes of each Gaussian, or 28 of each 64 of them. Geometry beside harmonics on the host is decoded once more for
+#   its step, and its gradients are laid side by side (56 + 64).
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
 HARMONICS_ROW = 196

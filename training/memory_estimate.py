@@ -169,14 +169,14 @@ def optimized(sh_degree: int, geometry: Literal["device", "host"], state: StateF
     row = 4 * sum(num_columns(group, sh_degree, state) for group in groups)
     store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
     compact_geometry = row_bytes("geometry", sh_degree, state="compact")
-    rows, values = (compact_geometry + Balls.BYTES, 64) if compact else (GEOMETRY_BYTES, 44)
+    rows, in_view = (compact_geometry + Balls.BYTES, 2 * 64) if compact else (GEOMETRY_BYTES, 3 * 44)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=rows if on_device else 0,
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * row),
         device=rows if on_device else 0,
-        device_in_view=MOVING_ROWS * row + (3 * values if on_device else 0) + RENDERING_BYTES,
+        device_in_view=MOVING_ROWS * row + (in_view if on_device else 0) + RENDERING_BYTES,
         device_while_changed=compact_geometry if on_device and compact else 0,
     )
 

@@ -39,7 +39,7 @@ def fetch_rows(
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
-    tables: DeferralTables,
+    tables: DeferralTables | SkippedSteps,
 ) -> None:
     """Copy rows and apply to their parameters the steps that they have skipped.
 

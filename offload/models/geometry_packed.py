@@ -27,6 +27,8 @@ from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.device_store import DeviceStore
 
+STEPPED_ROWS = 1 << 19  # at once, for which values and gradients take 67 MB: views may be far larger than their tiles
+
 
 class PackedGeometry(CulledGeometry):
     """Holds the geometry of N Gaussians, compact, and a ball around each: 152 bytes per Gaussian and no gradients.
@@ -80,13 +82,13 @@ class PackedGeometry(CulledGeometry):
             ids: int64 [V] on the device, the rows that have a gradient, each once; that of all others is zero.
             gradients: Those of the rows, as from `gather`.
         """
-        values = self._rows.read(ids)  # again: they may have been displaced, and tiles have gathered parts of them
-        widths = {name: columns.stop - columns.start for name, columns in self._store.layout.columns.items()}
-        parts = [gradients[name].reshape(len(ids), width) for name, width in widths.items()]
-        joined = self._join(parts, values.shape[1])
         self._group.begin_step()
         self.steps_done = self._group.adam.step
-        self._rows.step(ids, values, joined)
+        for first in range(0, len(ids), STEPPED_ROWS):
+            rows = slice(first, first + STEPPED_ROWS)
+            # Values are read again: rows may have been displaced, and tiles have gathered some of them each.
+            values = self._rows.read(ids[rows], previous=True)
+            self._rows.step(ids[rows], values, self._joined({name: part[rows] for name, part in gradients.items()}))
 
     def displace(self, ids: Tensor, offsets: Tensor) -> None:
         """Add offsets [D, 3] to the means of rows [D]; they may lag behind."""
@@ -115,3 +117,10 @@ class PackedGeometry(CulledGeometry):
         load_deferred(self._store, "geometry", self._group.adam, state)
         super().load_state(state)
         self._store.step = self.steps_done
+
+    def _joined(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Lay gradients [V, ...] side by side, as the columns of rows lie."""
+        layout = self._store.layout
+        widths = {name: columns.stop - columns.start for name, columns in layout.columns.items()}
+        parts = [gradients[name].reshape(len(gradients[name]), width) for name, width in widths.items()]
+        return self._join(parts, layout.num_columns)

@@ -24,15 +24,17 @@ class DeviceRows:
         self._device = device
         self._kernels = kernels_for(device, "offload.adam.rows")
 
-    def read(self, ids: Tensor) -> Tensor:
+    def read(self, ids: Tensor, *, previous: bool = False) -> Tensor:
         """Return copies of the current values of rows [V, columns]; the store is left as it is.
 
         Args:
             ids: int64 [V] on any device.
+            previous: Values before the step that has begun, of rows that it has not changed yet.
         """
         ids, store, adam = ids.to(self._device), self._group.store, self._group.adam
         out = torch.empty(len(ids), adam.columns, device=self._device)
-        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), adam)
+        skipped = adam.skipped(previous=previous)
+        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), skipped)
         return out
 
     def step(self, ids: Tensor, values: Tensor | None, gradients: Tensor | HarmonicsGradient) -> None:
