@@ -80,16 +80,14 @@ class Smaller:
 #   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
 #   made of them, and read and written by the step, which makes their gradients of the constant one (12) and of means,
 #   which are copied before (36). Where a row travels it is written when it comes and read when it goes. Culling reads
-#   20 bytes of each Gaussian, or 28 of each 64 of them. Geometry beside harmonics on the host is decoded once more for
-#   its step, and its gradients are laid side by side (56 + 64).
+#   20 bytes of each Gaussian, or 28 of each 64 of them. Geometry that stays, beside harmonics on the host, is culled by
+#   32 bytes of each row; its gradients are laid side by side (56 + 64), and its step reads and writes the row.
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
 HARMONICS_ROW = 196
 HARMONICS_VALUES = 192
-DECODED_GEOMETRY = 132 + 64
-STEPPED_GEOMETRY = 64 + 64 + 68 + 132
-COMPACT_STEP = DECODED_GEOMETRY + STEPPED_GEOMETRY + 196 + (196 + 12 + 36 + 196)
-COMPACT_GEOMETRY_STEP = 2 * DECODED_GEOMETRY + (56 + 64) + STEPPED_GEOMETRY
+COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + 196 + (196 + 12 + 36 + 196)
+COMPACT_GEOMETRY_STEP = (132 + 64) + (56 + 64) + (64 + 132 + 132)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
 HARMONICS_COMMIT = HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_ROW  # by the CPU, of harmonics alone
 COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
@@ -166,7 +164,7 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_optimized",
         footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
         traffic=lambda n, v: Traffic(
-            device=20 * n + (COMPACT_GEOMETRY_STEP + 3 * HARMONICS_ROW + HARMONICS_VALUES) * v,
+            device=32 * n + (COMPACT_GEOMETRY_STEP + 3 * HARMONICS_ROW + HARMONICS_VALUES) * v,
             host=(HARMONICS_ROW + HARMONICS_COMMIT) * v,
             link=HARMONICS_ROW * v,
         ),
@@ -200,7 +198,7 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_optimized_split",
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(
-            device=20 * n + COMPACT_GEOMETRY_STEP * v,
+            device=32 * n + COMPACT_GEOMETRY_STEP * v,
             host=(HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_COMMIT) * v,
             link=HARMONICS_VALUES * v,
         ),

@@ -170,7 +170,7 @@ def test_a_model_takes_the_step_of_the_gradient_itself(monkeypatch, kind, case):
 
 
 def test_compact_geometry_that_stays_is_that_which_goes_with_views():
-    """To the bit, also of rows that lag behind; means, and the gradient of the constant, come from it for all harmonics."""
+    """To the bit, also of rows that lag behind; means, and the constant's gradient, come from it for all harmonics."""
     parameters, views = scene()
     states = []
     for kind in ("deferred", "geometry stays"):

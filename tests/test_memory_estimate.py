@@ -90,7 +90,7 @@ def test_bytes_per_gaussian():
     assert FOOTPRINTS["geometry on device"].host_at_start == 580 + 236
     assert FOOTPRINTS["geometry on device"].host == 638
     assert FOOTPRINTS["geometry on host"].host == 800
-    assert FOOTPRINTS["geometry on device, compact"].device == 128 + 4 + 20
+    assert FOOTPRINTS["geometry on device, compact"].device == 128 + 4
     assert FOOTPRINTS["geometry on device, compact"].host_at_start == 192 + 4 + 236
     assert FOOTPRINTS["streamed, bfloat16"].host == 426
     assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4

@@ -161,15 +161,15 @@ def baseline(sh_degree: int) -> Footprint:
 def optimized(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32") -> Footprint:
     """Return that of simple_trainer_hybrid_optimized.py.
 
-    Geometry on the device lies there with its moments; in a compact state with the ball that culling reads, too, and
-    rows that are added or removed stand there twice meanwhile.
+    Geometry on the device lies there with its moments; in a compact state it stands there twice while rows are added or
+    removed.
     """
     on_device, compact = geometry == "device", state == "compact"
     groups = ("appearance",) if on_device else GROUP_NAMES
     row = 4 * sum(num_columns(group, sh_degree, state) for group in groups)
     store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
     compact_geometry = row_bytes("geometry", sh_degree, state="compact")
-    rows, in_view = (compact_geometry + Balls.BYTES, 2 * 64) if compact else (GEOMETRY_BYTES, 3 * 44)
+    rows, in_view = (compact_geometry, 2 * 64) if compact else (GEOMETRY_BYTES, 3 * 44)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=rows if on_device else 0,

@@ -63,7 +63,7 @@ def fetch_rows(
     last_step: Tensor,
     wanted: Tensor | None,
     out: RowState,
-    tables: DeferralTables | SkippedSteps,
+    tables: DeferralTables,
 ) -> None:
     """Do as `offload.adam.rows.fetch_rows`."""
     _fetch(source, places, ids, last_step, wanted, out, tables)

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload.adam.options import AdamOptions
 from offload.adam.state import State
 from offload.backends import kernels_for
-from offload.culling.balls import Balls
+from offload.culling.balls import Balls, BallsOfStore
 from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
@@ -35,7 +35,9 @@ class CulledGeometry:
     for that. Whoever steps rows tells of their new values (`follow`), since the store may have them later.
     """
 
-    def __init__(self, store: RowStore, adam: AdamOptions, bounds: Balls | Boxes, *, device: torch.device) -> None:
+    def __init__(
+        self, store: RowStore, adam: AdamOptions, bounds: Balls | BallsOfStore | Boxes, *, device: torch.device
+    ) -> None:
         """
         Args:
             store: Of the group "geometry", compact.

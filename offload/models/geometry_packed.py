@@ -17,7 +17,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.state import State, load_deferred
 from offload.backends import kernels_for
-from offload.culling.balls import Balls
+from offload.culling.balls import BallsOfStore
 from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.models.geometry_culled import CulledGeometry
@@ -27,15 +27,14 @@ from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.device_store import DeviceStore
 
-STEPPED_ROWS = 1 << 19  # at once, for which values and gradients take 67 MB: views may be far larger than their tiles
+STEPPED_ROWS = 1 << 20  # at once, whose gradients take 67 MB side by side: views may be far larger than their tiles
 
 
 class PackedGeometry(CulledGeometry):
-    """Holds the geometry of N Gaussians, compact, and a ball around each: 152 bytes per Gaussian and no gradients.
+    """Holds the geometry of N Gaussians in compact rows: 132 bytes per Gaussian and no gradients.
 
     Rows lag behind by the steps since their last update. What is read of them is current; before they are changed they
-    have to be brought to the present step by `catch_up`. A step tells culling of its new values on the stream that it
-    is given on, which must be the one that culls.
+    have to be brought to the present step by `catch_up`. They are culled as they are stored, on the current stream.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], adam: AdamOptions, *, device: torch.device) -> None:
@@ -46,10 +45,10 @@ class PackedGeometry(CulledGeometry):
             device: Where all of it lives.
         """
         store = DeviceStore(parameters, "geometry", state="compact", device=device)
-        super().__init__(store, adam, Balls(device), device=device)
+        super().__init__(store, adam, BallsOfStore(store), device=device)
         multipliers, learning_rates = schedules_of("geometry", store.sh_degree, adam, "compact")
         tables = DeferralTables(multipliers, adam.betas, adam.eps, device)
-        self._group = RowGroup(store, tables, learning_rates, self.follow)
+        self._group = RowGroup(store, tables, learning_rates)
         self._rows = DeviceRows(self._group, device)
         self._cells = kernels_for(device, "offload.culling.kernels").covered_cells
         self._join = kernels_for(device, "offload.models.named_rows").join
@@ -86,9 +85,9 @@ class PackedGeometry(CulledGeometry):
         self.steps_done = self._group.adam.step
         for first in range(0, len(ids), STEPPED_ROWS):
             rows = slice(first, first + STEPPED_ROWS)
-            # Values are read again: rows may have been displaced, and tiles have gathered some of them each.
-            values = self._rows.read(ids[rows], previous=True)
-            self._rows.step(ids[rows], values, self._joined({name: part[rows] for name, part in gradients.items()}))
+            joined = self._joined({name: gradient[rows] for name, gradient in gradients.items()})
+            # Without values, which are read anew: rows may have been displaced, and tiles have gathered some each.
+            self._rows.step(ids[rows], None, joined)
 
     def displace(self, ids: Tensor, offsets: Tensor) -> None:
         """Add offsets [D, 3] to the means of rows [D]; they may lag behind."""

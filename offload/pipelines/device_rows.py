@@ -24,25 +24,24 @@ class DeviceRows:
         self._device = device
         self._kernels = kernels_for(device, "offload.adam.rows")
 
-    def read(self, ids: Tensor, *, previous: bool = False) -> Tensor:
+    def read(self, ids: Tensor) -> Tensor:
         """Return copies of the current values of rows [V, columns]; the store is left as it is.
 
         Args:
             ids: int64 [V] on any device.
-            previous: Values before the step that has begun, of rows that it has not changed yet.
         """
         ids, store, adam = ids.to(self._device), self._group.store, self._group.adam
         out = torch.empty(len(ids), adam.columns, device=self._device)
-        skipped = adam.skipped(previous=previous)
-        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), skipped)
+        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), adam)
         return out
 
     def step(self, ids: Tensor, values: Tensor | None, gradients: Tensor | HarmonicsGradient) -> None:
-        """Take Adam's step, which has begun, on rows, and tell whoever listens of their new values.
+        """Take Adam's step, which has begun, on rows; whoever listens is told of their new values, where it has some.
 
         Args:
             ids: int64 [V] on the device, the rows.
-            values: [V, columns], as they were before it; receives the new ones. None: the gradient is made.
+            values: [V, columns], as they were before it; receives the new ones. None: they are read once more, of
+                packed rows or where the gradient is made.
             gradients: [V, columns], or what they are made of.
         """
         group, last_step = self._group, self._group.store.last_step

@@ -123,9 +123,9 @@ class RowBytes:
         if geometry == "host":
             return RowBytes(appearance + host_geometry, 0, view, 0, exchanged)
         # Geometry, its moments and densification's statistics of each; summed gradients of those in view. Compact rows
-        # have the constant colour, too, the step of their last update, and a ball that culling reads.
+        # have the constant colour too.
         if state == "compact":
-            return RowBytes(appearance, 2 * 64, view + 56, 128 + 4 + 20 + 12, exchanged)
+            return RowBytes(appearance, 2 * 64, view + 56, 128 + 4 + 12, exchanged)
         return RowBytes(appearance, 2 * 44, view + 44, 3 * 44 + 12, exchanged)
 
 
