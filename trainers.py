@@ -74,7 +74,8 @@ class Smaller:
 #   bfloat16 it has 384 bytes. With geometry on the host rows of 256 bytes come with their moments, whose 512 bytes come
 #   once more for Adam, and all 768 go: by far the most is read.
 # - To forward a row reads parameters and moments and writes the value; to commit one reads its gradient as well and
-#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are.
+#   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are. The optimized
+#   trainer reads 24 bytes in place of the gradient of harmonics.
 # - A compact row has 328 bytes, with the step of its last update in both groups: 132 of geometry, 196 of harmonics;
 #   values have 256. On the device geometry (64) is decoded, which reads the row and writes the values, and stepped,
 #   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
@@ -89,7 +90,9 @@ HARMONICS_VALUES = 192
 COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + 196 + (196 + 12 + 36 + 196)
 COMPACT_GEOMETRY_STEP = (132 + 64) + (56 + 64) + (64 + 132 + 132)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
+COMPACT_MADE_COMMIT = COMPACT_ROW + 64 + 24 + COMPACT_ROW  # where gradients of harmonics are made
 HARMONICS_COMMIT = HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_ROW  # by the CPU, of harmonics alone
+HARMONICS_MADE_COMMIT = HARMONICS_ROW + 24 + HARMONICS_ROW
 COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
 
 
@@ -146,26 +149,26 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "optimized": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        traffic=lambda n, v: Traffic(host=(40 * 48 + 24) * v, link=192 * v),
         less_device={"geometry": "host"},
         less_host={"state": "compact"},
     ),
     "optimized_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
-        traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        traffic=lambda n, v: Traffic(host=(44 * 12 + 40 * 48 + 24) * v, link=240 * v),
         options={"geometry": "host"},
         less_device="split_geometry_on_host",
         less_host={"state": "compact"},
     ),
-    # Of the next two the device reads rows itself, and writes what decoding gives.
+    # Of the next two the device reads rows itself, and decodes them where they are used.
     "optimized_compact": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(
-            device=32 * n + (COMPACT_GEOMETRY_STEP + 3 * HARMONICS_ROW + HARMONICS_VALUES) * v,
-            host=(HARMONICS_ROW + HARMONICS_COMMIT) * v,
+            device=32 * n + (COMPACT_GEOMETRY_STEP + 2 * HARMONICS_ROW) * v,
+            host=(HARMONICS_ROW + HARMONICS_MADE_COMMIT) * v,
             link=HARMONICS_ROW * v,
         ),
         options={"state": "compact"},
@@ -173,9 +176,9 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "optimized_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state),
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(
-            device=(3 * COMPACT_ROW + COMPACT_VALUES) * v, host=(COMPACT_ROW + COMPACT_COMMIT) * v, link=COMPACT_ROW * v
+            device=(2 * COMPACT_ROW + 64) * v, host=(COMPACT_ROW + COMPACT_MADE_COMMIT) * v, link=COMPACT_ROW * v
         ),
         options={"geometry": "host", "state": "compact"},
         less_device="split_compact_geometry_on_host",

@@ -40,7 +40,7 @@ def train_some_steps(trainer: str, gaussians: Gaussians, cameras: AerialCameras,
     largest_view = 0
     for step in range(NUM_VIEWS):
         view = views[step]
-        rows = gaussians.fetch(view.cameras)
+        rows = gaussians.fetch(view.cameras, 3)
         gaussians.prefetch(views[step + 1].cameras)
         colors, info = render(rows, view.cameras, CONFIG, sh_degree=3)
         largest_view = max(largest_view, len(info["gaussian_ids"]))

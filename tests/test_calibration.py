@@ -139,11 +139,15 @@ def test_advice_is_the_fastest_that_was_measured_of_those_that_fit(scene, measur
 def test_estimates_are_near_what_was_measured(scene, measured):
     """Time is a bound from below; where the CPU does more than Adam, by nearly half. It is too high by what does not
     travel, up to a quarter of the rows, and where the host is faster than copies are, as in the baseline. Memory is
-    that of a model that is densified, which these were not: an array of all rows once more, where it lies there."""
+    that of a model that is densified, which these were not: an array of all rows once more, where it lies there. What
+    is here of the optimized trainer ran when harmonics had gradients of 192 bytes, on the device and on the host."""
     for name, (time, gigabytes) in measured.items():
         found = estimate(name, H200, Scene(*scene, 0, 0))
-        assert 0.55 * time < found.milliseconds < (1.7 if name == "baseline" else 1.25) * time, name
-        assert 0.7 * gigabytes - 0.3 < found.device_memory / 1e9 < 1.45 * gigabytes + 0.3, name
+        rows_with_gradients = scene[0] * scene[1] if name.startswith("optimized") else 0
+        milliseconds = found.milliseconds + 1000 * (192 - 24) * rows_with_gradients / H200.host
+        device_memory = found.device_memory + (192 - 24 - 24) * rows_with_gradients
+        assert 0.55 * time < milliseconds < (1.7 if name == "baseline" else 1.25) * time, name
+        assert 0.7 * gigabytes - 0.3 < device_memory / 1e9 < 1.45 * gigabytes + 0.3, name
 
 
 def test_a_compact_state_is_known():

@@ -19,6 +19,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.deferred import DeferredGaussians
+from offload.models.forwarded import ForwardedGaussians
 from offload.models.geometry_packed import PackedGeometry
 from offload.models.offloaded import OffloadedGaussians, row_groups
 from offload.models.streamed import StreamedGaussians
@@ -97,6 +98,12 @@ def test_rows_take_the_step_of_the_gradient_itself(kind, device, degree, of_degr
         assert_same_rows(actual, expected, exact=False, rounded=True)
 
 
+KINDS = [
+    *("deferred", "streamed", "float32", "geometry stays"),
+    *("forwarded", "forwarded, host", "forwarded, compact", "forwarded, host, compact"),
+]
+
+
 def model_of(kind: str, parameters: dict[str, Tensor]) -> OffloadedGaussians:
     adam = AdamOptions(schedules.learning_rates(CONFIG, 3.2), lambda step: 1e-4, (0.9, 0.999))
     parameters = {name: value.clone() for name, value in parameters.items()}
@@ -109,6 +116,9 @@ def model_of(kind: str, parameters: dict[str, Tensor]) -> OffloadedGaussians:
         appearance = DeviceStore(parameters, "appearance", state="compact", device=CPU)
         groups = row_groups(place, appearance, adam, lambda each: DeferralTables(each, adam.betas, adam.eps, CPU))
         return OffloadedGaussians(place, groups, ResidentPipeline(groups, place.visible_ids, CPU), CPU)
+    if kind.startswith("forwarded"):
+        state, place = "compact" if "compact" in kind else "float32", "host" if "host" in kind else "device"
+        return ForwardedGaussians(parameters, adam, device=CPU, geometry=place, state=state)
     return StreamedGaussians(parameters, adam, device=CPU, state="compact", geometry="host")
 
 
@@ -135,7 +145,7 @@ def step(gaussians, view: Cameras, degree: int, *, is_told: bool, moves: bool = 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["deferred", "streamed", "float32", "geometry stays"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["", "kernels of a GPU", "moves", "bad", "nothing drawn"])
 def test_a_model_takes_the_step_of_the_gradient_itself(monkeypatch, kind, case):
     """Colours are made in other orders of sums, too, so that geometry differs in last bits."""
@@ -190,7 +200,7 @@ def parameters_of(state: dict[str, Tensor]) -> list[Tensor]:
     return [value for name, value in state.items() if name.startswith("parameters/")]
 
 
-@pytest.mark.parametrize("kind", ["deferred", "streamed", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_several_cameras_see_receive_theirs(kind):
     parameters, (first, second, *_) = scene()
     viewmats, Ks = (torch.cat([getattr(view, name) for view in (first, second)]) for name in ("viewmats", "Ks"))

@@ -68,7 +68,7 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     test_harmonics_gradient.test_rows_take_the_step_of_the_gradient_itself(*HERE, 3, 3, 79)
     test_named_rows.test_gradients_are_joined(*HERE, 1, monkeypatch)
     monkeypatch.setattr("offload.backends._takes_triton", lambda device: True)
-    for form in ("compact, in order", "compact", "float32"):
+    for form in ("compact, in order", "compact", "float32", "float32, values"):
         test_stored_harmonics.test_colors_and_gradients_are_those_of_the_values(*HERE, 3, 3, form)
     test_stored_harmonics.test_a_step_without_values_is_the_step_on_those_that_are_fetched(*HERE, 3)
     test_stored_harmonics.test_a_step_of_geometry_without_values_is_the_step_on_those_that_are_fetched(*HERE)

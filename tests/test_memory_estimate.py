@@ -94,6 +94,11 @@ def test_bytes_per_gaussian():
     assert FOOTPRINTS["geometry on device, compact"].host_at_start == 192 + 4 + 236
     assert FOOTPRINTS["streamed, bfloat16"].host == 426
     assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4
+    one_view, two_views = (memory_estimate.optimized(3, "device", batch_size=views) for views in (1, 2))
+    assert two_views == memory_estimate.split(3, "device", 1.0)
+    assert two_views.device_in_view - one_view.device_in_view == 192 - 24 - 2 * 12  # gradients; what they are made of
+    assert two_views.host_in_view - one_view.host_in_view == 3 * (192 - 24)
+    assert memory_estimate.optimized(3, "host", "compact").device_in_view == 2 * 196 + 24 + 12 + 3 * 64 + 200
     compact = memory_estimate.streamed(3, "device", "float32", "compact")
     assert memory_estimate.with_residents(compact, 3, 0.0) == compact
     assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5

@@ -108,7 +108,7 @@ class Training:
             for name, group in self.groups.items()
         }
         made = HarmonicsGradient(gradients["appearance"][:, :3], gradients["appearance"][:, 3:6], (0.0, 1.0, 2.0), 3)
-        stored = current = None
+        stored = current = self.made = None
         with self.noted():
             if step % 2:
                 view, stored = self.pipeline.fetch_stored(step, "appearance")
@@ -123,7 +123,7 @@ class Training:
         if current is not None:
             assert torch.equal(current, expected.values["appearance"])
             expected.values["appearance"].grad = made.dense(current.shape[1])
-            self.groups["appearance"].made = made
+            self.made = made
         for name, values in view.values.items():
             assert torch.equal(values, expected.values[name])
             values.grad, expected.values[name].grad = gradients[name].clone(), gradients[name]
@@ -131,7 +131,7 @@ class Training:
 
     def update(self) -> None:
         with self.noted():
-            self.pipeline.update()
+            self.pipeline.update(self.made)
         assert not self.view.values  # nothing of a view is kept
         self.view = None
         self.reference.update()

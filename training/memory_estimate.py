@@ -5,6 +5,10 @@ Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainer
     appearance row  192 x 3   values, gradient, rows of the next view
     geometry row     48 x 3   the same, where geometry is on the host;
                      44 x 3   else: values, gradient, a gathered copy
+
+Where harmonics have no gradient there (`offload/adam/stored_harmonics.py`), an appearance row takes 192 x 2, or packed
+196 x 2, and what the gradient is made of. Beside them:
+
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
 
@@ -29,6 +33,7 @@ import torch
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import NotEnoughMemory, counted, format_bytes
+from offload.adam.harmonics import MADE_COLUMNS
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
@@ -46,6 +51,7 @@ MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 ID_BYTES = 8
+MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
 
@@ -158,25 +164,44 @@ def baseline(sh_degree: int) -> Footprint:
     )
 
 
-def optimized(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32") -> Footprint:
+def optimized(
+    sh_degree: int, geometry: Literal["device", "host"], state: StateFormat = "float32", batch_size: int = 1
+) -> Footprint:
     """Return that of simple_trainer_hybrid_optimized.py.
 
     Geometry on the device lies there with its moments; in a compact state it stands there twice while rows are added or
     removed.
+
+    Args:
+        sh_degree: Degree of the spherical harmonics.
+        geometry: Where it is.
+        state: The form of rows.
+        batch_size: Views per step, those of all ranks.
     """
+    return _forwarded(sh_degree, geometry, state, is_made=batch_size == 1)
+
+
+def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: StateFormat, *, is_made: bool) -> Footprint:
+    """Return that of rows that the host updates; `is_made` tells whether the gradient of harmonics is made there."""
+    groups = ("appearance",) if geometry == "device" else GROUP_NAMES
+    columns = {group: 4 * num_columns(group, sh_degree, state) for group in groups}
     on_device, compact = geometry == "device", state == "compact"
-    groups = ("appearance",) if on_device else GROUP_NAMES
-    row = 4 * sum(num_columns(group, sh_degree, state) for group in groups)
     store = sum(row_bytes(group, sh_degree, state=state) for group in groups)
+    moving, travelling = MOVING_ROWS * sum(columns.values()), sum(columns.values())
+    if is_made:
+        arrived = row_bytes("appearance", sh_degree, state=state) if compact else columns["appearance"]
+        moving += 2 * arrived - MOVING_ROWS * columns["appearance"] + MADE_BYTES
+        travelling += MADE_BYTES - columns["appearance"]
+        moving += 12 if compact else 2 * 12  # a copy of means; or sh0's leaf and gradient
     compact_geometry = row_bytes("geometry", sh_degree, state="compact")
     rows, in_view = (compact_geometry, 2 * 64) if compact else (GEOMETRY_BYTES, 3 * 44)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=rows if on_device else 0,
         host=int(PEAK * store),
-        host_in_view=int(STAGING_ROWS * row),
+        host_in_view=int(STAGING_ROWS * travelling),
         device=rows if on_device else 0,
-        device_in_view=MOVING_ROWS * row + (in_view if on_device else 0) + RENDERING_BYTES,
+        device_in_view=moving + (in_view if on_device else 0) + RENDERING_BYTES,
         device_while_changed=compact_geometry if on_device and compact else 0,
     )
 
@@ -192,7 +217,7 @@ def split(
         largest_part: Share of the Gaussians above which a view is rendered in parts.
         state: The form of rows.
     """
-    return replace(optimized(sh_degree, geometry, state), largest_part=largest_part)
+    return replace(_forwarded(sh_degree, geometry, state, is_made=False), largest_part=largest_part)
 
 
 def streamed(

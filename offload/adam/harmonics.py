@@ -15,7 +15,7 @@ Where several cameras see a row its gradient is a sum of such products, and not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from offload.culling.cameras import Cameras
 
 CONSTANT = 0.28209479177387814  # Y_0
+MADE_COLUMNS = 6  # of what a gradient is made of, as it travels
 SHORTEST_SQUARED = 1e-24  # of the way to a Gaussian, as the rasterizers have it
 # A colour above the first is zero but for rounding, and is not cut: black points begin there, which would else get no
 # gradient. It becomes the second, as what was cut is zero.
@@ -33,7 +34,7 @@ CUT_BELOW, LEAST_COLOR = -(2.0**-22), 2.0**-100
 class HarmonicsGradient:
     """Holds what the gradient of harmonics in V rows is made of, where one camera has seen them."""
 
-    means: Tensor  # [V, 3] float32 on the device, as they were rendered
+    means: Tensor  # [V, 3] float32, as they were rendered
     constant: Tensor  # [V, 3] the gradient of sh0, which comes from colours alone
     position: tuple[float, float, float]  # of the camera
     sh_degree: int  # which they were rendered with; columns of higher ones have no gradient
@@ -50,6 +51,14 @@ class HarmonicsGradient:
         gradient[:, :first] = self.constant[:, :first]
         gradient[:, first : first + 3 * used] = products.flatten(1)
         return gradient
+
+    def side_by_side(self) -> Tensor:
+        """Return means and gradients of sh0 as they travel, [V, 6]."""
+        return torch.cat([self.means, self.constant], dim=1)
+
+    def of(self, rows: Tensor) -> HarmonicsGradient:
+        """Return what it is of other rows [M], which `side_by_side` has given: views of these [M, 6]."""
+        return replace(self, means=rows[:, :3], constant=rows[:, 3:])
 
 
 def num_harmonics(sh_degree: int) -> int:

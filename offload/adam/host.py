@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload.adam.bfloat16 import seed_of
 from offload.adam.deferral import DeferralTables, SkippedSteps, checked_table
+from offload.adam.harmonics import HarmonicsGradient
 from offload.backends import native, num_threads
 from offload.store.layout import RowState
 
@@ -103,7 +104,7 @@ class DeferredAdam(DeferralTables):
         rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
-        gradients: Tensor | None,
+        gradients: Tensor | HarmonicsGradient | None,
         *,
         gradient_rows: Tensor | None = None,
     ) -> None:
@@ -126,7 +127,7 @@ class DeferredAdam(DeferralTables):
         last_step: Tensor,
         ids: Tensor | None,
         out: Tensor,
-        gradients: Tensor | None = None,
+        gradients: Tensor | HarmonicsGradient | None = None,
         *,
         gradient_rows: Tensor | None = None,
         out_rows: Tensor | None = None,
@@ -162,7 +163,7 @@ class DeferredAdam(DeferralTables):
         rows: RowState,
         last_step: Tensor,
         ids: Tensor | None,
-        gradients: Tensor,
+        gradients: Tensor | HarmonicsGradient,
         out: Tensor,
         *,
         gradient_rows: Tensor | None = None,
@@ -188,7 +189,7 @@ class DeferredAdam(DeferralTables):
         rows: RowState,
         last_step: Tensor | None,
         ids: Tensor | None,
-        gradients: Tensor | None,
+        gradients: Tensor | HarmonicsGradient | None,
         gradient_rows: Tensor | None,
         out: Tensor | None = None,
         out_rows: Tensor | None = None,
@@ -196,6 +197,8 @@ class DeferredAdam(DeferralTables):
         store: bool,
         previous: bool = False,
     ) -> None:
+        if isinstance(gradients, HarmonicsGradient):
+            gradients = gradients.dense(self.columns)
         if self.step == 0 and gradients is not None:
             raise ValueError("begin_step comes before the first gradients")
         n = rows.parameters.shape[0]

@@ -35,15 +35,11 @@ from offload.store.layout import RowState
 class StoredRows:
     """Rows of harmonics, of which some are those of a view, until they are updated."""
 
-    rows: RowState  # packed ones, without the constant harmonic; or float32, which begin with it
+    rows: RowState  # packed ones; or float32; or values that are current, float32 without moments
     places: Tensor | None  # [V] int64, which of them the view has; None: they are the view's, in its order
-    last_step: Tensor  # int32, the step of each row's last update
-    skipped: SkippedSteps  # what catches them up
-
-    @property
-    def has_constant(self) -> bool:
-        """Tell whether the first three columns are the constant harmonic's."""
-        return len(self.rows.moments) == 2
+    last_step: Tensor | None  # int32, the step of each row's last update; None of current ones
+    skipped: SkippedSteps | None  # what catches them up; None of current ones
+    has_constant: bool  # whether the first three columns are the constant harmonic's
 
     def forget(self) -> None:
         """Let go of the rows: a store that grows would stand twice while somebody still holds colours made of it."""
@@ -52,6 +48,8 @@ class StoredRows:
     def of(self, numbers: Tensor) -> Tensor:
         """Return the values [M, columns] of rows [M] of the view, as `fetch_dated_rows` gives them."""
         places = numbers if self.places is None else self.places[numbers]
+        if self.skipped is None or self.last_step is None:
+            return self.rows.parameters[places]
         values = torch.empty(len(places), self.skipped.columns, device=places.device)
         fetch_dated_rows(self.rows, places, self.last_step[places], None, RowState(values, ()), self.skipped)
         return values

@@ -94,15 +94,24 @@ def step(ids: Tensor, last_step: Tensor, made: HarmonicsGradient, rows: RowState
 
 
 def _arguments(others: StoredRows) -> tuple[Tensor | float | int | None, ...]:
-    rows = others.rows.tensors() if others.has_constant else (packed_words(others.rows), None, None)
-    return *rows, others.places, others.last_step, *tables_of(others.skipped), others.skipped.reach
+    skipped = others.skipped
+    if skipped is None:
+        return others.rows.parameters, None, None, others.places, None, None, None, 0, 0.0, 0.0
+    rows = (packed_words(others.rows), None, None) if _has_codes(others) else others.rows.tensors()
+    return *rows, others.places, others.last_step, *tables_of(skipped), skipped.reach
+
+
+def _has_codes(others: StoredRows) -> bool:
+    return len(others.rows.moments) == 1
 
 
 def _shape(others: StoredRows, sh_degree: int) -> dict[str, int]:
     """Return the shape of a tile and the kind of rows, by the names of the kernels' arguments."""
-    schedules, columns = others.skipped.multipliers.shape
-    kind = {"HARMONICS": num_harmonics(sh_degree), "BEFORE": 3 if others.has_constant else 0}
-    return {"SCHEDULES": schedules, "COLUMNS": columns, "ROWS": ROWS, "num_warps": WARPS, **kind}
+    columns = others.rows.parameters.shape[1]
+    schedules = 0 if others.skipped is None else len(others.skipped.multipliers)
+    kind = {"BEFORE": 3 if others.has_constant else 0, "CODES": int(_has_codes(others))}
+    shape = {"SCHEDULES": schedules, "HARMONICS": num_harmonics(sh_degree), "COLUMNS": columns, "ROWS": ROWS}
+    return {**shape, **kind, "num_warps": WARPS}
 
 
 @triton.jit
@@ -126,10 +135,19 @@ def _place_of(places, number, inside):
 
 
 @triton.jit
-def _scales_of(rows, place, inside, BEFORE: tl.constexpr, COLUMNS: tl.constexpr):
+def _last_of(last_step, place, inside):
+    """Return the steps of the last updates of rows [ROWS]; nothing reads those of current ones."""
+    last = place
+    if last_step is not None:
+        last = tl.load(last_step + place, mask=inside, other=0)
+    return last
+
+
+@triton.jit
+def _scales_of(rows, place, inside, CODES: tl.constexpr, COLUMNS: tl.constexpr):
     """Load the scales of rows with codes."""
     scale0, scale1, scale2 = 0.0, 0.0, 0.0
-    if BEFORE == 0:
+    if CODES:
         scale0, scale1, scale2 = load_scales(rows + place * (2 * COLUMNS) + COLUMNS, inside, COLUMNS)
     return scale0, scale1, scale2
 
@@ -137,10 +155,10 @@ def _scales_of(rows, place, inside, BEFORE: tl.constexpr, COLUMNS: tl.constexpr)
 @triton.jit
 def _part_of_rows(
     rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-    part: tl.constexpr, SCHEDULES: tl.constexpr, BEFORE: tl.constexpr, COLUMNS: tl.constexpr,
+    part: tl.constexpr, SCHEDULES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Read a part [ROWS, 16] of the current values of rows."""
-    if BEFORE == 0:
+    if CODES:
         there = rows + place * (2 * COLUMNS)
         w = caught_up_part(
             there, inside, last, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
@@ -149,9 +167,11 @@ def _part_of_rows(
     else:
         at = (place * COLUMNS)[:, None] + part * _PART + tl.arange(0, _PART)[None, :]
         w = tl.load(rows + at, mask=inside[:, None], other=0.0)
-        m = tl.load(exp_avg + at, mask=inside[:, None], other=0.0)
-        v = tl.load(exp_avg_sq + at, mask=inside[:, None], other=0.0)
-        w = caught_up(w, m, v, skipped_part(sums, multipliers, capacity, last, inside, part, SCHEDULES, COLUMNS), eps)
+        if exp_avg is not None:
+            m = tl.load(exp_avg + at, mask=inside[:, None], other=0.0)
+            v = tl.load(exp_avg_sq + at, mask=inside[:, None], other=0.0)
+            skipped = skipped_part(sums, multipliers, capacity, last, inside, part, SCHEDULES, COLUMNS)
+            w = caught_up(w, m, v, skipped, eps)
     return w
 
 
@@ -166,8 +186,9 @@ def _of_color(values, lane, part: tl.constexpr, COLOR: tl.constexpr):
 def _colors_kernel(
     means, camera_position,  # [V, 3], [1, 3]
     ids,  # [M]
-    rows,  # int16 [rows, 2 * COLUMNS], packed; or float32 [rows, COLUMNS], as both moments, which packed ones lack here
-    exp_avg, exp_avg_sq,
+    # int16 [rows, 2 * COLUMNS], packed; or float32 [rows, COLUMNS], as both moments. Packed rows have no others, and
+    # current ones none; those have no last step and no tables either.
+    rows, exp_avg, exp_avg_sq,
     places,  # [V] or None
     last_step,  # [rows]
     sums,  # [SCHEDULES, capacity] float64
@@ -179,6 +200,7 @@ def _colors_kernel(
     SCHEDULES: tl.constexpr,
     HARMONICS: tl.constexpr,  # in use, without the constant one
     BEFORE: tl.constexpr,  # columns of the constant one, before the others: 0 or 3
+    CODES: tl.constexpr,  # whether rows are packed
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -192,14 +214,14 @@ def _colors_kernel(
     blue = tl.load(of_constant + 2, mask=inside, other=0.0)
     if BEFORE + HARMONICS > 0:
         place = _place_of(places, number, inside)
-        last = tl.load(last_step + place, mask=inside, other=0)
-        scale0, scale1, scale2 = _scales_of(rows, place, inside, BEFORE, COLUMNS)
+        last = _last_of(last_step, place, inside)
+        scale0, scale1, scale2 = _scales_of(rows, place, inside, CODES, COLUMNS)
         reds, greens, blues = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
         for part in tl.static_range(COLUMNS // _PART):
             if part * _PART < 3 * HARMONICS + BEFORE:
                 w = _part_of_rows(
                     rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2,
-                    sums, multipliers, capacity, eps, reach, part, SCHEDULES, BEFORE, COLUMNS,
+                    sums, multipliers, capacity, eps, reach, part, SCHEDULES, CODES, COLUMNS,
                 )  # fmt: skip
                 terms = w * harmonics_part(x, y, z, part * _PART - BEFORE, HARMONICS)
                 reds += _of_color(terms, lane, part, 0)
@@ -218,7 +240,8 @@ def _means_kernel(
     v_colors,  # [M, 3], zero where colours were cut
     v_means,  # [V, 3]
     num_rows,  # M
-    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, BEFORE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, BEFORE: tl.constexpr, CODES: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, _PART)[None, :]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -228,14 +251,14 @@ def _means_kernel(
     green = _CONSTANT * tl.load(v_colors + row * 3 + 1, mask=inside, other=0.0)[:, None]
     blue = _CONSTANT * tl.load(v_colors + row * 3 + 2, mask=inside, other=0.0)[:, None]
     place = _place_of(places, number, inside)
-    last = tl.load(last_step + place, mask=inside, other=0)
-    scale0, scale1, scale2 = _scales_of(rows, place, inside, BEFORE, COLUMNS)
+    last = _last_of(last_step, place, inside)
+    scale0, scale1, scale2 = _scales_of(rows, place, inside, CODES, COLUMNS)
     v_xs, v_ys, v_zs = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
     for part in tl.static_range(COLUMNS // _PART):
         if part * _PART < 3 * HARMONICS + BEFORE:
             w = _part_of_rows(
                 rows, exp_avg, exp_avg_sq, place, inside, last, scale0, scale1, scale2,
-                sums, multipliers, capacity, eps, reach, part, SCHEDULES, BEFORE, COLUMNS,
+                sums, multipliers, capacity, eps, reach, part, SCHEDULES, CODES, COLUMNS,
             )  # fmt: skip
             channel = (lane + part * _PART) % 3
             w = w * tl.where(channel == 0, red, tl.where(channel == 1, green, blue))

@@ -118,12 +118,11 @@ class OffloadedGaussians:
         with self._order.taking("update"):
             self._keep_finite()
             gradients = self._geometry_gradients()
-            self._groups["appearance"].made = self._harmonics_gradient()
+            made = self._harmonics_gradient()
             travels, displaced = "geometry" in self._groups, self._displaced
             if travels and displaced is not None:
                 self._pipeline.displace(displaced)
-            self._update_travelled()
-            self._groups["appearance"].made = None
+            self._update_travelled(made)
             self._forget_harmonics()
             if not travels and displaced is not None:
                 self._geometry.displace(self._ids[displaced.rows], displaced.offsets)
@@ -305,8 +304,11 @@ class OffloadedGaussians:
         rows = {**self._geometry.gather(ids), **self._named_to_render(travelled)}
         return {name: value.to(self._rendering_device) for name, value in rows.items()}
 
-    def _update_travelled(self) -> None:
-        self._pipeline.update()
+    def _update_travelled(self, made: HarmonicsGradient | None) -> None:
+        if self._stored is None:
+            self._pipeline.update()
+        else:
+            self._stored.update(made)
 
     def _keep_finite(self) -> None:
         if self._rows is not None:
@@ -327,12 +329,12 @@ class OffloadedGaussians:
         if self._seen is None or self._rows is None:
             return None
         cameras, harmonics = self._seen
-        has_constant = harmonics.others.has_constant
-        if self._leaves:  # geometry that stays
-            means, constant = self._leaves["means"].detach(), gradient_of(harmonics.sh0)[:, 0]
+        has_constant, geometry = harmonics.others.has_constant, self._rows.values.get("geometry")
+        means = self._leaves["means"].detach() if geometry is None else geometry.detach()[:, MEANS].clone()
+        if has_constant or geometry is None:
+            constant = gradient_of(harmonics.sh0)[:, 0]
         else:
-            geometry = self._rows.values["geometry"]
-            means, constant = geometry.detach()[:, MEANS].clone(), gradient_of(geometry)[:, CONSTANT]
+            constant = gradient_of(geometry)[:, CONSTANT]
         return HarmonicsGradient(means, constant, position_of(cameras), harmonics.sh_degree, has_constant)
 
     @contextmanager

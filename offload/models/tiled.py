@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.host import DeferredAdam
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
@@ -266,8 +267,8 @@ class TiledGaussians(OffloadedGaussians):
             raise torch.cuda.OutOfMemoryError("The smallest tile does not fit into device memory.")
         self._tiles.replace_tile(finer)
 
-    def _update_travelled(self) -> None:
-        _once_more(self._tiles.update)
+    def _update_travelled(self, made: HarmonicsGradient | None) -> None:
+        _once_more(self._tiles.update, made)
 
     def _geometry_gradients(self) -> dict[str, Tensor]:
         """Return the gradients [V, ...] of the view, once its last tile has been propagated back."""

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.stored_harmonics import StoredRows
 from offload.culling.cameras import Cameras
 from offload.store.layout import group_columns
@@ -30,17 +31,6 @@ class FetchedRows(Protocol):
     @property
     def values(self) -> dict[str, Tensor]:
         """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
-
-
-@runtime_checkable
-class FetchesStored(Protocol):
-    """What a pipeline is that can leave rows of a view as they are stored."""
-
-    def fetch_stored(self, cameras: Cameras, name: str) -> tuple[FetchedRows, StoredRows]:
-        """Do as `Pipeline.fetch`, but for one group, whose rows have no values: return them as they are stored.
-
-        Their gradient is that which the group has been given (`RowGroup.made`) when they are updated.
-        """
 
 
 @dataclass(frozen=True)
@@ -143,6 +133,21 @@ class Pipeline(Protocol):
 
     def counters(self) -> Counters:
         """Return what has been counted so far; waits for what counts on the device."""
+
+
+@runtime_checkable
+class FetchesStored(Pipeline, Protocol):
+    """What a pipeline is that can leave rows of a view as they are stored."""
+
+    def fetch_stored(self, cameras: Cameras, name: str) -> tuple[FetchedRows, StoredRows]:
+        """Do as `fetch`, but for one group, whose rows have no values: return them as they are stored."""
+
+    def update(self, made: HarmonicsGradient | None = None) -> None:
+        """Take Adam's step on the gradients of the rows that `fetch` or `fetch_stored` gave.
+
+        Args:
+            made: What the gradient of the rows without values is made of, where there are some.
+        """
 
 
 def upcoming_ids_of(state: Mapping[str, Tensor], device: torch.device) -> Tensor | None:

@@ -1,30 +1,60 @@
 """Rows of compact stores that the device reads and decodes itself, where the host's threads update them.
 
 To forward a row the host would read it, catch it up, and write its values, which then cross the link: 328 bytes read
-and 256 written, which the link reads once more. A device reads the row as it is stored, 328 bytes over the link, and
-decodes it in passing. That leaves the host's threads and memory to commits, which both are short of.
+and 256 written, which the link reads once more. A device reads the row as it is stored, 328 bytes over the link.
+Geometry it decodes in passing. Harmonics stay packed, 196 bytes, until colours are made of them, which decodes them
+(`offload/adam/stored_harmonics.py`), or until their values are asked for. That leaves the host's threads and memory to
+commits, which both are short of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from offload.adam.deferral import SkippedSteps
 from offload.adam.host import DeferredAdam
+from offload.adam.stored_harmonics import StoredRows
 from offload.backends import kernels_for
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Uploaded
-from offload.store.layout import RowState, packed_rows
+from offload.store.layout import PackedRows, RowState, packed_rows
 
-READ_ROWS = 1 << 17  # at once; they are packed in between, 43 MB
+READ_ROWS = 1 << 17  # at once; those of geometry are packed in between, 17 MB
+STAYS_PACKED = "appearance"  # the group
+
+
+@dataclass
+class UploadedPacked(Uploaded):
+    """Packed rows on their way to the device, `rows` int32 [V, words]."""
+
+    last_step: Tensor  # int32 [V], the step of each row's last update
+    skipped: SkippedSteps  # what catches them up
+    kernels: ModuleType  # that decode them
+
+    def ready(self) -> Tensor:
+        """Return the values [V, columns], computed on the current stream, for work there."""
+        stored = self.stored(has_constant=False)
+        values = torch.empty(len(self.rows), self.skipped.columns, device=self.rows.device)
+        self.kernels.fetch_dated_rows(stored.rows, None, self.last_step, None, RowState(values, ()), self.skipped)
+        return values
+
+    def stored(self, *, has_constant: bool) -> StoredRows:
+        """Return the rows as they are, for work on the current stream."""
+        super().ready()
+        Lane.current(self.rows.device).uses(self.last_step, self.skipped.sums, self.skipped.multipliers)
+        rows = packed_rows(self.rows, STAYS_PACKED)
+        return StoredRows(rows, None, self.last_step, self.skipped, has_constant)
 
 
 class DeviceReading:
-    """Reads rows of all groups, caught up with the steps that they have skipped, on a stream of its own.
+    """Reads rows of all groups on a stream of its own, and catches them up with the steps that they have skipped.
 
     Rows must not be written before what has been read of them is there (`finish`), in which case their values would be
     of no use, or memory be gone.
@@ -46,15 +76,15 @@ class DeviceReading:
     def upload(
         self, host_ids: Tensor, left_out: Tensor | None, *, previous: bool = False
     ) -> tuple[Tensor, dict[str, Uploaded]]:
-        """Read the values that rows have after the present step; nobody waits.
+        """Read rows for their values after the present step; nobody waits.
 
         Args:
             host_ids: int64 [V] on the host, sorted.
             left_out: int64 [S] on the host, which of these are read later, by `complete`; None: none.
-            previous: Values before the present step, of rows that have not been committed since.
+            previous: For values before the present step, of rows that have not been committed since.
 
         Returns:
-            The ids on the device, for work that waits for the rows; and group -> [V, columns].
+            The ids on the device, for work that waits for the rows; and group -> its V rows.
         """
         with self._lane as lane:
             ids = self._to_device(host_ids)
@@ -62,26 +92,39 @@ class DeviceReading:
             if left_out is not None:
                 wanted = torch.ones(len(ids), dtype=torch.bool, device=self._device)
                 wanted.index_fill_(0, self._to_device(left_out), False)
-            columns = {name: group.adam.columns for name, group in self._groups.items()}
-            values = {name: torch.empty(len(ids), width, device=self._device) for name, width in columns.items()}
-            self._read(ids, wanted, values, previous)
+            skipped = {
+                name: group.adam.skipped_steps(self._device, previous=previous) for name, group in self._groups.items()
+            }
+            values, packed = self._read(ids, wanted, skipped)
             done = lane.record()
-        return ids, {name: Uploaded(rows, done) for name, rows in values.items()}
+        uploads = {name: Uploaded(rows, done) for name, rows in values.items()}
+        for name, (words, last_step) in packed.items():
+            uploads[name] = UploadedPacked(words, done, last_step, skipped[name], self._kernels)
+        return ids, uploads
 
     def complete(self, uploads: Mapping[str, Uploaded], host_ids: Tensor, positions: Tensor) -> None:
-        """Read rows that were left out, with the values that they have been committed with.
+        """Read rows that were left out, as they have been committed in the present step.
 
         Args:
-            uploads: group -> [V, columns], as `upload` gave them.
+            uploads: As `upload` gave them, for values after that step.
             host_ids: int64 [S] on the host, the rows.
             positions: int64 [S] on the host, where they are among those.
         """
         with self._lane as lane:
             ids, places = self._to_device(host_ids), self._to_device(positions)
-            values = {name: upload.rows.new_empty(len(ids), upload.rows.shape[1]) for name, upload in uploads.items()}
-            self._read(ids, None, values, previous=False)
+            skipped = {
+                name: group.adam.skipped_steps(self._device)
+                for name, group in self._groups.items()
+                if name != STAYS_PACKED
+            }
+            values, packed = self._read(ids, None, skipped)
             for name, upload in uploads.items():
-                upload.rows.index_copy_(0, places, values[name])
+                if isinstance(upload, UploadedPacked):
+                    rows, last_step = packed[name]
+                    upload.last_step.index_copy_(0, places, last_step)
+                else:
+                    rows = values[name]
+                upload.rows.index_copy_(0, places, rows)
             done = lane.record()
         for upload in uploads.values():
             upload.done = done
@@ -90,28 +133,54 @@ class DeviceReading:
         """Wait until nothing is being read."""
         self._lane.finish()
 
-    def _read(self, ids: Tensor, wanted: Tensor | None, values: Mapping[str, Tensor], previous: bool) -> None:
-        """Read rows [V] into values [V, columns], in the order of both, on the current stream."""
-        skipped = {
-            name: group.adam.skipped_steps(self._device, previous=previous) for name, group in self._groups.items()
+    def _read(
+        self, ids: Tensor, wanted: Tensor | None, skipped: Mapping[str, SkippedSteps]
+    ) -> tuple[dict[str, Tensor], dict[str, PackedRows]]:
+        """Read rows [V] on the current stream, in their order.
+
+        Args:
+            ids: int64 [V] on the device.
+            wanted: bool [V]; rows where it is False are undefined. None: all are wanted.
+            skipped: What catches up groups that do not stay packed.
+
+        Returns:
+            Values [V, columns] of these groups; and the packed rows of the other one.
+        """
+        count, block = len(ids), min(READ_ROWS, len(ids))
+        packed = {
+            name: self._new_rows(group, count if name == STAYS_PACKED else block)
+            for name, group in self._groups.items()
         }
-        most = min(READ_ROWS, len(ids))
+        values = {
+            name: torch.empty(count, group.adam.columns, device=self._device)
+            for name, group in self._groups.items()
+            if name != STAYS_PACKED
+        }
+        places = torch.arange(block, device=self._device)
         stored = [(group.store.packed, group.store.last_step) for group in self._groups.values()]
-        packed = [(torch.empty(most, words.shape[1], dtype=torch.int32, device=self._device)) for words, _ in stored]
-        last_steps = [torch.empty(most, dtype=torch.int32, device=self._device) for _ in stored]
-        places = torch.arange(most, device=self._device)
         with self._times.on_lane("host_to_device", self._lane):
-            for first in range(0, len(ids), READ_ROWS):
-                rows = slice(first, min(first + READ_ROWS, len(ids)))
-                count, those = rows.stop - first, None if wanted is None else wanted[rows]
-                view = [(words[:count], steps[:count]) for words, steps in zip(packed, last_steps, strict=True)]
-                self._kernels.read_packed_rows(stored, ids[rows], those, view)
-                for name, (words, steps) in zip(self._groups, view, strict=True):
-                    of_view, out = packed_rows(words, name), RowState(values[name][rows], ())
-                    self._kernels.fetch_dated_rows(of_view, places[:count], steps, those, out, skipped[name])
+            for first in range(0, count, READ_ROWS):
+                rows = slice(first, min(first + READ_ROWS, count))
+                here, those = slice(0, rows.stop - first), None if wanted is None else wanted[rows]
+                view = {name: _cut_out(whole, rows if name == STAYS_PACKED else here) for name, whole in packed.items()}
+                self._kernels.read_packed_rows(stored, ids[rows], those, list(view.values()))
+                for name, decoded in values.items():
+                    words, steps = view[name]
+                    of_view, out = packed_rows(words, name), RowState(decoded[rows], ())
+                    self._kernels.fetch_dated_rows(of_view, places[here], steps, those, out, skipped[name])
+        return values, {name: rows for name, rows in packed.items() if name == STAYS_PACKED}
+
+    def _new_rows(self, group: RowGroup[DeferredAdam], count: int) -> PackedRows:
+        words = torch.empty(count, group.store.packed.shape[1], dtype=torch.int32, device=self._device)
+        return words, torch.empty(count, dtype=torch.int32, device=self._device)
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         """Copy int64 [V] on the current stream, without waiting for it; once more before, where it is not pinned."""
         if self._device.type != "cuda":
             return numbers
         return numbers.pin_memory().to(self._device, non_blocking=True)
+
+
+def _cut_out(packed: PackedRows, rows: slice) -> PackedRows:
+    words, last_step = packed
+    return words[rows], last_step[rows]

@@ -10,8 +10,8 @@ While the device renders view j, a worker thread on the host
 Where rows are compact the device reads and decodes them itself, instead, when the worker has committed those that it
 would (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values.
 
-When view j has been rendered, its gradients travel to the host, beside what the worker is still doing. When that is
-done,
+When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
+that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
 
 3. rows in both views are updated, committed and forwarded in one pass. Only these wait for each other.
 
@@ -34,14 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.adam.finite import gradient_of
+from offload.adam.harmonics import MADE_COLUMNS, HarmonicsGradient
 from offload.adam.host import DeferredAdam
+from offload.adam.stored_harmonics import StoredRows
 from offload.backends import native, num_threads
 from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.device_reading import DeviceReading
-from offload.pipelines.groups import RowGroup
+from offload.pipelines.groups import RowGroup, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Downloaded, RowTransfer, Uploaded
@@ -55,7 +56,9 @@ class ForwardedRows:
     ids: Tensor  # [V] int64 on the device, sorted
     host_ids: Tensor  # [V] the same on the host
     values: dict[str, Tensor]  # group -> [V, columns], leaves; empty once their gradients have been taken in
+    # What travels to the host: group -> [V, columns], gradients; or [V, 6], what they are made of together with `made`.
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    made: dict[str, HarmonicsGradient] = field(default_factory=dict)  # group -> that of no rows
 
 
 @dataclass
@@ -147,6 +150,7 @@ class ForwardedPipeline:
         self._culls_in_worker = "geometry" in groups
         self._times = OffloadTimes()
         self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
+        self._made_transfer = RowTransfer(MADE_COLUMNS, device, self._times)
         self._reading = DeviceReading(groups, device, self._times) if device_reads else None
         self._present: VisibleRows | None = None
         self._rows: ForwardedRows | None = None
@@ -161,8 +165,14 @@ class ForwardedPipeline:
 
     def fetch(self, cameras: Cameras) -> ForwardedRows:
         """Return the rows of a view, with the values they have after the last step."""
-        rows = self._begin(cameras)
-        return self._bring(rows.ids.to(self._device), rows.host_ids)
+        return self._bring(*self._begin_whole(cameras))
+
+    def fetch_stored(self, cameras: Cameras, name: str) -> tuple[ForwardedRows, StoredRows]:
+        """Do as `fetch`, but for one group, whose rows are returned as they have come."""
+        ids, host_ids = self._begin_whole(cameras)
+        uploads = self._uploads(host_ids)
+        stored = uploads.pop(name).stored(has_constant=self._groups[name].store.layout.has_constant)
+        return self._take(ids, host_ids, uploads), stored
 
     def prefetch(self, cameras: Cameras) -> None:
         """Let the worker commit what is owed and forward the next view's rows, while the present one is rendered."""
@@ -171,9 +181,13 @@ class ForwardedPipeline:
         upcoming = None if self._culls_in_worker else self._find_upcoming(cameras, present)
         self._ahead.begin(self._prepare, cameras, present, upcoming)
 
-    def update(self) -> None:
-        """Take in the gradients of the view and end the step; the worker commits them at once."""
-        present, gradients, downloads, ahead = self._gradients_and_ahead()
+    def update(self, made: HarmonicsGradient | None = None) -> None:
+        """Take in the gradients of the view and end the step; the worker commits them at once.
+
+        Args:
+            made: What the gradient of the rows without values is made of, where there are some.
+        """
+        present, gradients, downloads, ahead = self._gradients_and_ahead(made)
         # All that takes device memory comes before anything is changed, so that it can be done again.
         if ahead is None or ahead.upcoming is None:
             self._applied = True
@@ -183,7 +197,7 @@ class ForwardedPipeline:
             urgent = self._download_urgently(ahead.upcoming.shared_before, gradients)
             self._applied = True
             self._displace(present)
-            self._update_shared(ahead, ahead.upcoming, present, lambda name: self._arrived(urgent[name]))
+            self._update_shared(ahead, ahead.upcoming, present, lambda name: self._gradients_of(urgent[name]))
             remaining, remaining_ids = ahead.upcoming.only_before, ahead.upcoming.only_before_ids
         self._owed.append(partial(self._commit, remaining_ids, remaining, downloads))
         self._end_step()
@@ -280,7 +294,8 @@ class ForwardedPipeline:
         """Count allocations of staging memory; and milliseconds that the worker has culled, forwarded and committed
         (the main thread where nothing was prefetched), the main thread has updated rows that two views share and has
         waited for the worker, both have waited for gradients to arrive, and copies have taken."""
-        staging_allocations = sum(transfer.staging_allocations for transfer in self._transfers.values())
+        transfers = *self._transfers.values(), self._made_transfer
+        staging_allocations = sum(transfer.staging_allocations for transfer in transfers)
         return Counters(staging_allocations, self._times.milliseconds())
 
     # ------------------------------------------------------------------------------------------ steps of the way
@@ -296,17 +311,28 @@ class ForwardedPipeline:
         self._present, self._applied = rows, False
         return rows
 
+    def _begin_whole(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        """Begin a step on a view that is rendered at once; return its ids [V], on the device and on the host."""
+        rows = self._begin(cameras)
+        return rows.ids.to(self._device), rows.host_ids
+
     def _bring(self, ids: Tensor, host_ids: Tensor) -> ForwardedRows:
-        """Bring rows to the device that are rendered now, or take those that have been prefetched."""
+        """Bring the values of rows to the device that are rendered now, or take those that have been prefetched."""
+        return self._take(ids, host_ids, self._uploads(host_ids))
+
+    def _uploads(self, host_ids: Tensor) -> dict[str, Uploaded]:
+        """Return the rows that are rendered now, on their way since they were prefetched, or from now on."""
         ahead = self._ahead.result()
-        if ahead is None:
-            self._commit_all_owed()
-            uploads = self._upload_unchanged(host_ids)
-        else:
-            self._ahead.forget()
-            uploads = ahead.uploads
+        if ahead is not None:
+            return dict(ahead.uploads)
+        self._commit_all_owed()
+        return self._upload_unchanged(host_ids)
+
+    def _take(self, ids: Tensor, host_ids: Tensor, uploads: Mapping[str, Uploaded]) -> ForwardedRows:
+        """Begin to render the values of rows."""
         values = {name: upload.ready().requires_grad_() for name, upload in uploads.items()}
         Lane.current(self._device).uses(ids)  # which may have come with them
+        self._ahead.forget()
         self._rows = ForwardedRows(ids, host_ids, values)
         return self._rows
 
@@ -359,42 +385,54 @@ class ForwardedPipeline:
         return uploads
 
     def _gradients_and_ahead(
-        self,
+        self, made: HarmonicsGradient | None = None
     ) -> tuple[VisibleRows, dict[str, Tensor], dict[str, Downloaded], Ahead | None]:
         """Send the gradients of the rows on the device to the host, and wait for the worker.
 
         Returns:
-            The present view; the gradients [V, columns] by group, on the device and on their way; and what the worker
-            has done.
+            The present view; the gradients by group, as `_take_gradients` returns them and on their way; and what the
+            worker has done.
         """
-        present, gradients = fetched(self._present), self._take_gradients()
-        downloads = {name: self._transfers[name].download(gradient) for name, gradient in gradients.items()}
+        present, gradients = fetched(self._present), self._take_gradients(made)
+        downloads = {name: self._download(name, gradient) for name, gradient in gradients.items()}
         ahead = self._ahead.result()
         self._commit_all_owed()
         self._begin_step()
         return present, gradients, downloads, ahead
 
-    def _take_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients of the rows on the device, group -> [V, columns], and free the values."""
+    def _take_gradients(self, made: HarmonicsGradient | None = None) -> dict[str, Tensor]:
+        """Free the values of the rows on the device, and return what travels: `ForwardedRows.gradients`."""
         rows = fetched(self._rows)
-        for name, values in rows.values.items():
-            rows.gradients[name] = gradient_of(values)
+        for name in self._groups:
+            if name in rows.gradients:
+                continue  # the update is done again
+            gradient = gradient_or_made(rows.values.get(name), made)
+            if isinstance(gradient, HarmonicsGradient):
+                rows.made[name] = gradient.of(torch.empty(0, MADE_COLUMNS))
+                gradient = gradient.side_by_side()
+            rows.gradients[name] = gradient
         rows.values = {}
         return rows.gradients
+
+    def _download(self, name: str, gradient: Tensor, *, urgent: bool = False) -> Downloaded:
+        """Send to the host what `_take_gradients` has returned of a group, or some rows of that."""
+        made = fetched(self._rows).made.get(name)
+        transfer = self._transfers[name] if made is None else self._made_transfer
+        downloaded = transfer.download(gradient, urgent=urgent)
+        downloaded.made = made
+        return downloaded
 
     def _download_urgently(self, rows: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Downloaded]:
         """Send gradients of some rows, whose numbers are on the host, ahead of the others."""
         rows = rows.to(self._device)
-        return {
-            name: self._transfers[name].download(gradient[rows], urgent=True) for name, gradient in gradients.items()
-        }
+        return {name: self._download(name, gradient[rows], urgent=True) for name, gradient in gradients.items()}
 
     def _update_shared(
         self,
         ahead: Ahead,
         upcoming: Upcoming,
         present: VisibleRows,
-        gradients_of: Callable[[str], Tensor],
+        gradients_of: Callable[[str], Tensor | HarmonicsGradient],
         gradient_rows: Tensor | None = None,
     ) -> None:
         """Update the rows that both views have, and complete what was forwarded of the next one.
@@ -403,10 +441,12 @@ class ForwardedPipeline:
             ahead: What was forwarded.
             upcoming: The next view, whose rows these are.
             present: The present view.
-            gradients_of: Gives the gradients [G, columns] of a group on the host, when they have arrived.
+            gradients_of: Gives the gradients of G rows of a group on the host, when they have arrived.
             gradient_rows: int64 [S], which of these each shared row has; None: they are in its order.
         """
         host_ids = present.host_ids[upcoming.shared_before]
+        if gradient_rows is None:
+            gradient_rows = torch.arange(len(host_ids))
         for name, group in self._groups.items():
             gradients = gradients_of(name)
             if self._reading is not None:
@@ -415,14 +455,16 @@ class ForwardedPipeline:
                 continue
 
             def fill(
-                out: Tensor, begin: int, end: int, group: RowGroup[DeferredAdam] = group, gradients: Tensor = gradients
+                out: Tensor,
+                begin: int,
+                end: int,
+                group: RowGroup[DeferredAdam] = group,
+                gradients: Tensor | HarmonicsGradient = gradients,
+                numbers: Tensor = gradient_rows,
             ) -> None:
                 block = group.store.rows, group.store.last_step, host_ids[begin:end]
                 with self._times.on_host("update_shared_rows"):
-                    if gradient_rows is None:
-                        group.adam.commit_and_forward(*block, gradients[begin:end], out)
-                    else:
-                        group.adam.commit_and_forward(*block, gradients, out, gradient_rows=gradient_rows[begin:end])
+                    group.adam.commit_and_forward(*block, gradients, out, gradient_rows=numbers[begin:end])
 
             with group.store.changing(host_ids):
                 self._transfers[name].complete(ahead.uploads[name], upcoming.shared_here, fill)
@@ -470,13 +512,17 @@ class ForwardedPipeline:
 
     def _commit(self, host_ids: Tensor, gradient_rows: Tensor, gradients: Mapping[str, Downloaded]) -> None:
         for name, group in self._groups.items():
-            arrived = self._arrived(gradients[name])
+            arrived = self._gradients_of(gradients[name])
             with group.store.changing(host_ids) as rows, self._times.on_host("worker_commit"):
                 group.adam.commit(rows, group.store.last_step, host_ids, arrived, gradient_rows=gradient_rows)
 
     def _arrived(self, gradients: Downloaded) -> Tensor:
         with self._times.on_host("wait_for_gradients"):
             return gradients.ready()
+
+    def _gradients_of(self, downloaded: Downloaded) -> Tensor | HarmonicsGradient:
+        with self._times.on_host("wait_for_gradients"):
+            return downloaded.gradients()
 
     def _where_geometry_is(self, host_ids: Tensor) -> Tensor:
         return host_ids if self._culls_in_worker else host_ids.to(self._device)

@@ -33,16 +33,6 @@ class RowGroup(Generic[Adam]):
     # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
     # and before they are in the store.
     on_step: Callable[[Tensor, Tensor], None] | None = None
-    # What the gradient of the present view's rows is made of, by the next update, where they have no leaf.
-    made: HarmonicsGradient | None = None
-
-    def gradient_of(self, leaf: Tensor | None) -> Tensor | HarmonicsGradient:
-        """Return the gradient of rows [V, columns] of the present view, or what it is made of, where they have none."""
-        if leaf is not None:
-            return gradient_of(leaf)
-        if self.made is None:
-            raise RuntimeError("rows without values were updated before their gradient was given")
-        return self.made
 
     def begin_step(self) -> None:
         """Begin the next step, on the current stream."""
@@ -54,6 +44,15 @@ class RowGroup(Generic[Adam]):
         if self.adam.step > steps_done:
             self.adam.undo_step()
             self.store.step = self.adam.step
+
+
+def gradient_or_made(leaf: Tensor | None, made: HarmonicsGradient | None) -> Tensor | HarmonicsGradient:
+    """Return the gradient of rows [V, columns] of a view, or what it is made of, where they have no leaf."""
+    if leaf is not None:
+        return gradient_of(leaf)
+    if made is None:
+        raise RuntimeError("rows without values were updated before their gradient was given")
+    return made
 
 
 def positions_among(others: Tensor, ids: Tensor) -> Tensor:

@@ -37,12 +37,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.stored_harmonics import StoredRows
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, chunks_of
+from offload.pipelines.groups import RowGroup, chunks_of, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
 from offload.pipelines.residents import Residents
@@ -158,7 +159,7 @@ class PackedPipeline:
         """Do as `fetch`, but for one group, whose packed rows are returned as they are."""
         view = self._fetch(cameras, [other for other in self._groups if other != name])
         rows, skipped = packed_rows(view.words(name), name), self._groups[name].adam.skipped()
-        return view, StoredRows(rows, None, view.last_step(name), skipped)
+        return view, StoredRows(rows, None, view.last_step(name), skipped, has_constant=False)
 
     def _fetch(self, cameras: Cameras, names: Iterable[str]) -> PackedView:
         if self._residents.is_due:
@@ -180,7 +181,7 @@ class PackedPipeline:
         """Let the next view's rows travel while the present one is rendered; waits for the culling alone."""
         self._upcoming = self._prepare(cameras, fetched(self._present), self._previous)
 
-    def update(self) -> None:
+    def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
         view, upcoming = fetched(self._present), self._upcoming
         for group in self._groups.values():
@@ -188,7 +189,7 @@ class PackedPipeline:
         self._applied = True
         for name, group in self._groups.items():
             leaf = view.values.get(name)
-            values, gradients = None if leaf is None else leaf.detach(), group.gradient_of(leaf)
+            values, gradients = None if leaf is None else leaf.detach(), gradient_or_made(leaf, made)
             rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
             self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
             last_step.fill_(group.adam.step)

@@ -18,11 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.stored_harmonics import StoredRows
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.device_rows import DeviceRows
-from offload.pipelines.groups import RowGroup
+from offload.pipelines.groups import RowGroup, gradient_or_made
 from offload.pipelines.lanes import Lane
 
 
@@ -66,7 +67,8 @@ class ResidentPipeline:
     def fetch_stored(self, cameras: Cameras, name: str) -> tuple[ResidentRows, StoredRows]:
         """Do as `fetch`, but for one group, whose rows are returned as its store has them."""
         view, group = self._fetch(cameras, [other for other in self._groups if other != name]), self._groups[name]
-        return view, StoredRows(group.store.rows, view.ids, group.store.last_step, group.adam.skipped())
+        store, skipped = group.store, group.adam.skipped()
+        return view, StoredRows(store.rows, view.ids, store.last_step, skipped, store.layout.has_constant)
 
     def _fetch(self, cameras: Cameras, names: Iterable[str]) -> ResidentRows:
         compute = Lane.current(self._device)
@@ -87,10 +89,10 @@ class ResidentPipeline:
             self._upcoming = self._new_view(cameras)
             self._upcoming.found = lane.record()
 
-    def update(self) -> None:
+    def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave, in the stores."""
         view = fetched(self._present)
-        gradients = {name: group.gradient_of(view.values.get(name)) for name, group in self._groups.items()}
+        gradients = {name: gradient_or_made(view.values.get(name), made) for name in self._groups}
         for group in self._groups.values():
             group.begin_step()
         self._applied = True

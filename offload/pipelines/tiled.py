@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.host import DeferredAdam
 from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows, to_host
@@ -137,16 +138,6 @@ class TiledPipeline(ForwardedPipeline):
         """Tell whether that is the view's last tile."""
         return fetched(self._progress).is_last
 
-    def fetch(self, cameras: Cameras) -> ForwardedRows:
-        """Return the rows of a view in one tile, with the values they have after the last step.
-
-        Raises:
-            RuntimeError: It has several tiles.
-        """
-        if len(self.begin(cameras).tiles) > 1:
-            raise RuntimeError("A view in several tiles is fetched tile by tile.")
-        return self.fetch_tile()
-
     def fetch_tile(self) -> ForwardedRows:
         """Return the rows of the present tile, with the values they have after the last step."""
         progress = fetched(self._progress)
@@ -201,11 +192,15 @@ class TiledPipeline(ForwardedPipeline):
         self._rows = None
         progress.index += 1
 
-    def update(self) -> None:
-        """Take in the gradients of the view's last tile and end the step; the worker commits them at once."""
+    def update(self, made: HarmonicsGradient | None = None) -> None:
+        """Take in the gradients of the view's last tile and end the step; the worker commits them at once.
+
+        Args:
+            made: As for `ForwardedPipeline.update`, where the view has one tile.
+        """
         progress = fetched(self._progress)
         if progress.is_whole:
-            super().update()
+            super().update(made)
             return
         present, gradients, downloads, ahead = self._gradients_and_ahead()
         # All that takes device memory comes before anything is changed, so that it can be done again.
@@ -298,6 +293,18 @@ class TiledPipeline(ForwardedPipeline):
         self._found = TiledRows(self._found.ids, self._found.host_ids, tiles)
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _begin_whole(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        """Begin a step on a view in one tile; return its ids [V], where geometry is and on the host.
+
+        Raises:
+            RuntimeError: It has several tiles.
+        """
+        view = self.begin(cameras)
+        if len(view.tiles) > 1:
+            raise RuntimeError("A view in several tiles is fetched tile by tile.")
+        rows = view.of_tile(view.tiles[0])
+        return rows.ids, rows.host_ids
 
     def _find(self, cameras: Cameras) -> TiledRows:
         return self._plan(cameras)

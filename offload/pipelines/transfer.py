@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.adam.harmonics import HarmonicsGradient
+from offload.adam.stored_harmonics import StoredRows
 from offload.pipelines.times import OffloadTimes
+from offload.store.layout import RowState
 
 BLOCK_BYTES = 32 << 20  # of an upload that is filled while the previous one travels
 
@@ -31,6 +34,14 @@ class Uploaded:
             self.rows.record_stream(stream)
         return self.rows
 
+    def stored(self, *, has_constant: bool) -> StoredRows:
+        """Return the rows as colours are made of them, for work on the current stream; these are current.
+
+        Args:
+            has_constant: As of `StoredRows`.
+        """
+        return StoredRows(RowState(self.ready(), ()), None, None, None, has_constant)
+
 
 @dataclass
 class Downloaded:
@@ -38,12 +49,17 @@ class Downloaded:
 
     rows: Tensor  # [V, columns] on the host; overwritten by the download after the next of its kind
     done: torch.cuda.Event | None
+    made: HarmonicsGradient | None = None  # where rows are not gradients but [V, 6] of what they are made of: the rest
 
     def ready(self) -> Tensor:
         """Return the rows, when they have arrived; waits on the calling thread only."""
         if self.done is not None:
             self.done.synchronize()
         return self.rows
+
+    def gradients(self) -> Tensor | HarmonicsGradient:
+        """Return the gradients that the rows are, or what they are made of; waits as `ready`."""
+        return self.ready() if self.made is None else self.made.of(self.ready())
 
 
 @dataclass
@@ -67,7 +83,7 @@ class RowTransfer:
         if self._cuda:
             self._up = torch.cuda.Stream(device)
             self._block_rows = BLOCK_BYTES // (4 * columns)
-            self._blocks = [(self._pinned(self._block_rows), torch.cuda.Event()) for _ in range(3)]
+            self._blocks: list[tuple[Tensor, torch.cuda.Event]] = []  # none, where nothing is uploaded
             self._next_block = 0
             # How many rows are urgent changes far more from view to view than how many there are.
             self._down, self._urgent_down = (
@@ -122,6 +138,8 @@ class RowTransfer:
         self, num_rows: int, fill: Callable[[Tensor, int, int], None]
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield blocks of staging memory that `fill` has written; each is free when what follows has been copied."""
+        if not self._blocks:
+            self._blocks = [(self._pinned(self._block_rows), torch.cuda.Event()) for _ in range(3)]
         for begin in range(0, num_rows, self._block_rows):
             end = min(begin + self._block_rows, num_rows)
             block, sent = self._blocks[self._next_block]

@@ -87,6 +87,11 @@ class RowLayout:
         of_group = group, sh_degree, state
         return cls(group_shapes(*of_group), group_columns(*of_group), num_columns(*of_group), state)
 
+    @property
+    def has_constant(self) -> bool:
+        """Tell whether rows begin with the constant harmonic."""
+        return next(iter(self.columns), None) == "sh0"
+
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """Name the parameters in rows [M, columns] of values, moments or gradients: views of the rows."""
         # In one operation: the backward pass of each slice would make a gradient of whole rows.
