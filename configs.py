@@ -222,7 +222,7 @@ class StateOptions:
 
 @dataclass
 class ForwardedOptions(StateOptions, HostOptions):
-    """Choose what lies in host memory, and its form, where the CPU updates it; compact is what lies there whole."""
+    """Choose what lies in host memory, and in which form all Gaussians are kept."""
 
 
 # dataclass takes fields of the last base first.

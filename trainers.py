@@ -81,12 +81,18 @@ class Smaller:
 #   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
 #   made of them, and read and written by the step, which makes their gradients of the constant one (12) and of means,
 #   which are copied before (36). Where a row travels it is written when it comes and read when it goes. Culling reads
-#   20 bytes of each Gaussian, or 28 of each 64 of them.
+#   20 bytes of each Gaussian, or 28 of each 64 of them. Geometry that stays, beside harmonics on the host, is culled by
+#   32 bytes of each row; its gradients are laid side by side (56 + 64), and its step reads and writes the row.
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
+HARMONICS_ROW = 196
+HARMONICS_VALUES = 192
 COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + 196 + (196 + 12 + 36 + 196)
+COMPACT_GEOMETRY_STEP = (132 + 64) + (56 + 64) + (64 + 132 + 132)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
 COMPACT_MADE_COMMIT = COMPACT_ROW + 64 + 24 + COMPACT_ROW  # where gradients of harmonics are made
+HARMONICS_COMMIT = HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_ROW  # by the CPU, of harmonics alone
+HARMONICS_MADE_COMMIT = HARMONICS_ROW + 24 + HARMONICS_ROW
 COMPACT_BY_CPU = (COMPACT_ROW + COMPACT_VALUES) + COMPACT_COMMIT  # where it forwards as well
 
 
@@ -146,6 +152,7 @@ TRAINERS: dict[str, Trainer] = {
         footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(host=(40 * 48 + 24) * v, link=192 * v),
         less_device={"geometry": "host"},
+        less_host={"state": "compact"},
     ),
     "optimized_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
@@ -155,21 +162,33 @@ TRAINERS: dict[str, Trainer] = {
         less_device="split_geometry_on_host",
         less_host={"state": "compact"},
     ),
+    # Of the next two the device reads rows itself, and decodes them where they are used.
     "optimized_compact": Trainer(
         "simple_trainer_hybrid_optimized",
         footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
-        # The device reads rows itself, and decodes geometry, and harmonics where colours are made of them.
+        traffic=lambda n, v: Traffic(
+            device=32 * n + (COMPACT_GEOMETRY_STEP + 2 * HARMONICS_ROW) * v,
+            host=(HARMONICS_ROW + HARMONICS_MADE_COMMIT) * v,
+            link=HARMONICS_ROW * v,
+        ),
+        options={"state": "compact"},
+        less_device={"geometry": "host"},
+    ),
+    "optimized_compact_geometry_on_host": Trainer(
+        "simple_trainer_hybrid_optimized",
+        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
         traffic=lambda n, v: Traffic(
             device=(2 * COMPACT_ROW + 64) * v, host=(COMPACT_ROW + COMPACT_MADE_COMMIT) * v, link=COMPACT_ROW * v
         ),
         options={"geometry": "host", "state": "compact"},
-        less_device="split_compact",
+        less_device="split_compact_geometry_on_host",
     ),
     "split": Trainer(
         "simple_trainer_hybrid_optimized_split",
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
         less_device={"geometry": "host"},
+        less_host={"state": "compact"},
     ),
     "split_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
@@ -179,6 +198,17 @@ TRAINERS: dict[str, Trainer] = {
         less_host={"state": "compact"},
     ),
     "split_compact": Trainer(
+        "simple_trainer_hybrid_optimized_split",
+        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
+        traffic=lambda n, v: Traffic(
+            device=32 * n + COMPACT_GEOMETRY_STEP * v,
+            host=(HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_COMMIT) * v,
+            link=HARMONICS_VALUES * v,
+        ),
+        options={"state": "compact"},
+        less_device={"geometry": "host"},
+    ),
+    "split_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
         footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
         traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),

@@ -23,7 +23,7 @@ from training import schedules
 CONFIG = Config(sh_degree_interval=1)
 KINDS = (
     *("gpu_only", "gpu_only, deferred", "baseline", "geometry on device", "geometry on host"),
-    *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
+    *("geometry on device, compact", "streamed", "streamed, bfloat16", "streamed, geometry on host"),
 )
 Gaussians = (
     DeviceGaussians | DeferredGaussians | BaselineGaussians | ForwardedGaussians | StreamedGaussians | TiledGaussians
@@ -47,7 +47,8 @@ def gaussians_of(kind: str, parameters: dict[str, Tensor], device: torch.device)
     elif kind == "split":
         gaussians = TiledGaussians(parameters, adam, limit=RowLimit(0.05), **bound)
     else:
-        gaussians = ForwardedGaussians(parameters, adam, geometry=kind.split()[-1], **bound)
+        place, state = "host" if "host" in kind else "device", "compact" if kind.endswith("compact") else "float32"
+        gaussians = ForwardedGaussians(parameters, adam, geometry=place, state=state, **bound)
     parameters.clear()
     return gaussians
 

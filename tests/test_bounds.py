@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.aerial_scene import aerial_scene
 from offload.adam.options import AdamOptions
 from offload.culling import bounds, kernels
-from offload.culling.balls import Balls
+from offload.culling.balls import Balls, BallsOfStore
 from offload.culling.boxes import BLOCK_ROWS, Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.native import BlockBounds, visible_ids
@@ -161,6 +161,10 @@ def test_kernels_find_what_torch_finds(place):
             differing = len(found) + len(expected) - 2 * int(torch.isin(found, expected).sum())
             assert differing <= 0.002 * len(expected)
 
+            wide = torch.cat([rows[:, :11], torch.full((n, 21), torch.nan)], dim=1)  # of others, which are not taken
+            assert torch.equal(kernels.visible_rows(wide[:, :16], cameras, MARGIN), expected)
+            assert torch.equal(kernels_triton.visible_rows(wide.to(place)[:, :16], cameras, MARGIN).cpu(), found)
+
             boxes = vars(bounds_of("boxes", rows))["_boxes"]
             found = bounds_triton.visible_boxes(boxes.to(place), cameras, MARGIN).cpu()
             expected = bounds.visible_boxes(boxes, cameras, MARGIN)
@@ -209,8 +213,9 @@ def test_little_is_found_in_excess_of_an_aerial_scene(num_gaussians):
         assert len(boxes.visible_ids(view, MARGIN_OF_SCENE)) < drawn + 9 * (BLOCK_ROWS * drawn) ** 0.5
 
 
-@pytest.mark.parametrize("kind", BOUNDS)
-@pytest.mark.parametrize("store", ["host", "device"])
+@pytest.mark.parametrize(
+    ("kind", "store"), [*product(BOUNDS, ("host", "device")), pytest.param("balls", "its own", id="balls of the store")]
+)
 def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
     """Bounds are made of the stored rows in several parts, follow steps, and are made anew after rows have changed."""
     monkeypatch.setattr(geometry_culled, "COPIED_ROWS", 2 * BLOCK_ROWS)
@@ -223,7 +228,8 @@ def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
         rows_of = DeviceStore(parameters, "geometry", state="compact", device=CPU)
     rates = dict.fromkeys(("means", "scales", "quats", "opacities", "sh0", "shN"), 1e-3)
     adam = AdamOptions(rates, lambda step: 1e-3, (0.9, 0.999))
-    geometry = CulledGeometry(rows_of, adam, BOUNDS[kind](CPU), device=CPU)
+    its_bounds = BallsOfStore(rows_of) if store == "its own" else BOUNDS[kind](CPU)
+    geometry = CulledGeometry(rows_of, adam, its_bounds, device=CPU)
     assert geometry._margin().means > 0
 
     def assert_culled() -> None:

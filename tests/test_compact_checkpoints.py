@@ -44,7 +44,8 @@ ADAM = AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999))
 BOUND = {"device": CPU, "max_gaussians": 2 * N}
 COMPACT: dict[str, Callable] = {
     "deferred": lambda start: DeferredGaussians(start, ADAM, device=CPU, state="compact"),
-    "forwarded": lambda start: ForwardedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
+    "forwarded": lambda start: ForwardedGaussians(start, ADAM, state="compact", **BOUND),
+    "forwarded, host": lambda start: ForwardedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
     "streamed": lambda start: StreamedGaussians(start, ADAM, state="compact", **BOUND),
     "streamed, host": lambda start: StreamedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
 }
@@ -98,7 +99,7 @@ def spacing_of_half(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("sh_degree", slow_but(["0", "3"], [0, 1, 2, 3]))
-@pytest.mark.parametrize("kind", ["deferred", "streamed", "streamed, host"])
+@pytest.mark.parametrize("kind", ["deferred", "forwarded", "streamed", "streamed, host"])
 def test_a_compact_state_is_read_back_bit_for_bit(tmp_path, kind, sh_degree):
     """And training goes on as if it had not been interrupted."""
     gaussians = train(COMPACT[kind](start(sh_degree)), 5)
@@ -122,7 +123,7 @@ def test_a_checkpoint_is_exported_with_all_steps_applied(tmp_path, make, sh_degr
     assert_same_bits(load_ply(tmp_path / "a.ply"), checkpoint.gaussians)
 
 
-@pytest.mark.parametrize("kind", ["forwarded", "streamed", "streamed, host"])
+@pytest.mark.parametrize("kind", ["forwarded", "forwarded, host", "streamed", "streamed, host"])
 def test_compact_trainers_take_one_anothers_states_as_they_are(tmp_path, kind):
     checkpoint = write(tmp_path / "a.pt", train(COMPACT["deferred"](start(3)), 5))
     state = start_from(COMPACT[kind], checkpoint).state()

@@ -45,12 +45,16 @@ MODELS: dict[str, Callable[[dict[str, Tensor]], GaussianModel]] = {
     "streamed": lambda start: StreamedGaussians(start, ADAM, **BOUND),
     "streamed, host": lambda start: StreamedGaussians(start, ADAM, geometry="host", **BOUND),
     "GPU only, compact": lambda start: DeferredGaussians(start, ADAM, device=CPU, state="compact"),
-    "forwarded, compact": lambda start: ForwardedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
+    "forwarded, compact": lambda start: ForwardedGaussians(start, ADAM, state="compact", **BOUND),
+    "forwarded, host, compact": lambda start: ForwardedGaussians(
+        start, ADAM, geometry="host", state="compact", **BOUND
+    ),
     "streamed, compact": lambda start: StreamedGaussians(start, ADAM, state="compact", **BOUND),
     "streamed, host, compact": lambda start: StreamedGaussians(start, ADAM, geometry="host", state="compact", **BOUND),
     "tiled": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), **BOUND),
     "tiled, host": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), geometry="host", **BOUND),
-    "tiled, compact": lambda start: TiledGaussians(
+    "tiled, compact": lambda start: TiledGaussians(start, ADAM, limit=RowLimit(1.0), state="compact", **BOUND),
+    "tiled, host, compact": lambda start: TiledGaussians(
         start, ADAM, limit=RowLimit(1.0), geometry="host", state="compact", **BOUND
     ),
 }

@@ -13,13 +13,18 @@ from benchmarks.aerial_scene import aerial_scene
 from configs import Config
 from offload import backends
 from offload.adam import codes
+from offload.adam.deferral import DeferralTables
 from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.deferred import DeferredGaussians
 from offload.models.forwarded import ForwardedGaussians
+from offload.models.geometry_packed import PackedGeometry
+from offload.models.offloaded import OffloadedGaussians, row_groups
 from offload.models.streamed import StreamedGaussians
+from offload.pipelines.resident import ResidentPipeline
+from offload.store.device_store import DeviceStore
 from offload.store.layout import GROUP_NAMES, packed_rows
 from rendering.harmonics import real_harmonics
 from tests.aerial_training import views_of
@@ -93,22 +98,27 @@ def test_rows_take_the_step_of_the_gradient_itself(kind, device, degree, of_degr
         assert_same_rows(actual, expected, exact=False, rounded=True)
 
 
-KINDS = ["deferred", "streamed", "float32", "forwarded", "forwarded, host", "forwarded, compact"]
-Model = DeferredGaussians | StreamedGaussians | ForwardedGaussians
+KINDS = [
+    *("deferred", "streamed", "float32", "geometry stays"),
+    *("forwarded", "forwarded, host", "forwarded, compact", "forwarded, host, compact"),
+]
 
 
-def model_of(kind: str, parameters: dict[str, Tensor]) -> Model:
+def model_of(kind: str, parameters: dict[str, Tensor]) -> OffloadedGaussians:
     adam = AdamOptions(schedules.learning_rates(CONFIG, 3.2), lambda step: 1e-4, (0.9, 0.999))
     parameters = {name: value.clone() for name, value in parameters.items()}
     if kind == "deferred":
         return DeferredGaussians(parameters, adam, device=CPU, state="compact")
     if kind == "float32":
         return DeferredGaussians(parameters, adam, device=CPU)
-    if kind == "forwarded":
-        return ForwardedGaussians(parameters, adam, device=CPU)
+    if kind == "geometry stays":
+        place = PackedGeometry(parameters, adam, device=CPU)
+        appearance = DeviceStore(parameters, "appearance", state="compact", device=CPU)
+        groups = row_groups(place, appearance, adam, lambda each: DeferralTables(each, adam.betas, adam.eps, CPU))
+        return OffloadedGaussians(place, groups, ResidentPipeline(groups, place.visible_ids, CPU), CPU)
     if kind.startswith("forwarded"):
-        state = "compact" if "compact" in kind else "float32"
-        return ForwardedGaussians(parameters, adam, device=CPU, geometry="host", state=state)
+        state, place = "compact" if "compact" in kind else "float32", "host" if "host" in kind else "device"
+        return ForwardedGaussians(parameters, adam, device=CPU, geometry=place, state=state)
     return StreamedGaussians(parameters, adam, device=CPU, state="compact", geometry="host")
 
 
@@ -167,6 +177,20 @@ def test_a_model_takes_the_step_of_the_gradient_itself(monkeypatch, kind, case):
     # rate, and a gradient that is the rest of a cancellation may have another sign.
     actual, expected = (torch.cat([rows.float().flatten() for rows in parameters_of(state)]) for state in results)
     assert ((actual - expected).abs() > 2**-10 * expected.abs()).double().mean() < 0.02
+
+
+def test_compact_geometry_that_stays_is_that_which_goes_with_views():
+    """To the bit, also of rows that lag behind; means, and the constant's gradient, come from it for all harmonics."""
+    parameters, views = scene()
+    states = []
+    for kind in ("deferred", "geometry stays"):
+        gaussians = model_of(kind, parameters)
+        for index in (0, 3, 1, 0):
+            assert not step(gaussians, views[index], 2, is_told=True)
+        states.append(gaussians.state())
+    assert states[0].keys() == states[1].keys()
+    assert (states[0]["last_step/geometry"] < 4).any()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def parameters_of(state: dict[str, Tensor]) -> list[Tensor]:

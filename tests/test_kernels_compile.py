@@ -71,6 +71,7 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for form in ("compact, in order", "compact", "float32", "float32, values"):
         test_stored_harmonics.test_colors_and_gradients_are_those_of_the_values(*HERE, 3, 3, form)
     test_stored_harmonics.test_a_step_without_values_is_the_step_on_those_that_are_fetched(*HERE, 3)
+    test_stored_harmonics.test_a_step_of_geometry_without_values_is_the_step_on_those_that_are_fetched(*HERE)
     test_stored_harmonics.test_a_step_of_float32_without_values_is_that_on_the_gradient_itself(*HERE, 3)
     test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
     with monkeypatch.context() as for_tables:

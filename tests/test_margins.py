@@ -23,7 +23,7 @@ from tests.test_culling import random_cameras, random_geometry
 BETAS = (0.9, 0.999)
 RATES = {"means": 2e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 1e-3, "shN": 1e-3}
 ROUNDED = [(StreamedGaussians, "device, compact"), (StreamedGaussians, "host, compact")]
-ROUNDED += [(ForwardedGaussians, "host, compact")]
+ROUNDED += [(ForwardedGaussians, "device, compact"), (ForwardedGaussians, "host, compact")]
 ON_THE_HOST, ON_THE_DEVICE = (
     [(kind, place) for kind in (ForwardedGaussians, StreamedGaussians)] for place in ("host", "device")
 )

@@ -32,6 +32,7 @@ FOOTPRINTS = {
     "baseline": memory_estimate.baseline(3),
     "geometry on device": memory_estimate.optimized(3, "device"),
     "geometry on host": memory_estimate.optimized(3, "host"),
+    "geometry on device, compact": memory_estimate.optimized(3, "device", "compact"),
     "streamed": memory_estimate.streamed(3, "device", "float32"),
     "streamed, bfloat16": memory_estimate.streamed(3, "device", "bfloat16"),
     "streamed, geometry on host": memory_estimate.streamed(3, "host", "float32"),
@@ -89,6 +90,8 @@ def test_bytes_per_gaussian():
     assert FOOTPRINTS["geometry on device"].host_at_start == 580 + 236
     assert FOOTPRINTS["geometry on device"].host == 638
     assert FOOTPRINTS["geometry on host"].host == 800
+    assert FOOTPRINTS["geometry on device, compact"].device == 128 + 4
+    assert FOOTPRINTS["geometry on device, compact"].host_at_start == 192 + 4 + 236
     assert FOOTPRINTS["streamed, bfloat16"].host == 426
     assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4
     one_view, two_views = (memory_estimate.optimized(3, "device", batch_size=views) for views in (1, 2))
@@ -162,7 +165,8 @@ def test_what_fits_is_told_of_the_gaussians_of_all_ranks():
     [
         (simple_trainer, (), ["--sh_degree"]),
         (simple_trainer_hybrid_baseline, (), ["simple_trainer_hybrid_optimized.py"]),
-        (simple_trainer_hybrid_optimized, ("--geometry", "device"), ["--sh_degree"]),
+        (simple_trainer_hybrid_optimized, ("--geometry", "device"), ["--state compact"]),
+        (simple_trainer_hybrid_optimized, ("--state", "compact"), ["--sh_degree"]),
         (simple_trainer_hybrid_optimized, ("--geometry", "host"), ["--state compact"]),
     ],
 )
@@ -213,10 +217,12 @@ def test_device_memory_names_what_takes_less_of_it(monkeypatch):
         "baseline": split,
         "optimized": "give --geometry host",
         "optimized_geometry_on_host": split,
-        "optimized_compact": split.replace("host", "host --state compact"),
+        "optimized_compact": "give --geometry host",
+        "optimized_compact_geometry_on_host": split.replace("host", "host --state compact"),
         "split": "give --geometry host",
         "split_geometry_on_host": "raise --data_factor or lower --batch_size",
-        "split_compact": "raise --data_factor or lower --batch_size",
+        "split_compact": "give --geometry host",
+        "split_compact_geometry_on_host": "raise --data_factor or lower --batch_size",
         "streamed": "give --geometry host",
         "streamed_bfloat16": "give --geometry host",
         "streamed_geometry_on_host": split,

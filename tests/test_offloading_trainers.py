@@ -45,6 +45,7 @@ COMPACT = [
     )
     for place in ("device", "host")
 ]
+COMPACT.append(pytest.param(simple_trainer_hybrid_optimized, ("--state", "compact"), id="optimized, compact"))
 ROUNDED = pytest.param(simple_trainer_hybrid_streamed, ("--moments", "bfloat16"), id="streamed, bfloat16")
 
 

@@ -32,6 +32,12 @@ COMPACT = [
     pytest.param(simple_trainer_hybrid_streamed, ("--state", "compact", "--geometry", place), id=f"compact, {place}")
     for place in ("device", "host")
 ]
+COMPACT += [
+    pytest.param(simple_trainer_hybrid_optimized, ("--state", "compact"), id="optimized, compact"),
+    pytest.param(
+        simple_trainer_hybrid_optimized_split, ("--state", "compact", "--split_threshold", 0.5), id="split, compact"
+    ),
+]
 HOST = ("--geometry", "host")
 
 
@@ -79,6 +85,7 @@ def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, scri
     [
         pytest.param(simple_trainer, ("--adam", "deferred", *MCMC), id="gpu-only, deferred, mcmc"),
         pytest.param(simple_trainer_hybrid_streamed, (*HOST, "--state", "compact", *MCMC), id="compact, host, mcmc"),
+        pytest.param(simple_trainer_hybrid_optimized, ("--state", "compact", *MCMC), id="optimized, compact, mcmc"),
         pytest.param(simple_trainer_hybrid_optimized_split, (*HOST, "--split_threshold", 0.5, *MCMC), id="split, mcmc"),
         pytest.param(simple_trainer_hybrid_optimized, ("--target_gaussians", 900, "--scale_reg", 0.1), id="target"),
     ],

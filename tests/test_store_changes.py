@@ -11,7 +11,7 @@ from offload.store.host_store import HostStore
 from tests.aerial_training import gaussians_of, train_on_random_gradients, views_of
 
 KINDS = (
-    *("geometry on device", "geometry on host", "split"),
+    *("geometry on device", "geometry on device, compact", "geometry on host", "split"),
     *("streamed", "streamed, bfloat16", "streamed, geometry on host"),
 )
 

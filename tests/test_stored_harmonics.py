@@ -140,6 +140,25 @@ def test_a_step_without_values_is_the_step_on_those_that_are_fetched(kind, devic
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_a_step_of_geometry_without_values_is_the_step_on_those_that_are_fetched(kind, device):
+    """Bit for bit, with gradients that no colours tell."""
+    results = []
+    for has_values in (True, False):
+        torch.manual_seed(0)
+        host = random_host_rows(kind, device, "geometry", "compact")
+        ids = torch.randperm(300)[:79].sort().values.to(device)
+        gradients = torch.randn(79, 16, device=device)
+        values = host.values(*host.view(ids)) if has_values else None
+        last_step = host.last_step[ids]
+        host.begin_step()
+        host.kernels.step_host_rows(values, ids, last_step, gradients, host.state, host.tables)
+        results.append(host.state.tensors())
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(("kind", "device"), PLACES)
 def test_what_catches_up_before_a_step_is_what_did_so_before_it_began(kind, device):
     torch.manual_seed(0)

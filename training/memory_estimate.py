@@ -169,6 +169,9 @@ def optimized(
 ) -> Footprint:
     """Return that of simple_trainer_hybrid_optimized.py.
 
+    Geometry on the device lies there with its moments; in a compact state it stands there twice while rows are added or
+    removed.
+
     Args:
         sh_degree: Degree of the spherical harmonics.
         geometry: Where it is.
@@ -191,13 +194,16 @@ def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: State
         # Rows of two views; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
         moving = 2 * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
         staged = MADE_BYTES
+    compact_geometry = row_bytes("geometry", sh_degree, state="compact")
+    rows, in_view = (GEOMETRY_BYTES, 3 * 44) if is_float32 else (compact_geometry, 2 * 64)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
-        device_at_start=GEOMETRY_BYTES if on_device else 0,
+        device_at_start=rows if on_device else 0,
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * (of_geometry + staged)),
-        device=GEOMETRY_BYTES if on_device else 0,
-        device_in_view=moving + (3 * 44 if on_device else MOVING_ROWS * of_geometry) + RENDERING_BYTES,
+        device=rows if on_device else 0,
+        device_in_view=moving + (in_view if on_device else MOVING_ROWS * of_geometry) + RENDERING_BYTES,
+        device_while_changed=compact_geometry if on_device and not is_float32 else 0,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from imageio_ffmpeg import get_ffmpeg_version
 
-from configs import Config, ForwardedOptions
+from configs import Config
 from datasets.trajectories import SHAPES
 from datasets.trajectory_file import read_key_poses
 from errors import InputError
@@ -165,10 +165,6 @@ def check_options(cfg: Config) -> None:
         raise InputError(
             "--state compact cannot be had with --adam dense, which visits every Gaussian at each step: "
             "give --adam deferred."
-        )
-    if isinstance(cfg, ForwardedOptions) and cfg.state == "compact" and cfg.geometry == "device":
-        raise InputError(
-            "--state compact has geometry in host memory where the CPU updates it: give --geometry host too."
         )
     if cfg.target_gaussians > 0 and cfg.strategy == "mcmc":
         raise InputError(

@@ -109,7 +109,7 @@ def step_host_rows(
 
     Args:
         parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values. None: they are read
-            once more, and gradients are made.
+            once more, of packed rows or where gradients are made.
         ids: [V] int64 on the device, the rows of the host that they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
         gradients: [V, columns]; or what they are made of, where rows are packed or have no values here. None: there are

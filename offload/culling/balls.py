@@ -1,4 +1,4 @@
-"""Balls around single Gaussians, by which a device culls rows that it does not hold."""
+"""Balls around single Gaussians, by which a device culls: those of rows that it does not hold, or of rows it does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from offload.backends import kernels_for
 from offload.culling.bounds import balls_of
 from offload.culling.cameras import Cameras, Margin
+from offload.store.contract import RowStore
 
 
 class Balls:
@@ -47,6 +48,34 @@ class Balls:
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
         """Find the sorted ids, int64 [V], of what cameras may draw after moving as far as the margin; waits."""
         return self._visible(self._balls, cameras, margin)
+
+    def whole(self, ids: Tensor) -> Tensor:
+        """Return ids: each has a ball."""
+        return ids
+
+
+class BallsOfStore:
+    """Culls by the balls around rows of a store on the device, which are made of these when they are asked for."""
+
+    BYTES = 0  # of a Gaussian
+
+    def __init__(self, store: RowStore) -> None:
+        """
+        Args:
+            store: Of the group "geometry", on the device.
+        """
+        self._store = store
+        self._visible = kernels_for(store.device, "offload.culling.kernels").visible_rows
+
+    def rebuild(self, num_rows: int, rows: Iterator[Tensor]) -> None:
+        """Do nothing: the store has the rows."""
+
+    def follow(self, ids: Tensor, rows: Tensor) -> None:
+        """Do nothing: the store has the rows."""
+
+    def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
+        """Find the sorted ids, int64 [V], of what cameras may draw after moving as far as the margin; waits."""
+        return self._visible(self._store.rows.parameters, cameras, margin)
 
     def whole(self, ids: Tensor) -> Tensor:
         """Return ids: each has a ball."""

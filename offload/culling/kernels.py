@@ -68,6 +68,17 @@ def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     return _reachable_ids(means, log_scales, logits, pack(cameras, margin))
 
 
+def visible_rows(rows: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    """Do as `visible_balls`, of the balls around rows of geometry.
+
+    Args:
+        rows: float32 [N, columns]: means, log scales, quats, the logit opacity and others; the values of a row lie side
+            by side.
+        cameras, margin: As for `visible_balls`.
+    """
+    return _reachable_ids(rows[:, :3], rows[:, 3:6], rows[:, 10], pack(cameras, margin))
+
+
 def covered_cells(parameters: Mapping[str, Tensor], cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
     """Find where rows may draw, for each camera.
 

@@ -86,6 +86,18 @@ def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     return drawn.nonzero().squeeze(1)
 
 
+def visible_rows(rows: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
+    """Find the rows whose balls any of the cameras may draw, as `offload.culling.kernels.visible_rows`."""
+    num_rows = rows.shape[0]
+    drawn = torch.empty(num_rows, dtype=torch.uint8, device=rows.device)
+    if num_rows:
+        for index, camera in enumerate(as_arguments(pack(cameras, margin), rows.device)):
+            _mark_rows[(-(-num_rows // BLOCK),)](
+                rows, rows.stride(0), num_rows, camera, drawn, FIRST=index == 0, BLOCK=BLOCK
+            )
+    return drawn.nonzero().squeeze(1)
+
+
 def covered_cells(parameters: Mapping[str, Tensor], cameras: Cameras, margin: Margin, cell: int) -> list[CoveredCells]:
     """Find where rows may draw, for each camera, as `offload.culling.kernels.covered_cells`."""
     means, scales, quats, opacities = (parameters[name].contiguous() for name in COLUMNS)
@@ -229,6 +241,39 @@ def _mark_balls(
     log_scale = tl.load(balls + 3 * stride + i, mask=valid, other=0.0)
     logit = tl.load(balls + 4 * stride + i, mask=valid, other=0.0)
     reaches, _x, _y, _z, _error, _s0, _s1, _s2 = _reaches(camera, mx, my, mz, log_scale, log_scale, log_scale, valid)
+    reaches &= logit >= LOGIT_THRESHOLD - RELATIVE_ERROR - number(camera, LOGIT_GAIN)
+    if FIRST:
+        tl.store(drawn + i, reaches.to(tl.uint8), mask=valid)
+    else:
+        tl.store(drawn + i, 1, mask=reaches)
+
+
+@triton.jit
+def _column(values, lane, column: tl.constexpr):
+    """Return a column of values [BLOCK, 4]."""
+    return tl.sum(tl.where(lane == column, values, 0.0), axis=1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _mark_rows(
+    rows,  # N of geometry: means, log scales, quats, the logit opacity
+    pitch,  # between two of them
+    num_rows,  # N
+    camera,
+    drawn,  # [N] uint8
+    FIRST: tl.constexpr,  # whether no camera has written to it before
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < num_rows
+    place, lane = rows + i * pitch, tl.arange(0, 4)[None, :]
+    # 16 bytes at once, which one thread has: no other way gives as few loads and no exchange between threads.
+    first = tl.load(place[:, None] + lane, mask=valid[:, None], other=0.0)
+    second = tl.load(place[:, None] + (4 + lane), mask=valid[:, None], other=0.0)
+    mx, my, mz, s0 = _column(first, lane, 0), _column(first, lane, 1), _column(first, lane, 2), _column(first, lane, 3)
+    s1, s2 = _column(second, lane, 0), _column(second, lane, 1)
+    reaches, _x, _y, _z, _error, _s0, _s1, _s2 = _reaches(camera, mx, my, mz, s0, s1, s2, valid)
+    logit = tl.load(place + 10, mask=reaches, other=0.0)
     reaches &= logit >= LOGIT_THRESHOLD - RELATIVE_ERROR - number(camera, LOGIT_GAIN)
     if FIRST:
         tl.store(drawn + i, reaches.to(tl.uint8), mask=valid)

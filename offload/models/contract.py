@@ -323,7 +323,7 @@ class GaussianModel(Protocol):
 
 
 class GeometryPlace(Protocol):
-    """Where means, scales, quats and opacities are: `DeviceGeometry`, `HostGeometry` or `CulledGeometry`."""
+    """Where geometry is: `DeviceGeometry`, `PackedGeometry`, `HostGeometry` or `CulledGeometry`."""
 
     @property
     def num_gaussians(self) -> int: ...
@@ -355,7 +355,7 @@ class GeometryPlace(Protocol):
         """
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
-        """Copy the current values of rows [V]; nothing where they travel."""
+        """Copy the current values of rows [V] by name, sh0 too where they have it; nothing where they travel."""
 
     def update(self, ids: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Take the next step of Adam on rows [V] with their gradients, as from `gather`."""

@@ -33,7 +33,7 @@ class ForwardedGaussians(OffloadedGaussians):
                 view's rows come in runs.
             adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
-            geometry: Where means, scales, quats and opacities are; on the host where the state is compact.
+            geometry: Where means, scales, quats and opacities are.
             state: The form of rows.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
         """

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload.adam.options import AdamOptions
 from offload.adam.state import State
 from offload.backends import kernels_for
-from offload.culling.balls import Balls
+from offload.culling.balls import Balls, BallsOfStore
 from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
@@ -35,7 +35,9 @@ class CulledGeometry:
     for that. Whoever steps rows tells of their new values (`follow`), since the store may have them later.
     """
 
-    def __init__(self, store: RowStore, adam: AdamOptions, bounds: Balls | Boxes, *, device: torch.device) -> None:
+    def __init__(
+        self, store: RowStore, adam: AdamOptions, bounds: Balls | BallsOfStore | Boxes, *, device: torch.device
+    ) -> None:
         """
         Args:
             store: Of the group "geometry", compact.
@@ -158,9 +160,9 @@ class CulledGeometry:
         self.steps_done = int(state["step_count"])
         self._bounds_are_good = False
 
-    def _margin(self) -> Margin:
-        """Return how far a row may be from its bounds when the step after the present one renders it."""
-        return margin_ahead(self._adam, self.steps_done, lagging=True, rounded=True)
+    def _margin(self, lagging: bool = True) -> Margin:
+        """Return how far a row may be from its bounds, or its current values, when the next step renders it."""
+        return margin_ahead(self._adam, self.steps_done, lagging=lagging, rounded=True)
 
     def _make_bounds(self) -> None:
         """Make bounds of the stored values, where they are not; once after a refinement, whose operations are many."""

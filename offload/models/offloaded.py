@@ -21,6 +21,7 @@ from offload.models.contract import GeometryPlace, StepOrder, check_names, check
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
+from offload.models.geometry_packed import PackedGeometry
 from offload.models.named_rows import named_rows
 from offload.pipelines.contract import MEANS, Counters, Displacement, FetchedRows, FetchesStored, Pipeline
 from offload.pipelines.groups import RowGroup
@@ -356,7 +357,8 @@ class OffloadedGaussians:
 
     def _stored_rows(self) -> dict[str, Tensor]:
         """Return the parameters and moments of all rows [N, ...] under the names of `state`; not copied."""
-        rows = {key: value for key, value in self._geometry.state().items() if key.partition("/")[0] in ARRAYS}
+        arrays = (*ARRAYS, "packed")
+        rows = {key: value for key, value in self._geometry.state().items() if key.partition("/")[0] in arrays}
         for group in self._groups.values():
             rows.update(group.store.arrays_by_name())
         return rows
@@ -385,12 +387,12 @@ def geometry_in(
         adam: Learning rates, decay rates and epsilon.
         device: Where views are rendered.
         max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
-        state: The form of rows, where it is on the host.
+        state: The form of rows.
         pad_to_cache_line: As for `HostStore`, where it is on the host.
     """
     if place == "device":
         if state == "compact":
-            raise ValueError("rows of geometry that a device updates alone have no compact form")
+            return PackedGeometry(parameters, adam, device=device)
         return DeviceGeometry(parameters, adam, device=device)
     return HostGeometry(
         parameters,

@@ -79,7 +79,7 @@ class TiledGaussians(OffloadedGaussians):
             adam: Learning rates, decay rates and epsilon.
             device: Where views are rendered.
             limit: How large a tile may be; None: all views are rendered whole, and memory that runs out is an error.
-            geometry: Where means, scales, quats and opacities are; on the host where the state is compact.
+            geometry: Where means, scales, quats and opacities are.
             state: The form of rows.
             max_gaussians: Bound on the number of Gaussians; 0 allows what host memory could hold.
             halo: Pixels around a tile that are rendered with it.

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.stored_harmonics import StoredRows
-from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, chunks_of, gradient_or_made
+from offload.pipelines.device_rows import DeviceRows
+from offload.pipelines.groups import RowGroup, gradient_or_made
 from offload.pipelines.lanes import Lane
-from offload.store.layout import RowState
 
 
 @dataclass
@@ -50,9 +49,9 @@ class ResidentPipeline:
             device: Where everything is.
         """
         self._groups = groups
+        self._rows = {name: DeviceRows(group, device) for name, group in groups.items()}
         self._cull = cull
         self._device = device
-        self._kernels = kernels_for(device, "offload.adam.rows")
         self._cull_lane = Lane.new(device)
         self._present: ResidentRows | None = None
         self._upcoming: ResidentRows | None = None  # known of the next view, or of the present one before it is fetched
@@ -97,14 +96,9 @@ class ResidentPipeline:
         for group in self._groups.values():
             group.begin_step()
         self._applied = True
-        for name, group in self._groups.items():
-            values, last_step = view.values.get(name), group.store.last_step
-            values = None if values is None else values.detach()
-            with group.store.changing(view.ids) as rows:
-                self._kernels.step_host_rows(values, view.ids, last_step[view.ids], gradients[name], rows, group.adam)
-                last_step.index_fill_(0, view.ids, group.adam.step)
-            if group.on_step is not None and values is not None:
-                group.on_step(view.ids, values)
+        for name, rows in self._rows.items():
+            values = view.values.get(name)
+            rows.step(view.ids, None if values is None else values.detach(), gradients[name])
         for values in view.values.values():
             values.grad = None  # whoever still holds the values has no use for it
         view.values, self._present = {}, None
@@ -134,10 +128,7 @@ class ResidentPipeline:
             name: Of the group.
             ids: int64 [V] on any device.
         """
-        group, ids = self._groups[name], ids.to(self._device)
-        store, out = group.store, torch.empty(len(ids), group.adam.columns, device=self._device)
-        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), group.adam)
-        return out
+        return self._rows[name].read(ids)
 
     def catch_up(self, name: str, ids: Tensor | None) -> None:
         """Let a group's store hold the current values of rows, so that others may read and change them.
@@ -147,16 +138,7 @@ class ResidentPipeline:
             ids: int64 [M] on any device, sorted, the rows; None: all. Others keep the steps they have skipped.
         """
         self.forget_upcoming()
-        group = self._groups[name]
-        last_step = group.store.last_step
-        chosen = None if ids is None else ids.to(self._device)
-        with group.store.changing(ids) as rows:
-            for first, last in chunks_of(group.store.num_gaussians if chosen is None else len(chosen)):
-                chunk = torch.arange(first, last, device=self._device) if chosen is None else chosen[first:last]
-                stale = chunk[last_step[chunk] < group.adam.step]
-                values = self.read(name, stale)
-                self._kernels.step_host_rows(values, stale, last_step[stale], None, rows, group.adam)
-                last_step.index_fill_(0, stale, group.adam.step)
+        self._rows[name].catch_up(ids)
 
     def last_step(self, name: str) -> Tensor:
         """Return the step of each row's last update in a group, [N] int32 on the device."""

@@ -122,7 +122,10 @@ class RowBytes:
         exchanged = EXCHANGED_BYTES if together else 0
         if geometry == "host":
             return RowBytes(appearance + host_geometry, 0, view, 0, exchanged)
-        # Geometry, its moments and densification's statistics of each; summed gradients of those in view.
+        # Geometry, its moments and densification's statistics of each; summed gradients of those in view. Compact rows
+        # have the constant colour too.
+        if state == "compact":
+            return RowBytes(appearance, 2 * 64, view + 56, 128 + 4 + 12, exchanged)
         return RowBytes(appearance, 2 * 44, view + 44, 3 * 44 + 12, exchanged)
 
 

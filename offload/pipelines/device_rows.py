@@ -1,0 +1,68 @@
+"""Rows of a group that lie on the device, and are read and updated there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offload.adam.harmonics import HarmonicsGradient
+from offload.backends import kernels_for
+from offload.pipelines.groups import RowGroup, chunks_of
+from offload.store.layout import RowState
+
+
+class DeviceRows:
+    """Reads, steps and catches up rows of a group whose store is on the device, all on the current stream."""
+
+    def __init__(self, group: RowGroup, device: torch.device) -> None:
+        """
+        Args:
+            group: The rows.
+            device: Where they are.
+        """
+        self._group = group
+        self._device = device
+        self._kernels = kernels_for(device, "offload.adam.rows")
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Return copies of the current values of rows [V, columns]; the store is left as it is.
+
+        Args:
+            ids: int64 [V] on any device.
+        """
+        ids, store, adam = ids.to(self._device), self._group.store, self._group.adam
+        out = torch.empty(len(ids), adam.columns, device=self._device)
+        self._kernels.fetch_rows(store.rows, ids, ids, store.last_step, None, RowState(out, ()), adam)
+        return out
+
+    def step(self, ids: Tensor, values: Tensor | None, gradients: Tensor | HarmonicsGradient) -> None:
+        """Take Adam's step, which has begun, on rows; whoever listens is told of their new values, where it has some.
+
+        Args:
+            ids: int64 [V] on the device, the rows.
+            values: [V, columns], as they were before it; receives the new ones. None: they are read once more, of
+                packed rows or where the gradient is made.
+            gradients: [V, columns], or what they are made of.
+        """
+        group, last_step = self._group, self._group.store.last_step
+        with group.store.changing(ids) as rows:
+            self._kernels.step_host_rows(values, ids, last_step[ids], gradients, rows, group.adam)
+            last_step.index_fill_(0, ids, group.adam.step)
+        if group.on_step is not None and values is not None:
+            group.on_step(ids, values)
+
+    def catch_up(self, ids: Tensor | None) -> None:
+        """Let the store hold the current values of rows, so that others may read and change them.
+
+        Args:
+            ids: int64 [M] on any device, each once, the rows; None: all. Others keep the steps they have skipped.
+        """
+        store, adam = self._group.store, self._group.adam
+        chosen = None if ids is None else ids.to(self._device)
+        with store.changing(ids) as rows:
+            for first, last in chunks_of(store.num_gaussians if chosen is None else len(chosen)):
+                chunk = torch.arange(first, last, device=self._device) if chosen is None else chosen[first:last]
+                stale = chunk[store.last_step[chunk] < adam.step]
+                values = self.read(stale)
+                self._kernels.step_host_rows(values, stale, store.last_step[stale], None, rows, adam)
+                store.last_step.index_fill_(0, stale, adam.step)
