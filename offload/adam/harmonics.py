@@ -34,7 +34,7 @@ CUT_BELOW, LEAST_COLOR = -(2.0**-22), 2.0**-100
 class HarmonicsGradient:
     """Holds what the gradient of harmonics in V rows is made of, where one camera has seen them."""
 
-    means: Tensor  # [V, 3] float32, as they were rendered
+    means: Tensor  # [V, 3] float32 where rows are updated, as they were rendered
     constant: Tensor  # [V, 3] the gradient of sh0, which comes from colours alone
     position: tuple[float, float, float]  # of the camera
     sh_degree: int  # which they were rendered with; columns of higher ones have no gradient

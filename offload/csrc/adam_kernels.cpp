@@ -308,7 +308,7 @@ __attribute__((noinline)) int64_t visit_rows(const AdamStep& step, const AdamRow
   const bool streaming = kOut && columns % 4 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
   Rows visited(step, rows);
   MadeGradients made(rows.made);
-  const bool makes = kGradient && !rows.gradients;
+  const bool makes = kCatchUp && kGradient && !rows.gradients;  // dense steps are given theirs
   int64_t refused = 0;
   for (int64_t i = begin; i < end; ++i) {
     const float* gradient = nullptr;
