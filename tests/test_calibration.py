@@ -357,7 +357,7 @@ def test_speeds_of_this_machine():
     assert 0.5e9 < speeds.packed_both_ways < 1.2 * speeds.copies_both_ways
     assert 1e10 < speeds.device < 2e13
     assert 0 < speeds.launching < 0.1
-    assert 0 < speeds.rendering < 1e-6
+    assert 0 <= speeds.rendering < 1e-6  # none where launching takes all the time, as beside other work
 
 
 @pytest.mark.cuda

@@ -19,6 +19,7 @@ from tests.triton_places import INTERPRETED
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
+BOTH, HARMONICS = ("geometry", "appearance"), ("appearance",)  # groups that travel
 PREFETCHED, LATE, FORGOTTEN, UNDONE = range(4)
 
 
@@ -30,17 +31,20 @@ def view(step: int, n: int) -> Tensor:
     return (chosen & (torch.rand(n, generator=generator) < 0.8)).nonzero().squeeze(1)[: 0 if step == 5 else n]
 
 
-def make_pipeline(device: torch.device, n: int, device_reads: bool) -> ForwardedPipeline:
-    """Views are named by a number in place of their cameras."""
+def make_pipeline(
+    device: torch.device, n: int, device_reads: bool, travelling: tuple[str, ...] = BOTH
+) -> ForwardedPipeline:
+    """Views are named by a number in place of their cameras, and found where geometry is."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (15, 3)}
     parameters = {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
     groups = {}
-    for name in ("geometry", "appearance"):
+    for name in travelling:
         store = HostStore(parameters, name, state="compact", pin=device.type == "cuda")
         multipliers, rates = schedules_of(name, store.sh_degree, ADAM, "compact")
         groups[name] = RowGroup(store, DeferredAdam(multipliers), rates)
-    return ForwardedPipeline(groups, lambda step: view(step, n), device, device_reads=device_reads)
+    place = CPU if "geometry" in travelling else device
+    return ForwardedPipeline(groups, lambda step: view(step, n).to(place), device, device_reads=device_reads)
 
 
 def packed(pipeline: ForwardedPipeline) -> list[Tensor]:
@@ -84,10 +88,11 @@ def assert_same_stores(reading: ForwardedPipeline, forwarding: ForwardedPipeline
         assert torch.equal(here, there)
 
 
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_that_a_device_reads_are_those_that_the_host_forwards(device, monkeypatch):
+def test_rows_that_a_device_reads_are_those_that_the_host_forwards(device, travelling, monkeypatch):
     monkeypatch.setattr("offload.pipelines.device_reading.READ_ROWS", 64)
-    reading, forwarding = (make_pipeline(device, 600, reads) for reads in (True, False))
+    reading, forwarding = (make_pipeline(device, 600, reads, travelling) for reads in (True, False))
     kinds = [PREFETCHED, PREFETCHED, LATE, PREFETCHED, FORGOTTEN, PREFETCHED, PREFETCHED, UNDONE, PREFETCHED]
     for step, kind in enumerate(kinds):
         assert_same_values(reading, forwarding, step, kind)
@@ -96,20 +101,24 @@ def test_rows_that_a_device_reads_are_those_that_the_host_forwards(device, monke
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has them in the tests above")
-def test_rows_that_kernels_in_triton_read(monkeypatch):
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
+def test_rows_that_kernels_in_triton_read(travelling, monkeypatch):
     """Their tables are float32, and views are cut into blocks."""
-    kernels = importlib.import_module("offload.adam.rows_triton")
-    monkeypatch.setattr("offload.pipelines.device_reading.kernels_for", lambda device, module: kernels)
+    monkeypatch.setattr(
+        "offload.pipelines.device_reading.kernels_for",
+        lambda device, module: importlib.import_module(f"{module}_triton"),
+    )
     monkeypatch.setattr("offload.pipelines.device_reading.READ_ROWS", 32)
-    reading, forwarding = (make_pipeline(CPU, 200, reads) for reads in (True, False))
+    reading, forwarding = (make_pipeline(CPU, 200, reads, travelling) for reads in (True, False))
     for step, kind in enumerate([PREFETCHED, PREFETCHED, LATE]):
         assert_same_values(reading, forwarding, step, kind)
 
 
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_read_ahead_have_the_bits_of_rows_read_late(device):
+def test_rows_read_ahead_have_the_bits_of_rows_read_late(device, travelling):
     """So that training which goes on from a state is the same to the last bit."""
-    ahead, late = (make_pipeline(device, 400, device_reads=True) for _ in range(2))
+    ahead, late = (make_pipeline(device, 400, True, travelling) for _ in range(2))
     for step in range(8):
         values = [take_step(pipeline, step, kind) for pipeline, kind in ((ahead, PREFETCHED), (late, LATE))]
         for name in values[0]:
@@ -133,10 +142,11 @@ def test_values_before_the_present_step_can_be_read_still(previous):
 
 
 @pytest.mark.cuda
-def test_many_rows_are_read_while_others_are_written():
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
+def test_many_rows_are_read_while_others_are_written(travelling):
     """Views of several blocks, on a GPU, where the worker commits rows while the device reads others."""
     device, n = torch.device("cuda"), 6 * READ_ROWS
-    reading, forwarding = (make_pipeline(device, n, reads) for reads in (True, False))
+    reading, forwarding = (make_pipeline(device, n, reads, travelling) for reads in (True, False))
     for step in range(6):
         assert_same_values(reading, forwarding, step, PREFETCHED)
     assert_same_stores(reading, forwarding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,33 @@ class VisibleRows:
     @staticmethod
     def of(ids: Tensor) -> VisibleRows:
         """Bring ids [V] to the host as well; waits for them."""
-        return VisibleRows(ids, to_host(ids))
+        return VisibleRows.arriving(ids)()
+
+    @staticmethod
+    def arriving(ids: Tensor) -> Callable[[], VisibleRows]:
+        """Send ids [V] to the host, on the current stream; return what waits there, on any thread, until they came."""
+        arrived = arriving(ids)
+        return lambda: VisibleRows(ids, arrived())
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return a tensor on the host, when it has arrived there: through pinned memory, which torch keeps."""
+    """Return a tensor on the host, when it has arrived there."""
+    return arriving(tensor)()
+
+
+def arriving(tensor: Tensor) -> Callable[[], Tensor]:
+    """Send a tensor to the host, on the current stream, through pinned memory, which torch keeps.
+
+    Returns:
+        What waits, on any thread, until it has arrived, and returns it.
+    """
     if not tensor.is_cuda:
-        return tensor
+        return lambda: tensor
     copy = tensor.to("cpu", non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return copy
+    sent = torch.cuda.current_stream(tensor.device).record_event()
+
+    def arrived() -> Tensor:
+        sent.synchronize()
+        return copy
+
+    return arrived

@@ -53,6 +53,15 @@ class UploadedPacked(Uploaded):
         return StoredRows(rows, None, self.last_step, self.skipped, has_constant)
 
 
+@dataclass
+class BegunReading:
+    """Rows of the next view, of which those are on their way that no commit waits for."""
+
+    ids: Tensor  # [V] int64 on the device
+    nearby: Tensor  # [V] bool, which of them the view before the present one had, and the present one has not
+    packed: PackedRows  # V of the group that stays packed
+
+
 class DeviceReading:
     """Reads rows of all groups on a stream of its own, and catches them up with the steps that they have skipped.
 
@@ -71,7 +80,40 @@ class DeviceReading:
         self._device = device
         self._times = times
         self._kernels = kernels_for(device, "offload.adam.rows")
+        self._overlap = kernels_for(device, "offload.pipelines.overlap").overlap
         self._lane = Lane.new(device)
+
+    def begin(self, ids: Tensor, present: Tensor, before: Tensor) -> BegunReading:
+        """Read rows of the next view that are in no view before it, when the current stream has done its work so far.
+
+        Nothing that is under way on the host writes them: not the commits of the view before the present one. For
+        `go_on`, where no group but the one that stays packed travels.
+
+        Args:
+            ids: int64 [V] on the device, sorted.
+            present: The same of the present view.
+            before: The same of the view before that.
+        """
+        known = Lane.current(self._device).record()
+        with self._lane as lane:
+            lane.wait(known)
+            lane.uses(ids, present, before)
+            found = self._overlap(ids, present, before, ids.new_zeros(()))
+            packed = self._new_rows(self._groups[STAYS_PACKED], len(ids))
+            self._read(ids, found.on_host, {}, packed)
+        return BegunReading(ids, found.nearby, packed)
+
+    def go_on(self, begun: BegunReading) -> dict[str, Uploaded]:
+        """Read the rows of the view before the present one, when they have been committed.
+
+        Returns:
+            group -> V rows, for values after the present step; those of the present view are left out, for `complete`.
+        """
+        with self._lane as lane:
+            self._read(begun.ids, begun.nearby, {}, begun.packed)
+            skipped = self._groups[STAYS_PACKED].adam.skipped_steps(self._device)
+            done = lane.record()
+        return {STAYS_PACKED: UploadedPacked(begun.packed[0], done, begun.packed[1], skipped, self._kernels)}
 
     def upload(
         self, host_ids: Tensor, left_out: Tensor | None, *, previous: bool = False
@@ -134,21 +176,26 @@ class DeviceReading:
         self._lane.finish()
 
     def _read(
-        self, ids: Tensor, wanted: Tensor | None, skipped: Mapping[str, SkippedSteps]
+        self,
+        ids: Tensor,
+        wanted: Tensor | None,
+        skipped: Mapping[str, SkippedSteps],
+        stay_packed: PackedRows | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, PackedRows]]:
         """Read rows [V] on the current stream, in their order.
 
         Args:
             ids: int64 [V] on the device.
-            wanted: bool [V]; rows where it is False are undefined. None: all are wanted.
+            wanted: bool [V]; rows where it is False are undefined, or as they were. None: all are wanted.
             skipped: What catches up groups that do not stay packed.
+            stay_packed: Where V rows of the other group go; None: to new memory.
 
         Returns:
             Values [V, columns] of these groups; and the packed rows of the other one.
         """
         count, block = len(ids), min(READ_ROWS, len(ids))
         packed = {
-            name: self._new_rows(group, count if name == STAYS_PACKED else block)
+            name: stay_packed or self._new_rows(group, count) if name == STAYS_PACKED else self._new_rows(group, block)
             for name, group in self._groups.items()
         }
         values = {

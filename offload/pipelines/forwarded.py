@@ -160,6 +160,7 @@ class ForwardedPipeline:
         self._applied = False  # whether gradients of the present view may have reached the rows
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
+        self._before: Tensor | None = None  # [V] where geometry is, rows of the view before the present one
 
     # ------------------------------------------------------------------------------------------- a training step
 
@@ -176,10 +177,7 @@ class ForwardedPipeline:
 
     def prefetch(self, cameras: Cameras) -> None:
         """Let the worker commit what is owed and forward the next view's rows, while the present one is rendered."""
-        present = fetched(self._present)
-        # The worker gives no work to the device's current stream, where it would wait for the rendering.
-        upcoming = None if self._culls_in_worker else self._find_upcoming(cameras, present)
-        self._ahead.begin(self._prepare, cameras, present, upcoming)
+        self._ahead.begin(self._prepare, *self._finding(cameras, fetched(self._present)))
 
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take in the gradients of the view and end the step; the worker commits them at once.
@@ -339,22 +337,45 @@ class ForwardedPipeline:
     def _find(self, cameras: Cameras) -> VisibleRows:
         return VisibleRows.of(self._cull(cameras))
 
-    def _find_upcoming(self, cameras: Cameras, present: VisibleRows) -> Upcoming:
-        rows = self._find(cameras)
-        return Upcoming.between(rows, rows.host_ids, present.host_ids)
+    def _finding(
+        self, cameras: Cameras, present: VisibleRows
+    ) -> tuple[Callable[[], Upcoming], Callable[[], dict[str, Uploaded]] | None]:
+        """Begin to find the next view, and to read its rows where the device does both.
 
-    def _prepare(self, cameras: Cameras, present: VisibleRows, upcoming: Upcoming | None) -> Ahead:
+        The worker gives no work to the device's current stream, where it would wait for the rendering: geometry that is
+        on the device is culled here.
+
+        Returns:
+            What the worker goes on with: what finds the view; and what reads the rows that have been committed, or
+            None, where all are read when the view is found.
+        """
+        find: Callable[[], VisibleRows] = partial(self._find, cameras)
+        read = None
+        if not self._culls_in_worker:
+            ids = self._cull(cameras)
+            find = VisibleRows.arriving(ids)
+            if self._reading is not None:
+                before = ids[:0] if self._before is None else self._before
+                read = partial(self._reading.go_on, self._reading.begin(ids, present.ids, before))
+
+        def find_upcoming() -> Upcoming:
+            rows = find()
+            return Upcoming.between(rows, rows.host_ids, present.host_ids)
+
+        return find_upcoming, read
+
+    def _prepare(self, find_upcoming: Callable[[], Upcoming], read: Callable[[], dict[str, Uploaded]] | None) -> Ahead:
         """Upload what can be known of the next view before the present view's gradients."""
         self._commit_all_owed()
         self._begin_step()
-        if upcoming is None:
-            with self._times.on_host("worker_cull"):
-                upcoming = self._find_upcoming(cameras, present)
-        if self._reading is not None:
-            rows = upcoming.rows
-            rows.ids, uploads = self._reading.upload(rows.host_ids, upcoming.shared_here)
-            return Ahead(uploads, upcoming)
-        return Ahead({name: self._upload_known(name, upcoming) for name in self._groups}, upcoming)
+        uploads = None if read is None else read()
+        with self._times.on_host("worker_cull"):
+            upcoming = find_upcoming()
+        if uploads is None and self._reading is not None:
+            upcoming.rows.ids, uploads = self._reading.upload(upcoming.rows.host_ids, upcoming.shared_here)
+        if uploads is None:
+            uploads = {name: self._upload_known(name, upcoming) for name in self._groups}
+        return Ahead(uploads, upcoming)
 
     def _upload_known(self, name: str, upcoming: Upcoming) -> Uploaded:
         group, known, ids = self._groups[name], upcoming.only_here, upcoming.only_here_ids
@@ -496,6 +517,7 @@ class ForwardedPipeline:
 
     def _end_step(self) -> None:
         """Let the worker commit what is owed, before it is given the next view."""
+        self._before = fetched(self._present).ids
         self._present = self._rows = None
         self._step_begun = False
         self._ahead.begin_before(self._commit_owed)

@@ -309,6 +309,12 @@ class TiledPipeline(ForwardedPipeline):
     def _find(self, cameras: Cameras) -> TiledRows:
         return self._plan(cameras)
 
+    def _finding(self, cameras: Cameras, present: VisibleRows) -> tuple[Callable[[], Upcoming], None]:
+        if self._culls_in_worker:
+            return partial(self._find_upcoming, cameras, present), None
+        upcoming = self._find_upcoming(cameras, present)
+        return lambda: upcoming, None
+
     def _find_upcoming(self, cameras: Cameras, present: VisibleRows) -> Upcoming:
         progress = fetched(self._progress)
         # Where bringing its rows fails for lack of memory, it is not looked for again: other processes would not.
