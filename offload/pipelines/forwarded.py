@@ -7,8 +7,10 @@ While the device renders view j, a worker thread on the host
 2. culls view j + 1 ahead, with a margin for what view j will change, and forwards its rows: rows that are not in
    view j have no gradient at this step, so their next value is a pure catch-up.
 
-Where rows are compact the device reads and decodes them itself, instead, when the worker has committed those that it
-would (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values.
+Where rows are compact the device reads them itself, instead, when the worker has committed those that it would
+(`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values. Where geometry
+is on the device as well, that knows which rows no commit writes, and reads these at once; nobody but the update needs to
+know on the host which rows the next view has, and it finds out while the worker still commits.
 
 When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
 that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
@@ -27,7 +29,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import ClassVar
 
 import numpy as np
@@ -117,7 +119,13 @@ class Ahead:
     """Hold rows on their way to the device, behind the rendering."""
 
     uploads: dict[str, Uploaded]  # group -> [V, columns]
-    upcoming: Upcoming | None  # the view that begins with them; None: the present view has them, in its next tile
+    # Returns the view that begins with them, the same each time; None: the present view has them, in its next tile.
+    find: Callable[[], Upcoming] | None
+
+    @property
+    def upcoming(self) -> Upcoming | None:
+        """Return the view that begins with these rows, or None, if it is the present one."""
+        return None if self.find is None else self.find()
 
 
 class ForwardedPipeline:
@@ -160,6 +168,8 @@ class ForwardedPipeline:
         self._applied = False  # whether gradients of the present view may have reached the rows
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
+        # Finds the next view while the worker still commits, where nobody has needed that before.
+        self._find_in_update: Callable[[], Upcoming] | None = None
         self._before: Tensor | None = None  # [V] where geometry is, rows of the view before the present one
 
     # ------------------------------------------------------------------------------------------- a training step
@@ -177,7 +187,9 @@ class ForwardedPipeline:
 
     def prefetch(self, cameras: Cameras) -> None:
         """Let the worker commit what is owed and forward the next view's rows, while the present one is rendered."""
-        self._ahead.begin(self._prepare, *self._finding(cameras, fetched(self._present)))
+        find, read = self._finding(cameras, fetched(self._present))
+        self._find_in_update = None if read is None else find
+        self._ahead.begin(self._prepare, find, read)
 
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take in the gradients of the view and end the step; the worker commits them at once.
@@ -286,7 +298,7 @@ class ForwardedPipeline:
         self._found = self._present
         self._step_begun = False
         self._ahead.forget()
-        self._rows = self._present = self._displaced = None
+        self._rows = self._present = self._displaced = self._find_in_update = None
 
     def counters(self) -> Counters:
         """Count allocations of staging memory; and milliseconds that the worker has culled, forwarded and committed
@@ -346,8 +358,8 @@ class ForwardedPipeline:
         on the device is culled here.
 
         Returns:
-            What the worker goes on with: what finds the view; and what reads the rows that have been committed, or
-            None, where all are read when the view is found.
+            What finds the view, the same each time; and what reads the rows that have been committed, or None, where
+            all are read when the view is found.
         """
         find: Callable[[], VisibleRows] = partial(self._find, cameras)
         read = None
@@ -358,24 +370,26 @@ class ForwardedPipeline:
                 before = ids[:0] if self._before is None else self._before
                 read = partial(self._reading.go_on, self._reading.begin(ids, present.ids, before))
 
+        @cache
         def find_upcoming() -> Upcoming:
             rows = find()
             return Upcoming.between(rows, rows.host_ids, present.host_ids)
 
         return find_upcoming, read
 
-    def _prepare(self, find_upcoming: Callable[[], Upcoming], read: Callable[[], dict[str, Uploaded]] | None) -> Ahead:
+    def _prepare(self, find: Callable[[], Upcoming], read: Callable[[], dict[str, Uploaded]] | None) -> Ahead:
         """Upload what can be known of the next view before the present view's gradients."""
         self._commit_all_owed()
         self._begin_step()
-        uploads = None if read is None else read()
+        if read is not None:
+            return Ahead(read(), find)
         with self._times.on_host("worker_cull"):
-            upcoming = find_upcoming()
-        if uploads is None and self._reading is not None:
-            upcoming.rows.ids, uploads = self._reading.upload(upcoming.rows.host_ids, upcoming.shared_here)
-        if uploads is None:
+            upcoming = find()
+        if self._reading is None:
             uploads = {name: self._upload_known(name, upcoming) for name in self._groups}
-        return Ahead(uploads, upcoming)
+        else:
+            upcoming.rows.ids, uploads = self._reading.upload(upcoming.rows.host_ids, upcoming.shared_here)
+        return Ahead(uploads, find)
 
     def _upload_known(self, name: str, upcoming: Upcoming) -> Uploaded:
         group, known, ids = self._groups[name], upcoming.only_here, upcoming.only_here_ids
@@ -416,6 +430,8 @@ class ForwardedPipeline:
         """
         present, gradients = fetched(self._present), self._take_gradients(made)
         downloads = {name: self._download(name, gradient) for name, gradient in gradients.items()}
+        if self._find_in_update is not None:
+            self._find_in_update()
         ahead = self._ahead.result()
         self._commit_all_owed()
         self._begin_step()
@@ -518,7 +534,7 @@ class ForwardedPipeline:
     def _end_step(self) -> None:
         """Let the worker commit what is owed, before it is given the next view."""
         self._before = fetched(self._present).ids
-        self._present = self._rows = None
+        self._present = self._rows = self._find_in_update = None
         self._step_begun = False
         self._ahead.begin_before(self._commit_owed)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import cast
 
@@ -310,10 +310,10 @@ class TiledPipeline(ForwardedPipeline):
         return self._plan(cameras)
 
     def _finding(self, cameras: Cameras, present: VisibleRows) -> tuple[Callable[[], Upcoming], None]:
-        if self._culls_in_worker:
-            return partial(self._find_upcoming, cameras, present), None
-        upcoming = self._find_upcoming(cameras, present)
-        return lambda: upcoming, None
+        find = cache(partial(self._find_upcoming, cameras, present))
+        if not self._culls_in_worker:
+            find()
+        return find, None
 
     def _find_upcoming(self, cameras: Cameras, present: VisibleRows) -> Upcoming:
         progress = fetched(self._progress)
