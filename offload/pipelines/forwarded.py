@@ -158,6 +158,7 @@ class ForwardedPipeline:
         self._ahead: WorkAhead[Ahead] = WorkAhead(self._times, device)
         self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
         self._applied = False  # whether gradients of the present view may have reached the rows
+        self._is_ending = False  # whether its update has begun to change them, which is not done twice
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
         self._before: Tensor | None = None  # [V] where geometry is, rows of the view before the present one
@@ -186,14 +187,14 @@ class ForwardedPipeline:
             made: What the gradient of the rows without values is made of, where there are some.
         """
         present, gradients, downloads, ahead = self._gradients_and_ahead(made)
-        # All that takes device memory comes before anything is changed, so that it can be done again.
+        # What takes most device memory comes before anything is changed, so that it can be done again.
         if ahead is None or ahead.upcoming is None:
-            self._applied = True
+            self._applied = self._is_ending = True
             self._displace(present)
             remaining, remaining_ids = torch.arange(len(present.host_ids)), present.host_ids
         else:
             urgent = self._download_urgently(ahead.upcoming.shared_before, gradients)
-            self._applied = True
+            self._applied = self._is_ending = True
             self._displace(present)
             self._update_shared(ahead, ahead.upcoming, present, lambda name: self._gradients_of(urgent[name]))
             remaining, remaining_ids = ahead.upcoming.only_before, ahead.upcoming.only_before_ids
@@ -306,7 +307,7 @@ class ForwardedPipeline:
             rows, self._found = self._find(cameras) if self._found is None else self._found, None
         else:
             rows, self._found = ahead.upcoming.rows, None
-        self._present, self._applied = rows, False
+        self._present, self._applied, self._is_ending = rows, False, False
         return rows
 
     def _begin_whole(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
@@ -413,7 +414,12 @@ class ForwardedPipeline:
         Returns:
             The present view; the gradients by group, as `_take_gradients` returns them and on their way; and what the
             worker has done.
+
+        Raises:
+            OutOfMemoryError: The update is done again, and memory had run out when it had begun to change rows.
         """
+        if self._is_ending:
+            raise torch.cuda.OutOfMemoryError("Device memory ran out when the step had been applied in part.")
         present, gradients = fetched(self._present), self._take_gradients(made)
         downloads = {name: self._download(name, gradient) for name, gradient in gradients.items()}
         ahead = self._ahead.result()
