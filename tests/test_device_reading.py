@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_values_before_the_present_step_can_be_read_still(previous):
     _, uploads = reading.upload(ids, None, previous=previous)
     same = [torch.equal(uploads[name].ready(), rows) for name, rows in before.items()]
     assert same == [previous, previous]
+
+
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
+@pytest.mark.parametrize("device_reads", [False, True])
+def test_ids_of_a_view_are_kept_for_the_next_step_where_that_reads_early_alone(travelling, device_reads):
+    """They lie in the device's memory where geometry does, and a view in tiles may see most of the scene."""
+    pipeline = make_pipeline(CPU, 300, device_reads, travelling)
+    take_step(pipeline, 0, PREFETCHED)
+    rows = pipeline.fetch(1)
+    for values in rows.values.values():
+        values.grad = torch.ones_like(values)
+    ids = weakref.ref(rows.ids)
+    del rows
+    pipeline.update()
+    pipeline.finish()
+    assert (ids() is not None) == (device_reads and travelling == HARMONICS)
 
 
 @pytest.mark.cuda

@@ -152,6 +152,7 @@ class ForwardedPipeline:
         self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
         self._made_transfer = RowTransfer(MADE_COLUMNS, device, self._times)
         self._reading = DeviceReading(groups, device, self._times) if device_reads else None
+        self._reads_early = device_reads and not self._culls_in_worker
         self._present: VisibleRows | None = None
         self._rows: ForwardedRows | None = None
         self._step_begun = False
@@ -161,7 +162,7 @@ class ForwardedPipeline:
         self._is_ending = False  # whether its update has begun to change them, which is not done twice
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
-        self._before: Tensor | None = None  # [V] where geometry is, rows of the view before the present one
+        self._before: Tensor | None = None  # [V] on the device, rows of the view before the present one; to read early
 
     # ------------------------------------------------------------------------------------------- a training step
 
@@ -523,7 +524,8 @@ class ForwardedPipeline:
 
     def _end_step(self) -> None:
         """Let the worker commit what is owed, before it is given the next view."""
-        self._before = fetched(self._present).ids
+        if self._reads_early:
+            self._before = fetched(self._present).ids
         self._present = self._rows = None
         self._step_begun = False
         self._ahead.begin_before(self._commit_owed)
