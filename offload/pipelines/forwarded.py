@@ -4,11 +4,12 @@ While the device renders view j, a worker thread on the host
 
 1. commits the gradients of view j - 1 (rows that view j needs as well are committed already, see 3), which it begins
    as soon as step j - 1 is over,
-2. culls view j + 1 ahead, with a margin for what view j will change, and forwards its rows: rows that are not in
-   view j have no gradient at this step, so their next value is a pure catch-up.
+2. culls view j + 1 ahead, with a margin for what view j will change (the device does, before it renders view j, where
+   geometry is there), and forwards its rows: rows that are not in view j have no gradient at this step, so their next
+   value is a pure catch-up.
 
-Where rows are compact the device reads and decodes them itself, instead, when the worker has committed those that it
-would (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values.
+Where rows are compact the device reads and decodes them itself, instead, as soon as no commit of view j - 1 will write
+them (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values.
 
 When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
 that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
