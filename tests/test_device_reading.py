@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,16 +13,20 @@ from torch import Tensor
 from offload.adam.host import DeferredAdam
 from offload.adam.schedules import schedules_of
 from offload.pipelines.device_reading import READ_ROWS, DeviceReading
-from offload.pipelines.forwarded import ForwardedPipeline
+from offload.pipelines.forwarded import ForwardedPipeline, ForwardedRows
 from offload.pipelines.groups import RowGroup
 from offload.store.host_store import HostStore
-from tests.test_pipeline import ADAM
+from tests.test_pipeline import ADAM, repeated
 from tests.triton_places import INTERPRETED
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 BOTH, HARMONICS = ("geometry", "appearance"), ("appearance",)  # groups that travel
 PREFETCHED, LATE, FORGOTTEN, UNDONE = range(4)
+TAKING_MEMORY = [
+    *((DeviceReading, name) for name in ("begin", "go_on", "upload", "_new_rows")),
+    (ForwardedPipeline, "_find"),
+]
 
 
 def view(step: int, n: int) -> Tensor:
@@ -62,14 +68,20 @@ def take_step(pipeline: ForwardedPipeline, step: int, kind: int) -> dict[str, Te
         rows = pipeline.fetch(step)
     if kind != LATE:
         pipeline.prefetch(step + 1)
+    given = give_gradients(rows, step)
+    pipeline.update()
+    if kind == FORGOTTEN:
+        pipeline.forget_upcoming()
+    return given
+
+
+def give_gradients(rows: ForwardedRows, step: int) -> dict[str, Tensor]:
+    """Return the values of rows."""
     given = {}
     for name, values in rows.values.items():
         given[name] = values.detach().cpu()
         offsets = torch.sin(rows.host_ids[:, None] * (1.0 + step) + torch.arange(values.shape[1]))
         values.grad = 1e-3 * offsets.to(values.device)
-    pipeline.update()
-    if kind == FORGOTTEN:
-        pipeline.forget_upcoming()
     return given
 
 
@@ -139,6 +151,62 @@ def test_values_before_the_present_step_can_be_read_still(previous):
     _, uploads = reading.upload(ids, None, previous=previous)
     same = [torch.equal(uploads[name].ready(), rows) for name, rows in before.items()]
     assert same == [previous, previous]
+
+
+def step_though_memory_runs_out(pipeline: ForwardedPipeline, step: int, arm: Callable[[], None]) -> dict[str, Tensor]:
+    """Take a step; `arm` lets memory run out once from then on: before the fetch of even steps, else after it."""
+    if step % 2 == 0:
+        arm()
+    rows = repeated(pipeline.fetch)(step)
+    if step % 2:
+        arm()
+    try:
+        pipeline.prefetch(step + 1)
+    except torch.cuda.OutOfMemoryError:  # on the main thread
+        pipeline.undo_step(step)
+        rows = pipeline.fetch(step)
+        pipeline.prefetch(step + 1)
+    given = give_gradients(rows, step)
+    repeated(pipeline.update)()  # which hears of the worker's
+    return given
+
+
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
+@pytest.mark.parametrize(("owner", "name"), TAKING_MEMORY)
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_step_goes_on_where_memory_has_run_out(owner, name, is_late, travelling, monkeypatch):
+    """Before anything has been done, or after all of it; rows that were begun to be read are of no use then."""
+    reading, forwarding = (make_pipeline(CPU, 300, reads, travelling) for reads in (True, False))
+    method, failures = getattr(owner, name), []
+
+    def fail(*arguments: object, **options: object) -> None:
+        monkeypatch.setattr(owner, name, method)
+        failures.append(method(*arguments, **options) if is_late else None)
+        raise torch.cuda.OutOfMemoryError("on purpose")
+
+    for step in range(9):
+        given = step_though_memory_runs_out(reading, step, lambda: monkeypatch.setattr(owner, name, fail))
+        monkeypatch.setattr(owner, name, method)
+        for group, values in take_step(forwarding, step, PREFETCHED).items():
+            assert torch.allclose(given[group], values, rtol=1e-6, atol=1e-7)
+    assert_same_stores(reading, forwarding)
+    assert failures or (travelling == BOTH and name in ("begin", "go_on"))
+
+
+@pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
+@pytest.mark.parametrize("device_reads", [False, True])
+def test_ids_of_a_view_are_kept_for_the_next_step_where_that_reads_early_alone(travelling, device_reads):
+    """They lie in the device's memory where geometry does, and a view in tiles may see most of the scene."""
+    pipeline = make_pipeline(CPU, 300, device_reads, travelling)
+    take_step(pipeline, 0, PREFETCHED)
+    rows = pipeline.fetch(1)
+    for values in rows.values.values():
+        values.grad = torch.ones_like(values)
+    ids = weakref.ref(rows.ids)
+    del rows
+    pipeline.update()
+    pipeline.finish()
+    assert (ids() is not None) == (device_reads and travelling == HARMONICS)
 
 
 @pytest.mark.cuda

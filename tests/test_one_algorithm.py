@@ -106,7 +106,7 @@ def test_compact_trainers_round_alike(monkeypatch, views_and_points, gpu_only):
     But where geometry is culled on the host fewer rows are fetched that nothing is drawn of, and these are rounded
     more seldom.
     """
-    monkeypatch.setattr(geometry_packed, "STEPPED_ROWS", 200)
+    monkeypatch.setattr(geometry_packed, "BLOCK_ROWS", 200)
     refines, drawn, exact = gpu_only
     deferred, streamed, from_host, by_cpu = (
         train(f"{trainer}, compact", *views_and_points, drawn, refines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_a_part_may_be_replaced_by_finer_ones(whole):
     check(train(make_pipeline(4), split_at=6), whole)
 
 
+def repeated(method: Callable) -> Callable:
+    """Do as a method, once more where memory runs out."""
+
+    def call(*arguments: object):
+        try:
+            return method(*arguments)
+        except torch.cuda.OutOfMemoryError:
+            return method(*arguments)
+
+    return call
+
+
 def test_an_upload_that_ran_out_of_memory_is_repeated(whole, monkeypatch):
     upload, failures = RowTransfer.upload, []
 
@@ -137,20 +150,28 @@ def test_an_upload_that_ran_out_of_memory_is_repeated(whole, monkeypatch):
     fail_now_and_then.calls = 0
     monkeypatch.setattr(RowTransfer, "upload", fail_now_and_then)
     pipeline = make_pipeline(4)
-
-    def repeated(method):
-        def call(*arguments: object):
-            try:
-                return method(*arguments)
-            except torch.cuda.OutOfMemoryError:
-                return method(*arguments)
-
-        return call
-
     for name in ("begin", "fetch_tile", "next_tile", "update", "finish"):
         monkeypatch.setattr(pipeline, name, repeated(getattr(pipeline, name)))
     check(train(pipeline), whole)
     assert len(failures) > 10
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_an_update_that_has_begun_to_change_rows_is_not_repeated(num_parts, monkeypatch):
+    """Rows of several tiles would get the gradient of the last one twice."""
+    complete = RowTransfer.complete
+
+    def fail_once(*arguments: object) -> None:
+        monkeypatch.setattr(RowTransfer, "complete", complete)
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(RowTransfer, "complete", fail_once)
+    pipeline = make_pipeline(num_parts)
+    monkeypatch.setattr(pipeline, "update", repeated(pipeline.update))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="in part"):
+        train(pipeline)
+    with pytest.raises(RuntimeError, match="in part"):
+        pipeline.undo_step(0)
 
 
 @pytest.mark.slow

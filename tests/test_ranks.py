@@ -433,7 +433,8 @@ NEARBY = (1, 2)  # draws of `start_nearby`
 # By the number of processes, what is trained in them: a trainer, options that one process is given too, and its own.
 RUNS: dict[int, dict[str, tuple[str, tuple, tuple]]] = {
     2: {
-        **{trainer: (trainer, (), ()) for trainer in (*EXACT_RUNS, "streamed_geometry_on_host", "streamed_compact")},
+        **{trainer: (trainer, (), ()) for trainer in (*EXACT_RUNS, "streamed_geometry_on_host")},
+        **{trainer: (trainer, (), ()) for trainer in ("streamed_compact", "optimized_compact")},
         "two views each": ("streamed", MODES, ("--shares", *SHARES)),
         "two views each, split": ("split_geometry_on_host", MODES, CUT),
         "modules": ("streamed", MODULES, ()),

@@ -12,7 +12,9 @@ from torch import Tensor
 from configs import Config
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
+from offload.models import geometry_packed
 from offload.models.geometry_device import DeviceGeometry
+from offload.models.geometry_packed import PackedGeometry
 from offload.models.tiled import TiledGaussians, TileResult, ViewTile
 from offload.tiles.budget import MemoryBudget, RowBytes, RowLimit
 from rendering.losses import photometric_loss
@@ -26,6 +28,7 @@ N = 900
 WIDTH, HEIGHT = 283, 202  # no multiples of anything
 RATES = {"means": 1e-3, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 1.25e-4}
 NAMES = tuple(RATES)
+ADAM = AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999))
 
 
 def random_parameters(seed: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -95,7 +98,7 @@ def whole_step(parameters: dict[str, Tensor], view: View, cfg: Config, backgroun
 def split_gaussians(parameters: dict[str, Tensor], limit: object, geometry: str, cfg: Config) -> TiledGaussians:
     return TiledGaussians(
         parameters,
-        AdamOptions(RATES, lambda step: RATES["means"], (0.9, 0.999)),
+        ADAM,
         device=parameters["means"].device,
         geometry=geometry.removesuffix(", compact"),
         state="compact" if geometry.endswith("compact") else "float32",
@@ -296,6 +299,28 @@ def test_pictures_in_tiles(geometry, variant):
     assert max(len(part.rows["means"]) for part in parts) < 0.6 * N
     expected, _ = render(parameters, view.cameras, cfg, sh_degree=3)
     assert (render_in_parts(parts, view.cameras, cfg) - expected).abs().max() < 1e-5
+
+
+def test_compact_geometry_is_looked_at_in_blocks(monkeypatch):
+    """When tiles are planned: a view may see far more than a budget has memory for. The last block is not full."""
+    parameters, view, _, _ = scene("antialiased batch of 2")
+    place = PackedGeometry(parameters, ADAM, device=CPU)
+    ids = place.visible_ids(view.cameras)
+    expected, gather, gathered = place.covered_cells(ids, view.cameras, halo=5, cell=16), place.gather, []
+
+    def noted(some: Tensor) -> dict[str, Tensor]:
+        gathered.append(len(some))
+        return gather(some)
+
+    monkeypatch.setattr(geometry_packed, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(place, "gather", noted)
+    found = place.covered_cells(ids, view.cameras, halo=5, cell=16)
+    assert max(gathered) == 100
+    assert len(found) == 2
+    for here, there in zip(found, expected, strict=True):
+        assert torch.equal(here.cells, there.cells)
+        assert (here.corners == there.corners).all()
+    assert len(place.covered_cells(ids[:0], view.cameras, halo=5, cell=16)[0].cells[0]) == 0
 
 
 @pytest.mark.parametrize("geometry", ["device, compact", "host, compact"])

@@ -23,6 +23,12 @@ class CoveredCells:
     cells: Tensor  # [4, V] int16: the first and the end along x, the first and the end along y
     corners: np.ndarray  # [2, 2, columns + 1, rows + 1] int64: rows that draw, by (first, end) along x and y
 
+    @staticmethod
+    def joined(parts: Sequence[CoveredCells]) -> CoveredCells:
+        """Return the cells of rows of which these are parts, one after the other."""
+        cells = torch.cat([part.cells for part in parts], dim=1)
+        return CoveredCells(cells, np.sum([part.corners for part in parts], axis=0))
+
     def rows_in(self, boxes: Sequence[tuple[int, int, int, int]]) -> tuple[list[Tensor], Tensor]:
         """Find the rows that may draw in boxes of cells.
 

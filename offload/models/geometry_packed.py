@@ -27,7 +27,7 @@ from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.device_store import DeviceStore
 
-STEPPED_ROWS = 1 << 20  # at once, whose gradients take 67 MB side by side: views may be far larger than their tiles
+BLOCK_ROWS = 1 << 20  # whose values or gradients take 67 MB side by side: views may be far larger than their tiles
 
 
 class PackedGeometry(CulledGeometry):
@@ -68,7 +68,8 @@ class PackedGeometry(CulledGeometry):
             cell: Pixels of a cell's side.
         """
         margin = replace(self._margin(lagging=False), pixels=halo)
-        return self._strays.everywhere(self._cells(self.gather(ids), cameras, margin, cell), ids)
+        parts = [self._cells(self.gather(some), cameras, margin, cell) for some in ids.split(BLOCK_ROWS)]
+        return self._strays.everywhere([CoveredCells.joined(of_camera) for of_camera in zip(*parts, strict=True)], ids)
 
     def gather(self, ids: Tensor) -> dict[str, Tensor]:
         """Copy the current values of rows [V]: views of one tensor."""
@@ -83,8 +84,8 @@ class PackedGeometry(CulledGeometry):
         """
         self._group.begin_step()
         self.steps_done = self._group.adam.step
-        for first in range(0, len(ids), STEPPED_ROWS):
-            rows = slice(first, first + STEPPED_ROWS)
+        for first in range(0, len(ids), BLOCK_ROWS):
+            rows = slice(first, first + BLOCK_ROWS)
             joined = self._joined({name: gradient[rows] for name, gradient in gradients.items()})
             # Without values, which are read anew: rows may have been displaced, and tiles have gathered some each.
             self._rows.step(ids[rows], None, joined)

@@ -4,13 +4,14 @@ While the device renders view j, a worker thread on the host
 
 1. commits the gradients of view j - 1 (rows that view j needs as well are committed already, see 3), which it begins
    as soon as step j - 1 is over,
-2. culls view j + 1 ahead, with a margin for what view j will change, and forwards its rows: rows that are not in
-   view j have no gradient at this step, so their next value is a pure catch-up.
+2. culls view j + 1 ahead, with a margin for what view j will change (the device does, before it renders view j, where
+   geometry is there), and forwards its rows: rows that are not in view j have no gradient at this step, so their next
+   value is a pure catch-up.
 
-Where rows are compact the device reads them itself, instead, when the worker has committed those that it would
-(`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values. Where geometry
-is on the device as well, that knows which rows no commit writes, and reads these at once; nobody but the update needs to
-know on the host which rows the next view has, and it finds out while the worker still commits.
+Where rows are compact the device reads them itself, instead, as soon as no commit of view j - 1 will write them
+(`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values. Where
+geometry is on the device as well, nobody but the update needs to know on the host which rows the next view has, and it
+finds that out while the worker still commits.
 
 When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
 that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
@@ -160,17 +161,19 @@ class ForwardedPipeline:
         self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
         self._made_transfer = RowTransfer(MADE_COLUMNS, device, self._times)
         self._reading = DeviceReading(groups, device, self._times) if device_reads else None
+        self._reads_early = device_reads and not self._culls_in_worker
         self._present: VisibleRows | None = None
         self._rows: ForwardedRows | None = None
         self._step_begun = False
         self._ahead: WorkAhead[Ahead] = WorkAhead(self._times, device)
         self._owed: list[Callable[[], None]] = []  # commits of gradients on their way to the host
         self._applied = False  # whether gradients of the present view may have reached the rows
+        self._is_ending = False  # whether its update has begun to change them, which is not done twice
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
         # Finds the next view while the worker still commits, where nobody has needed that before.
         self._find_in_update: Callable[[], Upcoming] | None = None
-        self._before: Tensor | None = None  # [V] where geometry is, rows of the view before the present one
+        self._before: Tensor | None = None  # [V] on the device, rows of the view before the present one; to read early
 
     # ------------------------------------------------------------------------------------------- a training step
 
@@ -198,14 +201,14 @@ class ForwardedPipeline:
             made: What the gradient of the rows without values is made of, where there are some.
         """
         present, gradients, downloads, ahead = self._gradients_and_ahead(made)
-        # All that takes device memory comes before anything is changed, so that it can be done again.
+        # What takes most device memory comes before anything is changed, so that it can be done again.
         if ahead is None or ahead.upcoming is None:
-            self._applied = True
+            self._applied = self._is_ending = True
             self._displace(present)
             remaining, remaining_ids = torch.arange(len(present.host_ids)), present.host_ids
         else:
             urgent = self._download_urgently(ahead.upcoming.shared_before, gradients)
-            self._applied = True
+            self._applied = self._is_ending = True
             self._displace(present)
             self._update_shared(ahead, ahead.upcoming, present, lambda name: self._gradients_of(urgent[name]))
             remaining, remaining_ids = ahead.upcoming.only_before, ahead.upcoming.only_before_ids
@@ -318,7 +321,7 @@ class ForwardedPipeline:
             rows, self._found = self._find(cameras) if self._found is None else self._found, None
         else:
             rows, self._found = ahead.upcoming.rows, None
-        self._present, self._applied = rows, False
+        self._present, self._applied, self._is_ending = rows, False, False
         return rows
 
     def _begin_whole(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
@@ -427,7 +430,12 @@ class ForwardedPipeline:
         Returns:
             The present view; the gradients by group, as `_take_gradients` returns them and on their way; and what the
             worker has done.
+
+        Raises:
+            OutOfMemoryError: The update is done again, and memory had run out when it had begun to change rows.
         """
+        if self._is_ending:
+            raise torch.cuda.OutOfMemoryError("Device memory ran out when the step had been applied in part.")
         present, gradients = fetched(self._present), self._take_gradients(made)
         downloads = {name: self._download(name, gradient) for name, gradient in gradients.items()}
         if self._find_in_update is not None:
@@ -533,7 +541,8 @@ class ForwardedPipeline:
 
     def _end_step(self) -> None:
         """Let the worker commit what is owed, before it is given the next view."""
-        self._before = fetched(self._present).ids
+        if self._reads_early:
+            self._before = fetched(self._present).ids
         self._present = self._rows = self._find_in_update = None
         self._step_begun = False
         self._ahead.begin_before(self._commit_owed)

@@ -203,12 +203,12 @@ class TiledPipeline(ForwardedPipeline):
             super().update(made)
             return
         present, gradients, downloads, ahead = self._gradients_and_ahead()
-        # All that takes device memory comes before anything is changed, so that it can be done again.
+        # What takes most device memory comes before anything is changed, so that it can be done again.
         alone, shared = progress.divide(progress.tile)
         summed = self._download_urgently(shared, gradients)
         upcoming = None if ahead is None else ahead.upcoming
         gradient_rows, urgent = self._urgent_gradients(upcoming, progress, gradients)
-        self._applied = True
+        self._applied = self._is_ending = True
         displaced_ids = self._displace(present)
         slots = progress.slots[progress.tile.numbers()[shared]].long()
         for name, download in summed.items():
