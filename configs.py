@@ -173,6 +173,11 @@ class DensificationRules:
     scale_reg: float | None = None
     """Weight of the mean scale in the loss; 0.01 with mcmc and else 0 where nothing is given."""
 
+    @property
+    def most_gaussians(self) -> int:
+        """Return for how many Gaussians address space is reserved; 0: as many as memory could hold."""
+        return self.max_gaussians or 2 * self.target_gaussians  # which growth passes by a twentieth at most
+
 
 @dataclass
 class ModelOptions:
@@ -209,7 +214,8 @@ class HostOptions:
     """Choose what lies in host memory."""
 
     geometry: Literal["device", "host"] = "device"
-    """Where means, scales, quaternions and opacities are; on the host they cost no device memory."""
+    """Where means, scales, quaternions and opacities are; on the host they cost no device memory. Streamed with --state
+    compact has them on the host, and this says what the device culls by: each of them, or boxes around 64."""
 
 
 @dataclass

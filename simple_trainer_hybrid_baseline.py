@@ -26,7 +26,9 @@ def train(run: TrainingRun[Config]) -> None:
         TrainingStopped: Training cannot go on; a checkpoint has been saved.
     """
     cfg = run.cfg
-    gaussians = BaselineGaussians(run.initial_gaussians(), run.adam, device=run.device, max_gaussians=cfg.max_gaussians)
+    gaussians = BaselineGaussians(
+        run.initial_gaussians(), run.adam, device=run.device, max_gaussians=cfg.most_gaussians
+    )
     strategy = run.new_strategy()
 
     for step, view in run.steps(gaussians, strategy):

@@ -42,7 +42,7 @@ def train(run: TrainingRun[HybridConfig]) -> None:
         device=run.device,
         geometry=cfg.geometry,
         state=cfg.state,
-        max_gaussians=cfg.max_gaussians,
+        max_gaussians=cfg.most_gaussians,
     )
     strategy = run.new_strategy()
     print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run

@@ -101,7 +101,7 @@ def train(run: TrainingRun[SplitConfig]) -> None:
         device=run.device,
         geometry=cfg.geometry,
         state=cfg.state,
-        max_gaussians=cfg.max_gaussians,
+        max_gaussians=cfg.most_gaussians,
         limit=limit,
         halo=halo,
         others=None if run.ranks is None else run.ranks.aside(),

@@ -56,7 +56,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         geometry=cfg.geometry,
         moments=cfg.moments,
         state=cfg.state,
-        max_gaussians=cfg.max_gaussians,
+        max_gaussians=cfg.most_gaussians,
         resident_share=cfg.resident_share,
     )
     strategy = run.new_strategy()

@@ -164,3 +164,9 @@ def test_options_that_are_written_down_are_read_again():
     written = arguments_of(cfg, script.CONFIGS["rubble"])
     assert sorted(written) == sorted(words)
     assert parse(script.CONFIGS, ["rubble", *written], "")[1] == cfg
+
+
+def test_address_space_is_for_what_growth_can_reach():
+    """A target needs no more than twice its number, where a system does not let all be reserved that memory could hold."""
+    assert (Config().most_gaussians, Config(max_gaussians=7).most_gaussians) == (0, 7)
+    assert Config(target_gaussians=7).most_gaussians == 14

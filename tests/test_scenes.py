@@ -31,12 +31,12 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.most_gaussians)",
         ],
         [
             "def train(run: TrainingRun[StreamedConfig]) -> None:",
             "gaussians = StreamedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.max_gaussians, "
+            "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.most_gaussians, "
             "resident_share=cfg.resident_share)",
         ],
     ),
@@ -44,7 +44,7 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.most_gaussians)",
             "print_last_verdict(run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
@@ -53,14 +53,14 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
         [
             "def train(run: TrainingRun[Config]) -> None:",
             "gaussians = BaselineGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "max_gaussians=cfg.max_gaussians)",
+            "max_gaussians=cfg.most_gaussians)",
         ],
     ),
     "simple_trainer": (
         [
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
-            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.max_gaussians)",
+            "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.most_gaussians)",
             "print_last_verdict(run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
