@@ -167,6 +167,6 @@ def test_options_that_are_written_down_are_read_again():
 
 
 def test_address_space_is_for_what_growth_can_reach():
-    """A target needs no more than twice its number, where a system does not let all be reserved that memory could hold."""
+    """A target needs no more than twice its number, where a system reserves less than memory could hold."""
     assert (Config().most_gaussians, Config(max_gaussians=7).most_gaussians) == (0, 7)
     assert Config(target_gaussians=7).most_gaussians == 14
