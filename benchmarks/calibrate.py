@@ -25,13 +25,15 @@ from benchmarks.timing import copy_bandwidth
 from configs import Config
 from errors import InputError, refusing
 from offload.adam.deferral import DeferralTables
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.host import DeferredAdam
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
 from offload.pipelines.lanes import Lane
-from offload.store.layout import GROUP_NAMES, PackedRows, RowState, packed_words
+from offload.store.layout import GROUP_NAMES, PackedRows, RowState, packed_rows, packed_words
 from offload.store.memory import HostArray
+from trainers import HARMONICS_MADE_COMMIT
 from training.calibration import Scene, Speeds, machine_name, save_verdict, verdict
 from training.memory import available_bytes, parse_bytes
 from training.views import render
@@ -122,6 +124,30 @@ def host_speed(rows: Rows) -> float:
         adam.commit(*state, rows.views[turn % VIEWS], gradients)
 
     return ADAM_BYTES * rows.num_visible / median_seconds(work, torch.device("cpu"))
+
+
+def packed_host_speed(num_rows: int, views: Sequence[Tensor]) -> float:
+    """Measure the bytes per second that committing a view's compact harmonics reads and writes, with made gradients.
+
+    Args:
+        num_rows: In host memory.
+        views: int64 [V] each, the rows of views that take turns.
+    """
+    adam = DeferredAdam(torch.ones(1, COLUMNS))
+    for _ in range(STEPS_BEFORE):
+        adam.begin_step([1e-3])
+    words = HostArray(packed_words("appearance", SH_DEGREE), max_rows=num_rows, dtype=torch.int32)
+    words.resize(num_rows)
+    state = packed_rows(words.tensor, "appearance")
+    last_step = torch.full((num_rows,), STEPS_BEFORE - 12, dtype=torch.int32)
+    seen = torch.randn(len(views[0]), 6, generator=torch.Generator().manual_seed(0))
+    made = HarmonicsGradient(seen[:, :3], seen[:, 3:], (0.0, 0.0, 0.0), SH_DEGREE)
+
+    def work(turn: int) -> None:
+        adam.begin_step([1e-3])
+        adam.commit(state, last_step, views[turn % VIEWS], made)
+
+    return HARMONICS_MADE_COMMIT * len(views[0]) / median_seconds(work, torch.device("cpu"))
 
 
 def copy_speeds(device: torch.device) -> tuple[float, float]:
@@ -238,9 +264,9 @@ def measure(device: torch.device, num_rows: int) -> Speeds:
     host = host_speed(rows)
     if device.type != "cuda":
         return Speeds(host)
-    packed = packed_speed(num_rows, rows.views, device)
+    packed, host_packed = packed_speed(num_rows, rows.views, device), packed_host_speed(num_rows, rows.views)
     of_rows, on_device = (row_speed(rows, device), packed), copy_bandwidth(device)
-    return Speeds(host, *copy_speeds(device), *of_rows, on_device, *rendering_seconds(device))
+    return Speeds(host, *copy_speeds(device), *of_rows, on_device, *rendering_seconds(device), host_packed)
 
 
 def rows_that_fit() -> int:
@@ -278,7 +304,8 @@ def main(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scene = scene_of(options, device)
     speeds = measure(device, rows_that_fit())
-    print(f"Adam over rows in host memory: {speeds.host / 1e9:.1f} GB/s read and written")
+    compact = f", over compact ones {speeds.host_packed / 1e9:.1f} GB/s" if speeds.host_packed else ""
+    print(f"Adam over rows in host memory: {speeds.host / 1e9:.1f} GB/s read and written{compact}")
     if device.type != "cuda":
         print("torch finds no CUDA GPU here: there is no link, and nothing to stream.")
         return

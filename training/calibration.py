@@ -51,6 +51,7 @@ class Speeds:
     device: float = 0.0  # copies on the device, read and written
     launching: float = 0.0  # seconds of rendering and its backward pass where a view sees few: launching takes them
     rendering: float = 0.0  # seconds more for each Gaussian that it sees
+    host_packed: float = 0.0  # as `host`, of rows of a compact state: coding, more than memory, takes its time
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     on_device = num_visible * (speeds.rendering + AFTER_RENDERING.get(name, 0) / link_speed)
     on_device += traffic.device / speeds.device
     on_link = traffic.link / link_speed
-    on_host = 0.0 if streams else traffic.host / speeds.host  # the device has measured streaming over the host's memory
+    # What streams over the host's memory the device has measured.
+    on_host = 0.0 if streams else traffic.host / (speeds.host_packed if compact else speeds.host)
     launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
     return Advice(
         name,

@@ -383,7 +383,7 @@ def check_memory(
             f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
         )
     listed = _listed(all_needs, [need.bytes_from_start(held) for need in all_needs])
-    lines = [f"Memory for {num_gaussians:,} Gaussians{whose}: {listed}."]
+    lines = [f"Memory for {counted(num_gaussians, 'Gaussian')}{whose}: {listed}."]
     if max_gaussians > num_gaussians:
         listed = _listed(all_needs, [need.bytes(held_later) for need in all_needs])
         verb = "allows" if option == "max_gaussians" else "asks"
