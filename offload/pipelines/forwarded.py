@@ -386,7 +386,7 @@ class ForwardedPipeline:
         self._begin_step()
         if read is not None:
             return Ahead(read(), find)
-        with self._times.on_host("worker_cull"):
+        with self._times.on_host("worker_cull") if self._culls_in_worker else contextlib.nullcontext():
             upcoming = find()
         if self._reading is None:
             uploads = {name: self._upload_known(name, upcoming) for name in self._groups}
