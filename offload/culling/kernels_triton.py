@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,24 +77,21 @@ def visible_ids(
 
 def visible_balls(balls: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     """Find the rows whose balls any of the cameras may draw, as `offload.culling.kernels.visible_balls`."""
-    num_rows = balls.shape[1]
-    drawn = torch.empty(num_rows, dtype=torch.uint8, device=balls.device)
-    if num_rows:
-        for index, camera in enumerate(as_arguments(pack(cameras, margin), balls.device)):
-            _mark_balls[(-(-num_rows // BLOCK),)](
-                balls, balls.stride(0), num_rows, camera, drawn, FIRST=index == 0, BLOCK=BLOCK
-            )
-    return drawn.nonzero().squeeze(1)
+    return _marked_by(_mark_balls, balls, balls.shape[1], cameras, margin)
 
 
 def visible_rows(rows: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     """Find the rows whose balls any of the cameras may draw, as `offload.culling.kernels.visible_rows`."""
-    num_rows = rows.shape[0]
-    drawn = torch.empty(num_rows, dtype=torch.uint8, device=rows.device)
+    return _marked_by(_mark_rows, rows, rows.shape[0], cameras, margin)
+
+
+def _marked_by(kernel: Any, values: Tensor, num_rows: int, cameras: Cameras, margin: Margin) -> Tensor:
+    """Return the ids of what a kernel marks for any of the cameras, among so many rows that these values hold."""
+    drawn = torch.empty(num_rows, dtype=torch.uint8, device=values.device)
     if num_rows:
-        for index, camera in enumerate(as_arguments(pack(cameras, margin), rows.device)):
-            _mark_rows[(-(-num_rows // BLOCK),)](
-                rows, rows.stride(0), num_rows, camera, drawn, FIRST=index == 0, BLOCK=BLOCK
+        for index, camera in enumerate(as_arguments(pack(cameras, margin), values.device)):
+            kernel[(-(-num_rows // BLOCK),)](
+                values, values.stride(0), num_rows, camera, drawn, FIRST=index == 0, BLOCK=BLOCK
             )
     return drawn.nonzero().squeeze(1)
 
