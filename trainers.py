@@ -107,6 +107,26 @@ def streamed_compact(culled: float, visible: float) -> Traffic:
     return Traffic(device=culled + travelling + COMPACT_STEP * visible, host=travelling, link=COMPACT_ROW * visible)
 
 
+def gpu_only_footprint(cfg: Any) -> Footprint:
+    """Return the memory that training on the device alone takes."""
+    return memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size)
+
+
+def optimized_footprint(cfg: Any) -> Footprint:
+    """Return the memory that training takes where the CPU updates rows."""
+    return memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size)
+
+
+def split_footprint(cfg: Any) -> Footprint:
+    """Return the same where large views are rendered in tiles."""
+    return memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state)
+
+
+def streamed_footprint(cfg: Any) -> Footprint:
+    """Return the memory that training takes where the device updates rows of the host, in float32."""
+    return memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state)
+
+
 def streamed_compact_footprint(cfg: Any) -> Footprint:
     """Return the memory that training with compact rows takes, residents included."""
     footprint = memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state, cfg.batch_size)
@@ -116,7 +136,7 @@ def streamed_compact_footprint(cfg: Any) -> Footprint:
 TRAINERS: dict[str, Trainer] = {
     "gpu_only": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
+        footprint=gpu_only_footprint,
         traffic=lambda n, v: Traffic(device=(28 + 4) * 59 * n),
         options={"adam": "dense"},
         less_device={"adam": "deferred"},
@@ -124,7 +144,7 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "gpu_only_deferred": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
+        footprint=gpu_only_footprint,
         traffic=lambda n, v: Traffic(device=24 * n + ((16 + 28) * 11 + (12 + 24) * 48) * v),
         options={"adam": "deferred"},
         less_device="optimized",
@@ -132,7 +152,7 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "gpu_only_compact": Trainer(
         "simple_trainer",
-        footprint=lambda cfg: memory_estimate.gpu_only(cfg.sh_degree, cfg.adam, cfg.state, cfg.batch_size),
+        footprint=gpu_only_footprint,
         traffic=lambda n, v: Traffic(device=20 * n + COMPACT_STEP * v),
         options={"adam": "deferred", "state": "compact"},
         less_device="streamed_compact",
@@ -149,14 +169,14 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "optimized": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        footprint=optimized_footprint,
         traffic=lambda n, v: Traffic(host=(40 * 48 + 24) * v, link=192 * v),
         less_device={"geometry": "host"},
         less_host={"state": "compact"},
     ),
     "optimized_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        footprint=optimized_footprint,
         traffic=lambda n, v: Traffic(host=(44 * 12 + 40 * 48 + 24) * v, link=240 * v),
         options={"geometry": "host"},
         less_device="split_geometry_on_host",
@@ -165,7 +185,7 @@ TRAINERS: dict[str, Trainer] = {
     # Of the next two the device reads rows itself, and decodes them where they are used.
     "optimized_compact": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        footprint=optimized_footprint,
         traffic=lambda n, v: Traffic(
             device=32 * n + (COMPACT_GEOMETRY_STEP + 2 * HARMONICS_ROW) * v,
             host=(HARMONICS_ROW + HARMONICS_MADE_COMMIT) * v,
@@ -176,7 +196,7 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "optimized_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
-        footprint=lambda cfg: memory_estimate.optimized(cfg.sh_degree, cfg.geometry, cfg.state, cfg.batch_size),
+        footprint=optimized_footprint,
         traffic=lambda n, v: Traffic(
             device=(2 * COMPACT_ROW + 64) * v, host=(COMPACT_ROW + COMPACT_MADE_COMMIT) * v, link=COMPACT_ROW * v
         ),
@@ -185,21 +205,21 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "split": Trainer(
         "simple_trainer_hybrid_optimized_split",
-        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
+        footprint=split_footprint,
         traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
         less_device={"geometry": "host"},
         less_host={"state": "compact"},
     ),
     "split_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
-        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
+        footprint=split_footprint,
         traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
         options={"geometry": "host"},
         less_host={"state": "compact"},
     ),
     "split_compact": Trainer(
         "simple_trainer_hybrid_optimized_split",
-        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
+        footprint=split_footprint,
         traffic=lambda n, v: Traffic(
             device=32 * n + COMPACT_GEOMETRY_STEP * v,
             host=(HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_COMMIT) * v,
@@ -210,20 +230,20 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "split_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
-        footprint=lambda cfg: memory_estimate.split(cfg.sh_degree, cfg.geometry, cfg.largest_part, cfg.state),
+        footprint=split_footprint,
         traffic=lambda n, v: Traffic(host=COMPACT_BY_CPU * v, link=COMPACT_VALUES * v),
         options={"geometry": "host", "state": "compact"},
     ),
     "streamed": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        footprint=streamed_footprint,
         traffic=lambda n, v: Traffic(device=24 * n + 28 * 59 * v, host=2 * 576 * v, link=576 * v),
         less_device={"geometry": "host"},
         less_host={"state": "compact"},
     ),
     "streamed_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        footprint=streamed_footprint,
         traffic=lambda n, v: Traffic(device=4 * 256 * v, host=(1280 + 768) * v, link=1280 * v),
         options={"geometry": "host"},
         less_device="split_geometry_on_host",
@@ -231,7 +251,7 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "streamed_bfloat16": Trainer(
         "simple_trainer_hybrid_streamed",
-        footprint=lambda cfg: memory_estimate.streamed(cfg.sh_degree, cfg.geometry, cfg.moments, cfg.state),
+        footprint=streamed_footprint,
         traffic=lambda n, v: Traffic(device=24 * n + (28 * 11 + 20 * 48) * v, host=2 * 384 * v, link=384 * v),
         options={"moments": "bfloat16"},
         less_device={"geometry": "host"},

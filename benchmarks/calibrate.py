@@ -107,11 +107,17 @@ def median_seconds(work: Callable[[int], None], device: torch.device) -> float:
     return statistics.median(seconds[2:])
 
 
-def host_speed(rows: Rows) -> float:
-    """Measure the bytes per second that forwarding one view's rows and committing another's reads and writes."""
+def adam_in_training() -> DeferredAdam:
+    """Make the optimizer of rows in host memory, as it is after some steps."""
     adam = DeferredAdam(torch.ones(1, COLUMNS))
     for _ in range(STEPS_BEFORE):
         adam.begin_step([1e-3])
+    return adam
+
+
+def host_speed(rows: Rows) -> float:
+    """Measure the bytes per second that forwarding one view's rows and committing another's reads and writes."""
+    adam = adam_in_training()
     arrays = [HostArray(COLUMNS, max_rows=rows.num_visible) for _ in range(2)]
     for array in arrays:
         array.resize(rows.num_visible)
@@ -133,9 +139,7 @@ def packed_host_speed(num_rows: int, views: Sequence[Tensor]) -> float:
         num_rows: In host memory.
         views: int64 [V] each, the rows of views that take turns.
     """
-    adam = DeferredAdam(torch.ones(1, COLUMNS))
-    for _ in range(STEPS_BEFORE):
-        adam.begin_step([1e-3])
+    adam = adam_in_training()
     words = HostArray(packed_words("appearance", SH_DEGREE), max_rows=num_rows, dtype=torch.int32)
     words.resize(num_rows)
     state = packed_rows(words.tensor, "appearance")

@@ -254,6 +254,11 @@ def copy_current(targets: Mapping[str, Tensor], state: State) -> None:
                 target[rows] = values.to(target.device)
 
 
+def named_tables(group: str, adam: DeferralTables) -> dict[str, Tensor]:
+    """Return the tables that rows of a group are caught up with, named as `deferral_tables` finds them in a state."""
+    return {f"deferral/{group}/{key}": table for key, table in adam.tables().items()}
+
+
 def load_deferred(place: DeferredPlace, group: str, adam: DeferralTables, state: State) -> None:
     """Fill what holds one group, whose steps are deferred.
 

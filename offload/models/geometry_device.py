@@ -19,7 +19,7 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.geometry import COLUMNS, GeometryState
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.adam.state import State, load_deferred
+from offload.adam.state import State, load_deferred, named_tables
 from offload.backends import kernels_for
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells
@@ -210,7 +210,7 @@ class DeviceGeometry:
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters, moments and all that catching them up needs, as `offload.adam.state` names it."""
-        tables = {f"deferral/geometry/{key}": table for key, table in self.tables.tables().items()}
+        tables = named_tables("geometry", self.tables)
         return {**self.arrays_by_name(), "last_step/geometry": self.last_step, **tables}
 
     def load_state(self, state: State) -> None:

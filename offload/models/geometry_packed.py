@@ -15,7 +15,7 @@ from torch import Tensor
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.adam.state import State, load_deferred
+from offload.adam.state import State, load_deferred, named_tables
 from offload.backends import kernels_for
 from offload.culling.balls import BallsOfStore
 from offload.culling.cameras import Cameras
@@ -109,7 +109,7 @@ class PackedGeometry(CulledGeometry):
 
     def state(self) -> dict[str, Tensor]:
         """Return rows and all that catching them up needs, as `offload.adam.state` names it."""
-        tables = {f"deferral/geometry/{key}": table for key, table in self._group.adam.tables().items()}
+        tables = named_tables("geometry", self._group.adam)
         return {**self._store.arrays_by_name(), "last_step/geometry": self._store.last_step, **tables}
 
     def load_state(self, state: State) -> None:

@@ -14,7 +14,7 @@ from offload.adam.finite import FiniteGradients, gradient_of
 from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.adam.state import ARRAYS, State, load_deferred
+from offload.adam.state import ARRAYS, State, load_deferred, named_tables
 from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
@@ -226,7 +226,7 @@ class OffloadedGaussians:
             for name, group in self._groups.items():
                 state.update(group.store.arrays_by_name())
                 state[f"last_step/{name}"] = self._pipeline.last_step(name)
-                state.update({f"deferral/{name}/{key}": table for key, table in group.adam.tables().items()})
+                state.update(named_tables(name, group.adam))
             appearance = self._groups["appearance"].store
             if appearance.layout.state == "compact":
                 state["packed/sh_degree"] = torch.tensor(appearance.sh_degree)
