@@ -117,6 +117,12 @@ class HostRows:
     def stored(self) -> PackedRows:
         return self.arrays[0], self.last_step
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of `state`, once the device has done what it was given: it writes into pinned memory."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return self.state.tensors()
+
     def packed(self, words: Tensor) -> RowState:
         return packed_rows(words, self.group)
 
@@ -299,7 +305,7 @@ def test_triton_equals_torch(kind, device, group, count, form):
         moved = host.new_rows(2 * count)
         kernels.move_rows(rows, sources, moved)
         kernels.write_rows(rows, ids, wanted, host.state)
-        states = [tensor.cpu() for state in (fetched, again, rows, moved, host.state) for tensor in state.tensors()]
+        states = [tensor.cpu() for state in (fetched, again, rows, moved, host) for tensor in state.tensors()]
         results.append(([*states, values.cpu()], host.last_step.cpu()))
     for actual, expected in zip(results[1][0], results[0][0], strict=True):
         assert torch.equal(actual == 0, expected == 0)
@@ -335,7 +341,7 @@ def test_triton_equals_torch_for_packed_rows(kind, device, group, degree, count,
             gradients = torch.randn(count, columns).to(place)
         kernels.step_view_rows(values, ids, last_step, gradients, host.packed(words), tables)
         kernels.step_host_rows(resident, ids, last_step, gradients, host.state, tables)
-        stepped = [*host.packed(words).tensors(), values, resident, *host.state.tensors()]
+        stepped = [*host.packed(words).tensors(), values, resident, *host.tensors()]
         results.append([[tensor.cpu() for tensor in tensors] for tensors in (fetched, stepped)])
     for actual, expected in zip(results[1][0], results[0][0], strict=True):
         assert torch.equal(actual == 0, expected == 0)
@@ -414,8 +420,8 @@ def test_a_step_on_the_host_is_that_of_rows_that_come_and_go(kind, device, group
     kernels.write_rows(rows, ids, None, host.state)
     kernels.step_host_rows(parameters, ids, last_step, gradients, wide, tables)
     exact = device == "cpu"
-    assert_same_rows(parameters, rows.parameters, exact=exact)  # waits for the device
-    for actual, expected in zip(wide.tensors(), host.state.tensors(), strict=True):
+    assert_same_rows(parameters, rows.parameters, exact=exact)
+    for actual, expected in zip(wide.tensors(), host.tensors(), strict=True):
         assert not actual[:, columns:].any()
         assert_same_rows(actual[:, :columns], expected, exact=exact)
 
@@ -447,8 +453,8 @@ def test_a_step_in_the_store_is_that_of_packed_rows_that_come_and_go(kind, devic
     host.kernels.step_view_rows(view_values, ids, last_step, gradients, host.packed(words), host.tables)
     host.kernels.write_packed_rows([(words, view_last_step)], ids, None, [host.stored])
     exact, has_codes = device == "cpu", group == "appearance"
-    assert_same_rows(view_values, values, exact=exact, rounded=has_codes)  # waits for the device
-    for actual, expected in zip(host.state.tensors(), resident.state.tensors(), strict=True):
+    assert_same_rows(view_values, values, exact=exact, rounded=has_codes)
+    for actual, expected in zip(host.tensors(), resident.tensors(), strict=True):
         assert_same_rows(actual, expected, exact=exact, rounded=has_codes)
 
 
@@ -744,6 +750,5 @@ def test_rows_across_the_borders_of_pinned_parts(monkeypatch, form):
         expected.copy_from(host)
         for rows in (host, expected):
             rows.step(ids, gradients, [1e-2])
-        torch.cuda.synchronize()
-        for actual, wanted in zip(host.state.tensors(), expected.state.tensors(), strict=True):
+        for actual, wanted in zip(host.tensors(), expected.tensors(), strict=True):
             assert_same_rows(actual, wanted, exact=False, rounded=form == "compact")

@@ -113,7 +113,7 @@ def test_a_step_of_float32_without_values_is_that_on_the_gradient_itself(kind, d
             host.kernels.step_host_rows(values, ids, last_step, gradients, host.state, host.tables)
         else:
             host.kernels.step_host_rows(None, ids, last_step, made, host.state, host.tables)
-        results.append(host.state.tensors())
+        results.append(host.tensors())
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=2e-6, atol=1e-7)  # rounded otherwise
 
@@ -135,7 +135,7 @@ def test_a_step_without_values_is_the_step_on_those_that_are_fetched(kind, devic
         host.begin_step()
         host.kernels.step_view_rows(values, ids, last_step, made, host.packed(words), host.tables)
         host.kernels.step_host_rows(resident, ids, last_step, made, host.state, host.tables)
-        results.append([*host.packed(words).tensors(), *host.state.tensors()])
+        results.append([*host.packed(words).tensors(), *host.tensors()])
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
 
@@ -154,7 +154,7 @@ def test_a_step_of_geometry_without_values_is_the_step_on_those_that_are_fetched
         last_step = host.last_step[ids]
         host.begin_step()
         host.kernels.step_host_rows(values, ids, last_step, gradients, host.state, host.tables)
-        results.append(host.state.tensors())
+        results.append(host.tensors())
     for actual, expected in zip(*results, strict=True):
         assert_same_rows(actual, expected, exact=device == "cpu")
 
