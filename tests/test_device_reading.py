@@ -12,8 +12,9 @@ from torch import Tensor
 
 from offload.adam.host import DeferredAdam
 from offload.adam.schedules import schedules_of
+from offload.culling.visible import VisibleRows
 from offload.pipelines.device_reading import READ_ROWS, DeviceReading
-from offload.pipelines.forwarded import ForwardedPipeline, ForwardedRows
+from offload.pipelines.forwarded import ForwardedPipeline, ForwardedRows, Upcoming
 from offload.pipelines.groups import RowGroup
 from offload.store.host_store import HostStore
 from tests.test_pipeline import ADAM, repeated
@@ -24,7 +25,7 @@ DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 BOTH, HARMONICS = ("geometry", "appearance"), ("appearance",)  # groups that travel
 PREFETCHED, LATE, FORGOTTEN, UNDONE = range(4)
 TAKING_MEMORY = [
-    *((DeviceReading, name) for name in ("begin", "go_on", "upload", "_new_rows")),
+    *((DeviceReading, name) for name in ("begin", "go_on", "divide", "upload", "_new_rows")),
     (ForwardedPipeline, "_find"),
 ]
 
@@ -137,6 +138,20 @@ def test_rows_read_ahead_have_the_bits_of_rows_read_late(device, travelling):
             assert torch.equal(values[0][name], values[1][name])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("step", "next_step"), [(0, 1), (0, 2), (3, 5), (5, 6), (5, 5)])
+def test_a_device_divides_rows_as_the_host_does(device, step, next_step):
+    """Views share many rows, some rows, or none; one has none, or both."""
+    pipeline = make_pipeline(device, 500, True, HARMONICS)
+    present, ids = (VisibleRows.of(view(number, 500).to(device)) for number in (step, next_step))
+    reading = DeviceReading(pipeline._groups, device, pipeline._times)
+    begun = reading.begin(ids.ids, present.ids, ids.ids[:0])
+    expected = Upcoming.between(ids, ids.host_ids, present.host_ids)
+    for name, numbers in reading.divide(begun)._asdict().items():
+        assert torch.equal(numbers.cpu(), getattr(expected, name))
+    assert torch.equal(begun.host_ids(), ids.host_ids)
+
+
 @pytest.mark.parametrize("previous", [False, True])
 def test_values_before_the_present_step_can_be_read_still(previous):
     pipeline = make_pipeline(CPU, 300, device_reads=True)
@@ -190,7 +205,7 @@ def test_a_step_goes_on_where_memory_has_run_out(owner, name, is_late, travellin
         for group, values in take_step(forwarding, step, PREFETCHED).items():
             assert torch.allclose(given[group], values, rtol=1e-6, atol=1e-7)
     assert_same_stores(reading, forwarding)
-    assert failures or (travelling == BOTH and name in ("begin", "go_on"))
+    assert failures or (travelling == BOTH and name in ("begin", "go_on", "divide"))
 
 
 @pytest.mark.parametrize("travelling", [BOTH, HARMONICS])

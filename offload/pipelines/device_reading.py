@@ -9,9 +9,10 @@ commits, which both are short of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ from offload.adam.deferral import SkippedSteps
 from offload.adam.host import DeferredAdam
 from offload.adam.stored_harmonics import StoredRows
 from offload.backends import kernels_for
+from offload.culling.visible import arriving
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.lanes import Lane
+from offload.pipelines.overlap import Overlap
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Uploaded
 from offload.store.layout import PackedRows, RowState, packed_rows
 
-READ_ROWS = 1 << 17  # at once; those of geometry are packed in between, 17 MB
+READ_ROWS = 1 << 17  # at once, where geometry travels, whose rows are packed in between, 17 MB
 STAYS_PACKED = "appearance"  # the group
 
 
@@ -58,8 +61,21 @@ class BegunReading:
     """Rows of the next view, of which those are on their way that no commit waits for."""
 
     ids: Tensor  # [V] int64 on the device
-    nearby: Tensor  # [V] bool, which of them the view before the present one had, and the present one has not
+    host_ids: Callable[[], Tensor]  # waits for the same on the host
+    present: Tensor  # [W] int64 on the device, those of the present view
+    overlap: Overlap  # with that and the view before it
+    compared: torch.cuda.Event | None  # that it is there
     packed: PackedRows  # V of the group that stays packed
+
+
+class Division(NamedTuple):
+    """Divide rows of the present view into those that the next one has as well, S of W, and the others; int64."""
+
+    shared_here: Tensor  # [S] on the device, where the next view has them
+    shared_before: Tensor  # [S] on the device, where the present view has them
+    shared_ids: Tensor  # [S] on the host, which Gaussians these are
+    only_before: Tensor  # [W - S] on the host, the other rows of the present view
+    only_before_ids: Tensor  # [W - S] on the host, which Gaussians these are
 
 
 class DeviceReading:
@@ -81,7 +97,7 @@ class DeviceReading:
         self._times = times
         self._kernels = kernels_for(device, "offload.adam.rows")
         self._overlap = kernels_for(device, "offload.pipelines.overlap").overlap
-        self._lane = Lane.new(device)
+        self._lane, self._side_lane = Lane.new(device), Lane.new(device)  # the latter for what no row waits for
 
     def begin(self, ids: Tensor, present: Tensor, before: Tensor) -> BegunReading:
         """Read rows of the next view that are in no view before it, when the current stream has done its work so far.
@@ -98,10 +114,31 @@ class DeviceReading:
         with self._lane as lane:
             lane.wait(known)
             lane.uses(ids, present, before)
-            found = self._overlap(ids, present, before, ids.new_zeros(()))
+            overlap = self._overlap(ids, present, before, ids.new_zeros(()))
+            compared = lane.record()
             packed = self._new_rows(self._groups[STAYS_PACKED], len(ids))
-            self._read(ids, found.on_host, {}, packed)
-        return BegunReading(ids, found.nearby, packed)
+            self._read(ids, overlap.on_host, {}, packed)
+        with self._side_lane as lane:
+            lane.wait(known)
+            lane.uses(ids)
+            host_ids = arriving(ids)
+        return BegunReading(ids, host_ids, present, overlap, compared, packed)
+
+    def divide(self, begun: BegunReading) -> Division:
+        """Compare the next view with the present one; waits for what the device needs for that alone.
+
+        The host would need several milliseconds, of the threads that commit rows at that time.
+        """
+        overlap = begun.overlap
+        with self._side_lane as lane:
+            lane.wait(begun.compared)
+            lane.uses(begun.present, overlap.sources, overlap.moved, overlap.leaving)
+            shared_here = overlap.moved.nonzero().squeeze(1)
+            only_before = overlap.leaving.nonzero().squeeze(1)
+            on_device = begun.ids[shared_here], only_before, begun.present[only_before]
+            shared_before = overlap.sources[shared_here]
+            on_host = [arriving(numbers) for numbers in on_device]
+        return Division(shared_here, shared_before, *(arrived() for arrived in on_host))
 
     def go_on(self, begun: BegunReading) -> dict[str, Uploaded]:
         """Read the rows of the view before the present one, when they have been committed.
@@ -110,7 +147,7 @@ class DeviceReading:
             group -> V rows, for values after the present step; those of the present view are left out, for `complete`.
         """
         with self._lane as lane:
-            self._read(begun.ids, begun.nearby, {}, begun.packed)
+            self._read(begun.ids, begun.overlap.nearby, {}, begun.packed)
             skipped = self._groups[STAYS_PACKED].adam.skipped_steps(self._device)
             done = lane.record()
         return {STAYS_PACKED: UploadedPacked(begun.packed[0], done, begun.packed[1], skipped, self._kernels)}
@@ -144,16 +181,18 @@ class DeviceReading:
             uploads[name] = UploadedPacked(words, done, last_step, skipped[name], self._kernels)
         return ids, uploads
 
-    def complete(self, uploads: Mapping[str, Uploaded], host_ids: Tensor, positions: Tensor) -> None:
+    def complete(self, uploads: Mapping[str, Uploaded], ids: Tensor, positions: Tensor) -> None:
         """Read rows that were left out, as they have been committed in the present step.
 
         Args:
             uploads: As `upload` gave them, for values after that step.
-            host_ids: int64 [S] on the host, the rows.
-            positions: int64 [S] on the host, where they are among those.
+            ids: int64 [V] on the device, their rows.
+            positions: int64 [S] on any device, which of them were left out.
         """
         with self._lane as lane:
-            ids, places = self._to_device(host_ids), self._to_device(positions)
+            places = self._to_device(positions)
+            lane.uses(ids, places)
+            ids = ids[places]
             skipped = {
                 name: group.adam.skipped_steps(self._device)
                 for name, group in self._groups.items()
@@ -193,7 +232,8 @@ class DeviceReading:
         Returns:
             Values [V, columns] of these groups; and the packed rows of the other one.
         """
-        count, block = len(ids), min(READ_ROWS, len(ids))
+        count = len(ids)
+        block = min(READ_ROWS, count) if len(self._groups) > 1 else count  # the launching thread has no time for more
         packed = {
             name: stay_packed or self._new_rows(group, count) if name == STAYS_PACKED else self._new_rows(group, block)
             for name, group in self._groups.items()
@@ -206,8 +246,8 @@ class DeviceReading:
         places = torch.arange(block, device=self._device)
         stored = [(group.store.packed, group.store.last_step) for group in self._groups.values()]
         with self._times.on_lane("host_to_device", self._lane):
-            for first in range(0, count, READ_ROWS):
-                rows = slice(first, min(first + READ_ROWS, count))
+            for first in range(0, count, max(block, 1)):
+                rows = slice(first, min(first + block, count))
                 here, those = slice(0, rows.stop - first), None if wanted is None else wanted[rows]
                 view = {name: _cut_out(whole, rows if name == STAYS_PACKED else here) for name, whole in packed.items()}
                 self._kernels.read_packed_rows(stored, ids[rows], those, list(view.values()))
@@ -223,7 +263,7 @@ class DeviceReading:
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         """Copy int64 [V] on the current stream, without waiting for it; once more before, where it is not pinned."""
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or numbers.is_cuda:
             return numbers
         return numbers.pin_memory().to(self._device, non_blocking=True)
 

@@ -10,8 +10,8 @@ While the device renders view j, a worker thread on the host
 
 Where rows are compact the device reads them itself, instead, as soon as no commit of view j - 1 will write them
 (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values. Where
-geometry is on the device as well, nobody but the update needs to know on the host which rows the next view has, and it
-finds that out while the worker still commits.
+geometry is on the device as well, it also compares the two views, of which nobody but the update needs to know on the
+host: that asks for it while the worker still commits.
 
 When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
 that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
@@ -44,7 +44,7 @@ from offload.backends import native, num_threads
 from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.device_reading import DeviceReading
+from offload.pipelines.device_reading import BegunReading, DeviceReading
 from offload.pipelines.groups import RowGroup, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
@@ -72,12 +72,14 @@ class Upcoming:
     """
 
     rows: VisibleRows
-    shared_here: Tensor  # [S] which of the rows it begins with wait for gradients of the present view
-    shared_before: Tensor  # [S] which rows of the present view they are
-    only_here: Tensor  # [V - S] the other rows that it begins with
-    only_here_ids: Tensor  # [V - S] which Gaussians these are
+    shared_here: Tensor  # [S] which of the rows it begins with wait for gradients of the present view; on any device
+    shared_before: Tensor  # [S] which rows of the present view they are; there as well
+    shared_ids: Tensor  # [S] which Gaussians these are
     only_before: Tensor  # [W - S] the other rows of the present view
     only_before_ids: Tensor  # [W - S] which Gaussians these are
+    # The other rows that it begins with, [V - S], and which Gaussians these are; None where the device has compared.
+    only_here: Tensor | None = None
+    only_here_ids: Tensor | None = None
 
     @staticmethod
     def between(rows: VisibleRows, first_ids: Tensor, present_ids: Tensor) -> Upcoming:
@@ -95,8 +97,12 @@ class Upcoming:
         found = here, before, only_here, only_here_ids, only_before, only_before_ids
         shared = native.compare_ids(first_ids, present_ids, *found, num_threads())
         alone, alone_before = len(first_ids) - shared, len(present_ids) - shared
-        counts = shared, shared, alone, alone, alone_before, alone_before
-        return Upcoming(rows, *(numbers[:count] for numbers, count in zip(found, counts, strict=True)))
+        here, before = here[:shared], before[:shared]
+        only_before, only_before_ids = only_before[:alone_before], only_before_ids[:alone_before]
+        shared_ids = present_ids[before]
+        return Upcoming(
+            rows, here, before, shared_ids, only_before, only_before_ids, only_here[:alone], only_here_ids[:alone]
+        )
 
     @staticmethod
     def of(rows: VisibleRows, first_ids: Tensor, shared: tuple[Tensor, Tensor], present_ids: Tensor) -> Upcoming:
@@ -112,7 +118,11 @@ class Upcoming:
             positions_without(positions, len(ids))
             for positions, ids in zip(shared, (first_ids, present_ids), strict=True)
         )
-        return Upcoming(rows, *shared, only_here, first_ids[only_here], only_before, present_ids[only_before])
+        here, before = shared
+        return Upcoming(
+            rows, here, before, present_ids[before], only_before, present_ids[only_before], only_here,
+            first_ids[only_here],
+        )  # fmt: skip
 
 
 @dataclass
@@ -171,7 +181,7 @@ class ForwardedPipeline:
         self._is_ending = False  # whether its update has begun to change them, which is not done twice
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
-        # Finds the next view while the worker still commits, where nobody has needed that before.
+        # Has the next view compared while the worker still commits, where nobody has needed that before.
         self._find_in_update: Callable[[], Upcoming] | None = None
         self._before: Tensor | None = None  # [V] on the device, rows of the view before the present one; to read early
 
@@ -210,7 +220,7 @@ class ForwardedPipeline:
             urgent = self._download_urgently(ahead.upcoming.shared_before, gradients)
             self._applied = self._is_ending = True
             self._displace(present)
-            self._update_shared(ahead, ahead.upcoming, present, lambda name: self._gradients_of(urgent[name]))
+            self._update_shared(ahead, ahead.upcoming, lambda name: self._gradients_of(urgent[name]))
             remaining, remaining_ids = ahead.upcoming.only_before, ahead.upcoming.only_before_ids
         self._owed.append(partial(self._commit, remaining_ids, remaining, downloads))
         self._end_step()
@@ -365,20 +375,20 @@ class ForwardedPipeline:
             all are read when the view is found.
         """
         find: Callable[[], VisibleRows] = partial(self._find, cameras)
-        read = None
         if not self._culls_in_worker:
             ids = self._cull(cameras)
-            find = VisibleRows.arriving(ids)
             if self._reading is not None:
                 before = ids[:0] if self._before is None else self._before
-                read = partial(self._reading.go_on, self._reading.begin(ids, present.ids, before))
+                begun = self._reading.begin(ids, present.ids, before)
+                return cache(partial(_divided, self._reading, begun)), partial(self._reading.go_on, begun)
+            find = VisibleRows.arriving(ids)
 
         @cache
         def find_upcoming() -> Upcoming:
             rows = find()
             return Upcoming.between(rows, rows.host_ids, present.host_ids)
 
-        return find_upcoming, read
+        return find_upcoming, None
 
     def _prepare(self, find: Callable[[], Upcoming], read: Callable[[], dict[str, Uploaded]] | None) -> Ahead:
         """Upload what can be known of the next view before the present view's gradients."""
@@ -396,6 +406,8 @@ class ForwardedPipeline:
 
     def _upload_known(self, name: str, upcoming: Upcoming) -> Uploaded:
         group, known, ids = self._groups[name], upcoming.only_here, upcoming.only_here_ids
+        assert known is not None  # the host has compared
+        assert ids is not None
 
         def fill(out: Tensor, begin: int, end: int) -> None:
             first, last = torch.searchsorted(known, torch.tensor([begin, end])).tolist()
@@ -468,15 +480,15 @@ class ForwardedPipeline:
         return downloaded
 
     def _download_urgently(self, rows: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Downloaded]:
-        """Send gradients of some rows, whose numbers are on the host, ahead of the others."""
+        """Send gradients of some rows, whose numbers are on any device, ahead of the others."""
         rows = rows.to(self._device)
+        Lane.current(self._device).uses(rows)
         return {name: self._download(name, gradient[rows], urgent=True) for name, gradient in gradients.items()}
 
     def _update_shared(
         self,
         ahead: Ahead,
         upcoming: Upcoming,
-        present: VisibleRows,
         gradients_of: Callable[[str], Tensor | HarmonicsGradient],
         gradient_rows: Tensor | None = None,
     ) -> None:
@@ -485,19 +497,17 @@ class ForwardedPipeline:
         Args:
             ahead: What was forwarded.
             upcoming: The next view, whose rows these are.
-            present: The present view.
             gradients_of: Gives the gradients of G rows of a group on the host, when they have arrived.
             gradient_rows: int64 [S], which of these each shared row has; None: they are in its order.
         """
-        host_ids = present.host_ids[upcoming.shared_before]
-        if gradient_rows is None:
-            gradient_rows = torch.arange(len(host_ids))
+        host_ids = upcoming.shared_ids
         for name, group in self._groups.items():
             gradients = gradients_of(name)
             if self._reading is not None:
                 with group.store.changing(host_ids) as rows, self._times.on_host("update_shared_rows"):
                     group.adam.commit(rows, group.store.last_step, host_ids, gradients, gradient_rows=gradient_rows)
                 continue
+            numbers = torch.arange(len(host_ids)) if gradient_rows is None else gradient_rows
 
             def fill(
                 out: Tensor,
@@ -505,7 +515,7 @@ class ForwardedPipeline:
                 end: int,
                 group: RowGroup[DeferredAdam] = group,
                 gradients: Tensor | HarmonicsGradient = gradients,
-                numbers: Tensor = gradient_rows,
+                numbers: Tensor = numbers,
             ) -> None:
                 block = group.store.rows, group.store.last_step, host_ids[begin:end]
                 with self._times.on_host("update_shared_rows"):
@@ -514,7 +524,7 @@ class ForwardedPipeline:
             with group.store.changing(host_ids):
                 self._transfers[name].complete(ahead.uploads[name], upcoming.shared_here, fill)
         if self._reading is not None:
-            self._reading.complete(ahead.uploads, host_ids, upcoming.shared_here)
+            self._reading.complete(ahead.uploads, upcoming.rows.ids, upcoming.shared_here)
 
     def _displace(self, present: VisibleRows) -> Tensor:
         """Move means of rows of the present view, while the worker rests; return which, int64 [D] on the host."""
@@ -573,6 +583,12 @@ class ForwardedPipeline:
 
     def _where_geometry_is(self, host_ids: Tensor) -> Tensor:
         return host_ids if self._culls_in_worker else host_ids.to(self._device)
+
+
+def _divided(reading: DeviceReading, begun: BegunReading) -> Upcoming:
+    """Return the next view, as the device compares it with the present one."""
+    division = reading.divide(begun)
+    return Upcoming(VisibleRows(begun.ids, begun.host_ids()), *division)
 
 
 def positions_without(positions: Tensor, count: int) -> Tensor:

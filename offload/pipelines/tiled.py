@@ -218,7 +218,6 @@ class TiledPipeline(ForwardedPipeline):
             self._update_shared(
                 ahead,
                 upcoming,
-                present,
                 lambda name: torch.cat([self._arrived(urgent[name]), progress.sums[name]]),
                 gradient_rows,
             )
@@ -334,15 +333,18 @@ class TiledPipeline(ForwardedPipeline):
             upcoming: The next view, which has some of these rows.
             moved_ids: int64 [D] on the host, sorted, rows whose means have moved.
         """
-        here, _ = shared_positions(upcoming.only_here_ids, moved_ids)
+        only_here, only_here_ids = upcoming.only_here, upcoming.only_here_ids
+        assert only_here is not None  # the host has compared
+        assert only_here_ids is not None
+        here, _ = shared_positions(only_here_ids, moved_ids)
         if len(here) == 0:
             return
-        group, ids = self._groups["geometry"], upcoming.only_here_ids[here]
+        group, ids = self._groups["geometry"], only_here_ids[here]
 
         def fill(out: Tensor, begin: int, end: int) -> None:
             group.adam.forward(group.store.rows, group.store.last_step, ids[begin:end], out)
 
-        self._transfers["geometry"].complete(ahead.uploads["geometry"], upcoming.only_here[here], fill)
+        self._transfers["geometry"].complete(ahead.uploads["geometry"], only_here[here], fill)
 
     def _prepare_tile(self, host_ids: Tensor) -> Ahead:
         """Upload the next tile of the present view, as it was before the step."""
