@@ -9,7 +9,7 @@ GPU's work, which is the time that a step of a small scene takes: so pictures ar
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
@@ -105,9 +105,7 @@ class BatchLoader:
     def give_up(self) -> None:
         """Keep no pictures any more, since others need the memory; the batches stay those that they are."""
         self._kept.give_up()
-        for _, begun in self._pending:
-            if isinstance(begun, Future):
-                begun.cancel()
+        wait([begun for _, begun in self._pending if isinstance(begun, Future) and not begun.cancel()])
         self._pending = deque((ids, self._begin(ids)) for ids, _ in self._pending)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -138,6 +139,19 @@ def test_batches_are_those_of_a_loader_that_keeps_nothing(tmp_path, mapped_city,
         assert any(batch.masks is not None for batch in expected)
 
 
+def test_a_batch_of_several_views_has_those_of_one_beside_each_other(mapped_city):
+    scene = load_scene(mapped_city, depths=True)
+    single, several = batches_of(scene, 24), batches_of(scene, 8, batch_size=3)
+    whole = torch.ones(1, 48, 64, dtype=torch.bool)
+    assert 0 < sum(batch.masks is None for batch in single) < 24
+    for batch, views in zip(several, zip(*[iter(single)] * 3, strict=True), strict=True):
+        if any(view.masks is not None for view in views):
+            views = [replace(view, masks=whole if view.masks is None else view.masks) for view in views]
+        of_all = {name: [getattr(view, name) for view in views] for name in FIELDS}
+        joined = {name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in of_all.items()}
+        assert_same([batch], [Batch(**joined)])
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"rank": 0, "num_ranks": 2}], ids=str)
 def test_a_picture_that_is_kept_is_decoded_once(tmp_path, decoded, options):
     scene = small_scene(tmp_path, 7)
@@ -196,7 +210,9 @@ def test_batches_go_on_where_pictures_are_given_up(tmp_path, monkeypatch, decode
         assert_same(list(islice(batches, 15)), expected[:15])
         assert len(mapped) == len(scene.train_ids)
         batches.give_up()
-        gc.collect()
+        deadline = time.monotonic() + 30
+        while any(memory() for memory in mapped) and time.monotonic() < deadline:  # a thread lets go of its last batch
+            gc.collect()
         assert not any(memory() for memory in mapped)  # what was about to be given out holds none either
         assert_same(list(islice(batches, 25)), expected[15:])
         assert batches.spared_bytes == 0
