@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from types import TracebackType
 
@@ -81,7 +82,9 @@ class BatchLoader:
         self._depths = depths
         self._kept = KeptPictures(keep_bytes, pin_memory=pin_memory)
         spares(self)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="image-loader")
+        # Each thread begins on the first GPU, where it would make a context to pin memory in.
+        initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+        self._pool = ThreadPoolExecutor(workers, "image-loader", initializer)
         self._pending: deque[tuple[np.ndarray, Batch | Future[Batch]]] = deque()  # with their ids, in their order
         for _ in range(2 * workers):
             self._submit_next()

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 
 import cv2
@@ -227,6 +228,7 @@ class FakeCudart:
 
     def __init__(self, most: int) -> None:
         self.parts: dict[int, int] = {}
+        self.threads: set[int] = set()  # that have registered some
         self._most = most
 
     def cudaHostRegister(self, start: int, num_bytes: int, flags: int) -> int:
@@ -234,6 +236,7 @@ class FakeCudart:
         if len(self.parts) == self._most:
             return 2
         self.parts[start] = num_bytes
+        self.threads.add(get_ident())
         return 0
 
     def cudaHostUnregister(self, start: int) -> int:
@@ -244,9 +247,12 @@ class FakeCudart:
 @pytest.mark.parametrize("most", [100, 3])
 def test_pictures_are_pinned_as_far_as_cuda_does_it(tmp_path, monkeypatch, most):
     scene, cudart, waits = small_scene(tmp_path, 7), FakeCudart(most), []
+    threads: list[tuple[int, int]] = []
     expected = batches_of(scene, 20)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: threads.append((device, get_ident())))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with training_loader(scene, scene.train_ids, seed=2, num_workers=2, keep_bytes=AMPLE, pin_memory=True) as batches:
         found = list(islice(batches, 20))
@@ -257,6 +263,8 @@ def test_pictures_are_pinned_as_far_as_cuda_does_it(tmp_path, monkeypatch, most)
     gc.collect()
     assert not cudart.parts
     assert waits
+    assert {device for device, _ in threads} == {1}  # that of the thread which trains
+    assert {thread for _, thread in threads} >= cudart.threads
 
 
 @pytest.mark.cuda
