@@ -1,14 +1,17 @@
 """Batches of decoded pictures, read ahead by threads.
 
 Threads, not processes: decoding and remapping release the interpreter's lock, and a trainer that holds tens of
-gigabytes of pinned memory must not be forked.
+gigabytes of pinned memory must not be forked. What they do with the lock held delays the thread that launches the
+GPU's work, which is the time that a step of a small scene takes: so pictures are kept where there is memory for them
+(`kept_pictures.py`), and a batch of one that is kept is no work at all.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from types import TracebackType
 
@@ -16,8 +19,10 @@ import numpy as np
 import torch
 
 from datasets.depths import Depths
+from datasets.free_memory import spares
 from datasets.image_files import decode_picture, fitting_workers
 from datasets.images import seen_pixels
+from datasets.kept_pictures import KeptPictures
 from datasets.scene import Scene
 from datasets.view_order import ViewWindows
 from errors import InputError
@@ -27,7 +32,10 @@ WHOLE = slice(None)
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold C views, in main memory; or the pictures of C of them, and the cameras of all G."""
+    """Hold C views, in main memory; or the pictures of C of them, and the cameras of all G.
+
+    Its tensors are read only: the loader may hold them, and give them out again.
+    """
 
     images: torch.Tensor  # [C, H, W, 3] uint8
     masks: torch.Tensor | None  # [C, H, W] bool, false where a pixel has no source or is hidden; None: nowhere
@@ -53,6 +61,7 @@ class BatchLoader:
         num_workers: int | None = None,
         pin_memory: bool = False,
         depths: Depths | None = None,
+        keep_bytes: int = 0,
     ):
         """
         Args:
@@ -61,6 +70,8 @@ class BatchLoader:
             own: which of a batch's pictures are loaded; the cameras of all are given.
             num_workers: threads; one per processor, at most 16, where None.
             pin_memory: give pinned tensors, for asynchronous copies to a CUDA device.
+            depths: where inverse depths come from; None: they are not wanted.
+            keep_bytes: of host memory that decoded pictures may take, so that they are not decoded again.
         """
         pixels = max((camera.source_width * camera.source_height for camera in scene.cameras), default=1)
         workers = fitting_workers(num_workers or min(os.cpu_count() or 1, 16), pixels)
@@ -69,8 +80,12 @@ class BatchLoader:
         self._own = own
         self._pin_memory = pin_memory
         self._depths = depths
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="image-loader")
-        self._pending: deque[Future[Batch]] = deque()
+        self._kept = KeptPictures(keep_bytes, pin_memory=pin_memory)
+        spares(self)
+        # Each thread begins on the first GPU, where it would make a context to pin memory in.
+        initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+        self._pool = ThreadPoolExecutor(workers, "image-loader", initializer)
+        self._pending: deque[tuple[np.ndarray, Batch | Future[Batch]]] = deque()  # with their ids, in their order
         for _ in range(2 * workers):
             self._submit_next()
 
@@ -80,14 +95,27 @@ class BatchLoader:
     def __next__(self) -> Batch:
         if not self._pending:
             raise StopIteration
-        batch = self._pending.popleft().result()
+        _, begun = self._pending.popleft()
+        batch = begun.result() if isinstance(begun, Future) else begun
         self._submit_next()
         return batch
 
+    @property
+    def spared_bytes(self) -> int:
+        """Count the bytes of pictures that are kept."""
+        return self._kept.nbytes
+
+    def give_up(self) -> None:
+        """Keep no pictures any more, since others need the memory; the batches stay those that they are."""
+        self._kept.give_up()
+        wait([begun for _, begun in self._pending if isinstance(begun, Future) and not begun.cancel()])
+        self._pending = deque((ids, self._begin(ids)) for ids, _ in self._pending)
+
     def close(self) -> None:
-        """Drop what is pending; waits only for pictures that are being decoded."""
+        """Drop what is pending and kept; waits only for pictures that are being decoded."""
         self._pending.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._kept.give_up()
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -100,8 +128,24 @@ class BatchLoader:
     def _submit_next(self) -> None:
         ids = next(self._batches_of_ids, None)
         if ids is not None:
-            work = self._pool.submit(_load_batch, self._scene, ids, self._own, self._pin_memory, self._depths)
-            self._pending.append(work)
+            self._pending.append((ids, self._begin(ids)))
+
+    def _begin(self, ids: np.ndarray) -> Batch | Future[Batch]:
+        """Return the batch of images [G] where it is kept; else let a thread make it."""
+        kept = self._kept.get(int(ids[0])) if len(ids) == 1 else None
+        return self._pool.submit(self._load, ids) if kept is None else kept
+
+    def _load(self, ids: np.ndarray) -> Batch:
+        views = [self._view(image_id) for image_id in ids[self._own].tolist()]
+        batch = views[0] if len(ids) == 1 else _together(views, self._scene, ids)
+        if not self._pin_memory:
+            return batch
+        return replace(batch, **{name: t.pin_memory() for name, t in vars(batch).items() if t is not None})
+
+    def _view(self, image_id: int) -> Batch:
+        """Return the batch of one image, kept or decoded."""
+        kept = self._kept.get(image_id)
+        return self._kept.keep(image_id, _decode(self._scene, image_id, self._depths)) if kept is None else kept
 
 
 def training_loader(
@@ -116,6 +160,7 @@ def training_loader(
     num_ranks: int = 1,
     num_workers: int | None = None,
     pin_memory: bool = False,
+    keep_bytes: int = 0,
 ) -> BatchLoader:
     """Make an endless stream of training batches in an order that the seed alone decides.
 
@@ -131,6 +176,7 @@ def training_loader(
         num_ranks: how many there are.
         num_workers: threads; one per processor, at most 16, where None.
         pin_memory: give pinned tensors, for asynchronous copies to a CUDA device.
+        keep_bytes: of host memory that decoded pictures may take, so that they are not decoded again.
 
     Raises:
         InputError: batch_size is below 1, or above 1 with pictures of different sizes.
@@ -150,7 +196,15 @@ def training_loader(
     arrange = ViewWindows.of_scene(scene, view_window).arrange if view_window > 1 else None
     order = _training_order(train_ids, batch_size * num_ranks, seed, start_step, arrange)
     own = slice(rank * batch_size, (rank + 1) * batch_size)
-    return BatchLoader(scene, order, own=own, num_workers=num_workers, pin_memory=pin_memory, depths=scene.depths)
+    return BatchLoader(
+        scene,
+        order,
+        own=own,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        depths=scene.depths,
+        keep_bytes=keep_bytes,
+    )
 
 
 def evaluation_loader(
@@ -185,34 +239,45 @@ def _training_order(
         yield batch
 
 
-def _load_batch(scene: Scene, image_ids: np.ndarray, own: slice, pin_memory: bool, depths: Depths | None) -> Batch:
-    cameras = [scene.cameras[index] for index in scene.camera_indices[image_ids]]
-    images, masks = [], []
-    for image_id, camera in zip(image_ids[own], cameras[own], strict=True):
-        size = camera.source_width, camera.source_height
-        image, seen = decode_picture(scene.image_paths[image_id], size)
-        images.append(camera.undistort(image))
-        masks.append(seen_pixels(seen, scene.mask_paths[image_id], camera))
-    batch = Batch(
-        images=torch.from_numpy(np.stack(images)),
-        masks=_stack_masks(masks, images),
-        Ks=torch.from_numpy(np.stack([camera.K for camera in cameras])).float(),
-        camtoworlds=torch.from_numpy(scene.camtoworlds[image_ids]).float(),
-        image_ids=torch.from_numpy(image_ids),
+def _decode(scene: Scene, image_id: int, depths: Depths | None) -> Batch:
+    """Return the batch of one image."""
+    camera = scene.cameras[scene.camera_indices[image_id]]
+    image, seen = decode_picture(scene.image_paths[image_id], (camera.source_width, camera.source_height))
+    mask = seen_pixels(seen, scene.mask_paths[image_id], camera)
+    inverse = None if depths is None else depths.inverse(image_id, camera, scene.camtoworlds[image_id])
+    return Batch(
+        images=torch.from_numpy(np.array(camera.undistort(image)[None])),
+        masks=None if mask is None else torch.from_numpy(np.array(mask[None])),
+        inverse_depths=None if inverse is None else torch.from_numpy(inverse[None]),
+        **_cameras(scene, np.array([image_id])),
     )
-    if depths is not None:
-        inverse = [
-            depths.inverse(int(image_id), camera, scene.camtoworlds[image_id])
-            for image_id, camera in zip(image_ids[own], cameras[own], strict=True)
-        ]
-        batch = replace(batch, inverse_depths=torch.from_numpy(np.stack(inverse)))
-    if not pin_memory:
-        return batch
-    return replace(batch, **{name: t.pin_memory() for name, t in vars(batch).items() if t is not None})
 
 
-def _stack_masks(masks: list[np.ndarray | None], images: list[np.ndarray]) -> torch.Tensor | None:
-    if all(mask is None for mask in masks):
-        return None
-    whole = np.ones(images[0].shape[:2], bool)
-    return torch.from_numpy(np.stack([whole if mask is None else mask for mask in masks]))
+def _together(views: list[Batch], scene: Scene, ids: np.ndarray) -> Batch:
+    """Return the batch of images [G], of which views [C] have the pictures; the tensors of one view are not copied."""
+    masks = None
+    if any(view.masks is not None for view in views):
+        whole = torch.ones(views[0].images.shape[:3], dtype=torch.bool)
+        masks = _joined([whole if view.masks is None else view.masks for view in views])
+    inverse = [view.inverse_depths for view in views if view.inverse_depths is not None]  # of all views, or of none
+    return Batch(
+        images=_joined([view.images for view in views]),
+        masks=masks,
+        inverse_depths=_joined(inverse) if inverse else None,
+        **_cameras(scene, ids),
+    )
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    # In this thread alone, where torch would wake others for it.
+    return tensors[0] if len(tensors) == 1 else torch.from_numpy(np.concatenate([t.numpy() for t in tensors]))
+
+
+def _cameras(scene: Scene, ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return what a batch holds of the cameras of images [G], by its names."""
+    Ks = np.stack([scene.cameras[index].K for index in scene.camera_indices[ids]])
+    return dict(
+        Ks=torch.from_numpy(Ks).float(),
+        camtoworlds=torch.from_numpy(scene.camtoworlds[ids]).float(),
+        image_ids=torch.from_numpy(ids),
+    )

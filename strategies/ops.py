@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.free_memory import free_bytes
-from distributed.mesh import Ranks
+from datasets.free_memory import free_bytes, give_up_for
+from distributed.mesh import Ranks, local_ranks
 from errors import format_bytes
 from offload.device_memory import unallocated_bytes
 from offload.models.contract import GaussianModel
@@ -202,7 +202,13 @@ class RoomForGrowth:
         self._told = False
 
     def holds(self, store: GaussianModel, num_new: int) -> bool:
-        """Return whether so many more Gaussians can be held, by each rank its own."""
+        """Return whether so many more Gaussians can be held, by each rank its own; kept pictures make way for them."""
+        needed = _growth_bytes(store, num_new).get(torch.device("cpu"), 0)
+        if self._ranks is None:
+            give_up_for(needed)
+        else:
+            give_up_for(self._ranks.sums([needed])[0], local_ranks())  # as if all were on this machine
+            self._ranks.barrier()  # what one finds free is what is left when all have given up theirs
         return not self.tell_any(lacking_memory(store, num_new, self._remedy))
 
     def tell_any(self, sentence: str | None) -> bool:
@@ -222,9 +228,7 @@ class RoomForGrowth:
 
 def lacking_memory(store: GaussianModel, num_new: int, remedy: str) -> str | None:
     """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
-    if num_new == 0:
-        return None
-    for device, needed in store.growth_bytes(num_new).items():
+    for device, needed in _growth_bytes(store, num_new).items():
         memory = "host memory" if device.type == "cpu" else "GPU memory"
         free = free_bytes() if device.type == "cpu" else unallocated_bytes(device)
         if needed > free:
@@ -233,3 +237,7 @@ def lacking_memory(store: GaussianModel, num_new: int, remedy: str) -> str | Non
                 f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: {remedy}."
             )
     return None
+
+
+def _growth_bytes(store: GaussianModel, num_new: int) -> dict[torch.device, int]:
+    return {} if num_new == 0 else store.growth_bytes(num_new)

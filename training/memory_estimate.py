@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from datasets.free_memory import SPARED_PART
 from datasets.scene import Scene
 from datasets.view_order import sample_of, sees
 from errors import NotEnoughMemory, counted, format_bytes
@@ -396,6 +397,20 @@ def check_memory(
 def most_that_fit(all_needs: list[Need], share: float = 1.0) -> int:
     """Return how many Gaussians, at all ranks, training can hold where this process has a share of them."""
     return int(min(need.most_gaussians() for need in all_needs) / share)
+
+
+def bytes_to_spare(all_needs: list[Need], num_gaussians: int, max_gaussians: int, share: float = 1.0) -> int:
+    """Return the bytes of host memory that this process may hold to save time: a small part of what training leaves.
+
+    Args:
+        all_needs: Of a trainer.
+        num_gaussians: That training starts with, at all ranks.
+        max_gaussians: The number that an option lets the model grow to, at all ranks; 0 where none does.
+        share: Of them that this process holds.
+    """
+    host = all_needs[0]
+    needed = max(host.bytes_from_start(math.ceil(share * num_gaussians)), host.bytes(math.ceil(share * max_gaussians)))
+    return max(int(host.free_bytes - needed), 0) // SPARED_PART
 
 
 def _listed(all_needs: list[Need], needed: list[float]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import AnyConfig
+from datasets.kept_pictures import what_is_kept
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
@@ -45,7 +46,7 @@ from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
-from training.memory_estimate import check_memory, most_that_fit, needs, share_in_largest_view
+from training.memory_estimate import bytes_to_spare, check_memory, most_that_fit, needs, share_in_largest_view
 from training.modules import RunModules
 from training.options import check_options
 from training.pose_files import PoseFiles, tell_of_old_poses
@@ -185,6 +186,7 @@ class TrainingRun(Generic[AnyConfig]):
         self._first_step = 0
         self._skipped_steps = 0
         self._depth_share: float | Tensor = 1.0
+        self._keep_bytes = 0  # of decoded pictures
         self._interrupted = False
         self._saved: Path | None = None  # what holds all steps, once training is over
         self.agreed = Agreed()
@@ -312,7 +314,8 @@ class TrainingRun(Generic[AnyConfig]):
                 need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // local_ranks())
                 for need in all_needs
             ]
-        told = where + check_memory(all_needs, self.num_initial_gaussians, getattr(self.cfg, option), option, share)
+        begun, most = self.num_initial_gaussians, getattr(self.cfg, option)
+        told = where + check_memory(all_needs, begun, most, option, share)
         # That of the rank which has the least room for what it is to hold: where it has none, all end.
         print(min(self._joint.gather((most_that_fit(all_needs, share), told)))[1])
         resident_share = getattr(self.cfg, "resident_share", 0.0)
@@ -323,6 +326,9 @@ class TrainingRun(Generic[AnyConfig]):
             )
         elif resident_share > 0:
             print("Without a GPU --resident_share saves nothing: all rows are in this machine's memory.")
+        self._keep_bytes = min(self._joint.gather(bytes_to_spare(all_needs, begun, most, share)))
+        if self.speaks and (kept := what_is_kept(self.scene, self._keep_bytes)):
+            print(kept)
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
@@ -454,6 +460,7 @@ class TrainingRun(Generic[AnyConfig]):
                 num_ranks=self.num_ranks,
                 num_workers=self.cfg.num_workers or None,
                 pin_memory=self.device.type == "cuda",
+                keep_bytes=self._keep_bytes,
             )
         )
         bar = tqdm(
