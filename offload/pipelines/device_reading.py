@@ -24,7 +24,6 @@ from offload.backends import kernels_for
 from offload.culling.visible import arriving
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.lanes import Lane
-from offload.pipelines.overlap import Overlap
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Uploaded
 from offload.store.layout import PackedRows, RowState, packed_rows
@@ -63,8 +62,12 @@ class BegunReading:
     ids: Tensor  # [V] int64 on the device
     host_ids: Callable[[], Tensor]  # waits for the same on the host
     present: Tensor  # [W] int64 on the device, those of the present view
-    overlap: Overlap  # with that and the view before it
-    compared: torch.cuda.Event | None  # that it is there
+    # What is known of both; the rest of `Overlap` would take as much memory again until the update.
+    sources: Tensor  # [V] int64, where rows are in the present view; -1 where they are not
+    moved: Tensor  # [V] bool, whether they are there
+    leaving: Tensor  # [W] bool, which rows of the present view are not in the next one
+    compared: torch.cuda.Event | None  # that these are there
+    nearby: Tensor  # [V] bool, which rows the view before the present one had, and the present one has not
     packed: PackedRows  # V of the group that stays packed
 
 
@@ -110,33 +113,33 @@ class DeviceReading:
             present: The same of the present view.
             before: The same of the view before that.
         """
-        known = Lane.current(self._device).record()
+        culled = Lane.current(self._device).record()
         with self._lane as lane:
-            lane.wait(known)
+            lane.wait(culled)
             lane.uses(ids, present, before)
             overlap = self._overlap(ids, present, before, ids.new_zeros(()))
             compared = lane.record()
             packed = self._new_rows(self._groups[STAYS_PACKED], len(ids))
             self._read(ids, overlap.on_host, {}, packed)
         with self._side_lane as lane:
-            lane.wait(known)
+            lane.wait(culled)
             lane.uses(ids)
             host_ids = arriving(ids)
-        return BegunReading(ids, host_ids, present, overlap, compared, packed)
+        known = overlap.sources, overlap.moved, overlap.leaving
+        return BegunReading(ids, host_ids, present, *known, compared, overlap.nearby, packed)
 
     def divide(self, begun: BegunReading) -> Division:
         """Compare the next view with the present one; waits for what the device needs for that alone.
 
         The host would need several milliseconds, of the threads that commit rows at that time.
         """
-        overlap = begun.overlap
         with self._side_lane as lane:
             lane.wait(begun.compared)
-            lane.uses(begun.present, overlap.sources, overlap.moved, overlap.leaving)
-            shared_here = overlap.moved.nonzero().squeeze(1)
-            only_before = overlap.leaving.nonzero().squeeze(1)
+            lane.uses(begun.present, begun.sources, begun.moved, begun.leaving)
+            shared_here = begun.moved.nonzero().squeeze(1)
+            only_before = begun.leaving.nonzero().squeeze(1)
             on_device = begun.ids[shared_here], only_before, begun.present[only_before]
-            shared_before = overlap.sources[shared_here]
+            shared_before = begun.sources[shared_here]
             on_host = [arriving(numbers) for numbers in on_device]
         return Division(shared_here, shared_before, *(arrived() for arrived in on_host))
 
@@ -147,7 +150,7 @@ class DeviceReading:
             group -> V rows, for values after the present step; those of the present view are left out, for `complete`.
         """
         with self._lane as lane:
-            self._read(begun.ids, begun.overlap.nearby, {}, begun.packed)
+            self._read(begun.ids, begun.nearby, {}, begun.packed)
             skipped = self._groups[STAYS_PACKED].adam.skipped_steps(self._device)
             done = lane.record()
         return {STAYS_PACKED: UploadedPacked(begun.packed[0], done, begun.packed[1], skipped, self._kernels)}
