@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable
+from threading import Event
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from offload.adam.host import DeferredAdam
 from offload.adam.schedules import schedules_of
 from offload.culling.visible import VisibleRows
-from offload.pipelines.device_reading import READ_ROWS, DeviceReading
+from offload.pipelines.device_reading import READ_ROWS, BegunReading, DeviceReading, Division
 from offload.pipelines.forwarded import ForwardedPipeline, ForwardedRows, Upcoming
 from offload.pipelines.groups import RowGroup
+from offload.pipelines.transfer import Downloaded, RowTransfer
 from offload.store.host_store import HostStore
 from tests.test_pipeline import ADAM, repeated
 from tests.triton_places import INTERPRETED
@@ -206,6 +208,42 @@ def test_a_step_goes_on_where_memory_has_run_out(owner, name, is_late, travellin
             assert torch.allclose(given[group], values, rtol=1e-6, atol=1e-7)
     assert_same_stores(reading, forwarding)
     assert failures or (travelling == BOTH and name in ("begin", "go_on", "divide"))
+
+
+def test_an_update_that_is_done_again_spares_gradients_that_are_not_committed_yet(monkeypatch):
+    """Downloads take turns in two buffers, as on a GPU, of which the worker still commits the last one."""
+
+    def download(self: RowTransfer, rows: Tensor, *, urgent: bool = False) -> Downloaded:
+        buffers = vars(self).setdefault(f"urgent: {urgent}", [torch.empty(300, rows.shape[1]) for _ in range(2)])
+        buffers.reverse()
+        return Downloaded(buffers[0][: len(rows)].copy_(rows), None)
+
+    def divide(self: DeviceReading, begun: BegunReading) -> Division:
+        fails.append(len(fails) % 2 == 0)
+        if fails[-1]:
+            raise torch.cuda.OutOfMemoryError("on purpose")
+        may_commit.set()
+        return divide_rows(self, begun)
+
+    def commit(*arguments: object) -> None:
+        assert may_commit.wait(60)
+        commit_rows(*arguments)
+
+    monkeypatch.setattr(RowTransfer, "download", download)
+    reading, forwarding = (make_pipeline(CPU, 300, reads, HARMONICS) for reads in (True, False))
+    divide_rows, commit_rows, may_commit, fails = DeviceReading.divide, reading._commit, Event(), []
+    monkeypatch.setattr(DeviceReading, "divide", divide)
+    monkeypatch.setattr(reading, "_commit", commit)
+    for step in range(4):
+        rows = reading.fetch(step)
+        reading.prefetch(step + 1)
+        give_gradients(rows, step)
+        repeated(reading.update)()
+        may_commit.clear()
+        take_step(forwarding, step, PREFETCHED)
+    may_commit.set()
+    assert_same_stores(reading, forwarding)
+    assert fails == [True, False] * 4
 
 
 @pytest.mark.parametrize("travelling", [BOTH, HARMONICS])

@@ -62,6 +62,7 @@ class ForwardedRows:
     # What travels to the host: group -> [V, columns], gradients; or [V, 6], what they are made of together with `made`.
     gradients: dict[str, Tensor] = field(default_factory=dict)
     made: dict[str, HarmonicsGradient] = field(default_factory=dict)  # group -> that of no rows
+    downloads: dict[str, Downloaded] = field(default_factory=dict)  # group -> its gradients, on their way
 
 
 @dataclass
@@ -449,7 +450,11 @@ class ForwardedPipeline:
         if self._is_ending:
             raise torch.cuda.OutOfMemoryError("Device memory ran out when the step had been applied in part.")
         present, gradients = fetched(self._present), self._take_gradients(made)
-        downloads = {name: self._download(name, gradient) for name, gradient in gradients.items()}
+        downloads = fetched(self._rows).downloads
+        for name, gradient in gradients.items():
+            # Once, also if the update is done again: the next download takes memory that the worker may commit from.
+            if name not in downloads:
+                downloads[name] = self._download(name, gradient)
         if self._find_in_update is not None:
             self._find_in_update()
         ahead = self._ahead.result()
