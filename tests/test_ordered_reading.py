@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.adam import deferral
+from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.host import DeferredAdam
+from offload.adam.stored_harmonics import StoredRows
 from offload.pipelines import device_reading, forwarded
+from offload.pipelines.forwarded import ForwardedPipeline, ForwardedRows
 from offload.pipelines.overlap import overlap
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import Downloaded, RowTransfer, Uploaded
@@ -32,7 +35,6 @@ from tests.test_device_reading import (
     give_gradients,
     make_pipeline,
     packed,
-    take_step,
     view,
 )
 
@@ -151,41 +153,50 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
 @pytest.fixture
 def expected() -> list[Tensor]:
     """What the stores hold after the same steps where the host forwards rows; before lanes are put in place."""
-    forwarding = make_pipeline(CPU, N, False, HARMONICS)
-    for step, kind in enumerate(KINDS):
-        take_step(forwarding, step, kind)
-        if kind == FORGOTTEN:
-            forwarding.catch_up("appearance", None)
-    forwarding.finish()
-    return packed(forwarding)
+    return trained(make_pipeline(CPU, N, False, HARMONICS), nullcontext())
 
 
 def train_in_order(lanes: OrderedLanes) -> list[Tensor]:
-    """Return what the stores hold after steps of all kinds."""
+    """Train where the device reads rows; return what the stores hold then."""
     with lanes:
         pipeline = make_pipeline(CPU, N, True, HARMONICS)
     pipeline._cull = lambda step: view(step, N).clone()  # the host has not waited for that
     store = pipeline._groups["appearance"].store
     lanes.stored = store.packed, store.last_step
     lanes.on_host.update(tensor.untyped_storage().data_ptr() for tensor in lanes.stored)
+    return trained(pipeline, lanes)
+
+
+def trained(pipeline: ForwardedPipeline, noted: AbstractContextManager) -> list[Tensor]:
+    """Take steps of all kinds; every second one leaves rows as they are stored, and reads them as backward does."""
     for step, kind in enumerate(KINDS):
-        with lanes:
-            rows = pipeline.fetch(step)
+        made = None
+        with noted:
             if kind == UNDONE:
+                fetch(pipeline, step)
                 pipeline.prefetch(step + 1)
                 pipeline.undo_step(step)
-                rows = pipeline.fetch(step)
+            rows, stored = fetch(pipeline, step)
             if kind != LATE:
                 pipeline.prefetch(step + 1)
+            if stored is not None:
+                stored.of(torch.arange(len(rows.ids)))
         give_gradients(rows, step)
-        del rows
-        with lanes:
-            pipeline.update()
+        if stored is not None:
+            numbers = rows.host_ids[:, None] + torch.arange(6.0)
+            made = HarmonicsGradient(numbers[:, :3], 1e-3 * numbers[:, 3:].sin(), (0.1, 0.2, 0.3), 3, True)
+        del rows, stored
+        with noted:
+            pipeline.update(made)
         if kind == FORGOTTEN:  # which torch works for on the host, as on no lane
             pipeline.catch_up("appearance", None)
-    with lanes:
+    with noted:
         pipeline.finish()
     return packed(pipeline)
+
+
+def fetch(pipeline: ForwardedPipeline, step: int) -> tuple[ForwardedRows, StoredRows | None]:
+    return pipeline.fetch_stored(step, "appearance") if step % 2 else (pipeline.fetch(step), None)
 
 
 def test_every_order_of_the_lanes_gives_the_rows_that_the_host_forwards(expected, ordered):

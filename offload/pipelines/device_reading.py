@@ -246,7 +246,7 @@ class DeviceReading:
             for name, group in self._groups.items()
             if name != STAYS_PACKED
         }
-        places = torch.arange(block, device=self._device)
+        places = torch.arange(block if values else 0, device=self._device)  # of those that are decoded
         stored = [(group.store.packed, group.store.last_step) for group in self._groups.values()]
         with self._times.on_lane("host_to_device", self._lane):
             for first in range(0, count, max(block, 1)):
