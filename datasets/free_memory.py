@@ -31,6 +31,11 @@ def spares(holder: Sparing) -> None:
     _sparing.add(holder)
 
 
+def spared_bytes() -> int:
+    """Count the bytes that this process holds to save time."""
+    return sum(holder.spared_bytes for holder in _sparing)
+
+
 def give_up_for(needed: int, processes: int = 1) -> None:
     """Have memory that only saves time given up, unless it is little beside what so many more bytes leave free.
 
@@ -40,7 +45,7 @@ def give_up_for(needed: int, processes: int = 1) -> None:
         needed: Bytes that processes of this machine are about to take, together.
         processes: How many share it, each of which may hold as much.
     """
-    held = processes * sum(holder.spared_bytes for holder in _sparing)
+    held = processes * spared_bytes()
     if held > 0 and not leaves_enough(held, needed):
         for holder in list(_sparing):
             if holder.spared_bytes > 0:

@@ -111,6 +111,7 @@ class _Memory(mmap.mmap):
     """
 
     _address = 0  # where it is pinned
+    _device = 0  # that was current then, which copies it
 
     @classmethod
     def anonymous(cls, num_bytes: int, *, pinned: bool) -> _Memory:
@@ -128,12 +129,12 @@ class _Memory(mmap.mmap):
             status = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
             if status != 0:
                 raise OSError(f"CUDA cannot pin {num_bytes} bytes (error {status})")
-            memory._address = address
+            memory._address, memory._device = address, torch.cuda.current_device()
         return memory
 
     def __del__(self) -> None:
         if self._address and not sys.is_finalizing():
-            torch.cuda.synchronize()  # copies that nobody has waited for may be reading it
+            torch.cuda.synchronize(self._device)  # copies that nobody has waited for may be reading it
             torch.cuda.cudart().cudaHostUnregister(self._address)
 
 

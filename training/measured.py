@@ -30,6 +30,7 @@ TRAIN_FIGURES = (
     "peak_device_bytes_allocated",
     "peak_device_bytes_reserved",
     "peak_host_bytes",
+    "spared_host_bytes",
 )
 VAL_FIGURES = ("psnr", "ssim", "lpips")
 # What runs have that train exposures, or correct poses (`training.pose_files`).

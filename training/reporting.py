@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config
+from datasets.free_memory import spared_bytes
 from datasets.loader import Batch, evaluation_loader
 from distributed.together import taken_in_turn
 from errors import counted, format_bytes
@@ -189,6 +190,7 @@ class TrainStatistics:
             "peak_device_bytes_allocated": peaks["device_allocated"],
             "peak_device_bytes_reserved": peaks["device_reserved"],
             "peak_host_bytes": peaks["host"],
+            "spared_host_bytes": spared_bytes(),
             "device_bytes_allocated": allocated_bytes(run.device),
             "longest_save_seconds": run.saving.longest_stall,
             "stages_ms": run.times.mean_milliseconds("statistics"),
