@@ -10,7 +10,8 @@
 namespace offload {
 namespace KERNEL_ISA {
 
-// Moments that fade out become denormal numbers, on which x86 is some hundred times slower; as zeros they do.
+// Moments that fade out become denormal numbers, on which x86 is some hundred times slower; as zeros they do. Codes
+// count on it everywhere: a scale that is denormal has no inverse.
 class FlushDenormals {
  public:
 #if defined(__SSE__)
@@ -19,6 +20,17 @@ class FlushDenormals {
 
  private:
   const unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    set(saved_ | uint64_t{1} << 24);  // the same, in one bit
+  }
+  ~FlushDenormals() { set(saved_); }
+
+ private:
+  static void set(uint64_t control) { asm volatile("msr fpcr, %0" : : "r"(control) : "memory"); }
+
+  uint64_t saved_;
 #else
   FlushDenormals() {}
 #endif

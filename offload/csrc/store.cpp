@@ -58,6 +58,7 @@ void prefetch(const void* memory, size_t bytes) {
 void touch_pages(const Bytes& memory, int num_threads) {
   constexpr int64_t kPageBytes = 4096;  // the smallest there is
   volatile uint8_t* bytes = memory.data();
+  (void)num_threads;  // unused without OpenMP
   const int64_t size = memory.shape(0);
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t i = 0; i < size; i += kPageBytes) bytes[i] = 0;
@@ -67,6 +68,7 @@ void touch_pages(const Bytes& memory, int num_threads) {
 void append_rows(const Rows& rows, const Ids& ids, int64_t first_target, int num_threads) {
   const Table table(rows);
   const int64_t count = ids.shape(0);
+  (void)num_threads;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t j = 0; j < count; ++j) table.copy(table.row(first_target + j), table.row(ids.data()[j]));
 }
@@ -75,6 +77,7 @@ void append_rows(const Rows& rows, const Ids& ids, int64_t first_target, int num
 void copy_rows(const Rows& rows, const Ids& source_ids, const Ids& target_ids, int num_threads) {
   const Table table(rows);
   const int64_t count = source_ids.shape(0);
+  (void)num_threads;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t j = 0; j < count; ++j) table.copy(table.row(target_ids.data()[j]), table.row(source_ids.data()[j]));
 }
@@ -218,7 +221,7 @@ class Permutation {
 
   Ids order_;
   std::vector<int64_t> uncut_cycles_;
-  int num_threads_;
+  [[maybe_unused]] int num_threads_;  // unused without OpenMP
 };
 
 // Bits 0, 3, 6, ... of the result are the lowest 21 bits of x.

@@ -98,8 +98,8 @@ struct Projector {
     const V high_y = broadcast((view.height - view.cy) / view.fy + margin_y);
     slope_x = minimum(high_x, maximum(raw_x, low_x));
     slope_y = minimum(high_y, maximum(raw_y, low_y));
-    inside_x = (raw_x >= low_x) & (raw_x <= high_x) ? one : zero;
-    inside_y = (raw_y >= low_y) & (raw_y <= high_y) ? one : zero;
+    inside_x = ((raw_x >= low_x) & (raw_x <= high_x)) ? one : zero;
+    inside_y = ((raw_y >= low_y) & (raw_y <= high_y)) ? one : zero;
     j00 = view.fx * inverse_z;
     j11 = view.fy * inverse_z;
     j02 = -j00 * slope_x;
