@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from strategies.contract import Strategy
+from strategies.default import TARGET_TOLERANCE
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
 from training.blank import BlankPictures
@@ -42,6 +44,7 @@ from training.dataset import load_dataset
 from training.depth_loss import known_depths
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
+from training.growth import shortfall
 from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
@@ -224,11 +227,11 @@ class TrainingRun(Generic[AnyConfig]):
         memory.
 
         Raises:
-            InputError: There are more than --target_gaussians.
+            InputError: There are more than --target_gaussians, or growth cannot come to it.
             NotEnoughMemory: It does not fit, with the option to change.
         """
         if self._evaluated is None:
-            self._check_target()
+            self._check_growth()
             self._check_memory()
             if self.saving.resumed is not None:
                 state = self.saving.own_state(self.saving.resumed)
@@ -266,30 +269,38 @@ class TrainingRun(Generic[AnyConfig]):
         """Return the strategy that the options choose, as it is before the first step."""
         return strategy_of(self.cfg, self.scene_scale, self.ranks)
 
-    def _check_target(self) -> None:
-        """Refuse a target that a run cannot come to from the Gaussians that it begins with."""
-        target, begun = self.cfg.target_gaussians, self.num_initial_gaussians
-        if target == 0 or self.saving.resumed is not None:
-            return
-        if target < begun:
-            instead = "" if self.cfg.init_ckpt else ", or in its place --max_gaussians, which takes fewer of the points"
+    def _check_growth(self) -> None:
+        """Refuse a target that a run cannot come to; where it is resumed, or has mcmc's bound, tell where growth ends.
+
+        A resumed run may have reached what its target allows, and a bound is no promise: neither is refused.
+        """
+        cfg, begun, resumed = self.cfg, self.num_initial_gaussians, self.saving.resumed
+        target = cfg.target_gaussians
+        if 0 < target < begun and resumed is None:
+            instead = "" if cfg.init_ckpt else ", or in its place --max_gaussians, which takes fewer of the points"
             raise InputError(
                 f"--target_gaussians {target:,} is below the {counted(begun, 'Gaussian')} that training begins with: "
                 f"give more{instead}."
             )
-        reached = self.new_strategy().heading(-1, begun)
-        if reached is None and begun < target:
+        steps_done = 0 if resumed is None else resumed.steps
+        option, wanted = "target_gaussians", target
+        if cfg.strategy == "mcmc":
+            option, wanted = "max_gaussians", cfg.max_gaussians
+        elif resumed is not None:
+            wanted = math.ceil((1 - TARGET_TOLERANCE) * target)
+        lack = shortfall(cfg, steps_done, begun, wanted) if steps_done < cfg.max_steps else None
+        if lack is None:
+            return
+        if option == "target_gaussians" and resumed is None:
+            leads = f", which leads to {lack.reached:,}" if lack.reached > begun else ""
             raise InputError(
-                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: no refinement "
-                "comes before --max_steps and --refine_stop_iter; raise them, or lower --refine_start_iter or "
-                "--refine_every."
+                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: "
+                f"{lack.cause}{leads}; {lack.remedy}."
             )
-        if reached is not None and reached < target:
-            raise InputError(
-                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: a refinement at "
-                f"most doubles them, which leads to {reached:,}; raise --max_steps and --refine_stop_iter, or lower "
-                "--refine_every."
-            )
+        print(
+            f"Warning: growth will end below --{option} {getattr(cfg, option):,}, with "
+            f"{counted(lack.reached, 'Gaussian')}: {lack.cause}; {lack.remedy}."
+        )
 
     def _check_memory(self) -> None:
         footprint = self._trainer.footprint(replace(self.cfg, batch_size=self.views_per_step))

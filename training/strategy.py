@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from configs import Config, DensificationRules
@@ -31,6 +32,17 @@ def unused_rules(cfg: DensificationRules) -> str:
     ]
     named = ", ".join(unused)
     return f"--strategy mcmc makes no use of {named}: such rules are of --strategy default." if unused else ""
+
+
+def ends_of_growth(cfg: Config) -> str:
+    """Name the option that ends growth, the earlier of both; both where they are equal."""
+    end = min(cfg.max_steps, cfg.refine_stop_iter)
+    return named([name for name in ("max_steps", "refine_stop_iter") if getattr(cfg, name) == end])
+
+
+def named(names: Sequence[str]) -> str:
+    """Return options as a part of a sentence."""
+    return " and ".join(f"--{name}" for name in names)
 
 
 def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> Strategy:
