@@ -59,4 +59,4 @@ def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> 
         return MCMCStrategy(cfg, means_lr, cfg.seed, schedules.noise_margin(scene_scale), ranks)
     # A target counts the refinements that are still to come: none comes after the last step.
     rules = replace(cfg, refine_stop_iter=min(cfg.refine_stop_iter, cfg.max_steps))
-    return DefaultStrategy(rules, scene_scale, cfg.seed, ranks)
+    return DefaultStrategy(rules, scene_scale, cfg.seed, ranks, ends_of_growth(cfg))
