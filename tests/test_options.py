@@ -150,6 +150,20 @@ def test_help_is_in_groups_and_has_a_sentence_for_every_option(monkeypatch, caps
             assert re.search(r"\w+ \w+.*\. $", said), f"{option} {said}"
 
 
+def test_help_says_how_a_target_and_a_bound_go_together(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert train(monkeypatch, simple_trainer, "demo", "--help") == 0
+    text = " ".join(re.sub(r"[^\w .;,:%()-]", "", capsys.readouterr().out).split())
+    bound, target = (text.split(f"--{name}-gaussians ", 1)[1].split("(default: ")[0] for name in ("max", "target"))
+    assert "0 sets no bound, as target_gaussians wants it." in bound
+    assert "With strategy default let growth end within 5 % of this many Gaussians" in target
+    assert "It excludes max_gaussians: give that as 0 where the scene has one of its own, as demo has." in target
+    _, cfg = parse(simple_trainer.CONFIGS, ["demo", "--target_gaussians", "30000"], "")
+    with pytest.raises(InputError, match=r"--max_gaussians 40,000, .*: give --max_gaussians 0 too, or no target\.$"):
+        check_options(cfg)
+    check_options(replace(cfg, max_gaussians=0))
+
+
 def test_every_option_is_in_one_group():
     for script in SCRIPTS:
         config = type(script.CONFIGS["default"])
