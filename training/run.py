@@ -449,7 +449,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.modules.begin_at(first)
         is_over = first >= self.cfg.max_steps
         if is_over:
-            tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
+            tqdm.write(f"All {self.cfg.max_steps:,} steps are done: raise --max_steps to train on.")
         self._begin(None if is_over else first)
         for result in self._results if first > 0 else ():
             result.make_missing(self, first)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -237,7 +237,7 @@ class Saving:
         for name, value in json.loads(json.dumps(asdict(self._cfg))).items():
             before = checkpoint.options.get(name, value)
             if before != value and name not in (*OPTIONS_OF_THE_PLACE, *TOLD_APART):
-                print(f"--{name} is now {value}; it was {before}.")
+                print(f"--{name} is now {_shown(value)}; it was {_shown(before)}.")
                 view_has_changed = True
         before, now = format_of(state), getattr(self._cfg, "state", "float32")
         if before != now:  # the option may be missing, then or now
@@ -269,6 +269,11 @@ class Saving:
             bound = getattr(self._cfg, option)
             if 0 < bound < num_gaussians:
                 print(f"These are more than --{option} {bound:,}: none are added, and none are removed for that.")
+
+
+def _shown(value: Any) -> str:
+    """Return the value of an option as a part of a sentence."""
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:
