@@ -63,7 +63,9 @@ def test_numbers_out_of_range_are_refused(name):
     wrong = [-2, RANGES[name].high + 1] if kind is int or kind in LISTS else [math.nan, math.inf, -math.inf, -1.0, 1e31]
     for value in wrong:
         cfg = replace(default, **{name: [value] if kind in LISTS else value})
-        with pytest.raises(InputError, match=rf"^--{name} is {re.escape(str(value))}, but must be [^\n]*\.$"):
+        shown = re.escape(f"{value:,}" if isinstance(value, int) else str(value))
+        bounds = r"(at least|above) \S+ and (at most|below) \S+"
+        with pytest.raises(InputError, match=rf"^--{name} is {shown}, but must be {bounds}( \([^\n]*\))?\.$"):
             check_options(cfg)
 
 
@@ -80,11 +82,19 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
     [
         (["--near_plane", 5, "--far_plane", 2], "--near_plane is 5.0 and --far_plane 2.0"),
         (["--steps_scaler", 1e-5, "--max_steps", 100], "--steps_scaler 1e-05 makes 0 of the 100 steps of --max_steps"),
-        (["--refine_every", 0], "--refine_every is 0, but must be at least 1."),
-        (["--reset_every", 0], "--reset_every is 0, but must be at least 1."),
-        (["--sh_degree_interval", 0], "--sh_degree_interval is 0, but must be at least 1."),
+        (["--refine_every", 0], "--refine_every is 0, but must be at least 1 and at most 1,000,000,000,000."),
+        (["--reset_every", 0], "--reset_every is 0, but must be at least 1 and at most 1,000,000,000,000."),
+        (
+            ["--sh_degree_interval", 0],
+            "--sh_degree_interval is 0, but must be at least 1 and at most 1,000,000,000,000.",
+        ),
+        (
+            ["--target_gaussians", 10**13],
+            "--target_gaussians is 10,000,000,000,000, but must be at least 0 and at most 1,000,000,000,000 ",
+        ),
+        (["--noise_lr", "1e30"], "--noise_lr is 1e+30, but must be at least 0 and at most 1e+12."),
         (["--seed", -1], "--seed is -1, but must be at least 0"),
-        (["--num_workers", 100_000], "--num_workers is 100000, but must be at least 0 and at most 256"),
+        (["--num_workers", 100_000], "--num_workers is 100,000, but must be at least 0 and at most 256"),
         (["--position_lr", "1e30"], "--position_lr is 1e+30, but must be at least 0 and at most 10."),
         (["--init_scale", "nan"], "--init_scale is nan, but must be above 0 and at most 1,000."),
         (["--ssim_lambda", 2], "--ssim_lambda is 2.0, but must be at least 0 and at most 1."),
