@@ -83,6 +83,34 @@ def test_numbers_that_have_changed_are_told_with_commas(monkeypatch, capsys, cit
 
 
 @pytest.mark.slow
+def test_another_strategy_is_told_with_the_regularizers_that_it_brings(monkeypatch, capsys, city_block, tmp_path):
+    """And without options that it makes no use of."""
+
+    def told(*options: object) -> list[str]:
+        assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if " is now " in line and "max_steps" not in line]
+
+    mcmc = ("--strategy", "mcmc", "--max_gaussians", 900)
+    assert told("--max_steps", 1, "--target_gaussians", 600, "--grow_grad2d", 1e-4) == []
+    assert sorted(told("--max_steps", 2, "--resume", *mcmc, "--noise_lr", 7.0)) == [
+        "--max_gaussians is now 900; it was 0.",
+        "--noise_lr is now 7.0; it was 500000.0.",
+        "--opacity_reg is now 0.01; it was 0.0.",
+        "--scale_reg is now 0.01; it was 0.0.",
+        "--strategy is now mcmc; it was default.",
+    ]
+    given = ("--opacity_reg", 0.01, "--scale_reg", 0.5, "--noise_lr", 7.0)
+    assert told("--max_steps", 3, "--resume", *mcmc, *given) == ["--scale_reg is now 0.5; it was 0.01."]
+    assert sorted(told("--max_steps", 4, "--resume", "--opacity_reg", 0.2, "--grow_grad2d", 1e-3)) == [
+        "--grow_grad2d is now 0.001; it was 0.0002.",
+        "--max_gaussians is now 0; it was 900.",
+        "--opacity_reg is now 0.2; it was 0.01.",
+        "--scale_reg is now 0.0; it was 0.5.",
+        "--strategy is now default; it was mcmc.",
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "place"), [*SCRIPTS, *ROUNDED, *COMPACT, ARRANGED])
 def test_an_interrupted_run_is_bit_equal(monkeypatch, city_block, tmp_path, script, place):
     options = (*DENSIFYING, "--keep", 0, *place)

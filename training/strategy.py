@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from configs import Config, DensificationRules
 from distributed.mesh import Ranks
 from strategies.contract import Strategy
 from strategies.default import DefaultStrategy
-from strategies.mcmc import MCMCStrategy
+from strategies.mcmc import REGULARIZER, MCMCStrategy
 from training import schedules
 
 # Rules that mcmc makes no use of. A scene of a script may have its own, so that they are named and not refused.
@@ -19,6 +20,21 @@ ONLY_OF_DEFAULT = frozenset(
         *("reset_every", "pause_refine_after_reset", "absgrad", "revised_opacity"),
     )
 )
+
+
+ONLY_OF = {"mcmc": frozenset({"noise_lr"}), "default": ONLY_OF_DEFAULT | {"target_gaussians"}}
+
+
+def in_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by name, with what regularizers weigh where nothing is given."""
+    regularizer = REGULARIZER if options["strategy"] == "mcmc" else 0.0
+    given = {name: options[name] for name in ("opacity_reg", "scale_reg")}
+    return {**options, **{name: regularizer if value is None else value for name, value in given.items()}}
+
+
+def has_effect(name: str, strategy: str) -> bool:
+    """Return whether a strategy makes use of an option."""
+    return not any(name in names for other, names in ONLY_OF.items() if other != strategy)
 
 
 def unused_rules(cfg: DensificationRules) -> str:
