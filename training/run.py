@@ -42,7 +42,7 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
-from training.ending import FINISHED, INTERRUPTED, Ending
+from training.ending import FINISHED, INTERRUPTED, Ending, memory_that_ran_out
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.growth import shortfall
 from training.joint_run import Agreed, JointRun, told_once
@@ -698,17 +698,21 @@ class TrainingRun(Generic[AnyConfig]):
     def _told_of(self, error: Exception) -> tuple[str, str]:
         """Return the sentence for an error that ends training, and the command to continue with."""
         message, command = sentence_of(error), resume_command(self.remedy)
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, TrainingStopped | InputError | RanksParted | HeldTwice):
+            return message, command
+        ran_out = memory_that_ran_out(error)
+        if ran_out is not None:
             clear_frames(error.__traceback__)  # which hold what the step had allocated
-            torch.cuda.empty_cache()
+            if ran_out == "device":
+                torch.cuda.empty_cache()
+            otherwise = {"device": "raise --data_factor", "host": "free some of it"}[ran_out]
             message = (
-                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with "
-                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or raise "
-                "--data_factor."
+                f"{ran_out.capitalize()} memory ran out after {counted(self.model.steps_done, 'step')} with "
+                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or {otherwise}."
             )
-            smaller = smaller_trainer(self._trainer, self.cfg, "device")
+            smaller = smaller_trainer(self._trainer, self.cfg, ran_out)
             command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
-        elif not isinstance(error, TrainingStopped | InputError | RanksParted | HeldTwice):
+        else:
             message = f"An error ended training after {counted(self.model.steps_done, 'step')}."
             print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
         return message, command
