@@ -163,9 +163,10 @@ class DensificationRules:
     revised_opacity: bool = False
     """Opacity of split Gaussians follows arXiv 2404.06109."""
     max_gaussians: int = 0
-    """Never start from or grow beyond this many Gaussians; 0 sets no bound."""
+    """Never start from or grow beyond this many Gaussians; 0 sets no bound, as target_gaussians wants it."""
     target_gaussians: int = 0
-    """Let growth end at this many Gaussians, with the last refinement; 0 leaves it to grow_grad2d."""
+    """With strategy default let growth end within 5 % of this many Gaussians, at the last refinement; 0 leaves it to
+    grow_grad2d. It excludes max_gaussians: give that as 0 where the scene has one of its own, as demo has."""
     noise_lr: float = 5e5
     """Size of the noise that mcmc adds to means, in units of their learning rate."""
     opacity_reg: float | None = None

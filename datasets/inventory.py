@@ -110,7 +110,7 @@ def subset_of_points(
         return points, points_rgb
     chosen = np.sort(np.random.default_rng(0).choice(len(points), max_points, replace=False))
     say(
-        f"--max_gaussians {max_points} allows fewer than {counted(len(points), 'point')}: a random subset of them is "
+        f"--max_gaussians {max_points:,} allows fewer than {counted(len(points), 'point')}: a random subset of them is "
         "used."
     )
     return points[chosen], points_rgb[chosen]

@@ -82,7 +82,7 @@ def what_is_kept(scene: Scene, most_bytes: int) -> str:
     total, photos = sum(all_bytes), counted(len(all_bytes), "training photo")
     amount = format_bytes(min(most_bytes, total))
     of = f"about {amount} for" if total <= most_bytes else f"up to {amount}, of {format_bytes(total)} for"
-    return f"Decoded pictures are kept in memory that is left: {of} {photos}."
+    return f"Decoded photos are kept in this machine's memory while it is not needed otherwise: {of} {photos}."
 
 
 def _picture_bytes(scene: Scene, image_id: int, camera_id: int) -> int:

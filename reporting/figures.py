@@ -50,7 +50,7 @@ FIGURES = (
     Figure("peak_device_bytes_allocated", "device memory allocated", _gigabytes),
     Figure("peak_device_bytes_reserved", "device memory reserved", _gigabytes),
     Figure("peak_host_bytes", "host memory", _gigabytes),
-    Figure("spared_host_bytes", "of it decoded pictures, which make way", _gigabytes, is_common=False),
+    Figure("spared_host_bytes", "host memory that decoded photos take", _gigabytes, is_common=False),
     Figure("pose_turn_median", "poses turned, median", _degrees, is_common=False),
     Figure("pose_turn_largest", "poses turned, largest", _degrees, is_common=False),
     Figure("pose_shift_median", "poses shifted, median, dataset's units", number, is_common=False),

@@ -60,22 +60,35 @@ class DefaultStrategy:
     moves_rows: ClassVar[bool] = False
     rows_of_state: ClassVar[tuple[str, ...]] = ("grad2d", "count", "radii")
 
-    def __init__(self, rules: DensificationRules, scene_scale: float, seed: int, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        rules: DensificationRules,
+        scene_scale: float,
+        seed: int,
+        ranks: Ranks | None = None,
+        ends_of_growth: str = "--refine_stop_iter",
+    ) -> None:
         """
         Args:
             rules: Thresholds and schedule.
             scene_scale: Extent of the cameras in world units.
             seed: Of the positions of split Gaussians.
             ranks: That train together; all of them refine at once.
+            ends_of_growth: What to raise so that growth goes on.
         """
         self.rules = rules
         self.scene_scale = scene_scale
         self.statistics: Statistics | None = None
         self._seeds = seeds_of(seed, ranks)
         self._ranks = ranks
-        self._room = RoomForGrowth("set --max_gaussians or raise --grow_grad2d", ranks)
+        has_target = rules.target_gaussians > 0
+        remedy = "lower --target_gaussians" if has_target else "set --max_gaussians or raise --grow_grad2d"
+        self._room = RoomForGrowth(remedy, ranks)
         self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0, ranks)
         self._num_appended = 0  # rows at most, since all were last in Morton order
+        self._ends_of_growth = ends_of_growth
+        self._led_to: int | None = None  # by doublings alone, from the first refinement of this run on
+        self._held_back: set[str] = set()  # by what, at refinements since one that added all it should
 
     def changes_rows_after(self, step: int) -> bool:
         """Return whether rows may be added, removed or overwritten after this step, counted from 0."""
@@ -200,6 +213,7 @@ class DefaultStrategy:
         self.statistics = None  # whatever happens below, they will not fit the rows
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
         largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
+        held_back = ""
         if rules.target_gaussians > 0:
             remove = select_removal(
                 rules, step, store.read("opacities"), largest_scale, statistics.radii, self.scene_scale
@@ -207,6 +221,11 @@ class DefaultStrategy:
             average_grad = average_grad.masked_fill(remove, 0.0)
             num_gaussians, num_removed = self._sum(len(remove)), self._sum(int(remove.sum()))
             growth = planned_growth(rules, num_gaussians, num_removed, self._refinements_from(step))
+            if self._led_to is None:
+                self._led_to = self.heading(step - 1, num_gaussians) or num_gaussians
+            num_growing = self._sum(int((average_grad > 0).sum()))
+            if growth > num_growing:
+                held_back = "sight" if num_growing < min(growth, num_gaussians - num_removed) else "doubling"
             # Whatever the threshold of gradients says: rows that no view has shown never grow, and of the others those
             # of the largest gradients do.
             rules = replace(rules, grow_grad2d=0.0, max_gaussians=num_gaussians + growth)
@@ -216,6 +235,7 @@ class DefaultStrategy:
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
         num_new = len(duplicate_ids) + len(split_ids)
         if not self._room.holds(store, num_new):
+            held_back = "memory"
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
         failure = None
         try:
@@ -224,7 +244,9 @@ class DefaultStrategy:
             failure = f"Growing to {store.num_gaussians + num_new:,} Gaussians failed ({sentence_of(error)})."
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
 
-        self._room.tell_any(failure)
+        if self._room.tell_any(failure):
+            held_back = "memory"
+        self._held_back = self._held_back | {held_back} if held_back else set()
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
         radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])
@@ -253,17 +275,27 @@ class DefaultStrategy:
             self._tell_of_target(self._sum(store.num_gaussians))
 
     def _tell_of_target(self, num_gaussians: int) -> None:
-        """Say, after the last refinement, where growth has ended far from the target."""
+        """Say, after the last refinement, where growth has ended far below the target."""
         target = self.rules.target_gaussians
-        if abs(num_gaussians - target) > TARGET_TOLERANCE * target:
+        least = (1 - TARGET_TOLERANCE) * target
+        if num_gaussians >= least:
+            return
+        if "memory" in self._held_back:
+            cause = "memory for more was lacking; lower --target_gaussians."
+        elif "sight" in self._held_back and (self._led_to or 0) >= least:
             cause = (
-                "a refinement adds at most as many as there are; raise --refine_stop_iter or lower --refine_every."
-                if num_gaussians < target
-                else "training went on with more than that, and none are removed for a target."
+                "those that no view has shown since the refinement before do not grow; raise --batch_size or "
+                f"{self._ends_of_growth}."
             )
-            tqdm.write(
-                f"Warning: growth ended with {num_gaussians:,} Gaussians, and --target_gaussians is {target:,}: {cause}"
+        elif self._held_back:
+            cause = (
+                f"a refinement adds at most as many as there are; raise {self._ends_of_growth} or lower --refine_every."
             )
+        else:
+            cause = "of those that were added some were removed at once; lower --prune_opa."
+        tqdm.write(
+            f"Warning: growth ended with {num_gaussians:,} Gaussians, and --target_gaussians is {target:,}: {cause}"
+        )
 
     def _gathered(self) -> Statistics:
         if self.statistics is None:

@@ -79,6 +79,7 @@ class MCMCStrategy:
         self._regularizers = Regularizers(opacity_reg, scale_reg, ranks)
         self._noise = Noise(rules.noise_lr * means_lr, seeds_of(seed, ranks), margin)
         self._moved: Tensor | None = None  # int64 [D] the rows whose noise the present step pays
+        self._num_steps = len(means_lr)
         self._num_misplaced = 0  # rows at most, since all were last in Morton order
 
     def changes_rows_after(self, step: int) -> bool:
@@ -91,9 +92,15 @@ class MCMCStrategy:
         return True
 
     def heading(self, step: int, num_gaussians: int) -> int | None:
-        """Return the bound, while growth goes on towards it."""
-        grows = num_gaussians < self.rules.max_gaussians and self._refines_from(step + 1)
-        return self.rules.max_gaussians if grows else None
+        """Return the bound, or what growth can lead to before it; None where growth has ended."""
+        rules = self.rules
+        first = (max(step, rules.refine_start_iter) // rules.refine_every + 1) * rules.refine_every
+        reached = num_gaussians
+        for _ in range(first, min(rules.refine_stop_iter, self._num_steps), rules.refine_every):
+            before, reached = reached, self._grown(reached)
+            if reached == before:
+                break
+        return reached if reached > num_gaussians else None
 
     def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
@@ -147,6 +154,10 @@ class MCMCStrategy:
         """Return whether a refinement follows this step, or comes with it."""
         return any(map(self.changes_rows_after, range(step, self.rules.refine_stop_iter)))
 
+    def _grown(self, num_gaussians: int) -> int:
+        """Return how many Gaussians a refinement makes of so many, where there is memory for them."""
+        return max(min(self.rules.max_gaussians, int((1 + GROWTH) * num_gaussians)), num_gaussians)
+
     def _relocate_dead(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
         """Put dead Gaussians where others are; return how many rows of this process are copies."""
         opacities = torch.sigmoid(store.read("opacities"))  # [N]
@@ -166,7 +177,7 @@ class MCMCStrategy:
     def _grow(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
         """Append Gaussians where others are, up to the bound; return how many rows of this process are copies."""
         (num_before,) = self._sums(store.num_gaussians)
-        num_new = max(min(self.rules.max_gaussians, int((1 + GROWTH) * num_before)) - num_before, 0)
+        num_new = self._grown(num_before) - num_before
         if num_new == 0:
             return 0
         opacities = torch.sigmoid(store.read("opacities"))  # [N]

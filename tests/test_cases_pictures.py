@@ -391,18 +391,18 @@ def test_colours_of_points_are_8_bit_where_they_end_at_255(tmp_path, kind, facto
 
 
 def test_max_points_takes_a_random_subset_and_says_so(tmp_path):
-    write_scene(tmp_path, 4, num_points=500)
+    write_scene(tmp_path, 4, num_points=1500)
     said: list[str] = []
-    scene, whole = load_scene(tmp_path, max_points=100, say=said.append), load_scene(tmp_path)
-    assert any("--max_gaussians 100 allows fewer than 500 points" in s for s in said)
+    scene, whole = load_scene(tmp_path, max_points=1100, say=said.append), load_scene(tmp_path)
+    assert any("--max_gaussians 1,100 allows fewer than 1,500 points" in s for s in said)
     np.testing.assert_array_equal(scene.transform, whole.transform)
     rows = {(*xyz, *rgb) for xyz, rgb in zip(whole.points.tolist(), whole.points_rgb.tolist(), strict=True)}
     chosen = {(*xyz, *rgb) for xyz, rgb in zip(scene.points.tolist(), scene.points_rgb.tolist(), strict=True)}
-    assert len(chosen) == 100
+    assert len(chosen) == 1100
     assert chosen < rows
     assert np.abs(scene.points.mean(0) - whole.points.mean(0)).max() < 0.4 * whole.points.std()
-    np.testing.assert_array_equal(scene.points, load_scene(tmp_path, max_points=100).points)
-    assert load_scene(tmp_path, max_points=500).points.shape == whole.points.shape
+    np.testing.assert_array_equal(scene.points, load_scene(tmp_path, max_points=1100).points)
+    assert load_scene(tmp_path, max_points=1500).points.shape == whole.points.shape
 
 
 # ------------------------------------------------------------------------------------------ formats

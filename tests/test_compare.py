@@ -233,6 +233,8 @@ def test_how_a_trainer_says_that_it_ended(tmp_path, ending, exit_code, status):
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (NotEnoughMemory("Training 9 Gaussians takes 3 GiB, and 2 GiB are free: free memory."), "out of memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+        (RuntimeError("a defect"), "failed"),
         (InputError("data/x does not exist: give another --data_dir."), "failed"),
         (ValueError("a defect"), "failed"),
     ],
@@ -243,12 +245,14 @@ def test_a_trainer_says_how_it_ended(monkeypatch, tmp_path, capsys, error, statu
     for raised in (error, caused_by(error)):
         monkeypatch.setattr("sys.argv", ["script.py", "default", "--result_dir", str(tmp_path)])
         monkeypatch.setattr(command_line, "TrainingRun", mock.Mock(side_effect=raised))
-        expected = SystemExit if isinstance(raised, InputError | TrainingStopped) else type(raised)
-        with pytest.raises(expected):
+        is_defect = not isinstance(raised, InputError | TrainingStopped) and status == "failed"
+        with pytest.raises(type(raised) if is_defect else SystemExit):
             command_line.main(simple_trainer.CONFIGS, simple_trainer.train, "test")
         ending = read_ending(tmp_path)
         assert ending.status == status
-        assert str(raised) in ending.message
+        assert str(raised).rstrip(".") in ending.message
+        said = capsys.readouterr().err
+        assert said == ("" if is_defect else f"{ending.message}\n")
         (tmp_path / ENDED).unlink()
 
 

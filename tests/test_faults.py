@@ -1,6 +1,8 @@
 """What a long day brings: after each fault nothing saved is lost, a sentence names it, and resuming works."""
 
+import errno
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -405,6 +407,43 @@ def test_a_step_that_device_memory_cannot_hold_is_undone(
     assert command[1] != f"{script.__name__}.py" or any(words in pairwise(command) for words in smaller)
     assert run_script(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place, "--resume") == 0
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, place))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_host_memory_that_runs_out_is_told_as_such(monkeypatch, city_block, tmp_path, capsys, error):
+    """In one line and without a traceback, before the first step and after some; resumed, the run goes on."""
+    original, calls = simple_trainer.photometric_loss, [0]
+
+    def fails(*arguments: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] in (1, 5):
+            raise error
+        return original(*arguments, **options)
+
+    options = ("--max_steps", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(simple_trainer, "photometric_loss", fails)
+        assert run_script(patch, simple_trainer, city_block, tmp_path, *options) == 1
+        first = capsys.readouterr().err
+        assert run_script(patch, simple_trainer, city_block, tmp_path, *options, "--force") == 1
+        later = capsys.readouterr().err
+    assert "Traceback" not in first + later
+    assert re.search(
+        r"^Stopped: Host memory ran out \(.*\): take a trainer that needs less of it, or free", first, re.M
+    )
+    message = later.splitlines()[-1]
+    assert message.startswith("Stopped: Host memory ran out after 3 steps with 600 Gaussians: continue in a trainer")
+    assert "ckpt_3.pt" in message
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_what_is_kept_is_said(tmp_path):
     scene = small_scene(tmp_path, 9, camera(size=(200, 100)))
     one, n = bytes_of_one(scene), len(scene.train_ids)
     all_of_them = f"{n * one / 1024:.4g} KiB"
-    intro = "Decoded pictures are kept in memory that is left:"
+    intro = "Decoded photos are kept in this machine's memory while it is not needed otherwise:"
     assert what_is_kept(scene, n * one) == f"{intro} about {all_of_them} for {n} training photos."
     partly = f"{intro} up to {2 * one / 1024:.4g} KiB, of {all_of_them} for {n} training photos."
     assert what_is_kept(scene, 2 * one) == partly
@@ -376,7 +376,7 @@ def test_training_changes_no_picture_that_is_kept(monkeypatch, mapped_city, tmp_
     monkeypatch.setattr(KeptPictures, "keep", watched)
     common = ("--depth_loss", "--max_steps", 40, "--refine_start_iter", 10, "--refine_every", 10, "--num_workers", 1)
     assert run_script(monkeypatch, script, mapped_city, tmp_path, *common, *options) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Decoded pictures are kept")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Decoded photos are kept")]
     assert len(said) == 1
     assert {batch.image_ids.item() for batch, _ in kept} == set(load_scene(mapped_city).train_ids.tolist())
     assert all(batch.inverse_depths is not None for batch, _ in kept)

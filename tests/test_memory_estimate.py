@@ -158,7 +158,7 @@ def test_what_fits_is_told_of_the_gaussians_of_all_ranks():
     )
     with pytest.raises(NotEnoughMemory, match=r"^Training 9,000,000 Gaussians takes about .* for its share, and"):
         check_memory(needs_of(4 * GIB, GIB), 9_000_000, 0, share=0.5)
-    with pytest.raises(NotEnoughMemory, match=r"--max_gaussians 9000000 .*for its share.* at most 8589934"):
+    with pytest.raises(NotEnoughMemory, match=r"--max_gaussians 9,000,000 .*for its share.* at most 8,589,934"):
         check_memory(needs_of(4 * GIB, GIB), 2**21, 9_000_000, share=0.5)
 
 
@@ -181,7 +181,7 @@ def test_a_scene_that_does_not_fit_is_refused(monkeypatch, city_block, tmp_path,
 @pytest.mark.parametrize(
     ("target", "sentence"),
     [
-        (10**6, "--target_gaussians 1000000 would take about "),
+        (10**6, "--target_gaussians 1,000,000 would take about "),
         (599, "--target_gaussians 599 is below the 600 Gaussians that training begins with: give more, or"),
         (
             10**9,
@@ -201,8 +201,10 @@ def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(mon
     script = simple_trainer_hybrid_optimized
     assert run(monkeypatch, script, city_block, tmp_path, "--max_gaussians", 10**6) == 2
     message = capsys.readouterr().err
-    assert_one_sentence(message, ["--max_gaussians 1000000", "set it to at most "])
-    most = int(message.rstrip(".\n").split()[-1])
+    assert_one_sentence(message, ["--max_gaussians 1,000,000 would", "set it to at most "])
+    said = message.rstrip(".\n").split()[-1]
+    most = int(said.replace(",", ""))
+    assert said == f"{most:,}"
     assert run(monkeypatch, script, city_block, tmp_path, "--max_gaussians", most + 1) == 2
     assert run(monkeypatch, script, city_block, tmp_path, "--max_gaussians", most, "--max_steps", 1) == 0
     assert f"Memory for {most:,}, as --max_gaussians allows" in capsys.readouterr().out

@@ -63,7 +63,9 @@ def test_numbers_out_of_range_are_refused(name):
     wrong = [-2, RANGES[name].high + 1] if kind is int or kind in LISTS else [math.nan, math.inf, -math.inf, -1.0, 1e31]
     for value in wrong:
         cfg = replace(default, **{name: [value] if kind in LISTS else value})
-        with pytest.raises(InputError, match=rf"^--{name} is {re.escape(str(value))}, but must be [^\n]*\.$"):
+        shown = re.escape(f"{value:,}" if isinstance(value, int) else str(value))
+        bounds = r"(at least|above) \S+ and (at most|below) \S+"
+        with pytest.raises(InputError, match=rf"^--{name} is {shown}, but must be {bounds}( \([^\n]*\))?\.$"):
             check_options(cfg)
 
 
@@ -80,11 +82,19 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
     [
         (["--near_plane", 5, "--far_plane", 2], "--near_plane is 5.0 and --far_plane 2.0"),
         (["--steps_scaler", 1e-5, "--max_steps", 100], "--steps_scaler 1e-05 makes 0 of the 100 steps of --max_steps"),
-        (["--refine_every", 0], "--refine_every is 0, but must be at least 1."),
-        (["--reset_every", 0], "--reset_every is 0, but must be at least 1."),
-        (["--sh_degree_interval", 0], "--sh_degree_interval is 0, but must be at least 1."),
+        (["--refine_every", 0], "--refine_every is 0, but must be at least 1 and at most 1,000,000,000,000."),
+        (["--reset_every", 0], "--reset_every is 0, but must be at least 1 and at most 1,000,000,000,000."),
+        (
+            ["--sh_degree_interval", 0],
+            "--sh_degree_interval is 0, but must be at least 1 and at most 1,000,000,000,000.",
+        ),
+        (
+            ["--target_gaussians", 10**13],
+            "--target_gaussians is 10,000,000,000,000, but must be at least 0 and at most 1,000,000,000,000 ",
+        ),
+        (["--noise_lr", "1e30"], "--noise_lr is 1e+30, but must be at least 0 and at most 1e+12."),
         (["--seed", -1], "--seed is -1, but must be at least 0"),
-        (["--num_workers", 100_000], "--num_workers is 100000, but must be at least 0 and at most 256"),
+        (["--num_workers", 100_000], "--num_workers is 100,000, but must be at least 0 and at most 256"),
         (["--position_lr", "1e30"], "--position_lr is 1e+30, but must be at least 0 and at most 10."),
         (["--init_scale", "nan"], "--init_scale is nan, but must be above 0 and at most 1,000."),
         (["--ssim_lambda", 2], "--ssim_lambda is 2.0, but must be at least 0 and at most 1."),
@@ -148,6 +158,20 @@ def test_help_is_in_groups_and_has_a_sentence_for_every_option(monkeypatch, caps
             option = ("--no-" if isinstance(item.default, bool) else "--") + item.name.replace("_", "-")
             said = re.split(rf"{option} ", text, maxsplit=1)[1].split("(default: ")[0]
             assert re.search(r"\w+ \w+.*\. $", said), f"{option} {said}"
+
+
+def test_help_says_how_a_target_and_a_bound_go_together(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert train(monkeypatch, simple_trainer, "demo", "--help") == 0
+    text = " ".join(re.sub(r"[^\w .;,:%()-]", "", capsys.readouterr().out).split())
+    bound, target = (text.split(f"--{name}-gaussians ", 1)[1].split("(default: ")[0] for name in ("max", "target"))
+    assert "0 sets no bound, as target_gaussians wants it." in bound
+    assert "With strategy default let growth end within 5 % of this many Gaussians" in target
+    assert "It excludes max_gaussians: give that as 0 where the scene has one of its own, as demo has." in target
+    _, cfg = parse(simple_trainer.CONFIGS, ["demo", "--target_gaussians", "30000"], "")
+    with pytest.raises(InputError, match=r"--max_gaussians 40,000, .*: give --max_gaussians 0 too, or no target\.$"):
+        check_options(cfg)
+    check_options(replace(cfg, max_gaussians=0))
 
 
 def test_every_option_is_in_one_group():

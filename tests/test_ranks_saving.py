@@ -469,8 +469,8 @@ def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, error,
     ("fault", "steps", "status", "told"),
     [
         ("picture@7", 5, "failed", "rank 1 .*: photos/7.png cannot be decoded"),
-        ("unfinished@7", 7, "out of memory", "rank 1 .*: An error ended training after 7 steps"),
-        ("late_error@7", 6, "out of memory", "rank 1 .*: An error ended training after 6 steps"),
+        ("unfinished@7", 7, "out of memory", "rank 1 .*: Host memory ran out after 7 steps"),
+        ("late_error@7", 6, "out of memory", "rank 1 .*: Host memory ran out after 6 steps"),
     ],
 )
 def test_an_error_at_one_rank_saves_all_and_is_told_once(city_block, tmp_path, fault, steps, status, told):

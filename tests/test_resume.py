@@ -59,8 +59,55 @@ def test_a_bound_below_the_model_that_is_resumed_is_told_of(monkeypatch, capsys,
     capsys.readouterr()
     more = ("--max_steps", 3, "--resume", *options, option, 400)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *more) == 0
-    assert f"These are more than {option} 400: none are added, and none are removed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count(f"{option} 400") == 1
+    assert f"These are more than {option} 400: none are added, and none are removed" in said
+    assert "growth" not in said
     assert len(saved(tmp_path, 3).gaussians["means"]) == 600
+
+
+@pytest.mark.slow
+def test_numbers_that_have_changed_are_told_with_commas(monkeypatch, capsys, city_block, tmp_path):
+    common = ("--max_gaussians", 12_000, "--test_every", 8)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, "--max_steps", 1, *common) == 0
+    more = ("--max_steps", 2, "--resume", "--max_gaussians", 9000, "--position_lr", 1e-3, "--absgrad")
+    capsys.readouterr()
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *more) == 0
+    told = {line for line in capsys.readouterr().out.splitlines() if " is now " in line}
+    assert told == {
+        "--max_steps is now 2; it was 1.",
+        "--max_gaussians is now 9,000; it was 12,000.",
+        "--position_lr is now 0.001; it was 0.00016.",
+        "--absgrad is now True; it was False.",
+    }
+
+
+@pytest.mark.slow
+def test_another_strategy_is_told_with_the_regularizers_that_it_brings(monkeypatch, capsys, city_block, tmp_path):
+    """And without options that it makes no use of."""
+
+    def told(*options: object) -> list[str]:
+        assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if " is now " in line and "max_steps" not in line]
+
+    mcmc = ("--strategy", "mcmc", "--max_gaussians", 900)
+    assert told("--max_steps", 1, "--target_gaussians", 600, "--grow_grad2d", 1e-4) == []
+    assert sorted(told("--max_steps", 2, "--resume", *mcmc, "--noise_lr", 7.0)) == [
+        "--max_gaussians is now 900; it was 0.",
+        "--noise_lr is now 7.0; it was 500000.0.",
+        "--opacity_reg is now 0.01; it was 0.0.",
+        "--scale_reg is now 0.01; it was 0.0.",
+        "--strategy is now mcmc; it was default.",
+    ]
+    given = ("--opacity_reg", 0.01, "--scale_reg", 0.5, "--noise_lr", 7.0)
+    assert told("--max_steps", 3, "--resume", *mcmc, *given) == ["--scale_reg is now 0.5; it was 0.01."]
+    assert sorted(told("--max_steps", 4, "--resume", "--opacity_reg", 0.2, "--grow_grad2d", 1e-3)) == [
+        "--grow_grad2d is now 0.001; it was 0.0002.",
+        "--max_gaussians is now 0; it was 900.",
+        "--opacity_reg is now 0.2; it was 0.01.",
+        "--scale_reg is now 0.0; it was 0.5.",
+        "--strategy is now default; it was mcmc.",
+    ]
 
 
 @pytest.mark.slow

@@ -26,7 +26,16 @@ from distributed.mesh import is_first_of_machine, is_one_of_several, leave, let_
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
 from trainers import trainer_of
-from training.ending import FINISHED, INTERRUPTED, NOT_BEGUN, Ending, ending_of, read_ending, write_ending
+from training.ending import (
+    FINISHED,
+    INTERRUPTED,
+    NOT_BEGUN,
+    Ending,
+    ending_of,
+    read_ending,
+    without_memory,
+    write_ending,
+)
 from training.folder_lock import FolderTaken
 from training.report import say_where, write_report
 from training.results import folder_of
@@ -93,9 +102,12 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
         if not str(error) and not is_first_of_machine():  # before the ranks could agree on who tells
             sys.exit(130)
         ending, exit_code = Ending(INTERRUPTED, str(error) or (NOT_BEGUN if run is None else "Stopped.")), 130
-    except Exception as error:  # a defect: whoever mends it wants to see where
-        _write_ending(folder, run, ending_of(error, f"{type(error).__name__}: {error}"))
-        raise
+    except Exception as error:
+        told = without_memory(error)
+        if not told:  # a defect: whoever mends it wants to see where
+            _write_ending(folder, run, ending_of(error, f"{type(error).__name__}: {error}"))
+            raise
+        ending, exit_code = ending_of(error, f"Stopped: {_of_rank(told)}"), 1
     _write_ending(folder, run, ending)
     if folder is not None or is_first_of_machine():
         print(ending.message, file=sys.stderr)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from errors import NotEnoughMemory
+from errors import NotEnoughMemory, reason
 from training.commands import given_command, started_in
 from training.files import write_file
 
@@ -30,16 +32,37 @@ class Ending:
 def ending_of(error: BaseException, message: str) -> Ending:
     """Return the ending that an error makes, with the sentence that the user is told.
 
-    Memory ran out where the error, or one that it was raised from, says so by its type.
+    Memory ran out where the error, or one that it was raised from, says so.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError | NotEnoughMemory):
-            return Ending(OUT_OF_MEMORY, message)
-        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
-            return Ending(OUT_OF_MEMORY, message)
-        cause = cause.__cause__
-    return Ending(FAILED, message)
+    ran_out = memory_that_ran_out(error) or any(isinstance(each, NotEnoughMemory) for each in _causes(error))
+    return Ending(OUT_OF_MEMORY if ran_out else FAILED, message)
+
+
+def memory_that_ran_out(error: BaseException) -> Literal["device", "host"] | None:
+    """Return which memory ran out, where an error, or one that it was raised from, says so; None where none does."""
+    for each in _causes(error):
+        if isinstance(each, torch.OutOfMemoryError):
+            return "device"
+        is_of_torch = isinstance(each, RuntimeError) and "can't allocate memory" in str(each)
+        if isinstance(each, MemoryError) or is_of_torch or (isinstance(each, OSError) and each.errno == errno.ENOMEM):
+            return "host"
+    return None
+
+
+def without_memory(error: BaseException) -> str:
+    """Return the sentence for an error before anything was trained where memory ran out; empty for any other."""
+    ran_out = memory_that_ran_out(error)
+    if ran_out is None:
+        return ""
+    what = {"device": "or raise --data_factor", "host": "or free some of it"}[ran_out]
+    return f"{ran_out.capitalize()} memory ran out ({reason(error)}): take a trainer that needs less of it, {what}."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Give an error, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def write_ending(folder: Path, ending: Ending) -> None:

@@ -32,7 +32,7 @@ from offload.errors import ParameterError, sentence_of
 from trainers import Trainer
 from training.agreement import check_same_dataset, check_same_options
 from training.commands import resume_command
-from training.ending import FAILED, NOT_BEGUN, Ending, write_ending
+from training.ending import FAILED, NOT_BEGUN, Ending, without_memory, write_ending
 from training.results import folder_of
 from training.streams import loud, silent_output
 
@@ -211,6 +211,8 @@ class JointRun:
                 raise TrainingStopped(f"{end.sentence}.") from error
             if isinstance(error, InputError | TrainingStopped):
                 raise
+            if told := without_memory(error):
+                raise TrainingStopped(told) from error
             print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
             raise TrainingStopped(f"An error has ended this process ({reason(error)}).") from error
         except KeyboardInterrupt as interrupt:

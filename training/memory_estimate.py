@@ -380,8 +380,8 @@ def check_memory(
     if max_gaussians > most:
         need = min(all_needs, key=Need.most_gaussians)
         raise NotEnoughMemory(
-            f"--{option} {max_gaussians} would take about {format_bytes(need.bytes(held_later))} of "
-            f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: set it to at most {most}."
+            f"--{option} {max_gaussians:,} would take about {format_bytes(need.bytes(held_later))} of "
+            f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: set it to at most {most:,}."
         )
     listed = _listed(all_needs, [need.bytes_from_start(held) for need in all_needs])
     lines = [f"Memory for {counted(num_gaussians, 'Gaussian')}{whose}: {listed}."]

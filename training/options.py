@@ -41,9 +41,10 @@ class Range:
         )
 
     def __str__(self) -> str:
-        low = f"above {self.low:,g}" if self.above else f"at least {self.low:,g}"
-        high = "" if self.high >= MOST else f" and {'below' if self.below else 'at most'} {self.high:,g}"
-        return low + high + (f" ({self.meaning})" if self.meaning else "")
+        low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
+        low = f"{'above' if self.above else 'at least'} {low}"
+        high = f"{'below' if self.below else 'at most'} {high}"
+        return f"{low} and {high}" + (f" ({self.meaning})" if self.meaning else "")
 
 
 COUNT, INTERVAL = Range(0), Range(1, MAX_STEPS)
@@ -127,7 +128,8 @@ def check_options(cfg: Config) -> None:
             continue
         for value in given if isinstance(given, list) else [given]:
             if not allowed.holds(value):
-                raise InputError(f"--{item.name} is {value}, but must be {allowed}.")
+                shown = f"{value:,}" if isinstance(value, int) else value
+                raise InputError(f"--{item.name} is {shown}, but must be {allowed}.")
     if cfg.near_plane >= cfg.far_plane:
         raise InputError(
             f"--near_plane is {cfg.near_plane} and --far_plane {cfg.far_plane}, so nothing would be drawn between "
@@ -136,8 +138,8 @@ def check_options(cfg: Config) -> None:
     scaled = cfg.with_scaled_steps()
     if not INTERVAL.holds(scaled.max_steps):
         raise InputError(
-            f"--steps_scaler {cfg.steps_scaler} makes {scaled.max_steps} of the {cfg.max_steps} steps of --max_steps, "
-            f"but they must be {INTERVAL}."
+            f"--steps_scaler {cfg.steps_scaler} makes {scaled.max_steps:,} of the {cfg.max_steps:,} steps of "
+            f"--max_steps, but they must be {INTERVAL}."
         )
     if 0 < cfg.profile > scaled.max_steps - SKIPPED_STEPS - WARM_UP_STEPS:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from strategies.contract import Strategy
+from strategies.default import TARGET_TOLERANCE
 from trainers import Trainer, remedy, smaller_trainer
 from training import schedules
 from training.blank import BlankPictures
@@ -40,8 +42,9 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
-from training.ending import FINISHED, INTERRUPTED, Ending
+from training.ending import FINISHED, INTERRUPTED, Ending, memory_that_ran_out
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
+from training.growth import shortfall
 from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
@@ -224,11 +227,11 @@ class TrainingRun(Generic[AnyConfig]):
         memory.
 
         Raises:
-            InputError: There are more than --target_gaussians.
+            InputError: There are more than --target_gaussians, or growth cannot come to it.
             NotEnoughMemory: It does not fit, with the option to change.
         """
         if self._evaluated is None:
-            self._check_target()
+            self._check_growth()
             self._check_memory()
             if self.saving.resumed is not None:
                 state = self.saving.own_state(self.saving.resumed)
@@ -266,30 +269,38 @@ class TrainingRun(Generic[AnyConfig]):
         """Return the strategy that the options choose, as it is before the first step."""
         return strategy_of(self.cfg, self.scene_scale, self.ranks)
 
-    def _check_target(self) -> None:
-        """Refuse a target that a run cannot come to from the Gaussians that it begins with."""
-        target, begun = self.cfg.target_gaussians, self.num_initial_gaussians
-        if target == 0 or self.saving.resumed is not None:
-            return
-        if target < begun:
-            instead = "" if self.cfg.init_ckpt else ", or in its place --max_gaussians, which takes fewer of the points"
+    def _check_growth(self) -> None:
+        """Refuse a target that a run cannot come to; where it is resumed, or has mcmc's bound, tell where growth ends.
+
+        A resumed run may have reached what its target allows, and a bound is no promise: neither is refused.
+        """
+        cfg, begun, resumed = self.cfg, self.num_initial_gaussians, self.saving.resumed
+        target = cfg.target_gaussians
+        if 0 < target < begun and resumed is None:
+            instead = "" if cfg.init_ckpt else ", or in its place --max_gaussians, which takes fewer of the points"
             raise InputError(
                 f"--target_gaussians {target:,} is below the {counted(begun, 'Gaussian')} that training begins with: "
                 f"give more{instead}."
             )
-        reached = self.new_strategy().heading(-1, begun)
-        if reached is None and begun < target:
+        steps_done = 0 if resumed is None else resumed.steps
+        option, wanted = "target_gaussians", target
+        if cfg.strategy == "mcmc":
+            option, wanted = "max_gaussians", cfg.max_gaussians
+        elif resumed is not None:
+            wanted = math.ceil((1 - TARGET_TOLERANCE) * target)
+        lack = shortfall(cfg, steps_done, begun, wanted) if steps_done < cfg.max_steps else None
+        if lack is None:
+            return
+        if option == "target_gaussians" and resumed is None:
+            leads = f", which leads to {lack.reached:,}" if lack.reached > begun else ""
             raise InputError(
-                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: no refinement "
-                "comes before --max_steps and --refine_stop_iter; raise them, or lower --refine_start_iter or "
-                "--refine_every."
+                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: "
+                f"{lack.cause}{leads}; {lack.remedy}."
             )
-        if reached is not None and reached < target:
-            raise InputError(
-                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: a refinement at "
-                f"most doubles them, which leads to {reached:,}; raise --max_steps and --refine_stop_iter, or lower "
-                "--refine_every."
-            )
+        print(
+            f"Warning: growth will end below --{option} {getattr(cfg, option):,}, with "
+            f"{counted(lack.reached, 'Gaussian')}: {lack.cause}; {lack.remedy}."
+        )
 
     def _check_memory(self) -> None:
         footprint = self._trainer.footprint(replace(self.cfg, batch_size=self.views_per_step))
@@ -438,7 +449,7 @@ class TrainingRun(Generic[AnyConfig]):
         self.modules.begin_at(first)
         is_over = first >= self.cfg.max_steps
         if is_over:
-            tqdm.write(f"All {self.cfg.max_steps} steps are done: raise --max_steps to train on.")
+            tqdm.write(f"All {self.cfg.max_steps:,} steps are done: raise --max_steps to train on.")
         self._begin(None if is_over else first)
         for result in self._results if first > 0 else ():
             result.make_missing(self, first)
@@ -687,17 +698,21 @@ class TrainingRun(Generic[AnyConfig]):
     def _told_of(self, error: Exception) -> tuple[str, str]:
         """Return the sentence for an error that ends training, and the command to continue with."""
         message, command = sentence_of(error), resume_command(self.remedy)
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, TrainingStopped | InputError | RanksParted | HeldTwice):
+            return message, command
+        ran_out = memory_that_ran_out(error)
+        if ran_out is not None:
             clear_frames(error.__traceback__)  # which hold what the step had allocated
-            torch.cuda.empty_cache()
+            if ran_out == "device":
+                torch.cuda.empty_cache()
+            otherwise = {"device": "raise --data_factor", "host": "free some of it"}[ran_out]
             message = (
-                f"Device memory ran out after {counted(self.model.steps_done, 'step')} with "
-                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or raise "
-                "--data_factor."
+                f"{ran_out.capitalize()} memory ran out after {counted(self.model.steps_done, 'step')} with "
+                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or {otherwise}."
             )
-            smaller = smaller_trainer(self._trainer, self.cfg, "device")
+            smaller = smaller_trainer(self._trainer, self.cfg, ran_out)
             command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
-        elif not isinstance(error, TrainingStopped | InputError | RanksParted | HeldTwice):
+        else:
             message = f"An error ended training after {counted(self.model.steps_done, 'step')}."
             print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
         return message, command

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
 from training.joined_rows import picked_state, whole
+from training.strategy import has_effect, in_effect
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (
@@ -234,10 +235,13 @@ class Saving:
             done = "are joined" if readers == 1 else f"are dealt to {readers} processes"
             print(f"The checkpoint was written by {counted(writers, 'rank')}: its Gaussians {done}.")
         view_has_changed = self._dataset.has_changed
-        for name, value in json.loads(json.dumps(asdict(self._cfg))).items():
-            before = checkpoint.options.get(name, value)
+        given = json.loads(json.dumps(asdict(self._cfg)))
+        options_before = in_effect({**given, **checkpoint.options})
+        for name, value in in_effect(given).items():
+            before = options_before[name]
             if before != value and name not in (*OPTIONS_OF_THE_PLACE, *TOLD_APART):
-                print(f"--{name} is now {value}; it was {before}.")
+                if has_effect(name, self._cfg.strategy):
+                    print(f"--{name} is now {_shown(value)}; it was {_shown(before)}.")
                 view_has_changed = True
         before, now = format_of(state), getattr(self._cfg, "state", "float32")
         if before != now:  # the option may be missing, then or now
@@ -269,6 +273,11 @@ class Saving:
             bound = getattr(self._cfg, option)
             if 0 < bound < num_gaussians:
                 print(f"These are more than --{option} {bound:,}: none are added, and none are removed for that.")
+
+
+def _shown(value: Any) -> str:
+    """Return the value of an option as a part of a sentence."""
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from configs import Config, DensificationRules
 from distributed.mesh import Ranks
 from strategies.contract import Strategy
 from strategies.default import DefaultStrategy
-from strategies.mcmc import MCMCStrategy
+from strategies.mcmc import REGULARIZER, MCMCStrategy
 from training import schedules
 
 # Rules that mcmc makes no use of. A scene of a script may have its own, so that they are named and not refused.
@@ -18,6 +20,21 @@ ONLY_OF_DEFAULT = frozenset(
         *("reset_every", "pause_refine_after_reset", "absgrad", "revised_opacity"),
     )
 )
+
+
+ONLY_OF = {"mcmc": frozenset({"noise_lr"}), "default": ONLY_OF_DEFAULT | {"target_gaussians"}}
+
+
+def in_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by name, with what regularizers weigh where nothing is given."""
+    regularizer = REGULARIZER if options["strategy"] == "mcmc" else 0.0
+    given = {name: options[name] for name in ("opacity_reg", "scale_reg")}
+    return {**options, **{name: regularizer if value is None else value for name, value in given.items()}}
+
+
+def has_effect(name: str, strategy: str) -> bool:
+    """Return whether a strategy makes use of an option."""
+    return not any(name in names for other, names in ONLY_OF.items() if other != strategy)
 
 
 def unused_rules(cfg: DensificationRules) -> str:
@@ -31,6 +48,17 @@ def unused_rules(cfg: DensificationRules) -> str:
     ]
     named = ", ".join(unused)
     return f"--strategy mcmc makes no use of {named}: such rules are of --strategy default." if unused else ""
+
+
+def ends_of_growth(cfg: Config) -> str:
+    """Name the option that ends growth, the earlier of both; both where they are equal."""
+    end = min(cfg.max_steps, cfg.refine_stop_iter)
+    return named([name for name in ("max_steps", "refine_stop_iter") if getattr(cfg, name) == end])
+
+
+def named(names: Sequence[str]) -> str:
+    """Return options as a part of a sentence."""
+    return " and ".join(f"--{name}" for name in names)
 
 
 def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> Strategy:
@@ -47,4 +75,4 @@ def strategy_of(cfg: Config, scene_scale: float, ranks: Ranks | None = None) -> 
         return MCMCStrategy(cfg, means_lr, cfg.seed, schedules.noise_margin(scene_scale), ranks)
     # A target counts the refinements that are still to come: none comes after the last step.
     rules = replace(cfg, refine_stop_iter=min(cfg.refine_stop_iter, cfg.max_steps))
-    return DefaultStrategy(rules, scene_scale, cfg.seed, ranks)
+    return DefaultStrategy(rules, scene_scale, cfg.seed, ranks, ends_of_growth(cfg))
