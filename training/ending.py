@@ -19,6 +19,8 @@ from training.files import write_file
 ENDED = "ended.json"
 FINISHED, INTERRUPTED, FAILED, OUT_OF_MEMORY = "finished", "interrupted", "failed", "out of memory"
 NOT_BEGUN = "Stopped before anything was done."  # by Ctrl-C
+# What helps where memory of a kind ran out, beside a trainer that needs less of it.
+OTHER_REMEDIES = {"device": "raise --data_factor", "host": "free some of it"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def without_memory(error: BaseException) -> str:
     ran_out = memory_that_ran_out(error)
     if ran_out is None:
         return ""
-    what = {"device": "or raise --data_factor", "host": "or free some of it"}[ran_out]
-    return f"{ran_out.capitalize()} memory ran out ({reason(error)}): take a trainer that needs less of it, {what}."
+    what = OTHER_REMEDIES[ran_out]
+    return f"{ran_out.capitalize()} memory ran out ({reason(error)}): take a trainer that needs less of it, or {what}."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

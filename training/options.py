@@ -47,6 +47,11 @@ class Range:
         return f"{low} and {high}" + (f" ({self.meaning})" if self.meaning else "")
 
 
+def shown(value: object) -> str:
+    """Return the value of an option as a part of a sentence."""
+    return f"{value:,}" if type(value) is int else str(value)
+
+
 COUNT, INTERVAL = Range(0), Range(1, MAX_STEPS)
 RATE = Range(0, 10)  # of learning
 SHARE = Range(0, 1e6)  # of a scene or a picture, which may be larger than it
@@ -128,8 +133,7 @@ def check_options(cfg: Config) -> None:
             continue
         for value in given if isinstance(given, list) else [given]:
             if not allowed.holds(value):
-                shown = f"{value:,}" if isinstance(value, int) else value
-                raise InputError(f"--{item.name} is {shown}, but must be {allowed}.")
+                raise InputError(f"--{item.name} is {shown(value)}, but must be {allowed}.")
     if cfg.near_plane >= cfg.far_plane:
         raise InputError(
             f"--near_plane is {cfg.near_plane} and --far_plane {cfg.far_plane}, so nothing would be drawn between "

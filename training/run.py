@@ -42,7 +42,7 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
-from training.ending import FINISHED, INTERRUPTED, Ending, memory_that_ran_out
+from training.ending import FINISHED, INTERRUPTED, OTHER_REMEDIES, Ending, memory_that_ran_out
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.growth import shortfall
 from training.joint_run import Agreed, JointRun, told_once
@@ -705,10 +705,10 @@ class TrainingRun(Generic[AnyConfig]):
             clear_frames(error.__traceback__)  # which hold what the step had allocated
             if ran_out == "device":
                 torch.cuda.empty_cache()
-            otherwise = {"device": "raise --data_factor", "host": "free some of it"}[ran_out]
             message = (
                 f"{ran_out.capitalize()} memory ran out after {counted(self.model.steps_done, 'step')} with "
-                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or {otherwise}."
+                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or "
+                f"{OTHER_REMEDIES[ran_out]}."
             )
             smaller = smaller_trainer(self._trainer, self.cfg, ran_out)
             command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
 from training.joined_rows import picked_state, whole
+from training.options import shown
 from training.strategy import has_effect, in_effect
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
@@ -241,7 +242,7 @@ class Saving:
             before = options_before[name]
             if before != value and name not in (*OPTIONS_OF_THE_PLACE, *TOLD_APART):
                 if has_effect(name, self._cfg.strategy):
-                    print(f"--{name} is now {_shown(value)}; it was {_shown(before)}.")
+                    print(f"--{name} is now {shown(value)}; it was {shown(before)}.")
                 view_has_changed = True
         before, now = format_of(state), getattr(self._cfg, "state", "float32")
         if before != now:  # the option may be missing, then or now
@@ -273,11 +274,6 @@ class Saving:
             bound = getattr(self._cfg, option)
             if 0 < bound < num_gaussians:
                 print(f"These are more than --{option} {bound:,}: none are added, and none are removed for that.")
-
-
-def _shown(value: Any) -> str:
-    """Return the value of an option as a part of a sentence."""
-    return f"{value:,}" if type(value) is int else str(value)
 
 
 def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoint | None:
