@@ -120,10 +120,7 @@ class _Memory(mmap.mmap):
         Raises:
             OSError: They cannot be had.
         """
-        if hasattr(mmap, "MAP_PRIVATE"):
-            memory = cls(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:  # Windows
-            memory = cls(-1, num_bytes)
+        memory = cls(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if pinned:
             address = np.frombuffer(memory, np.uint8).ctypes.data
             status = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
