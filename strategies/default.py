@@ -266,7 +266,7 @@ class DefaultStrategy:
             sorts |= level(store, self._ranks)
             remove = kept_ids = torch.arange(store.num_gaussians, device=kept_ids.device)
         if sorts:
-            kept_ids = kept_ids[morton_order(store.read("means")[kept_ids]).to(kept_ids.device)]
+            kept_ids = kept_ids[morton_order(store.read("means", kept_ids)).to(kept_ids.device)]
             self._num_appended = 0
         if sorts or len(kept_ids) < len(remove):
             store.keep(kept_ids)

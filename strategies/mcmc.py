@@ -277,8 +277,8 @@ class MCMCStrategy:
             The rows [S], each once; their new values by name; and for each copy the place [M] of its row among them.
         """
         sources, places, copies = source_ids.unique(return_inverse=True, return_counts=True)
-        geometry = {name: store.read(name)[sources] for name in MOVED_BY}
-        means = store.read("means")[sources] + self._noise.offsets(step, sources, geometry)
+        geometry = {name: store.read(name, sources) for name in MOVED_BY}
+        means = store.read("means", sources) + self._noise.offsets(step, sources, geometry)
         shared, shrinking = shared_opacities_and_shrinking(opacities[sources], copies + 1)
         values = {
             "means": means,

@@ -70,14 +70,14 @@ def grow(
     new_ids = torch.cat([duplicate_ids, split_ids])
     if not len(new_ids):
         return
-    scales, quats = store.read("scales")[split_ids], store.read("quats")[split_ids]  # [S, 3], [S, 4]
-    means = store.read("means")[split_ids]  # [S, 3]
+    scales, quats = store.read("scales", split_ids), store.read("quats", split_ids)  # [S, 3], [S, 4]
+    means = store.read("means", split_ids)  # [S, 3]
     noise = noise_of_halves(means, generator)  # [2, S, 3]
     offsets = torch.einsum("nij,bnj->bni", rotation_matrices(quats), scales.exp() * noise)  # [2, S, 3]
     means = means + offsets  # [2, S, 3]
     values = {"scales": scales - math.log(1.6)}  # the constant of 3DGS (arXiv 2308.04079, 5.2)
     if revised_opacity:
-        opacities = torch.sigmoid(store.read("opacities")[split_ids])
+        opacities = torch.sigmoid(store.read("opacities", split_ids))
         values["opacities"] = torch.logit(1 - torch.sqrt(1 - opacities))
     try:
         store.append_copies(new_ids)

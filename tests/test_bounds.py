@@ -213,6 +213,23 @@ def test_little_is_found_in_excess_of_an_aerial_scene(num_gaussians):
         assert len(boxes.visible_ids(view, MARGIN_OF_SCENE)) < drawn + 9 * (BLOCK_ROWS * drawn) ** 0.5
 
 
+def test_the_device_reads_stored_values_itself(monkeypatch):
+    """All of them, and those of some rows, several at a time."""
+    monkeypatch.setattr(geometry_culled, "COPIED_ROWS", 2 * BLOCK_ROWS)
+    monkeypatch.setattr(HostStore, "device", torch.device("meta"))  # as if rendering were elsewhere
+    rows, ids = random_geometry(1000, seed=5), torch.randint(1000, (300,))
+    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    colours = {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
+    store = HostStore(parameters | colours, "geometry", state="compact")
+    store.rows.moments[0].fill_(1)
+    adam = AdamOptions(dict.fromkeys(parameters | colours, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    geometry = CulledGeometry(store, adam, Balls(CPU), device=CPU)
+    for name, values in parameters.items():
+        assert torch.equal(geometry.read(name), values)
+        assert torch.equal(geometry.read(name, ids), values[ids])
+        assert geometry.read(name, ids[:0]).shape == values[:0].shape
+
+
 @pytest.mark.parametrize(
     ("kind", "store"), [*product(BOUNDS, ("host", "device")), pytest.param("balls", "its own", id="balls of the store")]
 )

@@ -239,6 +239,28 @@ def test_rows_that_change_behind_a_prefetch_are_fetched_anew(kind):
 
 
 @KINDS
+def test_what_is_read_is_current_in_each_step_and_after_a_state_is_loaded(kind):
+    """All rows are brought to a step but once in it, so what is done in a step before has no say in the next."""
+    model, geometry = MODELS[kind](start()), ("means", "scales", "quats", "opacities")
+
+    def check() -> None:
+        expected, ids = values_of(model), torch.tensor([N - 1, 3, 3, 0])
+        for name in geometry:
+            assert torch.equal(model.read(name, ids), expected[name][ids])
+            assert torch.equal(model.read(name), expected[name])
+
+    for cameras in (A, B, C):
+        step(model, cameras)
+        check()
+    step(model, A)
+    lagging = {key: value.clone() for key, value in model.state().items()}
+    check()
+    model.load_state(lagging)
+    check()
+    check()
+
+
+@KINDS
 def test_relocated_rows_start_as_copies_without_moments(kind):
     generator = torch.Generator().manual_seed(0)
     model, reference = MODELS[kind](start()), MODELS["GPU only"](start())

@@ -594,6 +594,17 @@ def test_growing_by_little_makes_few_parts(cudart):
     assert len(cudart.parts) < initial_parts + 12
 
 
+def test_what_a_refinement_removes_of_what_it_has_added_registers_nothing_anew(cudart):
+    array = HostArray(48, max_rows=100_000, pin=True)
+    array.resize(50_000)
+    array.resize(55_000)
+    parts = dict(cudart.parts)
+    array.resize(53_500)
+    assert cudart.parts == parts
+    array.resize(51_000)
+    assert sum(cudart.parts.values()) - sum(cudart.parts) < 1.02 * 51_000 * 192  # whole pages of whole rows
+
+
 def test_memory_that_cuda_does_not_pin_is_reported(cudart, monkeypatch):
     store = HostStore(random_parameters(10), "appearance", max_gaussians=100_000, pin=True)
     monkeypatch.setattr(FakeCudart, "cudaHostRegister", lambda *arguments: 2)

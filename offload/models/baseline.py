@@ -183,10 +183,10 @@ class BaselineGaussians:
 
     # --------------------------------------------------------------------------------------------- densification
 
-    def read(self, name: str) -> Tensor:
-        """Return the values of one geometry parameter: a slice of the store."""
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the values of one geometry parameter, a slice of the store; or copies of those of rows [M]."""
         with self._order.taking("change", "read"):
-            return self.stores["geometry"].read(name)
+            return self.stores["geometry"].read(name, ids)
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""

@@ -262,8 +262,11 @@ class GaussianModel(Protocol):
 
     # --------------------------------------------------------------------------------------------- densification
 
-    def read(self, name: str) -> Tensor:
-        """Return the current values [N, ...] of one geometry parameter, detached; not copied."""
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the current values [N, ...] of one geometry parameter, or those of rows [M], detached.
+
+        All of them are not copied, where they lie on `device`.
+        """
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
@@ -363,14 +366,14 @@ class GeometryPlace(Protocol):
     def displace(self, ids: Tensor, offsets: Tensor) -> None:
         """Add offsets [D, 3] to the means of rows [D], where geometry does not travel; they may lag behind."""
 
-    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
+    def catch_up(self, ids: Tensor | None) -> None:
         """Apply the skipped steps of rows [M], each of them once; None: of all rows.
 
         Rows that travel are caught up by their pipeline, which comes first.
-
-        Returns:
-            The parameters [N, ...] by name, not copied.
         """
+
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the values [N, ...] of a parameter, or those of rows [M], on `device`; all have been caught up."""
 
     def append_blank(self, count: int) -> None: ...
 

@@ -170,10 +170,11 @@ class DeviceGaussians:
 
     # --------------------------------------------------------------------------------------------- densification
 
-    def read(self, name: str) -> Tensor:
-        """Return the current values of one geometry parameter, detached; not copied."""
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the current values of one geometry parameter, not copied, or those of rows [M]; detached."""
         with self._order.taking("change", "read"):
-            return self.parameters[name].detach()
+            values = self.parameters[name].detach()
+            return values if ids is None else values[ids]
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""

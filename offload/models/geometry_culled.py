@@ -23,7 +23,7 @@ from offload.culling.margins import margin_ahead
 from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.store.contract import RowStore
-from offload.store.layout import packed_rows
+from offload.store.layout import RowState
 
 COPIED_ROWS = 1 << 20  # at once, from the store; whole blocks
 
@@ -111,10 +111,20 @@ class CulledGeometry:
     def displace(self, ids: Tensor, offsets: Tensor) -> None:
         """Do nothing: rows travel, and their pipeline moves them."""
 
-    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
-        """Return the parameters [N, ...] by name, not copied; their pipeline has applied the skipped steps."""
+    def catch_up(self, ids: Tensor | None) -> None:
+        """Note that stored values are others: their pipeline has applied the skipped steps."""
         self._bounds_are_good = False
-        return self._store.layout.named(self._store.rows.parameters)
+
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the values of a parameter, or those of rows [M], on the device; all have been caught up."""
+        if self._store.device.type == self._device.type:
+            return self._store.read(name, ids)
+        layout, count = self._store.layout, self.num_gaussians if ids is None else len(ids)
+        values, first = torch.empty(count, *layout.shapes[name], device=self._device), 0
+        for rows in self._stored_rows(ids):
+            values[first : first + len(rows)] = layout.named(rows)[name]
+            first += len(rows)
+        return values
 
     def append_blank(self, count: int) -> None:
         """Append so many rows whose values and moments are written next."""
@@ -143,6 +153,7 @@ class CulledGeometry:
 
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
+        self._bounds_are_good = False
         self._store.clamp_opacities(max_logit)
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
@@ -170,11 +181,14 @@ class CulledGeometry:
             self._bounds.rebuild(self._store.num_gaussians, self._stored_rows())
             self._bounds_are_good = True
 
-    def _stored_rows(self) -> Iterator[Tensor]:
-        """Give all stored values [M, columns] on the device, some at a time."""
-        packed, last_step = self._store.packed, self._store.last_step
-        for first in range(0, self._store.num_gaussians, COPIED_ROWS):
-            ids = torch.arange(first, min(first + COPIED_ROWS, self._store.num_gaussians), device=self._device)
-            words = torch.empty(len(ids), packed.shape[1], dtype=torch.int32, device=self._device)
-            self._kernels.read_packed_rows([(packed, last_step)], ids, None, [(words, words.new_empty(len(ids)))])
-            yield packed_rows(words, "geometry").parameters
+    def _stored_rows(self, ids: Tensor | None = None) -> Iterator[Tensor]:
+        """Give stored values [M, columns] of rows, or of all, some at a time: the device reads them itself."""
+        packed, count = self._store.packed, self.num_gaussians if ids is None else len(ids)
+        columns = packed.shape[1] // 2
+        halves = packed.view(torch.float32).view(-1, columns)  # by turns the values and the moments of a row
+        for first in range(0, count, COPIED_ROWS):
+            last = min(first + COPIED_ROWS, count)
+            some = torch.arange(first, last, device=self._device) if ids is None else ids[first:last].to(self._device)
+            rows = torch.empty(last - first, columns, device=self._device)
+            self._kernels.move_rows(RowState(halves, ()), 2 * some, RowState(rows, ()))
+            yield rows

@@ -127,20 +127,21 @@ class DeviceGeometry:
         """Add offsets [D, 3] to the means of rows [D]; they may lag behind."""
         Displacement(ids, offsets).add_to(self._state.parameters["means"])
 
-    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
+    def catch_up(self, ids: Tensor | None) -> None:
         """Apply the skipped steps of rows.
 
         Args:
             ids: [M] on any device, each of them once; None: all rows.
-
-        Returns:
-            The parameters [N, ...], not copied.
         """
         chunks = self._lagging_rows() if ids is None else ids.to(self.device).split(CAUGHT_UP_ROWS)
         for chunk in chunks:
             if len(chunk):
                 geometry_kernels.catch_up_rows(self._state, chunk, self.tables)
-        return self._state.parameters
+
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the values of a parameter, not copied, or those of rows [M]; all have been caught up."""
+        values = self._state.parameters[name]
+        return values if ids is None else values[ids]
 
     def _lagging_rows(self) -> Iterator[Tensor]:
         """Give the ids of all lagging rows, int64 [M] at a time, of which catching up takes little memory."""

@@ -98,9 +98,8 @@ class HostGeometry(HostStore):
     def displace(self, ids: Tensor, offsets: Tensor) -> None:
         """Do nothing: rows travel, and their pipeline moves them."""
 
-    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
-        """Return the parameters [N, ...] by name, not copied; their pipeline has applied the skipped steps."""
-        return self.snapshot()
+    def catch_up(self, ids: Tensor | None) -> None:
+        """Do nothing: their pipeline has applied the skipped steps."""
 
     def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
         """Give these rows [M] new values; all their moments become zero, unless they are left."""

@@ -95,17 +95,14 @@ class PackedGeometry(CulledGeometry):
         with self._store.changing(ids) as rows:
             Displacement(ids, offsets).add_to(rows.parameters[:, MEANS])
 
-    def catch_up(self, ids: Tensor | None) -> dict[str, Tensor]:
+    def catch_up(self, ids: Tensor | None) -> None:
         """Apply the skipped steps of rows.
 
         Args:
             ids: int64 [M] on any device, each of them once; None: all rows.
-
-        Returns:
-            The parameters [N, ...] by name, not copied.
         """
         self._rows.catch_up(ids)
-        return super().catch_up(ids)
+        super().catch_up(ids)
 
     def state(self) -> dict[str, Tensor]:
         """Return rows and all that catching them up needs, as `offload.adam.state` names it."""

@@ -61,6 +61,7 @@ class OffloadedGaussians:
         self._stored = pipeline if isinstance(pipeline, FetchesStored) else None
         self._rendering_device = device
         self._order = StepOrder()
+        self._caught_up_at: int | None = None  # the step at which all rows of geometry were last brought to it
         self._finite = FiniteGradients(device)
         self._rows: FetchedRows | None = None  # of the present view, or of its present tile
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)  # [V] of the present view
@@ -153,10 +154,11 @@ class OffloadedGaussians:
 
     # --------------------------------------------------------------------------------------------- densification
 
-    def read(self, name: str) -> Tensor:
-        """Return the current values of one geometry parameter; not copied."""
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the current values of one geometry parameter, or those of rows [M]."""
         with self._order.taking("change", "read"):
-            return self._geometry_caught_up()[name].to(self.device)
+            self._catch_geometry_up()
+            return self._geometry.read(name, ids)
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M], without moments."""
@@ -203,13 +205,15 @@ class OffloadedGaussians:
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
         with self._changing("keep", ids[:0]):
+            if self._geometry.stores:  # so all places are where these are, and ids go there but once
+                ids = ids.to(self._groups["appearance"].store.device)
             for place in self._places():
                 place.keep(ids)
 
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities."""
         with self._order.taking("change", "clamp_opacities"):
-            self._geometry_caught_up()
+            self._catch_geometry_up()
             self._geometry.clamp_opacities(max_logit)
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
@@ -243,7 +247,7 @@ class OffloadedGaussians:
         """Go on from a state of as many Gaussians as there are here, whichever trainer has left it."""
         with self._order.taking("change", "load_state"):
             self._pipeline.forget_upcoming()
-            self.steps_done = int(state["step_count"])
+            self.steps_done, self._caught_up_at = int(state["step_count"]), None
             for name, group in self._groups.items():
                 with group.store.changing(None):
                     load_deferred(group.store, name, group.adam, state)
@@ -348,12 +352,15 @@ class OffloadedGaussians:
             self._geometry.catch_up(ids)
             yield
 
-    def _geometry_caught_up(self) -> dict[str, Tensor]:
-        """Return the current values of geometry [N, ...] by name, not copied."""
+    def _catch_geometry_up(self) -> None:
+        """Bring all rows of geometry to the present step, once: what changes rows between steps leaves them there."""
         self._pipeline.forget_upcoming()
+        if self._caught_up_at == self.steps_done:
+            return
         for name in self._geometry.stores:
             self._pipeline.catch_up(name, None)
-        return self._geometry.catch_up(None)
+        self._geometry.catch_up(None)
+        self._caught_up_at = self.steps_done
 
     def _stored_rows(self) -> dict[str, Tensor]:
         """Return the parameters and moments of all rows [N, ...] under the names of `state`; not copied."""

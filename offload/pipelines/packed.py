@@ -266,20 +266,21 @@ class PackedPipeline:
         """
         self.forget_upcoming()
         group = self._groups[name]
-        host_last_step = group.store.last_step
-        if ids is None:
-            stale = (host_last_step < group.adam.step).nonzero().squeeze(1)
-        else:
-            stale = ids.cpu()
-            stale = stale[host_last_step[stale] < group.adam.step]
-        with group.store.changing(stale):
-            for first, last in chunks_of(len(stale)):
-                chunk = stale[first:last].to(self._device)
+        if ids is not None:
+            ids = ids.cpu()
+            ids = ids[group.store.last_step[ids] < group.adam.step]
+        with group.store.changing(ids):
+            for first, last in chunks_of(group.store.num_gaussians if ids is None else len(ids)):
+                if ids is None:  # of which few are current: the device leaves those alone, and waits for no ids
+                    chunk = torch.arange(first, last, device=self._device)
+                else:
+                    chunk = ids[first:last].to(self._device)
                 words, last_step = self._rows_of(name, chunk)
+                is_stale = last_step < group.adam.step
                 values = self._values_of(name, words, last_step)
                 self._kernels.step_view_rows(values, chunk, last_step, None, packed_rows(words, name), group.adam)
                 last_step.fill_(group.adam.step)
-                self._kernels.write_packed_rows([(words, last_step)], chunk, None, [_stored(group)])
+                self._kernels.write_packed_rows([(words, last_step)], chunk, is_stale, [_stored(group)])
             Lane.current(self._device).finish()
 
     def last_step(self, name: str) -> Tensor:

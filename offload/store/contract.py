@@ -63,6 +63,9 @@ class RowStore(Protocol):
             ids: int64 [M] on any device, the rows; None: all of them.
         """
 
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the stored values [N, ...] of one parameter, a view of the rows; or copies of those of rows [M]."""
+
     def arrays_by_name(self) -> dict[str, Tensor]:
         """Return views of the stored parameters and moments, under the names of `offload.adam.state`."""
 

@@ -95,9 +95,10 @@ class DeviceStore:
         """Return the stored parameters by name: views of the rows."""
         return self.layout.named(self.rows.parameters)
 
-    def read(self, name: str) -> Tensor:
-        """Return the stored values of one parameter: a view of the rows."""
-        return self.snapshot()[name]
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the stored values [N, ...] of one parameter, a view of the rows; or copies of those of rows [M]."""
+        stored = self.snapshot()[name]
+        return stored if ids is None else stored[ids.to(self.device)]
 
     def arrays_by_name(self) -> dict[str, Tensor]:
         """Return views of what is stored, under the names of `offload.adam.state`."""

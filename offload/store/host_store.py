@@ -39,9 +39,9 @@ class HostStore:
     """One group of the Gaussians' parameters, with Adam moments and the step of each row's last update.
 
     Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
-    `last_step`; geometry 12 x 3 x 4 = 144 and 4; 728 in two stores. Up to 1/64 more is taken when a store grows. With
-    moments in bfloat16 it is two thirds of that; with `pad_to_cache_line` geometry is 16 x 3 x 4 = 192. In a compact
-    state it is 192 and 128 (`offload.store.layout.packed_rows`).
+    `last_step`; geometry 12 x 3 x 4 = 144 and 4; 728 in two stores. Up to 1/64 more is taken when a store grows, and up
+    to 3/64 more stay when it shrinks. With moments in bfloat16 it is two thirds of that; with `pad_to_cache_line`
+    geometry is 16 x 3 x 4 = 192. In a compact state it is 192 and 128 (`offload.store.layout.packed_rows`).
 
     The operations are those of `offload.models.device.DeviceGaussians`, with the same results row for row. They work on
     stored values: deferred steps of the rows at hand must have been caught up. Rows that are new or overwritten get
@@ -167,9 +167,10 @@ class HostStore:
             for name, view in self.layout.named(values).items()
         }
 
-    def read(self, name: str) -> Tensor:
-        """Return the stored values of one parameter: a view of the rows."""
-        return self.snapshot()[name]
+    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
+        """Return the stored values [N, ...] of one parameter, a view of the rows; or copies of those of rows [M]."""
+        stored = self.snapshot()[name]
+        return stored if ids is None else stored[ids.to(self.device)]
 
     def append_blank(self, count: int) -> None:
         """Append so many rows whose values and moments are written next."""
@@ -218,17 +219,21 @@ class HostStore:
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
         ids = self._checked(ids)
-        ascending = ids
-        if not bool((ids[1:] > ids[:-1]).all()):
-            ascending = ids.sort().values
-            if not bool((ascending[1:] > ascending[:-1]).all()):
+        ascends = bool((ids[1:] > ids[:-1]).all())
+        if not ascends:  # all rows are put into an order in which those that go are the last
+            goes = torch.ones(self.num_gaussians, dtype=torch.bool)
+            goes[ids] = False
+            order = torch.cat([ids, goes.nonzero().squeeze(1)])
+            if len(order) > self.num_gaussians:
                 raise ValueError("a row can be kept only once")
         with self.changing(None):
+            if ascends:
+                for array in self._arrays:
+                    native.compact_rows(_words(array), ids.numpy(), num_threads())
+            else:
+                self._permute(order)
             for array in self._arrays:
-                native.compact_rows(_words(array), ascending.numpy(), num_threads())
                 array.resize(len(ids))
-            if ascending is not ids:
-                self._permute(torch.searchsorted(ascending, ids))
 
     def reorder(self, order: Tensor) -> None:
         """Put the rows into this order [N]: row i becomes what row order[i] was."""

@@ -81,7 +81,8 @@ class HostArray:
             spare = needed // SPARE if self.rows else 0
             self._take(self._round_up(needed + spare))
         elif needed < used:
-            if self._taken - needed > 2 * max(needed // SPARE, self._granule):
+            # Less is what a refinement removes of what it has added: registering the rest anew would take longer.
+            if self._taken - needed > 3 * max(needed // SPARE, self._granule):
                 self._give_back(self._round_up(needed))
             self._all_rows[rows : min(self.rows, self._taken // self._row_bytes)].zero_()
         self.rows, self.tensor = rows, self._all_rows[:rows]
