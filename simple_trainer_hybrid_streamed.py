@@ -15,6 +15,8 @@ The training loop is `train`; the options of each scene stand at the end of this
 from dataclasses import dataclass
 from typing import Literal
 
+from tqdm import tqdm
+
 import startup  # noqa: F401, before torch is imported
 from configs import Config, HostOptions, StateOptions, scenes
 from offload.models.streamed import StreamedGaussians
@@ -33,7 +35,8 @@ class StreamedOptions(StateOptions, HostOptions):
     moments: Literal["float32", "bfloat16"] = "float32"
     """Precision of the appearance's moments; bfloat16, rounded at random, is a third less to move."""
     resident_share: float = 0.0
-    """With --state compact: share of all Gaussians that stay on the GPU, those that views show most often."""
+    """With --state compact: share of all Gaussians that stay on the GPU, those that views show most often; with 1 all
+    are there alone, until they have grown too many."""
 
 
 @dataclass
@@ -58,6 +61,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         state=cfg.state,
         max_gaussians=cfg.most_gaussians,
         resident_share=cfg.resident_share,
+        tell=tqdm.write,
     )
     strategy = run.new_strategy()
     print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run

@@ -37,7 +37,7 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
             "def train(run: TrainingRun[StreamedConfig]) -> None:",
             "gaussians = StreamedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, moments=cfg.moments, state=cfg.state, max_gaussians=cfg.most_gaussians, "
-            "resident_share=cfg.resident_share)",
+            "resident_share=cfg.resident_share, tell=tqdm.write)",
         ],
     ),
     "simple_trainer_hybrid_baseline": (

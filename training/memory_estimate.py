@@ -271,12 +271,18 @@ def streamed(
 def with_residents(footprint: Footprint, sh_degree: int, share: float) -> Footprint:
     """Return a footprint with that of this share of all compact rows, which stay on the device from view to view.
 
-    They are given back while Gaussians are added or removed.
+    They are given back while Gaussians are added or removed. All stay only while there is room, which none is kept for.
     """
-    if share == 0:
+    if share in (0, 1):
         return footprint
-    row = sum(row_bytes(group, sh_degree, state="compact") for group in GROUP_NAMES)
-    return replace(footprint, device=footprint.device + math.ceil(share * row) + RESIDENT_BYTES)
+    return replace(
+        footprint, device=footprint.device + math.ceil(share * resident_row_bytes(sh_degree)) + RESIDENT_BYTES
+    )
+
+
+def resident_row_bytes(sh_degree: int) -> int:
+    """Return the bytes of a Gaussian's compact rows: 328 at SH degree 3."""
+    return sum(row_bytes(group, sh_degree, state="compact") for group in GROUP_NAMES)
 
 
 def parameter_bytes(sh_degree: int) -> int:

@@ -49,7 +49,14 @@ from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
-from training.memory_estimate import bytes_to_spare, check_memory, most_that_fit, needs, share_in_largest_view
+from training.memory_estimate import (
+    bytes_to_spare,
+    check_memory,
+    most_that_fit,
+    needs,
+    resident_row_bytes,
+    share_in_largest_view,
+)
 from training.modules import RunModules
 from training.options import check_options
 from training.pose_files import PoseFiles, tell_of_old_poses
@@ -330,7 +337,13 @@ class TrainingRun(Generic[AnyConfig]):
         # That of the rank which has the least room for what it is to hold: where it has none, all end.
         print(min(self._joint.gather((most_that_fit(all_needs, share), told)))[1])
         resident_share = getattr(self.cfg, "resident_share", 0.0)
-        if resident_share > 0 and self.device.type == "cuda":
+        if resident_share == 1 and self.device.type == "cuda":
+            print(
+                f"While the GPU has room for {'its' if where else 'all'} Gaussians they stay there "
+                f"({resident_row_bytes(self.cfg.sh_degree)} bytes each, beside what is said above), and take no host "
+                "memory."
+            )
+        elif resident_share > 0 and self.device.type == "cuda":
             print(
                 f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, those "
                 "that views show most often, as far as its memory reaches."

@@ -10,10 +10,10 @@ from torch import Tensor
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.culling.balls import Balls
-from offload.models.contract import GeometryPlace
+from offload.culling.boxes import Boxes
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
-from offload.models.offloaded import OffloadedGaussians, row_groups
+from offload.models.offloaded import OffloadedGaussians, Parts, row_groups
 from offload.pipelines.resident import ResidentPipeline
 from offload.store.device_store import DeviceStore
 from offload.store.layout import StateFormat
@@ -41,19 +41,11 @@ class DeferredGaussians(OffloadedGaussians):
             device: Where everything lives.
             state: The form of rows.
         """
-        place: GeometryPlace
         if state == "compact":
-            store = DeviceStore(parameters, "geometry", state=state, device=device)
-            place = CulledGeometry(store, adam, Balls(device), device=device)
+            parts = compact_parts(parameters, adam, Balls(device), device)
         else:
-            place = DeviceGeometry(parameters, adam, device=device)
-        groups = row_groups(
-            place,
-            DeviceStore(parameters, "appearance", state=state, device=device),
-            adam,
-            lambda multipliers: DeferralTables(multipliers, adam.betas, adam.eps, device),
-        )
-        super().__init__(place, groups, ResidentPipeline(groups, place.visible_ids, device), device)
+            parts = _float32_parts(parameters, adam, device)
+        super().__init__(*parts, device)
 
     def update(self, drawn: Tensor | None = None) -> None:
         """Take Adam's step on the gradients of the rows that `fetch` gave.
@@ -63,3 +55,22 @@ class DeferredGaussians(OffloadedGaussians):
                 that culling finds are drawn.
         """
         super().update()
+
+
+def compact_parts(
+    parameters: Mapping[str, Tensor], adam: AdamOptions, bounds: Balls | Boxes, device: torch.device
+) -> Parts:
+    """Put compact rows on a device, which culls them by these bounds."""
+    geometry, appearance = (
+        DeviceStore(parameters, group, state="compact", device=device) for group in ("geometry", "appearance")
+    )
+    place = CulledGeometry(geometry, adam, bounds, device=device)
+    groups = row_groups(place, appearance, adam, lambda columns: DeferralTables(columns, adam.betas, adam.eps, device))
+    return place, groups, ResidentPipeline(groups, place.visible_ids, device, place.whole)
+
+
+def _float32_parts(parameters: Mapping[str, Tensor], adam: AdamOptions, device: torch.device) -> Parts:
+    place = DeviceGeometry(parameters, adam, device=device)
+    appearance = DeviceStore(parameters, "appearance", device=device)
+    groups = row_groups(place, appearance, adam, lambda columns: DeferralTables(columns, adam.betas, adam.eps, device))
+    return place, groups, ResidentPipeline(groups, place.visible_ids, device)

@@ -31,6 +31,7 @@ from offload.store.layout import Moments, StateFormat, group_columns
 
 CONSTANT = group_columns("geometry", sh_degree=0, state="compact")["sh0"]  # columns of a row of geometry
 Place = Literal["device", "host"]
+Parts = tuple[GeometryPlace, Mapping[str, RowGroup], Pipeline]  # in which a model holds its rows
 Adam = TypeVar("Adam", bound=DeferralTables)
 
 
@@ -55,10 +56,7 @@ class OffloadedGaussians:
             device: Where views are rendered.
         """
         self.steps_done = 0
-        self._geometry = geometry
-        self._groups = groups
-        self._pipeline = pipeline
-        self._stored = pipeline if isinstance(pipeline, FetchesStored) else None
+        self._use(geometry, groups, pipeline)
         self._rendering_device = device
         self._order = StepOrder()
         self._caught_up_at: int | None = None  # the step at which all rows of geometry were last brought to it
@@ -281,6 +279,13 @@ class OffloadedGaussians:
         return self._pipeline.counters()
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _use(self, geometry: GeometryPlace, groups: Mapping[str, RowGroup], pipeline: Pipeline) -> None:
+        """Hold rows in these, from now on."""
+        self._geometry = geometry
+        self._groups = groups
+        self._pipeline = pipeline
+        self._stored = pipeline if isinstance(pipeline, FetchesStored) else None
 
     def _forget_other_rows(self, cameras: Cameras) -> None:
         """Cull anew, where what is known of the next view is of a step that was undone and was on other cameras."""

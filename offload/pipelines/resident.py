@@ -41,16 +41,24 @@ class ResidentPipeline:
 
     last_step_in_store: ClassVar[bool] = True
 
-    def __init__(self, groups: Mapping[str, RowGroup], cull: Callable[[Cameras], Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, RowGroup],
+        cull: Callable[[Cameras], Tensor],
+        device: torch.device,
+        whole: Callable[[Tensor], Tensor] = lambda ids: ids,
+    ) -> None:
         """
         Args:
             groups: Rows on the device.
             cull: Gives the sorted ids [V], on the device, of what cameras may draw after one more step.
             device: Where everything is.
+            whole: Adds to sorted ids [V] those that `cull` never gives without them.
         """
         self._groups = groups
         self._rows = {name: DeviceRows(group, device) for name, group in groups.items()}
         self._cull = cull
+        self._whole = whole
         self._device = device
         self._cull_lane = Lane.new(device)
         self._present: ResidentRows | None = None
@@ -151,7 +159,7 @@ class ResidentPipeline:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the next view from a state, or none, where it has none; the stores have been filled from it."""
         ids = upcoming_ids_of(state, self._device)
-        self._upcoming = None if ids is None else ResidentRows(ids)
+        self._upcoming = None if ids is None else ResidentRows(self._whole(ids))
 
     def undo_step(self, steps_done: int) -> None:
         """Forget the step after so many, which an error has ended; the next one begins with the same view.

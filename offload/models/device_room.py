@@ -1,0 +1,39 @@
+"""Tells whether all rows of a model may stay on a device, beside what rendering takes there."""
+
+from __future__ import annotations
+
+import torch
+
+from offload.device_memory import most_bytes, stretch_peak
+from offload.pipelines.arena import CAUTION, USABLE
+
+AT_START = 0.5  # of the memory, for rows, where nothing is known yet of what rendering takes
+
+
+class DeviceRoom:
+    """Measures what is left for rows on a device; none is on the CPU, which has rows in its own memory anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        """
+        Args:
+            device: Where views are rendered.
+        """
+        self._device = device
+
+    def holds_at_start(self, num_bytes: int) -> bool:
+        """Tell whether rows that take so much may be put there before anything has been rendered."""
+        return num_bytes <= AT_START * self._most()
+
+    def holds(self, num_bytes: int, taken: int, growth: float) -> bool:
+        """Tell whether rows that have so much may come to take more, with all that has been taken beside them.
+
+        Args:
+            num_bytes: That rows will take at most, while some are added included.
+            taken: That they take now.
+            growth: How many times as many rows there will be; rendering may take as much more.
+        """
+        most = self._most()
+        return most > 0 and num_bytes + CAUTION * growth * (stretch_peak(self._device) - taken) <= most
+
+    def _most(self) -> float:
+        return USABLE * most_bytes(self._device) if self._device.type == "cuda" else 0.0
