@@ -15,9 +15,11 @@ import torch
 import simple_trainer
 import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
+import simple_trainer_hybrid_streamed
 from benchmarks.aerial_scene import aerial_scene
 from datasets.scene import load_scene
 from errors import NotEnoughMemory
+from offload.models import device_room
 from tests.aerial_training import gaussians_of
 from tests.measured_memory import HEIGHT, WIDTH, train_some_steps
 from trainers import TRAINERS, remedy, smaller_trainer
@@ -104,6 +106,7 @@ def test_bytes_per_gaussian():
     compact = memory_estimate.streamed(3, "device", "float32", "compact")
     assert memory_estimate.with_residents(compact, 3, 0.0) == compact
     assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5
+    assert memory_estimate.with_residents(compact, 3, 1.0) == compact  # all stay only while there is room
     assert compact.device_in_view == 2 * 328 + 64 + 64 + 240  # values and gradients of geometry; numbers and rendering
     of_two_views = memory_estimate.streamed(3, "device", "float32", "compact", batch_size=2)
     assert of_two_views.device_in_view == compact.device_in_view + 192 + 192
@@ -278,3 +281,28 @@ def assert_one_sentence(message: str, words: list[str]) -> None:
     assert line.startswith("Error: ")
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "told"),
+    [
+        ("--state compact --resident_share 1", "cuda", "While the GPU has room for all Gaussians they stay there (328"),
+        ("--state compact --resident_share 0.2", "cuda", "Of all Gaussians up to 20 % stay on the GPU"),
+        ("--state compact", "cuda", "has room for all Gaussians that training starts with: with --resident_share 1"),
+        ("--state compact --resident_share 1", "cpu", "Without a GPU --resident_share saves nothing"),
+        ("--state compact", "cpu", None),
+        ("--state float32", "cuda", None),
+    ],
+)
+def test_what_stays_on_the_gpu_is_said(monkeypatch, words, device, told):
+    monkeypatch.setattr(device_room, "most_bytes", lambda device: GIB)
+    _, cfg = command_line.parse(simple_trainer_hybrid_streamed.CONFIGS, ["default", *words.split()], "")
+    sentence = memory_estimate.what_stays(cfg, torch.device(device), 1000, "all")
+    assert (sentence is None) if told is None else told in sentence
+    if words == "--state compact":  # half of what there is may be of rows
+        assert memory_estimate.what_stays(cfg, torch.device(device), GIB // 696, "all") is None
+
+
+def test_trainers_without_residents_say_nothing_of_them():
+    _, cfg = command_line.parse(simple_trainer.CONFIGS, ["default", "--state", "compact", "--adam", "deferred"], "")
+    assert memory_estimate.what_stays(cfg, torch.device("cuda"), 1000, "all") is None

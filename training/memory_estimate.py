@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from errors import NotEnoughMemory, counted, format_bytes
 from offload.adam.harmonics import MADE_COLUMNS
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
+from offload.models.device_room import DeviceRoom
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.residents import BYTES as RESIDENT_BYTES
 from offload.pipelines.streamed import SPARE
@@ -277,6 +278,39 @@ def with_residents(footprint: Footprint, sh_degree: int, share: float) -> Footpr
         return footprint
     return replace(
         footprint, device=footprint.device + math.ceil(share * resident_row_bytes(sh_degree)) + RESIDENT_BYTES
+    )
+
+
+def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -> str | None:
+    """Return a sentence on the Gaussians that stay on the device, or could; None of trainers that keep none there.
+
+    Args:
+        cfg: Options of a trainer.
+        device: Where views are rendered.
+        num_gaussians: That this process starts with.
+        whose: "all" Gaussians of a run, or "its" of a rank.
+    """
+    share, state = getattr(cfg, "resident_share", None), getattr(cfg, "state", None)
+    if share is None or state != "compact":
+        return None
+    if device.type != "cuda":
+        return "Without a GPU --resident_share saves nothing: all rows are in this machine's memory." if share else None
+    row = resident_row_bytes(cfg.sh_degree)
+    if share == 1:
+        return (
+            f"While the GPU has room for {whose} Gaussians they stay there ({row} bytes each, beside what is said "
+            "above), and take no host memory."
+        )
+    if share > 0:
+        return (
+            f"Of {whose} Gaussians up to {100 * share:g} % stay on the GPU, those that views show most often, as far "
+            "as its memory reaches."
+        )
+    if not DeviceRoom(device).holds_at_start(num_gaussians * (row + Balls.BYTES)):
+        return None
+    return (
+        f"The GPU has room for {whose} Gaussians that training starts with: with --resident_share 1 they stay there "
+        "while it has, and steps are faster."
     )
 
 

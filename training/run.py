@@ -54,8 +54,8 @@ from training.memory_estimate import (
     check_memory,
     most_that_fit,
     needs,
-    resident_row_bytes,
     share_in_largest_view,
+    what_stays,
 )
 from training.modules import RunModules
 from training.options import check_options
@@ -336,20 +336,10 @@ class TrainingRun(Generic[AnyConfig]):
         told = where + check_memory(all_needs, begun, most, option, share)
         # That of the rank which has the least room for what it is to hold: where it has none, all end.
         print(min(self._joint.gather((most_that_fit(all_needs, share), told)))[1])
-        resident_share = getattr(self.cfg, "resident_share", 0.0)
-        if resident_share == 1 and self.device.type == "cuda":
-            print(
-                f"While the GPU has room for {'its' if where else 'all'} Gaussians they stay there "
-                f"({resident_row_bytes(self.cfg.sh_degree)} bytes each, beside what is said above), and take no host "
-                "memory."
-            )
-        elif resident_share > 0 and self.device.type == "cuda":
-            print(
-                f"Of {'its' if where else 'all'} Gaussians up to {100 * resident_share:g} % stay on the GPU, those "
-                "that views show most often, as far as its memory reaches."
-            )
-        elif resident_share > 0:
-            print("Without a GPU --resident_share saves nothing: all rows are in this machine's memory.")
+        if (
+            stays := what_stays(self.cfg, self.device, math.ceil(share * begun), "its" if where else "all")
+        ) is not None:
+            print(stays)
         self._keep_bytes = min(self._joint.gather(bytes_to_spare(all_needs, begun, most, share)))
         if self.speaks and (kept := what_is_kept(self.scene, self._keep_bytes)):
             print(kept)
