@@ -336,9 +336,8 @@ class TrainingRun(Generic[AnyConfig]):
         told = where + check_memory(all_needs, begun, most, option, share)
         # That of the rank which has the least room for what it is to hold: where it has none, all end.
         print(min(self._joint.gather((most_that_fit(all_needs, share), told)))[1])
-        if (
-            stays := what_stays(self.cfg, self.device, math.ceil(share * begun), "its" if where else "all")
-        ) is not None:
+        stays = what_stays(self.cfg, self.device, math.ceil(share * begun), "its" if where else "all")
+        if stays is not None:
             print(stays)
         self._keep_bytes = min(self._joint.gather(bytes_to_spare(all_needs, begun, most, share)))
         if self.speaks and (kept := what_is_kept(self.scene, self._keep_bytes)):
