@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from strategies.ops import grow, lacking_memory
 from tests.interrupted_runs import DENSIFYING, STEPS, assert_same_state, run_script, saved
 from tests.test_one_algorithm import random_gradients
 from tests.test_packed_pipeline import ADAM, start
+from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
 from training.memory_estimate import resident_row_bytes
 from training.views import posed_cameras
@@ -135,6 +139,23 @@ def test_a_checkpoint_that_is_being_written_has_the_rows_of_before(monkeypatch, 
     written = peek_checkpoint(partial.path).state
     for name, value in frozen.items():
         assert torch.equal(written[name], value), name
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["half written", "written"])
+def test_nothing_holds_the_rows_on_the_device_once_they_have_moved(monkeypatch, tmp_path, is_written):
+    """Of 18 million Gaussians they are 6 GB, which a checkpoint would hold until the next one."""
+    let_stay(monkeypatch, N * ROW_BYTES)
+    gaussians = model(resident_share=1.0)
+    train(gaussians, 0, 5)
+    stores = [weakref.ref(store) for store in stores_of(gaussians)]
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(Checkpoint(5, np.eye(4), gaussians.state()), gaussians.copied_before_change())
+    if is_written:
+        assert folder.wait() is None
+    refine(gaussians, 0)
+    gc.collect()
+    assert [store() for store in stores] == [None, None]
+    folder.close()
 
 
 def test_room_counts_what_rendering_takes(monkeypatch):
