@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from offload.device_memory import most_bytes, stretch_peak
+from offload.device_memory import begin_stretch, most_bytes, stretch_peak
 from offload.pipelines.arena import CAUTION, USABLE
 
 AT_START = 0.5  # of the memory, for rows, where nothing is known yet of what rendering takes
@@ -34,6 +34,11 @@ class DeviceRoom:
         """
         most = self._most()
         return most > 0 and num_bytes + CAUTION * growth * (stretch_peak(self._device) - taken) <= most
+
+    def forget_rows(self) -> None:
+        """Measure anew what is taken there, after all rows have been given up."""
+        if self._device.type == "cuda":
+            begin_stretch(self._device)
 
     def _most(self) -> float:
         return USABLE * most_bytes(self._device) if self._device.type == "cuda" else 0.0

@@ -115,7 +115,16 @@ class StreamedGaussians(OffloadedGaussians):
         """Take all rows to the host, where the device has no room for so many more."""
         if self._has_room(num_new):
             return
-        state, steps_done = self.state(), self.steps_done
+        self._move_to_host()
+        self._room.forget_rows()  # or what travels would be given the memory that rendering and all rows have left
+        self._tell(
+            f"After {self.steps_done:,} steps {self.num_gaussians:,} Gaussians have been moved to host memory: the GPU "
+            "has no room for all that growth adds."
+        )
+
+    def _move_to_host(self) -> None:
+        """Hold all rows on the host; where that fails they are where they were."""
+        state, before = self.state(), (self._geometry, self._groups, self._pipeline)
         for store in self.copied_before_change().values():
             with store.changing(None):  # so that whoever copies them in the background holds them no longer
                 pass
@@ -125,12 +134,12 @@ class StreamedGaussians(OffloadedGaussians):
             for name, shape in group_shapes(group, self._sh_degree).items()
         }
         self._use(*self._on_host(blank))
+        try:
+            self.load_state(state)
+        except BaseException:
+            self._use(*before)
+            raise
         self._all_stay = False
-        self.load_state(state)
-        self._tell(
-            f"After {steps_done:,} steps {self.num_gaussians:,} Gaussians have been moved to host memory: the GPU has "
-            "no room for all that growth adds."
-        )
 
 
 def _bounds(geometry: Place, device: torch.device) -> Balls | Boxes:
