@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ import torch
 
 import simple_trainer_hybrid_streamed
 from configs import Config
-from offload.models import device_room
+from offload.device_memory import stretch_peak
+from offload.errors import ParameterError
+from offload.models import device_room, streamed
 from offload.models.device_room import DeviceRoom
 from offload.models.streamed import StreamedGaussians
 from offload.pipelines.arena import CAUTION, USABLE
+from offload.pipelines.packed import PackedPipeline
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import PEAK, HostStore
 from strategies.ops import grow, lacking_memory
@@ -24,6 +28,7 @@ from tests.test_packed_pipeline import ADAM, start
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
 from training.memory_estimate import resident_row_bytes
+from training.reporting import Counted
 from training.views import posed_cameras
 
 CPU = torch.device("cpu")
@@ -158,6 +163,70 @@ def test_nothing_holds_the_rows_on_the_device_once_they_have_moved(monkeypatch, 
     folder.close()
 
 
+@pytest.mark.parametrize("fails", ["making the second store", "filling it"])
+def test_a_move_that_fails_loses_nothing_and_may_succeed_later(monkeypatch, fails):
+    let_stay(monkeypatch, N * ROW_BYTES)
+    expected, actual = model(), model(resident_share=1.0)
+    for gaussians in (actual, expected):
+        train(gaussians, 0, 5)
+    with monkeypatch.context() as broken:
+        if fails == "filling it":
+            broken.setattr(streamed, "PackedPipeline", PipelineWithoutMemory)
+        else:
+            broken.setattr(streamed, "groups_beside", without_memory)
+        with pytest.raises((torch.cuda.OutOfMemoryError, ParameterError)):
+            refine(actual, 0)
+    assert all(isinstance(store, DeviceStore) for store in stores_of(actual))
+    actual.keep(torch.arange(N))
+    for name in ("means", "scales", "opacities"):  # so that both are caught up
+        assert torch.equal(actual.read(name), expected.read(name))
+    assert_same_rows(actual, expected)
+    for gaussians in (actual, expected):
+        refine(gaussians, 0)
+        train(gaussians, 5, 9)
+    assert all(isinstance(store, HostStore) for store in stores_of(actual))
+    assert_same_rows(actual, expected)
+
+
+def without_memory(*arguments: object, **named: object) -> None:
+    raise ParameterError("CUDA does not pin so much memory.")
+
+
+class PipelineWithoutMemory(PackedPipeline):
+    """Fails when all else of a state has been loaded."""
+
+    def load_state(self, state: object) -> None:
+        raise torch.cuda.OutOfMemoryError("there is none")
+
+
+def test_what_is_taken_is_measured_anew_once_no_rows_are_on_the_device(monkeypatch):
+    """Else space for views and residents would be what rendering and all rows together have left."""
+    let_stay(monkeypatch, N * ROW_BYTES)
+    gaussians = model(resident_share=1.0)
+    train(gaussians, 0, 5)
+    stores, alive = [weakref.ref(store) for store in stores_of(gaussians)], []
+    monkeypatch.setattr(device_room, "begin_stretch", lambda device: alive.append([store() for store in stores]))
+    gaussians._room._device = torch.device("cuda")
+    refine(gaussians, 0)
+    assert alive == [[None, None]]
+
+
+def test_rows_that_travel_count_from_where_a_reader_last_asked(monkeypatch):
+    """Also where none had travelled then: the mean is over the steps since."""
+    let_stay(monkeypatch, N * ROW_BYTES)
+    gaussians, counted, totals = model(resident_share=1.0), Counted(), []
+    for first, last in [(0, 6), (6, 9), (9, 12)]:
+        train(gaussians, first, last)
+        run = SimpleNamespace(model=gaussians, steps_of_this_run=gaussians.steps_done)
+        per_step = counted.since_last(run).get("per_step")
+        if first == 0:
+            assert per_step is None
+            refine(gaussians, 0)
+        else:
+            totals.append(3 * per_step["link_bytes"])
+            assert sum(totals) == pytest.approx(gaussians.counters().traffic["link_bytes"])
+
+
 def test_room_counts_what_rendering_takes(monkeypatch):
     monkeypatch.setattr(device_room, "most_bytes", lambda device: 1000)
     monkeypatch.setattr(device_room, "stretch_peak", lambda device: 300)
@@ -204,6 +273,18 @@ def test_rows_that_move_on_a_gpu_are_those_that_travel(monkeypatch, place):
             refine(gaussians, number)
         assert all(isinstance(store, where) for store in stores_of(actual)), number
         assert_same_rows(actual, expected)
+
+
+@pytest.mark.cuda
+def test_a_gpu_has_the_memory_of_rows_that_have_moved(monkeypatch):
+    device = torch.device("cuda")
+    let_stay(monkeypatch, N * ROW_BYTES)
+    gaussians = model(device, resident_share=1.0)
+    train(gaussians, 0, 5, device)
+    stores = [weakref.ref(store) for store in stores_of(gaussians)]
+    refine(gaussians, 0)
+    assert [store() for store in stores] == [None, None]
+    assert stretch_peak(device) < torch.cuda.memory_allocated(device) + N * ROW_BYTES
 
 
 @pytest.mark.cuda
