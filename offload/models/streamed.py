@@ -99,17 +99,25 @@ class StreamedGaussians(OffloadedGaussians):
 
         Where they leave no room for all on the device, that is what all take on the host.
         """
-        if self._has_room(num_new):
+        if not self._all_stay:
             return super().growth_bytes(num_new)
+        if self._has_room(num_new):
+            return {self._rendering_device: sum(self._growth(num_new))}
         return {torch.device("cpu"): int(PEAK * (self.num_gaussians + num_new) * self._row_bytes)}
+
+    def _growth(self, num_new: int) -> tuple[int, int]:
+        """Return the bytes that so many rows more take on the device, and those that stand twice meanwhile."""
+        of_groups = (row_bytes(group, self._sh_degree, state="compact") for group in GROUP_NAMES)
+        twice = (self.num_gaussians + num_new) * max(of_groups)  # one group after the other
+        return int(num_new * (self._row_bytes + self._bounds_bytes)), twice
 
     def _has_room(self, num_new: int) -> bool:
         """Tell whether so many more Gaussians may be where all are now."""
         if not self._all_stay:
             return True
-        count, growth = self.num_gaussians, super().growth_bytes(num_new)[self._rendering_device]
+        count = self.num_gaussians
         taken = int(count * (self._row_bytes + self._bounds_bytes))
-        return self._room.holds(taken + growth, taken, 1 + num_new / max(count, 1))
+        return self._room.holds(taken, *self._growth(num_new), 1 + num_new / max(count, 1))
 
     def _make_room(self, num_new: int) -> None:
         """Take all rows to the host, where the device has no room for so many more."""
