@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -299,8 +299,10 @@ def smaller_trainer(trainer: Trainer, cfg: object, memory: Literal["device", "ho
     return Smaller(trainer, missing) if missing else None
 
 
-def remedy(trainer: Trainer, cfg: object, memory: Literal["device", "host"]) -> str:
-    """Return what to change where memory is too small for a trainer with these options."""
+def remedy(trainer: Trainer, cfg: Any, memory: Literal["device", "host"]) -> str:
+    """Return what to change where memory is too small for a trainer with these options, as its footprint says."""
+    if getattr(cfg, "resident_share", 0) == 1:  # for which it has no memory: none stay where there is no room
+        cfg = replace(cfg, resident_share=0.0)
     smaller = smaller_trainer(trainer, cfg, memory)
     if smaller is not None and smaller.trainer is trainer:
         return "give " + " ".join(_words(smaller.options))

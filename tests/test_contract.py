@@ -226,6 +226,19 @@ def test_looking_keeps_what_was_prefetched_and_changing_drops_it(kind):
 
 
 @KINDS
+def test_rows_are_removed_from_the_end_right_after_a_step(kind):
+    model = MODELS[kind](start())
+    step(model, A)
+    expected = values_of(model)
+    model.truncate(N - 5)
+    state = model.state()
+    assert {len(value) for key, value in state.items() if key.startswith(("last_step/", "packed/g"))} <= {N - 5}
+    assert all(torch.equal(value, expected[name][: N - 5]) for name, value in values_of(model).items())
+    model.append_copies(torch.arange(3))
+    assert len(model.read("means")) == N - 2
+
+
+@KINDS
 def test_rows_that_change_behind_a_prefetch_are_fetched_anew(kind):
     model, twin = MODELS[kind](start()), MODELS[kind](start())
     for gaussians, upcoming in ((model, B), (twin, None)):

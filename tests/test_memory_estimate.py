@@ -263,6 +263,9 @@ def test_residents_are_what_is_given_up_first(monkeypatch):
         check_memory(all_needs, told[0], 0)
     command = smaller_command(smaller_trainer(trainer, cfg, "device"), "default", cfg)
     assert "--state compact --resident_share 0 " in command
+    _, cfg = command_line.parse(trainer.load().CONFIGS, [*words, "--resident_share", "1"], "")
+    assert trainer.footprint(cfg).device == 20  # what culling reads, so that fewer residents are no remedy
+    assert remedy(trainer, cfg, "device") == "give --geometry host"
 
 
 def run(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:
@@ -301,6 +304,9 @@ def test_what_stays_on_the_gpu_is_said(monkeypatch, words, device, told):
     assert (sentence is None) if told is None else told in sentence
     if words == "--state compact":  # half of what there is may be of rows
         assert memory_estimate.what_stays(cfg, torch.device(device), GIB // 696, "all") is None
+    if words == "--state compact --resident_share 1" and device == "cuda":  # they begin on the host
+        sentence = memory_estimate.what_stays(cfg, torch.device(device), GIB // 696, "all")
+        assert "Of all Gaussians up to 100 % stay on the GPU" in sentence
 
 
 def test_trainers_without_residents_say_nothing_of_them():

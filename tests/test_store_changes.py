@@ -1,12 +1,14 @@
 """Whoever writes rows of a host store says so before, to those who copy them, and afterwards, to those who follow."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.aerial_scene import aerial_scene
+from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.aerial_training import gaussians_of, train_on_random_gradients, views_of
 
@@ -72,3 +74,24 @@ def test_rows_that_are_written_without_a_word_are_noticed(monkeypatch, kind):
     monkeypatch.setattr(HostStore, "changing", lambda store, ids: nullcontext(store.rows))
     with pytest.raises(AssertionError):
         train(kind)
+
+
+class Fleeting:
+    """Stands for `before_change` that another thread takes away as soon as it has been looked at."""
+
+    def __get__(self, store: object, kind: type | None = None) -> object:
+        looked_at = store.__dict__.setdefault("looked_at", [])
+        looked_at.append(True)
+        return None if len(looked_at) > 1 else lambda ids: None
+
+    def __set__(self, store: object, value: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("make", [HostStore, partial(DeviceStore, device=torch.device("cpu"))])
+def test_a_checkpoint_may_end_while_rows_change(monkeypatch, make):
+    store = make(aerial_scene(10, seed=0)[0], "appearance")
+    monkeypatch.setattr(type(store), "before_change", Fleeting(), raising=False)
+    store.__dict__.pop("before_change")
+    with store.changing(None):
+        pass

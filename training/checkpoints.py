@@ -316,7 +316,7 @@ class _Guard:
             copier: Copies blocks of at most `block_bytes`.
         """
         self.longest_wait = 0.0  # seconds
-        self._store = store
+        self._store: RowStore | None = store
         self._tensors = tensors
         self._copier = copier
         largest_row = max(1, *(tensor.nbytes // max(len(tensor), 1) for tensor, _ in tensors))  # 1: there are none
@@ -334,8 +334,7 @@ class _Guard:
             blocks = torch.bincount(ids // self._block_rows).nonzero().squeeze(1).tolist()
         wait(self._submit(blocks))  # an error has been, or will be, raised by `copy_rest`
         if ids is None:
-            with self._lock:
-                self._tensors = []  # nothing is left to be copied: a store on a device wants their memory back
+            self._let_go()  # nothing is left to be copied: a store on a device wants the memory of its rows back
         self.longest_wait = max(self.longest_wait, time.perf_counter() - begin)
 
     def copy_rest(self) -> None:
@@ -351,8 +350,15 @@ class _Guard:
     def end(self) -> None:
         """Let rows change without being copied."""
         with self._lock:
-            self._tensors, self._copies = [], []
-        self._store.before_change = None
+            self._copies = []
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold neither rows nor their store, which may be given up for another one before the next checkpoint."""
+        with self._lock:
+            store, self._store, self._tensors = self._store, None, []
+        if store is not None:
+            store.before_change = None
 
     def _submit(self, blocks: Iterable[int]) -> list[Future[None]]:
         """Return the copies of these blocks, begun now if they have not been."""

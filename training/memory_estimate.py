@@ -296,7 +296,9 @@ def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -
     if device.type != "cuda":
         return "Without a GPU --resident_share saves nothing: all rows are in this machine's memory." if share else None
     row = resident_row_bytes(cfg.sh_degree)
-    if share == 1:
+    bounds = Boxes.BYTES if cfg.geometry == "host" else Balls.BYTES
+    has_room = DeviceRoom(device).holds_at_start(int(num_gaussians * (row + bounds)))
+    if share == 1 and has_room:
         return (
             f"While the GPU has room for {whose} Gaussians they stay there ({row} bytes each, beside what is said "
             "above), and take no host memory."
@@ -306,7 +308,7 @@ def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -
             f"Of {whose} Gaussians up to {100 * share:g} % stay on the GPU, those that views show most often, as far "
             "as its memory reaches."
         )
-    if not DeviceRoom(device).holds_at_start(num_gaussians * (row + Balls.BYTES)):
+    if not has_room:
         return None
     return (
         f"The GPU has room for {whose} Gaussians that training starts with: with --resident_share 1 they stay there "

@@ -113,10 +113,13 @@ class Counted:
         counted: dict[str, Any] = {}
         if counters.staging_allocations is not None:
             counted["staging_allocations"] = counters.staging_allocations
+        # Readers are told of steps without figures too: those of rows that move to the host count from there on.
+        milliseconds = self._milliseconds.means("", steps, counters.milliseconds or {})
+        per_step = self._traffic.means("", steps, counters.traffic or {})
         if counters.milliseconds is not None:
-            counted["offload_ms"] = self._milliseconds.means("", steps, counters.milliseconds)
+            counted["offload_ms"] = milliseconds
         if counters.traffic is not None:
-            counted["per_step"] = self._traffic.means("", steps, counters.traffic)
+            counted["per_step"] = per_step
         return counted
 
 

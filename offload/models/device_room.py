@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from offload.device_memory import most_bytes, stretch_peak
+from offload.device_memory import begin_stretch, most_bytes, stretch_peak
 from offload.pipelines.arena import CAUTION, USABLE
 
 AT_START = 0.5  # of the memory, for rows, where nothing is known yet of what rendering takes
@@ -24,16 +24,27 @@ class DeviceRoom:
         """Tell whether rows that take so much may be put there before anything has been rendered."""
         return num_bytes <= AT_START * self._most()
 
-    def holds(self, num_bytes: int, taken: int, growth: float) -> bool:
-        """Tell whether rows that have so much may come to take more, with all that has been taken beside them.
+    def holds(self, taken: int, added: int, twice: int, growth: float) -> bool:
+        """Tell whether rows may come to take more, with all that is beside them.
+
+        While some are added nothing is rendered, and while something is rendered no array stands twice.
 
         Args:
-            num_bytes: That rows will take at most, while some are added included.
-            taken: That they take now.
+            taken: Bytes that rows take now.
+            added: That those to come will take.
+            twice: That stand twice while rows are added.
             growth: How many times as many rows there will be; rendering may take as much more.
         """
         most = self._most()
-        return most > 0 and num_bytes + CAUTION * growth * (stretch_peak(self._device) - taken) <= most
+        if most == 0:
+            return False
+        beside = CAUTION * growth * (stretch_peak(self._device) - taken)
+        return added + max(torch.cuda.memory_allocated(self._device) + twice, taken + beside) <= most
+
+    def forget_rows(self) -> None:
+        """Measure anew what is taken there, after all rows have been given up."""
+        if self._device.type == "cuda":
+            begin_stretch(self._device)
 
     def _most(self) -> float:
         return USABLE * most_bytes(self._device) if self._device.type == "cuda" else 0.0

@@ -99,23 +99,40 @@ class StreamedGaussians(OffloadedGaussians):
 
         Where they leave no room for all on the device, that is what all take on the host.
         """
-        if self._has_room(num_new):
+        if not self._all_stay:
             return super().growth_bytes(num_new)
+        if self._has_room(num_new):
+            return {self._rendering_device: sum(self._growth(num_new))}
         return {torch.device("cpu"): int(PEAK * (self.num_gaussians + num_new) * self._row_bytes)}
+
+    def _growth(self, num_new: int) -> tuple[int, int]:
+        """Return the bytes that so many rows more take on the device, and those that stand twice meanwhile."""
+        of_groups = (row_bytes(group, self._sh_degree, state="compact") for group in GROUP_NAMES)
+        twice = (self.num_gaussians + num_new) * max(of_groups)  # one group after the other
+        return int(num_new * (self._row_bytes + self._bounds_bytes)), twice
 
     def _has_room(self, num_new: int) -> bool:
         """Tell whether so many more Gaussians may be where all are now."""
         if not self._all_stay:
             return True
-        count, growth = self.num_gaussians, super().growth_bytes(num_new)[self._rendering_device]
+        count = self.num_gaussians
         taken = int(count * (self._row_bytes + self._bounds_bytes))
-        return self._room.holds(taken + growth, taken, 1 + num_new / max(count, 1))
+        return self._room.holds(taken, *self._growth(num_new), 1 + num_new / max(count, 1))
 
     def _make_room(self, num_new: int) -> None:
         """Take all rows to the host, where the device has no room for so many more."""
         if self._has_room(num_new):
             return
-        state, steps_done = self.state(), self.steps_done
+        self._move_to_host()
+        self._room.forget_rows()  # or what travels would be given the memory that rendering and all rows have left
+        self._tell(
+            f"After {self.steps_done:,} steps {self.num_gaussians:,} Gaussians have been moved to host memory: the GPU "
+            "has no room for all that growth adds."
+        )
+
+    def _move_to_host(self) -> None:
+        """Hold all rows on the host; where that fails they are where they were."""
+        state, before = self.state(), (self._geometry, self._groups, self._pipeline)
         for store in self.copied_before_change().values():
             with store.changing(None):  # so that whoever copies them in the background holds them no longer
                 pass
@@ -125,12 +142,12 @@ class StreamedGaussians(OffloadedGaussians):
             for name, shape in group_shapes(group, self._sh_degree).items()
         }
         self._use(*self._on_host(blank))
+        try:
+            self.load_state(state)
+        except BaseException:
+            self._use(*before)
+            raise
         self._all_stay = False
-        self.load_state(state)
-        self._tell(
-            f"After {steps_done:,} steps {self.num_gaussians:,} Gaussians have been moved to host memory: the GPU has "
-            "no room for all that growth adds."
-        )
 
 
 def _bounds(geometry: Place, device: torch.device) -> Balls | Boxes:

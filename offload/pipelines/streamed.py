@@ -266,7 +266,7 @@ class StreamedPipeline:
         if name not in self._newer_last_step:
             # Through a copy, since pinned memory is not copied across parts.
             self._newer_last_step[name] = self._groups[name].store.last_step.clone().to(self._device)
-        return self._newer_last_step[name]
+        return self._newer_last_step[name][: self._groups[name].store.num_gaussians]  # the last may have been removed
 
     def catch_up(self, name: str, ids: Tensor | None) -> None:
         """Let a group's store hold the current values of rows, so that others may read and change them.

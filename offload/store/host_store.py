@@ -145,8 +145,8 @@ class HostStore:
         Args:
             ids: int64 [M] on any device, the rows; None: all of them.
         """
-        if self.before_change is not None:
-            self.before_change(None if ids is None else ids.cpu())
+        if (listens := self.before_change) is not None:  # which another thread takes away when all has been copied
+            listens(None if ids is None else ids.cpu())
         yield self.rows
         if self.on_change is not None:
             self.on_change(ids)
