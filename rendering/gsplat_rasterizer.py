@@ -48,15 +48,14 @@ def project_pairs(
         harmonics = colors
     elif not depth_only and sh_degree is not None:
         harmonics = Harmonics(sh_degree, colors)  # here, since its gradient is to come last
-    # -R^T t, since a general inverse makes cuBLAS keep 32 MiB. Before the host waits for the number of pairs.
-    camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
+    viewmats, Ks, camera_positions = _on_device(viewmats, Ks, means.device)  # before the host waits for counts of pairs
     rows = (means, quats, scales, opacities)
     if not means.shape[0]:
         rows = _stand_in(*rows)
     sparse_gradients, antialiased = False, rasterize_mode == "antialiased"
     pairs = _projection().apply(
-        rows[0], None, rows[1], rows[2], viewmats.contiguous(), Ks.contiguous(), width, height, eps2d, near_plane,
-        far_plane, radius_clip, sparse_gradients, antialiased, "pinhole", rows[3],
+        rows[0], None, rows[1], rows[2], viewmats, Ks, width, height, eps2d, near_plane, far_plane, radius_clip,
+        sparse_gradients, antialiased, "pinhole", rows[3],
     )  # fmt: skip
     if not means.shape[0]:
         pairs = tuple(None if values is None else values[:0] for values in pairs)
@@ -77,6 +76,28 @@ def project_pairs(
     if render_mode != "RGB":
         features = torch.cat([features, depths[:, None]], dim=-1)
     return projection, features
+
+
+def _on_device(viewmats: Tensor, Ks: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cameras [C, 4, 4] and [C, 3, 3] on the device, and their positions [C, 3].
+
+    Numbers on the host travel at once, from pinned memory, for which nobody waits; but poses that want a gradient.
+    """
+    if viewmats.requires_grad or viewmats.device == device:
+        viewmats, Ks = (t.to(device, non_blocking=True).contiguous() for t in (viewmats, Ks))
+        return viewmats, Ks, _positions(viewmats)
+    parts = (viewmats, _positions(viewmats), Ks.to(viewmats))  # Ks last, so that the others begin at 16 bytes
+    sent = torch.cat([part.flatten() for part in parts]).pin_memory().to(device, non_blocking=True)
+    viewmats, positions, Ks = (
+        numbers.view(part.shape)
+        for numbers, part in zip(sent.split([part.numel() for part in parts]), parts, strict=True)
+    )
+    return viewmats, Ks, positions
+
+
+def _positions(viewmats: Tensor) -> Tensor:
+    """Return where cameras [C, 4, 4] stand, [C, 3]: -R^T t, since a general inverse makes cuBLAS keep 32 MiB."""
+    return -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What gsplat's projection is given in the backward pass; a stand-in for it runs on the CPU."""
+"""What gsplat's projection is given: cameras, and in the backward pass gradients; a stand-in for it runs on the CPU."""
 
 from __future__ import annotations
 
@@ -53,3 +53,28 @@ def test_what_has_no_gradient_is_given_none_but_where_zeros_are_needed(given, us
     on_screen, deep = 2.0 * ("means2d" in used), 3.0 * ("depths" in used)
     assert torch.equal(means.grad, torch.tensor([on_screen, on_screen, deep]).expand(7, 3))
     assert torch.equal(scales.grad, torch.full((7, 3), 5.0 * ("conics" in used)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_cameras_travel_at_once_unless_they_have_a_gradient(monkeypatch, count, is_trained):
+    sent = []
+
+    def pin_memory(numbers):  # for which there must be a GPU
+        sent.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    turns = torch.linalg.qr(torch.randn(count, 3, 3, dtype=torch.float64))[0]
+    viewmats = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
+    viewmats[:, :3, :3], viewmats[:, :3, 3] = turns, torch.randn(count, 3, dtype=torch.float64)
+    places = torch.linalg.inv(viewmats)[:, :3, 3]
+    viewmats, Ks = viewmats.float().requires_grad_(is_trained), torch.rand(count, 3, 3).mT  # not contiguous
+    there = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)  # another than "cpu"
+    cameras, intrinsics, positions = gsplat_rasterizer._on_device(viewmats, Ks, there)
+    assert torch.equal(cameras.cpu(), viewmats)
+    assert torch.equal(intrinsics.cpu(), Ks)
+    assert intrinsics.is_contiguous()
+    torch.testing.assert_close(positions.cpu().double(), places, rtol=1e-6, atol=1e-6)  # of a few rounded products
+    assert cameras.requires_grad == positions.requires_grad == is_trained
+    assert [numbers.numel() for numbers in sent] == ([] if is_trained else [28 * count])
