@@ -59,9 +59,7 @@ def project_pairs(
     )  # fmt: skip
     if not means.shape[0]:
         pairs = tuple(None if values is None else values[:0] for values in pairs)
-    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = pairs
-    # index_select, whose backward pass adds where indexing would sort
-    opacities = opacities.index_select(0, gaussian_ids)  # [nnz]
+    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations, opacities = pairs
     if compensations is not None:
         opacities = opacities * compensations
     projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
@@ -102,9 +100,10 @@ def _positions(viewmats: Tensor) -> Tensor:
 
 @cache
 def _projection() -> Any:
-    """Return gsplat's packed projection as a function of autograd, without zeros for what has no gradient.
+    """Return gsplat's packed projection, and the opacities [nnz] of what it finds, as a function of autograd.
 
-    gsplat's own is given them for every result: ids, radii and depths of pairs, 36 bytes each, where memory is scarce.
+    Unlike gsplat's own it is not given zeros for every result without a gradient: ids, radii and depths of pairs, 36
+    bytes each, where memory is scarce.
     """
     # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
     from gsplat.cuda._wrapper import _FullyFusedProjectionPacked as Packed
@@ -113,19 +112,27 @@ def _projection() -> Any:
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
             ctx.set_materialize_grads(False)
-            return Packed.forward(ctx, *arguments)
+            pairs, opacities = Packed.forward(ctx, *arguments), arguments[-1]
+            ctx.num_rows = len(opacities)
+            return *pairs, opacities.index_select(0, pairs[2])
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            *ids, radii, means2d, depths, conics, compensations = gradients
-            like = ctx.saved_tensors[-2]  # conics [nnz, 3]
+            *ids, radii, means2d, depths, conics, compensations, opacities = gradients
+            gaussian_ids, like = ctx.saved_tensors[2], ctx.saved_tensors[-2]  # [nnz], conics [nnz, 3]
+            # What begins with zeros is cleared at once.
+            zeros = like.new_zeros(ctx.num_rows + (len(like) if depths is None else 0))
+            v_opacities = zeros[: ctx.num_rows]
+            if opacities is not None:  # added, since other cameras may see the same row
+                v_opacities.index_add_(0, gaussian_ids, opacities)
+            if depths is None:
+                depths = zeros[ctx.num_rows :]
             if means2d is None:
                 means2d = torch.zeros_like(like[:, :2])
-            if depths is None:
-                depths = torch.zeros_like(like[:, 0])
             if conics is None:
                 conics = torch.zeros_like(like)
-            return Packed.backward(ctx, *ids, radii, means2d, depths, conics, compensations)
+            *of_others, _ = Packed.backward(ctx, *ids, radii, means2d, depths, conics, compensations)
+            return *of_others, v_opacities
 
     return Projecting
 

@@ -40,12 +40,17 @@ def given(monkeypatch):
     gsplat_rasterizer._projection.cache_clear()
 
 
-@pytest.mark.parametrize("used", [("means2d",), ("depths",), ("conics",), ("means2d", "depths", "conics")])
+USES = [("means2d",), ("depths",), ("conics",), ("opacities",), ("means2d", "depths", "conics", "opacities")]
+
+
+@pytest.mark.parametrize("used", USES)
 def test_what_has_no_gradient_is_given_none_but_where_zeros_are_needed(given, used):
     means, scales = (torch.rand(7, 3, requires_grad=True) for _ in range(2))
-    results = gsplat_rasterizer._projection().apply(means, None, None, scales, *[None] * 12)
+    opacities = torch.rand(7, requires_grad=True)
+    results = gsplat_rasterizer._projection().apply(means, None, None, scales, *[None] * 11, opacities)
+    assert torch.equal(results[8], opacities)
     named = dict(zip(("means2d", "depths", "conics"), results[4:7], strict=True))
-    sum(named[name].sum() for name in used).backward()
+    sum({**named, "opacities": results[8]}[name].sum() for name in used).backward()
     assert given[:4] == [None] * 4
     assert given[7] is None
     for gradient, (name, values) in zip(given[4:7], named.items(), strict=True):
@@ -53,6 +58,27 @@ def test_what_has_no_gradient_is_given_none_but_where_zeros_are_needed(given, us
     on_screen, deep = 2.0 * ("means2d" in used), 3.0 * ("depths" in used)
     assert torch.equal(means.grad, torch.tensor([on_screen, on_screen, deep]).expand(7, 3))
     assert torch.equal(scales.grad, torch.full((7, 3), 5.0 * ("conics" in used)))
+    assert torch.equal(opacities.grad, torch.full((7,), float("opacities" in used)))
+
+
+def test_a_row_that_several_cameras_see_has_the_sum_of_their_gradients(given, monkeypatch):
+    packed = sys.modules["gsplat.cuda._wrapper"]._FullyFusedProjectionPacked
+    forward = packed.forward
+
+    def forward_with_ids(ctx, *arguments):
+        results = forward(ctx, *arguments)
+        _, _, _, *others = ctx.to_save
+        ctx.save_for_backward(*results[:2], ids, *others)
+        return *results[:2], ids, *results[3:]
+
+    ids = torch.tensor([5, 2, 5, 0])
+    monkeypatch.setattr(packed, "forward", staticmethod(forward_with_ids))
+    means, scales = (torch.rand(4, 3, requires_grad=True) for _ in range(2))  # the stand-in has as many pairs
+    opacities, weights = torch.rand(6, requires_grad=True), torch.tensor([1.0, 2, 3, 4])
+    drawn = gsplat_rasterizer._projection().apply(means, None, None, scales, *[None] * 11, opacities)[8]
+    assert torch.equal(drawn, opacities[ids])
+    (drawn * weights).sum().backward()
+    assert torch.equal(opacities.grad, torch.tensor([4.0, 0, 2, 0, 0, 4]))
 
 
 @pytest.mark.parametrize("count", [1, 3])
