@@ -48,21 +48,18 @@ def project_pairs(
         harmonics = colors
     elif not depth_only and sh_degree is not None:
         harmonics = Harmonics(sh_degree, colors)  # here, since its gradient is to come last
-    # -R^T t, since a general inverse makes cuBLAS keep 32 MiB. Before the host waits for the number of pairs.
-    camera_positions = -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)  # [C, 3]
+    viewmats, Ks, camera_positions = _on_device(viewmats, Ks, means.device)  # before the host waits for counts of pairs
     rows = (means, quats, scales, opacities)
     if not means.shape[0]:
         rows = _stand_in(*rows)
     sparse_gradients, antialiased = False, rasterize_mode == "antialiased"
     pairs = _projection().apply(
-        rows[0], None, rows[1], rows[2], viewmats.contiguous(), Ks.contiguous(), width, height, eps2d, near_plane,
-        far_plane, radius_clip, sparse_gradients, antialiased, "pinhole", rows[3],
+        rows[0], None, rows[1], rows[2], viewmats, Ks, width, height, eps2d, near_plane, far_plane, radius_clip,
+        sparse_gradients, antialiased, "pinhole", rows[3],
     )  # fmt: skip
     if not means.shape[0]:
         pairs = tuple(None if values is None else values[:0] for values in pairs)
-    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = pairs
-    # index_select, whose backward pass adds where indexing would sort
-    opacities = opacities.index_select(0, gaussian_ids)  # [nnz]
+    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations, opacities = pairs
     if compensations is not None:
         opacities = opacities * compensations
     projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
@@ -79,11 +76,34 @@ def project_pairs(
     return projection, features
 
 
+def _on_device(viewmats: Tensor, Ks: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cameras [C, 4, 4] and [C, 3, 3] on the device, and their positions [C, 3].
+
+    Numbers on the host travel at once, from pinned memory, for which nobody waits; but poses that want a gradient.
+    """
+    if viewmats.requires_grad or viewmats.device == device:
+        viewmats, Ks = (t.to(device, non_blocking=True).contiguous() for t in (viewmats, Ks))
+        return viewmats, Ks, _positions(viewmats)
+    parts = (viewmats, _positions(viewmats), Ks.to(viewmats))  # Ks last, so that the others begin at 16 bytes
+    sent = torch.cat([part.flatten() for part in parts]).pin_memory().to(device, non_blocking=True)
+    viewmats, positions, Ks = (
+        numbers.view(part.shape)
+        for numbers, part in zip(sent.split([part.numel() for part in parts]), parts, strict=True)
+    )
+    return viewmats, Ks, positions
+
+
+def _positions(viewmats: Tensor) -> Tensor:
+    """Return where cameras [C, 4, 4] stand, [C, 3]: -R^T t, since a general inverse makes cuBLAS keep 32 MiB."""
+    return -(viewmats[:, :3, :3] * viewmats[:, :3, 3:]).sum(dim=1)
+
+
 @cache
 def _projection() -> Any:
-    """Return gsplat's packed projection as a function of autograd, without zeros for what has no gradient.
+    """Return gsplat's packed projection, and the opacities [nnz] of what it finds, as a function of autograd.
 
-    gsplat's own is given them for every result: ids, radii and depths of pairs, 36 bytes each, where memory is scarce.
+    Unlike gsplat's own it is not given zeros for every result without a gradient: ids, radii and depths of pairs, 36
+    bytes each, where memory is scarce.
     """
     # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
     from gsplat.cuda._wrapper import _FullyFusedProjectionPacked as Packed
@@ -92,19 +112,27 @@ def _projection() -> Any:
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
             ctx.set_materialize_grads(False)
-            return Packed.forward(ctx, *arguments)
+            pairs, opacities = Packed.forward(ctx, *arguments), arguments[-1]
+            ctx.num_rows = len(opacities)
+            return *pairs, opacities.index_select(0, pairs[2])
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            *ids, radii, means2d, depths, conics, compensations = gradients
-            like = ctx.saved_tensors[-2]  # conics [nnz, 3]
+            *ids, radii, means2d, depths, conics, compensations, opacities = gradients
+            gaussian_ids, like = ctx.saved_tensors[2], ctx.saved_tensors[-2]  # [nnz], conics [nnz, 3]
+            # What begins with zeros is cleared at once.
+            zeros = like.new_zeros(ctx.num_rows + (len(like) if depths is None else 0))
+            v_opacities = zeros[: ctx.num_rows]
+            if opacities is not None:  # added, since other cameras may see the same row
+                v_opacities.index_add_(0, gaussian_ids, opacities)
+            if depths is None:
+                depths = zeros[ctx.num_rows :]
             if means2d is None:
                 means2d = torch.zeros_like(like[:, :2])
-            if depths is None:
-                depths = torch.zeros_like(like[:, 0])
             if conics is None:
                 conics = torch.zeros_like(like)
-            return Packed.backward(ctx, *ids, radii, means2d, depths, conics, compensations)
+            *of_others, _ = Packed.backward(ctx, *ids, radii, means2d, depths, conics, compensations)
+            return *of_others, v_opacities
 
     return Projecting
 

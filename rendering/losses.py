@@ -35,7 +35,7 @@ def photometric_loss(
         target = torch.where(masks[..., None], target, 0.0)
     l1_weight = (1 - ssim_lambda) / rendered.numel()
     ssim_weight = -ssim_lambda / count_windows(rendered)
-    return ssim_lambda + photometric_sum(rendered, target, l1_weight, ssim_weight)
+    return photometric_sum(rendered, target, l1_weight, ssim_weight, constant=ssim_lambda)
 
 
 def ssim(rendered: Tensor, target: Tensor) -> Tensor:
@@ -65,8 +65,10 @@ def count_windows(pictures: Tensor) -> int:
     return n_cameras * (height - border) * (width - border) * channels
 
 
-def photometric_sum(rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
-    """Return l1_weight * sum of the L1 map + ssim_weight * sum of the SSIM map, differentiable by `rendered`.
+def photometric_sum(
+    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, *, constant: float = 0.0
+) -> Tensor:
+    """Return l1_weight * sum of the L1 map + ssim_weight * sum of the SSIM map + constant; `rendered` gets a gradient.
 
     Sums and not means, so that the parts of a picture add up to the whole: the SSIM map has one value for each
     window wholly inside the pictures given, so a part that brings a halo of 5 px (none at the border of the
@@ -84,15 +86,15 @@ def photometric_sum(rendered: Tensor, target: Tensor, l1_weight: float, ssim_wei
             f"rendered {tuple(rendered.shape)} {rendered.dtype} and target {tuple(target.shape)} {target.dtype} "
             "must be [C, H, W, 3] of one shape and dtype"
         )
-    return _PhotometricSum.apply(rendered, target.detach(), l1_weight, ssim_weight)
+    return _PhotometricSum.apply(rendered, target.detach(), l1_weight, ssim_weight, constant)
 
 
 class _PhotometricSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float) -> Tensor:
+    def forward(ctx, rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, constant: float) -> Tensor:
         rendered, target = rendered.contiguous(), target.contiguous()
         total, gradient = _kernels(rendered).weighted_sum(
-            rendered, target, l1_weight, ssim_weight, with_gradient=ctx.needs_input_grad[0]
+            rendered, target, l1_weight, ssim_weight, constant, with_gradient=ctx.needs_input_grad[0]
         )
         ctx.save_for_backward(gradient)  # and neither picture
         return total
@@ -101,7 +103,7 @@ class _PhotometricSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_sum, None, None, None
+        return gradient * grad_sum, None, None, None, None
 
 
 def _kernels(pictures: Tensor) -> ModuleType:

@@ -49,7 +49,8 @@ def rasterize(
         scales: standard deviations [N, 3], after exp. opacities: [N], after sigmoid.
         colors: [N, D]; or spherical harmonics when sh_degree is given: [N, K, 3], or sh0 [N, 1, 3] and
             shN [N, K - 1, 3] where they are two tensors, or what makes colours of them itself.
-        viewmats: world to camera [C, 4, 4], rigid. Ks: intrinsics in pixels [C, 3, 3]. width, height: pixels.
+        viewmats: world to camera [C, 4, 4], rigid. Ks: intrinsics in pixels [C, 3, 3]. Both where the Gaussians are, or
+            on the host, from where they travel at once. width, height: pixels.
         region: render these pixels of the picture only, as they are in the whole picture; None: all.
         near_plane, far_plane: Gaussians with a depth outside are left out.
         radius_clip: pixels; Gaussians whose radii are at most this are left out.

@@ -41,9 +41,9 @@ WINDOW = _gaussian(WINDOW_SIZE, sigma=1.5)
 
 
 def weighted_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_gradient: bool
+    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, constant: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `l1_weight` * sum |rendered - target| + `ssim_weight` * sum SSIM.
+    """Return `l1_weight` * sum |rendered - target| + `ssim_weight` * sum SSIM + `constant`.
 
     Args:
         rendered, target: [C, H, W, 3] contiguous, H and W at least 11 px.
@@ -66,7 +66,7 @@ def weighted_sum(
     d.add_(C1)
     inverse_de = (d * e).reciprocal_()
     ssim = a * b * inverse_de
-    total = l1_weight * l1_sum + ssim_weight * ssim.sum()
+    total = l1_weight * l1_sum + ssim_weight * ssim.sum() + constant
     if not with_gradient:
         return total, None
 

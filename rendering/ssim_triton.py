@@ -38,7 +38,7 @@ _FALL = tl.constexpr(WINDOW[4] / WINDOW[5])  # a Gaussian falls by this factor t
 
 
 def weighted_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, with_gradient: bool
+    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, constant: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Do as `rendering.ssim.weighted_sum`, for float32 on a CUDA device."""
     n_cameras, height, width, _ = rendered.shape
@@ -54,7 +54,7 @@ def weighted_sum(
             grid = (columns, min(band, rows - first), n_cameras)
             _forward_kernel[grid](
                 rendered, target, maps, partial_sums, height, 3 * width, first, rows, kept, l1_weight, ssim_weight,
-                ROWS=ROWS, BLOCK=BLOCK, num_warps=BLOCK // 32,
+                constant, ROWS=ROWS, BLOCK=BLOCK, num_warps=BLOCK // 32,
             )  # fmt: skip
             if with_gradient:
                 _backward_kernel[grid](
@@ -77,6 +77,7 @@ def _forward_kernel(
     kept,
     l1_weight,
     ssim_weight,
+    constant,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -148,7 +149,8 @@ def _forward_kernel(
             tl.store(map_row + 2 * map_stride, by_cross, mask=is_complete)
 
     program = (camera * num_rows + program_row) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_sums + program, tl.sum(l1_weight * l1_sum + ssim_weight * ssim_sum))
+    own = tl.sum(l1_weight * l1_sum + ssim_weight * ssim_sum)
+    tl.store(partial_sums + program, tl.where(program == 0, own + constant, own))  # so nobody need add it to the sum
 
 
 @triton.jit(do_not_specialize=["first"])

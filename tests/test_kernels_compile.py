@@ -66,8 +66,10 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         groups = test_row_kernels.PACKED[:2]
         test_row_kernels.test_packed_rows_are_copied_as_they_are(*HERE, groups, degree == 3, 256)
     test_harmonics_gradient.test_rows_take_the_step_of_the_gradient_itself(*HERE, 3, 3, 79)
-    test_named_rows.test_gradients_are_joined(*HERE, 1, monkeypatch)
     monkeypatch.setattr("offload.backends._takes_triton", lambda device: True)
+    for case in test_named_rows.CASES:
+        test_named_rows.test_values_and_gradients_are_those_of_each_operation(*HERE, 1, *case)
+    test_named_rows.test_parts_are_joined(*HERE, 1)
     for form in ("compact, in order", "compact", "float32", "float32, values"):
         test_stored_harmonics.test_colors_and_gradients_are_those_of_the_values(*HERE, 3, 3, form)
     test_stored_harmonics.test_a_step_without_values_is_the_step_on_those_that_are_fetched(*HERE, 3)

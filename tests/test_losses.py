@@ -180,8 +180,8 @@ def test_interpreted_triton_kernels_equal_torch():
     from rendering import ssim_triton
 
     rendered, target = make_pictures(1, 19, 45)
-    value, gradient = ssim_triton.weighted_sum(rendered, target, 0.8, -0.2, True)
-    expected, expected_gradient = ssim_torch.weighted_sum(rendered.double(), target.double(), 0.8, -0.2, True)
+    value, gradient = ssim_triton.weighted_sum(rendered, target, 0.8, -0.2, 30.0, True)
+    expected, expected_gradient = ssim_torch.weighted_sum(rendered.double(), target.double(), 0.8, -0.2, 30.0, True)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_error(gradient, expected_gradient) < 1e-4
 
@@ -202,9 +202,9 @@ def test_bands_change_no_bit_on_a_gpu(monkeypatch):
 def check_bands(pictures: Sequence[Tensor], programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rendering import ssim_triton
 
-    whole = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, True)
+    whole = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, 0.2, True)
     monkeypatch.setattr(ssim_triton, "PROGRAMS", programs)
-    banded = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, True)
+    banded = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, 0.2, True)
     for actual, expected in zip(banded, whole, strict=True):
         assert torch.equal(actual, expected)
 
@@ -219,7 +219,8 @@ def test_triton_kernels_equal_torch(size, weights):
 
     def loss(rendered, target):
         # Doubled, so that the incoming gradient is not one.
-        return 2 * photometric_sum(rendered, target, *(weight / target.numel() for weight in weights))
+        weights_of_means = (weight / target.numel() for weight in weights)
+        return 2 * photometric_sum(rendered, target, *weights_of_means, constant=0.2)
 
     value, gradient = gradient_of(loss, rendered.cuda(), target.cuda())
     expected_value, expected_gradient = gradient_of(loss, rendered.double(), target.double())

@@ -10,6 +10,8 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from offload.models.named_rows import NamedRows
+
 SH_C0 = 0.28209479177387814  # Y_0^0, the constant spherical harmonic
 
 BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
@@ -79,17 +81,15 @@ def activate(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Args:
         parameters: The six tensors of `initial_gaussians`, N rows each; or `colors` [N, K, 3] in place of sh0 and shN,
-            where they lie side by side.
+            where they lie side by side. `NamedRows` may have activated them already.
 
     Returns:
         means [N, 3], quats [N, 4], scales [N, 3], opacities [N] and colors (SH coefficients): one tensor or, since a
         copy of them would be the largest tensor of a view, the two.
     """
     colors = parameters["colors"] if "colors" in parameters else (parameters["sh0"], parameters["shN"])
-    return {
-        "means": parameters["means"],
-        "quats": parameters["quats"],
-        "scales": torch.exp(parameters["scales"]),
-        "opacities": torch.sigmoid(parameters["opacities"]),
-        "colors": colors,
-    }
+    arguments = {"means": parameters["means"], "quats": parameters["quats"], "colors": colors}
+    if isinstance(parameters, NamedRows) and parameters.activated:
+        return {**arguments, **parameters.activated}
+    scales, opacities = torch.exp(parameters["scales"]), torch.sigmoid(parameters["opacities"])
+    return {**arguments, "scales": scales, "opacities": opacities}

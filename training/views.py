@@ -140,11 +140,10 @@ def own_cameras(cameras: Cameras, ranks: Ranks | None) -> Cameras:
 
 def projected_by(rows: Mapping[str, Tensor], cameras: Cameras, *, sh_degree: int) -> dict[str, Any]:
     """Return what `rendering.rasterize` asks of Gaussians and cameras, by its names; as `render` takes them."""
-    device = rows["means"].device
     return dict(
         **activate(rows),
-        viewmats=cameras.viewmats.to(device, non_blocking=True),
-        Ks=cameras.Ks.to(device, non_blocking=True),
+        viewmats=cameras.viewmats,
+        Ks=cameras.Ks,
         width=cameras.width,
         height=cameras.height,
         sh_degree=sh_degree,

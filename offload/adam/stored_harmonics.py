@@ -79,19 +79,16 @@ class _Colors(torch.autograd.Function):
         kernels = kernels_for(means.device, __name__)
         colors = kernels.colors_of(harmonics.others, sh0.detach(), means, camera_positions, ids, harmonics.sh_degree)
         ctx.save_for_backward(means, camera_positions, ids, colors)
-        ctx.others, ctx.sh_degree, ctx.shape = harmonics.others, harmonics.sh_degree, sh0.shape
+        ctx.others, ctx.sh_degree = harmonics.others, harmonics.sh_degree
         return colors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v_colors: Tensor) -> tuple[Tensor | None, ...]:
         means, camera_positions, ids, colors = ctx.saved_tensors
-        v_colors = torch.where(colors > 0, v_colors, 0)
         kernels = kernels_for(means.device, __name__)
-        v_means = kernels.gradient_of_means(ctx.others, means, camera_positions, ids, v_colors, ctx.sh_degree)
+        v_sh0, v_means = kernels.gradients_of(ctx.others, means, camera_positions, ids, colors, v_colors, ctx.sh_degree)
         v_positions = -v_means.sum(dim=0, keepdim=True) if ctx.needs_input_grad[2] else None
-        v_sh0 = means.new_zeros(ctx.shape)
-        v_sh0[:, 0].index_copy_(0, ids, v_colors.mul_(CONSTANT))
         return v_sh0, v_means, v_positions, None, None
 
 
@@ -115,22 +112,31 @@ def colors_of(
     return torch.where(uncut > CUT_BELOW, uncut.clamp(min=LEAST_COLOR), 0)
 
 
-def gradient_of_means(
-    others: StoredRows, means: Tensor, camera_positions: Tensor, ids: Tensor, v_colors: Tensor, sh_degree: int
-) -> Tensor:
-    """Compute the gradient of means [V, 3] by directions; zero of rows that are not among `ids`.
+def gradients_of(
+    others: StoredRows,
+    means: Tensor,
+    camera_positions: Tensor,
+    ids: Tensor,
+    colors: Tensor,
+    v_colors: Tensor,
+    sh_degree: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of sh0 [V, 1, 3], and of means [V, 3] by directions; zero of rows not among `ids`.
 
     Args:
         others, means, camera_positions, ids, sh_degree: As for `colors_of`.
-        v_colors: [M, 3] of their colours, zero where these were cut.
+        colors: [M, 3] that it has returned, zero where they were cut.
+        v_colors: [M, 3] their gradient.
     """
-    v_means = torch.zeros_like(means)
+    v_colors = torch.where(colors > 0, v_colors, 0)
+    v_sh0, v_means = means.new_zeros(len(means), 1, 3), torch.zeros_like(means)
     if num_harmonics(sh_degree) and len(ids):
         with torch.enable_grad():
             seen = means[ids].requires_grad_()
-            uncut = _uncut(others, means.new_zeros(len(means), 1, 3), seen, camera_positions, ids, sh_degree)
+            uncut = _uncut(others, torch.zeros_like(v_sh0), seen, camera_positions, ids, sh_degree)
             (v_means[ids],) = torch.autograd.grad(uncut, seen, v_colors)
-    return v_means
+    v_sh0[:, 0].index_copy_(0, ids, v_colors.mul_(CONSTANT))
+    return v_sh0, v_means
 
 
 def _uncut(

@@ -61,18 +61,25 @@ def colors_of(
     return colors
 
 
-def gradient_of_means(
-    others: StoredRows, means: Tensor, camera_positions: Tensor, ids: Tensor, v_colors: Tensor, sh_degree: int
-) -> Tensor:
-    """Do as `offload.adam.stored_harmonics.gradient_of_means`."""
-    v_means, count = torch.zeros_like(means), ids.shape[0]
-    if num_harmonics(sh_degree) and count:
+def gradients_of(
+    others: StoredRows,
+    means: Tensor,
+    camera_positions: Tensor,
+    ids: Tensor,
+    colors: Tensor,
+    v_colors: Tensor,
+    sh_degree: int,
+) -> tuple[Tensor, Tensor]:
+    """Do as `offload.adam.stored_harmonics.gradients_of`."""
+    both, count = means.new_zeros(2, means.shape[0], 3), ids.shape[0]  # one tensor, which is cleared at once
+    v_sh0, v_means = both[0], both[1]
+    if count:
         with torch.cuda.device_of(ids):
-            _means_kernel[(-(-count // ROWS),)](
-                means, camera_positions.contiguous(), ids, *_arguments(others), v_colors, v_means, count,
-                **_shape(others, sh_degree),
+            _gradients_kernel[(-(-count // ROWS),)](
+                means, camera_positions.contiguous(), ids, *_arguments(others), colors, v_colors.contiguous(), v_sh0,
+                v_means, count, **_shape(others, sh_degree),
             )  # fmt: skip
-    return v_means
+    return v_sh0[:, None], v_means
 
 
 def step(ids: Tensor, last_step: Tensor, made: HarmonicsGradient, rows: RowState, tables: DeferralTables) -> None:
@@ -246,11 +253,18 @@ def _colors_kernel(
     tl.store(colors + row * 3 + 2, tl.where(blue > _CUT_BELOW, tl.maximum(blue, _LEAST_COLOR), 0.0), mask=inside)
 
 
+@triton.jit
+def _constant_gradient(color, v_color, inside):
+    """Load gradients [ROWS] of the constant harmonic in one channel, by those of colours; zero where these were cut."""
+    is_drawn = tl.load(color, mask=inside, other=0.0) > 0.0
+    return tl.where(is_drawn, tl.load(v_color, mask=inside, other=0.0), 0.0) * _CONSTANT
+
+
 @triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step", "ids"])
-def _means_kernel(
+def _gradients_kernel(
     means, camera_position, ids, rows, exp_avg, exp_avg_sq, places, last_step, sums, multipliers, capacity, eps, reach,
-    v_colors,  # [M, 3], zero where colours were cut
-    v_means,  # [V, 3]
+    colors, v_colors,  # [M, 3], the first zero where they were cut
+    v_sh0, v_means,  # [V, 3]
     num_rows,  # M
     SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, BEFORE: tl.constexpr, CODES: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -259,32 +273,36 @@ def _means_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     number, x, y, z, inverse = _seen(means, camera_position, ids, row, inside)
-    red = _CONSTANT * tl.load(v_colors + row * 3, mask=inside, other=0.0)[:, None]
-    green = _CONSTANT * tl.load(v_colors + row * 3 + 1, mask=inside, other=0.0)[:, None]
-    blue = _CONSTANT * tl.load(v_colors + row * 3 + 2, mask=inside, other=0.0)[:, None]
-    last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2 = _load(
-        rows, exp_avg, exp_avg_sq, places, last_step, number, inside, HARMONICS, BEFORE, CODES, COLUMNS
-    )  # fmt: skip
-    v_xs, v_ys, v_zs = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
-    for part in tl.static_range(COLUMNS // _PART):
-        if part * _PART < 3 * HARMONICS + BEFORE:
-            w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
-            w = _current(
-                w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-                part, SCHEDULES, CODES, COLUMNS,
-            )  # fmt: skip
-            channel = (lane + part * _PART) % 3
-            w = w * tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-            v_xs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 0)
-            v_ys += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 1)
-            v_zs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 2)
-    v_x, v_y, v_z = tl.sum(v_xs, axis=1)[:, None], tl.sum(v_ys, axis=1)[:, None], tl.sum(v_zs, axis=1)[:, None]
-    # Through d / |d|: what points along d is lost. One camera sees a row once, so nobody adds to the same one.
-    along = v_x * x + v_y * y + v_z * z
-    to = v_means + (number * 3)[:, None]
-    tl.store(to, (v_x - along * x) * inverse, mask=inside[:, None])
-    tl.store(to + 1, (v_y - along * y) * inverse, mask=inside[:, None])
-    tl.store(to + 2, (v_z - along * z) * inverse, mask=inside[:, None])
+    red = _constant_gradient(colors + row * 3, v_colors + row * 3, inside)
+    green = _constant_gradient(colors + row * 3 + 1, v_colors + row * 3 + 1, inside)
+    blue = _constant_gradient(colors + row * 3 + 2, v_colors + row * 3 + 2, inside)
+    if HARMONICS > 0:
+        last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2 = _load(
+            rows, exp_avg, exp_avg_sq, places, last_step, number, inside, HARMONICS, BEFORE, CODES, COLUMNS
+        )  # fmt: skip
+        v_xs, v_ys, v_zs = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
+        for part in tl.static_range(COLUMNS // _PART):
+            if part * _PART < 3 * HARMONICS + BEFORE:
+                w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
+                w = _current(
+                    w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
+                    part, SCHEDULES, CODES, COLUMNS,
+                )  # fmt: skip
+                channel = (lane + part * _PART) % 3
+                w = w * tl.where(channel == 0, red[:, None], tl.where(channel == 1, green[:, None], blue[:, None]))
+                v_xs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 0)
+                v_ys += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 1)
+                v_zs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 2)
+        v_x, v_y, v_z = tl.sum(v_xs, axis=1)[:, None], tl.sum(v_ys, axis=1)[:, None], tl.sum(v_zs, axis=1)[:, None]
+        # Through d / |d|: what points along d is lost. One camera sees a row once, so nobody adds to the same one.
+        along = v_x * x + v_y * y + v_z * z
+        to = v_means + (number * 3)[:, None]
+        tl.store(to, (v_x - along * x) * inverse, mask=inside[:, None])
+        tl.store(to + 1, (v_y - along * y) * inverse, mask=inside[:, None])
+        tl.store(to + 2, (v_z - along * z) * inverse, mask=inside[:, None])
+    tl.store(v_sh0 + number * 3, red, mask=inside)
+    tl.store(v_sh0 + number * 3 + 1, green, mask=inside)
+    tl.store(v_sh0 + number * 3 + 2, blue, mask=inside)
 
 
 @triton.jit(

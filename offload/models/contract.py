@@ -2,7 +2,7 @@
 
 A training step is
 
-    rows = model.fetch(cameras)     the rows that the view needs, as leaves of autograd or views of such; told which
+    rows = model.fetch(cameras)     the rows that the view needs, as leaves of autograd or made of such; told which
                                     degree is rendered, it may make the harmonics' gradient itself
     model.prefetch(next_cameras)    optional: the rows of the next view travel while this one is rendered
     ...                             rendering and the backward pass

@@ -22,8 +22,8 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.models.geometry_packed import PackedGeometry
-from offload.models.named_rows import named_rows
-from offload.pipelines.contract import MEANS, Counters, Displacement, FetchedRows, FetchesStored, Pipeline
+from offload.models.named_rows import NamedRows, named_rows
+from offload.pipelines.contract import Counters, Displacement, FetchedRows, FetchesStored, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.host_store import HostStore, total_growth
@@ -65,8 +65,9 @@ class OffloadedGaussians:
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)  # [V] of the present view
         self._leaves: dict[str, Tensor] = {}  # [V, ...] of geometry that does not travel
         self._displaced: Displacement | None = None  # rows of the present view, with its update
-        # The camera and the harmonics of the present view, where these are not copied, and their gradient is made.
-        self._seen: tuple[Cameras, StoredHarmonics] | None = None
+        # The camera, the harmonics and the means [V, 3] of the present view, where harmonics are not copied, and their
+        # gradient is made.
+        self._seen: tuple[Cameras, StoredHarmonics, Tensor] | None = None
 
     @property
     def num_gaussians(self) -> int:
@@ -92,8 +93,9 @@ class OffloadedGaussians:
             if stored.has_constant:  # zeros receive its gradient
                 named["sh0"] = torch.zeros(len(rows.ids), 1, 3, device=rows.ids.device).requires_grad_()
             harmonics = StoredHarmonics(named.pop("sh0"), stored, sh_degree)
-            self._seen = cameras, harmonics
-            return {**named, "colors": harmonics}
+            self._seen = cameras, harmonics, named["means"].detach()
+            named["colors"] = harmonics
+            return named
 
     @property
     def ids(self) -> Tensor:
@@ -292,25 +294,26 @@ class OffloadedGaussians:
         if self._order.knows_rows_of_other(cameras):
             self._pipeline.forget_upcoming()
 
-    def _to_render(self, rows: FetchedRows) -> dict[str, Tensor]:
+    def _to_render(self, rows: FetchedRows) -> NamedRows:
         """Return rows as rendering takes them, those of geometry that does not travel as leaves."""
         self._rows = rows
         self._leaves = {name: value.requires_grad_() for name, value in self._geometry.gather(rows.ids).items()}
-        return {**self._leaves, **self._named_to_render(rows.values)}
-
-    def _named_to_render(self, travelled: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name rows [V, columns] of groups as rendering takes them."""
-        named = {}
-        for name, rows in travelled.items():
+        named = NamedRows(self._leaves)
+        for name, values in rows.values.items():
             layout = self._groups[name].store.layout
-            several = layout.state == "compact" and len(layout.columns) > 1
-            named.update(named_rows(layout, rows) if several else layout.to_render(rows))
+            if name == "geometry" and layout.state == "compact":
+                geometry = named_rows(layout, values)
+                named.update(geometry)
+                named.activated = geometry.activated
+            else:
+                named.update(layout.to_render(values))
         return named
 
     def _copies_to_render(self, ids: Tensor) -> dict[str, Tensor]:
         """Return copies of rows [V], whose ids are where geometry is, on the rendering device."""
-        travelled = {name: self._pipeline.read(name, ids) for name in self._groups}
-        rows = {**self._geometry.gather(ids), **self._named_to_render(travelled)}
+        rows = self._geometry.gather(ids)
+        for name, group in self._groups.items():
+            rows.update(group.store.layout.to_render(self._pipeline.read(name, ids)))
         return {name: value.to(self._rendering_device) for name, value in rows.items()}
 
     def _update_travelled(self, made: HarmonicsGradient | None) -> None:
@@ -337,9 +340,10 @@ class OffloadedGaussians:
         """Return what that of the present view is made of, before its means move; None: a leaf has one."""
         if self._seen is None or self._rows is None:
             return None
-        cameras, harmonics = self._seen
+        cameras, harmonics, means = self._seen
         has_constant, geometry = harmonics.others.has_constant, self._rows.values.get("geometry")
-        means = self._leaves["means"].detach() if geometry is None else geometry.detach()[:, MEANS].clone()
+        if geometry is not None and means.untyped_storage().data_ptr() == geometry.untyped_storage().data_ptr():
+            means = means.clone()  # of rows that the update writes to
         if has_constant or geometry is None:
             constant = gradient_of(harmonics.sh0)[:, 0]
         else:
