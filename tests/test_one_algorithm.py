@@ -49,6 +49,7 @@ ROW_KERNELS = (
     "fetch_dated_rows",
     "step_rows",
     "step_host_rows",
+    "step_stored_rows",
     "step_view_rows",
     "catch_up_rows",
     "move_rows",

@@ -100,7 +100,7 @@ def step(
     *,
     in_order: bool,
 ) -> None:
-    """Do as `offload.adam.rows.step_host_rows`, or as `step_view_rows`; what need not change is not written.
+    """Do as `offload.adam.rows.step_stored_rows`, or as `step_view_rows`; what need not change is not written.
 
     Args:
         values, ids, last_step, gradients, tables: As for these functions.
@@ -360,7 +360,7 @@ def _step_kernel(
     sums_capacity,
     eps_before,
     ids,  # [V]
-    last_step,  # [V]
+    last_step,  # [N], by ids; or IN_ORDER, [V]
     gradients,  # [V, COLUMNS] or None
     means,  # [V, 3], or None: they are made of this and of what comes up to at_z (`harmonics_triton.seen`)
     means_stride,
@@ -394,11 +394,13 @@ def _step_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     changed = row < num_rows
     row_id = tl.load(ids + row, mask=changed, other=0)
-    last = tl.load(last_step + row, mask=changed, other=0)
+    place = row.to(tl.int64) if IN_ORDER else row_id
+    last = tl.load(last_step + place, mask=changed, other=0)
     skipped = step - 1 - last
+    reached = step
     if gradients is None and means is None:
         changed = changed & (skipped > 0)
-    place = row.to(tl.int64) if IN_ORDER else row_id
+        reached = step - 1
     here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
     there, used = packed + place * (2 * COLUMNS), changed[:, None]
     if values is None:
@@ -420,6 +422,7 @@ def _step_kernel(
         g1 = made_gradient(x, y, z, red, green, blue, _PART, HARMONICS)
         g2 = made_gradient(x, y, z, red, green, blue, 2 * _PART, HARMONICS)
     tl.debug_barrier()
+    tl.store(last_step + place, reached, mask=changed)  # which all threads have read: a tile has whole rows
     m0, m1, m2 = w0, w0, w0
     v0, v1, v2 = w0, w0, w0
     random0, random1, random2 = w0, w0, w0

@@ -192,7 +192,6 @@ class PackedPipeline:
             values, gradients = None if leaf is None else leaf.detach(), gradient_or_made(leaf, made)
             rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
             self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
-            last_step.fill_(group.adam.step)
             if group.on_step is not None and values is not None:
                 group.on_step(view.ids, values)
         for values in view.values.values():
@@ -279,7 +278,6 @@ class PackedPipeline:
                 is_stale = last_step < group.adam.step
                 values = self._values_of(name, words, last_step)
                 self._kernels.step_view_rows(values, chunk, last_step, None, packed_rows(words, name), group.adam)
-                last_step.fill_(group.adam.step)
                 self._kernels.write_packed_rows([(words, last_step)], chunk, is_stale, [_stored(group)])
             Lane.current(self._device).finish()
 
