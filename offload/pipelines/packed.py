@@ -11,8 +11,9 @@ colours are made (`offload/adam/stored_harmonics.py`). After the backward pass r
 they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
 
 Packed rows of two views are on the device at once, in one arena, at either end. View j + 1 takes the end of view j - 1,
-part by part as that is written, with the rows that both have, which are set aside before. The arena has space for the
-largest view, and for two of the usual size. Where two views are larger, they meet in its middle: rows of view j + 1
+part by part as that is written, with the rows that both have, which are set aside before. A small view comes from the
+host when all of view j - 1 is there: to find what both have would take longer than to read it. The arena has space for
+the largest view, and for two of the usual size. Where two views are larger, they meet in its middle: rows of view j + 1
 that belong where view j still lies, the late ones, are read behind the writing of that. Where the arena is too small
 for that, the next view is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
@@ -22,8 +23,8 @@ rendered, so the host's processors have nothing to do.
 Some rows may be resident (`offload/pipelines/residents.py`): these come from the device's own memory and go there. To
 whoever reads or changes a store that makes no difference, since `finish` brings them to it.
 
-Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
-the device a row of the arena takes 328 bytes, and one of the present view 64 of values and 64 of gradients; where more
+Bytes over the link for each row of a view that the one before it does not have, or of a large view neither of the two
+before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present view 64 of values and 64 of gradients; where more
 cameras than one see it 192 more of each.
 """
 
@@ -50,7 +51,9 @@ from offload.pipelines.residents import Residents
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
-SMALLEST_CUT = 1 << 19  # rows of a view; parts of smaller ones would cost more time to launch than they spare
+# Rows of a view; parts of smaller ones, and moving rows from the view before the last, would take more time to launch
+# than they spare.
+SMALLEST_CUT = 1 << 19
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
 # Parts of a view: the first row of the arena, the one behind the last, and when the host has them.
@@ -320,8 +323,8 @@ class PackedPipeline:
         """Count the rows of views that have been fetched, retained and written so far; waits for the fetching.
 
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
-        row of the view before the last one is written, but need not be fetched. Resident rows are fetched once, and
-        written whenever the host needs them.
+        row of the view before the last one is written, but need not be fetched, where a view has more than
+        `SMALLEST_CUT`. Resident rows are fetched once, and written whenever the host needs them.
         """
         self._fetch_lane.finish()
         self._write_lane.finish()
@@ -352,26 +355,31 @@ class PackedPipeline:
             if num_late is None:
                 return _Upcoming(ids, found=lane.record())
             late_rows, early = _cut(count, num_late, late_first=not present.at_end)
-            before = ids[:0] if previous is None else previous.ids
-            common, late = self._overlap(ids, present.ids, before, self._rows_retained), None
+            before = None if previous is None or count <= SMALLEST_CUT else previous  # that may hand rows on
+            before_ids = ids[:0] if before is None else before.ids
+            common, late = self._overlap(ids, present.ids, before_ids, self._rows_retained), None
             if num_late:
                 late = _left_to_host(common, late_rows)
                 self._rows_retained -= late.shared.sum()
-            if previous is not None and previous.overwritten is not None:
-                _find_on_host(common, previous.overwritten)
+            if before is not None and before.overwritten is not None:
+                _find_on_host(common, before.overwritten)
             # Rows of the view before the present one, which often are none, and where they are there.
-            kept = ids[:0] if previous is None else common.nearby.nonzero().squeeze(1)
+            kept = ids[:0] if before is None else common.nearby.nonzero().squeeze(1)
             places = common.places[kept] if kept.shape[0] else kept
             found = lane.record()
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
-            self._rows_kept += kept.shape[0]
-            aside = self._copied(previous, places) if previous is not None and kept.shape[0] else None
-            found = lane.record()
-            self._read_behind_writing(view, common.on_host, early, self._writing[view.at_end])
-            if aside is not None:
-                self._kernels.write_packed_rows(aside, kept, None, list(view.rows.values()))
+            if before is None:
+                lane.wait(None if previous is None else previous.written)
+                self._read(view, common.on_host, early)
+            else:
+                self._rows_kept += kept.shape[0]
+                aside = self._copied(before, places) if kept.shape[0] else None
+                found = lane.record()
+                self._read_behind_writing(view, common.on_host, early, self._writing[view.at_end])
+                if aside is not None:
+                    self._kernels.write_packed_rows(aside, kept, None, list(view.rows.values()))
             view.fetched = lane.record()
             lane.uses(ids, common.moved, common.on_host, kept, places, *view.tensors())
         return _Upcoming(ids, view, common, late, found)
