@@ -84,10 +84,6 @@ class PackedView:
         """Return some rows of each group."""
         return [(_cut_out(words, rows), _cut_out(last_step, rows)) for words, last_step in self.rows.values()]
 
-    def tensors(self) -> list[Tensor]:
-        """Return all that is in the arena."""
-        return [tensor for rows in self.rows.values() for tensor in rows]
-
 
 @dataclass(frozen=True)
 class _Late:
@@ -186,7 +182,7 @@ class PackedPipeline:
 
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
-        view, upcoming = fetched(self._present), self._upcoming
+        view, upcoming, compute = fetched(self._present), self._upcoming, Lane.current(self._device)
         for group in self._groups.values():
             group.begin_step()
         self._applied = True
@@ -203,16 +199,17 @@ class PackedPipeline:
         self._rows_given += len(view.ids)
         self._lacking = None
         if upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
-            self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found)
-            self._write(view, upcoming.overlap.leaving)
+            self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found, compute)
+            self._write(view, upcoming.overlap.leaving, compute)
             self._lacking = upcoming.view, upcoming.overlap.moved
             if upcoming.late is not None:
                 self._read_late(upcoming.view, upcoming.late, view)
         else:
-            self._write(view, None)
+            self._write(view, None, compute)
         self._previous, self._present = view, None
-        with self._write_lane:  # behind the writing
-            self._residents.count(view.ids)
+        if self._residents.are_wanted:
+            with self._write_lane:  # behind the writing
+                self._residents.count(view.ids)
 
     def displace(self, displacement: Displacement) -> None:
         """Move means of rows of the present view, whose values on the device the update begins with."""
@@ -229,7 +226,7 @@ class PackedPipeline:
     def _settle(self) -> None:
         """Wait until the host has everything but residents, and the lanes rest."""
         if self._lacking is not None:
-            self._write(*self._lacking)
+            self._write(*self._lacking, Lane.current(self._device))
             self._rows_given += int(self._lacking[1].sum())
             self._lacking = None
         self._cull_lane.finish()  # what it found may be fetched late, elsewhere
@@ -381,7 +378,7 @@ class PackedPipeline:
                 if aside is not None:
                     self._kernels.write_packed_rows(aside, kept, None, list(view.rows.values()))
             view.fetched = lane.record()
-            lane.uses(ids, common.moved, common.on_host, kept, places, *view.tensors())
+            lane.uses(ids, common.on_host, kept, places)
         return _Upcoming(ids, view, common, late, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
@@ -394,6 +391,8 @@ class PackedPipeline:
         self._previous = None
         if self._arena.make_space_for(len(ids)):
             self.staging_allocations += 1
+            for lane in (self._fetch_lane, self._write_lane):
+                lane.uses(*self._arena.tensors())
             self._writing = {False: [], True: []}
         view = self._new_view(ids, at_end=False)
         self._read(view, None)
@@ -458,11 +457,11 @@ class PackedPipeline:
             lane.wait(present.written)
             self._read(view, late.shared, late.rows)
             view.fetched = lane.record()
-            lane.uses(view.ids, late.shared, *view.tensors())
+            lane.uses(view.ids, late.shared)
         num_late = late.rows.stop - late.rows.start
         present.overwritten, _ = _cut(present.ids.shape[0], num_late, late_first=present.at_end)
 
-    def _write(self, view: PackedView, wanted: Tensor | None) -> None:
+    def _write(self, view: PackedView, wanted: Tensor | None, compute: Lane) -> None:
         """Write rows part by part, as they will be when what the current lane has been given is done."""
         parts: Written = []
         self._residents.changed()
@@ -470,7 +469,7 @@ class PackedPipeline:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(view.ids))
             stored = self._stored()
-            updated = Lane.current(self._device).record()
+            updated = compute.record()
             with self._write_lane as lane:
                 lane.wait(updated)
                 for rows in _parts_of(slice(0, view.ids.shape[0])):
@@ -478,13 +477,19 @@ class PackedPipeline:
                     packed = view.part(rows)
                     self._kernels.write_packed_rows(packed, ids, those, stored, self._residents.rows)
                     parts.append((view.first_row + rows.start, view.first_row + rows.stop, lane.record()))
-                lane.uses(view.ids, *view.tensors(), *(() if wanted is None else (wanted,)))
-                view.written = lane.record()
+                lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+                view.written = parts[-1][2] if parts else lane.record()
         self._writing[view.at_end] = parts
 
-    def _hand_on(self, view: PackedView, upcoming: PackedView, common: Overlap, found: torch.cuda.Event | None) -> None:
+    def _hand_on(
+        self,
+        view: PackedView,
+        upcoming: PackedView,
+        common: Overlap,
+        found: torch.cuda.Event | None,
+        compute: Lane,
+    ) -> None:
         """Move rows that both views have from the present one to the next, whose others may still come meanwhile."""
-        compute = Lane.current(self._device)
         compute.wait(found, None if self._previous is None else self._previous.written)  # which was there before
         source, target = list(view.rows.values()), list(upcoming.rows.values())
         self._kernels.read_packed_rows(source, common.sources, common.moved, target)
