@@ -268,9 +268,7 @@ def test_no_wait_can_be_left_out(ordered):
     assert [place for place in waits if not any(is_noticed(ordered, place, *each) for each in trainings)] == []
 
 
-def is_noticed(
-    ordered: Callable[..., OrderedLanes], place: tuple[str, int, int], seed: int, smallest_cut: int
-) -> bool:
+def is_noticed(ordered: Callable[..., OrderedLanes], place: tuple[str, int, int], seed: int, smallest_cut: int) -> bool:
     try:
         train_in_order(ordered(place, smallest_cut), seed)
     except Race:

@@ -24,8 +24,8 @@ Some rows may be resident (`offload/pipelines/residents.py`): these come from th
 whoever reads or changes a store that makes no difference, since `finish` brings them to it.
 
 Bytes over the link for each row of a view that the one before it does not have, or of a large view neither of the two
-before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present view 64 of values and 64 of gradients; where more
-cameras than one see it 192 more of each.
+before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present
+view 64 of values and 64 of gradients; where more cameras than one see it 192 more of each.
 """
 
 from __future__ import annotations
