@@ -44,7 +44,7 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, chunks_of, gradient_or_made
+from offload.pipelines.groups import RowGroup, begin_step_of, chunks_of, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
 from offload.pipelines.residents import Residents
@@ -183,8 +183,7 @@ class PackedPipeline:
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
         view, upcoming, compute = fetched(self._present), self._upcoming, Lane.current(self._device)
-        for group in self._groups.values():
-            group.begin_step()
+        begin_step_of(self._groups.values())
         self._applied = True
         for name, group in self._groups.items():
             leaf = view.values.get(name)
