@@ -297,7 +297,7 @@ class OrderedKernels:
         made = (gradients.means, gradients.constant) if isinstance(gradients, HarmonicsGradient) else (gradients,)
         before, written = (tables.skipped(previous=True).sums, []) if values is None else (None, [(values, None)])
         reads = [(tensor, None) for tensor in (ids, last_step, *made, before)]
-        writes = [*written, *_all(rows, None)]
+        writes = [*written, *_all(rows, None), (last_step, None)]
         self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)
 
     @_unnoted

@@ -101,8 +101,7 @@ class Twins:
         if gradients is not None:
             self.tables.begin_step(RATES[: len(self.multipliers)])
         seen = values.clone() if gradients is None else values  # what is sent ahead is not rounded
-        row_kernels.step_host_rows(values, ids, last_step[ids], gradients, rows, self.tables)
-        last_step[ids] = self.tables.step
+        row_kernels.step_stored_rows(values, ids, last_step, gradients, rows, self.tables)
         return rows, last_step, seen
 
 

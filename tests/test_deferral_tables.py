@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offload.adam import deferral
-from offload.adam.deferral import DeferralTables
+from offload.adam.deferral import DeferralTables, begin_steps
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS = (0.9, 0.999)
@@ -59,6 +59,30 @@ def test_a_step_that_is_undone_leaves_no_trace(kind, device, steps, monkeypatch)
     assert torch.equal(tables.sums, before)
 
 
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+@pytest.mark.parametrize("schedules", [(2, 1), (1, 2), (2, 2), (1, 1)])
+@pytest.mark.parametrize("apart", [0, 1])
+def test_steps_that_begin_together_are_those_that_begin_alone(kind, device, schedules, apart, monkeypatch):
+    """Bit for bit, and as they are undone; also where one table is a step ahead, so that each has its own launch."""
+    alone, together = ([tables_of(kind, device, n, monkeypatch) for n in schedules] for _ in range(2))
+    for tables in (alone, together):
+        for t in range(1, 1 + apart):
+            tables[0].begin_step(rates_at(t)[: schedules[0]])
+    for t in (1, 2, 3, 4, 5):
+        rates = [rates_at(t)[:n] for n in schedules]
+        for tables, of_table in zip(alone, rates, strict=True):
+            tables.begin_step(of_table)
+        begin_steps(together, rates)
+        if t == 3:
+            for tables in (*alone, *together):
+                tables.undo_step()
+        for one, other in zip(alone, together, strict=True):
+            assert (one.step, one.eps, one.rates) == (other.step, other.eps, other.rates)
+            assert torch.equal(one.sums, other.sums)
+            assert torch.equal(one.skipped(previous=True).sums, other.skipped(previous=True).sums)
+    assert [each.step for each in together] == [4 + apart, 4]
+
+
 @pytest.mark.parametrize("lacking", ["_add", "_grow"])
 def test_a_step_for_which_memory_lacks_has_not_begun(lacking, monkeypatch):
     """Nor is the step before undone with it, by whoever undoes those that have begun; the next try ends as any."""
@@ -93,6 +117,6 @@ def test_the_kernel_adds_as_torch_does():
     torch.manual_seed(0)
     sums, powers = torch.rand(2, 700, dtype=torch.float64).cuda(), torch.rand(300, dtype=torch.float64).cuda()
     others, changed = sums.clone(), slice(13, 310)
-    before = deferral.add_step(sums, changed, powers, rates_at(7))
-    assert torch.equal(deferral_triton.add_step(others, changed, powers, rates_at(7)), before)
+    (before,) = deferral.add_step([sums], changed, powers, [rates_at(7)])
+    assert torch.equal(deferral_triton.add_step([others], changed, powers, [rates_at(7)])[0], before)
     assert torch.equal(others, sums)

@@ -92,7 +92,7 @@ def test_rows_take_the_step_of_the_gradient_itself(kind, device, degree, of_degr
         resident = values.clone()
         host.begin_step()
         host.kernels.step_view_rows(values, ids, last_step, gradients, host.packed(words), host.tables)
-        host.kernels.step_host_rows(resident, ids, last_step, gradients, host.state, host.tables)
+        host.kernels.step_stored_rows(resident, ids, host.last_step, gradients, host.state, host.tables)
         results.append([*host.packed(words).tensors(), values, resident, *host.tensors()])
     for actual, expected in zip(results[1], results[0], strict=True):
         assert_same_rows(actual, expected, exact=False, rounded=True)

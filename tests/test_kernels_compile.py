@@ -78,6 +78,7 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     test_gradients.test_all_are_cleared_unless_all_are_finite(*HERE, True, 1.0)
     with monkeypatch.context() as for_tables:
         test_deferral_tables.test_a_step_that_is_undone_leaves_no_trace(*HERE, 3, for_tables)
+        test_deferral_tables.test_steps_that_begin_together_are_those_that_begin_alone(*HERE, (2, 1), 0, for_tables)
     test_device_geometry.test_what_is_read_equals_dense_adam_in_float64(*HERE)
     test_device_geometry.test_what_is_settled_equals_dense_adam_in_float64(*HERE)
 

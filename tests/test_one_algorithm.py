@@ -43,12 +43,13 @@ INTERPRETED_STEPS = 12
 REFINED = (40, 80, 120, 160)  # after these steps, counted from 0
 SORTED = (80,)  # and in another order after these
 RESET = 100
-LOCK = threading.Lock()
+LOCK = threading.RLock()  # since some kernels call others
 ROW_KERNELS = (
     "fetch_rows",
     "fetch_dated_rows",
     "step_rows",
     "step_host_rows",
+    "step_stored_rows",
     "step_view_rows",
     "catch_up_rows",
     "move_rows",

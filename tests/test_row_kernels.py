@@ -137,7 +137,6 @@ class HostRows:
             values = self.values(words, last_step)
             self.tables.begin_step(learning_rates)
             self.kernels.step_view_rows(values, ids, last_step, gradients, self.packed(words), self.tables)
-            last_step.fill_(self.tables.step)
             self.kernels.write_packed_rows([(words, last_step)], ids, None, [self.stored])
             return
         rows = self.fetched(ids)
@@ -340,7 +339,11 @@ def test_triton_equals_torch_for_packed_rows(kind, device, group, degree, count,
             host.begin_step()
             gradients = torch.randn(count, columns).to(place)
         kernels.step_view_rows(values, ids, last_step, gradients, host.packed(words), tables)
-        kernels.step_host_rows(resident, ids, last_step, gradients, host.state, tables)
+        dated = host.last_step.clone()
+        dated[ids] = tables.step
+        kernels.step_stored_rows(resident, ids, host.last_step, gradients, host.state, tables)
+        assert torch.equal(host.last_step, dated)
+        assert (last_step == tables.step).all()
         stepped = [*host.packed(words).tensors(), values, resident, *host.tensors()]
         results.append([[tensor.cpu() for tensor in tensors] for tensors in (fetched, stepped)])
     for actual, expected in zip(results[1][0], results[0][0], strict=True):
@@ -373,7 +376,6 @@ def test_a_retained_row_is_a_row_that_went_to_the_host_and_back(kind, device, gr
     values = host.values(words, last_step)
     host.begin_step()
     host.kernels.step_view_rows(values, ids, last_step, gradients, host.packed(words), host.tables)
-    last_step.fill_(host.tables.step)
     host.kernels.write_packed_rows([(words, last_step)], ids, None, [host.stored])
     sources = torch.randint(-1, len(ids), (100,)).to(device)  # of the next view
     retained, here = torch.zeros(100, words.shape[1], dtype=torch.int32, device=device), sources >= 0
@@ -449,13 +451,14 @@ def test_a_step_in_the_store_is_that_of_packed_rows_that_come_and_go(kind, devic
         gradients = torch.randn(len(ids), host.columns).to(device)
         for rows in (resident, host):
             rows.begin_step()
-    resident.kernels.step_host_rows(values, ids, last_step, gradients, resident.state, resident.tables)
-    host.kernels.step_view_rows(view_values, ids, last_step, gradients, host.packed(words), host.tables)
+    resident.kernels.step_stored_rows(values, ids, resident.last_step, gradients, resident.state, resident.tables)
+    host.kernels.step_view_rows(view_values, ids, view_last_step, gradients, host.packed(words), host.tables)
     host.kernels.write_packed_rows([(words, view_last_step)], ids, None, [host.stored])
     exact, has_codes = device == "cpu", group == "appearance"
     assert_same_rows(view_values, values, exact=exact, rounded=has_codes)
     for actual, expected in zip(host.tensors(), resident.tensors(), strict=True):
         assert_same_rows(actual, expected, exact=exact, rounded=has_codes)
+    assert torch.equal(host.last_step, resident.last_step)
 
 
 @pytest.mark.slow
@@ -470,14 +473,16 @@ def test_packed_rows_that_lag_by_no_step_stay_as_they_are(kind, device, group):
     lags = last_step < host.tables.step
     assert 0 < lags.sum() < 300
     values = host.values(before, last_step)
-    host.kernels.step_host_rows(values.clone(), ids, last_step, None, host.state, host.tables)
+    host.kernels.step_stored_rows(values.clone(), ids, host.last_step, None, host.state, host.tables)
     host.kernels.step_view_rows(values, ids, last_step, None, host.packed(in_view), host.tables)
-    in_store, _ = host.view(ids)
+    in_store, dated = host.view(ids)
+    assert (dated == host.tables.step).all()
+    assert (last_step == host.tables.step).all()
     for after in (in_store, in_view):
         changed = (after != before).any(1)
         assert changed[lags].any()
         assert not changed[~lags].any()
-    once, last_step = in_view.clone(), torch.full_like(last_step, host.tables.step)
+    once = in_view.clone()
     host.kernels.step_view_rows(values, ids, last_step, None, host.packed(in_view), host.tables)
     assert torch.equal(in_view, once)
 
@@ -576,7 +581,7 @@ def test_rows_that_lie_otherwise_are_refused(kind, device):
             with pytest.raises(ValueError, match="side by side"):
                 kernels.fetch_rows(apart, ids, ids, rows.last_step, None, RowState(values, ()), tables)
             with pytest.raises(ValueError, match="side by side"):
-                kernels.step_host_rows(values, ids, rows.last_step, None, apart, tables)
+                kernels.step_stored_rows(values, ids, rows.last_step, None, apart, tables)
             with pytest.raises(ValueError, match="side by side"):
                 kernels.step_view_rows(values, ids, rows.last_step, None, apart, tables)
 
@@ -609,7 +614,8 @@ def test_packed_rows_may_lie_beyond_what_32_bits_count(kind, device, group):
         values, after = near.zeros(4), near.zeros(4)
         kernels.fetch_rows(rows, ids, ids, stored_last_step, None, RowState(values, ()), tables)
         before = values.clone()
-        kernels.step_host_rows(values, ids, last_step, torch.ones_like(values), rows, tables)
+        kernels.step_stored_rows(values, ids, stored_last_step, torch.ones_like(values), rows, tables)
+        assert (stored_last_step[ids] == tables.step).all()
         kernels.fetch_dated_rows(rows, ids, last_step + 1, None, RowState(after, ()), tables)
         assert torch.equal(after, values)
         kernels.read_packed_rows([(stored, stored_last_step)], ids, None, [back])

@@ -134,7 +134,7 @@ def test_a_step_without_values_is_the_step_on_those_that_are_fetched(kind, devic
         resident = None if values is None else values.clone()
         host.begin_step()
         host.kernels.step_view_rows(values, ids, last_step, made, host.packed(words), host.tables)
-        host.kernels.step_host_rows(resident, ids, last_step, made, host.state, host.tables)
+        host.kernels.step_stored_rows(resident, ids, host.last_step, made, host.state, host.tables)
         results.append([*host.packed(words).tensors(), *host.tensors()])
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
@@ -151,9 +151,8 @@ def test_a_step_of_geometry_without_values_is_the_step_on_those_that_are_fetched
         ids = torch.randperm(300)[:79].sort().values.to(device)
         gradients = torch.randn(79, 16, device=device)
         values = host.values(*host.view(ids)) if has_values else None
-        last_step = host.last_step[ids]
         host.begin_step()
-        host.kernels.step_host_rows(values, ids, last_step, gradients, host.state, host.tables)
+        host.kernels.step_stored_rows(values, ids, host.last_step, gradients, host.state, host.tables)
         results.append(host.tensors())
     for actual, expected in zip(*results, strict=True):
         assert_same_rows(actual, expected, exact=device == "cpu")

@@ -102,7 +102,7 @@ class DeferralTables:
         self.sums = torch.zeros(len(multipliers), 0, dtype=torch.float64, device=device)
         self._grow(FIRST_CAPACITY)
         self._add = kernels_for(device, __name__).add_step
-        self._unchanged = slice(0, 0), self.sums[:, :0]  # which steps `begin_step` has changed, and their sums before
+        self._changed = slice(0, 0)  # which steps `begin_step` has changed
         self._sums_before = self.sums  # the whole table before
 
     @property
@@ -124,20 +124,31 @@ class DeferralTables:
         Args:
             learning_rates: [schedules], of step t.
         """
+        rates = self._rates_to_begin(learning_rates)
+        self._add_step(self._next_changed(), rates)
+        self._note_begun(rates)
+
+    def _rates_to_begin(self, learning_rates: Sequence[float]) -> list[float]:
+        """Return the rates of the next step [schedules], with bias corrections; the tables have room for it."""
         if len(learning_rates) != self.schedules:
             raise ValueError(f"{len(learning_rates)} learning rates for {self.schedules} schedules")
-        step = self.step + 1
-        if step >= self.sums.shape[1]:
+        if self.step + 1 >= self.sums.shape[1]:
             self._grow(2 * self.sums.shape[1])
-        rates = self._corrected_rates(step, learning_rates)
-        self._add_step(slice(max(0, step - len(self._ratio_powers)), step), rates)
+        return self._corrected_rates(self.step + 1, learning_rates)
+
+    def _next_changed(self) -> slice:
+        """Return the steps whose sums the next one changes."""
+        return slice(max(0, self.step + 1 - self._ratio_powers.shape[0]), self.step + 1)
+
+    def _note_begun(self, rates: list[float]) -> None:
+        """Come to the next step, of these rates [schedules], which the sums have."""
         # Last: where memory lacks for the tables, the step has not begun, and there is nothing to undo.
-        self.step, self.eps, self.rates = step, self._corrected_eps(step), rates
+        self.step += 1
+        self.eps, self.rates = self._corrected_eps(self.step), rates
 
     def undo_step(self) -> None:
         """Take `begin_step` back; no row may have been updated since, and it cannot be done twice in a row."""
-        changed, unchanged = self._unchanged
-        self.sums[:, changed] = unchanged
+        self.sums[:, self._changed] = self._sums_unchanged()
         self.step -= 1
         self.eps = self._corrected_eps(self.step)
 
@@ -211,7 +222,11 @@ class DeferralTables:
         # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
         return self._plain_eps * self._root_correction(t)
 
-    # The rest is what `DeferredAdam` rounds differently, and keeps more of.
+    # The rest is what `DeferredAdam` rounds differently, and keeps more or less of.
+
+    def _sums_unchanged(self) -> Tensor:
+        """Return the sums of the steps that `begin_step` has changed, as they were before it."""
+        return self._sums_before[:, self._changed]
 
     def _corrected_rates(self, t: int, learning_rates: Sequence[float]) -> list[float]:
         """Return the schedules' learning rates with the bias corrections of step t."""
@@ -223,8 +238,8 @@ class DeferralTables:
 
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         """Add step t, of these rates [schedules], to C(s) of the steps s before it that it changes."""
-        self._sums_before = self._add(self.sums, changed, self._ratio_powers, rates)
-        self._unchanged = changed, self._sums_before[:, changed]
+        (self._sums_before,) = self._add([self.sums], changed, self._ratio_powers, [rates])
+        self._changed = changed
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         self.sums[:, :steps] = checked_table(tables, "sums", (steps, self.schedules)).T.to(self.sums.device)
@@ -239,22 +254,51 @@ class DeferralTables:
         self.decays, self.sums = decays.to(device), sums
 
 
-def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:
-    """Add a step to C(s) of the steps before it that it changes, in place.
+def begin_steps(tables: Sequence[DeferralTables], learning_rates: Sequence[Sequence[float]]) -> None:
+    """Do as `begin_step` of each, in one launch where they are two that have come equally far.
 
     Args:
-        sums: [schedules, capacity] float64.
+        tables: Of groups that are updated together.
+        learning_rates: [schedules] each, of the steps that begin.
+    """
+    if len(tables) == 2 and _are_alike(*tables):
+        all_rates = [each._rates_to_begin(rates) for each, rates in zip(tables, learning_rates, strict=True)]
+        first, changed = tables[0], tables[0]._next_changed()
+        sums_before = first._add([each.sums for each in tables], changed, first._ratio_powers, all_rates)
+        for each, before, corrected in zip(tables, sums_before, all_rates, strict=True):
+            each._sums_before, each._changed = before, changed
+            each._note_begun(corrected)
+    else:
+        for each, rates in zip(tables, learning_rates, strict=True):
+            each.begin_step(rates)
+
+
+def _are_alike(one: DeferralTables, other: DeferralTables) -> bool:
+    """Tell whether two tables have the same steps, powers and capacity, in one place."""
+    return (
+        type(one) is type(other) is DeferralTables
+        and (one.step, one.betas, one.sums.shape[1]) == (other.step, other.betas, other.sums.shape[1])
+        and one.sums.device == other.sums.device
+    )
+
+
+def add_step(sums: Sequence[Tensor], changed: slice, powers: Tensor, rates: Sequence[Sequence[float]]) -> list[Tensor]:
+    """Add a step to C(s) of the steps before it that it changes, in place, of one table or two.
+
+    Args:
+        sums: [schedules, capacity] float64 each.
         changed: Which steps these are, the last ones.
         powers: [window] float64 of the ratio, that of the last step last.
-        rates: [schedules], of the step.
+        rates: [schedules] of each table, of the step.
 
     Returns:
-        The sums before, [schedules, capacity].
+        The sums before, [schedules, capacity] each.
     """
-    before = sums.clone()
+    before = [table.clone() for table in sums]
     powers = powers[len(powers) - (changed.stop - changed.start) :]
-    for each, rate in zip(sums, rates, strict=True):
-        each[changed].add_(powers, alpha=rate)
+    for table, of_table in zip(sums, rates, strict=True):
+        for each, rate in zip(table, of_table, strict=True):
+            each[changed].add_(powers, alpha=rate)
     return before
 
 

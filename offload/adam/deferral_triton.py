@@ -16,42 +16,51 @@ BLOCK = 256  # steps
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def add_step(sums: Tensor, changed: slice, powers: Tensor, rates: Sequence[float]) -> Tensor:
-    """Do as `offload.adam.deferral.add_step`, for one schedule or two."""
-    (schedules, capacity), count = sums.shape, changed.stop - changed.start
-    if schedules > 2:
-        raise ValueError(f"{schedules} schedules are more than two")
-    before = torch.empty_like(sums)
+def add_step(sums: Sequence[Tensor], changed: slice, powers: Tensor, rates: Sequence[Sequence[float]]) -> list[Tensor]:
+    """Do as `offload.adam.deferral.add_step`, for one schedule or two of each table."""
+    capacity, count, schedules = sums[0].shape[1], changed.stop - changed.start, [len(table) for table in rates]
+    if max(schedules) > 2:
+        raise ValueError(f"{max(schedules)} schedules are more than two")
+    before = [torch.empty_like(table) for table in sums]
     # Triton takes numbers as float32: the bits of float64 go as an integer.
-    bits = [struct.unpack("q", struct.pack("d", rate))[0] for rate in rates]
-    with torch.cuda.device_of(sums):
+    bits = [struct.unpack("2q", struct.pack("2d", table[0], table[-1])) for table in rates]
+    (other, other_before, other_bits) = (sums[1], before[1], bits[1]) if sums[1:] else (None, None, (0, 0))
+    with torch.cuda.device_of(sums[0]):
         _add_step[(-(-capacity // BLOCK),)](
-            sums, capacity, changed.start, count, powers, powers.shape[0] - count, before, bits[0], bits[-1],
-            SCHEDULES=schedules, BLOCK=BLOCK,
+            sums[0], before[0], *bits[0], other, other_before, *other_bits,
+            capacity, changed.start, count, powers, powers.shape[0] - count,
+            SCHEDULES=schedules[0], OTHER_SCHEDULES=schedules[1] if sums[1:] else 0, BLOCK=BLOCK,
         )  # fmt: skip
     return before
 
 
-@triton.jit(do_not_specialize=["capacity", "first", "count", "first_power", "rate_bits", "other_rate_bits"])
+NUMBERS = ["capacity", "first", "count", "first_power", "bits0", "bits1", "other_bits0", "other_bits1"]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def _add_step(
-    sums,  # [SCHEDULES, capacity] float64
+    sums, before,  # of a table: [SCHEDULES, capacity] float64; the latter to be written
+    bits0, bits1,  # of its rates in float64, the latter of the second schedule
+    other_sums, other_before, other_bits0, other_bits1,  # of another, or None
     capacity,
     first,  # step that is changed
     count,  # of steps that are changed
     powers,  # [first_power + count] float64
     first_power,
-    before,  # [SCHEDULES, capacity] float64, to be written
-    rate_bits,  # of float64, as those of the second schedule
-    other_rate_bits,
     SCHEDULES: tl.constexpr,
+    OTHER_SCHEDULES: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, changed = i < capacity, (i >= first) & (i < first + count)
     power = tl.load(powers + first_power + i - first, mask=changed, other=0.0)
-    _add_to(sums + i, before + i, power, rate_bits, inside, changed)
+    _add_to(sums + i, before + i, power, bits0, inside, changed)
     if SCHEDULES == 2:
-        _add_to(sums + capacity + i, before + capacity + i, power, other_rate_bits, inside, changed)
+        _add_to(sums + capacity + i, before + capacity + i, power, bits1, inside, changed)
+    if OTHER_SCHEDULES > 0:
+        _add_to(other_sums + i, other_before + i, power, other_bits0, inside, changed)
+    if OTHER_SCHEDULES == 2:
+        _add_to(other_sums + capacity + i, other_before + capacity + i, power, other_bits1, inside, changed)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ class DeferredAdam(DeferralTables):
         super().__init__(multipliers, betas, eps, torch.device("cpu"))
         self.threads = num_threads() if threads is None else threads
         self._column_rates = np.zeros(self.columns, np.float32)
-        self._before_unchanged = self._before[:0]  # what `begin_step` has changed, as `_unchanged`
+        self._before_unchanged, self._unchanged = self._before[:0], self.sums[:, :0]  # what `begin_step` has changed
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Tensor], columns: slice = slice(None)) -> DeferredAdam:
@@ -87,7 +87,7 @@ class DeferredAdam(DeferralTables):
     def undo_step(self) -> None:
         """Take `begin_step` back, as for `DeferralTables`."""
         super().undo_step()
-        changed, _ = self._unchanged
+        changed = self._changed
         self._after[changed], self._before[changed] = self._before[changed], self._before_unchanged
 
     def skipped_steps(self, device: torch.device, *, previous: bool = False) -> SkippedSteps:
@@ -288,12 +288,15 @@ class DeferredAdam(DeferralTables):
     def _add_step(self, changed: slice, rates: Sequence[float]) -> None:
         step_rates, sums = np.array(rates), self.sums.numpy()  # float64
         self._column_rates = (step_rates @ self.multipliers.numpy()).astype(np.float32)
-        self._unchanged = changed, self.sums[:, changed].clone()
+        self._changed, self._unchanged = changed, self.sums[:, changed].clone()
         self._before_unchanged = self._before[changed].copy()
         self._before[changed] = self._after[changed]
         powers = self._ratio_powers.numpy()[len(self._ratio_powers) - (changed.stop - changed.start) :]
         sums[:, changed] += powers * step_rates[:, None]
         self._after[changed] = sums[:, changed].T
+
+    def _sums_unchanged(self) -> Tensor:
+        return self._unchanged
 
     def _load_sums(self, tables: Mapping[str, Tensor], steps: int) -> None:
         super()._load_sums(tables, steps)

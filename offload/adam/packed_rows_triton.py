@@ -33,7 +33,7 @@ from offload.adam.deferral import DeferralTables, SkippedSteps
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
 from offload.adam.harmonics import HarmonicsGradient, num_harmonics
 from offload.adam.harmonics_triton import NOTHING, arguments_of, made_gradient, seen
-from offload.store.layout import PackedRows, ResidentRows, RowState
+from offload.store.layout import PackedRows, PackedState, ResidentRows, RowState
 
 COPIED_ROWS = 256  # at once by a thread block that only copies
 COPY_TILE = 1024  # 16-byte vectors of these under way: four to a thread
@@ -49,6 +49,8 @@ UNALIGNED = ["source_steps", "target_steps", "other_source_steps", "other_target
 
 def takes(rows: RowState) -> bool:
     """Tell whether rows are for these kernels: those that are packed, and those with codes, which must be."""
+    if isinstance(rows, PackedState):
+        return True
     return len(rows.moments) == 1 and (rows.moments[0].dtype == torch.int16 or _in_one_memory(rows))
 
 
@@ -70,10 +72,10 @@ def fetch(
     if out.moments:
         raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
-    count = (last_step if places is None else places).shape[0]
+    count, words = (last_step if places is None else places).shape[0], packed_words(source)
     with torch.cuda.device_of(last_step):
-        _fetch_kernel[(_grid(count, source, blocks),)](
-            packed_words(source),
+        _fetch_kernel[(_grid(count, words, blocks),)](
+            words,
             places,
             ids,
             last_step,
@@ -86,7 +88,7 @@ def fetch(
             tables.reach,
             count,
             SCHEDULES=schedules,
-            **_tile(columns, source),
+            **_tile(columns, words),
         )
 
 
@@ -100,7 +102,7 @@ def step(
     *,
     in_order: bool,
 ) -> None:
-    """Do as `offload.adam.rows.step_host_rows`, or as `step_view_rows`; what need not change is not written.
+    """Do as `offload.adam.rows.step_stored_rows`, or as `step_view_rows`; what need not change is not written.
 
     Args:
         values, ids, last_step, gradients, tables: As for these functions.
@@ -111,7 +113,7 @@ def step(
     if schedules > 2:
         raise ValueError(f"packed rows have one schedule or two, and not {schedules}")
     made = gradients if isinstance(gradients, HarmonicsGradient) else None
-    before = None if values is not None else tables.skipped(previous=True)
+    before, words = None if values is not None else tables.skipped(previous=True), packed_words(rows)
     with torch.cuda.device_of(ids):
         _step_kernel[(-(-count // (TILE // PART)),)](
             values,
@@ -120,7 +122,7 @@ def step(
             last_step,
             gradients.contiguous() if isinstance(gradients, Tensor) else None,
             *(NOTHING if made is None else arguments_of(made)),
-            packed_words(rows),
+            words,
             tables.multipliers,
             tables.rates[0],
             tables.rates[-1],
@@ -136,7 +138,7 @@ def step(
             HARMONICS=0 if made is None else num_harmonics(made.sh_degree),
             IN_ORDER=in_order,
             SCHEDULES=schedules,
-            **_tile(tables.columns, rows),
+            **_tile(tables.columns, words),
         )
 
 
@@ -188,6 +190,8 @@ def packed_words(rows: RowState) -> Tensor:
     Raises:
         ValueError: They lie elsewhere.
     """
+    if isinstance(rows, PackedState):
+        return rows.integers
     parameters, moments = rows.parameters, rows.moments[0]
     half_row, pitch = (size * parameters.element_size() for size in (parameters.shape[1], parameters.stride(0)))
     if moments.data_ptr() - parameters.data_ptr() != half_row or pitch != 2 * half_row:
@@ -200,16 +204,15 @@ def tables_of(skipped: SkippedSteps) -> tuple[Tensor, Tensor, int, float]:
     return skipped.sums, skipped.multipliers, skipped.sums.shape[1], skipped.eps
 
 
-def _tile(columns: int, rows: RowState) -> dict[str, int]:
+def _tile(columns: int, words: Tensor) -> dict[str, int]:
     """Return the shape of a tile and the kind of moments, by the names of the kernels' arguments."""
-    has_codes = rows.moments[0].dtype == torch.int16
-    return {"COLUMNS": columns, "ROWS": TILE // PART, "CODES": has_codes, "num_warps": WARPS}
+    return {"COLUMNS": columns, "ROWS": TILE // PART, "CODES": words.dtype == torch.int16, "num_warps": WARPS}
 
 
-def _grid(count: int, rows: RowState, blocks: int) -> int:
+def _grid(count: int, words: Tensor, blocks: int) -> int:
     """Count the thread blocks: one for each tile, or as many as loop over the tiles where rows are on the host."""
     tiles = -(-count // (TILE // PART))
-    return tiles if rows.parameters.is_cuda else min(tiles, blocks)
+    return tiles if words.is_cuda else min(tiles, blocks)
 
 
 def _in_one_memory(rows: RowState) -> bool:
@@ -360,7 +363,7 @@ def _step_kernel(
     sums_capacity,
     eps_before,
     ids,  # [V]
-    last_step,  # [V]
+    last_step,  # [N], by ids; or IN_ORDER, [V]
     gradients,  # [V, COLUMNS] or None
     means,  # [V, 3], or None: they are made of this and of what comes up to at_z (`harmonics_triton.seen`)
     means_stride,
@@ -394,11 +397,13 @@ def _step_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     changed = row < num_rows
     row_id = tl.load(ids + row, mask=changed, other=0)
-    last = tl.load(last_step + row, mask=changed, other=0)
+    place = row.to(tl.int64) if IN_ORDER else row_id
+    last = tl.load(last_step + place, mask=changed, other=0)
     skipped = step - 1 - last
+    reached = step
     if gradients is None and means is None:
         changed = changed & (skipped > 0)
-    place = row.to(tl.int64) if IN_ORDER else row_id
+        reached = step - 1
     here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
     there, used = packed + place * (2 * COLUMNS), changed[:, None]
     if values is None:
@@ -420,6 +425,7 @@ def _step_kernel(
         g1 = made_gradient(x, y, z, red, green, blue, _PART, HARMONICS)
         g2 = made_gradient(x, y, z, red, green, blue, 2 * _PART, HARMONICS)
     tl.debug_barrier()
+    tl.store(last_step + place, reached, mask=changed)  # which all threads have read: a tile has whole rows
     m0, m1, m2 = w0, w0, w0
     v0, v1, v2 = w0, w0, w0
     random0, random1, random2 = w0, w0, w0

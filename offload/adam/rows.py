@@ -13,7 +13,7 @@ both are fetched, stepped on the device by `step_rows` and written back; or the 
 Rows of a compact store are packed (`offload.store.layout.packed_rows`), and stay so wherever they are. They are copied
 between a store and a view (`read_packed_rows`, `write_packed_rows`) and moved from view to view (`move_rows` of their
 words). What is fetched of them is their values alone, float32: caught up, not rounded. They are stepped where they lie,
-in a store (`step_host_rows`) or in a view (`step_view_rows`), and values with codes become what a float16 holds.
+in a store (`step_stored_rows`) or in a view (`step_view_rows`), and values with codes become what a float16 holds.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def step_host_rows(
 
     Args:
         parameters: [V, columns] on the device, as `fetch_rows` gives them; receives the new values. None: they are read
-            once more, of packed rows or where gradients are made.
+            once more, where gradients are made.
         ids: [V] int64 on the device, the rows of the host that they are.
         last_step: [V] int32 on the device, the step of each row's last update; stays.
-        gradients: [V, columns]; or what they are made of, where rows are packed or have no values here. None: there are
-            none, and moments are brought to the step of the parameters.
-        host: N rows, pinned or on the device, of either kind; the values in it are as old as the moments.
+        gradients: [V, columns]; or what they are made of, where rows have no values here. None: there are none, and
+            moments are brought to the step of the parameters.
+        host: N rows, pinned or on the device, not packed; the values in it are as old as the moments.
         tables: As for `step_rows`; without gradients as for `catch_up_rows`.
     """
     if parameters is None:
@@ -123,6 +123,28 @@ def step_host_rows(
     _update(rows, ids, last_step, gradients, tables)
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
         destination[ids, : tables.columns] = tensor.to(destination.dtype)
+
+
+def step_stored_rows(
+    values: Tensor | None,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    rows: RowState,
+    tables: DeferralTables,
+) -> None:
+    """Step rows of a store on the device, and date them.
+
+    Args:
+        values: As `parameters` of `step_host_rows`; None: of packed rows, too, they are read once more.
+        ids: [V] int64 on the device, which rows, each once.
+        last_step: [N] int32 on the device, the step of each row's last update; becomes the step.
+        gradients: As there; of packed rows they may be made where there are values, too.
+        rows: N rows of either kind.
+        tables: As there.
+    """
+    step_host_rows(values, ids, last_step[ids], gradients, rows, tables)
+    last_step[ids] = tables.step
 
 
 def step_view_rows(
@@ -139,7 +161,7 @@ def step_view_rows(
         values: [V, columns] on the device, as `fetch_dated_rows` gives them; receives the new values. None: they are
             read once more.
         ids: [V] int64 on the device, which Gaussians they are.
-        last_step: [V] int32 on the device, the step of each row's last update; stays.
+        last_step: [V] int32 on the device, the step of each row's last update; becomes the step.
         gradients: [V, columns], or what they are made of. None: there are none, and moments are brought to the step of
             the values.
         rows: V packed rows on the device.
@@ -151,6 +173,7 @@ def step_view_rows(
     _update(state, ids, last_step, gradients, tables)
     for tensor, destination in zip(state.tensors(), rows.tensors(), strict=True):
         destination.copy_(tensor)
+    last_step.fill_(tables.step)
 
 
 def read_packed_rows(

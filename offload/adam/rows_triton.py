@@ -39,6 +39,7 @@ __all__ = [
     "read_packed_rows",
     "step_host_rows",
     "step_rows",
+    "step_stored_rows",
     "step_view_rows",
     "write_packed_rows",
     "write_rows",
@@ -100,9 +101,6 @@ def step_host_rows(
     """Do as `offload.adam.rows.step_host_rows`."""
     if len(ids) == 0:
         return
-    if packed_rows.takes(host):
-        packed_rows.step(parameters, ids, last_step, gradients, host, tables, in_order=False)
-        return
     if parameters is None and isinstance(gradients, HarmonicsGradient):
         stored_harmonics.step(ids, last_step, gradients, host, tables)
         return
@@ -132,6 +130,24 @@ def step_host_rows(
             TILE=LINK_TILE,
             num_warps=LINK_WARPS,
         )
+
+
+def step_stored_rows(
+    values: Tensor | None,
+    ids: Tensor,
+    last_step: Tensor,
+    gradients: Tensor | HarmonicsGradient | None,
+    rows: RowState,
+    tables: DeferralTables,
+) -> None:
+    """Do as `offload.adam.rows.step_stored_rows`."""
+    if ids.shape[0] == 0:
+        return
+    if packed_rows.takes(rows):
+        packed_rows.step(values, ids, last_step, gradients, rows, tables, in_order=False)
+        return
+    step_host_rows(values, ids, last_step[ids], gradients, rows, tables)
+    last_step.index_fill_(0, ids, tables.step)  # a row may lie in two tiles
 
 
 def step_view_rows(

@@ -55,6 +55,10 @@ class Arena:
         first = self.first_row(count, at_end)
         return {name: rows[first : first + count] for name, rows in self._rows.items()}
 
+    def tensors(self) -> list[Tensor]:
+        """Return all space."""
+        return list(self._rows.values())
+
     def has_space_for(self, present: int, upcoming: int) -> bool:
         """Tell whether a view of so many rows can be fetched beside the one that is rendered."""
         fits = present + upcoming <= self._capacity <= self._most_rows(upcoming)

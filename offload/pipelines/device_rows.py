@@ -44,10 +44,9 @@ class DeviceRows:
                 packed rows or where the gradient is made.
             gradients: [V, columns], or what they are made of.
         """
-        group, last_step = self._group, self._group.store.last_step
+        group = self._group
         with group.store.changing(ids) as rows:
-            self._kernels.step_host_rows(values, ids, last_step[ids], gradients, rows, group.adam)
-            last_step.index_fill_(0, ids, group.adam.step)
+            self._kernels.step_stored_rows(values, ids, group.store.last_step, gradients, rows, group.adam)
         if group.on_step is not None and values is not None:
             group.on_step(ids, values)
 
@@ -64,5 +63,4 @@ class DeviceRows:
                 chunk = torch.arange(first, last, device=self._device) if chosen is None else chosen[first:last]
                 stale = chunk[store.last_step[chunk] < adam.step]
                 values = self.read(stale)
-                self._kernels.step_host_rows(values, stale, store.last_step[stale], None, rows, adam)
-                store.last_step.index_fill_(0, stale, adam.step)
+                self._kernels.step_stored_rows(values, stale, store.last_step, None, rows, adam)

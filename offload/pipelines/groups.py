@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import DeferralTables
+from offload.adam.deferral import DeferralTables, begin_steps
 from offload.adam.finite import gradient_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
@@ -44,6 +44,15 @@ class RowGroup(Generic[Adam]):
         if self.adam.step > steps_done:
             self.adam.undo_step()
             self.store.step = self.adam.step
+
+
+def begin_step_of(groups: Iterable[RowGroup]) -> None:
+    """Begin the next step of groups that are updated together, on the current stream."""
+    groups = list(groups)
+    tables = [group.adam for group in groups]
+    begin_steps(tables, [group.learning_rates(group.adam.step + 1) for group in groups])
+    for group in groups:
+        group.store.step = group.adam.step
 
 
 def gradient_or_made(leaf: Tensor | None, made: HarmonicsGradient | None) -> Tensor | HarmonicsGradient:

@@ -50,9 +50,10 @@ class Lane:
             self.stream.synchronize()
 
     def uses(self, *tensors: Tensor) -> None:
-        """Keep the memory of tensors that another lane has made until the work given here so far is done.
+        """Keep the memory of tensors that another lane has made until the work given here is done.
 
-        Memory of the host belongs to no lane, and is passed over.
+        It is kept, once freed, until all is done that was given here before that, so to say it once of each memory
+        is enough. Memory of the host belongs to no lane, and is passed over.
         """
         if self.stream is not None:
             for tensor in tensors:

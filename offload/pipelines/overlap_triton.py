@@ -1,4 +1,8 @@
-"""`offload/pipelines/overlap.py` as a CUDA kernel in Triton: one launch in place of twenty."""
+"""`offload/pipelines/overlap.py` as a CUDA kernel in Triton: one launch in place of twenty.
+
+Views are looked through in each other by halving, of which a thread does three: its row of the next view in both before
+it, and its row of the present one in the next.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,13 @@ def overlap(ids: Tensor, present: Tensor, previous: Tensor, num_moved: Tensor) -
     """Do as `offload.pipelines.overlap.overlap`."""
     sources, places = torch.empty_like(ids), torch.empty_like(ids)
     moved, nearby, on_host = (torch.empty_like(ids, dtype=torch.bool) for _ in range(3))
-    leaving = torch.ones_like(present, dtype=torch.bool)
-    count = ids.shape[0]
-    if count:
+    leaving = torch.empty_like(present, dtype=torch.bool)
+    count, num_present = ids.shape[0], present.shape[0]
+    if count or num_present:
         with torch.cuda.device_of(ids):
-            _overlap_kernel[(-(-count // BLOCK),)](
-                ids, count, present, present.shape[0], previous, previous.shape[0], sources, moved.view(torch.uint8),
-                places, nearby.view(torch.uint8), on_host.view(torch.uint8), leaving.view(torch.uint8), num_moved,
-                BLOCK=BLOCK,
+            _overlap_kernel[(-(-max(count, num_present) // BLOCK),)](
+                ids, count, present, num_present, previous, previous.shape[0],
+                sources, moved, places, nearby, on_host, leaving, num_moved, BLOCK=BLOCK,
             )  # fmt: skip
     return Overlap(sources, moved, places, nearby, on_host, leaving)
 
@@ -50,8 +53,8 @@ def _overlap_kernel(
     ids, num_rows,  # [V]
     present, num_present,  # [V of the present view]
     previous, num_previous,  # [V of the view before that]
-    sources, moved, places, nearby, on_host,  # [V] of `Overlap`, bytes where it has bool, to be written
-    leaving,  # [V of the present view], 1 so far
+    sources, moved, places, nearby, on_host,  # [V] of `Overlap`, to be written
+    leaving,  # [V of the present view] of it, to be written
     num_moved,  # scalar, to be added to
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +64,11 @@ def _overlap_kernel(
     source, is_moved = _position(present, num_present, number, inside)
     place, is_kept = _position(previous, num_previous, number, inside & ~is_moved)
     tl.store(sources + i, tl.where(is_moved, source, -1), mask=inside)
-    tl.store(moved + i, is_moved.to(tl.uint8), mask=inside)
+    tl.store(moved + i, is_moved, mask=inside)
     tl.store(places + i, tl.where(is_kept, place, -1), mask=inside)
-    tl.store(nearby + i, is_kept.to(tl.uint8), mask=inside)
-    tl.store(on_host + i, 1 - (is_moved | is_kept).to(tl.uint8), mask=inside)
-    tl.store(leaving + source, 0, mask=is_moved)
+    tl.store(nearby + i, is_kept, mask=inside)
+    tl.store(on_host + i, (is_moved | is_kept) == 0, mask=inside)
     tl.atomic_add(num_moved, tl.sum(is_moved.to(tl.int64)))
+    inside = i < num_present
+    _place, stays = _position(ids, num_rows, tl.load(present + i, mask=inside, other=0), inside)
+    tl.store(leaving + i, stays == 0, mask=inside)

@@ -11,8 +11,9 @@ colours are made (`offload/adam/stored_harmonics.py`). After the backward pass r
 they lie. Rows that view j + 1 needs too are moved to it on the device and make neither trip.
 
 Packed rows of two views are on the device at once, in one arena, at either end. View j + 1 takes the end of view j - 1,
-part by part as that is written, with the rows that both have, which are set aside before. The arena has space for the
-largest view, and for two of the usual size. Where two views are larger, they meet in its middle: rows of view j + 1
+part by part as that is written, with the rows that both have, which are set aside before. A small view comes from the
+host when all of view j - 1 is there: to find what both have would take longer than to read it. The arena has space for
+the largest view, and for two of the usual size. Where two views are larger, they meet in its middle: rows of view j + 1
 that belong where view j still lies, the late ones, are read behind the writing of that. Where the arena is too small
 for that, the next view is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
@@ -22,9 +23,9 @@ rendered, so the host's processors have nothing to do.
 Some rows may be resident (`offload/pipelines/residents.py`): these come from the device's own memory and go there. To
 whoever reads or changes a store that makes no difference, since `finish` brings them to it.
 
-Bytes over the link for each row of a view that the two before it do not have: 328 to fetch it and 328 to write it. On
-the device a row of the arena takes 328 bytes, and one of the present view 64 of values and 64 of gradients; where more
-cameras than one see it 192 more of each.
+Bytes over the link for each row of a view that the one before it does not have, or of a large view neither of the two
+before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present
+view 64 of values and 64 of gradients; where more cameras than one see it 192 more of each.
 """
 
 from __future__ import annotations
@@ -43,14 +44,16 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, chunks_of, gradient_or_made
+from offload.pipelines.groups import RowGroup, begin_step_of, chunks_of, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
 from offload.pipelines.residents import Residents
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
-SMALLEST_CUT = 1 << 19  # rows of a view; parts of smaller ones would cost more time to launch than they spare
+# Rows of a view; parts of smaller ones, and moving rows from the view before the last, would take more time to launch
+# than they spare.
+SMALLEST_CUT = 1 << 19
 STEPS = "last step of "  # before the name of a group: what the arena has beside its rows
 
 # Parts of a view: the first row of the arena, the one behind the last, and when the host has them.
@@ -80,10 +83,6 @@ class PackedView:
     def part(self, rows: slice) -> list[PackedRows]:
         """Return some rows of each group."""
         return [(_cut_out(words, rows), _cut_out(last_step, rows)) for words, last_step in self.rows.values()]
-
-    def tensors(self) -> list[Tensor]:
-        """Return all that is in the arena."""
-        return [tensor for rows in self.rows.values() for tensor in rows]
 
 
 @dataclass(frozen=True)
@@ -183,16 +182,14 @@ class PackedPipeline:
 
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
-        view, upcoming = fetched(self._present), self._upcoming
-        for group in self._groups.values():
-            group.begin_step()
+        view, upcoming, compute = fetched(self._present), self._upcoming, Lane.current(self._device)
+        begin_step_of(self._groups.values())
         self._applied = True
         for name, group in self._groups.items():
             leaf = view.values.get(name)
             values, gradients = None if leaf is None else leaf.detach(), gradient_or_made(leaf, made)
             rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
             self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
-            last_step.fill_(group.adam.step)
             if group.on_step is not None and values is not None:
                 group.on_step(view.ids, values)
         for values in view.values.values():
@@ -201,16 +198,17 @@ class PackedPipeline:
         self._rows_given += len(view.ids)
         self._lacking = None
         if upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
-            self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found)
-            self._write(view, upcoming.overlap.leaving)
+            self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found, compute)
+            self._write(view, upcoming.overlap.leaving, compute)
             self._lacking = upcoming.view, upcoming.overlap.moved
             if upcoming.late is not None:
                 self._read_late(upcoming.view, upcoming.late, view)
         else:
-            self._write(view, None)
+            self._write(view, None, compute)
         self._previous, self._present = view, None
-        with self._write_lane:  # behind the writing
-            self._residents.count(view.ids)
+        if self._residents.are_wanted:
+            with self._write_lane:  # behind the writing
+                self._residents.count(view.ids)
 
     def displace(self, displacement: Displacement) -> None:
         """Move means of rows of the present view, whose values on the device the update begins with."""
@@ -227,7 +225,7 @@ class PackedPipeline:
     def _settle(self) -> None:
         """Wait until the host has everything but residents, and the lanes rest."""
         if self._lacking is not None:
-            self._write(*self._lacking)
+            self._write(*self._lacking, Lane.current(self._device))
             self._rows_given += int(self._lacking[1].sum())
             self._lacking = None
         self._cull_lane.finish()  # what it found may be fetched late, elsewhere
@@ -279,7 +277,6 @@ class PackedPipeline:
                 is_stale = last_step < group.adam.step
                 values = self._values_of(name, words, last_step)
                 self._kernels.step_view_rows(values, chunk, last_step, None, packed_rows(words, name), group.adam)
-                last_step.fill_(group.adam.step)
                 self._kernels.write_packed_rows([(words, last_step)], chunk, is_stale, [_stored(group)])
             Lane.current(self._device).finish()
 
@@ -322,8 +319,8 @@ class PackedPipeline:
         """Count the rows of views that have been fetched, retained and written so far; waits for the fetching.
 
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
-        row of the view before the last one is written, but need not be fetched. Resident rows are fetched once, and
-        written whenever the host needs them.
+        row of the view before the last one is written, but need not be fetched, where a view has more than
+        `SMALLEST_CUT`. Resident rows are fetched once, and written whenever the host needs them.
         """
         self._fetch_lane.finish()
         self._write_lane.finish()
@@ -354,28 +351,33 @@ class PackedPipeline:
             if num_late is None:
                 return _Upcoming(ids, found=lane.record())
             late_rows, early = _cut(count, num_late, late_first=not present.at_end)
-            before = ids[:0] if previous is None else previous.ids
-            common, late = self._overlap(ids, present.ids, before, self._rows_retained), None
+            before = None if previous is None or count <= SMALLEST_CUT else previous  # that may hand rows on
+            before_ids = ids[:0] if before is None else before.ids
+            common, late = self._overlap(ids, present.ids, before_ids, self._rows_retained), None
             if num_late:
                 late = _left_to_host(common, late_rows)
                 self._rows_retained -= late.shared.sum()
-            if previous is not None and previous.overwritten is not None:
-                _find_on_host(common, previous.overwritten)
+            if before is not None and before.overwritten is not None:
+                _find_on_host(common, before.overwritten)
             # Rows of the view before the present one, which often are none, and where they are there.
-            kept = ids[:0] if previous is None else common.nearby.nonzero().squeeze(1)
+            kept = ids[:0] if before is None else common.nearby.nonzero().squeeze(1)
             places = common.places[kept] if kept.shape[0] else kept
             found = lane.record()
         view = self._new_view(ids, at_end=not present.at_end)
         with self._fetch_lane as lane:
             lane.wait(found)
-            self._rows_kept += kept.shape[0]
-            aside = self._copied(previous, places) if previous is not None and kept.shape[0] else None
-            found = lane.record()
-            self._read_behind_writing(view, common.on_host, early, self._writing[view.at_end])
-            if aside is not None:
-                self._kernels.write_packed_rows(aside, kept, None, list(view.rows.values()))
+            if before is None:
+                lane.wait(None if previous is None else previous.written)
+                self._read(view, common.on_host, early)
+            else:
+                self._rows_kept += kept.shape[0]
+                aside = self._copied(before, places) if kept.shape[0] else None
+                found = lane.record()
+                self._read_behind_writing(view, common.on_host, early, self._writing[view.at_end])
+                if aside is not None:
+                    self._kernels.write_packed_rows(aside, kept, None, list(view.rows.values()))
             view.fetched = lane.record()
-            lane.uses(ids, common.moved, common.on_host, kept, places, *view.tensors())
+            lane.uses(ids, common.on_host, kept, places)
         return _Upcoming(ids, view, common, late, found)
 
     def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
@@ -388,6 +390,8 @@ class PackedPipeline:
         self._previous = None
         if self._arena.make_space_for(len(ids)):
             self.staging_allocations += 1
+            for lane in (self._fetch_lane, self._write_lane):
+                lane.uses(*self._arena.tensors())
             self._writing = {False: [], True: []}
         view = self._new_view(ids, at_end=False)
         self._read(view, None)
@@ -452,11 +456,11 @@ class PackedPipeline:
             lane.wait(present.written)
             self._read(view, late.shared, late.rows)
             view.fetched = lane.record()
-            lane.uses(view.ids, late.shared, *view.tensors())
+            lane.uses(view.ids, late.shared)
         num_late = late.rows.stop - late.rows.start
         present.overwritten, _ = _cut(present.ids.shape[0], num_late, late_first=present.at_end)
 
-    def _write(self, view: PackedView, wanted: Tensor | None) -> None:
+    def _write(self, view: PackedView, wanted: Tensor | None, compute: Lane) -> None:
         """Write rows part by part, as they will be when what the current lane has been given is done."""
         parts: Written = []
         self._residents.changed()
@@ -464,7 +468,7 @@ class PackedPipeline:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(view.ids))
             stored = self._stored()
-            updated = Lane.current(self._device).record()
+            updated = compute.record()
             with self._write_lane as lane:
                 lane.wait(updated)
                 for rows in _parts_of(slice(0, view.ids.shape[0])):
@@ -472,13 +476,19 @@ class PackedPipeline:
                     packed = view.part(rows)
                     self._kernels.write_packed_rows(packed, ids, those, stored, self._residents.rows)
                     parts.append((view.first_row + rows.start, view.first_row + rows.stop, lane.record()))
-                lane.uses(view.ids, *view.tensors(), *(() if wanted is None else (wanted,)))
-                view.written = lane.record()
+                lane.uses(view.ids, *(() if wanted is None else (wanted,)))
+                view.written = parts[-1][2] if parts else lane.record()
         self._writing[view.at_end] = parts
 
-    def _hand_on(self, view: PackedView, upcoming: PackedView, common: Overlap, found: torch.cuda.Event | None) -> None:
+    def _hand_on(
+        self,
+        view: PackedView,
+        upcoming: PackedView,
+        common: Overlap,
+        found: torch.cuda.Event | None,
+        compute: Lane,
+    ) -> None:
         """Move rows that both views have from the present one to the next, whose others may still come meanwhile."""
-        compute = Lane.current(self._device)
         compute.wait(found, None if self._previous is None else self._previous.written)  # which was there before
         source, target = list(view.rows.values()), list(upcoming.rows.values())
         self._kernels.read_packed_rows(source, common.sources, common.moved, target)

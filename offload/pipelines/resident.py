@@ -23,7 +23,7 @@ from offload.adam.stored_harmonics import StoredRows
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
 from offload.pipelines.device_rows import DeviceRows
-from offload.pipelines.groups import RowGroup, gradient_or_made
+from offload.pipelines.groups import RowGroup, begin_step_of, gradient_or_made
 from offload.pipelines.lanes import Lane
 
 
@@ -101,8 +101,7 @@ class ResidentPipeline:
         """Take Adam's step on the gradients of the view that `fetch` gave, in the stores."""
         view = fetched(self._present)
         gradients = {name: gradient_or_made(view.values.get(name), made) for name in self._groups}
-        for group in self._groups.values():
-            group.begin_step()
+        begin_step_of(self._groups.values())
         self._applied = True
         for name, rows in self._rows.items():
             values = view.values.get(name)

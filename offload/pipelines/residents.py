@@ -58,10 +58,13 @@ class Residents:
         """Tell whether residents are to be chosen anew."""
         return self._counted >= self._until_choice
 
+    @property
+    def are_wanted(self) -> bool:
+        """Tell whether there may be residents, for which `count` is to be told what views show."""
+        return self._share > 0
+
     def count(self, ids: Tensor) -> None:
         """Count that a view has shown Gaussians [V]."""
-        if self._share == 0:
-            return
         if self._shown is None:
             self._shown = torch.zeros(self._num_gaussians, dtype=torch.uint8, device=self._device)
         self._shown[ids] = self._shown[ids].clamp_(max=MOST_SHOWN - 1) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -176,6 +177,37 @@ class RowState:
         return RowState(parameters, tuple(moments))
 
 
+class PackedState(RowState):
+    """Holds the rows of a group in a compact store, whose parameters and moments lie side by side.
+
+    Its attributes are views of the words, made when they are asked for: a kernel takes `integers` alone.
+    """
+
+    def __init__(self, words: torch.Tensor, has_codes: bool) -> None:
+        """
+        Args:
+            words: int32 [N, words], contiguous.
+            has_codes: Whether moments are codes, and parameters float16; or pairs, and float32.
+        """
+        self.__dict__.update(words=words, has_codes=has_codes)
+
+    words: torch.Tensor
+    has_codes: bool
+
+    @cached_property
+    def integers(self) -> torch.Tensor:
+        """Return the rows [N, 2 * columns] as integers: int16 where there are codes, or int32."""
+        return self.words.view(torch.int16) if self.has_codes else self.words
+
+    @cached_property
+    def parameters(self) -> torch.Tensor:
+        return self.words.view(torch.float16 if self.has_codes else torch.float32)[:, : self.integers.shape[1] // 2]
+
+    @cached_property
+    def moments(self) -> tuple[torch.Tensor, ...]:
+        return (self.integers[:, self.integers.shape[1] // 2 :],)
+
+
 @dataclass(frozen=True)
 class ResidentRows:
     """Rows of compact stores that lie on the device, and are read and written there in place of the stores."""
@@ -196,7 +228,7 @@ def packed_words(group: str, sh_degree: int) -> int:
     return num_columns(group, sh_degree, "compact") * (2 if group == "geometry" else 1)
 
 
-def packed_rows(words: Tensor, group: str) -> RowState:
+def packed_rows(words: Tensor, group: str) -> PackedState:
     """Return the rows of a group in a compact store, whose parameters and moments lie side by side.
 
         geometry    128 bytes: 16 columns of float32, and as many pairs of moments in bfloat16
@@ -209,8 +241,4 @@ def packed_rows(words: Tensor, group: str) -> RowState:
     Returns:
         Views of the words.
     """
-    if group == "geometry":
-        half = words.shape[1] // 2
-        return RowState(words.view(torch.float32)[:, :half], (words[:, half:],))
-    columns = words.shape[1]
-    return RowState(words.view(torch.float16)[:, :columns], (words.view(torch.int16)[:, columns:],))
+    return PackedState(words, has_codes=group != "geometry")
