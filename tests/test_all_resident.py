@@ -12,6 +12,7 @@ import torch
 
 import simple_trainer_hybrid_streamed
 from configs import Config
+from offload.culling.cameras import Cameras
 from offload.device_memory import stretch_peak
 from offload.errors import ParameterError
 from offload.models import device_room, streamed
@@ -51,16 +52,16 @@ def stores_of(gaussians: StreamedGaussians) -> list[object]:
     return [group.store for group in gaussians._groups.values()]
 
 
-def cameras_at(step: int, device: torch.device):
-    viewmat = torch.eye(4, device=device)
-    viewmat[:3, 3] = torch.tensor([0.4 * (step % 5) - 1, 0.3 * (step % 3), 4.0 + step % 2], device=device)
-    K = torch.tensor([[60.0, 0, 32], [0, 60, 24], [0, 0, 1]], device=device)
+def cameras_at(step: int) -> Cameras:
+    viewmat = torch.eye(4)
+    viewmat[:3, 3] = torch.tensor([0.4 * (step % 5) - 1, 0.3 * (step % 3), 4.0 + step % 2])
+    K = torch.tensor([[60.0, 0, 32], [0, 60, 24], [0, 0, 1]])
     return posed_cameras(viewmat[None], K[None], 64, 48, Config())
 
 
 def train(gaussians: StreamedGaussians, first: int, last: int, device: torch.device = CPU) -> None:
     """Take steps with random gradients, each next view known ahead."""
-    views = {step: cameras_at(step, device) for step in range(first, last)}
+    views = {step: cameras_at(step) for step in range(first, last)}
     for step in range(first, last):
         rows = gaussians.fetch(views[step])
         if step + 1 < last:
