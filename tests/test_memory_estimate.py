@@ -199,6 +199,16 @@ def test_a_target_that_cannot_be_is_refused(monkeypatch, city_block, tmp_path, c
     assert_one_sentence(capsys.readouterr().err, [sentence])
 
 
+def test_a_bound_above_memory_is_refused_and_nothing_else_is_told(monkeypatch, city_block, tmp_path, capsys):
+    """Neither how far mcmc would come in so few steps, nor how to come farther."""
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 20 * 1000**2)
+    options = ("--strategy", "mcmc", "--max_gaussians", 10**6, "--max_steps", 600)
+    assert run(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 2
+    told = capsys.readouterr()
+    assert_one_sentence(told.err, ["--max_gaussians 1,000,000 would take about", "set it to at most"])
+    assert "growth will end" not in told.out + told.err
+
+
 def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(monkeypatch, city_block, tmp_path, capsys):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: 20 * 1000**2)
     script = simple_trainer_hybrid_optimized

@@ -111,7 +111,7 @@ def test_nothing_is_loaded_before_options_are_looked_at(monkeypatch, tmp_path, c
         ),
         (
             ["--target_gaussians", 900, "--max_gaussians", 800],
-            "--target_gaussians 900 and --max_gaussians 800, which is the scene's own where you gave none, both say "
+            "--target_gaussians 900 and --max_gaussians 800, given or the scene's own, both say "
             "where growth ends: give --max_gaussians 0 too, or no target.",
         ),
         (["--ckpt", "a.pt", "--resume"], "--ckpt evaluates a checkpoint and --resume trains on"),

@@ -178,8 +178,8 @@ def check_options(cfg: Config) -> None:
         )
     if cfg.target_gaussians > 0 and cfg.max_gaussians > 0:
         raise InputError(
-            f"--target_gaussians {cfg.target_gaussians:,} and --max_gaussians {cfg.max_gaussians:,}, which is the "
-            "scene's own where you gave none, both say where growth ends: give --max_gaussians 0 too, or no target."
+            f"--target_gaussians {cfg.target_gaussians:,} and --max_gaussians {cfg.max_gaussians:,}, given or the "
+            "scene's own, both say where growth ends: give --max_gaussians 0 too, or no target."
         )
     default = Config()
     for name, belongs_to, is_used in (

@@ -238,8 +238,10 @@ class TrainingRun(Generic[AnyConfig]):
             NotEnoughMemory: It does not fit, with the option to change.
         """
         if self._evaluated is None:
-            self._check_growth()
+            warning = self._check_growth()
             self._check_memory()
+            if warning is not None:  # not where memory refuses the bound
+                print(warning)
             if self.saving.resumed is not None:
                 state = self.saving.own_state(self.saving.resumed)
                 return {name: stored_values(state, name) for name in PARAMETER_NAMES}
@@ -276,8 +278,8 @@ class TrainingRun(Generic[AnyConfig]):
         """Return the strategy that the options choose, as it is before the first step."""
         return strategy_of(self.cfg, self.scene_scale, self.ranks)
 
-    def _check_growth(self) -> None:
-        """Refuse a target that a run cannot come to; where it is resumed, or has mcmc's bound, tell where growth ends.
+    def _check_growth(self) -> str | None:
+        """Refuse a target that a run cannot come to; return where growth ends below that of a resumed run, or a bound.
 
         A resumed run may have reached what its target allows, and a bound is no promise: neither is refused.
         """
@@ -297,14 +299,14 @@ class TrainingRun(Generic[AnyConfig]):
             wanted = math.ceil((1 - TARGET_TOLERANCE) * target)
         lack = shortfall(cfg, steps_done, begun, wanted) if steps_done < cfg.max_steps else None
         if lack is None:
-            return
+            return None
         if option == "target_gaussians" and resumed is None:
             leads = f", which leads to {lack.reached:,}" if lack.reached > begun else ""
             raise InputError(
                 f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: "
                 f"{lack.cause}{leads}; {lack.remedy}."
             )
-        print(
+        return (
             f"Warning: growth will end below --{option} {getattr(cfg, option):,}, with "
             f"{counted(lack.reached, 'Gaussian')}: {lack.cause}; {lack.remedy}."
         )
