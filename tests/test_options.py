@@ -18,6 +18,7 @@ import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from configs import Config
 from errors import InputError
+from trainers import TRAINERS
 from training import command_line, run
 from training.command_line import groups_of, parse
 from training.commands import arguments_of
@@ -27,6 +28,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("simple_trainer*.py"))]
 LISTS = {list[int], list[int] | None}
 NUMBERS = {int, float, float | None, *LISTS}
+
+
+OTHERS = ("optimized", "optimized_split", "streamed")
 
 
 def train(monkeypatch, script, *arguments: object) -> int:
@@ -172,6 +176,18 @@ def test_help_says_how_a_target_and_a_bound_go_together(monkeypatch, capsys):
     with pytest.raises(InputError, match=r"--max_gaussians 40,000, .*: give --max_gaussians 0 too, or no target\.$"):
         check_options(cfg)
     check_options(replace(cfg, max_gaussians=0))
+
+
+@pytest.mark.parametrize("words", [["--state=compact"], ["--state", "compact"]])
+def test_an_option_of_other_scripts_is_told_as_such(monkeypatch, capsys, words):
+    baseline = TRAINERS["baseline"].load()
+    assert train(monkeypatch, baseline, "default", *words) == 2
+    scripts = ", ".join(f"simple_trainer{kind}.py" for kind in ("", *(f"_hybrid_{each}" for each in OTHERS)))
+    assert capsys.readouterr().err == (
+        f"Error: --state is an option of {scripts}, and not of this script: leave it out.\n"
+    )
+    assert train(monkeypatch, baseline, "default", "--stat", "compact") == 2  # of no script
+    assert "Unrecognized" in capsys.readouterr().err
 
 
 def test_every_option_is_in_one_group():

@@ -25,7 +25,7 @@ from configs import (
 from distributed.mesh import is_first_of_machine, is_one_of_several, leave, let_first_tell
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
-from trainers import trainer_of
+from trainers import TRAINERS, trainer_of
 from training.ending import (
     FINISHED,
     INTERRUPTED,
@@ -140,11 +140,12 @@ def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: s
     """Return the scene and its options, from `SCENE [--option value ...]`; exit where an option cannot be read.
 
     Raises:
-        InputError: The scene is unknown.
+        InputError: The scene is unknown, or an option is one of other scripts.
     """
     if arguments and not arguments[0].startswith("-") and arguments[0] not in configs:
         raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
     (config_type,) = {type(config) for config in configs.values()}
+    _refuse_options_of_others(config_type, arguments)
     grouped_type = _grouped_type(config_type)
     grouped = tyro.extras.overridable_config_cli(
         {name: (f"Options of scene {name}.", _grouped(config, grouped_type)) for name, config in configs.items()},
@@ -153,6 +154,23 @@ def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: s
     )
     options = {name: value for group in vars(grouped).values() for name, value in vars(group).items()}
     return arguments[0], config_type(**options)
+
+
+def _refuse_options_of_others(config_type: type[Config], arguments: list[str]) -> None:
+    """Say of an option that this script lacks which ones have it; what none has is left to whoever reads the options.
+
+    Raises:
+        InputError: There is one.
+    """
+    own = {item.name for item in fields(config_type)}
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not argument.startswith("--") or name in own:
+            continue
+        scripts = {each.path.name: each.load().CONFIGS["default"] for each in TRAINERS.values()}
+        having = sorted(script for script, config in scripts.items() if name in {item.name for item in fields(config)})
+        if having:
+            raise InputError(f"--{name} is an option of {', '.join(having)}, and not of this script: leave it out.")
 
 
 def groups_of(config: type[Config]) -> dict[str, type]:
