@@ -163,9 +163,9 @@ def _refuse_options_of_others(config_type: type[Config], arguments: list[str]) -
         InputError: There is one.
     """
     own = {item.name for item in fields(config_type)}
-    for argument in arguments:
-        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
-        if not argument.startswith("--") or name in own:
+    given = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    for name in given:
+        if name == "help" or name.removeprefix("no_") in own:  # where no other script need be loaded
             continue
         scripts = {each.path.name: each.load().CONFIGS["default"] for each in TRAINERS.values()}
         having = sorted(script for script, config in scripts.items() if name in {item.name for item in fields(config)})
