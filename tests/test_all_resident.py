@@ -22,13 +22,13 @@ from offload.pipelines.arena import CAUTION, USABLE
 from offload.pipelines.packed import PackedPipeline
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import PEAK, HostStore
+from offload.store.layout import compact_bytes
 from strategies.ops import grow, lacking_memory
 from tests.interrupted_runs import DENSIFYING, STEPS, assert_same_state, run_script, saved
 from tests.test_one_algorithm import random_gradients
 from tests.test_packed_pipeline import ADAM, start
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
-from training.memory_estimate import resident_row_bytes
 from training.reporting import Counted
 from training.views import posed_cameras
 
@@ -255,7 +255,7 @@ def test_a_run_of_rows_that_move_ends_in_the_bits_of_one_that_travels(monkeypatc
     options = ("--state", "compact", "--geometry", place, *DENSIFYING)
     run = (monkeypatch, simple_trainer_hybrid_streamed, city_block)
     assert run_script(*run, tmp_path / "travels", *options) == 0
-    let_stay(monkeypatch, 2 * 600 * (resident_row_bytes(3) + 20))
+    let_stay(monkeypatch, 2 * 600 * (compact_bytes(3) + 20))
     stays = ("--resident_share", 1, "--save_steps", 14, STEPS, "--eval_steps", 17)
     capsys.readouterr()
     assert run_script(*run, tmp_path / "stays", *options, *stays) == 0

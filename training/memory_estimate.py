@@ -37,12 +37,20 @@ from errors import NotEnoughMemory, counted, format_bytes
 from offload.adam.harmonics import MADE_COLUMNS
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
-from offload.models.device_room import DeviceRoom
+from offload.models.device_room import DeviceRoom, bytes_there
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
 from offload.pipelines.residents import BYTES as RESIDENT_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
-from offload.store.layout import GROUP_NAMES, LAST_STEP_BYTES, Moments, StateFormat, num_columns, row_bytes
+from offload.store.layout import (
+    GROUP_NAMES,
+    LAST_STEP_BYTES,
+    Moments,
+    StateFormat,
+    compact_bytes,
+    num_columns,
+    row_bytes,
+)
 from training.memory import available_bytes
 
 RENDERING_BYTES = 200  # of a Gaussian in view
@@ -121,7 +129,7 @@ def gpu_only(
     """
     parameters = parameter_bytes(sh_degree)
     if state == "compact":
-        rows = Balls.BYTES + sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
+        rows = Balls.BYTES + compact_bytes(sh_degree)
         return Footprint(
             host_at_start=parameters,  # as read
             device_at_start=rows,
@@ -245,7 +253,7 @@ def streamed(
     """
     on_device = geometry == "device"
     if state == "compact":
-        store = sum(row_bytes(group, sh_degree, state=state) for group in GROUP_NAMES)
+        store = compact_bytes(sh_degree)
         bounds = Balls.BYTES if on_device else math.ceil(Boxes.BYTES)
         return Footprint(
             host_at_start=store + parameter_bytes(sh_degree),
@@ -276,9 +284,7 @@ def with_residents(footprint: Footprint, sh_degree: int, share: float) -> Footpr
     """
     if share in (0, 1):
         return footprint
-    return replace(
-        footprint, device=footprint.device + math.ceil(share * resident_row_bytes(sh_degree)) + RESIDENT_BYTES
-    )
+    return replace(footprint, device=footprint.device + math.ceil(share * compact_bytes(sh_degree)) + RESIDENT_BYTES)
 
 
 def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -> str | None:
@@ -295,13 +301,12 @@ def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -
         return None
     if device.type != "cuda":
         return "Without a GPU --resident_share saves nothing: all rows are in this machine's memory." if share else None
-    row = resident_row_bytes(cfg.sh_degree)
-    bounds = Boxes.BYTES if cfg.geometry == "host" else Balls.BYTES
-    has_room = DeviceRoom(device).holds_at_start(int(num_gaussians * (row + bounds)))
+    needed = bytes_there(num_gaussians, sh_degree=cfg.sh_degree, geometry=cfg.geometry)
+    has_room = DeviceRoom(device).holds_at_start(needed)
     if share == 1 and has_room:
         return (
-            f"While the GPU has room for {whose} Gaussians they stay there ({row} bytes each, beside what is said "
-            "above), and take no host memory."
+            f"While the GPU has room for {whose} Gaussians they stay there ({compact_bytes(cfg.sh_degree)} bytes each, "
+            "beside what is said above), and take no host memory."
         )
     if share > 0:
         return (
@@ -314,11 +319,6 @@ def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -
         f"The GPU has room for {whose} Gaussians that training starts with: with --resident_share 1 they stay there "
         "while it has, and steps are faster."
     )
-
-
-def resident_row_bytes(sh_degree: int) -> int:
-    """Return the bytes of a Gaussian's compact rows: 328 at SH degree 3."""
-    return sum(row_bytes(group, sh_degree, state="compact") for group in GROUP_NAMES)
 
 
 def parameter_bytes(sh_degree: int) -> int:

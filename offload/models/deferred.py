@@ -11,10 +11,13 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
 from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
+from offload.models.contract import GeometryPlace
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.offloaded import OffloadedGaussians, Parts, row_groups
+from offload.pipelines.groups import RowGroup
 from offload.pipelines.resident import ResidentPipeline
+from offload.store.contract import RowStore
 from offload.store.device_store import DeviceStore
 from offload.store.layout import StateFormat
 
@@ -65,12 +68,17 @@ def compact_parts(
         DeviceStore(parameters, group, state="compact", device=device) for group in ("geometry", "appearance")
     )
     place = CulledGeometry(geometry, adam, bounds, device=device)
-    groups = row_groups(place, appearance, adam, lambda columns: DeferralTables(columns, adam.betas, adam.eps, device))
+    groups = _groups(place, appearance, adam, device)
     return place, groups, ResidentPipeline(groups, place.visible_ids, device, place.whole)
 
 
 def _float32_parts(parameters: Mapping[str, Tensor], adam: AdamOptions, device: torch.device) -> Parts:
     place = DeviceGeometry(parameters, adam, device=device)
-    appearance = DeviceStore(parameters, "appearance", device=device)
-    groups = row_groups(place, appearance, adam, lambda columns: DeferralTables(columns, adam.betas, adam.eps, device))
+    groups = _groups(place, DeviceStore(parameters, "appearance", device=device), adam, device)
     return place, groups, ResidentPipeline(groups, place.visible_ids, device)
+
+
+def _groups(
+    place: GeometryPlace, appearance: RowStore, adam: AdamOptions, device: torch.device
+) -> dict[str, RowGroup[DeferralTables]]:
+    return row_groups(place, appearance, adam, lambda columns: DeferralTables(columns, adam.betas, adam.eps, device))

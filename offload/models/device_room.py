@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from offload.culling.balls import Balls
+from offload.culling.boxes import Boxes
 from offload.device_memory import begin_stretch, most_bytes, stretch_peak
 from offload.pipelines.arena import CAUTION, USABLE
+from offload.store.layout import compact_bytes
 
 AT_START = 0.5  # of the memory, for rows, where nothing is known yet of what rendering takes
+
+
+def bytes_there(num_gaussians: int, *, sh_degree: int, geometry: Literal["device", "host"]) -> int:
+    """Count the bytes that compact rows of so many Gaussians take on a device, with what it culls them by.
+
+    Args:
+        num_gaussians: How many.
+        sh_degree: Degree of the spherical harmonics.
+        geometry: Where it is once rows travel, which says what they are culled by.
+    """
+    bounds = Boxes.BYTES if geometry == "host" else Balls.BYTES
+    return int(num_gaussians * (compact_bytes(sh_degree) + bounds))
 
 
 class DeviceRoom:

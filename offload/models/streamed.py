@@ -15,7 +15,7 @@ from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.contract import GeometryPlace
 from offload.models.deferred import compact_parts
-from offload.models.device_room import DeviceRoom
+from offload.models.device_room import DeviceRoom, bytes_there
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.offloaded import OffloadedGaussians, Parts, Place, geometry_in, groups_beside
 from offload.pipelines.contract import Pipeline
@@ -23,7 +23,7 @@ from offload.pipelines.packed import PackedPipeline
 from offload.pipelines.streamed import StreamedPipeline
 from offload.pipelines.streamed_host import StreamedHostPipeline
 from offload.store.host_store import PEAK, HostStore
-from offload.store.layout import GROUP_NAMES, Moments, StateFormat, group_shapes, row_bytes
+from offload.store.layout import GROUP_NAMES, Moments, StateFormat, compact_bytes, group_shapes, row_bytes
 
 
 class StreamedGaussians(OffloadedGaussians):
@@ -76,12 +76,13 @@ class StreamedGaussians(OffloadedGaussians):
             resident_share=resident_share,
         )
         self._sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
-        bounds = _bounds(geometry, device)
-        self._bounds_bytes = bounds.BYTES  # of a Gaussian
-        self._row_bytes = sum(row_bytes(group, self._sh_degree, state="compact") for group in GROUP_NAMES)
-        wanted = int(len(parameters["means"]) * (self._row_bytes + self._bounds_bytes))
+        self._bytes_there = partial(bytes_there, sh_degree=self._sh_degree, geometry=geometry)
+        wanted = self._bytes_there(len(parameters["means"]))
         self._all_stay = state == "compact" and resident_share == 1 and self._room.holds_at_start(wanted)
-        parts = compact_parts(parameters, adam, bounds, device) if self._all_stay else self._on_host(parameters)
+        if self._all_stay:
+            parts = compact_parts(parameters, adam, _bounds(geometry, device), device)
+        else:
+            parts = self._on_host(parameters)
         super().__init__(*parts, device)
 
     def append_copies(self, ids: Tensor) -> None:
@@ -103,21 +104,20 @@ class StreamedGaussians(OffloadedGaussians):
             return super().growth_bytes(num_new)
         if self._has_room(num_new):
             return {self._rendering_device: sum(self._growth(num_new))}
-        return {torch.device("cpu"): int(PEAK * (self.num_gaussians + num_new) * self._row_bytes)}
+        return {torch.device("cpu"): int(PEAK * (self.num_gaussians + num_new) * compact_bytes(self._sh_degree))}
 
     def _growth(self, num_new: int) -> tuple[int, int]:
         """Return the bytes that so many rows more take on the device, and those that stand twice meanwhile."""
         of_groups = (row_bytes(group, self._sh_degree, state="compact") for group in GROUP_NAMES)
         twice = (self.num_gaussians + num_new) * max(of_groups)  # one group after the other
-        return int(num_new * (self._row_bytes + self._bounds_bytes)), twice
+        return self._bytes_there(num_new), twice
 
     def _has_room(self, num_new: int) -> bool:
         """Tell whether so many more Gaussians may be where all are now."""
         if not self._all_stay:
             return True
         count = self.num_gaussians
-        taken = int(count * (self._row_bytes + self._bounds_bytes))
-        return self._room.holds(taken, *self._growth(num_new), 1 + num_new / max(count, 1))
+        return self._room.holds(self._bytes_there(count), *self._growth(num_new), 1 + num_new / max(count, 1))
 
     def _make_room(self, num_new: int) -> None:
         """Take all rows to the host, where the device has no room for so many more."""

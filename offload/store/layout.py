@@ -73,6 +73,11 @@ def row_bytes(
     return num_columns(group, sh_degree, pad_to_cache_line=pad_to_cache_line) * value_bytes + LAST_STEP_BYTES
 
 
+def compact_bytes(sh_degree: int) -> int:
+    """Count the bytes of a Gaussian's rows of both groups in a compact state: 328 at SH degree 3."""
+    return sum(row_bytes(group, sh_degree, state="compact") for group in GROUP_NAMES)
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """Which columns of a group's rows hold which parameter."""
