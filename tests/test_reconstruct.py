@@ -413,9 +413,17 @@ def child_at_work(pid: int) -> int:
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"  # which init has not buried yet
+
+
+def ends(pid: int) -> bool:
+    """Wait for a process to end: the system closes its files, which others see, before it is gone."""
+    deadline = time.monotonic() + 60
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not is_running(pid)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -444,7 +452,7 @@ if __name__ == "__main__":
     _, errors = process.communicate()  # which ends when the child, too, has closed it
     assert process.returncode != 0
     assert errors.strip().rpartition("\n")[2] == last_line
-    assert not is_running(child)
+    assert ends(child)
 
 
 @pytest.mark.slow
