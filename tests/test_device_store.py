@@ -7,6 +7,7 @@ import torch
 
 from offload.store import device_store
 from offload.store.device_store import DeviceStore
+from offload.store.growth import Growth
 from offload.store.layout import GROUP_NAMES, row_bytes
 from tests.test_host_store import NAMES, PlainModel, assert_same, named_arrays, random_ids, random_parameters
 
@@ -106,7 +107,7 @@ def test_bytes_of_a_gaussian():
     held = sum(tensor.nbytes for tensor in (*store.rows.tensors(), store.last_step))
     assert held == 50 * row_bytes("appearance", 3) == 50 * 580
     assert "576" in device_store.DeviceStore.__doc__
-    assert store.growth_bytes(10) == {CPU: 10 * 580 + 50 * 192}
+    assert store.growth(10) == {CPU: Growth(10 * 580, 50 * 192)}
 
 
 @pytest.mark.cuda

@@ -11,6 +11,7 @@ from offload.backends import kernels_for
 from offload.culling.bounds import balls_of
 from offload.culling.cameras import Cameras, Margin
 from offload.store.contract import RowStore
+from offload.store.growth import Growth
 
 
 class Balls:
@@ -53,6 +54,10 @@ class Balls:
         """Return ids: each has a ball."""
         return ids
 
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes of memory that so many Gaussians more take: all stand twice while they are made anew."""
+        return {self._balls.device: Growth(self.BYTES * num_new, self._balls.nbytes)}
+
 
 class BallsOfStore:
     """Culls by the balls around rows of a store on the device, which are made of these when they are asked for."""
@@ -80,3 +85,7 @@ class BallsOfStore:
     def whole(self, ids: Tensor) -> Tensor:
         """Return ids: each has a ball."""
         return ids
+
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Return nothing: the store has the rows."""
+        return {}

@@ -8,6 +8,7 @@ never grows too large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from offload.backends import kernels_for
 from offload.culling.bounds import BLOCK_ROWS, boxes_of
 from offload.culling.cameras import Cameras, Margin
+from offload.store.growth import Growth
 
 
 class Boxes:
@@ -62,6 +64,10 @@ class Boxes:
     def whole(self, ids: Tensor) -> Tensor:
         """Return the ids of all rows of the blocks that rows [V] are of, sorted."""
         return self._rows_of((ids // BLOCK_ROWS).unique())
+
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes of memory that so many Gaussians more take: all stand twice while they are made anew."""
+        return {self._boxes.device: Growth(math.ceil(self.BYTES * num_new), self._boxes.nbytes)}
 
     def _rows_of(self, blocks: Tensor) -> Tensor:
         """Return the ids of the rows of blocks, sorted as these are."""

@@ -19,7 +19,8 @@ from offload.pipelines.contract import MEANS, Counters, Displacement
 from offload.pipelines.times import OffloadTimes
 from offload.pipelines.transfer import RowTransfer
 from offload.store.contract import RowStore
-from offload.store.host_store import HostStore, total_growth
+from offload.store.growth import peaks, total_growth
+from offload.store.host_store import HostStore
 from offload.store.layout import GROUP_NAMES
 from offload.store.memory import HostArray
 
@@ -241,7 +242,7 @@ class BaselineGaussians:
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Count the bytes of memory that appending this many Gaussians takes at its peak."""
         gradients = sum(4 * adam.columns for adam in self._adams.values())
-        stores = total_growth([*self.stores.values()], num_new)
+        stores = peaks(total_growth(self.stores.values(), num_new))
         return {**stores, self.device: stores[self.device] + num_new * gradients}
 
     # --------------------------------------------------------------------------------------------------- inside

@@ -39,6 +39,7 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.pipelines.contract import Counters
 from offload.store.contract import RowStore
+from offload.store.growth import Growth
 from offload.store.layout import GROUP_NAMES, group_shapes
 
 Phase = Literal[
@@ -389,7 +390,7 @@ class GeometryPlace(Protocol):
 
     def clamp_opacities(self, max_logit: float) -> None: ...
 
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]: ...
+    def growth(self, num_new: int) -> dict[torch.device, Growth]: ...
 
     def state(self) -> dict[str, Tensor]:
         """Return all that training goes on from and that no store has, as `offload.adam.state` names it."""

@@ -10,6 +10,7 @@ from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.device_memory import begin_stretch, most_bytes, stretch_peak
 from offload.pipelines.arena import CAUTION, USABLE
+from offload.store.growth import Growth
 from offload.store.layout import compact_bytes
 
 AT_START = 0.5  # of the memory, for rows, where nothing is known yet of what rendering takes
@@ -41,22 +42,22 @@ class DeviceRoom:
         """Tell whether rows that take so much may be put there before anything has been rendered."""
         return num_bytes <= AT_START * self._most()
 
-    def holds(self, taken: int, added: int, twice: int, growth: float) -> bool:
+    def holds(self, taken: int, growth: Growth, times: float) -> bool:
         """Tell whether rows may come to take more, with all that is beside them.
 
         While some are added nothing is rendered, and while something is rendered no array stands twice.
 
         Args:
             taken: Bytes that rows take now.
-            added: That those to come will take.
-            twice: That stand twice while rows are added.
-            growth: How many times as many rows there will be; rendering may take as much more.
+            growth: That those to come take.
+            times: How many times as many rows there will be; rendering may take as much more.
         """
         most = self._most()
         if most == 0:
             return False
-        beside = CAUTION * growth * (stretch_peak(self._device) - taken)
-        return added + max(torch.cuda.memory_allocated(self._device) + twice, taken + beside) <= most
+        beside = CAUTION * times * (stretch_peak(self._device) - taken)
+        now = torch.cuda.memory_allocated(self._device)
+        return growth.added + max(now + growth.meanwhile, taken + beside) <= most
 
     def forget_rows(self) -> None:
         """Measure anew what is taken there, after all rows have been given up."""

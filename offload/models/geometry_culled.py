@@ -23,6 +23,7 @@ from offload.culling.margins import margin_ahead
 from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.store.contract import RowStore
+from offload.store.growth import Growth, total_growth
 from offload.store.layout import RowState
 
 COPIED_ROWS = 1 << 20  # at once, from the store; whole blocks
@@ -156,11 +157,9 @@ class CulledGeometry:
         self._bounds_are_good = False
         self._store.clamp_opacities(max_logit)
 
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of memory that appending this many Gaussians takes at its peak."""
-        growth = dict(self._store.growth_bytes(num_new))
-        growth[self._device] = growth.get(self._device, 0) + int(self._bounds.BYTES * num_new)
-        return growth
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes of memory that appending this many Gaussians takes."""
+        return total_growth([self._store, self._bounds], num_new)
 
     def state(self) -> dict[str, Tensor]:
         """Return nothing: the store has all."""

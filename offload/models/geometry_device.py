@@ -27,6 +27,7 @@ from offload.culling.margins import margin_ahead
 from offload.culling.strays import Strays
 from offload.pipelines.contract import Displacement
 from offload.store.contract import RowStore
+from offload.store.growth import Growth
 from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
 from offload.store.layout import LAST_STEP_BYTES
@@ -155,9 +156,9 @@ class DeviceGeometry:
         arrays = {"parameters": state.parameters, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {f"{array}/{name}": value for array, values in arrays.items() for name, value in values.items()}
 
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes that appending this many Gaussians takes at its peak: one tensor stands twice."""
-        return {self.device: num_new * BYTES + self.num_gaussians * 4 * 4}
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes that appending this many Gaussians takes: one tensor stands twice meanwhile."""
+        return {self.device: Growth(num_new * BYTES, self.num_gaussians * 4 * 4)}
 
     def append_blank(self, count: int) -> None:
         """Append so many rows whose values and moments are written next."""

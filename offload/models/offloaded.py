@@ -26,7 +26,8 @@ from offload.models.named_rows import NamedRows, named_rows
 from offload.pipelines.contract import Counters, Displacement, FetchedRows, FetchesStored, Pipeline
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
-from offload.store.host_store import HostStore, total_growth
+from offload.store.growth import peaks, total_growth
+from offload.store.host_store import HostStore
 from offload.store.layout import Moments, StateFormat, group_columns
 
 CONSTANT = group_columns("geometry", sh_degree=0, state="compact")["sh0"]  # columns of a row of geometry
@@ -218,7 +219,7 @@ class OffloadedGaussians:
 
     def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
         """Count the bytes of host and device memory that appending this many Gaussians takes at its peak."""
-        return total_growth(self._places(), num_new)
+        return peaks(total_growth(self._places(), num_new))
 
     # ----------------------------------------------------------------------------------------------------- state
 

@@ -22,8 +22,9 @@ from offload.pipelines.contract import Pipeline
 from offload.pipelines.packed import PackedPipeline
 from offload.pipelines.streamed import StreamedPipeline
 from offload.pipelines.streamed_host import StreamedHostPipeline
+from offload.store.growth import total_growth
 from offload.store.host_store import PEAK, HostStore
-from offload.store.layout import GROUP_NAMES, Moments, StateFormat, compact_bytes, group_shapes, row_bytes
+from offload.store.layout import GROUP_NAMES, Moments, StateFormat, compact_bytes, group_shapes
 
 
 class StreamedGaussians(OffloadedGaussians):
@@ -100,24 +101,17 @@ class StreamedGaussians(OffloadedGaussians):
 
         Where they leave no room for all on the device, that is what all take on the host.
         """
-        if not self._all_stay:
-            return super().growth_bytes(num_new)
         if self._has_room(num_new):
-            return {self._rendering_device: sum(self._growth(num_new))}
+            return super().growth_bytes(num_new)
         return {torch.device("cpu"): int(PEAK * (self.num_gaussians + num_new) * compact_bytes(self._sh_degree))}
-
-    def _growth(self, num_new: int) -> tuple[int, int]:
-        """Return the bytes that so many rows more take on the device, and those that stand twice meanwhile."""
-        of_groups = (row_bytes(group, self._sh_degree, state="compact") for group in GROUP_NAMES)
-        twice = (self.num_gaussians + num_new) * max(of_groups)  # one group after the other
-        return self._bytes_there(num_new), twice
 
     def _has_room(self, num_new: int) -> bool:
         """Tell whether so many more Gaussians may be where all are now."""
         if not self._all_stay:
             return True
         count = self.num_gaussians
-        return self._room.holds(self._bytes_there(count), *self._growth(num_new), 1 + num_new / max(count, 1))
+        (growth,) = total_growth(self._places(), num_new).values()
+        return self._room.holds(self._bytes_there(count), growth, 1 + num_new / max(count, 1))
 
     def _make_room(self, num_new: int) -> None:
         """Take all rows to the host, where the device has no room for so many more."""

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.store.growth import Growth
 from offload.store.layout import RowLayout, RowState
 
 
@@ -93,5 +94,5 @@ class RowStore(Protocol):
     def clamp_opacities(self, max_logit: float) -> None:
         """Lower every logit opacity to at most this, and forget the moments of all opacities; of geometry only."""
 
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of memory that appending this many Gaussians takes at its peak."""
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes of memory that appending this many Gaussians takes."""

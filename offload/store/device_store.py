@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from offload.store.growth import Growth
 from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
 from offload.store.layout import RowLayout, RowState, StateFormat, packed_rows, packed_words, row_bytes, storable
@@ -114,7 +115,7 @@ class DeviceStore:
         """Append so many rows whose values and moments are written next; as `append_copies` where memory runs out."""
         with self.changing(None):
             for index, array in enumerate(self._arrays):
-                self._arrays[index] = torch.cat([array, array.new_zeros(count, array.shape[1])])
+                self._arrays[index] = _grown(array, count)
             self._last_step = torch.cat([self._last_step, self._last_step.new_full((count,), self.step)])
 
     def append_copies(self, ids: Tensor) -> None:
@@ -125,8 +126,7 @@ class DeviceStore:
         ids, num_before = ids.to(self.device), self.num_gaussians
         with self.changing(None):
             for index, array in enumerate(self._arrays):
-                grown = array.new_zeros(num_before + len(ids), array.shape[1])
-                grown[:num_before] = array
+                grown = _grown(array, len(ids))
                 if index == 0:
                     torch.index_select(array, 0, ids, out=grown[num_before:])
                 self._arrays[index] = grown
@@ -177,11 +177,18 @@ class DeviceStore:
             for moments in rows.moments:
                 moments[:, opacities].zero_()
 
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of memory that appending this many Gaussians takes at its peak: one array stands twice."""
-        return {self.device: num_new * self._row_bytes + self._arrays[0].nbytes}
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes of memory that appending this many Gaussians takes: one array stands twice meanwhile."""
+        return {self.device: Growth(num_new * self._row_bytes, self._arrays[0].nbytes)}
 
     def _forget(self, ids: Tensor) -> None:
         for moments in self.rows.moments:
             moments.index_fill_(0, ids, 0)
         self._last_step.index_fill_(0, ids, self.step)
+
+
+def _grown(array: Tensor, count: int) -> Tensor:
+    """Return a copy of an array [N, columns] with so many rows of zeros more."""
+    grown = array.new_zeros(len(array) + count, array.shape[1])
+    grown[: len(array)] = array
+    return grown

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offload.backends import native, num_threads
+from offload.store.growth import Growth
 from offload.store.layout import (
     Moments,
     RowLayout,
@@ -27,12 +27,6 @@ from offload.store.layout import (
 from offload.store.memory import HostArray
 
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
-
-
-class GrowingPlace(Protocol):
-    """Holds parameters of Gaussians."""
-
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]: ...
 
 
 class HostStore:
@@ -251,10 +245,10 @@ class HostStore:
             for moments in rows.moments:
                 moments[:, opacities].zero_()
 
-    def growth_bytes(self, num_new: int) -> dict[torch.device, int]:
-        """Count the bytes of memory that appending this many Gaussians takes at its peak, re-ordering included."""
-        peak = int(PEAK * (self.num_gaussians + num_new) * self._row_bytes)
-        return {torch.device("cpu"): peak - self.num_gaussians * self._row_bytes}
+    def growth(self, num_new: int) -> dict[torch.device, Growth]:
+        """Count the bytes of memory that appending this many Gaussians takes, re-ordering included."""
+        grown = (self.num_gaussians + num_new) * self._row_bytes
+        return {torch.device("cpu"): Growth(num_new * self._row_bytes, int(PEAK * grown) - grown)}
 
     @property
     def _arrays(self) -> list[HostArray]:
@@ -315,12 +309,3 @@ def _words(array: HostArray) -> np.ndarray:
 
 def _physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def total_growth(places: Sequence[GrowingPlace], num_new: int) -> dict[torch.device, int]:
-    """Add up the bytes of memory of each device that appending so many Gaussians takes in all these places."""
-    total: dict[torch.device, int] = {}
-    for place in places:
-        for device, needed in place.growth_bytes(num_new).items():
-            total[device] = total.get(device, 0) + needed
-    return total
