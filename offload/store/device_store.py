@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,10 +10,11 @@ from torch import Tensor
 from offload.store.growth import Growth
 from offload.store.host_store import check_relocation
 from offload.store.kept_rows import kept_rows
-from offload.store.layout import RowLayout, RowState, StateFormat, packed_rows, packed_words, row_bytes, storable
+from offload.store.layout import RowState, StateFormat, packed_rows, packed_words, row_bytes
+from offload.store.stored_rows import StoredRows
 
 
-class DeviceStore:
+class DeviceStore(StoredRows):
     """One group of the Gaussians' parameters, with Adam moments and the step of each row's last update.
 
     Bytes of device memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
@@ -36,12 +35,7 @@ class DeviceStore:
             device: Where.
             state: The form of rows.
         """
-        self.step = 0
-        self.before_change: Callable[[Tensor | None], None] | None = None
-        self.on_change: Callable[[Tensor | None], None] | None = None
-        self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
-        self.layout = RowLayout.of(group, self.sh_degree, state)
-        self._group = group
+        super().__init__(group, parameters, state)
         self._row_bytes = row_bytes(group, self.sh_degree, state=state)
         num_gaussians = len(parameters["means"])
         if state == "compact":  # whole rows
@@ -79,38 +73,6 @@ class DeviceStore:
         """Return all rows of a compact store as words, int32 [N, words]; written as `rows`."""
         return self._arrays[0]
 
-    @contextmanager
-    def changing(self, ids: Tensor | None) -> Iterator[RowState]:
-        """Change rows, as `RowStore.changing`; it waits for the device where somebody listens to `before_change`.
-
-        Args:
-            ids: int64 [M] on any device, the rows; None: all of them.
-        """
-        if (listens := self.before_change) is not None:  # which another thread takes away when all has been copied
-            listens(None if ids is None else ids.cpu())
-        yield self.rows
-        if self.on_change is not None:
-            self.on_change(ids)
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Return the stored parameters by name: views of the rows."""
-        return self.layout.named(self.rows.parameters)
-
-    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
-        """Return the stored values [N, ...] of one parameter, a view of the rows; or copies of those of rows [M]."""
-        stored = self.snapshot()[name]
-        return stored if ids is None else stored[ids.to(self.device)]
-
-    def arrays_by_name(self) -> dict[str, Tensor]:
-        """Return views of what is stored, under the names of `offload.adam.state`."""
-        if self.layout.state == "compact":
-            return {f"packed/{self._group}": self._arrays[0]}
-        return {
-            f"{array}/{name}": view
-            for array, values in zip(("parameters", "exp_avg", "exp_avg_sq"), self._arrays, strict=True)
-            for name, view in self.layout.named(values).items()
-        }
-
     def append_blank(self, count: int) -> None:
         """Append so many rows whose values and moments are written next; as `append_copies` where memory runs out."""
         with self.changing(None):
@@ -123,7 +85,7 @@ class DeviceStore:
 
         Where memory runs out, some arrays may have the new rows and others not, until `truncate` is called.
         """
-        ids, num_before = ids.to(self.device), self.num_gaussians
+        ids, num_before = self._ids_here(ids), self.num_gaussians
         with self.changing(None):
             for index, array in enumerate(self._arrays):
                 grown = _grown(array, len(ids))
@@ -140,51 +102,28 @@ class DeviceStore:
             self._arrays = [array[:num_gaussians] for array in self._arrays]
             self._last_step = self._last_step[:num_gaussians]
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
-        """Give these rows [M] new values; all their moments become zero, named or not, unless they are left.
-
-        Names of parameters that the store does not hold are passed over.
-        """
-        ids = ids.to(self.device)
-        with self.changing(ids):
-            for name, stored in self.snapshot().items():
-                if name in values:
-                    stored[ids] = storable(values[name], stored)
-            if not leaves_moments:
-                self._forget(ids)
-
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
         check_relocation(source_ids, target_ids)
-        source_ids, target_ids = source_ids.to(self.device), target_ids.to(self.device)
+        source_ids, target_ids = self._ids_here(source_ids), self._ids_here(target_ids)
         with self.changing(target_ids) as rows:
             rows.parameters[target_ids] = rows.parameters[source_ids]
             self._forget(target_ids)
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
-        ids = ids.to(self.device)
+        ids = self._ids_here(ids)
         with self.changing(None):
             for index in range(len(self._arrays)):
                 self._arrays[index] = kept_rows(self._arrays[index], ids)
             self._last_step = kept_rows(self._last_step, ids)
 
-    def clamp_opacities(self, max_logit: float) -> None:
-        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
-        opacities = self.layout.columns["opacities"]
-        with self.changing(None) as rows:
-            rows.parameters[:, opacities].clamp_(max=max_logit)
-            for moments in rows.moments:
-                moments[:, opacities].zero_()
-
     def growth(self, num_new: int) -> dict[torch.device, Growth]:
         """Count the bytes of memory that appending this many Gaussians takes: one array stands twice meanwhile."""
         return {self.device: Growth(num_new * self._row_bytes, self._arrays[0].nbytes)}
 
-    def _forget(self, ids: Tensor) -> None:
-        for moments in self.rows.moments:
-            moments.index_fill_(0, ids, 0)
-        self._last_step.index_fill_(0, ids, self.step)
+    def _ids_here(self, ids: Tensor) -> Tensor:
+        return ids.to(self.device)
 
 
 def _grown(array: Tensor, count: int) -> Tensor:

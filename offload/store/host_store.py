@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,21 +13,20 @@ from offload.backends import native, num_threads
 from offload.store.growth import Growth
 from offload.store.layout import (
     Moments,
-    RowLayout,
     RowState,
     StateFormat,
     num_columns,
     packed_rows,
     packed_words,
     row_bytes,
-    storable,
 )
 from offload.store.memory import HostArray
+from offload.store.stored_rows import StoredRows
 
 PEAK = 1.1  # host memory at most, while the store grows or is re-ordered, over that of the grown store
 
 
-class HostStore:
+class HostStore(StoredRows):
     """One group of the Gaussians' parameters, with Adam moments and the step of each row's last update.
 
     Bytes of host memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
@@ -79,13 +76,8 @@ class HostStore:
         Raises:
             ParameterError: Memory that cannot be had.
         """
-        self.step = 0
-        self.before_change: Callable[[Tensor | None], None] | None = None
-        self.on_change: Callable[[Tensor | None], None] | None = None
-        self.sh_degree = math.isqrt(parameters["shN"].shape[1] + 1) - 1
-        self.layout = RowLayout.of(group, self.sh_degree, state)
+        super().__init__(group, parameters, state)
         num_gaussians = len(parameters["means"])
-        self._group = group
         self._row_bytes = row_bytes(group, self.sh_degree, moments, state, pad_to_cache_line=pad_to_cache_line)
         self.max_rows = max(num_gaussians, max_gaussians or _physical_bytes() // self._row_bytes)
         columns = num_columns(group, self.sh_degree, state, pad_to_cache_line=pad_to_cache_line)
@@ -129,43 +121,6 @@ class HostStore:
         """Return all rows of a compact store as words, int32 [N, words]; written as `rows`."""
         return self._values[0].tensor
 
-    @contextmanager
-    def changing(self, ids: Tensor | None) -> Iterator[RowState]:
-        """Change rows of the store: it gives all rows, of which those of `ids` may be written until it is left.
-
-        Where a device writes them, it is entered before that is begun, and left when it has been done, or begun if
-        nobody listens to `on_change`. It is not left, and nobody told, where an error has ended the change.
-
-        Args:
-            ids: int64 [M] on any device, the rows; None: all of them.
-        """
-        if (listens := self.before_change) is not None:  # which another thread takes away when all has been copied
-            listens(None if ids is None else ids.cpu())
-        yield self.rows
-        if self.on_change is not None:
-            self.on_change(ids)
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Return the stored parameters by name: views of the rows."""
-        return self.layout.named(self.rows.parameters)
-
-    def arrays_by_name(self) -> dict[str, Tensor]:
-        """Return views of what is stored, under the names of `offload.adam.state`."""
-        if self.layout.state == "compact":
-            return {f"packed/{self._group}": self._values[0].tensor}
-        rows = self.rows
-        arrays = {"parameters": rows.parameters, "exp_avg": rows.exp_avg, "exp_avg_sq": rows.exp_avg_sq}
-        return {
-            f"{array}/{name}": view
-            for array, values in arrays.items()
-            for name, view in self.layout.named(values).items()
-        }
-
-    def read(self, name: str, ids: Tensor | None = None) -> Tensor:
-        """Return the stored values [N, ...] of one parameter, a view of the rows; or copies of those of rows [M]."""
-        stored = self.snapshot()[name]
-        return stored if ids is None else stored[ids.to(self.device)]
-
     def append_blank(self, count: int) -> None:
         """Append so many rows whose values and moments are written next."""
         with self.changing(None):
@@ -175,7 +130,7 @@ class HostStore:
 
     def append_copies(self, ids: Tensor) -> None:
         """Append a copy of each of these rows [M]; the copies start without Adam moments."""
-        ids = self._checked(ids)
+        ids = self._ids_here(ids)
         with self.changing(None):
             num_before = self.num_gaussians
             self._resize(num_before + len(ids))
@@ -189,22 +144,9 @@ class HostStore:
         with self.changing(None):
             self._resize(num_gaussians)
 
-    def overwrite(self, ids: Tensor, values: Mapping[str, Tensor], *, leaves_moments: bool = False) -> None:
-        """Give these rows [M] new values; all their moments become zero, named or not, unless they are left.
-
-        Names of parameters that the store does not hold are passed over.
-        """
-        ids = self._checked(ids)
-        with self.changing(ids):
-            for name, stored in self.snapshot().items():
-                if name in values:
-                    stored[ids] = storable(values[name], stored)
-            if not leaves_moments:
-                self._forget(ids)
-
     def relocate(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy rows [M] onto other rows [M], whose moments become zero. No row is a source and a target."""
-        source_ids, target_ids = self._checked(source_ids), self._checked(target_ids)
+        source_ids, target_ids = self._ids_here(source_ids), self._ids_here(target_ids)
         check_relocation(source_ids, target_ids)
         with self.changing(target_ids):
             native.copy_rows(_words(self._values[0]), source_ids.numpy(), target_ids.numpy(), num_threads())
@@ -212,7 +154,7 @@ class HostStore:
 
     def keep(self, ids: Tensor) -> None:
         """Keep only these rows [M], in this order."""
-        ids = self._checked(ids)
+        ids = self._ids_here(ids)
         ascends = bool((ids[1:] > ids[:-1]).all())
         if not ascends:  # all rows are put into an order in which those that go are the last
             goes = torch.ones(self.num_gaussians, dtype=torch.bool)
@@ -231,19 +173,11 @@ class HostStore:
 
     def reorder(self, order: Tensor) -> None:
         """Put the rows into this order [N]: row i becomes what row order[i] was."""
-        order = self._checked(order)
+        order = self._ids_here(order)
         if len(order) != self.num_gaussians:
             raise ValueError(f"an order of {len(order)} rows for {self.num_gaussians}")
         with self.changing(None):
             self._permute(order)
-
-    def clamp_opacities(self, max_logit: float) -> None:
-        """Lower every logit opacity to at most this, and forget the moments of all opacities."""
-        opacities = self.layout.columns["opacities"]
-        with self.changing(None) as rows:
-            rows.parameters[:, opacities].clamp_(max=max_logit)
-            for moments in rows.moments:
-                moments[:, opacities].zero_()
 
     def growth(self, num_new: int) -> dict[torch.device, Growth]:
         """Count the bytes of memory that appending this many Gaussians takes, re-ordering included."""
@@ -270,14 +204,8 @@ class HostStore:
         for array in self._arrays:
             permutation.apply(_words(array))
 
-    def _forget(self, rows: Tensor | slice) -> None:
-        """Leave rows without moments, as if they had been updated at the last step."""
-        for moments in self.rows.moments:
-            moments[rows] = 0
-        self.last_step[rows] = self.step
-
-    def _checked(self, ids: Tensor) -> Tensor:
-        """Return row numbers as the native code takes them, which does not look where it writes."""
+    def _ids_here(self, ids: Tensor) -> Tensor:
+        """Return row numbers [M] as the native code takes them, which does not look where it writes."""
         ids = ids.detach().to("cpu", torch.int64).contiguous()
         if len(ids) == 0:
             return ids
