@@ -47,7 +47,7 @@ def anisotropic_gaussians(monkeypatch) -> None:
     """Let training begin with Gaussians whose axes differ, from which two runs can be compared."""
     from tests.training_scripts import anisotropic_start
 
-    monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
+    monkeypatch.setattr("training.beginning.initial_gaussians", anisotropic_start)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,7 +38,7 @@ def test_a_run_that_draws_nothing_says_so(monkeypatch, city_block, tmp_path, cap
         gaussians["means"] += 1e6
         return gaussians
 
-    monkeypatch.setattr("training.run.initial_gaussians", far_away)
+    monkeypatch.setattr("training.beginning.initial_gaussians", far_away)
     options = (*options, *QUIET, "--max_steps", 103)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: nothing")]
@@ -55,7 +55,7 @@ def test_a_run_that_learns_nothing_says_so(monkeypatch, city_block, tmp_path, ca
         gaussians["opacities"] += 5.0
         return gaussians
 
-    monkeypatch.setattr("training.run.initial_gaussians", glaring)
+    monkeypatch.setattr("training.beginning.initial_gaussians", glaring)
     options = (*QUIET, "--max_steps", 301, *FROZEN)
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options) == 0
     printed = capsys.readouterr().out

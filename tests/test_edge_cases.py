@@ -29,7 +29,7 @@ EVERYWHERE, ONCE, NOWHERE = range(3)  # rows of `in_all_views_in_one_and_in_none
 def train_from(monkeypatch, start: dict[str, Tensor], trainer: str, data_dir: Path, result_dir: Path, *options: object):
     """The Gaussians after training a trainer from these."""
     copy = {name: value.clone() for name, value in start.items()}
-    monkeypatch.setattr("training.run.initial_gaussians", lambda *arguments, **options: copy)
+    monkeypatch.setattr("training.beginning.initial_gaussians", lambda *arguments, **options: copy)
     way = TRAINERS[trainer]
     return train(monkeypatch, way.load(), data_dir, result_dir, *options, *way.arguments)
 

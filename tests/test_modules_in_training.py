@@ -89,7 +89,7 @@ def gpu_only(masked_block, tmp_path_factory) -> Callable[[str], Checkpoint]:
     def trained(modules: str) -> Checkpoint:
         results = tmp_path_factory.mktemp("gpu_only")
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
+            monkeypatch.setattr("training.beginning.initial_gaussians", anisotropic_start)
             options = (*QUIET, *MODULES[modules], "--max_steps", STEPS)
             assert run_script(monkeypatch, simple_trainer, masked_block, results, *options) == 0
         return saved(results, STEPS)

@@ -516,7 +516,7 @@ def trained(
     arguments = ("default", "--data_dir", data_dir, "--result_dir", folder / trainer, "--device", device, *STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.joint_run.arrive", lambda device, shares: staying(ranks, shares))
-        patch.setattr("training.run.initial_gaussians", start)
+        patch.setattr("training.beginning.initial_gaussians", start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         choose_by_rows(patch)
         patch.setattr("training.reporting.load_lpips", lambda net, device: None)

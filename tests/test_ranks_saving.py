@@ -70,7 +70,7 @@ def train(ranks: Ranks | None, data_dir: Path, result_dir: Path, *options: objec
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.joint_run.arrive", lambda *given: staying)
         patch.setattr("training.command_line.leave", lambda: None)
-        patch.setattr("training.run.initial_gaussians", anisotropic_start)
+        patch.setattr("training.beginning.initial_gaussians", anisotropic_start)
         patch.setattr("strategies.ops.noise_of_halves", smooth_noise)
         patch.setattr("training.reporting.load_lpips", lambda net, device: None)
         patch.setattr("sys.argv", [f"{way.script}.py", "default", *map(str, arguments)])

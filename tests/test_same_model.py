@@ -65,7 +65,7 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="module", autouse=True)
 def _anisotropic_start():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("training.run.initial_gaussians", anisotropic_start)
+        monkeypatch.setattr("training.beginning.initial_gaussians", anisotropic_start)
         yield
 
 
@@ -87,7 +87,7 @@ def reference(request, city_block, tmp_path_factory) -> Reference:
         chaos = dict.fromkeys(gaussians, 0.0)  # the largest of several: whether one pixel falls the other way is chance
         for draw in STARTS:
             start = functools.partial(start_one_ulp_off, draw=draw)
-            monkeypatch.setattr("training.run.initial_gaussians", start)
+            monkeypatch.setattr("training.beginning.initial_gaussians", start)
             moved = train_by_name(monkeypatch, "gpu_only", city_block, results / f"one_ulp_off_{draw}", *request.param)
             differences = relative_differences(moved, gaussians)
             chaos = {name: max(value, differences[name]) for name, value in chaos.items()}
@@ -196,7 +196,7 @@ def densify(trainer: str, data_dir: Path, result_dir: Path, starts: tuple[int, .
     for draw in starts:
         with pytest.MonkeyPatch.context() as monkeypatch:
             start = functools.partial(start_one_ulp_off, draw=draw)
-            monkeypatch.setattr("training.run.initial_gaussians", start)
+            monkeypatch.setattr("training.beginning.initial_gaussians", start)
             results = result_dir / str(draw)
             gaussians = train_by_name(monkeypatch, trainer, data_dir, results, *DENSIFYING)
         quality = json.loads((results / "stats/val_step400.json").read_text())

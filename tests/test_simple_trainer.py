@@ -157,7 +157,9 @@ def test_a_picture_that_vanishes_during_training_costs_nothing(monkeypatch, city
         shutil.rmtree(data_dir / "images", ignore_errors=True)
 
     monkeypatch.setattr(EventLog, "add_scalar", remove_pictures)
-    monkeypatch.setattr("training.run.bytes_to_spare", lambda *arguments: 0)  # nobody would miss those that are kept
+    monkeypatch.setattr(
+        "training.beginning.bytes_to_spare", lambda *arguments: 0
+    )  # nobody would miss those that are kept
     options = ("--max_steps", 1000, "--log_every", 10)
     assert train(monkeypatch, data_dir, tmp_path / "results", *options) == 1
     message = capsys.readouterr().err.splitlines()[-1]

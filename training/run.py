@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,44 +18,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import AnyConfig
-from datasets.kept_pictures import what_is_kept
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
 from distributed.levelling import HeldTwice
-from distributed.mesh import RanksParted, local_ranks
+from distributed.mesh import RanksParted
 from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
-from offload.adam.state import num_gaussians_of, stored_values
 from offload.culling.cameras import Cameras
 from offload.errors import ParameterError, sentence_of
 from offload.models.contract import GaussianModel
-from offload.store.morton import morton_order
 from rendering.rasterize import check_gsplat
 from strategies.contract import Strategy
-from strategies.default import TARGET_TOLERANCE
-from trainers import Trainer, remedy, smaller_trainer
+from trainers import Trainer, smaller_trainer
 from training import schedules
+from training.beginning import Beginning
 from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command, smaller_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
 from training.ending import FINISHED, INTERRUPTED, OTHER_REMEDIES, Ending, memory_that_ran_out
-from training.gaussians import PARAMETER_NAMES, initial_gaussians
-from training.growth import shortfall
 from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
-from training.memory_estimate import (
-    bytes_to_spare,
-    check_memory,
-    most_that_fit,
-    needs,
-    share_in_largest_view,
-    what_stays,
-)
 from training.modules import RunModules
 from training.options import check_options
 from training.pose_files import PoseFiles, tell_of_old_poses
@@ -168,12 +154,22 @@ class TrainingRun(Generic[AnyConfig]):
                 live.place(self.scene)
                 print(f"Watch the training at {live.page.url}.")
             self._joint.check_same_dataset(self.scene)
-            self._given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
+            given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
             self.modules = RunModules(self.cfg, self.scene, self.device, self.ranks)
             if self._evaluated is not None:
                 self.modules.load_evaluated(self._evaluated, self.cfg, self.scene)
             self._evaluation = Evaluation(cfg, self.device)
             self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed, self.ranks)
+            self._beginning = Beginning(
+                self.cfg,
+                self.scene,
+                trainer,
+                self._joint,
+                saving=self.saving,
+                evaluated=self._evaluated,
+                given=given_gaussians,
+                modules_bytes=self.modules.nbytes,
+            )
             self._resources = resources.pop_all()  # which an error above closes
         self.scene_scale = schedules.SCALE_MARGIN * self.scene.scene_scale
         self.times = StageTimes(self.device)
@@ -196,7 +192,6 @@ class TrainingRun(Generic[AnyConfig]):
         self._first_step = 0
         self._skipped_steps = 0
         self._depth_share: float | Tensor = 1.0
-        self._keep_bytes = 0  # of decoded pictures
         self._interrupted = False
         self._saved: Path | None = None  # what holds all steps, once training is over
         self.agreed = Agreed()
@@ -220,49 +215,11 @@ class TrainingRun(Generic[AnyConfig]):
     @property
     def num_initial_gaussians(self) -> int:
         """Count the Gaussians that training starts with, at all ranks."""
-        if self._evaluated is not None:
-            return num_gaussians_of(self._evaluated.state)
-        if self._given_gaussians is not None:
-            return len(self._given_gaussians["means"])
-        resumed = self.saving.resumed
-        return len(self.scene.points) if resumed is None else num_gaussians_of(resumed.state)
+        return self._beginning.num_gaussians
 
     def initial_gaussians(self) -> dict[str, Tensor]:
-        """Return one Gaussian per point of the scene, in Morton order; those of a checkpoint or file that is given.
-
-        Where ranks train together each gets its own. Before that, print what training will take of host and device
-        memory.
-
-        Raises:
-            InputError: There are more than --target_gaussians, or growth cannot come to it.
-            NotEnoughMemory: It does not fit, with the option to change.
-        """
-        if self._evaluated is None:
-            warning = self._check_growth()
-            self._check_memory()
-            if warning is not None:  # not where memory refuses the bound
-                print(warning)
-            if self.saving.resumed is not None:
-                state = self.saving.own_state(self.saving.resumed)
-                return {name: stored_values(state, name) for name in PARAMETER_NAMES}
-        return self._joint.own_rows(self._all_gaussians())
-
-    def _all_gaussians(self) -> dict[str, Tensor]:
-        """Return the Gaussians of all ranks: every one makes the same, or reads them."""
-        if self._evaluated is not None:
-            return self._evaluated.gaussians
-        if self._given_gaussians is not None:
-            gaussians, self._given_gaussians = self._given_gaussians, None
-            return gaussians
-        order = morton_order(torch.from_numpy(self.scene.points)).numpy()
-        return initial_gaussians(
-            self.scene.points[order],
-            self.scene.points_rgb[order],
-            sh_degree=self.cfg.sh_degree,
-            init_opacity=self.cfg.init_opacity,
-            init_scale=self.cfg.init_scale,
-            seed=self.cfg.seed,
-        )
+        """Return the Gaussians that training starts with, as `training.beginning.Beginning.gaussians`."""
+        return self._beginning.gaussians()
 
     @property
     def adam(self) -> AdamOptions:
@@ -277,73 +234,6 @@ class TrainingRun(Generic[AnyConfig]):
     def new_strategy(self) -> Strategy:
         """Return the strategy that the options choose, as it is before the first step."""
         return strategy_of(self.cfg, self.scene_scale, self.ranks)
-
-    def _check_growth(self) -> str | None:
-        """Refuse a target that a run cannot come to; return where growth ends below that of a resumed run, or a bound.
-
-        A resumed run may have reached what its target allows, and a bound is no promise: neither is refused.
-        """
-        cfg, begun, resumed = self.cfg, self.num_initial_gaussians, self.saving.resumed
-        target = cfg.target_gaussians
-        if 0 < target < begun and resumed is None:
-            instead = "" if cfg.init_ckpt else ", or in its place --max_gaussians, which takes fewer of the points"
-            raise InputError(
-                f"--target_gaussians {target:,} is below the {counted(begun, 'Gaussian')} that training begins with: "
-                f"give more{instead}."
-            )
-        steps_done = 0 if resumed is None else resumed.steps
-        option, wanted = "target_gaussians", target
-        if cfg.strategy == "mcmc":
-            option, wanted = "max_gaussians", cfg.max_gaussians
-        elif resumed is not None:
-            wanted = math.ceil((1 - TARGET_TOLERANCE) * target)
-        lack = shortfall(cfg, steps_done, begun, wanted) if steps_done < cfg.max_steps else None
-        if lack is None:
-            return None
-        if option == "target_gaussians" and resumed is None:
-            leads = f", which leads to {lack.reached:,}" if lack.reached > begun else ""
-            raise InputError(
-                f"--target_gaussians {target:,} cannot be reached from {counted(begun, 'Gaussian')}: "
-                f"{lack.cause}{leads}; {lack.remedy}."
-            )
-        return (
-            f"Warning: growth will end below --{option} {getattr(cfg, option):,}, with "
-            f"{counted(lack.reached, 'Gaussian')}: {lack.cause}; {lack.remedy}."
-        )
-
-    def _check_memory(self) -> None:
-        footprint = self._trainer.footprint(replace(self.cfg, batch_size=self.views_per_step))
-        if self.ranks is not None:  # of whom each draws a part at once, and all bring what they hold of these
-            footprint = replace(footprint, largest_part=min(1.0, self.num_ranks * footprint.largest_part))
-        all_needs = needs(
-            footprint,
-            share_in_largest_view(self.scene, self.views_per_step),
-            self.cfg.batch_size * max(camera.width * camera.height for camera in self.scene.cameras),
-            self.device,
-            host_remedy=remedy(self._trainer, self.cfg, "host"),
-            device_remedy=remedy(self._trainer, self.cfg, "device"),
-        )
-        all_needs[-1] = replace(all_needs[-1], other_bytes=all_needs[-1].other_bytes + self.modules.nbytes)
-        share, where = 1.0, ""
-        option = "target_gaussians" if self.cfg.target_gaussians > 0 else "max_gaussians"
-        if self.ranks is not None:
-            share = self.ranks.shares[self.ranks.rank]
-            where = f"For a rank that holds {100 * share:.0f} % of the Gaussians:\n"
-            # Ranks of one machine share its memory, and have a GPU each.
-            all_needs = [
-                need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // local_ranks())
-                for need in all_needs
-            ]
-        begun, most = self.num_initial_gaussians, getattr(self.cfg, option)
-        told = where + check_memory(all_needs, begun, most, option, share)
-        # That of the rank which has the least room for what it is to hold: where it has none, all end.
-        print(min(self._joint.gather((most_that_fit(all_needs, share), told)))[1])
-        stays = what_stays(self.cfg, self.device, math.ceil(share * begun), "its" if where else "all")
-        if stays is not None:
-            print(stays)
-        self._keep_bytes = min(self._joint.gather(bytes_to_spare(all_needs, begun, most, share)))
-        if self.speaks and (kept := what_is_kept(self.scene, self._keep_bytes)):
-            print(kept)
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
@@ -475,7 +365,7 @@ class TrainingRun(Generic[AnyConfig]):
                 num_ranks=self.num_ranks,
                 num_workers=self.cfg.num_workers or None,
                 pin_memory=self.device.type == "cuda",
-                keep_bytes=self._keep_bytes,
+                keep_bytes=self._beginning.keep_bytes,
             )
         )
         bar = tqdm(
