@@ -35,7 +35,8 @@ from exports.spz import TURN
 from exports.streamed import INDEX
 from exports.world import TURN as TURN_OF
 from reporting.numbers import count, megabytes, number
-from training.checkpoints import Checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint
 from training.ply import load_ply
 from training.similarity import moved
 from training.views import render

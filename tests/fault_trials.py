@@ -217,7 +217,7 @@ def be_child(trainer: str, arguments: list[str]) -> None:
     from strategies.default import DefaultStrategy
     from training import checkpoint_folder, command_line
     from training.checkpoint_parts import JointCheckpoint
-    from training.checkpoints import PartialCheckpoint
+    from training.checkpoint_writing import PartialCheckpoint
     from training.run import TrainingRun
 
     def say(line: str) -> None:

@@ -46,7 +46,8 @@ from tests.aerial_training import rows_of
 from tests.made_up_downloads import matrix_city, mega_nerf
 from tests.mutations import mutate, mutate_checkpoint, mutate_json, mutate_npz, mutate_text
 from tests.small_scene import camera, ramp_picture, write_scene
-from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.ply import load_ply, save_ply
 

@@ -19,7 +19,8 @@ from offload.store.morton import morton_order
 from rendering.losses import photometric_loss
 from tests.aerial_training import CONFIG, KINDS, Gaussians, gaussians_of
 from tests.resident_memory import resident_bytes
-from training.checkpoints import Checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint
 from training.memory_estimate import parameter_bytes
 from training.ply import save_ply
 from training.views import View, render

@@ -82,7 +82,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
     import startup  # noqa: F401
     from errors import InputError
     from training import command_line, reporting, run, video
-    from training.checkpoints import PartialCheckpoint
+    from training.checkpoint_writing import PartialCheckpoint
     from training.run import TrainingRun
     from training.views import View
 

@@ -29,7 +29,8 @@ from tests.interrupted_runs import DENSIFYING, STEPS, assert_same_state, run_scr
 from tests.test_one_algorithm import random_gradients
 from tests.test_packed_pipeline import ADAM, start
 from training.checkpoint_folder import CheckpointFolder
-from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
+from training.checkpoint_writing import PartialCheckpoint
+from training.checkpoints import Checkpoint, peek_checkpoint
 from training.reporting import Counted
 from training.views import posed_cameras
 

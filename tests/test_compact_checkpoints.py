@@ -33,7 +33,8 @@ from offload.models.streamed import StreamedGaussians
 from tests.aerial_training import train_on_random_gradients, views_of
 from tests.interrupted_runs import run_script, saved
 from tests.training_scripts import slow_but
-from training.checkpoints import PROLOGUE, Checkpoint, load_checkpoint, peek_checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import PROLOGUE, Checkpoint, load_checkpoint, peek_checkpoint
 from training.ply import load_ply
 
 CPU, N = torch.device("cpu"), 600

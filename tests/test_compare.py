@@ -36,7 +36,8 @@ from reporting import charts
 from reporting.charts import Curve
 from trainers import TRAINERS
 from training import command_line
-from training.checkpoints import Checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint
 from training.ending import ENDED, Ending, read_ending, write_ending
 from training.gaussians import initial_gaussians
 from training.measured import TRAIN_FIGURES, VAL_FIGURES

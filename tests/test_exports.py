@@ -39,7 +39,8 @@ from tests.oracles.splat_formats import (
     read_spz,
     turned_over,
 )
-from training.checkpoints import Checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint
 from training.ply import frame_of_ply, load_ply, save_ply
 from training.similarity import moved
 from training.views import render

@@ -18,7 +18,8 @@ from offload.adam.state import ARRAYS
 from tests.aerial_training import rows_of
 from tests.resident_memory import resident_bytes
 from training import ply
-from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.ply import load_ply, save_ply
 

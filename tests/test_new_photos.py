@@ -15,7 +15,8 @@ from datasets.scene import Scene, load_scene
 from errors import InputError
 from tests.interrupted_runs import assert_same_state, run_script, saved
 from tests.small_scene import camera_poses, write_scene
-from training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.dataset import load_dataset, photos_of
 
 STEPS = ("--save_steps", 4, "--refine_start_iter", 1000, "--num_workers", 1)

@@ -27,7 +27,8 @@ from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.ordered_lanes import OrderedKernels, OrderedLanes, Race
 from tests.test_streamed_pipeline import CPU, random_views
-from training.checkpoints import Checkpoint, PartialCheckpoint, peek_checkpoint
+from training.checkpoint_writing import PartialCheckpoint
+from training.checkpoints import Checkpoint, peek_checkpoint
 
 BETAS, EPS, N = (0.9, 0.999), 1e-15, 40
 GROUPS = ("geometry", "appearance")

@@ -18,7 +18,8 @@ from exports.formats import format_of
 from exports.placing import LOCK, UNFINISHED, placing
 from tests.data.make_export_golden import random_model
 from tests.killed_exports import kill_export
-from training.checkpoints import Checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -126,7 +126,7 @@ def fail_to_save(ranks: Ranks, folder: Path) -> list[str]:
     for failing in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
             if ranks.rank == failing:
-                patch.setattr("training.checkpoints._seal", disk_is_full)
+                patch.setattr("training.checkpoint_writing._seal", disk_is_full)
             part = Part(ranks.rank, ranks.size, names_of_rows(state))
             checkpoints.save(Checkpoint(16, np.eye(4), state, part=part))
             found.append(repr(checkpoints.wait()))

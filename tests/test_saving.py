@@ -19,9 +19,10 @@ from offload.store.host_store import HostStore
 from tests.aerial_training import KINDS, gaussians_of, rows_of, train_on_random_gradients, views_of
 from tests.resident_memory import resident_bytes
 from tests.training_scripts import slow_but
-from training import checkpoints
+from training import checkpoint_writing
 from training.checkpoint_folder import CheckpointFolder
-from training.checkpoints import Checkpoint, load_checkpoint, peek_checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint, peek_checkpoint
 from training.ply import load_ply, save_ply
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ class SlowSaver:
     def __init__(self, monkeypatch) -> None:
         self._turns = Semaphore(0)
         self.copied_before_change = 0  # blocks
-        submit = checkpoints._Guard._submit
+        submit = checkpoint_writing._Guard._submit
 
         def waiting_submit(guard, blocks):
             behind = current_thread().name.startswith("checkpoint-publisher")
@@ -88,8 +89,8 @@ class SlowSaver:
                 self.copied_before_change += sum(copy is not None for copy in guard._copies) - before
             return copies
 
-        monkeypatch.setattr(checkpoints._Guard, "_submit", waiting_submit)
-        monkeypatch.setattr(checkpoints, "GUARDED_ROWS", 64)
+        monkeypatch.setattr(checkpoint_writing._Guard, "_submit", waiting_submit)
+        monkeypatch.setattr(checkpoint_writing, "GUARDED_ROWS", 64)
 
     def copy(self, blocks: int) -> None:
         self._turns.release(blocks)

@@ -30,7 +30,8 @@ from datasets.scene import load_scene
 from errors import InputError
 from tests.visitors import Visitor, free_port, page_camera
 from training import command_line, live
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoint_writing import save_checkpoint
+from training.checkpoints import load_checkpoint
 from training.opened import open_model
 from training.views import posed_cameras, render
 from viewer import frustums

@@ -14,7 +14,8 @@ from distributed.mesh import Ranks
 from errors import DamagedError, InputError
 from offload.store.contract import RowStore
 from training.checkpoint_parts import JointCheckpoint, remove_checkpoint, remove_unfinished
-from training.checkpoints import Checkpoint, PartialCheckpoint, load_checkpoint, peek_checkpoint
+from training.checkpoint_writing import PartialCheckpoint
+from training.checkpoints import Checkpoint, load_checkpoint, peek_checkpoint
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 

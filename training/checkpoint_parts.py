@@ -14,7 +14,8 @@ from distributed.mesh import Ranks
 from distributed.watch import GONE
 from errors import InputError
 from offload.store.contract import RowStore
-from training.checkpoints import Checkpoint, PartialCheckpoint, files_of_parts, write_joining_file
+from training.checkpoint_writing import PartialCheckpoint, write_joining_file
+from training.checkpoints import Checkpoint, files_of_parts
 
 ASKED_EVERY = 0.02  # seconds, while others write their parts
 
