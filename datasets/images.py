@@ -1,4 +1,4 @@
-"""Finds the pictures and masks of a dataset, checks each file once, and scales them."""
+"""Finds the pictures of a dataset and their masks, checks each file once, and scales them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.cache import CacheFile, fingerprint, is_writable, user_cache_dir
-from datasets.camera import Camera, check_shape
+from datasets.camera import check_shape
 from datasets.image_files import (
     PictureFault,
     Seen,
@@ -32,6 +32,7 @@ from datasets.image_files import (
     picture_size,
     unscaled_values,
 )
+from datasets.masks import find_masks, scaled_mask
 from datasets.model_choice import Say, quiet
 from errors import InputError, counted, reason
 
@@ -128,80 +129,6 @@ def prepare_images(
         seen_shares=np.array([shares[name] for name in names]),
         num_alpha=sum(checked[name].seen_share < 1 for name in names),
     )
-
-
-def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, str]:
-    """Find the mask of each picture: COLMAP's `NAME.jpg.png`, or `NAME.png`, or a file of the picture's own name.
-
-    Args:
-        folder: Where masks lie, in the same subfolders as the pictures; it need not exist.
-        names: Names of the pictures.
-        say: Is told of masks that belong to no picture, and of pictures without a mask.
-
-    Returns:
-        By picture name, the mask's path relative to `folder`; only of pictures that have one.
-    """
-    if not folder.is_dir():
-        return {}
-    present = {
-        (Path(place).relative_to(folder) / file).as_posix()
-        for place, _, files in os.walk(folder)
-        for file in files
-        if not file.startswith(".")
-    }
-    found = {}
-    for name in names:
-        candidates = (f"{name}.png", str(PurePosixPath(name).with_suffix(".png")), name)
-        mask = next((candidate for candidate in candidates if candidate in present), None)
-        if mask is not None:
-            found[name] = mask
-    if present and len(found) < len(names):
-        lacking = next(name for name in names if name not in found)
-        as_png = PurePosixPath(lacking).with_suffix(".png")
-        say(
-            f"Warning: {folder} holds {counted(len(present), 'file')}, and masks of {len(found):,} of "
-            f"{counted(len(names), 'photo')} (none of {lacking}, which would be {lacking}.png or {as_png}): "
-            "photos without a mask are used whole."
-        )
-    return found
-
-
-def scaled_mask(seen: np.ndarray, size: Size) -> np.ndarray:
-    """Scale a mask as pictures are scaled: a pixel is seen where no hidden one has a part in it.
-
-    Args:
-        seen: [h, w] bool.
-        size: Width and height of the result.
-
-    Returns:
-        [H, W] bool.
-    """
-    if seen.shape == size[::-1]:
-        return seen
-    share = Image.fromarray(seen.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    return np.abs(np.asarray(share) - 1) < 1 / 512  # half a step of 8 bits
-
-
-def seen_pixels(seen: np.ndarray | None, mask_path: Path | None, camera: Camera) -> np.ndarray | None:
-    """Return which pixels of a picture neither its alpha, nor its mask, nor the undistortion hides.
-
-    Args:
-        seen: [source_height, source_width] bool, by the picture's alpha; None where it is opaque.
-        mask_path: File of its mask, of any scale.
-        camera: Its camera.
-
-    Returns:
-        [H, W] bool of the undistorted picture; None where nothing is hidden.
-    """
-    if mask_path is not None:
-        by_mask = scaled_mask(decode_mask(mask_path), (camera.source_width, camera.source_height))
-        seen = by_mask if seen is None else seen & by_mask
-    valid = camera.valid_mask
-    if seen is None:
-        return valid
-    # A pixel is a mean of four of the source; it is seen where all of them are.
-    undistorted = camera.undistort(np.where(seen, np.uint8(255), np.uint8(0))) == 255
-    return undistorted if valid is None else undistorted & valid
 
 
 def save_jpeg(image: Image.Image, path: Path) -> None:

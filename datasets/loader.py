@@ -21,8 +21,8 @@ import torch
 from datasets.depths import Depths
 from datasets.free_memory import spares
 from datasets.image_files import decode_picture, fitting_workers
-from datasets.images import seen_pixels
 from datasets.kept_pictures import KeptPictures
+from datasets.masks import seen_pixels
 from datasets.scene import Scene
 from datasets.view_order import ViewWindows
 from errors import InputError

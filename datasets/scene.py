@@ -10,8 +10,9 @@ from datasets.colmap import SparseModel, has_model, read_tracks
 from datasets.consistency import check_points, far_camera_warnings
 from datasets.depths import Depths, find_depths, say_unused_depths
 from datasets.image_files import decode_alpha
-from datasets.images import prepare_images, seen_pixels
+from datasets.images import prepare_images
 from datasets.inventory import say_what_is_used, seen_ids, subset_of_points
+from datasets.masks import seen_pixels
 from datasets.model_choice import Say, load_sparse_model, points_ply, quiet
 from datasets.normalize import (
     far_cameras,

@@ -15,8 +15,9 @@ from PIL import Image
 from configs import Config
 from datasets import images
 from datasets.image_files import PictureFault, decode_image, decode_mask, decode_picture
-from datasets.images import find_masks, prepare_images, scaled_mask
+from datasets.images import prepare_images
 from datasets.loader import evaluation_loader, training_loader
+from datasets.masks import find_masks, scaled_mask
 from datasets.ply import read_points
 from datasets.scene import Scene, load_scene
 from errors import InputError
