@@ -21,10 +21,12 @@ import yaml
 import compare
 import simple_trainer
 import simple_trainer_hybrid_optimized
+import simple_trainer_hybrid_optimized_split
 from comparing import launch as launching
 from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
 from comparing.runs import (
     LAUNCH,
+    differing_options,
     is_complete,
     is_finished,
     read_run,
@@ -340,6 +342,22 @@ def test_bad_input_is_one_sentence(monkeypatch, tmp_path, capsys, arguments, sai
     assert said in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cfg_yml_that_says_nothing_of_regularizers_is_of_those_that_held():
+    """As older versions wrote it; now it holds what held."""
+    cfg = Config(strategy="mcmc", max_gaussians=9)
+    older = dataclasses.asdict(cfg)
+    assert older["opacity_reg"] is None
+    now = {**older, "opacity_reg": 0.01, "scale_reg": 0.01}
+    for there in (older, now):
+        assert differing_options(there, cfg) == {}
+        assert differing_options(there, dataclasses.replace(cfg, opacity_reg=0.01)) == {}
+        assert differing_options(there, dataclasses.replace(cfg, opacity_reg=0.5)) == {"opacity_reg": (0.01, 0.5)}
+    split = simple_trainer_hybrid_optimized_split.CONFIGS["default"]
+    older = dataclasses.asdict(split)
+    assert older["split_threshold"] is None
+    assert differing_options(older, dataclasses.replace(split, split_threshold=0.3)) == {}
 
 
 def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:

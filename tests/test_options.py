@@ -6,12 +6,13 @@ import importlib
 import math
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 from unittest.mock import Mock
 
 import pytest
+import yaml
 
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
@@ -22,7 +23,9 @@ from trainers import TRAINERS
 from training import command_line, run
 from training.command_line import groups_of, parse
 from training.commands import arguments_of
-from training.options import RANGES, check_options
+from training.options import RANGES, check_options, in_effect
+from training.report import options_given
+from training.results import ResultFolder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("simple_trainer*.py"))]
@@ -188,6 +191,34 @@ def test_an_option_of_other_scripts_is_told_as_such(monkeypatch, capsys, words):
     )
     assert train(monkeypatch, baseline, "default", "--stat", "compact") == 2  # of no script
     assert "Unrecognized" in capsys.readouterr().err
+
+
+NONE_IS_NONE = {"viewer", "device_memory_budget"}  # options that follow from no other: None says that there is none
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_what_held_is_written_where_nothing_was_given(script, tmp_path):
+    for given, weight in (({"strategy": "mcmc", "max_gaussians": 9}, 0.01), ({}, 0.0), ({"opacity_reg": 0.5}, 0.0)):
+        cfg = replace(script.CONFIGS["default"], result_dir=str(tmp_path), **given)
+        results = ResultFolder(cfg)
+        results.begin(0)
+        results.close()
+        written = yaml.safe_load((tmp_path / "cfg.yml").read_text())
+        assert {name for name, value in written.items() if value is None} <= NONE_IS_NONE
+        assert (written["opacity_reg"], written["scale_reg"]) == (given.get("opacity_reg", weight), weight)
+        assert written.get("split_threshold", 0.3) == 0.3
+        assert list(written) == [item.name for item in fields(cfg)]
+
+
+def test_a_budget_leaves_the_threshold_out():
+    cfg = replace(simple_trainer_hybrid_optimized_split.CONFIGS["default"], device_memory_budget="6GiB")
+    assert in_effect(asdict(cfg))["split_threshold"] is None
+
+
+def test_the_report_names_what_a_strategy_brings():
+    assert options_given(Config(strategy="mcmc")) == [
+        ("strategy", "mcmc", "default"), ("opacity_reg", 0.01, 0.0), ("scale_reg", 0.01, 0.0)
+    ]  # fmt: skip
 
 
 def test_every_option_is_in_one_group():
