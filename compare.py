@@ -23,7 +23,14 @@ from pathlib import Path
 import tyro
 
 import startup  # noqa: F401, before torch is imported
-from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
+from comparing.launch import (
+    Interruption,
+    Plan,
+    check_free_folders,
+    check_nothing_is_lost,
+    launch,
+    plan,
+)
 from comparing.report import Comparison, write
 from comparing.runs import (
     FINISHED,
@@ -37,6 +44,7 @@ from comparing.runs import (
 )
 from distributed.mesh import refuse_several
 from errors import InputError, refusing
+from option_words import written_out
 from reporting.figures import FIGURES
 from reporting.machine import describe_machine
 from trainers import TRAINERS
@@ -64,7 +72,8 @@ def main() -> None:
     """
     with refusing():
         refuse_several("compare.py starts each trainer")
-    options, passed_on = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+        words = written_out(Options, sys.argv[1:])
+    options, passed_on = tyro.cli(Options, args=words, description=__doc__, return_unknown_args=True)
     with unbreakable_output():
         _main(options, passed_on)
 

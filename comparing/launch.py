@@ -27,6 +27,7 @@ from comparing.runs import (
 )
 from configs import Config
 from errors import InputError
+from option_words import field_of, option_groups
 from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
 from training.command_line import parse
@@ -58,7 +59,7 @@ class Plan:
 
 
 def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:
-    """Return the runs of some trainers with one scene and the same options; exit where an option cannot be read.
+    """Return the runs of some trainers with one scene and the same options.
 
     Args:
         scene: As the trainer scripts take it.
@@ -67,24 +68,27 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
         passed_on: Options for the trainers. One that only some trainers have is given to those.
 
     Raises:
-        InputError: A trainer, the scene or an option is unknown.
+        InputError: A trainer, the scene or an option is unknown, or a value cannot be read.
     """
     unknown = [name for name in names if name not in TRAINERS]
     if unknown or not names:
         found = unknown[0] if unknown else "nothing"
         raise InputError(f"--trainers names {found}: choose from {', '.join(TRAINERS)}.")
-    groups = list(_option_groups(passed_on))
+    first, *groups = option_groups(passed_on)
+    if first:
+        raise InputError(f"{first[0]!r} belongs to no option: name the scene first, then options.")
+    given = [(field_of(group[0]), group) for group in groups]
     known_to = {name: _known_options(TRAINERS[name], scene) for name in names}
-    for option, _ in groups:
+    for option, (word, *_) in given:
         if not any(option in known for known in known_to.values()):
             raise InputError(
-                f"--{option} is no option of this command, nor of the trainers {', '.join(names)}: see "
+                f"{word.partition('=')[0]} is no option of this command, nor of the trainers {', '.join(names)}: see "
                 f"`python {TRAINERS[names[0]].path.name} {scene} --help`."
             )
     plans = []
     for name in names:
         trainer, folder = TRAINERS[name], result_dir / name
-        options = [token for option, tokens in groups if option in known_to[name] for token in tokens]
+        options = [word for option, group in given if option in known_to[name] for word in group]
         arguments = [scene, *options, *trainer.arguments, "--result_dir", str(folder)]
         _, cfg = parse(trainer.load().CONFIGS, arguments, trainer.path.name)
         if cfg.ckpt:
@@ -125,21 +129,6 @@ def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
                 f"{wanted.folder} holds a run with other options ({said}): choose another --result_dir, or give "
                 "--force to replace it."
             )
-
-
-def _option_groups(tokens: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each option's name, as its field is called, and its tokens: ["--max_steps", "5"]."""
-    group: list[str] = []
-    for token in [*tokens, "--"]:
-        if token.startswith("--"):
-            if group:
-                name = group[0].removeprefix("--").partition("=")[0].replace("-", "_")
-                yield name, group
-            group = [token]
-        elif not group:
-            raise InputError(f"{token!r} belongs to no option: name the scene first, then options.")
-        else:
-            group.append(token)
 
 
 def _known_options(trainer: Trainer, scene: str) -> set[str]:

@@ -333,6 +333,10 @@ def test_options_go_to_the_trainers_that_have_them(tmp_path):
         (("demo", "--runs", "."), "--runs trains nothing"),
         (("--runs", "."), "has no readable cfg.yml"),
         ((), "Scene '' is unknown"),
+        (("demo", "--trainers"), "--trainers names nothing"),
+        (("demo", "--force", "true"), "'true' belongs to no option"),
+        (("demo", "--max_steps", "1.5"), "--max_steps is '1.5', but must be a whole number"),
+        (("demo", "-max_steps", "5"), "-max_steps is no option of this script: give --max_steps"),
     ],
     ids=str,
 )
