@@ -5,7 +5,8 @@
 
 Each trainer (trainers.py) runs in a fresh process and writes to its own folder in R; options that compare.py does not
 have are passed on to all of them. comparison.md, comparison.json and comparison.html are written to R after each
-trainer. A trainer that fails is reported, and the rest go on. The same command again leaves runs that are finished as
+trainer. What every trainer would refuse is refused before the first of them starts; a trainer that fails is reported,
+and the rest go on. The same command again leaves runs that are finished as
 they are, and continues the others.
 """
 
@@ -28,6 +29,7 @@ from comparing.launch import (
     Plan,
     check_free_folders,
     check_nothing_is_lost,
+    check_one_can_start,
     launch,
     plan,
 )
@@ -115,6 +117,9 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
     check_free_folders(plans)
     if not options.force:
         check_nothing_is_lost(plans)
+    check_one_can_start(
+        [wanted for wanted in plans if options.force or not is_finished(wanted.folder, wanted.cfg)], options.scene
+    )
     title = f"Comparison of trainers on {options.scene}"
     report(title, [result_of(each) for each in plans], options.result_dir)  # or learn at once that it cannot be
     with Interruption() as interruption:

@@ -26,6 +26,7 @@ from comparing.runs import (
     write_launch,
 )
 from configs import Config
+from datasets.model_choice import load_sparse_model
 from errors import InputError
 from option_words import field_of, option_groups
 from reporting.machine import describe_machine
@@ -34,7 +35,9 @@ from training.command_line import parse
 from training.ending import FAILED, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Ending, forget_ending, read_ending
 from training.files import open_new
 from training.folder_lock import check_free
+from training.options import check_options
 from training.results import holds_run, remove_run
+from training.run import check_device
 from training.streams import Unbreakable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -105,6 +108,30 @@ def check_free_folders(plans: Sequence[Plan]) -> None:
     """
     for wanted in plans:
         check_free(wanted.folder)
+
+
+def check_one_can_start(plans: Sequence[Plan], scene: str) -> None:
+    """Refuse what each trainer would refuse, before the first is started: options, the device, the dataset's model.
+
+    Args:
+        plans: Those that are to be started.
+        scene: What is trained on; the demo's dataset is made by the first trainer.
+
+    Raises:
+        InputError: In the words of the first trainer.
+    """
+    refused = []
+    for wanted in plans:
+        try:
+            check_options(wanted.cfg)
+            check_device(wanted.cfg.device)
+        except InputError as error:
+            refused.append(error)
+    if refused and len(refused) == len(plans):
+        raise refused[0]
+    datasets = {(wanted.cfg.data_dir, wanted.cfg.model_dir) for wanted in plans if scene != "demo"}
+    for data_dir, model_dir in datasets:  # one: the trainers have it of the command
+        load_sparse_model(Path(data_dir), model_dir)
 
 
 def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
