@@ -5,7 +5,8 @@
 
 Each trainer (trainers.py) runs in a fresh process and writes to its own folder in R; options that compare.py does not
 have are passed on to all of them. comparison.md, comparison.json and comparison.html are written to R after each
-trainer. A trainer that fails is reported, and the rest go on. The same command again leaves runs that are finished as
+trainer. What every trainer would refuse is refused before the first of them starts; a trainer that fails is reported,
+and the rest go on. The same command again leaves runs that are finished as
 they are, and continues the others.
 """
 
@@ -23,7 +24,15 @@ from pathlib import Path
 import tyro
 
 import startup  # noqa: F401, before torch is imported
-from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
+from comparing.launch import (
+    Interruption,
+    Plan,
+    check_free_folders,
+    check_nothing_is_lost,
+    check_one_can_start,
+    launch,
+    plan,
+)
 from comparing.report import Comparison, write
 from comparing.runs import (
     FINISHED,
@@ -37,6 +46,7 @@ from comparing.runs import (
 )
 from distributed.mesh import refuse_several
 from errors import InputError, refusing
+from option_words import written_out
 from reporting.figures import FIGURES
 from reporting.machine import describe_machine
 from trainers import TRAINERS
@@ -64,7 +74,8 @@ def main() -> None:
     """
     with refusing():
         refuse_several("compare.py starts each trainer")
-    options, passed_on = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+        words = written_out(Options, sys.argv[1:])
+    options, passed_on = tyro.cli(Options, args=words, description=__doc__, return_unknown_args=True)
     with unbreakable_output():
         _main(options, passed_on)
 
@@ -106,6 +117,9 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
     check_free_folders(plans)
     if not options.force:
         check_nothing_is_lost(plans)
+    check_one_can_start(
+        [wanted for wanted in plans if options.force or not is_finished(wanted.folder, wanted.cfg)], options.scene
+    )
     title = f"Comparison of trainers on {options.scene}"
     report(title, [result_of(each) for each in plans], options.result_dir)  # or learn at once that it cannot be
     with Interruption() as interruption:

@@ -35,6 +35,7 @@ from training.command_line import main
 from training.depth_loss import with_depth_loss
 from training.joint_tiles import JointPart, draw_rounds
 from training.memory import available_bytes, parse_bytes
+from training.options import SPLIT_THRESHOLD
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
 from training.views import View, drawn_together
@@ -60,7 +61,7 @@ class SplitConfig(SplitOptions, Config):
         """Return the share of all Gaussians above which a view is rendered in tiles; 0 where a budget decides."""
         if self.device_memory_budget is not None:
             return 0.0
-        return 0.3 if self.split_threshold is None else self.split_threshold
+        return SPLIT_THRESHOLD if self.split_threshold is None else self.split_threshold
 
 
 def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:

@@ -8,6 +8,7 @@ device, so that a model may be many times larger than the GPU's memory.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import tyro
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import refuse_several
 from errors import refusing, stopped_by_signals
+from option_words import written_out
 from training.opened import open_model
 from training.run import select_device
 from viewer.page import HOST, PORT, Page
@@ -43,7 +45,8 @@ def main() -> None:
     """Show a model until Ctrl-C or SIGTERM; the exit code is 2 for bad input."""
     with refusing():
         refuse_several("view.py shows a model")
-    options = tyro.cli(Options, description=__doc__)
+        words = written_out(Options, sys.argv[1:])
+    options = tyro.cli(Options, args=words, description=__doc__)
     with refusing(), stopped_by_signals():
         try:
             show(options)

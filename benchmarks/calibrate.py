@@ -33,6 +33,7 @@ from offload.culling.native import BlockBounds, visible_ids
 from offload.pipelines.lanes import Lane
 from offload.store.layout import GROUP_NAMES, PackedRows, RowState, packed_rows, packed_words
 from offload.store.memory import HostArray
+from option_words import written_out
 from trainers import HARMONICS_MADE_COMMIT
 from training.calibration import Scene, Speeds, machine_name, save_verdict, verdict
 from training.memory import available_bytes, parse_bytes
@@ -329,4 +330,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with refusing():
-        main(tyro.cli(Options, description=__doc__))
+        main(tyro.cli(Options, args=written_out(Options, sys.argv[1:]), description=__doc__))

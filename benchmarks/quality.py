@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shlex
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
+from option_words import written_out
 from reporting.figures import FIGURES
 from reporting.numbers import count, gigabytes
 from training.checkpoints import peek_checkpoint
@@ -314,7 +316,8 @@ def thousands(value: Any) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[str]]:
     """Return the options of a command line, and those that are passed on to the trainers."""
-    options, passed_on = tyro.cli(Options, args=arguments, description=__doc__, return_unknown_args=True)
+    words = written_out(Options, sys.argv[1:] if arguments is None else arguments)
+    options, passed_on = tyro.cli(Options, args=words, description=__doc__, return_unknown_args=True)
     if options.quick:  # a laptop's CPU
         options.max_steps, options.seeds, passed_on = 10, 2, [*QUICK, *passed_on]
     return options, passed_on

@@ -26,14 +26,18 @@ from comparing.runs import (
     write_launch,
 )
 from configs import Config
+from datasets.model_choice import load_sparse_model
 from errors import InputError
+from option_words import field_of, option_groups
 from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
 from training.command_line import parse
 from training.ending import FAILED, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Ending, forget_ending, read_ending
 from training.files import open_new
 from training.folder_lock import check_free
+from training.options import check_options
 from training.results import holds_run, remove_run
+from training.run import check_device
 from training.streams import Unbreakable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -58,7 +62,7 @@ class Plan:
 
 
 def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:
-    """Return the runs of some trainers with one scene and the same options; exit where an option cannot be read.
+    """Return the runs of some trainers with one scene and the same options.
 
     Args:
         scene: As the trainer scripts take it.
@@ -67,24 +71,27 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
         passed_on: Options for the trainers. One that only some trainers have is given to those.
 
     Raises:
-        InputError: A trainer, the scene or an option is unknown.
+        InputError: A trainer, the scene or an option is unknown, or a value cannot be read.
     """
     unknown = [name for name in names if name not in TRAINERS]
     if unknown or not names:
         found = unknown[0] if unknown else "nothing"
         raise InputError(f"--trainers names {found}: choose from {', '.join(TRAINERS)}.")
-    groups = list(_option_groups(passed_on))
+    first, *groups = option_groups(passed_on)
+    if first:
+        raise InputError(f"{first[0]!r} belongs to no option: name the scene first, then options.")
+    given = [(field_of(group[0]), group) for group in groups]
     known_to = {name: _known_options(TRAINERS[name], scene) for name in names}
-    for option, _ in groups:
+    for option, (word, *_) in given:
         if not any(option in known for known in known_to.values()):
             raise InputError(
-                f"--{option} is no option of this command, nor of the trainers {', '.join(names)}: see "
+                f"{word.partition('=')[0]} is no option of this command, nor of the trainers {', '.join(names)}: see "
                 f"`python {TRAINERS[names[0]].path.name} {scene} --help`."
             )
     plans = []
     for name in names:
         trainer, folder = TRAINERS[name], result_dir / name
-        options = [token for option, tokens in groups if option in known_to[name] for token in tokens]
+        options = [word for option, group in given if option in known_to[name] for word in group]
         arguments = [scene, *options, *trainer.arguments, "--result_dir", str(folder)]
         _, cfg = parse(trainer.load().CONFIGS, arguments, trainer.path.name)
         if cfg.ckpt:
@@ -101,6 +108,30 @@ def check_free_folders(plans: Sequence[Plan]) -> None:
     """
     for wanted in plans:
         check_free(wanted.folder)
+
+
+def check_one_can_start(plans: Sequence[Plan], scene: str) -> None:
+    """Refuse what each trainer would refuse, before the first is started: options, the device, the dataset's model.
+
+    Args:
+        plans: Those that are to be started.
+        scene: What is trained on; the demo's dataset is made by the first trainer.
+
+    Raises:
+        InputError: In the words of the first trainer.
+    """
+    refused = []
+    for wanted in plans:
+        try:
+            check_options(wanted.cfg)
+            check_device(wanted.cfg.device)
+        except InputError as error:
+            refused.append(error)
+    if refused and len(refused) == len(plans):
+        raise refused[0]
+    datasets = {(wanted.cfg.data_dir, wanted.cfg.model_dir) for wanted in plans if scene != "demo"}
+    for data_dir, model_dir in datasets:  # one: the trainers have it of the command
+        load_sparse_model(Path(data_dir), model_dir)
 
 
 def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
@@ -125,21 +156,6 @@ def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
                 f"{wanted.folder} holds a run with other options ({said}): choose another --result_dir, or give "
                 "--force to replace it."
             )
-
-
-def _option_groups(tokens: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each option's name, as its field is called, and its tokens: ["--max_steps", "5"]."""
-    group: list[str] = []
-    for token in [*tokens, "--"]:
-        if token.startswith("--"):
-            if group:
-                name = group[0].removeprefix("--").partition("=")[0].replace("-", "_")
-                yield name, group
-            group = [token]
-        elif not group:
-            raise InputError(f"{token!r} belongs to no option: name the scene first, then options.")
-        else:
-            group.append(token)
 
 
 def _known_options(trainer: Trainer, scene: str) -> set[str]:

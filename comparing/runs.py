@@ -16,6 +16,7 @@ from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 from training.files import write_file
 from training.measured import Measured, last_step, read_json, read_measured, read_options
+from training.options import in_effect
 
 NOT_RUN = "not run"
 LAUNCH = "launch.json"  # what compare.py knows of a run that it started
@@ -45,7 +46,7 @@ class Run(Measured):
     message: str = ""  # why it did not finish
     command: str = ""  # empty where it is not known
     machine: dict[str, object] | None = None
-    options: dict[str, object] = field(default_factory=dict)  # cfg.yml
+    options: dict[str, object] = field(default_factory=dict)  # in effect, of cfg.yml
 
 
 def is_complete(folder: Path) -> bool:
@@ -78,8 +79,7 @@ def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, t
 
     `NO_OTHER_RUN` do not count, and what an older version wrote nothing of was as its default is now.
     """
-    wanted, default = (asdict(values) for values in (cfg, type(cfg)()))
-    there = {**default, **options}
+    wanted, there = in_effect(asdict(cfg)), in_effect({**asdict(type(cfg)()), **options})
     names = sorted(there.keys() - set(NO_OTHER_RUN))
     return {name: (there[name], wanted.get(name)) for name in names if there[name] != wanted.get(name)}
 
@@ -115,7 +115,7 @@ def read_run(name: str, folder: Path) -> Run:
         message="" if measured.is_whole else launch.message,
         command=launch.command,
         machine=launch.machine or None,
-        options=options,
+        options=in_effect(options),
         **vars(measured),
     )
 

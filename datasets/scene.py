@@ -94,8 +94,6 @@ def load_scene(
         InputError: the dataset cannot be used.
     """
     data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise InputError(f"{data_dir} does not exist or is no folder: set data_dir to a dataset's folder.")
     model, model_path = load_sparse_model(data_dir, model_dir, say)
     train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
     points, points_rgb = model.points, model.points_rgb

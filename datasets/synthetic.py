@@ -21,6 +21,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from errors import InputError
+from option_words import written_out
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -657,7 +658,7 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        tyro.cli(write_city_block)
+        tyro.cli(write_city_block, args=written_out(write_city_block, sys.argv[1:]))
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

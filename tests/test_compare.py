@@ -21,10 +21,12 @@ import yaml
 import compare
 import simple_trainer
 import simple_trainer_hybrid_optimized
+import simple_trainer_hybrid_optimized_split
 from comparing import launch as launching
 from comparing.launch import Interruption, Plan, check_nothing_is_lost, launch, plan
 from comparing.runs import (
     LAUNCH,
+    differing_options,
     is_complete,
     is_finished,
     read_run,
@@ -332,15 +334,69 @@ def test_options_go_to_the_trainers_that_have_them(tmp_path):
         (("demo", "--runs", "."), "--runs trains nothing"),
         (("--runs", "."), "has no readable cfg.yml"),
         ((), "Scene '' is unknown"),
+        (("demo", "--trainers"), "--trainers names nothing"),
+        (("demo", "--force", "true"), "'true' belongs to no option"),
+        (("demo", "--max_steps", "1.5"), "--max_steps is '1.5', but must be a whole number"),
+        (("demo", "-max_steps", "5"), "-max_steps is no option of this script: give --max_steps"),
+        # What is refused in the words of the trainers, of which each would be started to say so:
+        (("demo", "--position_lr", "nan"), "Error: --position_lr is nan, but must be at least 0 and at most 10.\n"),
+        (("demo", "--strategy", "mcmc", "--max_gaussians", "0"), "--strategy mcmc grows to a bound: give --max_g"),
+        (("default", "--data_dir", "nowhere"), "Error: nowhere does not exist or is no folder: set data_dir to a "),
+        (("default", "--data_dir", "docs"), "Error: docs holds no COLMAP model"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_sentence(monkeypatch, tmp_path, capsys, arguments, said):
+    monkeypatch.setattr(compare, "launch", lambda *_, **__: pytest.fail("a trainer was started"))
+    monkeypatch.chdir(ROOT)
     assert run_compare(monkeypatch, *arguments, "--result_dir", tmp_path) == 2
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_gpu_is_told_before_the_first_trainer_starts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "launch", lambda *_, **__: pytest.fail("a trainer was started"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_compare(monkeypatch, "demo", "--device", "cuda", "--result_dir", tmp_path) == 2
+    assert capsys.readouterr().err == (
+        "Error: --device cuda was given, but torch finds no CUDA GPU: use --device cpu or auto.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_one_trainer_refuses_keeps_no_other_from_its_start(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(compare, "launch", lambda wanted, *_, **__: started.append(wanted.name))
+    both = ("--trainers", "streamed", "streamed_compact")
+    options = ("demo", *both, "--moments", "bfloat16", "--result_dir", tmp_path)  # the other has its own form of them
+    assert run_compare(monkeypatch, *options) == 1
+    assert started == ["streamed", "streamed_compact"]
+
+
+def test_finished_runs_are_compared_without_their_dataset(monkeypatch, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    write_run(tmp_path / "results/gpu_only", data_dir=nowhere)
+    options = ("default", "--trainers", "gpu_only", "--data_dir", nowhere, "--result_dir", tmp_path / "results")
+    assert run_compare(monkeypatch, *options, "--max_steps", 30) == 0
+    assert run_compare(monkeypatch, *options, "--max_steps", 30, "--force") == 2
+
+
+def test_a_cfg_yml_that_says_nothing_of_regularizers_is_of_those_that_held():
+    """As older versions wrote it; now it holds what held."""
+    cfg = Config(strategy="mcmc", max_gaussians=9)
+    older = dataclasses.asdict(cfg)
+    assert older["opacity_reg"] is None
+    now = {**older, "opacity_reg": 0.01, "scale_reg": 0.01}
+    for there in (older, now):
+        assert differing_options(there, cfg) == {}
+        assert differing_options(there, dataclasses.replace(cfg, opacity_reg=0.01)) == {}
+        assert differing_options(there, dataclasses.replace(cfg, opacity_reg=0.5)) == {"opacity_reg": (0.01, 0.5)}
+    split = simple_trainer_hybrid_optimized_split.CONFIGS["default"]
+    older = dataclasses.asdict(split)
+    assert older["split_threshold"] is None
+    assert differing_options(older, dataclasses.replace(split, split_threshold=0.3)) == {}
 
 
 def write_run(folder: Path, *, steps: int = 30, **options: object) -> Plan:
@@ -530,7 +586,7 @@ def test_what_is_left_in_a_folder_before_a_trainer_starts(tmp_path):
 
 
 @pytest.mark.slow
-def test_force_begins_finished_runs_anew(monkeypatch, tmp_path):
+def test_force_begins_finished_runs_anew(monkeypatch, city_block, tmp_path):
     started = []
 
     def launch_nothing(wanted, interruption, show, *, anew):
@@ -538,8 +594,8 @@ def test_force_begins_finished_runs_anew(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "launch", launch_nothing)
     for name in ("gpu_only", "baseline"):
-        write_run(tmp_path / name)
-    options = ("default", "--data_dir", "data/scene", "--result_dir", tmp_path, "--max_steps", 30)
+        write_run(tmp_path / name, data_dir=str(city_block))
+    options = ("default", "--data_dir", city_block, "--result_dir", tmp_path, "--max_steps", 30)
     options = (*options, "--trainers", "gpu_only", "baseline")
     assert run_compare(monkeypatch, *options) == 0
     assert started == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"errors", "configs"}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"errors", "configs", "option_words"}
 ABOVE = {"training", "strategies", "modules", "exports", "viewer", "comparing", "benchmarks", "tests"} | SCRIPTS
 ROOMS = {
     "offload": ABOVE | {"datasets", "rendering", "distributed", "configs"},

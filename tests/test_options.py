@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 from unittest.mock import Mock
 
 import pytest
+import yaml
 
+import export
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
+import view
 from configs import Config
 from errors import InputError
+from option_words import whole_number, written_out
 from trainers import TRAINERS
 from training import command_line, run
+from training.checkpoint_folder import SaveSchedule
 from training.command_line import groups_of, parse
 from training.commands import arguments_of
-from training.options import RANGES, check_options
+from training.options import RANGES, check_options, in_effect
+from training.report import options_given
+from training.results import ResultFolder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("simple_trainer*.py"))]
@@ -187,7 +195,134 @@ def test_an_option_of_other_scripts_is_told_as_such(monkeypatch, capsys, words):
         f"Error: --state is an option of {scripts}, and not of this script: leave it out.\n"
     )
     assert train(monkeypatch, baseline, "default", "--stat", "compact") == 2  # of no script
-    assert "Unrecognized" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "Error: --stat is no option of this script: give --strategy, if that is meant, or see --help.\n"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_whole_numbers_are_read_as_people_write_them(script):
+    hints = get_type_hints(type(script.CONFIGS["default"]))
+    names = [name for name, kind in hints.items() if kind is int or kind in LISTS]
+    assert {"max_steps", "target_gaussians", "seed", "eval_steps", "viewer"} <= {*names}
+    written = {"1e6": 10**6, "1.5e6": 1_500_000, "30_000": 30_000, "7.0": 7, "-1e0": -1, "9007199254740993": 2**53 + 1}
+    for word, number in written.items():
+        for name in names:  # with the sign of equality, and without
+            assert written_out(type(script.CONFIGS["default"]), ["--" + name, word]) == ["--" + name, str(number)]
+            assert written_out(type(script.CONFIGS["default"]), [f"--{name}={word}"]) == [f"--{name}={number}"]
+    of_names = dict(zip(names, itertools.cycle(written), strict=False))
+    words = [word for name, value in of_names.items() for word in ("--" + name, value)]
+    _, cfg = parse(script.CONFIGS, ["default", *words, "--eval-steps=1e3", "2_000"], "")
+    for name, word in {**of_names, "eval_steps": ""}.items():
+        wanted = [1000, 2000] if name == "eval_steps" else written[word] if hints[name] is int else [written[word]]
+        assert getattr(cfg, name) == wanted
+        assert type(getattr(cfg, name)) is type(wanted)
+
+
+@pytest.mark.parametrize("word", ["1.5", "1e-3", "1M", "1,000", "x", "", "nan", "inf", "1e999999999", "1e-999999999"])
+def test_what_is_no_whole_number_is_refused(word):
+    with pytest.raises(ValueError, match=f"^{re.escape(word)}$"):
+        whole_number(word)
+    with pytest.raises(InputError, match=r"must be a whole number, such as 30000, 30_000 or 3e4\.$"):
+        parse(simple_trainer.CONFIGS, ["default", f"--max_steps={word}"], "")
+
+
+MISTAKES = (
+    ("default --max_steps 1.5", "--max_steps is '1.5', but must be a whole number"),
+    ("default --max_steps=", "--max_steps is '', but must be a whole number"),
+    ("default --target_gaussians 1M", "--target_gaussians is '1M', but must be a whole number"),
+    ("default --max_steps", "--max_steps has no value: give a whole number"),
+    ("default --max_steps 5 6", "--max_steps takes one value, but '6' stands behind it: leave that out"),
+    ("default --eval_steps 7000,30000", "--eval_steps is '7000,30000', but must be whole numbers with spaces"),
+    ("default --video_size 640x480", "--video_size is '640x480', but must be whole numbers with spaces"),
+    ("default --viewer on", "--viewer is 'on', but must be whole numbers with spaces"),
+    ("default --position_lr 0,01", "--position_lr is '0,01', but must be a number, such as 0.5 or 1e-4."),
+    ("default --opacity_reg small", "--opacity_reg is 'small', but must be a number"),
+    ("default --data_factor", "--data_factor has no value: give a number"),
+    ("default --strategy MCMC", "--strategy is 'MCMC', but must be default or mcmc."),
+    ("default --device gpu", "--device is 'gpu', but must be auto, cuda or cpu."),
+    ("default --background", "--background has no value: give black, white, random or sky."),
+    ("default --resume true", "--resume takes no value, but 'true' stands behind it: give --resume or --no_resume"),
+    ("default --no_resume=1", "--no_resume takes no value, but '1' stands behind it: give --resume or --no_resume"),
+    ("default --data_dir my photos", "--data_dir takes one value, but 'photos' stands behind it"),
+    ("default --data_dir --resume", "--data_dir has no value: give one, or --data_dir=-x where it begins with a dash."),
+    ("default --max_step 5", "--max_step is no option of this script: give --max_steps, if that is meant"),
+    ("default -max_steps 5", "-max_steps is no option of this script: give --max_steps, if that is meant"),
+    ("default --no_max_steps", "--no_max_steps is no option of this script: give --max_steps, if that is meant"),
+    ("default --quietly", "--quietly is no option of this script: leave it out, or see --help."),
+    ("default 5", "'5' belongs to no option: leave it out, or name its option before it."),
+    ("--max_steps 5", "No scene is named: begin with one of demo, "),
+    ("", "No scene is named: begin with one of demo, "),
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_mistakes_are_told_in_one_sentence_with_a_remedy(monkeypatch, capsys, script):
+    for line, sentence in MISTAKES:
+        assert train(monkeypatch, script, *line.split()) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"Error: {sentence}")
+        assert len(said.err.splitlines()) == 1
+
+
+def test_options_that_may_be_none_are_given_as_such():
+    words = ["default", "--opacity_reg", "None", "--viewer", "None", "--device_memory_budget", "None"]
+    _, cfg = parse(simple_trainer_hybrid_optimized_split.CONFIGS, words, "")
+    assert (cfg.opacity_reg, cfg.viewer, cfg.device_memory_budget) == (None, None, None)
+
+
+def test_other_programs_read_and_refuse_alike(monkeypatch, capsys, tmp_path):
+    words = ["--to", "a.sog", "model.pt", "--max_gaussians", "1e6", "--unknown", "1e6"]
+    assert written_out(export.Options, words) == [*words[:4], "1000000", *words[5:]]
+    assert written_out(export.Options, ["--max_gaussians", "x", "--help"]) == ["--max_gaussians", "x", "--help"]
+    for program, line, said in (
+        (export, "model.pt --to a.sog --max_gaussians many", "--max_gaussians is 'many', but must be a whole number"),
+        (export, "model.pt --to a.sog --up x", "--up is 'x', but must be "),
+        (view, "model.pt --port", "--port has no value: give a whole number"),
+        (view, "model.pt --device gpu", "--device is 'gpu', but must be auto, cuda or cpu."),
+    ):
+        monkeypatch.setattr(sys, "argv", ["program.py", *line.split()])
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith(f"Error: {said}")
+
+
+def test_periodic_checkpoints_are_counted_alike():
+    schedule = SaveSchedule("1e3")
+    assert [steps for steps in (500, 1000, 1500, 2000) if schedule.is_due(steps)] == [1000, 2000]
+    for word in ("-5", "1.5", "1e-3m", "m", ""):
+        with pytest.raises(InputError, match=r"--save_every is .* but must be steps"):
+            SaveSchedule(word)
+
+
+NONE_IS_NONE = {"viewer", "device_memory_budget"}  # options that follow from no other: None says that there is none
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_what_held_is_written_where_nothing_was_given(script, tmp_path):
+    for given, weight in (({"strategy": "mcmc", "max_gaussians": 9}, 0.01), ({}, 0.0), ({"opacity_reg": 0.5}, 0.0)):
+        cfg = replace(script.CONFIGS["default"], result_dir=str(tmp_path), **given)
+        results = ResultFolder(cfg)
+        results.begin(0)
+        results.close()
+        written = yaml.safe_load((tmp_path / "cfg.yml").read_text())
+        assert {name for name, value in written.items() if value is None} <= NONE_IS_NONE
+        assert (written["opacity_reg"], written["scale_reg"]) == (given.get("opacity_reg", weight), weight)
+        assert written.get("split_threshold", 0.3) == 0.3
+        assert list(written) == [item.name for item in fields(cfg)]
+
+
+def test_a_budget_leaves_the_threshold_out():
+    cfg = replace(simple_trainer_hybrid_optimized_split.CONFIGS["default"], device_memory_budget="6GiB")
+    assert in_effect(asdict(cfg))["split_threshold"] is None
+
+
+def test_the_report_names_what_a_strategy_brings():
+    assert options_given(Config(strategy="mcmc")) == [
+        ("strategy", "mcmc", "default"), ("opacity_reg", 0.01, 0.0), ("scale_reg", 0.01, 0.0)
+    ]  # fmt: skip
 
 
 def test_every_option_is_in_one_group():

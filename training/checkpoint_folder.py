@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from distributed.mesh import Ranks
 from errors import DamagedError, InputError
 from offload.store.contract import RowStore
+from option_words import whole_number
 from training.checkpoint_parts import JointCheckpoint, remove_checkpoint, remove_unfinished
 from training.checkpoint_writing import PartialCheckpoint
 from training.checkpoints import Checkpoint, load_checkpoint, peek_checkpoint
@@ -32,13 +32,18 @@ class SaveSchedule:
         Raises:
             InputError: It is neither.
         """
-        match = re.fullmatch(r"(\d+)([smh]?)", every.strip())
-        if match is None:
+        number = every.strip()
+        unit = number[-1:] if number[-1:] in SECONDS else ""
+        try:
+            amount = whole_number(number.removesuffix(unit))
+        except ValueError:
+            amount = -1
+        if amount < 0:
             raise InputError(
                 f"--save_every is {every!r}, but must be steps, such as 500, or time, such as 90s, 15m or 2h."
             )
-        self._steps = 0 if match[2] else int(match[1])
-        self._seconds = int(match[1]) * SECONDS[match[2]] if match[2] else 0
+        self._steps = 0 if unit else amount
+        self._seconds = amount * SECONDS[unit] if unit else 0
         self._clock = clock
         self._last = clock()
 

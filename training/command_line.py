@@ -25,6 +25,7 @@ from configs import (
 from distributed.mesh import is_first_of_machine, is_one_of_several, leave, let_first_tell
 from errors import EndedElsewhere, InputError, TrainingStopped
 from offload.errors import sentence_of
+from option_words import asks_for_help, field_of, is_option, written_out
 from trainers import TRAINERS, trainer_of
 from training.ending import (
     FINISHED,
@@ -137,15 +138,20 @@ def _write_ending(folder: Path | None, run: TrainingRun[AnyConfig] | None, endin
 
 
 def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: str) -> tuple[str, AnyConfig]:
-    """Return the scene and its options, from `SCENE [--option value ...]`; exit where an option cannot be read.
+    """Return the scene and its options, from `SCENE [--option value ...]`; exit after --help.
 
     Raises:
-        InputError: The scene is unknown, or an option is one of other scripts.
+        InputError: The scene is unknown, an option is one of other scripts or of none, or its value cannot be read.
     """
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in configs:
-        raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
     (config_type,) = {type(config) for config in configs.values()}
-    _refuse_options_of_others(config_type, arguments)
+    if arguments and not is_option(arguments[0]) and arguments[0] not in configs:
+        raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
+    if not asks_for_help(arguments):
+        if not arguments or is_option(arguments[0]):
+            raise InputError(f"No scene is named: begin with one of {', '.join(configs)}, and give options behind it.")
+        scene, *words = arguments
+        _refuse_options_of_others(config_type, words)
+        arguments = [scene, *written_out(config_type, words, alone=True)]
     grouped_type = _grouped_type(config_type)
     grouped = tyro.extras.overridable_config_cli(
         {name: (f"Options of scene {name}.", _grouped(config, grouped_type)) for name, config in configs.items()},
@@ -156,16 +162,15 @@ def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: s
     return arguments[0], config_type(**options)
 
 
-def _refuse_options_of_others(config_type: type[Config], arguments: list[str]) -> None:
-    """Say of an option that this script lacks which ones have it; what none has is left to whoever reads the options.
+def _refuse_options_of_others(config_type: type[Config], words: list[str]) -> None:
+    """Say of an option that this script lacks which ones have it.
 
     Raises:
         InputError: There is one.
     """
     own = {item.name for item in fields(config_type)}
-    given = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
-    for name in given:
-        if name == "help" or name.removeprefix("no_") in own:  # where no other script need be loaded
+    for name in (field_of(word) for word in words if is_option(word)):
+        if name.removeprefix("no_") in own:  # where no other script need be loaded
             continue
         scripts = {each.path.name: each.load().CONFIGS["default"] for each in TRAINERS.values()}
         having = sorted(script for script, config in scripts.items() if name in {item.name for item in fields(config)})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from imageio_ffmpeg import get_ffmpeg_version
 
@@ -14,11 +16,13 @@ from configs import Config
 from datasets.trajectories import SHAPES
 from datasets.trajectory_file import read_key_poses
 from errors import InputError
+from strategies.mcmc import REGULARIZER
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import MAX_STEPS
 from training.memory import parse_bytes
 from training.profiling import SKIPPED_STEPS, WARM_UP_STEPS
 
+SPLIT_THRESHOLD = 0.3  # where neither that nor a budget is given
 MOST = 10**12  # of what nothing else bounds
 
 
@@ -116,6 +120,19 @@ RANGES: dict[str, Range] = {
     "split_threshold": Range(0, 1, above=True),
     "resident_share": Range(0, 1, meaning="0 keeps none on the GPU"),
 }
+
+
+def in_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by name, with what holds where nothing was given and that follows from others.
+
+    Args:
+        options: Of a run, or of a cfg.yml that an older version wrote, which holds None there.
+    """
+    regularizer = REGULARIZER if options.get("strategy") == "mcmc" else 0.0
+    follows = {"opacity_reg": regularizer, "scale_reg": regularizer}
+    if options.get("device_memory_budget") is None:  # which decides in its place
+        follows["split_threshold"] = SPLIT_THRESHOLD
+    return {**options, **{name: value for name, value in follows.items() if options.get(name, value) is None}}
 
 
 def check_options(cfg: Config) -> None:

@@ -24,6 +24,7 @@ from training.ending import FINISHED, INTERRUPTED, Ending
 from training.files import write_file
 from training.measured import Measured, read_measured
 from training.model_files import not_held
+from training.options import in_effect
 from training.pose_files import FOLDER as POSES
 from training.pose_files import steps_of
 from training.timelapse import FRAMES, VIDEO
@@ -136,7 +137,7 @@ def held_out(measured: Measured) -> list[HeldOut]:
 
 def options_given(cfg: Config) -> list[tuple[str, object, object]]:
     """Return the options that differ from the defaults: name, value, default."""
-    given, default = (asdict(each) for each in (cfg, type(cfg)()))
+    given, default = (in_effect(asdict(each)) for each in (cfg, type(cfg)()))
     return [(name, value, default[name]) for name, value in given.items() if value != default[name]]
 
 

@@ -25,6 +25,7 @@ from training.event_log import FILES as LOGS
 from training.event_log import EventLog
 from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
+from training.options import in_effect
 from training.ply import save_ply
 from training.pose_files import FILES as POSE_FILES
 from training.pose_files import FOLDER as POSES
@@ -325,4 +326,4 @@ class ResultFolder:
                     folder.rmdir()
 
     def _write_options(self) -> None:
-        write_file(self.path / OPTIONS, yaml.safe_dump(asdict(self._cfg), sort_keys=False))
+        write_file(self.path / OPTIONS, yaml.safe_dump(in_effect(asdict(self._cfg)), sort_keys=False))

@@ -69,14 +69,23 @@ from training.views import Backdrop, View, draw_together, own_cameras, own_views
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
 
+def check_device(name: str) -> None:
+    """Refuse CUDA where it is not there.
+
+    Raises:
+        InputError: It was asked for.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was given, but torch finds no CUDA GPU: use --device cpu or auto.")
+
+
 def select_device(name: str) -> torch.device:
     """Return the device to train on, checked to be usable.
 
     Raises:
         InputError: CUDA was asked for and is not there, or gsplat cannot be used on it.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was given, but torch finds no CUDA GPU: use --device cpu or auto.")
+    check_device(name)
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     limit_fragmentation()

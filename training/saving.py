@@ -25,8 +25,8 @@ from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
 from training.joined_rows import picked_state, whole
-from training.options import shown
-from training.strategy import has_effect, in_effect
+from training.options import in_effect, shown
+from training.strategy import has_effect
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
 OPTIONS_OF_THE_PLACE = (

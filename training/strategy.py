@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 from configs import Config, DensificationRules
 from distributed.mesh import Ranks
 from strategies.contract import Strategy
 from strategies.default import DefaultStrategy
-from strategies.mcmc import REGULARIZER, MCMCStrategy
+from strategies.mcmc import MCMCStrategy
 from training import schedules
 
 # Rules that mcmc makes no use of. A scene of a script may have its own, so that they are named and not refused.
@@ -23,13 +22,6 @@ ONLY_OF_DEFAULT = frozenset(
 
 
 ONLY_OF = {"mcmc": frozenset({"noise_lr"}), "default": ONLY_OF_DEFAULT | {"target_gaussians"}}
-
-
-def in_effect(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options by name, with what regularizers weigh where nothing is given."""
-    regularizer = REGULARIZER if options["strategy"] == "mcmc" else 0.0
-    given = {name: options[name] for name in ("opacity_reg", "scale_reg")}
-    return {**options, **{name: regularizer if value is None else value for name, value in given.items()}}
 
 
 def has_effect(name: str, strategy: str) -> bool:
