@@ -26,6 +26,8 @@ from distributed.mesh import Ranks
 from offload.backends import kernels_for
 from rendering.projection import Projection
 
+PAIR_COLUMNS = 9  # of a pair that travels, beside its features: means2d 2, conics 3, opacities 1, depths 1, radii 2
+
 
 @dataclass(frozen=True)
 class PairExchange:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from distributed.exchange import PairExchange
+from distributed.exchange import PAIR_COLUMNS, PairExchange
 from distributed.mesh import Ranks
 from distributed.together import failing_together
 from offload.culling.cameras import Cameras
@@ -85,7 +85,7 @@ def _find_room(features: Tensor, num_sent: int, num_received: int) -> None:
         num_sent: How many pairs this rank sends.
         num_received: How many it receives; they lie there twice.
     """
-    width = features.shape[1] + 9  # means2d 2, conics 3, opacities 1, depths 1, radii 2
+    width = features.shape[1] + PAIR_COLUMNS
     _ = [features.new_empty(count, width) for count in (num_sent, num_received, num_received)]
 
 

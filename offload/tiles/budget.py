@@ -21,12 +21,15 @@ MEMORY_OF_PEAKS = 200  # tiles
 PRIOR_WEIGHT = 0.02  # of the constants below against one measured tile
 
 # Bytes of one row in a tile, beside its values, before anything is measured: their gradient and, with all gradients,
-# activated scales and opacities (32), positions, conics, colours, depths, radii and ids on the screen (150).
+# activated scales and opacities (32), positions, conics, colours, depths, radii and ids on the screen (150). The bound
+# that `training.memory_estimate` has for a view before it starts is 200.
 RENDERING_BYTES = 180
 INTERSECTION_BYTES = 24  # keys and values of 12 bytes, sorted out of place
-PIXEL_BYTES = 100  # rendering and photo, SSIM's derivatives, gradients, alphas
+PIXEL_BYTES = 100  # rendering and photos, SSIM's derivatives, gradients, alphas: as `training.memory_estimate` adds up
 PAIR_BYTES = 150  # of the above: what a row has on the screen, in one picture
-EXCHANGED_BYTES = 160  # of a pair that is sent to another process or comes from one, there and back
+# Of a pair that is sent to another process or comes from one, there and back: more than the 48 + 44 bytes that travel
+# (`distributed.exchange`), since columns lie beside the packed rows that are made of them.
+EXCHANGED_BYTES = 160
 CAMERA_BYTES = 28  # of a row of the view and each further camera: cells that it may draw in, gradients on the screen
 
 
