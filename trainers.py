@@ -7,14 +7,15 @@ goes on in a smaller trainer read it. A new trainer is one more entry.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from training import memory_estimate
-from training.memory_estimate import Footprint
+from training.memory_estimate import Footprint, Memory
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Trainer:
     footprint: Callable[[Any], Footprint]  # of its options
     traffic: Callable[[float, float], Traffic]  # of a step, from N Gaussians of which V are visible
     options: Mapping[str, str] = field(default_factory=dict)  # that choose the variant, by their fields' names
-    # What needs less device, or host, memory next: other options of the same script, or another entry, by its name.
-    less_device: Mapping[str, str] | str = ""  # empty: nothing does
-    less_host: Mapping[str, str] | str = ""
+    # The entry that may need less device, or host, memory next, by its name; which one does depends on the views.
+    less_device: str = ""  # empty: nothing does
+    less_host: str = ""
     smaller_views_help: bool = True  # where device memory is too small: rows come there view by view
     several_gpus: bool = True  # whether processes can train one model together (docs/several_gpus.md)
     few_steps: bool = False  # it is so slow that a benchmark measures a tenth of the steps
@@ -58,10 +59,28 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Smaller:
-    """Hold a script that needs less memory, and the options that it needs for that."""
+    """Hold a trainer that needs less memory, and the options that it needs for that."""
 
     trainer: Trainer
-    options: Mapping[str, str]
+    options: Mapping[str, Any]
+
+    def cfg(self, cfg: Any, scene: str = "default") -> Any:
+        """Return its options for what is trained with these; those that its script does not have are left out."""
+        default = self.trainer.load().CONFIGS[scene]
+        there = {item.name for item in fields(default)}
+        shared = {item.name: getattr(cfg, item.name) for item in fields(cfg) if item.name in there}
+        return replace(default, **{**shared, **self.options})
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Say which memory is too small for a trainer, and what is known of its views and of the other memory."""
+
+    memory: Memory
+    share_in_view: float  # of the Gaussians, in the largest view of a step
+    other_room: float = math.inf  # bytes of the other memory that there are for each Gaussian
+    num_ranks: int = 1  # that train together
+    ran_out: bool = False  # with Gaussians there, whose degree stays; False: at the start, by an estimate
 
 
 # Traffic. Rows are 48 (appearance) and 12 (geometry) float32.
@@ -139,7 +158,7 @@ TRAINERS: dict[str, Trainer] = {
         footprint=gpu_only_footprint,
         traffic=lambda n, v: Traffic(device=(28 + 4) * 59 * n),
         options={"adam": "dense"},
-        less_device={"adam": "deferred"},
+        less_device="gpu_only_deferred",
         smaller_views_help=False,  # all Gaussians lie there
     ),
     "gpu_only_deferred": Trainer(
@@ -171,8 +190,8 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_optimized",
         footprint=optimized_footprint,
         traffic=lambda n, v: Traffic(host=(40 * 48 + 24) * v, link=192 * v),
-        less_device={"geometry": "host"},
-        less_host={"state": "compact"},
+        less_device="optimized_geometry_on_host",
+        less_host="optimized_compact",
     ),
     "optimized_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
@@ -180,7 +199,7 @@ TRAINERS: dict[str, Trainer] = {
         traffic=lambda n, v: Traffic(host=(44 * 12 + 40 * 48 + 24) * v, link=240 * v),
         options={"geometry": "host"},
         less_device="split_geometry_on_host",
-        less_host={"state": "compact"},
+        less_host="optimized_compact_geometry_on_host",
     ),
     # Of the next two the device reads rows itself, and decodes them where they are used.
     "optimized_compact": Trainer(
@@ -192,7 +211,7 @@ TRAINERS: dict[str, Trainer] = {
             link=HARMONICS_ROW * v,
         ),
         options={"state": "compact"},
-        less_device={"geometry": "host"},
+        less_device="optimized_compact_geometry_on_host",
     ),
     "optimized_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized",
@@ -207,15 +226,15 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_optimized_split",
         footprint=split_footprint,
         traffic=lambda n, v: Traffic(host=44 * 48 * v, link=192 * v),
-        less_device={"geometry": "host"},
-        less_host={"state": "compact"},
+        less_device="split_geometry_on_host",
+        less_host="split_compact",
     ),
     "split_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
         footprint=split_footprint,
         traffic=lambda n, v: Traffic(host=44 * 60 * v, link=240 * v),
         options={"geometry": "host"},
-        less_host={"state": "compact"},
+        less_host="split_compact_geometry_on_host",
     ),
     "split_compact": Trainer(
         "simple_trainer_hybrid_optimized_split",
@@ -226,7 +245,7 @@ TRAINERS: dict[str, Trainer] = {
             link=HARMONICS_VALUES * v,
         ),
         options={"state": "compact"},
-        less_device={"geometry": "host"},
+        less_device="split_compact_geometry_on_host",
     ),
     "split_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_optimized_split",
@@ -238,38 +257,38 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_streamed",
         footprint=streamed_footprint,
         traffic=lambda n, v: Traffic(device=24 * n + 28 * 59 * v, host=2 * 576 * v, link=576 * v),
-        less_device={"geometry": "host"},
-        less_host={"state": "compact"},
+        less_device="streamed_geometry_on_host",
+        less_host="streamed_compact",
     ),
     "streamed_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=streamed_footprint,
         traffic=lambda n, v: Traffic(device=4 * 256 * v, host=(1280 + 768) * v, link=1280 * v),
         options={"geometry": "host"},
-        less_device="split_geometry_on_host",
-        less_host={"state": "compact"},
+        less_device="optimized_geometry_on_host",
+        less_host="streamed_compact_geometry_on_host",
     ),
     "streamed_bfloat16": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=streamed_footprint,
         traffic=lambda n, v: Traffic(device=24 * n + (28 * 11 + 20 * 48) * v, host=2 * 384 * v, link=384 * v),
         options={"moments": "bfloat16"},
-        less_device={"geometry": "host"},
-        less_host={"state": "compact"},
+        less_device="streamed_geometry_on_host",
+        less_host="streamed_compact",
     ),
     "streamed_compact": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=streamed_compact_footprint,
         traffic=lambda n, v: streamed_compact(20 * n, v),
         options={"state": "compact"},
-        less_device={"geometry": "host"},
+        less_device="streamed_compact_geometry_on_host",
     ),
     "streamed_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=streamed_compact_footprint,
         traffic=lambda n, v: streamed_compact(28 / 64 * n, v),
         options={"state": "compact", "geometry": "host"},
-        less_device="split_geometry_on_host",
+        less_device="optimized_compact_geometry_on_host",
     ),
 }
 
@@ -282,44 +301,91 @@ def trainer_of(script: str, cfg: object) -> Trainer:
     return max(fitting, key=lambda trainer: len(trainer.options))
 
 
-def smaller_trainer(trainer: Trainer, cfg: object, memory: Literal["device", "host"]) -> Smaller | None:
-    """Return what needs less memory than a trainer with these options; None: nothing does.
+def footprint_of(trainer: Trainer, cfg: Any, num_ranks: int = 1) -> Footprint:
+    """Return the memory that each Gaussian of a rank takes; each draws a part at once, of what all bring."""
+    footprint = trainer.footprint(replace(cfg, batch_size=num_ranks * cfg.batch_size))
+    return replace(footprint, largest_part=min(1.0, num_ranks * footprint.largest_part))
+
+
+def smaller_trainer(trainer: Trainer, cfg: Any, lack: Lack) -> Smaller | None:
+    """Return the next trainer that takes less of a memory, by its footprint, and for which the other one suffices.
 
     Args:
-        trainer: The entry.
+        trainer: The entry that lacks memory.
         cfg: Its options.
-        memory: Which memory is too small.
+        lack: Which memory is too small.
+
+    Returns:
+        It, with the options that it needs; None where nothing is known to take less.
     """
-    if memory == "device" and getattr(cfg, "resident_share", 0) > 0:
-        return Smaller(trainer, {"resident_share": "0"})
-    less = trainer.less_device if memory == "device" else trainer.less_host
-    if isinstance(less, str):
-        return Smaller(TRAINERS[less], TRAINERS[less].options) if less else None
-    missing = _missing(less, cfg)
-    return Smaller(trainer, missing) if missing else None
+    resident_share = getattr(cfg, "resident_share", 0)
+    # At the start no memory is counted for all of them: none stay where there is no room.
+    if lack.memory == "device" and (0 < resident_share < 1 or (resident_share > 0 and lack.ran_out)):
+        return Smaller(trainer, {"resident_share": 0})
+    taken, _ = _taken(trainer, cfg, lack)
+    for entry in _chain(trainer, lack.memory):
+        smaller = Smaller(entry, _options(entry, trainer, cfg, lack))
+        less, other = _taken(entry, smaller.cfg(cfg), lack)
+        if less < taken and other <= lack.other_room:
+            return smaller
+    return None
 
 
-def remedy(trainer: Trainer, cfg: Any, memory: Literal["device", "host"]) -> str:
-    """Return what to change where memory is too small for a trainer with these options, as its footprint says."""
-    if getattr(cfg, "resident_share", 0) == 1:  # for which it has no memory: none stay where there is no room
-        cfg = replace(cfg, resident_share=0.0)
-    smaller = smaller_trainer(trainer, cfg, memory)
-    if smaller is not None and smaller.trainer is trainer:
+def remedy(trainer: Trainer, cfg: Any, lack: Lack) -> str:
+    """Return what to change where memory is too small for a trainer with these options."""
+    smaller = smaller_trainer(trainer, cfg, lack)
+    if smaller is not None and smaller.trainer.script == trainer.script:
         return "give " + " ".join(_words(smaller.options))
     remedies = []
     if smaller is not None:
         command = " ".join([smaller.trainer.path.name, *_words(smaller.options)])
         remedies.append(f"use {command}, which needs less of it")
-    if memory == "device" and trainer.smaller_views_help:
-        remedies += ["raise --data_factor", "lower --batch_size"]
+    if lack.memory == "device" and getattr(cfg, "largest_part", 0) > 0:
+        remedies.append("lower --split_threshold")
+    if lack.memory == "device" and trainer.smaller_views_help:
+        remedies.append("raise --data_factor")
+        remedies += ["lower --batch_size"] if cfg.batch_size > 1 else []
     else:
-        remedies += ["lower --sh_degree", *([] if smaller else ["free memory"])]
-    return f"{', '.join(remedies[:-1])} or {remedies[-1]}"
+        has_degree = cfg.sh_degree > 0 and not (cfg.resume or lack.ran_out)
+        remedies += ["lower --sh_degree"] if has_degree else []
+        remedies += ["free some of it"] if smaller is None else []
+    return ", or ".join([", ".join(remedies[:-1]), remedies[-1]] if len(remedies) > 1 else remedies)
+
+
+def _chain(trainer: Trainer, memory: Memory) -> Iterator[Trainer]:
+    """Give what may need less of a memory, one after the other."""
+    while name := trainer.less_device if memory == "device" else trainer.less_host:
+        trainer = TRAINERS[name]
+        yield trainer
+
+
+def _taken(trainer: Trainer, cfg: Any, lack: Lack) -> tuple[float, float]:
+    """Return the bytes a Gaussian takes of the memory that lacks, and of the other one, its start included."""
+    footprint = footprint_of(trainer, cfg, lack.num_ranks)
+    host, device = footprint.while_training(lack.share_in_view)
+    if lack.memory == "device":
+        return device, max(host, footprint.host_at_start)
+    return host, max(device, footprint.device_at_start)
+
+
+def _options(entry: Trainer, trainer: Trainer, cfg: Any, lack: Lack) -> dict[str, Any]:
+    """Return the options of an entry that are to be given in place of a trainer's: of its script those that change.
+
+    A view is cut in two at least, where a threshold decides.
+    """
+    if entry.script != trainer.script:
+        half = max(round(lack.share_in_view / lack.num_ranks / 2, 3), 0.001)
+        is_cut = getattr(Smaller(entry, entry.options).cfg(cfg), "largest_part", 0) <= half
+        return {**entry.options, **({} if is_cut else {"split_threshold": half})}
+    options = _missing(entry.options, cfg)
+    if "state" in options and getattr(cfg, "moments", "float32") != "float32":
+        options["moments"] = "float32"  # a compact state has its own
+    return options
 
 
 def _missing(options: Mapping[str, str], cfg: object) -> dict[str, str]:
     return {name: value for name, value in options.items() if getattr(cfg, name, None) != value}
 
 
-def _words(options: Mapping[str, str]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -39,7 +39,7 @@ from benchmarks.train_step import Options as StepOptions
 from configs import Config
 from offload.device_memory import bound_memory
 from reporting.numbers import number, percent
-from trainers import TRAINERS, remedy
+from trainers import TRAINERS, Lack, footprint_of, remedy
 from training.memory_estimate import check_memory, needs, parameter_bytes
 from training.run import select_device
 
@@ -97,22 +97,16 @@ def check_fits(
     device, trainer = select_device(cfg.device), TRAINERS[job.trainer]
     if job.memory_cap:
         bound_memory(job.memory_cap, device)
-    footprint = trainer.footprint(replace(cfg, batch_size=num_ranks * cfg.batch_size))
+    footprint = footprint_of(trainer, cfg, num_ranks)
     at_start = footprint.host_at_start - parameter_bytes(cfg.sh_degree) + scene_bytes
     width, height = scaled(size, job.picture_scale)
-    all_needs = needs(
-        replace(footprint, host_at_start=at_start),
-        min(num_ranks * largest_share, 1.0),
-        width * height,
-        device,
-        host_remedy=remedy(trainer, cfg, "host"),
-        device_remedy=remedy(trainer, cfg, "device"),
+    share = min(num_ranks * largest_share, 1.0)
+    check_memory(
+        needs(replace(footprint, host_at_start=at_start), share, width * height, device, num_processes=num_ranks),
+        -(-job.num_gaussians // num_ranks),
+        0,
+        what_helps=lambda memory: remedy(trainer, cfg, Lack(memory, share, num_ranks=num_ranks)),
     )
-    all_needs = [
-        need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // num_ranks)
-        for need in all_needs
-    ]
-    check_memory(all_needs, -(-job.num_gaussians // num_ranks), 0)
 
 
 @dataclass(frozen=True)

@@ -404,9 +404,24 @@ def test_a_step_that_device_memory_cannot_hold_is_undone(
     assert "ckpt_32.pt" in message
     command = shlex.split(message.split("Continue with: ")[1])
     smaller = [("--geometry", "host"), ("--adam", "deferred")]  # of the same script
-    assert command[1] != f"{script.__name__}.py" or any(words in pairwise(command) for words in smaller)
+    if command[1] == f"{script.__name__}.py":
+        assert any(words in pairwise(command) and f": give {' '.join(words)}." in message for words in smaller)
+    else:
+        assert f": use {command[1]}" in message
     assert run_script(monkeypatch, script, city_block, tmp_path / "parts", *DENSIFYING, *place, "--resume") == 0
     assert_same_state(saved(tmp_path / "parts"), undisturbed(whole_runs, city_block, tmp_path, script, place))
+
+
+def test_device_memory_that_runs_out_before_the_first_step_is_told_with_what_helps(
+    monkeypatch, city_block, tmp_path, capsys
+):
+    with monkeypatch.context() as patch:
+        fail_at_call(patch, simple_trainer, "photometric_loss", 1)
+        assert run_script(patch, simple_trainer, city_block, tmp_path, "--adam", "deferred") == 1
+    assert last_error(capsys) == (
+        "Stopped: Device memory ran out (CUDA out of memory): use simple_trainer_hybrid_optimized.py, which needs less "
+        "of it."
+    )
 
 
 @pytest.mark.slow
@@ -437,11 +452,9 @@ def test_host_memory_that_runs_out_is_told_as_such(monkeypatch, city_block, tmp_
         assert run_script(patch, simple_trainer, city_block, tmp_path, *options, "--force") == 1
         later = capsys.readouterr().err
     assert "Traceback" not in first + later
-    assert re.search(
-        r"^Stopped: Host memory ran out \(.*\): take a trainer that needs less of it, or free", first, re.M
-    )
+    assert re.search(r"^Stopped: Host memory ran out \(.*\): free some of it\.$", first, re.M)
     message = later.splitlines()[-1]
-    assert message.startswith("Stopped: Host memory ran out after 3 steps with 600 Gaussians: continue in a trainer")
+    assert message.startswith("Stopped: Host memory ran out after 3 steps with 600 Gaussians: free some of it. The Ga")
     assert "ckpt_3.pt" in message
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *options, "--resume") == 0
 
@@ -455,14 +468,18 @@ def test_host_memory_that_runs_out_is_told_as_such(monkeypatch, city_block, tmp_
                 "simple_trainer --adam deferred",
                 "optimized",
                 "optimized --geometry host",
-                "optimized_split --geometry host",
+                "optimized_split --geometry host --split_threshold 0.04",
             ],
         ),
-        ("baseline", ["optimized_split --geometry host"]),
+        ("baseline", ["optimized_split --geometry host --split_threshold 0.04"]),
         ("split", ["optimized_split --geometry host"]),
         (
             "streamed_bfloat16",
-            ["streamed --geometry host --moments bfloat16", "optimized_split --geometry host"],
+            [
+                "streamed --geometry host --moments bfloat16",
+                "optimized --geometry host",
+                "optimized_split --geometry host --split_threshold 0.04",
+            ],
         ),
     ],
 )
@@ -472,7 +489,8 @@ def test_trainers_that_need_less_are_named_one_after_the_other(first, expected):
     while trainer is not None:
         _, cfg = command_line.parse(trainer.load().CONFIGS, words, "")
         assert entries.trainer_of(trainer.script, cfg).script == trainer.script
-        smaller = entries.smaller_trainer(entries.trainer_of(trainer.script, cfg), cfg, "device")
+        lack = entries.Lack("device", share_in_view=0.08)
+        smaller = entries.smaller_trainer(entries.trainer_of(trainer.script, cfg), cfg, lack)
         trainer = smaller and smaller.trainer
         if smaller is not None:
             script, *words = shlex.split(smaller_command(smaller, "demo", cfg))[1:-1]

@@ -29,7 +29,7 @@ from strategies import ops
 from strategies.ops import RoomForGrowth
 from tests.interrupted_runs import run_script
 from tests.small_scene import camera, write_scene
-from training.memory_estimate import Need, bytes_to_spare
+from training.memory_estimate import Need, Needs, bytes_to_spare
 
 AMPLE = 10**8  # bytes; all pictures of a test
 FISHEYE = ("OPENCV_FISHEYE", (40, 40, 48, 32, 0.6, 0, 0, 0))
@@ -331,12 +331,11 @@ def test_ranks_of_a_machine_give_up_for_what_all_of_them_need(monkeypatch, of_ot
 
 
 def test_an_eighth_of_what_training_leaves_is_spared():
-    device = Need("GPU memory", 0, 10**9, 0, 1, "")
-    host = Need("host memory", 20, 10, 100, 2500, "")
-    assert bytes_to_spare([host, device], 20, 0) == (2500 - 400) // 8  # at its start
-    assert bytes_to_spare([host, device], 20, 80) == (2500 - 900) // 8
-    assert bytes_to_spare([host, device], 20, 80, share=0.5) == (2500 - 500) // 8
-    assert bytes_to_spare([host, device], 20, 1000) == 0
+    needs = Needs(host=Need("host memory", 20, 10, 100, 2500), device=Need("GPU memory", 0, 10**9, 0, 1))
+    assert bytes_to_spare(needs, 20, 0) == (2500 - 400) // 8  # at its start
+    assert bytes_to_spare(needs, 20, 80) == (2500 - 900) // 8
+    assert bytes_to_spare(needs, 20, 80, share=0.5) == (2500 - 500) // 8
+    assert bytes_to_spare(needs, 20, 1000) == 0
 
 
 def test_what_is_kept_is_said(tmp_path):

@@ -3,10 +3,12 @@
 import gc
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +19,20 @@ import simple_trainer_hybrid_baseline
 import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_streamed
 from benchmarks.aerial_scene import aerial_scene
+from configs import Config
 from datasets.scene import load_scene
 from errors import NotEnoughMemory
 from offload.models import device_room
 from tests.aerial_training import gaussians_of
 from tests.measured_memory import HEIGHT, WIDTH, train_some_steps
-from trainers import TRAINERS, remedy, smaller_trainer
+from trainers import TRAINERS, Lack, footprint_of, remedy, smaller_trainer
 from training import command_line, memory_estimate
 from training.commands import smaller_command
 from training.memory import allocated_bytes
-from training.memory_estimate import Need, check_memory, needs, share_in_largest_view
+from training.memory_estimate import Need, Needs, check_memory, needs, share_in_largest_view
+from training.options import check_options
 
+ROOT = Path(__file__).parents[1]
 GIB = 2**30
 FOOTPRINTS = {
     "gpu_only": memory_estimate.gpu_only(3, "dense"),
@@ -56,14 +61,14 @@ def test_estimate_is_what_training_and_saving_take():
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)},
     )
     measured = json.loads(finished.stdout)
     found, expected = {}, {}
     for trainer, footprint in FOOTPRINTS.items():
         taken = measured[trainer]
-        (need,) = needs(footprint, taken["share_in_view"], WIDTH * HEIGHT, torch.device("cpu"))
+        need = needs(footprint, taken["share_in_view"], WIDTH * HEIGHT, torch.device("cpu")).host
         found[trainer, "start"], found[trainer, "all"] = taken["bytes_at_start"], taken["bytes"]
         expected[trainer, "start"] = taken["num_gaussians_at_start"] * need.starting_bytes_per_gaussian
         expected[trainer, "all"] = need.bytes(taken["num_gaussians"])
@@ -81,7 +86,7 @@ def test_estimate_is_what_the_device_allocates(trainer):
     share = train_some_steps(trainer, gaussians_of(trainer, parameters, device), cameras, device)
     taken = torch.cuda.max_memory_allocated() - before
     footprint = replace(FOOTPRINTS[trainer], device_while_changed=0)  # no Gaussians are added or removed here
-    need = needs(footprint, share, WIDTH * HEIGHT, device)[1]
+    need = needs(footprint, share, WIDTH * HEIGHT, device).device
     assert taken == pytest.approx(need.bytes(num_gaussians), rel=0.2)
 
 
@@ -114,8 +119,8 @@ def test_bytes_per_gaussian():
 
 def test_gpu_only_training_is_not_bound_by_host_memory(monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB)
-    host, device = needs(FOOTPRINTS["gpu_only"], 0.1, 10**6, torch.device("cuda"))
-    assert host.most_gaussians() > 10**12 > device.most_gaussians()
+    found = needs(FOOTPRINTS["gpu_only"], 0.1, 10**6, torch.device("cuda"))
+    assert found.host.most_gaussians() > 10**12 > found.device.most_gaussians() == found.most_gaussians()
 
 
 def test_share_in_the_largest_view_is_that_of_the_best_placed_camera(city_block):
@@ -134,35 +139,57 @@ def test_share_in_the_largest_view_is_that_of_the_best_placed_camera(city_block)
     assert share_in_largest_view(scene, batch_size=1000) == 1.0
 
 
-def needs_of(host_free: float, device_free: float) -> list[Need]:
-    return [
-        Need("host memory", 1200, 1000, 0, int(host_free), "free memory"),
-        Need("GPU memory", 50, 100, 5000, int(device_free), "give --geometry host"),
-    ]
+def test_processes_of_a_machine_share_its_memory_and_not_their_devices(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB)
+    one, two = (
+        needs(FOOTPRINTS["geometry on device"], 0.1, 10, torch.device("cuda"), modules_bytes=9, num_processes=processes)
+        for processes in (1, 2)
+    )
+    assert (two.host.free_bytes, two.device.free_bytes) == (GIB // 2, GIB)
+    assert two.device == one.device
+    assert (two.device.other_bytes, two.host.other_bytes) == (10 * 100 + 9, 0)
+    both = needs(FOOTPRINTS["geometry on device"], 0.1, 10, torch.device("cpu"), modules_bytes=9, num_processes=2)
+    assert (both.device, both.host.free_bytes, both.host.other_bytes) == (None, GIB // 2, 10 * 100 + 9)
+
+
+def needs_of(host_free: float, device_free: float) -> Needs:
+    return Needs(
+        Need("host memory", 1200, 1000, 0, int(host_free)), Need("GPU memory", 50, 100, 5000, int(device_free))
+    )
+
+
+def checked(all_needs: Needs, *arguments: Any, **options: Any) -> str:
+    return check_memory(all_needs, *arguments, **options, what_helps=lambda memory: f"free {memory} memory")
+
+
+@pytest.mark.parametrize(("host_free", "device_free", "lacks"), [(GIB, 4 * GIB, "host"), (4 * GIB, 50e6, "device")])
+def test_the_memory_that_is_too_small_is_asked_about(host_free, device_free, lacks):
+    with pytest.raises(NotEnoughMemory, match=f"are free: free {lacks} memory"):
+        checked(needs_of(host_free, device_free), 10**6, 0)
 
 
 def test_what_fits_is_told_in_one_or_two_lines():
-    told = check_memory(needs_of(4 * GIB, GIB), 2**20, 0)
+    told = checked(needs_of(4 * GIB, GIB), 2**20, 0)
     assert told == (
         "Memory for 1,048,576 Gaussians: 1.17 GiB of host memory (4.00 GiB free), 100 MiB of GPU memory "
         "(1.00 GiB free).\nAbout 4,294,967 would fit."
     )
-    allowed = check_memory(needs_of(4 * GIB, GIB), 2**20, 2**21)
+    allowed = checked(needs_of(4 * GIB, GIB), 2**20, 2**21)
     assert allowed.splitlines()[1].startswith("Memory for 2,097,152, as --max_gaussians allows: 1.95 GiB of host")
-    assert len(check_memory(needs_of(4 * GIB, GIB), 2**20, 1000).splitlines()) == 1  # it cannot grow at all
+    assert len(checked(needs_of(4 * GIB, GIB), 2**20, 1000).splitlines()) == 1  # it cannot grow at all
 
 
 def test_what_fits_is_told_of_the_gaussians_of_all_ranks():
     """Of which each takes memory for its own."""
-    half = check_memory(needs_of(4 * GIB, GIB), 2**21, 0, share=0.5)
+    half = checked(needs_of(4 * GIB, GIB), 2**21, 0, share=0.5)
     assert half == (
         "Memory for 2,097,152 Gaussians for its share: 1.17 GiB of host memory (4.00 GiB free), 100 MiB of GPU memory "
         "(1.00 GiB free).\nAbout 8,589,934 would fit."
     )
     with pytest.raises(NotEnoughMemory, match=r"^Training 9,000,000 Gaussians takes about .* for its share, and"):
-        check_memory(needs_of(4 * GIB, GIB), 9_000_000, 0, share=0.5)
+        checked(needs_of(4 * GIB, GIB), 9_000_000, 0, share=0.5)
     with pytest.raises(NotEnoughMemory, match=r"--max_gaussians 9,000,000 .*for its share.* at most 8,589,934"):
-        check_memory(needs_of(4 * GIB, GIB), 2**21, 9_000_000, share=0.5)
+        checked(needs_of(4 * GIB, GIB), 2**21, 9_000_000, share=0.5)
 
 
 @pytest.mark.parametrize(
@@ -223,37 +250,103 @@ def test_max_gaussians_that_do_not_fit_are_refused_with_the_number_that_does(mon
     assert f"Memory for {most:,}, as --max_gaussians allows" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_device_memory_names_what_takes_less_of_it(monkeypatch):
-    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: GIB if device.type == "cuda" else 999 * GIB)
-    split = "use simple_trainer_hybrid_optimized_split.py --geometry host, which needs less of it, raise --data_factor"
-    remedies = {
-        "gpu_only": "give --adam deferred",
-        "gpu_only_deferred": "use simple_trainer_hybrid_optimized.py, which needs less of it or lower --sh_degree",
-        "gpu_only_compact": "use simple_trainer_hybrid_streamed.py --state compact, which needs less of it or lower",
-        "baseline": split,
-        "optimized": "give --geometry host",
-        "optimized_geometry_on_host": split,
-        "optimized_compact": "give --geometry host",
-        "optimized_compact_geometry_on_host": split.replace("host", "host --state compact"),
-        "split": "give --geometry host",
-        "split_geometry_on_host": "raise --data_factor or lower --batch_size",
-        "split_compact": "give --geometry host",
-        "split_compact_geometry_on_host": "raise --data_factor or lower --batch_size",
-        "streamed": "give --geometry host",
-        "streamed_bfloat16": "give --geometry host",
-        "streamed_geometry_on_host": split,
-        "streamed_compact": "give --geometry host",
-        "streamed_compact_geometry_on_host": split,
+SHARES = (0.05, 0.3, 1.0)  # of the Gaussians, in the largest view
+
+
+def options_of(name: str, *words: str) -> Config:
+    trainer = TRAINERS[name]
+    return command_line.parse(trainer.load().CONFIGS, ["default", *trainer.arguments, *words], "")[1]
+
+
+@pytest.mark.parametrize("memory", ["device", "host"])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_what_is_said_to_need_less_memory_does(name, share, memory):
+    """Its options can be used too, whether they follow from those of the run or are given as the sentence says."""
+    trainer, cfg, place = TRAINERS[name], options_of(name), ("host", "device").index(memory)
+    smaller = smaller_trainer(trainer, cfg, Lack(memory, share))
+    told = remedy(trainer, cfg, Lack(memory, share))
+    if smaller is None:
+        assert "which needs less" not in told
+        assert not told.startswith("give ")
+        return
+    options = smaller.cfg(cfg)
+    check_options(options)
+    before, after = (
+        entry.footprint(entry_cfg).while_training(share)[place]
+        for entry, entry_cfg in ((trainer, cfg), (smaller.trainer, options))
+    )
+    assert after < before
+    words = shlex.split(told.split(",")[0])
+    assert words[0] == ("give" if smaller.trainer.script == trainer.script else "use")
+    start = words[1:] if words[0] == "give" else words[2:]
+    given = [*(trainer.arguments if words[0] == "give" else ()), *start]
+    assert command_line.parse(smaller.trainer.load().CONFIGS, ["default", *given], "")[1] == options
+
+
+def test_only_what_cannot_be_cut_any_further_has_no_trainer_that_needs_less_device_memory():
+    without = {
+        name
+        for name, trainer in TRAINERS.items()
+        if any(smaller_trainer(trainer, options_of(name), Lack("device", share)) is None for share in SHARES)
     }
-    assert remedies.keys() == TRAINERS.keys()
-    for name, words in remedies.items():
-        trainer = TRAINERS[name]
-        _, cfg = command_line.parse(trainer.load().CONFIGS, ["default", *trainer.arguments], "")
-        told = remedy(trainer, cfg, "device")
-        all_needs = needs(trainer.footprint(cfg), 0.1, 10**6, torch.device("cuda"), device_remedy=told)
-        with pytest.raises(NotEnoughMemory, match=f"of GPU memory, and 1.00 GiB are free: {words}"):
-            check_memory(all_needs, 10**8, 0)
+    assert without == {"split_geometry_on_host", "split_compact_geometry_on_host"}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_views_are_cut_where_that_alone_takes_less(num_ranks):
+    """A view of all ranks together, of which each holds and draws a part."""
+    trainer, cfg = TRAINERS["optimized_geometry_on_host"], options_of("optimized_geometry_on_host")
+    lack = Lack("device", 0.2, num_ranks=num_ranks)
+    smaller = smaller_trainer(trainer, cfg, lack)
+    assert smaller.options == {"geometry": "host", "split_threshold": 0.1 / num_ranks}
+    most, at_most = (
+        footprint_of(entry, entry_cfg, num_ranks).while_training(0.2)[1]
+        for entry, entry_cfg in ((trainer, cfg), (smaller.trainer, smaller.cfg(cfg)))
+    )
+    assert at_most < 0.6 * most
+    assert f"--split_threshold {0.1 / num_ranks}" in smaller_command(smaller, "default", cfg)
+
+
+def test_what_needs_more_of_the_other_memory_than_there_is_is_left_out():
+    trainer, cfg = TRAINERS["baseline"], options_of("baseline")
+    host, device = TRAINERS["optimized"].footprint(options_of("optimized")).while_training(0.05)
+    assert host < trainer.footprint(cfg).host
+    assert smaller_trainer(trainer, cfg, Lack("host", 0.05, other_room=device)).trainer == TRAINERS["optimized"]
+    assert smaller_trainer(trainer, cfg, Lack("host", 0.05, other_room=device - 1)) is None
+    deferred, cfg = TRAINERS["gpu_only_deferred"], options_of("gpu_only_deferred")
+    at_start = 580 + 236  # of the host, and 638 later
+    assert smaller_trainer(deferred, cfg, Lack("device", 0.05, other_room=at_start)).trainer == TRAINERS["optimized"]
+    assert smaller_trainer(deferred, cfg, Lack("device", 0.05, other_room=at_start - 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "lack", "told"),
+    [
+        (
+            "gpu_only_deferred",
+            "",
+            {},
+            "use simple_trainer_hybrid_optimized.py, which needs less of it, or lower --sh_d",
+        ),
+        ("gpu_only_deferred", "", {"ran_out": True}, "use simple_trainer_hybrid_optimized.py, which needs less of it"),
+        ("gpu_only_deferred", "", {"other_room": 0}, "lower --sh_degree, or free some of it"),
+        ("gpu_only_deferred", "", {"other_room": 0, "ran_out": True}, "free some of it"),
+        ("gpu_only_deferred", "--resume", {"other_room": 0}, "free some of it"),
+        ("split_geometry_on_host", "", {}, "lower --split_threshold, or raise --data_factor"),
+        ("split_geometry_on_host", "--device_memory_budget 4GiB", {}, "raise --data_factor"),
+        ("split_geometry_on_host", "--batch_size 2", {}, "lower --split_threshold, raise --data_factor, or lower --b"),
+        ("streamed_bfloat16", "", {"memory": "host"}, "give --state compact --moments float32"),
+    ],
+)
+def test_what_else_helps_is_said(name, words, lack, told):
+    """Not what the Gaussians there are have already, nor what the option has no more of."""
+    sentence = remedy(
+        TRAINERS[name], options_of(name, *words.split()), Lack(**{"memory": "device", "share_in_view": 0.1, **lack})
+    )
+    assert sentence.startswith(told)
+    assert "--sh_degree" not in sentence or not (lack.get("ran_out") or "--resume" in words)
+    assert "--batch_size" not in sentence or "--batch_size" in words
 
 
 def test_residents_are_what_is_given_up_first(monkeypatch):
@@ -264,18 +357,16 @@ def test_residents_are_what_is_given_up_first(monkeypatch):
     told = []
     for share in ("0", "0.5"):
         _, cfg = command_line.parse(trainer.load().CONFIGS, [*words, "--resident_share", share], "")
-        all_needs = needs(
-            trainer.footprint(cfg), 0.01, 10**6, torch.device("cuda"), device_remedy=remedy(trainer, cfg, "device")
-        )
-        told.append(all_needs[1].most_gaussians())
+        told.append(needs(trainer.footprint(cfg), 0.01, 10**6, torch.device("cuda")).device.most_gaussians())
     assert told[0] > 5 * told[1]
-    with pytest.raises(NotEnoughMemory, match="GiB are free: give --resident_share 0"):
-        check_memory(all_needs, told[0], 0)
-    command = smaller_command(smaller_trainer(trainer, cfg, "device"), "default", cfg)
-    assert "--state compact --resident_share 0 " in command
+    lack = Lack("device", 0.01)
+    assert remedy(trainer, cfg, lack) == "give --resident_share 0"
+    command = smaller_command(smaller_trainer(trainer, cfg, lack), "default", cfg)
+    assert command.endswith("simple_trainer_hybrid_streamed.py default --state compact --resume")
     _, cfg = command_line.parse(trainer.load().CONFIGS, [*words, "--resident_share", "1"], "")
     assert trainer.footprint(cfg).device == 20  # what culling reads, so that fewer residents are no remedy
-    assert remedy(trainer, cfg, "device") == "give --geometry host"
+    assert remedy(trainer, cfg, lack) == "give --geometry host"
+    assert remedy(trainer, cfg, replace(lack, ran_out=True)) == "give --resident_share 0"
 
 
 def run(monkeypatch, script, data_dir: Path, result_dir: Path, *options: object) -> int:

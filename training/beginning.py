@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from errors import InputError, counted
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.store.morton import morton_order
 from strategies.default import TARGET_TOLERANCE
-from trainers import Trainer, remedy
+from trainers import Lack, Trainer, footprint_of, remedy
 from training.checkpoints import Checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.growth import shortfall
 from training.joint_run import JointRun
 from training.memory_estimate import (
-    Need,
+    Memory,
+    Needs,
     bytes_to_spare,
     check_memory,
     most_that_fit,
@@ -72,6 +73,7 @@ class Beginning:
         self._given = given
         self._modules_bytes = modules_bytes
         self.keep_bytes = 0
+        self._needs: Needs | None = None  # before training takes any
 
     @property
     def num_gaussians(self) -> int:
@@ -160,18 +162,19 @@ class Beginning:
             NotEnoughMemory: It does not fit, with the option to change.
         """
         cfg, joint = self._cfg, self._joint
-        all_needs, share, where = self._needs(), 1.0, ""
+        all_needs, share, where = self._all_needs(), self._share, ""
         option = "target_gaussians" if cfg.target_gaussians > 0 else "max_gaussians"
         if joint.ranks is not None:
-            share = joint.ranks.shares[joint.ranks.rank]
             where = f"For a rank that holds {100 * share:.0f} % of the Gaussians:\n"
-            # Ranks of one machine share its memory, and have a GPU each.
-            all_needs = [
-                need if need.memory == "GPU memory" else replace(need, free_bytes=need.free_bytes // local_ranks())
-                for need in all_needs
-            ]
         begun, most = self.num_gaussians, getattr(cfg, option)
-        told = where + check_memory(all_needs, begun, most, option, share)
+        told = where + check_memory(
+            all_needs,
+            begun,
+            most,
+            option,
+            share,
+            what_helps=lambda memory: remedy(self._trainer, cfg, self.lack(memory)),
+        )
         # That of the rank which has the least room for what it is to hold: where it has none, all end.
         print(min(joint.gather((most_that_fit(all_needs, share), told)))[1])
         stays = what_stays(cfg, joint.device, math.ceil(share * begun), "its" if where else "all")
@@ -181,20 +184,38 @@ class Beginning:
         if joint.speaks and (kept := what_is_kept(self._scene, self.keep_bytes)):
             print(kept)
 
-    def _needs(self) -> list[Need]:
+    @property
+    def _share(self) -> float:
+        """Return the share of the Gaussians that this process holds."""
+        ranks = self._joint.ranks
+        return 1.0 if ranks is None else ranks.shares[ranks.rank]
+
+    @cached_property
+    def _share_in_view(self) -> float:
+        return share_in_largest_view(self._scene, self._joint.size * self._cfg.batch_size)
+
+    def lack(self, memory: Memory, held: int = 0, *, ran_out: bool = False) -> Lack:
+        """Say what is known where a memory is too small.
+
+        Args:
+            memory: Which one.
+            held: How many Gaussians this process has; 0: those that it begins with.
+            ran_out: It is no estimate.
+        """
+        others = {} if self._needs is None else self._needs.by_memory
+        other = others.get("host" if memory == "device" else "device")
+        room = math.inf if other is None else other.room(held or math.ceil(self._share * self.num_gaussians))
+        return Lack(memory, self._share_in_view, room, self._joint.size, ran_out)
+
+    def _all_needs(self) -> Needs:
         """Return what training takes of each memory, and what there is."""
-        cfg, size = self._cfg, self._joint.size
-        views_per_step = size * cfg.batch_size
-        footprint = self._trainer.footprint(replace(cfg, batch_size=views_per_step))
-        if self._joint.ranks is not None:  # of whom each draws a part at once, and all bring what they hold of these
-            footprint = replace(footprint, largest_part=min(1.0, size * footprint.largest_part))
-        all_needs = needs(
-            footprint,
-            share_in_largest_view(self._scene, views_per_step),
+        cfg, joint = self._cfg, self._joint
+        self._needs = needs(
+            footprint_of(self._trainer, cfg, joint.size),
+            self._share_in_view,
             cfg.batch_size * max(camera.width * camera.height for camera in self._scene.cameras),
-            self._joint.device,
-            host_remedy=remedy(self._trainer, cfg, "host"),
-            device_remedy=remedy(self._trainer, cfg, "device"),
+            joint.device,
+            modules_bytes=self._modules_bytes,
+            num_processes=1 if joint.ranks is None else local_ranks(),
         )
-        all_needs[-1] = replace(all_needs[-1], other_bytes=all_needs[-1].other_bytes + self._modules_bytes)
-        return all_needs
+        return self._needs

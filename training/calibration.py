@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from offload.tiles.budget import PIXEL_BYTES
 from trainers import TRAINERS
-from training.memory_estimate import PIXEL_BYTES
 
 STREAMED = "simple_trainer_hybrid_streamed"  # the script whose device reads and writes rows of the host
 # Launching the kernels of a step takes the host so many times what launching those of rendering does, which is all that
@@ -118,7 +118,8 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
         link_speed = (speeds.packed_both_ways if compact else speeds.rows_both_ways) / 2
     else:
         link_speed = speeds.copies_both_ways / 2
-    # Coding takes a device no longer than the bytes that it spares: 6.4 ms at 18 million, and 7.5 with rows in float32.
+    # Coding takes a device no longer than the bytes that it spares: 6.4 ms at 18 million, and 6.6 with rows in float32
+    # (benchmarks/results/train_step_compact_h200.md).
     on_device = num_visible * (speeds.rendering + AFTER_RENDERING.get(name, 0) / link_speed)
     on_device += traffic.device / speeds.device
     on_link = traffic.link / link_speed

@@ -77,11 +77,9 @@ def smaller_command(smaller: Smaller, scene: str, cfg: Config) -> str:
         scene: What is trained on.
         cfg: The options that were given; those that the other trainer does not have are left out.
     """
-    default = smaller.trainer.load().CONFIGS[scene]
-    there = {item.name for item in fields(default)}
-    shared = {item.name: getattr(cfg, item.name) for item in fields(cfg) if item.name in there}
-    options = replace(default, **{**shared, **smaller.options, "resume": False, "force": False, "init_ckpt": ""})
-    return _command([_as_typed(smaller.trainer.path), scene, *arguments_of(options, default)])
+    options = replace(smaller.cfg(cfg, scene), resume=False, force=False, init_ckpt="")
+    arguments = arguments_of(options, smaller.trainer.load().CONFIGS[scene])
+    return _command([_as_typed(smaller.trainer.path), scene, *arguments])
 
 
 def arguments_of(cfg: Config, default: Config) -> list[str]:

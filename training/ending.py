@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from errors import NotEnoughMemory, reason
 from training.commands import given_command, started_in
 from training.files import write_file
+from training.memory_estimate import Memory
 
 ENDED = "ended.json"
 FINISHED, INTERRUPTED, FAILED, OUT_OF_MEMORY = "finished", "interrupted", "failed", "out of memory"
 NOT_BEGUN = "Stopped before anything was done."  # by Ctrl-C
-# What helps where memory of a kind ran out, beside a trainer that needs less of it.
-OTHER_REMEDIES = {"device": "raise --data_factor", "host": "free some of it"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def ending_of(error: BaseException, message: str) -> Ending:
     return Ending(OUT_OF_MEMORY if ran_out else FAILED, message)
 
 
-def memory_that_ran_out(error: BaseException) -> Literal["device", "host"] | None:
+def memory_that_ran_out(error: BaseException) -> Memory | None:
     """Return which memory ran out, where an error, or one that it was raised from, says so; None where none does."""
     for each in _causes(error):
         if isinstance(each, torch.OutOfMemoryError):
@@ -51,13 +49,17 @@ def memory_that_ran_out(error: BaseException) -> Literal["device", "host"] | Non
     return None
 
 
-def without_memory(error: BaseException) -> str:
-    """Return the sentence for an error before anything was trained where memory ran out; empty for any other."""
+def without_memory(error: BaseException, what_helps: Callable[[Memory], str] = lambda memory: "free some of it") -> str:
+    """Return the sentence for an error before anything was trained where memory ran out; empty for any other.
+
+    Args:
+        error: It.
+        what_helps: Returns what to change where a memory ran out; without it no trainer is known.
+    """
     ran_out = memory_that_ran_out(error)
     if ran_out is None:
         return ""
-    what = OTHER_REMEDIES[ran_out]
-    return f"{ran_out.capitalize()} memory ran out ({reason(error)}): take a trainer that needs less of it, or {what}."
+    return f"{ran_out.capitalize()} memory ran out ({reason(error)}): {what_helps(ran_out)}."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,10 +52,13 @@ from offload.store.layout import (
     num_columns,
     row_bytes,
 )
+from offload.tiles.budget import PIXEL_BYTES
 from training.memory import available_bytes
 
-RENDERING_BYTES = 200  # of a Gaussian in view
-PIXEL_BYTES = 100
+Memory = Literal["device", "host"]
+
+# Of a Gaussian in view. `offload.tiles.budget` begins with 180, of a row in a tile, and counts ids for all of the view.
+RENDERING_BYTES = 200
 MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 # Pinned rows on the host for each row in view: two downloads, with a quarter to spare, and as many of the rows that the
 # next view needs too, here taken for a fifth.
@@ -95,7 +99,6 @@ class Need:
     bytes_per_gaussian: float  # later
     other_bytes: float  # later
     free_bytes: int
-    remedy: str  # what to change where that is too little
 
     def bytes(self, num_gaussians: int) -> float:
         """Return what training takes once it has grown to so many."""
@@ -110,6 +113,27 @@ class Need:
         if self.bytes_per_gaussian == 0:
             return sys.maxsize
         return max(int((self.free_bytes - self.other_bytes) / self.bytes_per_gaussian), 0)
+
+    def room(self, num_gaussians: int) -> float:
+        """Return the bytes that there are for each of so many Gaussians."""
+        return (self.free_bytes - self.other_bytes) / max(num_gaussians, 1)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Hold what training takes of the host's memory, and of the device's."""
+
+    host: Need
+    device: Need | None  # None: on the CPU, whose memory is both
+
+    @property
+    def by_memory(self) -> dict[Memory, Need]:
+        """Return them by what `trainers` calls them."""
+        return {"host": self.host} if self.device is None else {"host": self.host, "device": self.device}
+
+    def most_gaussians(self) -> int:
+        """Return how many Gaussians can be trained at most."""
+        return min(need.most_gaussians() for need in self.by_memory.values())
 
 
 def gpu_only(
@@ -361,9 +385,9 @@ def needs(
     num_pixels: int,
     device: torch.device,
     *,
-    host_remedy: str = "",
-    device_remedy: str = "",
-) -> list[Need]:
+    modules_bytes: int = 0,
+    num_processes: int = 1,
+) -> Needs:
     """Return what a trainer takes of the host's and of the device's memory; on the CPU they are one.
 
     Args:
@@ -371,28 +395,29 @@ def needs(
         share_in_view: Of the Gaussians, in the largest view.
         num_pixels: Of the pictures of one step.
         device: Where views are rendered.
-        host_remedy: What to change where the host is too small.
-        device_remedy: The same of the device.
+        modules_bytes: Of what is trained beside the Gaussians, on the device.
+        num_processes: That share the host's memory, and have a device each.
     """
     of_host, of_device = footprint.while_training(share_in_view)
-    pictures = num_pixels * PIXEL_BYTES
-    free = available_bytes(torch.device("cpu"))
+    others = num_pixels * PIXEL_BYTES + modules_bytes
+    free = available_bytes(torch.device("cpu")) // num_processes
     if device.type == "cpu":
         at_start = footprint.host_at_start + footprint.device_at_start
-        return [Need("memory", at_start, of_host + of_device, pictures, free, host_remedy)]
-    device_free = available_bytes(device)
-    return [
-        Need("host memory", footprint.host_at_start, of_host, 0, free, host_remedy),
-        Need("GPU memory", footprint.device_at_start, of_device, pictures, device_free, device_remedy),
-    ]
+        return Needs(Need("memory", at_start, of_host + of_device, others, free), None)
+    return Needs(
+        Need("host memory", footprint.host_at_start, of_host, 0, free),
+        Need("GPU memory", footprint.device_at_start, of_device, others, available_bytes(device)),
+    )
 
 
 def check_memory(
-    all_needs: list[Need],
+    all_needs: Needs,
     num_gaussians: int,
     max_gaussians: int,
     option: str = "max_gaussians",
     share: float = 1.0,
+    *,
+    what_helps: Callable[[Memory], str],
 ) -> str:
     """Refuse what cannot fit.
 
@@ -402,6 +427,7 @@ def check_memory(
         max_gaussians: The number that an option lets the model grow to, at all ranks; 0 where none does.
         option: Which one.
         share: Of them that this process holds.
+        what_helps: Returns what to change where a memory is too small.
 
     Returns:
         One or two lines for the user: what these Gaussians take, and what the allowed number takes or could be.
@@ -411,24 +437,24 @@ def check_memory(
     """
     whose = "" if share == 1.0 else " for its share"
     held, held_later = math.ceil(share * num_gaussians), math.ceil(share * max_gaussians)
-    for need in all_needs:
+    for memory, need in all_needs.by_memory.items():
         needed = need.bytes_from_start(held)
         if needed > need.free_bytes:
             raise NotEnoughMemory(
                 f"Training {counted(num_gaussians, 'Gaussian')} takes about {format_bytes(needed)} of "
-                f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: {need.remedy}."
+                f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: {what_helps(memory)}."
             )
     most = most_that_fit(all_needs, share)
     if max_gaussians > most:
-        need = min(all_needs, key=Need.most_gaussians)
+        need = min(all_needs.by_memory.values(), key=Need.most_gaussians)
         raise NotEnoughMemory(
             f"--{option} {max_gaussians:,} would take about {format_bytes(need.bytes(held_later))} of "
             f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: set it to at most {most:,}."
         )
-    listed = _listed(all_needs, [need.bytes_from_start(held) for need in all_needs])
+    listed = _listed(all_needs, lambda need: need.bytes_from_start(held))
     lines = [f"Memory for {counted(num_gaussians, 'Gaussian')}{whose}: {listed}."]
     if max_gaussians > num_gaussians:
-        listed = _listed(all_needs, [need.bytes(held_later) for need in all_needs])
+        listed = _listed(all_needs, lambda need: need.bytes(held_later))
         verb = "allows" if option == "max_gaussians" else "asks"
         lines.append(f"Memory for {max_gaussians:,}{whose}, as --{option} {verb}: {listed}.")
     elif max_gaussians == 0:
@@ -436,12 +462,12 @@ def check_memory(
     return "\n".join(lines)
 
 
-def most_that_fit(all_needs: list[Need], share: float = 1.0) -> int:
+def most_that_fit(all_needs: Needs, share: float = 1.0) -> int:
     """Return how many Gaussians, at all ranks, training can hold where this process has a share of them."""
-    return int(min(need.most_gaussians() for need in all_needs) / share)
+    return int(all_needs.most_gaussians() / share)
 
 
-def bytes_to_spare(all_needs: list[Need], num_gaussians: int, max_gaussians: int, share: float = 1.0) -> int:
+def bytes_to_spare(all_needs: Needs, num_gaussians: int, max_gaussians: int, share: float = 1.0) -> int:
     """Return the bytes of host memory that this process may hold to save time: a small part of what training leaves.
 
     Args:
@@ -450,13 +476,13 @@ def bytes_to_spare(all_needs: list[Need], num_gaussians: int, max_gaussians: int
         max_gaussians: The number that an option lets the model grow to, at all ranks; 0 where none does.
         share: Of them that this process holds.
     """
-    host = all_needs[0]
+    host = all_needs.host
     needed = max(host.bytes_from_start(math.ceil(share * num_gaussians)), host.bytes(math.ceil(share * max_gaussians)))
     return max(int(host.free_bytes - needed), 0) // SPARED_PART
 
 
-def _listed(all_needs: list[Need], needed: list[float]) -> str:
+def _listed(all_needs: Needs, needed: Callable[[Need], float]) -> str:
     return ", ".join(
-        f"{format_bytes(num_bytes)} of {need.memory} ({format_bytes(need.free_bytes)} free)"
-        for need, num_bytes in zip(all_needs, needed, strict=True)
+        f"{format_bytes(needed(need))} of {need.memory} ({format_bytes(need.free_bytes)} free)"
+        for need in all_needs.by_memory.values()
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from traceback import clear_frames, print_exception
 from types import FrameType, TracebackType
 from typing import Generic
 
@@ -21,24 +20,22 @@ from configs import AnyConfig
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
-from distributed.levelling import HeldTwice
-from distributed.mesh import RanksParted
 from errors import InputError, NotSaved, TrainingStopped, counted
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
-from offload.errors import ParameterError, sentence_of
+from offload.errors import ParameterError
 from offload.models.contract import GaussianModel
 from rendering.rasterize import check_gsplat
 from strategies.contract import Strategy
-from trainers import Trainer, smaller_trainer
-from training import schedules
+from trainers import Trainer
+from training import schedules, stopping
 from training.beginning import Beginning
 from training.blank import BlankPictures
 from training.checkpoints import Checkpoint, load_checkpoint
-from training.commands import resume_command, smaller_command
+from training.commands import resume_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
-from training.ending import FINISHED, INTERRUPTED, OTHER_REMEDIES, Ending, memory_that_ran_out
+from training.ending import FINISHED, INTERRUPTED, Ending
 from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank, draw_for_first
 from training.live import LiveViewer
@@ -62,7 +59,6 @@ from training.saving import Saving, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
 from training.strategy import strategy_of, unused_rules
-from training.streams import loud
 from training.timelapse import Timelapse
 from training.views import Backdrop, View, draw_together, own_cameras, own_views, render
 
@@ -100,6 +96,7 @@ class TrainingRun(Generic[AnyConfig]):
         cfg: The options, with steps_scaler applied.
         given: The options as they were given.
         scene_name: What is trained on, as the command line calls it.
+        trainer: Which trainer it is, with these options.
         said_of_input: Sentences on what is used of the dataset, and what is not.
         device: Where views are rendered.
         ranks: The processes that train this model together; None: this one alone.
@@ -108,6 +105,7 @@ class TrainingRun(Generic[AnyConfig]):
         times: Stage times; the trainer marks its stages.
         results: The folder that receives everything.
         saving: What the run goes on from.
+        beginning: The Gaussians that it begins with, and the memory that there was for them.
         modules: What is trained beside the Gaussians.
         observers: Who is told of every step; append to it before `steps`.
         view: While `steps` runs, the view of the present step.
@@ -133,7 +131,7 @@ class TrainingRun(Generic[AnyConfig]):
         """
         self.given = cfg
         self.scene_name = scene_name
-        self._trainer = trainer
+        self.trainer = trainer
         with told_once(InputError):
             check_options(cfg)
             self._joint = JointRun(cfg, select_device(cfg.device))
@@ -169,7 +167,7 @@ class TrainingRun(Generic[AnyConfig]):
                 self.modules.load_evaluated(self._evaluated, self.cfg, self.scene)
             self._evaluation = Evaluation(cfg, self.device)
             self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed, self.ranks)
-            self._beginning = Beginning(
+            self.beginning = Beginning(
                 self.cfg,
                 self.scene,
                 trainer,
@@ -224,11 +222,11 @@ class TrainingRun(Generic[AnyConfig]):
     @property
     def num_initial_gaussians(self) -> int:
         """Count the Gaussians that training starts with, at all ranks."""
-        return self._beginning.num_gaussians
+        return self.beginning.num_gaussians
 
     def initial_gaussians(self) -> dict[str, Tensor]:
         """Return the Gaussians that training starts with, as `training.beginning.Beginning.gaussians`."""
-        return self._beginning.gaussians()
+        return self.beginning.gaussians()
 
     @property
     def adam(self) -> AdamOptions:
@@ -374,7 +372,7 @@ class TrainingRun(Generic[AnyConfig]):
                 num_ranks=self.num_ranks,
                 num_workers=self.cfg.num_workers or None,
                 pin_memory=self.device.type == "cuda",
-                keep_bytes=self._beginning.keep_bytes,
+                keep_bytes=self.beginning.keep_bytes,
             )
         )
         bar = tqdm(
@@ -551,26 +549,17 @@ class TrainingRun(Generic[AnyConfig]):
             if not isinstance(error, Exception):
                 return
             if self._evaluated is not None or not self.results.has_begun or self.model.steps_done == 0:
+                without_memory = stopping.without_memory(self, error)
                 with self._joint.ending_together():
+                    if without_memory is not None:
+                        raise without_memory from error
                     raise error
             if self.ranks is not None:
-                message, command = self._told_of(error)
-                save = self.saving.at_the_end
-                raise self._joint.stopped(error, message, command, self._undo_step, save) from error
+                message, command = stopping.told_of(self, error)
+                undo_step, save = partial(stopping.undo_step, self), self.saving.at_the_end
+                raise self._joint.stopped(error, message, command, undo_step, save) from error
             if not isinstance(error, NotSaved):
-                raise self._stopped(error) from error
-
-    def _undo_step(self) -> tuple[int, bool]:
-        """Forget the step that an error has ended, so that what is left can be saved.
-
-        Returns:
-            How many steps are done, and whether the last one was without the gradients of modules.
-
-        Raises:
-            RuntimeError: It has been applied in part.
-        """
-        self.model.undo_step()
-        return self.model.steps_done, self.modules.complete_step(self.model.steps_done)
+                raise stopping.stopped(self, error) from error
 
     def _give_back(self, number: signal.Signals, handler: Callable | int | None) -> None:
         """Let a signal do what it did before `steps`, unless it is ignored since, as ranks end."""
@@ -584,38 +573,3 @@ class TrainingRun(Generic[AnyConfig]):
         if self.ranks is not None and signal_number == signal.SIGTERM:
             return  # by torchrun, where another rank has ended: that one tells
         tqdm.write("Stopping after this step; press Ctrl-C again to stop at once without saving.")
-
-    def _stopped(self, error: Exception) -> TrainingStopped:
-        """Return the sentence for an error that ends training, with everything trained so far saved."""
-        message, command = self._told_of(error)
-        try:
-            self._undo_step()
-            return TrainingStopped(
-                f"{message} The Gaussians are saved in {self.saving.at_the_end()}. Continue with: {command}"
-            )
-        except NotSaved as failure:
-            return TrainingStopped(f"{message} {failure}")
-        except Exception as failure:  # of whatever kind: the user gets the sentence
-            return TrainingStopped(f"{message} The Gaussians could not be saved ({failure}).")
-
-    def _told_of(self, error: Exception) -> tuple[str, str]:
-        """Return the sentence for an error that ends training, and the command to continue with."""
-        message, command = sentence_of(error), resume_command(self.remedy)
-        if isinstance(error, TrainingStopped | InputError | RanksParted | HeldTwice):
-            return message, command
-        ran_out = memory_that_ran_out(error)
-        if ran_out is not None:
-            clear_frames(error.__traceback__)  # which hold what the step had allocated
-            if ran_out == "device":
-                torch.cuda.empty_cache()
-            message = (
-                f"{ran_out.capitalize()} memory ran out after {counted(self.model.steps_done, 'step')} with "
-                f"{self.model.num_gaussians:,} Gaussians: continue in a trainer that needs less of it, or "
-                f"{OTHER_REMEDIES[ran_out]}."
-            )
-            smaller = smaller_trainer(self._trainer, self.cfg, ran_out)
-            command = command if smaller is None else smaller_command(smaller, self.scene_name, self.given)
-        else:
-            message = f"An error ended training after {counted(self.model.steps_done, 'step')}."
-            print_exception(error, file=loud(sys.stderr))  # whoever mends it wants to see where
-        return message, command
