@@ -16,7 +16,6 @@ import startup  # noqa: F401, before torch is imported
 from configs import Config, ForwardedOptions, scenes
 from offload.models.forwarded import ForwardedGaussians
 from rendering.losses import photometric_loss
-from training.calibration import print_last_verdict
 from training.command_line import main
 from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
@@ -45,7 +44,6 @@ def train(run: TrainingRun[HybridConfig]) -> None:
         max_gaussians=cfg.most_gaussians,
     )
     strategy = run.new_strategy()
-    print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run
 
     for step, view in run.steps(gaussians, strategy):
         # The rows of this view are on the device already, but for the first one and after densification.

@@ -21,7 +21,6 @@ import startup  # noqa: F401, before torch is imported
 from configs import Config, HostOptions, StateOptions, scenes
 from offload.models.streamed import StreamedGaussians
 from rendering.losses import photometric_loss
-from training.calibration import print_last_verdict
 from training.command_line import main
 from training.depth_loss import with_depth_loss
 from training.run import TrainingRun
@@ -64,7 +63,6 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         tell=tqdm.write,
     )
     strategy = run.new_strategy()
-    print_last_verdict(run.device)  # of benchmarks.calibrate, where it has been run
 
     for step, view in run.steps(gaussians, strategy):
         # The rows of this view are on the device already, but for the first one and after densification.

@@ -3,8 +3,8 @@
     python -m benchmarks.calibrate [--num_gaussians 18000000] [--visible 0.08] [--device_memory 24GB]
 
 Takes about a minute. Measures pinned copies, the streamed trainer's kernels over pinned rows, plain and compact ones,
-the optimized trainer's Adam kernels over host memory, copies on the GPU, and rendering. The trainers that offload print
-the verdict when they start. What a step takes is a bound from below: that of its slowest part, since all may overlap.
+the optimized trainer's Adam kernels over host memory, copies on the GPU, and rendering. Every trainer prints the
+verdict when it starts on a GPU. What a step takes is a bound from below: that of its slowest part, as all may overlap.
 """
 
 from __future__ import annotations

@@ -45,7 +45,6 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.most_gaussians)",
-            "print_last_verdict(run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
             "run.mark('cull')",
@@ -61,7 +60,6 @@ LOOPS: dict[str, tuple[list[str], list[str]]] = {
             "def train(run: TrainingRun[HybridConfig]) -> None:",
             "gaussians = ForwardedGaussians(run.initial_gaussians(), run.adam, device=run.device, "
             "geometry=cfg.geometry, state=cfg.state, max_gaussians=cfg.most_gaussians)",
-            "print_last_verdict(run.device)",
             "if run.upcoming is not None:",
             "gaussians.prefetch(run.upcoming.cameras, strategy.strays(step, gaussians, gaussians.ids, rows))",
             "run.mark('cull')",

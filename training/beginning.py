@@ -17,6 +17,7 @@ from offload.adam.state import num_gaussians_of, stored_values
 from offload.store.morton import morton_order
 from strategies.default import TARGET_TOLERANCE
 from trainers import Lack, Trainer, footprint_of, remedy
+from training.calibration import print_last_verdict
 from training.checkpoints import Checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
 from training.growth import shortfall
@@ -98,6 +99,7 @@ class Beginning:
         if self._evaluated is None:
             warning = self._check_growth()
             self._check_memory()
+            print_last_verdict(self._joint.device)  # of benchmarks.calibrate, where it has been run
             if warning is not None:  # not where memory refuses the bound
                 print(warning)
             if self._saving.resumed is not None:
