@@ -224,7 +224,7 @@ class StateOptions:
     """Choose the form that Gaussians and Adam's moments are kept in."""
 
     state: Literal["float32", "compact"] = "float32"
-    """compact: 320 bytes a Gaussian, rounded at random, in place of 708 or more that are exact."""
+    """compact: 328 bytes a Gaussian, rounded at random, in place of 716 or more that are exact."""
 
 
 @dataclass

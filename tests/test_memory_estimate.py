@@ -23,6 +23,7 @@ from configs import Config
 from datasets.scene import load_scene
 from errors import NotEnoughMemory
 from offload.models import device_room
+from offload.store.layout import compact_bytes
 from tests.aerial_training import gaussians_of
 from tests.measured_memory import HEIGHT, WIDTH, train_some_steps
 from trainers import TRAINERS, Lack, footprint_of, remedy, smaller_trainer
@@ -115,6 +116,17 @@ def test_bytes_per_gaussian():
     assert compact.device_in_view == 2 * 328 + 64 + 64 + 240  # values and gradients of geometry; numbers and rendering
     of_two_views = memory_estimate.streamed(3, "device", "float32", "compact", batch_size=2)
     assert of_two_views.device_in_view == compact.device_in_view + 192 + 192
+
+
+def test_the_documents_name_the_bytes_of_a_compact_state():
+    """Beside those of the float32 rows that take least: both with the step of their last update."""
+    compact, float32 = compact_bytes(3), FOOTPRINTS["gpu_only, deferred"].device
+    for page, sentence in {
+        "configs.py": f"compact: {compact} bytes a Gaussian, rounded at random, in place of {float32} or more",
+        "docs/trainers.md": f"| `--state compact` | {compact} bytes a Gaussian, 8 of them",
+        "docs/streaming.md": f"a Gaussian in {compact} bytes, 8 of them for its last step, in place of {float32}",
+    }.items():
+        assert sentence in (ROOT / page).read_text()
 
 
 def test_gpu_only_training_is_not_bound_by_host_memory(monkeypatch):
