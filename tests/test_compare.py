@@ -315,6 +315,33 @@ time.sleep(0.5)  # for a second time
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("moment", ["before", "meanwhile", "after"])
+def test_a_trainer_that_begins_as_ctrl_c_comes_is_told_once(moment):
+    class Beginning:
+        told = 0
+
+        def poll(self) -> None:
+            return None
+
+        def send_signal(self, number: int) -> None:
+            self.told += 1
+
+    class Processes(set):
+        def add(self, process: Beginning) -> None:
+            super().add(process)
+            if moment == "meanwhile":
+                interruption.request(signal.SIGINT)
+
+    interruption, process = Interruption(), Beginning()
+    interruption.processes = Processes()
+    if moment == "before":
+        interruption.request(signal.SIGINT)
+    interruption.add(process)
+    if moment == "after":
+        interruption.request(signal.SIGINT)
+    assert process.told == 1
+
+
 def test_options_go_to_the_trainers_that_have_them(tmp_path):
     names = ("gpu_only", "optimized", "optimized_geometry_on_host")
     passed_on = ["--max_steps", "7", "--test_every", "-1", "--test_after", "3", "--geometry", "device", "--antialiased"]
