@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
-from option_words import written_out
+from option_words import parse_own
 from reporting.figures import FIGURES
 from reporting.numbers import count, gigabytes
 from training.checkpoints import peek_checkpoint
@@ -316,8 +315,7 @@ def thousands(value: Any) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[str]]:
     """Return the options of a command line, and those that are passed on to the trainers."""
-    words = written_out(Options, sys.argv[1:] if arguments is None else arguments)
-    options, passed_on = tyro.cli(Options, args=words, description=__doc__, return_unknown_args=True)
+    options, passed_on = parse_own(Options, __doc__, arguments)
     if options.quick:  # a laptop's CPU
         options.max_steps, options.seeds, passed_on = 10, 2, [*QUICK, *passed_on]
     return options, passed_on
