@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import Config
+from configs import Config, in_effect
 from errors import InputError
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 from training.files import write_file
 from training.measured import Measured, last_step, read_json, read_measured, read_options
-from training.options import in_effect
 
 NOT_RUN = "not run"
 LAUNCH = "launch.json"  # what compare.py knows of a run that it started

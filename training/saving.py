@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import Config
+from configs import Config, in_effect
 from distributed.dealing import dealt_rows
 from distributed.mesh import Ranks
 from errors import InputError, NotSaved, counted
@@ -25,7 +25,7 @@ from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
 from training.joined_rows import picked_state, whole
-from training.options import in_effect, shown
+from training.options import shown
 from training.strategy import has_effect
 
 # Options that say where a run finds and leaves things and what it reports, not what it computes.
