@@ -47,7 +47,8 @@ from training.ending import FINISHED
 
 METRICS = {"psnr": "{:.3f}", "ssim": "{:.4f}", "lpips": "{:.4f}"}
 METRICS |= {f"{kind}_{metric}": form for kind in ("cc", "aligned") for metric, form in METRICS.items()}
-OWN_OPTIONS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "force", "ckpt")  # no variant has them
+# What this benchmark gives to its runs itself, or would break: no variant has them.
+OF_ALL_RUNS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "new_photos", "force", "ckpt")
 FIRST_SEED = 42
 QUICK = ("--sh_degree_interval", "5", "--max_gaussians", "2000", "--device", "cpu")
 
@@ -169,7 +170,7 @@ def variants_of(options: Options) -> dict[str, list[str]]:
             )
         found[name] = shlex.split(own)
         options_of = [word[2:].partition("=")[0].replace("-", "_") for word in found[name] if word.startswith("--")]
-        refused = next((option for option in options_of if option in OWN_OPTIONS), None)
+        refused = next((option for option in options_of if option in OF_ALL_RUNS), None)
         if refused:
             remedy = "give it --steps_scaler to do fewer" if refused == "max_steps" else "leave it out"
             raise InputError(f"--variants {variant!r} has --{refused}, which is the same for all runs: {remedy}.")
