@@ -310,6 +310,17 @@ time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_nohup_is_heeded(tmp_path):
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            launch(planned(tmp_path, code), interruption, lambda line: None)
+        assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_options_go_to_the_trainers_that_have_them(tmp_path):
     names = ("gpu_only", "optimized", "optimized_geometry_on_host")
     passed_on = ["--max_steps", "7", "--test_every", "-1", "--test_after", "3", "--geometry", "device", "--antialiased"]

@@ -23,7 +23,7 @@ from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
 from distributed.levelling import HeldTwice
 from distributed.mesh import RanksParted
-from errors import InputError, NotSaved, TrainingStopped, counted
+from errors import InputError, NotSaved, TrainingStopped, counted, heard_signals
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.errors import ParameterError, sentence_of
@@ -345,9 +345,8 @@ class TrainingRun(Generic[AnyConfig]):
             self.results.check_none_missed()
             return
         self._joint.release_sigterm()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
+        for number in heard_signals():
+            self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self.saving.begin(model, {strategy.name: strategy, **self.modules.parts})
         self.modules.begin_at(first)
         is_over = first >= self.cfg.max_steps
