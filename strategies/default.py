@@ -1,7 +1,7 @@
 """When and which Gaussians are duplicated, split and removed, as gsplat's DefaultStrategy decides it.
 
 Written once for all trainers: selection looks at statistics and geometry alone, and the changes are asked of
-whatever store holds the Gaussians. One deliberate difference: gsplat 1.5.3 never resets opacities, since its
+the model, wherever its Gaussians lie. One deliberate difference: gsplat 1.5.3 never resets opacities, since its
 condition `step % reset_every == 0 & step > 0` is always false; here they are reset as its documentation says.
 """
 
@@ -50,7 +50,7 @@ class Statistics:
 
 
 class DefaultStrategy:
-    """Gather statistics at every step and refine a store of Gaussians when the rules say so.
+    """Gather statistics at every step and refine a model when the rules say so.
 
     Where ranks train together each refines its own Gaussians. All follow the same rules, of which those that look at
     the whole model hold for the Gaussians of all ranks.
@@ -110,27 +110,27 @@ class DefaultStrategy:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
         return self._regularizers.added_to(loss, rows, info)
 
-    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+    def strays(self, step: int, model: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Return None: nothing moves but by Adam."""
 
     def before_update(
-        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
+        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None
     ) -> None:
         """Count the rows that were drawn, where a regularizer asks for them; nothing moves."""
         if self._regularizers.is_on:
             self._regularizers.count(len(drawn_rows(info)))
 
-    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
+    def after_step(self, step: int, info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None = None) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
 
         Args:
             step: Number of the step just optimized, from 0.
             info: Of `rendering.rasterize`, after the backward pass.
-            store: The Gaussians.
+            model: The Gaussians.
             ids: [V] which Gaussians the rendered rows are; None: all of them were rendered.
 
         Returns:
-            Whether the rows of the store have changed.
+            Whether the rows of the model have changed.
 
         Raises:
             TrainingStopped: Nothing would be left.
@@ -140,14 +140,14 @@ class DefaultStrategy:
             self.statistics = None
             return False
         if self.statistics is None:
-            self.statistics = Statistics.zeros(store.num_gaussians, store.device)
-        self.statistics.move_to(store.device)
+            self.statistics = Statistics.zeros(model.num_gaussians, model.device)
+        self.statistics.move_to(model.device)
         self.observe(info, ids)
         refines = self.refines_at(step)
         if refines:
-            self.refine(step, store)
+            self.refine(step, model)
         if self.resets_at(step):
-            store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
+            model.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
         return refines
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -207,16 +207,16 @@ class DefaultStrategy:
             statistics.radii.scatter_reduce_(0, ids, share, "amax")
 
     @torch.no_grad()
-    def refine(self, step: int, store: GaussianModel) -> None:
+    def refine(self, step: int, model: GaussianModel) -> None:
         """Duplicate, split and remove by the statistics so far, then start them anew."""
         statistics, rules = self._gathered(), self.rules
         self.statistics = None  # whatever happens below, they will not fit the rows
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
-        largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
+        largest_scale = model.read("scales").amax(dim=-1).exp()  # [N]
         held_back = ""
         if rules.target_gaussians > 0:
             remove = select_removal(
-                rules, step, store.read("opacities"), largest_scale, statistics.radii, self.scene_scale
+                rules, step, model.read("opacities"), largest_scale, statistics.radii, self.scene_scale
             )
             average_grad = average_grad.masked_fill(remove, 0.0)
             num_gaussians, num_removed = self._sum(len(remove)), self._sum(int(remove.sum()))
@@ -234,14 +234,14 @@ class DefaultStrategy:
         )
         duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
         num_new = len(duplicate_ids) + len(split_ids)
-        if not self._room.holds(store, num_new):
+        if not self._room.holds(model, num_new):
             held_back = "memory"
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
         failure = None
         try:
-            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seeds, step))
+            grow(model, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seeds, step))
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            failure = f"Growing to {store.num_gaussians + num_new:,} Gaussians failed ({sentence_of(error)})."
+            failure = f"Growing to {model.num_gaussians + num_new:,} Gaussians failed ({sentence_of(error)})."
             duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
 
         if self._room.tell_any(failure):
@@ -250,29 +250,29 @@ class DefaultStrategy:
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
         radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])
-        largest_scale = store.read("scales").amax(dim=-1).exp()
-        remove = select_removal(rules, step, store.read("opacities"), largest_scale, radii, self.scene_scale)
+        largest_scale = model.read("scales").amax(dim=-1).exp()
+        remove = select_removal(rules, step, model.read("opacities"), largest_scale, radii, self.scene_scale)
         kept_ids = torch.where(~remove)[0]
         if self._sum(len(kept_ids)) == 0:
             raise TrainingStopped(
-                f"The refinement at step {step} would remove all {self._sum(store.num_gaussians):,} Gaussians: "
+                f"The refinement at step {step} would remove all {self._sum(model.num_gaussians):,} Gaussians: "
                 "lower --prune_opa or raise --prune_scale3d."
             )
         self._num_appended += len(duplicate_ids) + len(split_ids)
         is_last = self._refinements_from(step + 1) == 0
         sorts = is_worth_sorting(self._num_appended, len(kept_ids), is_last=is_last)
         if self._ranks is not None:
-            store.keep(kept_ids)
-            sorts |= level(store, self._ranks)
-            remove = kept_ids = torch.arange(store.num_gaussians, device=kept_ids.device)
+            model.keep(kept_ids)
+            sorts |= level(model, self._ranks)
+            remove = kept_ids = torch.arange(model.num_gaussians, device=kept_ids.device)
         if sorts:
-            kept_ids = kept_ids[morton_order(store.read("means", kept_ids)).to(kept_ids.device)]
+            kept_ids = kept_ids[morton_order(model.read("means", kept_ids)).to(kept_ids.device)]
             self._num_appended = 0
         if sorts or len(kept_ids) < len(remove):
-            store.keep(kept_ids)
-        self.statistics = Statistics.zeros(store.num_gaussians, store.device)
+            model.keep(kept_ids)
+        self.statistics = Statistics.zeros(model.num_gaussians, model.device)
         if is_last and rules.target_gaussians > 0:
-            self._tell_of_target(self._sum(store.num_gaussians))
+            self._tell_of_target(self._sum(model.num_gaussians))
 
     def _tell_of_target(self, num_gaussians: int) -> None:
         """Say, after the last refinement, where growth has ended far below the target."""
