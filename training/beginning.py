@@ -15,7 +15,7 @@ from distributed.mesh import local_ranks
 from errors import InputError, counted
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.store.morton import morton_order
-from strategies.default import TARGET_TOLERANCE
+from strategies.target import TARGET_TOLERANCE
 from trainers import Trainer, remedy
 from training.checkpoints import Checkpoint
 from training.gaussians import PARAMETER_NAMES, initial_gaussians
