@@ -8,14 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from comparing.pictures import AMPLIFIED, compared_views
 from comparing.runs import FINISHED, Run
 from reporting import charts
-from reporting.figures import Figure, shown_figures
+from reporting.figures import Figure, line_charts, shown_figures
 from reporting.machine import sentence
 from reporting.page import render_page
 from training.files import write_file
@@ -237,7 +236,7 @@ def as_html(comparison: Comparison) -> str:
         figures=comparison.figures,
         explanation=EXPLANATION,
         poses=corrected_poses(comparison),
-        charts=line_charts(comparison.runs),
+        charts=line_charts([run.curves for run in comparison.runs], compared=True),
         stages=stages,
         stage_chart=charts.stage_bars({run.name: run.stages_ms for run in comparison.runs}, stages),
         views=compared_views(comparison.runs),
@@ -245,26 +244,6 @@ def as_html(comparison: Comparison) -> str:
         options=differing(comparison.runs),
         machines=machines(comparison),
     )
-
-
-def line_charts(runs: Sequence[Run]) -> list[str]:
-    """Return all charts of curves that any run has."""
-    wanted: list[tuple[str, str, Literal["steps", "seconds"]]] = [
-        ("loss", "training loss", "steps"),
-        ("loss", "training loss", "seconds"),
-        ("psnr", "PSNR of test views, dB", "steps"),
-        ("psnr", "PSNR of test views, dB", "seconds"),
-        ("num_GS", "Gaussians", "steps"),
-        ("device_allocated_GiB", "device memory, GiB, peak so far", "seconds"),
-        ("device_reserved_GiB", "device memory reserved, GiB", "seconds"),
-        ("host_GiB", "host memory, GiB, peak so far", "seconds"),
-    ]
-    drawn = (
-        charts.line_chart([run.curves.get(curve) for run in runs], label, over=over)
-        for curve, label, over in wanted
-        if not curve.startswith("device") or any(any(run.curves[curve].values) for run in runs if curve in run.curves)
-    )
-    return [chart for chart in drawn if chart]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[object]]:

@@ -14,8 +14,8 @@ import yaml
 from reporting.charts import Curve
 from training.event_log import read_scalars
 
-# TensorBoard tags that become curves, by the name the report gives them.
-CURVES = {
+# TensorBoard tags that become curves, by the keys of `reporting.figures.CHARTS`.
+TAGS = {
     "loss": "train/loss",
     "num_GS": "train/num_GS",
     "psnr": "val/psnr",
@@ -77,7 +77,7 @@ def read_measured(folder: Path, last: int) -> Measured:
         },
         stages_ms=stages,
         staging_allocations=train.get("staging_allocations"),
-        curves={key: curves[tag] for key, tag in CURVES.items() if tag in curves},
+        curves={key: curves[tag] for key, tag in TAGS.items() if tag in curves},
         views={
             image["name"]: {key: image[key] for key in OF_VIEWS if image.get(key) is not None}
             for image in val.get("images", [])
