@@ -20,12 +20,10 @@ from offload.culling.cameras import Cameras
 from training.joint_viewing import FirstRank
 from training.views import posed_cameras
 from viewer.frustums import Photo
-from viewer.page import PORT, Page
+from viewer.page import IDLE, PORT, Page
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
-
-IDLE = 0.02  # seconds between looks at the page while training pauses
 
 
 class LiveViewer:
