@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count
 from benchmarks.report import Report
 from datasets.image_files import decode_image
 from datasets.scene import load_scene
 from errors import InputError
 from rendering.losses import photometric_loss
-from reporting.numbers import count
 from tests import gsplat_comparison
 from tests.gaussian_scenes import GaussianScene, random_scene
 from tests.gsplat_comparison import Comparison, compare_renders

@@ -36,13 +36,13 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.command_line import BenchmarkOptions
+from benchmarks.numbers import count, gigabytes
 from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
 from option_words import written_out
 from reporting.figures import FIGURES
-from reporting.numbers import count, gigabytes
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 

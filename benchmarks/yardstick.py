@@ -26,13 +26,13 @@ from torch.nn.functional import grid_sample, normalize
 from tqdm import tqdm
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count
 from configs import Config
 from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from errors import InputError
 from offload.culling.cameras import Cameras
 from rendering.losses import photometric_loss
-from reporting.numbers import count
 from strategies.mcmc import REGULARIZER
 from strategies.regularizers import Regularizers
 from training.evaluation import evaluate, load_lpips
