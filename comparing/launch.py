@@ -175,6 +175,7 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
         self.processes: set[subprocess.Popen] = set()
+        self._untold: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Interruption:
         self._before = {number: signal.signal(number, self._on_signal) for number in heard_signals()}
@@ -191,8 +192,17 @@ class Interruption:
         """Tell all trainers that run to end, by this signal."""
         self.requested = True
         for process in list(self.processes):
+            self._untold.discard(process)
             if process.poll() is None:
                 process.send_signal(number)
+
+    def add(self, process: subprocess.Popen) -> None:
+        """Tell a trainer that has just begun of what is requested from now on, and of what has been before."""
+        self._untold.add(process)
+        self.processes.add(process)
+        if self.requested and process in self._untold:  # else it has been told in the midst of these lines
+            process.send_signal(signal.SIGINT)
+        self._untold.discard(process)
 
 
 def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None], *, anew: bool = False) -> Launch:
@@ -231,9 +241,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-        interruption.processes.add(process)
-        if interruption.requested:  # came between the last check and now
-            process.send_signal(signal.SIGINT)
+        interruption.add(process)
         for line, is_progress in _lines(cast(BufferedReader, process.stdout)):
             show(line)
             if not is_progress:

@@ -34,7 +34,8 @@ from torch.distributed import TCPStore
 
 from datasets.synthetic import write_city_block
 from offload.adam.state import num_gaussians_of
-from tests.ranked_scripts import LIMIT, environment
+from tests.ranked_scripts import environment
+from tests.waiting import HANGS_AFTER
 from trainers import TRAINERS
 from training.checkpoint_folder import CheckpointFolder
 from training.checkpoints import load_checkpoint
@@ -190,7 +191,7 @@ class Run:
 
     def wait(self) -> None:
         for process in self._processes:
-            process.wait(None if len(self._processes) == 1 else 10 * LIMIT)
+            process.wait(None if len(self._processes) == 1 else 2 * HANGS_AFTER)
 
     def __enter__(self) -> Run:
         return self

@@ -16,8 +16,7 @@ from torch.distributed import TCPStore
 
 from distributed.mesh import Ranks, arrive_by
 from tests.spared_work import leave_charts_undrawn, read_sources_once
-
-LIMIT = 240  # seconds; a group that takes longer hangs
+from tests.waiting import HANGS_AFTER
 
 Case = Callable[[Ranks], Any]  # what it returns can be pickled
 
@@ -49,7 +48,7 @@ def run_in_group(size: int, cases: Mapping[str, Case], folder: Path, device: str
     for process in processes:
         process.start()
     for process in processes:
-        process.join(LIMIT)
+        process.join(HANGS_AFTER)
     errors = [file.read_text() for file in sorted(folder.glob("error_*"))]
     codes = [process.exitcode for process in processes]
     for process in processes:

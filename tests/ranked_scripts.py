@@ -15,9 +15,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from tests.spared_work import leave_charts_undrawn
+from tests.waiting import HANGS_AFTER, wait_until
 from trainers import TRAINERS
-
-LIMIT = 120  # seconds; processes that take longer hang
 
 
 class ScriptGroup:
@@ -53,7 +52,7 @@ class ScriptGroup:
     def ends(self) -> list[tuple[int, str]]:
         """Exit code and output of each rank."""
         try:
-            outputs = [process.communicate(timeout=LIMIT)[0] for process in self.processes]
+            outputs = [process.communicate(timeout=HANGS_AFTER)[0] for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
@@ -77,9 +76,11 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
 
     With "unfinished" the error comes when the Gaussians have taken the step and modules have not. With "early_kill" it
     is killed before it reads the dataset, with "terminate" it gets SIGTERM there. One that is "slow" begins two seconds
-    later. With "late_error" torchrun finds that another rank has left before this one has told why.
+    later; one that is "patient" lets it tell what both have alike, and another rank be found gone, however slow the
+    machine is. With "late_error" torchrun finds that another rank has left before this one has told why.
     """
     import startup  # noqa: F401
+    from distributed import mesh, watch
     from errors import InputError
     from training import command_line, reporting, run, video
     from training.checkpoint_writing import PartialCheckpoint
@@ -101,7 +102,7 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
             if what in ("error", "late_error"):
                 raise MemoryError("no memory for a test")
             if what == "kill":
-                time.sleep(0.2)  # so that the checkpoint before is published
+                wait_until(lambda: list((self.results.path / "ckpts").glob("ckpt_*.pt")))  # the one before
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
@@ -144,6 +145,8 @@ def be_child(trainer: str, fault: str, arguments: list[str]) -> None:
         PartialCheckpoint.publish = no_room
     elif what == "slow":
         time.sleep(2)
+    elif what == "patient":
+        mesh.TELLS_WITHIN = watch.CAUSED_WITHIN = HANGS_AFTER
     elif what == "frame":
         video.even = finished
     elif what in ("picture", "stop"):

@@ -52,6 +52,7 @@ from offload.store.morton import morton_order
 from reporting import machine
 from reporting.machine import describe_machine
 from reporting.numbers import number
+from tests.waiting import HANGS_AFTER
 from training import memory_estimate
 from training.ending import FINISHED, INTERRUPTED
 
@@ -350,17 +351,23 @@ def test_quality_goes_on_from_one_checkpoint_and_then_from_where_it_stopped(tmp_
 def test_quality_shows_what_is_done_when_its_time_is_over(tmp_path, monkeypatch):
     """Runs that are told to end are those that run; none begins after them."""
     write_city_block(tmp_path / "data", num_views=4, width=32, height=24, num_points=50)
-    told = threading.Event()
+    parallel, told = 3, threading.Event()
+    begun = threading.Barrier(parallel + 1)
 
     def wait_for_the_end(wanted, interruption, show):
-        if not told.wait(20):
-            raise TimeoutError
+        begun.wait(HANGS_AFTER)
+        assert told.wait(HANGS_AFTER)
         return Launch("", INTERRUPTED, "Interrupted after 1 steps.", 0, "", {})
 
+    def request(interruption, number):
+        begun.wait(HANGS_AFTER)  # until as many run as may
+        interruption.requested = True
+        told.set()
+
     monkeypatch.setattr(quality, "launch", wait_for_the_end)
-    monkeypatch.setattr(Interruption, "request", lambda self, number: (setattr(self, "requested", True), told.set()))
+    monkeypatch.setattr(Interruption, "request", request)
     options = quality.Options(
-        data_dir=tmp_path / "data", seeds=2, parallel=3, limit_minutes=0.01, out=tmp_path / "table"
+        data_dir=tmp_path / "data", seeds=2, parallel=parallel, limit_minutes=1e-4, out=tmp_path / "table"
     )
     options.result_dir = tmp_path / "runs"
     quality.main(options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.aerial_scene import aerial_scene
+from offload.adam import rows as row_kernels
 from offload.adam.options import AdamOptions
 from offload.culling import bounds, kernels
 from offload.culling.balls import Balls, BallsOfStore
@@ -17,6 +18,7 @@ from offload.culling.cameras import Cameras, Margin
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models import geometry_culled
 from offload.models.geometry_culled import CulledGeometry
+from offload.pipelines.lanes import Lane
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.aerial_training import views_of
@@ -228,6 +230,36 @@ def test_the_device_reads_stored_values_itself(monkeypatch):
         assert torch.equal(geometry.read(name), values)
         assert torch.equal(geometry.read(name, ids), values[ids])
         assert geometry.read(name, ids[:0]).shape == values[:0].shape
+
+
+def test_what_the_device_reads_has_come_before_rows_may_change(monkeypatch):
+    """The host changes rows of a store by itself, and waits for nothing that the device may still read of them."""
+    monkeypatch.setattr(HostStore, "device", torch.device("meta"))
+    rows, events = random_geometry(100, seed=5), list[str]()
+    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters |= {"sh0": torch.randn(100, 1, 3), "shN": torch.zeros(100, 15, 3)}
+    store = HostStore(parameters, "geometry", state="compact")
+    adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    geometry, move_rows = CulledGeometry(store, adam, Balls(CPU), device=CPU), row_kernels.move_rows
+    monkeypatch.setattr(row_kernels, "move_rows", lambda *rows: events.append("begun") or move_rows(*rows))
+    monkeypatch.setattr(Lane, "finish", lambda lane: events.append("done"))
+    geometry.read("opacities")
+    geometry.read("means", torch.tensor([3, 1]))
+    assert events == ["begun", "done"] * 2
+
+
+@pytest.mark.cuda
+def test_what_a_gpu_has_read_is_what_stood_there_before_rows_changed():
+    torch.manual_seed(0)
+    n, device = 2_000_000, torch.device("cuda")
+    shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (0, 3)}
+    parameters = {name: torch.randn(n, *shape) for name, shape in shapes.items()}
+    store = HostStore(parameters, "geometry", state="compact", pin=True)
+    adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
+    geometry = CulledGeometry(store, adam, Balls(device), device=device)
+    read = geometry.read("opacities")
+    geometry.clamp_opacities(-10.0)
+    assert torch.equal(read.cpu(), parameters["opacities"])
 
 
 @pytest.mark.parametrize(

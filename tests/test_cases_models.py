@@ -333,7 +333,6 @@ def test_the_option_reaches_the_trainers(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
     assert done.returncode == 2
     assert "--model_dir sparse/7 holds no COLMAP model" in done.stderr

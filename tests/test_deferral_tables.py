@@ -20,6 +20,7 @@ def rates_at(step: int) -> list[float]:
 
 
 def tables_of(kind: str, device: str, schedules: int, monkeypatch: pytest.MonkeyPatch) -> DeferralTables:
+    monkeypatch.setattr(deferral, "FIRST_CAPACITY", 512)  # two blocks: the interpreter takes milliseconds for each
     if kind == "triton":
         from offload.adam import deferral_triton
 

@@ -21,6 +21,7 @@ from offload.pipelines.transfer import Downloaded, RowTransfer
 from offload.store.host_store import HostStore
 from tests.test_pipeline import ADAM, repeated
 from tests.triton_places import INTERPRETED
+from tests.waiting import HANGS_AFTER
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
@@ -226,7 +227,7 @@ def test_an_update_that_is_done_again_spares_gradients_that_are_not_committed_ye
         return divide_rows(self, begun)
 
     def commit(*arguments: object) -> None:
-        assert may_commit.wait(60)
+        assert may_commit.wait(HANGS_AFTER)
         commit_rows(*arguments)
 
     monkeypatch.setattr(RowTransfer, "download", download)

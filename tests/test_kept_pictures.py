@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -29,6 +28,7 @@ from strategies import ops
 from strategies.ops import RoomForGrowth
 from tests.interrupted_runs import run_script
 from tests.small_scene import camera, write_scene
+from tests.waiting import wait_until
 from training.memory_estimate import Need, bytes_to_spare
 
 AMPLE = 10**8  # bytes; all pictures of a test
@@ -211,10 +211,12 @@ def test_batches_go_on_where_pictures_are_given_up(tmp_path, monkeypatch, decode
         assert_same(list(islice(batches, 15)), expected[:15])
         assert len(mapped) == len(scene.train_ids)
         batches.give_up()
-        deadline = time.monotonic() + 30
-        while any(memory() for memory in mapped) and time.monotonic() < deadline:  # a thread lets go of its last batch
+
+        def are_gone() -> bool:  # what was about to be given out holds none either
             gc.collect()
-        assert not any(memory() for memory in mapped)  # what was about to be given out holds none either
+            return not any(memory() for memory in mapped)
+
+        wait_until(are_gone)  # a thread lets go of its last batch
         assert_same(list(islice(batches, 25)), expected[15:])
         assert batches.spared_bytes == 0
     assert max(decoded.values()) > 1

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from tests.interrupted_runs import assert_same_state
 from tests.rank_groups import StayingRanks, run_in_group
 from tests.ranked_scripts import ScriptGroup, options_for
 from tests.training_scripts import anisotropic_start, differences
+from tests.waiting import HANGS_AFTER
 from trainers import TRAINERS
 from training.agreement import check_same_dataset, check_same_options
 from training.checkpoint_folder import CheckpointFolder
@@ -387,7 +389,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(city_block, tmp_path):
 def test_a_rank_that_is_killed_before_it_trains_ends_the_others_with_a_sentence(city_block, tmp_path):
     """By SIGTERM torchrun would end them, too, before they say it."""
     options = options_for(city_block, tmp_path / "results", "--max_steps", 9)
-    group = ScriptGroup(2, "streamed", options, {1: "early_kill"})
+    group = ScriptGroup(2, "streamed", options, {0: "patient", 1: "early_kill"})
     group.end_as_torchrun_does()
     ended = group.ends()
     assert [code for code, _ in ended] == [1, -9]
@@ -454,13 +456,15 @@ def test_a_rank_that_is_missing_before_all_have_met_is_named(monkeypatch, error,
     """The one of three that asks is rank 1; who has come and ended is more certain than who has not come."""
     monkeypatch.setattr("distributed.watch.LOOKS_EVERY", 0.02)
     monkeypatch.setattr("distributed.watch.SUSPECTED_FOR", 0.2)
+    monkeypatch.setattr("distributed.watch.CAUSED_WITHIN", HANGS_AFTER)
+    monkeypatch.setattr("distributed.watch._runs", count())
     notices = Notices()
+    for rank, lives in arrived.items():
+        process = Process.own() if lives else replace(Process.own(), host="there", pid=1, started="never")
+        notices[f"run 0 arrived {rank}"] = asdict(process)
     with Watch(SimpleNamespace(rank=1, size=3, board=notices), print) as watch:
-        (own,) = (name for name in notices if name.endswith("arrived 1"))
-        for rank, lives in arrived.items():
-            process = Process.own() if lives else replace(Process.own(), host="there", pid=1, started="never")
-            notices[own.removesuffix("1") + str(rank)] = asdict(process)
         end = watch.end_by_others(error)
+    assert "run 0 arrived 1" in notices
     assert re.fullmatch(told, end.sentence)
     assert end.told_by == 1
 
@@ -505,7 +509,7 @@ def test_a_rank_that_cannot_write_its_last_part_is_told_once(city_block, tmp_pat
 def test_a_wrong_option_is_told_by_the_first_although_another_process_is_sooner(tmp_path, wrong):
     """torchrun ends all as soon as one has left."""
     options = options_for(tmp_path, tmp_path / "results", *wrong)
-    group = ScriptGroup(2, "gpu_only", options, {0: "slow"})
+    group = ScriptGroup(2, "gpu_only", options, {0: "slow", 1: "patient"})
     group.end_as_torchrun_does()
     (first, told), (_, silent) = group.ends()
     assert first == 2

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -32,6 +31,7 @@ from datasets.photogrammetry import (
 from datasets.scene import load_scene
 from datasets.synthetic import write_city_block
 from tests.small_scene import write_scene
+from tests.waiting import wait_until
 
 ORIGIN = (47.37, 8.54, 400.0)  # latitude, longitude, altitude of the block's centre
 NUM_VIEWS, MOST_VIEWS = 12, 10
@@ -398,16 +398,25 @@ def test_photos_in_their_order_are_compared_with_all_near_ones_and_some_far_ones
     assert offsets == {*range(1, 11), 16, 32}
 
 
-def child_at_work(pid: int) -> int:
-    """The process that another one has started with `run_in_child`, once the function is called there."""
-    while True:
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            status = Path(f"/proc/{child}/status").read_text()
-            ignored = int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)
-            is_worker = b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-            if is_worker and ignored >> (signal.SIGTERM - 1) & 1:
-                return int(child)
-        time.sleep(0.05)
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def child_at_work(process: subprocess.Popen) -> int:
+    """The process that another one has started with `run_in_child`, once the function is called there, and the other
+    one, which must not lose Ctrl-C to itself, waits for it."""
+    found: list[int] = []
+
+    def is_there() -> bool:
+        assert process.poll() is None
+        children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        found[:] = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return bool(found) and ignores(found[0], signal.SIGTERM) and not ignores(process.pid, signal.SIGINT)
+
+    wait_until(is_there)
+    return found[0]
 
 
 def is_running(pid: int) -> bool:
@@ -416,14 +425,6 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"  # which init has not buried yet
-
-
-def ends(pid: int) -> bool:
-    """Wait for a process to end: the system closes its files, which others see, before it is gone."""
-    deadline = time.monotonic() + 60
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not is_running(pid)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -447,12 +448,12 @@ if __name__ == "__main__":
 """
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    child = child_at_work(process.pid)
+    child = child_at_work(process)
     os.killpg(process.pid, number) if to == "both" else os.kill(child if to == "child" else process.pid, number)
     _, errors = process.communicate()  # which ends when the child, too, has closed it
     assert process.returncode != 0
     assert errors.strip().rpartition("\n")[2] == last_line
-    assert ends(child)
+    wait_until(lambda: not is_running(child))  # the system closes its files, which others see, before it is gone
 
 
 @pytest.mark.slow

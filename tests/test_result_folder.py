@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import compare
 import simple_trainer
 import simple_trainer_hybrid_streamed
 from tests.interrupted_runs import interrupt_after, run_script, saved
+from tests.waiting import HANGS_AFTER, wait_until
 from training.checkpoints import load_checkpoint
 from training.ending import read_ending
 from training.files import open_new, write_file
@@ -39,13 +39,6 @@ def run_in_shell(command: str, data_dir: Path, result_dir: Path, *options: objec
         text=True,
         **arguments,
     )
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def on_step(monkeypatch, number: int, act) -> None:
@@ -81,7 +74,7 @@ def test_output_that_cannot_be_written_costs_no_step(city_block, tmp_path, outpu
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    assert process.wait(120) == 0
+    assert process.wait(HANGS_AFTER) == 0
     assert saved(tmp_path / "é", 12).can_resume
     assert (tmp_path / "é/stats/val_step12.json").is_file()
 
@@ -140,10 +133,10 @@ def test_the_trainer_of_a_killed_compare_saves_and_ends(city_block, tmp_path):
     words = [sys.executable, "compare.py", "demo", *map(str, options)]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     folder = tmp_path / "gpu_only"
-    wait_for((folder / "stats/val_step5.json").is_file)
+    wait_until((folder / "stats/val_step5.json").is_file)
     process.kill()
     process.wait()
-    wait_for(lambda: read_ending(folder) is not None)
+    wait_until(lambda: read_ending(folder) is not None)
     assert read_ending(folder).status == "interrupted"
     (checkpoint,) = (folder / "ckpts").glob("*.pt")
     assert load_checkpoint(checkpoint).steps >= 5
@@ -179,7 +172,7 @@ def test_a_renamed_folder_loses_nothing(monkeypatch, city_block, tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "moved"
 
     def rename() -> None:
-        wait_for((folder / "ckpts/ckpt_5.pt").is_file)  # which is written while training goes on
+        wait_until((folder / "ckpts/ckpt_5.pt").is_file)  # which is written while training goes on
         folder.rename(moved)
 
     on_step(monkeypatch, 7, rename)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from datasets.synthetic import write_city_block
+from offload.pipelines.worker import WorkAhead
 from tests.training_scripts import slow_but, train
 from trainers import TRAINERS
 from training import tiles
@@ -45,6 +46,12 @@ def allocated_bytes() -> int:
 def log(monkeypatch) -> Iterator[dict[str, dict[int, float]]]:
     """What is logged of memory by name and step, with what the process has allocated."""
     logged = {"allocated_bytes": {}}
+    workers: list[WorkAhead] = []
+    begin = WorkAhead.__init__
+
+    def noted(self, *arguments: object) -> None:
+        begin(self, *arguments)
+        workers.append(self)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         if name.startswith("memory/"):
@@ -52,9 +59,12 @@ def log(monkeypatch) -> Iterator[dict[str, dict[int, float]]]:
         elif name == "train/loss" and hasattr(LIBC, "mallinfo2"):
             if not logged["allocated_bytes"]:
                 gc.freeze()  # so that collections visit what training makes, and not all modules
+            for worker in workers:
+                worker._thread.submit(int).result()  # how far it has come, and what it holds, is a matter of chance
             gc.collect()
             logged["allocated_bytes"][step] = allocated_bytes()
 
+    monkeypatch.setattr(WorkAhead, "__init__", noted)
     monkeypatch.setattr(EventLog, "add_scalar", add_scalar)
     yield logged
     gc.unfreeze()

@@ -29,6 +29,7 @@ from datasets.image_files import decode_image
 from datasets.scene import load_scene
 from errors import InputError
 from tests.visitors import Visitor, free_port, page_camera
+from tests.waiting import HANGS_AFTER
 from training import command_line, live
 from training.checkpoint_writing import save_checkpoint
 from training.checkpoints import load_checkpoint
@@ -228,13 +229,13 @@ def test_photos_that_are_hidden_again_are_not_read():
 
     def read(pixels: int) -> np.ndarray:
         began.set()
-        goes_on.wait(10)
+        assert goes_on.wait(HANGS_AFTER)
         order.append(0)
         return np.zeros((2, 3, 3), np.uint8)
 
     photos, box, _ = shown([photo_at(float(x), read) for x in range(5)])
     box.tick(True, np.full(3, 9.0))
-    assert began.wait(10)
+    assert began.wait(HANGS_AFTER)
     box.tick(False, np.full(3, 9.0))
     goes_on.set()
     photos.close()
@@ -272,7 +273,7 @@ def test_a_page_that_is_served_everywhere_is_named_by_an_address_that_opens():
     page = Page(free_port(), "0.0.0.0")
     try:
         assert "0.0.0.0" not in page.url
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page.url, timeout=20) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page.url, timeout=HANGS_AFTER) as answer:
             assert answer.status == 200
     finally:
         page.close()

@@ -10,8 +10,14 @@ from scipy.spatial.transform import Rotation
 
 
 def free_port() -> int:
+    """A port that who asks for it by its number gets, and for a minute nobody who asks for any: a connection there has
+    just been closed."""
     with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those set it who serve there
         found.bind(("127.0.0.1", 0))
+        found.listen()
+        with socket.create_connection(found.getsockname()):
+            found.accept()[0].close()  # this end first, so that the system remembers it
         return found.getsockname()[1]
 
 

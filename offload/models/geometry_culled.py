@@ -22,6 +22,7 @@ from offload.culling.cells import CoveredCells, covered_cells
 from offload.culling.margins import margin_ahead
 from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
+from offload.pipelines.lanes import Lane
 from offload.store.contract import RowStore
 from offload.store.growth import Growth, total_growth
 from offload.store.layout import RowState
@@ -125,6 +126,7 @@ class CulledGeometry:
         for rows in self._stored_rows(ids):
             values[first : first + len(rows)] = layout.named(rows)[name]
             first += len(rows)
+        Lane.current(self._device).finish()  # or the host might change rows that the device has still to read
         return values
 
     def append_blank(self, count: int) -> None:
