@@ -107,7 +107,7 @@ class FirstRank:
     def draw(self, cameras: Cameras) -> Tensor:
         """Return the picture [1, H, W, 3] that one camera sees of the Gaussians of all ranks."""
         self._ranks.broadcast(_Call(cameras))
-        picture = self._run.draw_for_first(cameras)
+        picture = self._run.drawing.draw_for_first(cameras)
         assert picture is not None  # this is the first rank
         return picture
 
@@ -142,4 +142,4 @@ def help_first(run: TrainingRun, ranks: Ranks) -> None:
             ranks.any(run.is_interrupted)
             continue
         with suppress(torch.OutOfMemoryError):  # which the first one has as well, or has not come to
-            run.draw_for_first(call.cameras)
+            run.drawing.draw_for_first(call.cameras)

@@ -54,7 +54,7 @@ class LiveViewer:
         """Draw what is due, and wait where training is paused."""
         if run.ranks is None:
             if self.page.is_watched:
-                self._show(run, steps_done, loss, run.draw, lambda: run.is_interrupted)
+                self._show(run, steps_done, loss, run.drawing.draw, lambda: run.is_interrupted)
         elif run.agreed.is_watched:
             with FirstRank(run, run.ranks) as first:
                 self._show(run, steps_done, loss, first.draw, first.is_interrupted)

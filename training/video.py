@@ -41,7 +41,7 @@ LEAST_SPAN = 1.001  # the far end over the near one, so that one depth everywher
 
 
 class Draw(Protocol):
-    """Make the picture of one camera, as `TrainingRun.draw`."""
+    """Make the picture of one camera, as `training.drawing.Drawing.draw`."""
 
     def __call__(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
         """Return [1, H, W, 3], or 4 channels with the depth."""
