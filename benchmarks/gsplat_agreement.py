@@ -3,7 +3,7 @@
     python -m benchmarks.gsplat_agreement --ckpt results/garden/ckpts/ckpt_7000.pt --data_dir data/garden
     python -m benchmarks.gsplat_agreement --quick
 
-On the first, middle and last test picture of a trained model, with a CUDA GPU and gsplat. --quick takes random
+On the first, middle and last held-out photo of a trained model, with a CUDA GPU and gsplat. --quick takes random
 Gaussians, and without a GPU only holds our rasterizer in float32 against itself in float64.
 """
 

@@ -258,7 +258,7 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
     titles = [title_of(metric) for metric in metrics]
     formats: dict[str, Format] = {title_of(metric): METRICS[metric].format for metric in metrics}
     table = report.table(
-        "Each run, by its test pictures:",
+        "Each run, by its held-out photos:",
         {
             "trainer": str,
             "seed": str,

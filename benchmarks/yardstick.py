@@ -55,7 +55,7 @@ class Options(BenchmarkOptions):
     data_factor: float = 1.0
     """Pictures are scaled down by this factor."""
     test_every: int = 8
-    """Every picture whose index is a multiple of this is a test picture."""
+    """Every photo whose index is a multiple of this is held out."""
     result_dir: Path = Path("results/yardstick")
     """Gets stats/val_step{N}.json."""
     seed: int = 42

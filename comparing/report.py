@@ -53,7 +53,7 @@ def ratio(run: Run, first: Run, key: str) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold the difference of the mean of a figure over the test views to that of the first run."""
+    """Hold the difference of the mean of a figure over the held-out views to that of the first run."""
 
     mean: float
     standard_error: float | None  # as the views differ among each other; None where their figures are not known
@@ -185,7 +185,7 @@ def _markdown(text: str) -> str:
 
 EXPLANATION = (
     "In brackets: the difference to the first run for PSNR, SSIM and LPIPS, the ratio to it for all else. After ± "
-    "stands the standard error of that difference, from how it varies over the test views: twice as much may be "
+    "stands the standard error of that difference, from how it varies over the held-out views: twice as much may be "
     "chance, and two runs of one trainer on a GPU differ too. Wall time runs from the start of training to its "
     "statistics, evaluations included. Time per step is the mean of the steps since the statistics before, without "
     "evaluation and saving. Memory is the peak of the process."

@@ -49,8 +49,8 @@ class Measured:
     stages_ms: dict[str, float] = field(default_factory=dict)
     staging_allocations: int | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
-    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by test view: those of `OF_VIEWS`
-    pictures: dict[str, Path] = field(default_factory=dict)  # by test view: photo and rendering side by side
+    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by held-out view: those of `OF_VIEWS`
+    pictures: dict[str, Path] = field(default_factory=dict)  # by held-out view: photo and rendering side by side
 
 
 def read_measured(folder: Path, last: int) -> Measured:
