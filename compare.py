@@ -46,7 +46,7 @@ from comparing.runs import (
 )
 from distributed.mesh import refuse_several
 from errors import InputError, refusing
-from option_words import written_out
+from option_words import parse_own
 from reporting.figures import FIGURES
 from reporting.machine import describe_machine
 from trainers import TRAINERS
@@ -74,8 +74,7 @@ def main() -> None:
     """
     with refusing():
         refuse_several("compare.py starts each trainer")
-        words = written_out(Options, sys.argv[1:])
-    options, passed_on = tyro.cli(Options, args=words, description=__doc__, return_unknown_args=True)
+        options, passed_on = parse_own(Options, __doc__)
     with unbreakable_output():
         _main(options, passed_on)
 

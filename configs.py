@@ -23,9 +23,9 @@ class DataOptions:
     data_factor: float = 1.0
     """Pictures are scaled down by this factor, which may be fractional, into images_{factor}/."""
     test_every: int = 8
-    """Every photo whose index is a multiple of this is held out; -1 where test_after is used."""
+    """Every photo whose index is a multiple of this is held out; -1 where --test_after is used."""
     test_after: int = -1
-    """Photos whose index is above this are held out; -1 where test_every is used."""
+    """Photos whose index is above this are held out; -1 where --test_every is used."""
     init_ply: bool = False
     """Start from points.ply in the model folder instead of COLMAP's points."""
     num_workers: int = 0
@@ -43,15 +43,15 @@ class RunOptions:
     init_ckpt: str = ""
     """Begin from the Gaussians of this checkpoint or 3DGS PLY file, at step 0 and without Adam's moments."""
     resume: bool = False
-    """Continue from the newest valid checkpoint in result_dir; start from the beginning where none was written."""
+    """Continue from the newest valid checkpoint in --result_dir; start from the beginning where none was written."""
     new_photos: bool = False
     """With --resume: train on although photos were added to the dataset or removed, in the checkpoint's coordinates."""
     force: bool = False
-    """Begin anew in a result_dir that holds a run, whose results are removed."""
+    """Begin anew in a --result_dir that holds a run, whose results are removed."""
     save_every: str = "15m"
     """Save a checkpoint to resume from after so many steps (500) or so much time (90s, 15m, 2h); 0 for never."""
     keep: int = 2
-    """How many of those stay, the newest ones; 0 keeps all. Checkpoints of save_steps and the last always stay."""
+    """How many of those stay, the newest ones; 0 keeps all. Checkpoints of --save_steps and the last always stay."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to render; auto takes CUDA where there is a GPU."""
     shares: list[int] = field(default_factory=list)
@@ -83,7 +83,7 @@ class RunOptions:
     viewer_host: str = "127.0.0.1"
     """By whom the viewer may be opened: from this machine alone, or 0.0.0.0 from everywhere."""
     steps_scaler: float = 1.0
-    """Multiply every schedule given in steps by this factor, but for --save_every and --log_every."""
+    """Multiply every schedule given in steps by this factor, but for --save_every, --log_every and --profile."""
     log_every: int = 100
     """TensorBoard gets an entry every so many steps."""
     profile: int = 0
@@ -103,7 +103,7 @@ class OptimizationOptions:
     view_window: int = 1
     """Arrange so many views at a time, drawn at random, so that neighbours see the same; 1 leaves them as drawn."""
     position_lr: float = 1.6e-4
-    """Learning rate of means, times the scene scale; decays to 1 % at max_steps."""
+    """Learning rate of means, times the scene scale; decays to 1 % at --max_steps."""
     scaling_lr: float = 5e-3
     """Learning rate of log scales."""
     quats_lr: float = 1e-3
@@ -133,19 +133,19 @@ class DensificationRules:
     """Set when and which Gaussians are added, removed and moved; the names and defaults are gsplat's."""
 
     strategy: Literal["default", "mcmc"] = "default"
-    """default duplicates and splits by gradients; mcmc relocates and adds by opacity, up to max_gaussians."""
+    """default duplicates and splits by gradients; mcmc relocates and adds by opacity, up to --max_gaussians."""
     grow_grad2d: float = 2e-4
     """Gaussians whose mean screen-space gradient is above this are duplicated or split."""
     grow_scale3d: float = 0.01
     """Below this share of the scene scale a growing Gaussian is duplicated, above it split."""
     grow_scale2d: float = 0.05
-    """Gaussians larger than this share of the picture are split (before refine_scale2d_stop_iter)."""
+    """Gaussians larger than this share of the picture are split (before --refine_scale2d_stop_iter)."""
     prune_opa: float = 0.005
     """Gaussians less opaque than this are removed, or relocated by mcmc."""
     prune_scale3d: float = 0.1
     """Gaussians larger than this share of the scene scale are removed (after the first opacity reset)."""
     prune_scale2d: float = 0.15
-    """Gaussians larger than this share of the picture are removed (before refine_scale2d_stop_iter)."""
+    """Gaussians larger than this share of the picture are removed (before --refine_scale2d_stop_iter)."""
     refine_scale2d_stop_iter: int = 0
     """Until this step sizes on the screen matter as well."""
     refine_start_iter: int = 500
@@ -159,14 +159,14 @@ class DensificationRules:
     pause_refine_after_reset: int = 0
     """For so many steps after an opacity reset nothing is refined."""
     absgrad: bool = False
-    """Grow by the mean of absolute gradients (AbsGS, arXiv 2404.10484); wants grow_grad2d near 8e-4."""
+    """Grow by the mean of absolute gradients (AbsGS, arXiv 2404.10484); wants --grow_grad2d near 8e-4."""
     revised_opacity: bool = False
     """Opacity of split Gaussians follows arXiv 2404.06109."""
     max_gaussians: int = 0
-    """Never start from or grow beyond this many Gaussians; 0 sets no bound, as target_gaussians wants it."""
+    """Never start from or grow beyond this many Gaussians; 0 sets no bound, as --target_gaussians wants it."""
     target_gaussians: int = 0
     """With strategy default let growth end within 5 % of this many Gaussians, at the last refinement; 0 leaves it to
-    grow_grad2d. It excludes max_gaussians: give that as 0 where the scene has one of its own, as demo has."""
+    --grow_grad2d. It excludes --max_gaussians: give that as 0 where the scene has one of its own, as demo has."""
     noise_lr: float = 5e5
     """Size of the noise that mcmc adds to means, in units of their learning rate."""
     opacity_reg: float | None = None
@@ -178,6 +178,12 @@ class DensificationRules:
     def most_gaussians(self) -> int:
         """Return for how many Gaussians address space is reserved; 0: as many as memory could hold."""
         return self.max_gaussians or 2 * self.target_gaussians  # which growth passes by a twentieth at most
+
+    @property
+    def regularizers(self) -> tuple[float, float]:
+        """Return the weights of the mean opacity and the mean scale in the loss, which hold where none is given too."""
+        options = in_effect({name: getattr(self, name) for name in ("strategy", "opacity_reg", "scale_reg")})
+        return options["opacity_reg"], options["scale_reg"]
 
 
 @dataclass
@@ -238,32 +244,48 @@ class Config(ModelOptions, OptimizationOptions, RunOptions, DataOptions, Densifi
     """Train a 3D Gaussian Splatting model of a COLMAP scene."""
 
     def with_scaled_steps(self: AnyConfig) -> AnyConfig:
-        """Return the same options with `steps_scaler` applied to every schedule given in steps.
-
-        An interval that would become 0 is 1; `training.options` refuses one that is 0 before.
-        """
-
-        def scaled(steps: int) -> int:
-            return int(steps * self.steps_scaler)
-
-        return replace(
-            self,
-            steps_scaler=1.0,
-            max_steps=scaled(self.max_steps),
-            eval_steps=[scaled(step) for step in self.eval_steps],
-            save_steps=[scaled(step) for step in self.save_steps],
-            ply_steps=[scaled(step) for step in self.ply_steps],
-            sh_degree_interval=max(scaled(self.sh_degree_interval), 1),
-            refine_start_iter=scaled(self.refine_start_iter),
-            refine_stop_iter=scaled(self.refine_stop_iter),
-            refine_every=max(scaled(self.refine_every), 1),
-            refine_scale2d_stop_iter=scaled(self.refine_scale2d_stop_iter),
-            reset_every=max(scaled(self.reset_every), 1),
-            pause_refine_after_reset=scaled(self.pause_refine_after_reset),
-        )
+        """Return the same options with `steps_scaler` applied to every schedule given in steps."""
+        there = {name: getattr(self, name) for name in (*AT_STEPS, *EVERY_STEPS)}
+        return replace(self, steps_scaler=1.0, **{name: scaled(name, there[name], self.steps_scaler) for name in there})
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+# What `steps_scaler` scales: options that are numbers of steps, and those that are so many steps each time.
+AT_STEPS = (
+    *("max_steps", "eval_steps", "save_steps", "ply_steps"),
+    *("refine_start_iter", "refine_stop_iter", "refine_scale2d_stop_iter", "pause_refine_after_reset"),
+)
+EVERY_STEPS = ("timelapse", "sh_degree_interval", "refine_every", "reset_every")
+
+
+def scaled(name: str, steps: Any, factor: float) -> Any:
+    """Return the value of an option of `AT_STEPS` or `EVERY_STEPS`, times a factor: the nearest whole number.
+
+    An interval that would become 0 is 1: 0 means never, or is refused by `training.options`.
+    """
+    if isinstance(steps, list):
+        return [scaled(name, each, factor) for each in steps]
+    nearest = round(steps * factor)
+    return max(nearest, 1) if name in EVERY_STEPS and steps > 0 else nearest
+
+
+# What holds where nothing is given; the help of these options says so too.
+MCMC_REGULARIZER = 0.01  # with mcmc, for the mean opacity as for the mean scale
+SPLIT_THRESHOLD = 0.3
+
+
+def in_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by name, with what holds where nothing was given and that follows from others.
+
+    Args:
+        options: Of a run, or of a cfg.yml that an older version wrote, which holds None there.
+    """
+    regularizer = MCMC_REGULARIZER if options.get("strategy") == "mcmc" else 0.0
+    follows = {"opacity_reg": regularizer, "scale_reg": regularizer}
+    if options.get("device_memory_budget") is None:  # which decides in its place
+        follows["split_threshold"] = SPLIT_THRESHOLD
+    return {**options, **{name: value for name, value in follows.items() if options.get(name, value) is None}}
 
 
 # Where each dataset lies and how it is split; `python -m datasets.prepare` puts them there.

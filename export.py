@@ -27,7 +27,7 @@ from exports.ply import write_commented_ply
 from exports.source import Source, open_source
 from exports.streamed import INDEX
 from exports.world import Up, World, placement
-from option_words import written_out
+from option_words import parse
 from training.model_files import not_held
 from training.ply import write_way_back
 from training.streams import unbreakable_output
@@ -60,8 +60,7 @@ def main() -> None:
     """Export; the exit code is 0, or 2 with one sentence where something in the input cannot be used."""
     with refusing():
         refuse_several("export.py writes a model")
-        words = written_out(Options, sys.argv[1:])
-    options = tyro.cli(Options, args=words, description=__doc__)
+        options = parse(Options, __doc__)
     with unbreakable_output(), refusing(), stopped_by_signals():
         try:
             export(options)

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from configs import Config, ForwardedOptions, scenes
+from configs import Config, ForwardedOptions, in_effect, scenes
 from distributed.mesh import Ranks
 from errors import InputError, format_bytes
 from offload.culling.cameras import Cameras
@@ -35,7 +35,6 @@ from training.command_line import main
 from training.depth_loss import with_depth_loss
 from training.joint_tiles import JointPart, draw_rounds
 from training.memory import available_bytes, parse_bytes
-from training.options import SPLIT_THRESHOLD
 from training.run import TrainingRun
 from training.tiles import ScreenGradients, halo_of, part_loss, render_in_parts, render_part
 from training.views import View, drawn_together
@@ -59,9 +58,7 @@ class SplitConfig(SplitOptions, Config):
     @property
     def largest_part(self) -> float:
         """Return the share of all Gaussians above which a view is rendered in tiles; 0 where a budget decides."""
-        if self.device_memory_budget is not None:
-            return 0.0
-        return SPLIT_THRESHOLD if self.split_threshold is None else self.split_threshold
+        return in_effect(vars(self))["split_threshold"] or 0.0
 
 
 def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:

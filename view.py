@@ -8,7 +8,6 @@ device, so that a model may be many times larger than the GPU's memory.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import tyro
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import refuse_several
 from errors import refusing, stopped_by_signals
-from option_words import written_out
+from option_words import parse
 from training.opened import open_model
 from training.run import select_device
 from viewer.page import HOST, IDLE, PORT, Page
@@ -43,8 +42,7 @@ def main() -> None:
     """Show a model until Ctrl-C or SIGTERM; the exit code is 2 for bad input."""
     with refusing():
         refuse_several("view.py shows a model")
-        words = written_out(Options, sys.argv[1:])
-    options = tyro.cli(Options, args=words, description=__doc__)
+        options = parse(Options, __doc__)
     with refusing(), stopped_by_signals():
         try:
             show(options)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks.aerial_scene import HEIGHT, WIDTH, aerial_scene, geometry_rows, one_by_one
@@ -33,7 +32,7 @@ from offload.culling.native import BlockBounds, visible_ids
 from offload.pipelines.lanes import Lane
 from offload.store.layout import GROUP_NAMES, PackedRows, RowState, packed_rows, packed_words
 from offload.store.memory import HostArray
-from option_words import written_out
+from option_words import parse
 from trainers import HARMONICS_MADE_COMMIT
 from training.calibration import Scene, Speeds, machine_name, save_verdict, verdict
 from training.memory import available_bytes, parse_bytes
@@ -330,4 +329,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with refusing():
-        main(tyro.cli(Options, args=written_out(Options, sys.argv[1:]), description=__doc__))
+        main(parse(Options, __doc__))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from errors import refusing
-from option_words import written_out
+from option_words import parse
 
 
 @dataclass
@@ -28,4 +25,4 @@ Options = TypeVar("Options", bound=BenchmarkOptions)
 def run(main: Callable[[Options], None], options: type[Options], description: str) -> None:
     """Parse the command line and measure; the exit code is 2, with one sentence, for options that cannot be used."""
     with refusing():
-        main(tyro.cli(options, args=written_out(options, sys.argv[1:]), description=description))
+        main(parse(options, description))

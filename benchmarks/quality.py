@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +40,15 @@ from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
-from option_words import written_out
+from option_words import parse_own
 from reporting.figures import FIGURES
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 
 METRICS = {"psnr": "{:.3f}", "ssim": "{:.4f}", "lpips": "{:.4f}"}
 METRICS |= {f"{kind}_{metric}": form for kind in ("cc", "aligned") for metric, form in METRICS.items()}
-OWN_OPTIONS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "force", "ckpt")  # no variant has them
+# What this benchmark gives to its runs itself, or would break: no variant has them.
+OF_ALL_RUNS = ("data_dir", "max_steps", "seed", "result_dir", "resume", "new_photos", "force", "ckpt")
 FIRST_SEED = 42
 QUICK = ("--sh_degree_interval", "5", "--max_gaussians", "2000", "--device", "cpu")
 
@@ -170,7 +170,7 @@ def variants_of(options: Options) -> dict[str, list[str]]:
             )
         found[name] = shlex.split(own)
         options_of = [word[2:].partition("=")[0].replace("-", "_") for word in found[name] if word.startswith("--")]
-        refused = next((option for option in options_of if option in OWN_OPTIONS), None)
+        refused = next((option for option in options_of if option in OF_ALL_RUNS), None)
         if refused:
             remedy = "give it --steps_scaler to do fewer" if refused == "max_steps" else "leave it out"
             raise InputError(f"--variants {variant!r} has --{refused}, which is the same for all runs: {remedy}.")
@@ -316,8 +316,7 @@ def thousands(value: Any) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[str]]:
     """Return the options of a command line, and those that are passed on to the trainers."""
-    words = written_out(Options, sys.argv[1:] if arguments is None else arguments)
-    options, passed_on = tyro.cli(Options, args=words, description=__doc__, return_unknown_args=True)
+    options, passed_on = parse_own(Options, __doc__, arguments)
     if options.quick:  # a laptop's CPU
         options.max_steps, options.seeds, passed_on = 10, 2, [*QUICK, *passed_on]
     return options, passed_on

@@ -27,13 +27,12 @@ from tqdm import tqdm
 
 from benchmarks.command_line import BenchmarkOptions, run
 from benchmarks.numbers import count
-from configs import Config
+from configs import MCMC_REGULARIZER, Config
 from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from errors import InputError
 from offload.culling.cameras import Cameras
 from rendering.losses import photometric_loss
-from strategies.mcmc import REGULARIZER
 from strategies.regularizers import Regularizers
 from training.evaluation import evaluate, load_lpips
 from training.gaussians import activate, initial_gaussians
@@ -219,7 +218,7 @@ class Trainer:
         self._optimizers = optimizers_of(self.parameters, self.cfg, self._scene_scale)
         self._strategy, self._state = strategy_of(options, self.cfg, self._scene_scale)
         self._strategy.check_sanity(self.parameters, self._optimizers)
-        self._regularizers = Regularizers(REGULARIZER, REGULARIZER)  # of --regularized drawn
+        self._regularizers = Regularizers(MCMC_REGULARIZER, MCMC_REGULARIZER)  # of --regularized drawn
         num_photos = len(scene.image_names)
         self._poses = PoseCorrections(num_photos, device) if options.pose_opt else None
         self._grids = Grids(num_photos, device) if options.exposure != "none" else None
@@ -282,7 +281,7 @@ class Trainer:
             self._regularizers.count(len(drawn))
             return loss
         opacities, scales = (self.parameters[name] for name in ("opacities", "scales"))
-        return REGULARIZER * (torch.sigmoid(opacities).mean() + torch.exp(scales).mean())
+        return MCMC_REGULARIZER * (torch.sigmoid(opacities).mean() + torch.exp(scales).mean())
 
     def _update(self, step: int, info: dict[str, Any]) -> None:
         """Let Adam and the strategy have the gradients."""

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import Config
+from configs import Config, in_effect
 from errors import InputError
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 from training.files import write_file
 from training.measured import Measured, last_step, read_json, read_measured, read_options
-from training.options import in_effect
+from training.roles import OF_NO_OTHER_RUN
 
 NOT_RUN = "not run"
 LAUNCH = "launch.json"  # what compare.py knows of a run that it started
-
-NO_OTHER_RUN = ("result_dir", "resume", "force", "save_every", "keep")  # options that make no run another one
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,10 @@ def is_finished(folder: Path, cfg: Config) -> bool:
 def differing_options(options: Mapping[str, object], cfg: Config) -> dict[str, tuple[object, object]]:
     """Return the options of a cfg.yml that are not those asked for, with both values.
 
-    `NO_OTHER_RUN` do not count, and what an older version wrote nothing of was as its default is now.
+    `OF_NO_OTHER_RUN` do not count, and what an older version wrote nothing of was as its default is now.
     """
     wanted, there = in_effect(asdict(cfg)), in_effect({**asdict(type(cfg)()), **options})
-    names = sorted(there.keys() - set(NO_OTHER_RUN))
+    names = sorted(there.keys() - set(OF_NO_OTHER_RUN))
     return {name: (there[name], wanted.get(name)) for name in names if there[name] != wanted.get(name)}
 
 

@@ -340,7 +340,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise _fault_of_unknown(path) from error
     except MemoryError as error:
-        raise PictureFault(path, "memory ran out", "free memory, or raise data_factor") from error
+        raise PictureFault(path, "memory ran out", "free memory, or raise --data_factor") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise PictureFault(
             path, "it is truncated or damaged", "replace it by a whole picture", reason(error)

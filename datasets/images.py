@@ -98,7 +98,7 @@ def prepare_images(
         InputError: Pictures are absent, cannot be used, or are of a size that cameras or the factor do not explain.
     """
     if not 1 <= data_factor < np.inf:
-        raise InputError(f"data_factor must be a number of at least 1 (got {data_factor}).")
+        raise InputError(f"--data_factor is {data_factor}: give a number of at least 1.")
     originals = data_dir / "images"
     if not originals.is_dir():
         raise InputError(f"{originals} does not exist: put the dataset's pictures there.")
@@ -222,7 +222,7 @@ class _Folder:
         tiny = next((name for name, size in plan.targets.items() if min(size) < 2), None)
         if tiny is not None:
             raise InputError(
-                f"data_factor={factor:g} leaves {plan.targets[tiny][0]}x{plan.targets[tiny][1]} pixels of {tiny}: "
+                f"--data_factor {factor:g} leaves {plan.targets[tiny][0]}x{plan.targets[tiny][1]} pixels of {tiny}: "
                 "choose a smaller one."
             )
         plan.source_sizes.update(sizes)
@@ -233,7 +233,7 @@ class _Folder:
                     plan.stale.append(name)  # made from an original of another size
                     continue
                 raise InputError(
-                    f"{folder / names[name]} is {entry.size[0]}x{entry.size[1]} pixels where data_factor={factor:g} "
+                    f"{folder / names[name]} is {entry.size[0]}x{entry.size[1]} pixels where --data_factor {factor:g} "
                     f"asks for {plan.targets[name][0]}x{plan.targets[name][1]}: move the folder {folder} away."
                 )
             made_here = keys[name] in known and known[keys[name]].source != (0, 0)

@@ -182,16 +182,16 @@ def training_loader(
         InputError: batch_size is below 1, or above 1 with pictures of different sizes.
     """
     if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1 (got {batch_size}).")
+        raise InputError(f"--batch_size is {batch_size}: give at least 1.")
     if batch_size * num_ranks > 1:
         used = (scene.cameras[index] for index in np.unique(scene.camera_indices[train_ids]))
         sizes = sorted({(camera.width, camera.height) for camera in used})
         if len(sizes) > 1:
-            several = f"batch_size={batch_size}" if num_ranks == 1 else f"Training with {num_ranks} processes"
+            several = f"--batch_size {batch_size}" if num_ranks == 1 else f"Training with {num_ranks} processes"
             raise InputError(
                 f"{several} needs pictures of one size, but {scene.data_dir} has "
                 f"{len(sizes)} sizes (such as {sizes[0][0]}x{sizes[0][1]} and {sizes[-1][0]}x{sizes[-1][1]}): "
-                f"use {'batch_size=1' if num_ranks == 1 else 'one process'}."
+                f"use {'--batch_size 1' if num_ranks == 1 else 'one process'}."
             )
     arrange = ViewWindows.of_scene(scene, view_window).arrange if view_window > 1 else None
     order = _training_order(train_ids, batch_size * num_ranks, seed, start_step, arrange)

@@ -51,7 +51,7 @@ def load_sparse_model(data_dir: Path, model_dir: str = "", say: Say = quiet) -> 
         InputError: There is no such folder or no model, or the one to take is unreadable or unsupported.
     """
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir} does not exist or is no folder: set data_dir to a dataset's folder.")
+        raise InputError(f"{data_dir} does not exist or is no folder: name a dataset's folder with --data_dir.")
     folders = _folders_in_sparse(data_dir)
     projects = project_files(data_dir)
     named = [project for project in projects if is_named(project.path, data_dir, model_dir)]

@@ -38,7 +38,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
             colour that is not finite, or colours below 0.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: put the initial points there, or train without init_ply.")
+        raise InputError(f"{path} does not exist: put the initial points there, or train without --init_ply.")
     try:
         check_counts(path)
         vertices = _read_ascii(path)
@@ -55,7 +55,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if missing:
             raise InputError(f"{path} lacks the vertex properties {', '.join(missing)}: write them as well.")
     if len(vertices) == 0:
-        raise InputError(f"{path} holds no points: write some, or train without init_ply.")
+        raise InputError(f"{path} holds no points: write some, or train without --init_ply.")
     points = np.stack([vertices[name] for name in "xyz"], axis=1).astype(np.float64)
     not_finite = int((~np.isfinite(points).all(axis=1)).sum())
     if not_finite:

@@ -17,6 +17,7 @@ from configs import scene_config
 from datasets import gauu_scene, matrix_city, mega_nerf
 from datasets.prepared import check_prepared
 from errors import InputError, refusing, stopped_by_signals
+from option_words import Parser
 
 _COLMAP_RESULTS = (
     "the COLMAP models of CityGaussian (colmap_results), linked in\n"
@@ -87,7 +88,8 @@ def instructions(dataset: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prepare or check a dataset, and exit: 0 when it can be trained on, 2 with one sentence when it cannot."""
-    options = _parse(arguments)
+    with refusing():
+        options = _parse(arguments)
     dataset = options.dataset
     data_dir = options.data_dir or Path(scene_config(dataset).data_dir)
     source = options.source or data_dir
@@ -126,7 +128,7 @@ def _prepare(options: argparse.Namespace, source: Path, data_dir: Path) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     datasets = parser.add_subparsers(dest="dataset", metavar="DATASET", required=True, help=", ".join(INSTRUCTIONS))
     for name, text in INSTRUCTIONS.items():
         one = datasets.add_parser(

@@ -63,7 +63,7 @@ def check_prepared(dataset: str, data_dir: Path) -> list[str]:
 
 def _check_split(data_dir: Path, names: list[str], test_ids: np.ndarray, cfg: Config) -> str:
     """Say how the split came about. InputError where it holds out other pictures than the published ones."""
-    rule = f"test_after={cfg.test_after}" if cfg.test_after >= 0 else f"test_every={cfg.test_every}"
+    rule = f"--test_after {cfg.test_after}" if cfg.test_after >= 0 else f"--test_every {cfg.test_every}"
     test_list = data_dir / TEST_LIST
     if not test_list.is_file():
         return f"by {rule}"

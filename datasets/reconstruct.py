@@ -54,6 +54,7 @@ from datasets.photogrammetry import (
 from datasets.prepared import check_prepared
 from datasets.video_frames import open_video, write_sharpest_frames
 from errors import InputError, counted, reason, refusing, stopped_by_signals
+from option_words import Parser
 
 FPS = 2.0  # frames that are taken of each second of a video, where --fps says nothing else
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
@@ -66,7 +67,8 @@ LEFT_OUT = "not_registered.txt"  # in that
 
 def main(arguments: list[str] | None = None) -> None:
     """Reconstruct, and exit: 0 when the dataset can be trained on, 2 with one sentence when it cannot be made."""
-    options = _parse(arguments)
+    with refusing():
+        options = _parse(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     with refusing(), stopped_by_signals():
         try:
@@ -545,7 +547,7 @@ def _why_left_out(photo: Photo, registered: list[set[str]]) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m datasets.reconstruct",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

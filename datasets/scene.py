@@ -101,7 +101,7 @@ def load_scene(
         points, points_rgb = read_points(points_ply(model_path))
     elif len(points) == 0:
         raise InputError(
-            f"points3D in {model_path} holds no points to start from: put a points.ply beside it and set init_ply."
+            f"points3D in {model_path} holds no points to start from: put a points.ply beside it and give --init_ply."
         )
     for what, values in (("point", points), ("camera", model.worldtocams[:, :3, 3])):
         if np.abs(values).max(initial=0.0) > LARGEST_COORDINATE:

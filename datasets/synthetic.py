@@ -8,7 +8,6 @@ the origin. Camera axes: x right, y down, z forward (COLMAP, OpenCV).
 """
 
 import struct
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from errors import InputError
-from option_words import written_out
+from errors import InputError, refusing
+from option_words import parse
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -655,10 +654,5 @@ def write_colmap(
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        tyro.cli(write_city_block, args=written_out(write_city_block, sys.argv[1:]))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    with refusing():
+        parse(write_city_block)

@@ -80,7 +80,7 @@ class DefaultStrategy:
         has_target = rules.target_gaussians > 0
         remedy = "lower --target_gaussians" if has_target else "set --max_gaussians or raise --grow_grad2d"
         self._room = RoomForGrowth(remedy, ranks)
-        self._regularizers = Regularizers(rules.opacity_reg or 0.0, rules.scale_reg or 0.0, ranks)
+        self._regularizers = Regularizers(*rules.regularizers, ranks)
         self._num_appended = 0  # rows at most, since all were last in Morton order
         self._target = Target(rules, self._refinements_from, ends_of_growth)
 

@@ -41,7 +41,6 @@ from strategies.ops import (
 from strategies.regularizers import Regularizers
 
 GROWTH = 0.05  # of the number of Gaussians, at each refinement
-REGULARIZER = 0.01  # weight of both, where none is given
 LARGEST_OPACITY = 1 - torch.finfo(torch.float32).eps
 
 
@@ -75,8 +74,7 @@ class MCMCStrategy:
         self._seed = seed
         self._ranks = ranks
         self._room = RoomForGrowth("lower --max_gaussians", ranks)
-        opacity_reg, scale_reg = (REGULARIZER if reg is None else reg for reg in (rules.opacity_reg, rules.scale_reg))
-        self._regularizers = Regularizers(opacity_reg, scale_reg, ranks)
+        self._regularizers = Regularizers(*rules.regularizers, ranks)
         self._noise = Noise(rules.noise_lr * means_lr, seeds_of(seed, ranks), margin)
         self._moved: Tensor | None = None  # int64 [D] the rows whose noise the present step pays
         self._num_steps = len(means_lr)

@@ -554,7 +554,7 @@ def test_what_stands_in_a_pictures_place_is_named(tmp_path, kind):
 
 def test_a_factor_that_leaves_no_picture_is_named_before_anything_is_scaled(tmp_path):
     write_scene(tmp_path, 4)
-    with pytest.raises(InputError, match=r"data_factor=500 leaves 1x1 pixels of 000\.png"):
+    with pytest.raises(InputError, match=r"--data_factor 500 leaves 1x1 pixels of 000\.png"):
         load_scene(tmp_path, data_factor=500)
     assert not (tmp_path / "images_500").exists()
 

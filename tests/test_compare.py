@@ -387,7 +387,7 @@ def test_options_go_to_the_trainers_that_have_them(tmp_path):
         # What is refused in the words of the trainers, of which each would be started to say so:
         (("demo", "--position_lr", "nan"), "Error: --position_lr is nan, but must be at least 0 and at most 10.\n"),
         (("demo", "--strategy", "mcmc", "--max_gaussians", "0"), "--strategy mcmc grows to a bound: give --max_g"),
-        (("default", "--data_dir", "nowhere"), "Error: nowhere does not exist or is no folder: set data_dir to a "),
+        (("default", "--data_dir", "nowhere"), "Error: nowhere does not exist or is no folder: name a "),
         (("default", "--data_dir", "docs"), "Error: docs holds no COLMAP model"),
     ],
     ids=str,

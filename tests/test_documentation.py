@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
 import compare
 import export
@@ -20,6 +19,7 @@ from benchmarks import quality
 from comparing.launch import plan
 from datasets import prepare, reconstruct
 from errors import InputError
+from option_words import parse, parse_own
 from trainers import TRAINERS
 from training import command_line
 
@@ -52,15 +52,15 @@ def check_command(command: str, results: Path) -> None:
     if program in SCRIPTS:
         command_line.parse(SCRIPTS[program].load().CONFIGS, arguments, "test")
     elif program == "compare.py":
-        options, passed_on = tyro.cli(compare.Options, args=arguments, return_unknown_args=True)
+        options, passed_on = parse_own(compare.Options, words=arguments)
         if options.runs:
             assert not passed_on, command
         else:
             plan(options.scene, options.trainers, results, passed_on)
     elif program == "export.py":
-        export._check(tyro.cli(export.Options, args=arguments))
+        export._check(parse(export.Options, words=arguments))
     elif program == "view.py":
-        tyro.cli(view.Options, args=arguments)
+        parse(view.Options, words=arguments)
     elif program == "datasets.prepare":
         prepare._parse(arguments)
     elif program == "benchmarks.quality":  # passes options on to the trainers
@@ -69,7 +69,7 @@ def check_command(command: str, results: Path) -> None:
     elif program == "datasets.reconstruct":
         reconstruct._check_options(reconstruct._parse(arguments))
     elif program.startswith("benchmarks."):
-        tyro.cli(importlib.import_module(program).Options, args=arguments)
+        parse(importlib.import_module(program).Options, words=arguments)
     elif program not in ("benchmarks", *OWN_PARSERS):
         pytest.fail(f"{command!r} calls {program}, of which this test does not know how it reads its options")
 

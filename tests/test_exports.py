@@ -28,6 +28,7 @@ from exports.quantization import Codebook, Palette
 from exports.streamed import merged
 from offload.culling.cameras import Cameras
 from offload.store.morton import morton_order
+from option_words import parse
 from tests.data.make_export_golden import COUNT, FILES, FOLDER, READ, random_model
 from tests.oracles import splat_formats
 from tests.oracles.splat_formats import (
@@ -57,7 +58,7 @@ def write_model(path: Path, gaussians: dict[str, Tensor], transform: np.ndarray 
 
 
 def run(*arguments: object) -> None:
-    export.export(export.tyro.cli(export.Options, args=list(map(str, arguments))))
+    export.export(parse(export.Options, words=list(map(str, arguments))))
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_pictures_rounded_another_way_are_taken_as_they_are(dataset):
 def test_pictures_of_another_scale_are_neither_taken_nor_overwritten(dataset):
     (dataset / "images_4").mkdir()
     Image.new("RGB", (75, 50)).save(dataset / "images_4/a.png")
-    with pytest.raises(InputError, match=r"a\.png is 75x50 pixels where data_factor=4 asks for 38x25"):
+    with pytest.raises(InputError, match=r"a\.png is 75x50 pixels where --data_factor 4 asks for 38x25"):
         prepared(dataset, NAMES, data_factor=4)
     assert decode_image(dataset / "images_4/a.png").shape == (50, 75, 3)
 

@@ -46,10 +46,11 @@ FILES = {
     **{path.name: SCRIPT for path in ROOT.glob("simple_trainer*.py")},
     "offload/errors.py": {"errors"},
     "offload/tiles/budget.py": {"errors.format_bytes"},
-    "datasets/prepare.py": {"configs"},  # which are checked against the scenes' options
+    "datasets/prepare.py": {"configs", "option_words"},  # a program, which looks at the scenes' options
     "datasets/prepared.py": {"configs"},
     "datasets/mega_nerf.py": {"configs"},
-    "datasets/synthetic.py": {"option_words"},  # a program
+    "datasets/reconstruct.py": {"option_words"},  # a program, as the next
+    "datasets/synthetic.py": {"option_words"},
 }
 OURS = {*ROOMS, "benchmarks", "tests"} | {name.removesuffix(".py") for name in FILES if "/" not in name}
 

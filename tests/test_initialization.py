@@ -1,5 +1,9 @@
 """Initial Gaussians, learning rates and schedules."""
 
+from dataclasses import asdict
+from decimal import Decimal
+from typing import get_type_hints
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from configs import Config, scene_config
 from offload.models.device import DeviceGaussians
 from training import schedules
 from training.gaussians import activate, initial_gaussians, neighbour_distances
+from training.measured import last_step
 
 
 def test_neighbour_distances_by_brute_force():
@@ -81,16 +86,38 @@ def test_means_decay_to_one_percent_and_sh_degrees_come_one_by_one():
     assert degrees == [0, 0, 1, 2, 3, 3]
 
 
-def test_steps_scaler_scales_every_schedule():
-    cfg = Config(steps_scaler=0.1).with_scaled_steps()
-    assert (cfg.max_steps, cfg.eval_steps, cfg.save_steps, cfg.ply_steps) == (
-        3000,
-        [700, 3000],
-        [700, 3000],
-        [700, 3000],
+# Whole numbers that are no steps of a schedule.
+NO_STEPS = {
+    *("test_every", "test_after", "num_workers", "keep", "shares", "seed", "video_size", "viewer", "batch_size"),
+    *("log_every", "profile", "view_window", "max_gaussians", "target_gaussians", "sh_degree"),
+}
+
+
+@pytest.mark.parametrize("scaler", ["1", "0.1", "0.25", "0.29", "0.57", "1.1", "4"])
+def test_steps_scaler_scales_every_schedule(scaler):
+    kinds = get_type_hints(Config).items()
+    names = {name for name, kind in kinds if kind in (int, list[int], list[int] | None)} - NO_STEPS
+    given = Config(
+        steps_scaler=float(scaler), timelapse=300, refine_scale2d_stop_iter=1000, pause_refine_after_reset=50
     )
-    assert (cfg.sh_degree_interval, cfg.refine_start_iter, cfg.refine_stop_iter) == (100, 50, 1500)
-    assert (cfg.refine_every, cfg.reset_every) == (10, 300)
+    scaled = given.with_scaled_steps()
+    assert scaled.steps_scaler == 1.0
+    for name, value in asdict(scaled).items():
+        steps = getattr(given, name)
+        if name in names:
+            listed = steps if isinstance(steps, list) else [steps]
+            wanted = [int((each * Decimal(scaler)).to_integral_value()) for each in listed]
+            assert wanted == (value if isinstance(value, list) else [value]), name
+        elif name != "steps_scaler":
+            assert value == steps, name
+    assert last_step(asdict(given)) == scaled.max_steps == last_step(asdict(scaled))
+
+
+def test_scaled_intervals_stay_intervals_and_none_stays_none():
+    scaled = Config(steps_scaler=1e-3, timelapse=300).with_scaled_steps()
+    assert (scaled.timelapse, scaled.refine_every, scaled.sh_degree_interval, scaled.reset_every) == (1, 1, 1, 3)
+    assert scaled.refine_start_iter == 0
+    assert Config(steps_scaler=0.5).with_scaled_steps().timelapse == 0
 
 
 def test_scene_facts():

@@ -109,9 +109,9 @@ def test_masks_come_with_pictures_that_need_them(tmp_path):
 
 def test_batches_of_different_sizes_are_refused(tmp_path):
     scene = load_scene(write_scene(tmp_path, 4, [camera(), camera("PINHOLE", (50, 50, 24, 16), (48, 32))]))
-    with pytest.raises(InputError, match=r"batch_size=2.*2 sizes"):
+    with pytest.raises(InputError, match=r"--batch_size 2.*2 sizes.*: use --batch_size 1\.$"):
         training_loader(scene, np.arange(4), batch_size=2)
-    with pytest.raises(InputError, match="batch_size must be"):
+    with pytest.raises(InputError, match="--batch_size is 0: give at least 1"):
         training_loader(scene, np.arange(4), batch_size=0)
     with training_loader(scene, np.arange(4)) as loader:
         assert {next(loader).images.shape[1:3] for _ in range(4)} == {(64, 96), (32, 48)}

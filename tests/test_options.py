@@ -15,20 +15,23 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
+import compare
 import export
 import simple_trainer
 import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 import view
-from configs import Config
+from configs import MCMC_REGULARIZER, SPLIT_THRESHOLD, Config, in_effect
+from datasets import prepare, reconstruct
 from errors import InputError
+from option_words import parse as read_options
 from option_words import whole_number, written_out
 from trainers import TRAINERS
 from training import command_line, run
 from training.checkpoint_folder import SaveSchedule
 from training.command_line import groups_of, parse
 from training.commands import arguments_of
-from training.options import RANGES, check_options, in_effect
+from training.options import RANGES, check_options
 from training.report import options_given
 from training.results import ResultFolder
 
@@ -135,11 +138,38 @@ def test_the_sentence_names_option_value_and_range(options, sentence):
         check_options(cfg)
 
 
-def test_residents_are_of_a_compact_state():
+@pytest.mark.parametrize(
+    ("given", "owner"),
+    [
+        ({"new_photos": True}, {"resume": True}),
+        ({"viewer_host": "0.0.0.0"}, {"viewer": [80]}),
+        ({"trajectory": "orbit"}, {"video": True}),
+        ({"video_seconds": 1.0}, {"video": True}),
+        ({"video_size": [64, 64]}, {"video": True}),
+        ({"video_depth": True}, {"video": True}),
+        ({"noise_lr": 1.0}, {"strategy": "mcmc", "max_gaussians": 900}),
+        ({"depth_lambda": 2.0}, {"depth_loss": True}),
+        ({"pose_opt_lr": 1e-3}, {"pose_opt": True}),
+        ({"pose_opt_reg": 2.0}, {"pose_opt": True}),
+        ({"resident_share": 0.2}, {"state": "compact"}),
+    ],
+    ids=str,
+)
+def test_an_option_without_the_one_that_it_belongs_to_is_refused(given, owner):
     cfg = simple_trainer_hybrid_streamed.CONFIGS["default"]
-    check_options(replace(cfg, state="compact", resident_share=0.2))
-    with pytest.raises(InputError, match="--resident_share is of --state compact: give that, too"):
-        check_options(replace(cfg, resident_share=0.2))
+    (name,), (option, value), *_ = given, *owner.items()
+    said = f"--{option} {value}" if isinstance(value, str) else f"--{option}"
+    with pytest.raises(InputError, match=f"^--{name} is of {said}: give that, too.$"):
+        check_options(replace(cfg, **given))
+    check_options(replace(cfg, **given, **owner))
+    check_options(replace(cfg, **owner))
+
+
+@pytest.mark.parametrize("given", [{"timelapse": 9}, {"profile": 5}, {"new_photos": True}], ids=str)
+def test_what_is_of_a_training_is_refused_where_a_checkpoint_is_evaluated(given):
+    (name,) = given
+    with pytest.raises(InputError, match=f"^--{name} is of a training, and --ckpt evaluates a model: leave it out.$"):
+        check_options(Config(ckpt="a.pt", **given))
 
 
 def test_rules_that_mcmc_makes_no_use_of_are_named_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
@@ -177,9 +207,9 @@ def test_help_says_how_a_target_and_a_bound_go_together(monkeypatch, capsys):
     assert train(monkeypatch, simple_trainer, "demo", "--help") == 0
     text = " ".join(re.sub(r"[^\w .;,:%()-]", "", capsys.readouterr().out).split())
     bound, target = (text.split(f"--{name}-gaussians ", 1)[1].split("(default: ")[0] for name in ("max", "target"))
-    assert "0 sets no bound, as target_gaussians wants it." in bound
+    assert "0 sets no bound, as --target_gaussians wants it." in bound
     assert "With strategy default let growth end within 5 % of this many Gaussians" in target
-    assert "It excludes max_gaussians: give that as 0 where the scene has one of its own, as demo has." in target
+    assert "It excludes --max_gaussians: give that as 0 where the scene has one of its own, as demo has." in target
     _, cfg = parse(simple_trainer.CONFIGS, ["demo", "--target_gaussians", "30000"], "")
     with pytest.raises(InputError, match=r"--max_gaussians 40,000, .*: give --max_gaussians 0 too, or no target\.$"):
         check_options(cfg)
@@ -281,12 +311,34 @@ def test_other_programs_read_and_refuse_alike(monkeypatch, capsys, tmp_path):
         (export, "model.pt --to a.sog --up x", "--up is 'x', but must be "),
         (view, "model.pt --port", "--port has no value: give a whole number"),
         (view, "model.pt --device gpu", "--device is 'gpu', but must be auto, cuda or cpu."),
+        (export, "model.pt --to a.sog --device cpu", "--device is no option of this script: leave it out"),
+        (export, "model.pt --to a.sog more.pt", "--to takes one value, but 'more.pt' stands behind it"),
+        (export, "model.pt more.pt --to a.sog", "'more.pt' belongs to no option: leave it out"),
+        (export, "model.pt", "--to is missing: give it, or see --help."),
+        (export, "--to a.sog", "No model is named: begin with one"),
+        (view, "--port 1", "No model is named: begin with one"),
+        (view, "--model model.pt", "--model is no option of this script: leave it out"),
+        (view, "model.pt --antialiased yes", "--antialiased takes no value, but 'yes' stands behind it"),
+        (view, "--antialiased=yes model.pt", "--antialiased takes no value, but 'yes' stands behind it"),
+        (compare, "demo --force=yes", "--force takes no value, but 'yes' stands behind it"),
+        (prepare, "nowhere", "Argument DATASET: invalid choice: 'nowhere'"),
+        (prepare, "rubble --source", "Argument --source: expected one argument: see --help."),
+        (reconstruct, "photos", "The following arguments are required: --out: see --help."),
     ):
         monkeypatch.setattr(sys, "argv", ["program.py", *line.split()])
         with pytest.raises(SystemExit) as stop:
             program.main()
         assert stop.value.code == 2
-        assert capsys.readouterr().err.startswith(f"Error: {said}")
+        error = capsys.readouterr().err
+        assert error.startswith(f"Error: {said}")
+        assert len(error.splitlines()) == 1
+
+
+def test_a_model_may_be_named_behind_options():
+    for words in ("model.pt --to a.ply --plain", "--to a.ply model.pt --plain", "--plain model.pt --to=a.ply"):
+        assert read_options(export.Options, words=words.split()) == export.Options(
+            Path("model.pt"), Path("a.ply"), plain=True
+        )
 
 
 def test_periodic_checkpoints_are_counted_alike():
@@ -312,6 +364,18 @@ def test_what_held_is_written_where_nothing_was_given(script, tmp_path):
         assert (written["opacity_reg"], written["scale_reg"]) == (given.get("opacity_reg", weight), weight)
         assert written.get("split_threshold", 0.3) == 0.3
         assert list(written) == [item.name for item in fields(cfg)]
+
+
+def test_help_names_what_holds_where_nothing_is_given(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert train(monkeypatch, simple_trainer_hybrid_optimized_split, "default", "--help") == 0
+    text = " ".join(re.sub(r"[^\w .;,:%()-]", "", capsys.readouterr().out).split())
+    for name, said in (
+        ("opacity-reg", f"{MCMC_REGULARIZER} with mcmc and else 0 where nothing is given"),
+        ("scale-reg", f"{MCMC_REGULARIZER} with mcmc and else 0 where nothing is given"),
+        ("split-threshold", f"{SPLIT_THRESHOLD} where nothing is given"),
+    ):
+        assert said in text.split(f"--{name} ", 1)[1].split("(default: ")[0]
 
 
 def test_a_budget_leaves_the_threshold_out():

@@ -76,7 +76,7 @@ def test_mill_19(dataset, capsys):
     assert_prepared(dataset, list(train.values()), list(test.values()))
     report = capsys.readouterr().out
     assert f"python simple_trainer.py {dataset}\n" in report
-    assert f"{num_train} train, {num_test} test, by test_every={every}, as published" in report
+    assert f"{num_train} train, {num_test} test, by --test_every {every}, as published" in report
     main([dataset, "--check"])
     assert capsys.readouterr().out == report
 
@@ -98,7 +98,7 @@ def test_urban_scene_3d(dataset, every, has_rgbs, capsys):
     assert_prepared(dataset, [*train_views, test_views[0]], test_views[1:])
     report = capsys.readouterr().out
     assert (
-        f"{num_test - 1} test, by test_after={num_train}; of the {num_test} published test pictures 1 would" in report
+        f"{num_test - 1} test, by --test_after {num_train}; of the {num_test} published test pictures 1 would" in report
     )
     assert f"--test_after {num_train - 1} holds them all out" in report
 
@@ -109,7 +109,7 @@ def test_matrix_city(capsys):
     train, test = matrix_city(Path("data/MatrixCity/aerial"), *PUBLISHED_COUNTS["aerial"], Path(command[-1]))
     main(command)
     assert_prepared("aerial", train, test)
-    assert "741 test, by test_after=5620, as published" in capsys.readouterr().out
+    assert "741 test, by --test_after 5620, as published" in capsys.readouterr().out
     names = sorted(path.name for path in Path("data/MatrixCity/aerial/images").iterdir())
     assert (names[0], names[5621], names[-1]) == ("0000.png", "5621.png", "6361.png")
     assert os.path.samefile("data/MatrixCity/aerial/sparse/0/points.ply", command[-1])
@@ -123,7 +123,7 @@ def test_gauu_scene_where_it_was_unpacked(dataset, capsys):
     main(readme_command(dataset))
     assert set(data_dir.rglob("*")) == before | {data_dir / "sparse/0/parsed_scene.npz"}
     assert_prepared(dataset, [v for i, v in enumerate(views) if i % 10], views[::10])
-    assert "27 train, 3 test, by test_every=10" in capsys.readouterr().out
+    assert "27 train, 3 test, by --test_every 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_dir", ["sparse/0", "sparse"])
@@ -291,15 +291,17 @@ def test_halves_of_different_worlds_or_with_equal_names_are_refused(monkeypatch,
 def test_a_split_that_is_not_the_published_one_is_refused(monkeypatch, capsys):
     train, test = small_rubble(monkeypatch)
     monkeypatch.setitem(DATASETS, "rubble", DATASETS["rubble"] | {"test_every": 6})
-    assert "test_every=6 selects 1 of the 5 published test pictures of rubble and 4 others" in refused(RUBBLE, capsys)
+    assert "--test_every 6 selects 1 of the 5 published test pictures of rubble and 4 others" in refused(RUBBLE, capsys)
     monkeypatch.setitem(DATASETS, "rubble", DATASETS["rubble"] | {"test_every": -1, "test_after": 18})
     shutil.rmtree("rubble")
     error = refused(RUBBLE, capsys)
-    assert "test_after=18 selects 5 of the 5 published test pictures of rubble and 1 others" in error
+    assert "--test_after 18 selects 5 of the 5 published test pictures of rubble and 1 others" in error
     assert "train with --test_every -1 --test_after 19." in error
     monkeypatch.setitem(DATASETS, "rubble", DATASETS["rubble"] | {"test_after": 20})
     main(["rubble", "--data_dir", "rubble", "--check"])
-    assert "4 test, by test_after=20; of the 5 published test pictures 1 would be trained on" in capsys.readouterr().out
+    assert (
+        "4 test, by --test_after 20; of the 5 published test pictures 1 would be trained on" in capsys.readouterr().out
+    )
     scene = load_scene("rubble", test_every=-1, test_after=19)
     assert [scene.image_names[i] for i in scene.test_ids] == [f"val/{name}" for name in test]
     assert [scene.image_names[i] for i in scene.train_ids] == [f"train/{name}" for name in train]

@@ -83,7 +83,7 @@ def test_bad_datasets_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match="holds no COLMAP model"):
         load_scene(empty)
     no_points = write_scene(tmp_path / "no points", num_points=0)
-    with pytest.raises(InputError, match=r"points3D.*init_ply"):
+    with pytest.raises(InputError, match=r"points3D.*give --init_ply"):
         load_scene(no_points)
     no_images = write_scene(tmp_path / "no images")
     shutil.rmtree(no_images / "images")

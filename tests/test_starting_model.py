@@ -191,6 +191,7 @@ def test_commands_name_scripts_from_where_the_run_was_started(monkeypatch, tmp_p
 
 def test_the_command_that_evaluates_leaves_out_what_is_of_a_training(monkeypatch):
     words = ["--viewer", "80", "--viewer_host", "0.0.0.0", "--seed", "3", "--timelapse", "9", "--force", "--video"]
+    words += ["--resume", "--new_photos", "--profile", "5"]
     for given in (words, [*words, "--viewer"]):
         monkeypatch.setattr("sys.argv", ["a.py", "default", *given])
         assert evaluate_command(Path("b.pt")).endswith("a.py default --seed 3 --video --ckpt b.pt")

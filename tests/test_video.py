@@ -303,8 +303,8 @@ def test_a_given_path_is_flown_in_the_coordinates_of_the_input(city_block, tmp_p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--trajectory", "orbit"), "--trajectory is of the video, which --video asks for"),
-        (("--video_depth",), "--video_depth is of the video"),
+        (("--trajectory", "orbit"), "--trajectory is of --video: give that, too."),
+        (("--video_depth",), "--video_depth is of --video: give that, too."),
         (("--video", "--trajectory", "loop"), "--trajectory loop is neither flight"),
         (("--video", "--video_size", "64"), "--video_size has 1 numbers"),
         (

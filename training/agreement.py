@@ -15,9 +15,8 @@ from configs import Config
 from datasets.scene import Scene
 from distributed.mesh import Ranks
 from errors import InputError
+from training.roles import OF_A_MACHINE
 
-# Options that may differ from machine to machine.
-OWN_OPTIONS = ("data_dir", "model_dir", "result_dir", "device", "num_workers", "ckpt", "init_ckpt")
 PACKAGES = ("gaussian-offload", "torch", "numpy", "gsplat")
 
 
@@ -27,7 +26,7 @@ def check_same_options(ranks: Ranks, script: str, cfg: Config) -> None:
     Raises:
         InputError: At every rank, naming the first difference.
     """
-    options = {f"--{name}": value for name, value in asdict(cfg).items() if name not in OWN_OPTIONS}
+    options = {f"--{name}": value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
     versions = {package: _version(package) for package in PACKAGES}
     facts = {"the script that they run": script, **versions, **options}
     _check_same(ranks, facts, "start all ranks with one command, from one version of the suite")

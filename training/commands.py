@@ -32,12 +32,12 @@ def given_command() -> str:
 
 
 def train_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the command that begins this run anew: the one that started it, without --resume and --force.
+    """Return the command that begins this run anew: that which started it, without --resume, --new_photos and --force.
 
     Args:
         changes: Values of options in place of those that were given.
     """
-    return shlex.join([*_launcher(), *_words("resume", "force", *changes), *_given(changes)])
+    return shlex.join([*_launcher(), *_words("resume", "new_photos", "force", *changes), *_given(changes)])
 
 
 def script_command(name: str, *arguments: str) -> str:
@@ -52,7 +52,8 @@ def resume_command(changes: Mapping[str, str] = MappingProxyType({})) -> str:
 
 def evaluate_command(checkpoint: Path, changes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the command that evaluates a checkpoint with the options of this run; else as `train_command`."""
-    words = _words("resume", "force", "init_ckpt", "ckpt", "timelapse", "viewer", "viewer_host", *changes)
+    beginning = ("resume", "new_photos", "force", "init_ckpt", "ckpt")
+    words = _words(*beginning, "timelapse", "profile", "viewer", "viewer_host", *changes)
     return shlex.join([_interpreter(), *words, *_given(changes), "--ckpt", str(checkpoint)])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from configs import scaled
 from reporting.charts import Curve
 from training.event_log import read_scalars
 
@@ -92,7 +93,7 @@ def read_measured(folder: Path, last: int) -> Measured:
 
 def last_step(options: Mapping[str, Any]) -> int:
     """Return how many steps a run with these options (of cfg.yml) does."""
-    return int(options["max_steps"] * options.get("steps_scaler", 1.0))
+    return scaled("max_steps", options["max_steps"], options.get("steps_scaler", 1.0))
 
 
 def read_options(folder: Path) -> dict[str, Any] | None:

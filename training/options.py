@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from imageio_ffmpeg import get_ffmpeg_version
 
@@ -16,13 +14,12 @@ from configs import Config
 from datasets.trajectories import SHAPES
 from datasets.trajectory_file import read_key_poses
 from errors import InputError
-from strategies.mcmc import REGULARIZER
 from training.checkpoint_folder import SaveSchedule
 from training.checkpoints import MAX_STEPS
+from training.exclusions import check_exclusions
 from training.memory import parse_bytes
 from training.profiling import SKIPPED_STEPS, WARM_UP_STEPS
 
-SPLIT_THRESHOLD = 0.3  # where neither that nor a budget is given
 MOST = 10**12  # of what nothing else bounds
 
 
@@ -65,8 +62,8 @@ WEIGHT = Range(0, 1e6)  # in the loss
 # Every option that is a number, of all scripts. tests/test_options.py says that none is missing.
 RANGES: dict[str, Range] = {
     "data_factor": Range(0, 1000, above=True),
-    "test_every": Range(-1, meaning="-1 where test_after is used"),
-    "test_after": Range(-1, meaning="-1 where test_every is used"),
+    "test_every": Range(-1, meaning="-1 where --test_after is used"),
+    "test_after": Range(-1, meaning="-1 where --test_every is used"),
     "num_workers": Range(0, 256, meaning="0 takes one per core"),
     "keep": Range(0, meaning="0 keeps all"),
     "seed": Range(0, 2**63 - 1),
@@ -122,19 +119,6 @@ RANGES: dict[str, Range] = {
 }
 
 
-def in_effect(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options by name, with what holds where nothing was given and that follows from others.
-
-    Args:
-        options: Of a run, or of a cfg.yml that an older version wrote, which holds None there.
-    """
-    regularizer = REGULARIZER if options.get("strategy") == "mcmc" else 0.0
-    follows = {"opacity_reg": regularizer, "scale_reg": regularizer}
-    if options.get("device_memory_budget") is None:  # which decides in its place
-        follows["split_threshold"] = SPLIT_THRESHOLD
-    return {**options, **{name: value for name, value in follows.items() if options.get(name, value) is None}}
-
-
 def check_options(cfg: Config) -> None:
     """Refuse options that cannot work, before anything is loaded.
 
@@ -167,54 +151,25 @@ def check_options(cfg: Config) -> None:
             f"--profile is {cfg.profile}, but must leave {SKIPPED_STEPS + WARM_UP_STEPS} of the {scaled.max_steps} "
             "steps of --max_steps to warm up."
         )
-    _check_watching(cfg)
-    if cfg.random_background and cfg.background != "random":
-        raise InputError(f"--random_background and --background {cfg.background} exclude each other: give one of them.")
-    if cfg.ckpt and cfg.resume:
-        raise InputError("--ckpt evaluates a checkpoint and --resume trains on: give one of them.")
-    if cfg.init_ckpt and (cfg.ckpt or cfg.resume):
-        other = "--ckpt, which evaluates a model," if cfg.ckpt else "--resume, which goes on with one,"
-        raise InputError(f"--init_ckpt begins from a model, and {other} excludes that: give one of them.")
-    if cfg.force and (cfg.ckpt or cfg.resume):
-        raise InputError(f"--force begins anew and --{'ckpt' if cfg.ckpt else 'resume'} does not: give one of them.")
-    if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "moments", "float32") != "float32":
+    if len(cfg.viewer or []) > 1:
+        raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port.")
+    if len(cfg.video_size) not in (0, 2):
+        raise InputError(f"--video_size has {len(cfg.video_size)} numbers, but must be a width and a height.")
+    if any(side % 2 for side in cfg.video_size):
+        even = " ".join(str(side // 2 * 2) for side in cfg.video_size)
         raise InputError(
-            f"--state compact has its own form of moments and --moments {getattr(cfg, 'moments', '')} is another: give "
-            "one of them."
+            f"--video_size {' '.join(map(str, cfg.video_size))} has an odd side, and videos have even ones: give "
+            f"{even}."
         )
-    if getattr(cfg, "resident_share", 0) > 0 and getattr(cfg, "state", "compact") != "compact":
-        raise InputError("--resident_share is of --state compact: give that, too.")
-    if getattr(cfg, "state", "float32") == "compact" and getattr(cfg, "adam", "deferred") == "dense":
-        raise InputError(
-            "--state compact cannot be had with --adam dense, which visits every Gaussian at each step: "
-            "give --adam deferred."
-        )
-    if cfg.target_gaussians > 0 and cfg.strategy == "mcmc":
-        raise InputError(
-            "--target_gaussians is of --strategy default: mcmc grows to --max_gaussians, give that in its place."
-        )
-    if cfg.target_gaussians > 0 and cfg.max_gaussians > 0:
-        raise InputError(
-            f"--target_gaussians {cfg.target_gaussians:,} and --max_gaussians {cfg.max_gaussians:,}, given or the "
-            "scene's own, both say where growth ends: give --max_gaussians 0 too, or no target."
-        )
-    default = Config()
-    for name, belongs_to, is_used in (
-        ("noise_lr", "--strategy mcmc", cfg.strategy == "mcmc"),
-        ("depth_lambda", "--depth_loss", cfg.depth_loss),
-        ("pose_opt_lr", "--pose_opt", cfg.pose_opt),
-        ("pose_opt_reg", "--pose_opt", cfg.pose_opt),
-    ):
-        if not is_used and getattr(cfg, name) != getattr(default, name):
-            raise InputError(f"--{name} is of {belongs_to}: give that, too.")
-    if cfg.strategy == "mcmc" and cfg.max_gaussians == 0:
-        raise InputError("--strategy mcmc grows to a bound: give --max_gaussians, such as 1000000.")
+    check_exclusions(cfg)
     SaveSchedule(cfg.save_every)
     budget = getattr(cfg, "device_memory_budget", None)
     if budget is not None:
         parse_bytes(budget, "--device_memory_budget")
-        if getattr(cfg, "split_threshold", None) is not None:
-            raise InputError("--split_threshold and --device_memory_budget exclude each other: give one of them.")
+    if cfg.video or cfg.timelapse:
+        _check_ffmpeg("--video" if cfg.video else "--timelapse")
+    if cfg.trajectory not in SHAPES:
+        read_key_poses(Path(cfg.trajectory))
 
 
 def _check_ffmpeg(option: str) -> None:
@@ -237,33 +192,3 @@ def _check_ffmpeg(option: str) -> None:
         raise InputError(
             f"{option} asks for a video, which ffmpeg writes, and {lacking}; or leave the option out."
         ) from error
-
-
-def _check_watching(cfg: Config) -> None:
-    default = Config()
-    if cfg.video or cfg.timelapse:
-        _check_ffmpeg("--video" if cfg.video else "--timelapse")
-    for name in ("trajectory", "video_seconds", "video_size", "video_depth"):
-        if not cfg.video and getattr(cfg, name) != getattr(default, name):
-            raise InputError(f"--{name} is of the video, which --video asks for: give that, too.")
-    if cfg.viewer is None and cfg.viewer_host != default.viewer_host:
-        raise InputError("--viewer_host is of --viewer: give that, too.")
-    if len(cfg.viewer or []) > 1:
-        raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port.")
-    if cfg.ckpt and cfg.viewer is not None:
-        raise InputError(
-            "--viewer shows a training, and --ckpt evaluates a model: leave it out, and look at that with "
-            f"python view.py {cfg.ckpt}."
-        )
-    if cfg.ckpt and cfg.timelapse:
-        raise InputError("--timelapse is of a training, and --ckpt evaluates a model: leave it out.")
-    if len(cfg.video_size) not in (0, 2):
-        raise InputError(f"--video_size has {len(cfg.video_size)} numbers, but must be a width and a height.")
-    if any(side % 2 for side in cfg.video_size):
-        even = " ".join(str(side // 2 * 2) for side in cfg.video_size)
-        raise InputError(
-            f"--video_size {' '.join(map(str, cfg.video_size))} has an odd side, and videos have even ones: give "
-            f"{even}."
-        )
-    if cfg.trajectory not in SHAPES:
-        read_key_poses(Path(cfg.trajectory))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from configs import Config
+from configs import Config, in_effect
 from reporting import charts
 from reporting.figures import FIGURES, line_charts
 from reporting.machine import describe_machine, sentence
@@ -24,7 +24,6 @@ from training.ending import FINISHED, INTERRUPTED, Ending
 from training.files import write_file
 from training.measured import Measured, read_measured
 from training.model_files import not_held
-from training.options import in_effect
 from training.pose_files import FOLDER as POSES
 from training.pose_files import steps_of
 from training.timelapse import FRAMES, VIDEO

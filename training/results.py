@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import Config
+from configs import Config, in_effect
 from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
@@ -25,7 +25,6 @@ from training.event_log import FILES as LOGS
 from training.event_log import EventLog
 from training.files import write_file
 from training.folder_lock import FolderLock, FolderTaken
-from training.options import in_effect
 from training.ply import save_ply
 from training.pose_files import FILES as POSE_FILES
 from training.pose_files import FOLDER as POSES

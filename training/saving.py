@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import Config
+from configs import Config, in_effect
 from distributed.dealing import dealt_rows
 from distributed.mesh import Ranks
 from errors import InputError, NotSaved, counted
@@ -25,19 +25,10 @@ from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
 from training.joined_rows import picked_state, whole
-from training.options import in_effect, shown
+from training.options import shown
+from training.roles import TOLD_WHEN_RESUMED
 from training.strategy import has_effect
 
-# Options that say where a run finds and leaves things and what it reports, not what it computes.
-OPTIONS_OF_THE_PLACE = (
-    *("data_dir", "model_dir", "result_dir", "device", "shares", "resume", "force", "new_photos", "save_every", "keep"),
-    "init_ckpt",  # a resumed run has left behind what it began from
-    *("num_workers", "log_every", "profile", "eval_steps", "save_steps", "ply_steps", "lpips_net"),
-    "color_correct",
-    "resident_share",  # where rows lie, which changes no bit of them
-    *("video", "trajectory", "video_seconds", "video_size", "video_depth", "timelapse"),
-    *("viewer", "viewer_host"),
-)
 TOLD_APART = ("state",)  # an option that is told of by what a checkpoint holds
 
 
@@ -240,7 +231,7 @@ class Saving:
         options_before = in_effect({**given, **checkpoint.options})
         for name, value in in_effect(given).items():
             before = options_before[name]
-            if before != value and name not in (*OPTIONS_OF_THE_PLACE, *TOLD_APART):
+            if before != value and name in TOLD_WHEN_RESUMED and name not in TOLD_APART:
                 if has_effect(name, self._cfg.strategy):
                     print(f"--{name} is now {shown(value)}; it was {shown(before)}.")
                 view_has_changed = True
