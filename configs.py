@@ -23,9 +23,9 @@ class DataOptions:
     data_factor: float = 1.0
     """Pictures are scaled down by this factor, which may be fractional, into images_{factor}/."""
     test_every: int = 8
-    """Every picture whose index is a multiple of this is a test picture; -1 where --test_after is used."""
+    """Every photo whose index is a multiple of this is held out; -1 where --test_after is used."""
     test_after: int = -1
-    """Pictures whose index is above this are test pictures; -1 where --test_every is used."""
+    """Photos whose index is above this are held out; -1 where --test_every is used."""
     init_ply: bool = False
     """Start from points.ply in the model folder instead of COLMAP's points."""
     num_workers: int = 0
@@ -91,7 +91,7 @@ class RunOptions:
     lpips_net: Literal["alex", "vgg"] = "alex"
     """Network that the LPIPS metric uses."""
     color_correct: bool = False
-    """Score test photos with corrected colours as well, as runs with --exposure do."""
+    """Score held-out photos with corrected colours as well, as runs with --exposure do."""
 
 
 @dataclass

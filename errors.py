@@ -58,17 +58,19 @@ def refusing() -> Iterator[None]:
         sys.exit(2)
 
 
+def heard_signals() -> list[signal.Signals]:
+    """Return what asks a program to end: Ctrl-C, SIGTERM, and a closed terminal unless nohup has it ignored."""
+    heard = [signal.SIGINT, signal.SIGTERM]
+    return heard if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*heard, signal.SIGHUP]
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt at Ctrl-C, SIGTERM and a closed terminal, so that what is half done is cleared away.
 
     A second of them ends the process at once, without a traceback, also while Python ends.
     """
-    before = {
-        number: handler
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if (handler := signal.getsignal(number)) != signal.SIG_IGN  # as nohup wants it
-    }
+    before = {number: signal.getsignal(number) for number in heard_signals()}
     has_come = False
 
     def stop(number: int, stack: object) -> None:

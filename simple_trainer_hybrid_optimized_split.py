@@ -107,7 +107,7 @@ def train(run: TrainingRun[SplitConfig]) -> None:
     strategy = run.new_strategy()
 
     def draw(cameras: Cameras, depth: bool) -> Tensor:
-        shown = run.shown_backgrounds(cameras)
+        shown = run.drawing.shown_backgrounds(cameras)
         if run.ranks is None:
             return render_in_parts(gaussians.view_tiles(cameras), cameras, cfg, backgrounds=shown, depth=depth)
         drawn = partial(draw_rounds, cfg=cfg, ranks=run.ranks, backgrounds=shown, depth=depth)

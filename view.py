@@ -21,9 +21,7 @@ from errors import refusing, stopped_by_signals
 from option_words import parse
 from training.opened import open_model
 from training.run import select_device
-from viewer.page import HOST, PORT, Page
-
-IDLE = 0.02  # seconds between looks at whether a camera has moved
+from viewer.page import HOST, IDLE, PORT, Page
 
 
 @dataclass

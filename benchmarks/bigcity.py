@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.aerial_scene import NUM_CAMERAS, AerialCameras, scaled
 from benchmarks.city_scene import SIZE, City, shares_around
 from benchmarks.command_line import run
+from benchmarks.numbers import percent
 from benchmarks.report import Report
 from benchmarks.train_step import COLUMNS as STEP_COLUMNS
 from benchmarks.train_step import (
@@ -38,7 +39,7 @@ from benchmarks.train_step import (
 from benchmarks.train_step import Options as StepOptions
 from configs import Config
 from offload.device_memory import bound_memory
-from reporting.numbers import number, percent
+from reporting.numbers import number
 from trainers import TRAINERS, Lack, footprint_of, remedy
 from training.memory_estimate import check_memory, needs, parameter_bytes
 from training.run import select_device

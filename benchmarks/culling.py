@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, geometry_rows, one_by_one
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import megabytes
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, copy_bandwidth, time_in_turns
 from offload.adam.deferral import DeferralTables
@@ -26,7 +27,7 @@ from offload.adam.geometry import GeometryState
 from offload.backends import kernels_for, native, num_threads
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.native import BlockBounds, visible_ids
-from reporting.numbers import megabytes, number
+from reporting.numbers import number
 from tests.oracles.culling import visible_ids_by_the_whole_test
 
 ROW_BYTES, BOUNDS_BYTES, ID_BYTES = 48, 32, 8

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import gigabytes, percent
 from benchmarks.report import Report, spread
 from benchmarks.timing import CPU, Spread, copy_bandwidth
 from configs import DensificationRules
@@ -26,7 +27,7 @@ from offload.backends import num_threads
 from offload.models.baseline import BaselineGaussians
 from offload.store.layout import GROUP_NAMES, row_bytes
 from offload.store.morton import morton_order
-from reporting.numbers import gigabytes, number, percent
+from reporting.numbers import number
 from strategies.default import DefaultStrategy, Statistics
 
 ROW_BYTES = sum(row_bytes(group, sh_degree=3) for group in GROUP_NAMES)  # of a Gaussian
@@ -92,10 +93,10 @@ def one_round(parameters: dict[str, Tensor]) -> list[float]:
     times = [filled, seconds(lambda: morton_order(gaussians.read("means")))]
     ids, others = every(SHARE, n), every(SHARE, n) + 1
     order = morton_order(gaussians.read("means"))
-    times.append(seconds(lambda: [store.reorder(order) for store in stores]))
+    times.append(seconds(lambda: [store.keep(order) for store in stores]))
     gaussians.overwrite(ids, {"means": gaussians.read("means")[ids].roll(1, 0)})
     nearly_sorted = morton_order(gaussians.read("means"))
-    times.append(seconds(lambda: [store.reorder(nearly_sorted) for store in stores]))
+    times.append(seconds(lambda: [store.keep(nearly_sorted) for store in stores]))
 
     values = {name: gaussians.read(name)[ids] for name in ("means", "scales")}
     times.append(seconds(lambda: gaussians.append_copies(ids)))

@@ -28,13 +28,14 @@ import export
 from benchmarks.aerial_scene import FOCAL, AerialCameras, one_by_one
 from benchmarks.city_scene import City
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, megabytes
 from benchmarks.report import Report, Table
 from configs import Config
 from errors import InputError
 from exports.spz import TURN
 from exports.streamed import INDEX
 from exports.world import TURN as TURN_OF
-from reporting.numbers import count, megabytes, number
+from reporting.numbers import number
 from training.checkpoint_writing import save_checkpoint
 from training.checkpoints import Checkpoint
 from training.ply import load_ply

@@ -3,7 +3,7 @@
     python -m benchmarks.gsplat_agreement --ckpt results/garden/ckpts/ckpt_7000.pt --data_dir data/garden
     python -m benchmarks.gsplat_agreement --quick
 
-On the first, middle and last test picture of a trained model, with a CUDA GPU and gsplat. --quick takes random
+On the first, middle and last held-out photo of a trained model, with a CUDA GPU and gsplat. --quick takes random
 Gaussians, and without a GPU only holds our rasterizer in float32 against itself in float64.
 """
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count
 from benchmarks.report import Report
 from datasets.image_files import decode_image
 from datasets.scene import load_scene
 from errors import InputError
 from rendering.losses import photometric_loss
-from reporting.numbers import count
 from tests import gsplat_comparison
 from tests.gaussian_scenes import GaussianScene, random_scene
 from tests.gsplat_comparison import Comparison, compare_renders

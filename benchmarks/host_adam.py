@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import megabytes, percent
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, time_in_turns
 from benchmarks.visible_rows import KINDS, MEAN_RUN
@@ -29,7 +30,7 @@ from offload.adam.host import DeferredAdam
 from offload.backends import num_threads
 from offload.store.layout import RowState, StateFormat, packed_rows
 from offload.store.memory import HostArray
-from reporting.numbers import megabytes, number, percent
+from reporting.numbers import number
 from training.memory import available_bytes
 
 COLUMNS = 48

@@ -68,7 +68,7 @@ TROUBLES = [
             "--exposure affine": ("--exposure", "affine"),
             "--exposure bilateral_grid": ("--exposure", "bilateral_grid"),
         },
-        without={"lights": "held out"},  # on the same test photos
+        without={"lights": "held out"},  # on the same held-out photos
     ),
     Trouble(
         "poses that are off",
@@ -123,7 +123,7 @@ def run_script(name: str, arguments: list[str]) -> None:
 
 
 def train(options: Options, data_dir: Path, result_dir: Path, arguments: tuple[str, ...]) -> dict[str, float]:
-    """Train and evaluate; returns the means over the test views, with and without corrected colours."""
+    """Train and evaluate; returns the means over the held-out views, with and without corrected colours."""
     command = [
         *("default", "--data_dir", str(data_dir), "--device", options.device),
         *("--max_steps", str(options.steps), "--eval_steps", str(options.steps)),
@@ -161,7 +161,7 @@ def main(options: Options) -> None:
     (width, height), points = options.size, 300 if options.quick else 3000
     report.say(f"{options.steps} steps of {options.trainer}.py, photos of {width}x{height}, {points} points.")
     table = report.table(
-        "On test views:",
+        "On held-out views:",
         {
             "trouble": str,
             "options": str,

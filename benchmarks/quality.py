@@ -35,13 +35,13 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.command_line import BenchmarkOptions
+from benchmarks.numbers import count, gigabytes
 from benchmarks.report import Format, Report
 from comparing.launch import Interruption, Plan, check_free_folders, check_nothing_is_lost, launch, plan
 from comparing.runs import is_finished, last_step
 from errors import InputError, refusing
 from option_words import parse_own
 from reporting.figures import FIGURES
-from reporting.numbers import count, gigabytes
 from training.checkpoints import peek_checkpoint
 from training.ending import FINISHED
 
@@ -258,7 +258,7 @@ def main(options: Options, passed_on: Sequence[str] = ()) -> None:
     titles = [title_of(metric) for metric in metrics]
     formats: dict[str, Format] = {title_of(metric): METRICS[metric].format for metric in metrics}
     table = report.table(
-        "Each run, by its test pictures:",
+        "Each run, by its held-out photos:",
         {
             "trainer": str,
             "seed": str,

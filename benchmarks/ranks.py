@@ -30,6 +30,7 @@ from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_
 from benchmarks.bigcity import MEAN_SHARE, SCENE_BYTES, SEED, SIZE, check_fits, find_focals
 from benchmarks.city_scene import City
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, gigabytes, megabytes, percent
 from benchmarks.rank_processes import RankFailed, in_ranks
 from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import Clock, Spread
@@ -39,7 +40,7 @@ from distributed.dealing import dealt_rows
 from distributed.mesh import Ranks
 from errors import InputError, counted
 from offload.models.contract import GaussianModel
-from reporting.numbers import count, gigabytes, megabytes, number, percent
+from reporting.numbers import number
 from strategies.contract import Strategy
 from trainers import TRAINERS
 from training.memory import peak_bytes

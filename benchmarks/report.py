@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.timing import Spread
-from reporting.machine import describe_machine, machine_name, sentence
+from reporting.machine import describe_machine, sentence
 from reporting.numbers import number
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +97,7 @@ class Report:
 
         NAME is the option `out`, or results/BENCHMARK_MACHINE, with _quick at the end for a quick run.
         """
-        parts = (self.benchmark, self.variant, machine_name(self.machine), "quick" if self.options.quick else "")
+        parts = (self.benchmark, self.variant, short_name(self.machine), "quick" if self.options.quick else "")
         path = self.options.out or RESULTS / "_".join(filter(None, parts))
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"# {self.purpose}", "", f"{self.date}, `{self.command}`", "", f"{sentence(self.machine)}."]
@@ -118,3 +120,10 @@ class Report:
 
 def _plain(value: object) -> object:
     return asdict(value) if is_dataclass(value) else str(value)
+
+
+def short_name(machine: Mapping[str, Any]) -> str:
+    """Return a short name for file names: the GPU's, or the processor's with its threads."""
+    name = machine["gpu"] or f"{machine['processor']} {machine['threads']} threads"
+    name = re.sub(r"\((r|tm|c)\)|@.*?hz|\b(nvidia|geforce|intel|amd|cpu|processor)\b", " ", name.lower())
+    return "_".join(re.findall(r"[a-z0-9.]+", name))

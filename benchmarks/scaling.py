@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from benchmarks.aerial_scene import HEIGHT, WIDTH, focals_for
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, gigabytes
 from benchmarks.report import Report, Table, milliseconds_by_name, spread
 from benchmarks.train_step import Job, in_fresh_process, measure
 from errors import InputError
-from reporting.numbers import count, gigabytes, number
+from reporting.numbers import number
 from trainers import TRAINERS
 
 

@@ -21,6 +21,7 @@ import simple_trainer_hybrid_optimized
 import simple_trainer_hybrid_optimized_split
 from benchmarks.aerial_scene import FOCAL, AerialCameras, aerial_cameras, aerial_geometry, geometry_rows
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, gigabytes, percent
 from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import OPTIONS, AerialRun, Job, Measurement, in_fresh_process
@@ -29,7 +30,7 @@ from errors import InputError, TrainingStopped
 from offload.culling.cameras import Cameras
 from offload.culling.native import BlockBounds, visible_ids
 from offload.tiles.planner import TiledRows, TilePlanner
-from reporting.numbers import count, gigabytes, number, percent
+from reporting.numbers import number
 from training.command_line import parse
 from training.memory import limit_fragmentation, parse_bytes, peak_bytes
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import FOCAL, AerialCameras
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, gigabytes
 from benchmarks.report import Report, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import OPTIONS, AerialRun, Job, check, in_fresh_process, train
 from benchmarks.train_step import Options as StepOptions
 from offload.models.contract import GaussianModel
-from reporting.numbers import count, gigabytes, number
+from reporting.numbers import number
 from strategies.contract import Strategy
 from training.memory import peak_bytes
 from training.views import View

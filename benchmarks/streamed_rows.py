@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.aerial_scene import aerial_cameras, aerial_geometry, one_by_one
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, Clock, Spread, time_in_turns
 from errors import InputError
@@ -29,7 +30,7 @@ from offload.models.geometry_device import GEOMETRY, DeviceGeometry
 from offload.pipelines.lanes import Lane
 from offload.store.layout import Moments, RowState
 from offload.store.memory import HostArray
-from reporting.numbers import count, number
+from reporting.numbers import number
 
 COLUMNS = 48
 STEPS_BEFORE = 1000

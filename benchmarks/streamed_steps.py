@@ -16,13 +16,14 @@ import torch
 
 from benchmarks.aerial_scene import FOCAL
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count
 from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import Spread
 from benchmarks.train_step import AerialRun, Job, train
 from configs import Config
 from errors import InputError
 from offload.models.contract import GaussianModel
-from reporting.numbers import count, number
+from reporting.numbers import number
 from training.views import View
 
 SKIPPED = 6  # first steps with a shape: its kernels are compiled, and the lanes fill

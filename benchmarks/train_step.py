@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import FOCAL, HEIGHT, WIDTH, AerialCameras, aerial_scene, mean_visible, scaled
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, gigabytes, percent
 from benchmarks.report import Report, milliseconds_by_name, spread
 from benchmarks.timing import CPU, Clock, Spread, copy_bandwidth, upload_bandwidth
 from configs import Config
@@ -39,7 +40,7 @@ from offload.culling.cameras import Cameras
 from offload.device_memory import bound_memory
 from offload.models.contract import GaussianModel
 from offload.pipelines.contract import Counters
-from reporting.numbers import count, gigabytes, number, percent
+from reporting.numbers import number
 from strategies.contract import Strategy
 from trainers import TRAINERS, Traffic
 from training import schedules

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import megabytes, percent
 from benchmarks.report import Report, spread
 from benchmarks.timing import Case, Spread, copy_bandwidth, time_in_turns
 from benchmarks.visible_rows import KINDS
 from offload.backends import num_threads
 from offload.store.memory import HostArray
-from reporting.numbers import megabytes, number, percent
+from reporting.numbers import number
 
 COLUMNS = 48
 ROW_BYTES, ID_BYTES = 4 * COLUMNS, 8

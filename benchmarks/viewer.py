@@ -16,11 +16,12 @@ import torch
 
 from benchmarks.aerial_scene import aerial_scene, one_by_one
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count, gigabytes
 from benchmarks.report import Report, spread
 from benchmarks.timing import Spread
 from datasets.trajectories import through
 from offload.culling.cameras import Cameras
-from reporting.numbers import count, gigabytes, number
+from reporting.numbers import number
 from training.evaluation import synchronize
 from training.memory import peak_bytes
 from training.opened import OpenedModel

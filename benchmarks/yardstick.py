@@ -26,13 +26,13 @@ from torch.nn.functional import grid_sample, normalize
 from tqdm import tqdm
 
 from benchmarks.command_line import BenchmarkOptions, run
+from benchmarks.numbers import count
 from configs import MCMC_REGULARIZER, Config
 from datasets.loader import evaluation_loader, training_loader
 from datasets.scene import Scene, load_scene
 from errors import InputError
 from offload.culling.cameras import Cameras
 from rendering.losses import photometric_loss
-from reporting.numbers import count
 from strategies.regularizers import Regularizers
 from training.evaluation import evaluate, load_lpips
 from training.gaussians import activate, initial_gaussians
@@ -54,7 +54,7 @@ class Options(BenchmarkOptions):
     data_factor: float = 1.0
     """Pictures are scaled down by this factor."""
     test_every: int = 8
-    """Every picture whose index is a multiple of this is a test picture."""
+    """Every photo whose index is a multiple of this is held out."""
     result_dir: Path = Path("results/yardstick")
     """Gets stats/val_step{N}.json."""
     seed: int = 42

@@ -27,7 +27,7 @@ from comparing.runs import (
 )
 from configs import Config
 from datasets.model_choice import load_sparse_model
-from errors import InputError
+from errors import InputError, heard_signals
 from option_words import field_of, option_groups
 from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
@@ -42,7 +42,6 @@ from training.streams import Unbreakable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait for a lock
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BAR = re.compile(rb"\d%\|.*\|")  # tqdm's; the last of a bar ends the line
 
 
@@ -167,7 +166,7 @@ def _known_options(trainer: Trainer, scene: str) -> set[str]:
 
 
 class Interruption:
-    """Tell Ctrl-C, SIGTERM and a closed terminal to the trainers that run, and remember them.
+    """Tell the trainers that run what asks this program to end (`errors.heard_signals`), and remember it.
 
     A trainer has a session of its own, so that it is told once: it ends its step and saves. At a second Ctrl-C it
     stops at once.
@@ -179,7 +178,7 @@ class Interruption:
         self._untold: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard_signals()}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,4 +1,4 @@
-"""Renderings of test views side by side, and how they differ."""
+"""Renderings of held-out views side by side, and how they differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_VIEWS = 3
 
 @dataclass(frozen=True)
 class Rendering:
-    """Hold what a run made of a test view."""
+    """Hold what a run made of a held-out view."""
 
     picture: Picture
     difference: Picture  # to the first run's; of the first run's to the photo
@@ -24,7 +24,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ComparedView:
-    """Hold one test view of all runs that rendered it."""
+    """Hold one held-out view of all runs that rendered it."""
 
     name: str
     photo: Picture
@@ -32,7 +32,7 @@ class ComparedView:
 
 
 def compared_views(runs: Sequence[Run]) -> list[ComparedView]:
-    """Return the first, middle and last of the test views that every run with renderings has rendered."""
+    """Return the first, middle and last of the held-out views that every run with renderings has rendered."""
     runs = [run for run in runs if run.pictures]
     if not runs:
         return []

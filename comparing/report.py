@@ -8,14 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from comparing.pictures import AMPLIFIED, compared_views
 from comparing.runs import FINISHED, Run
 from reporting import charts
-from reporting.figures import Figure, shown_figures
+from reporting.figures import Figure, line_charts, shown_figures
 from reporting.machine import sentence
 from reporting.page import render_page
 from training.files import write_file
@@ -54,7 +53,7 @@ def ratio(run: Run, first: Run, key: str) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold the difference of the mean of a figure over the test views to that of the first run."""
+    """Hold the difference of the mean of a figure over the held-out views to that of the first run."""
 
     mean: float
     standard_error: float | None  # as the views differ among each other; None where their figures are not known
@@ -186,7 +185,7 @@ def _markdown(text: str) -> str:
 
 EXPLANATION = (
     "In brackets: the difference to the first run for PSNR, SSIM and LPIPS, the ratio to it for all else. After ± "
-    "stands the standard error of that difference, from how it varies over the test views: twice as much may be "
+    "stands the standard error of that difference, from how it varies over the held-out views: twice as much may be "
     "chance, and two runs of one trainer on a GPU differ too. Wall time runs from the start of training to its "
     "statistics, evaluations included. Time per step is the mean of the steps since the statistics before, without "
     "evaluation and saving. Memory is the peak of the process."
@@ -237,7 +236,7 @@ def as_html(comparison: Comparison) -> str:
         figures=comparison.figures,
         explanation=EXPLANATION,
         poses=corrected_poses(comparison),
-        charts=line_charts(comparison.runs),
+        charts=line_charts([run.curves for run in comparison.runs], compared=True),
         stages=stages,
         stage_chart=charts.stage_bars({run.name: run.stages_ms for run in comparison.runs}, stages),
         views=compared_views(comparison.runs),
@@ -245,26 +244,6 @@ def as_html(comparison: Comparison) -> str:
         options=differing(comparison.runs),
         machines=machines(comparison),
     )
-
-
-def line_charts(runs: Sequence[Run]) -> list[str]:
-    """Return all charts of curves that any run has."""
-    wanted: list[tuple[str, str, Literal["steps", "seconds"]]] = [
-        ("loss", "training loss", "steps"),
-        ("loss", "training loss", "seconds"),
-        ("psnr", "PSNR of test views, dB", "steps"),
-        ("psnr", "PSNR of test views, dB", "seconds"),
-        ("num_GS", "Gaussians", "steps"),
-        ("device_allocated_GiB", "device memory, GiB, peak so far", "seconds"),
-        ("device_reserved_GiB", "device memory reserved, GiB", "seconds"),
-        ("host_GiB", "host memory, GiB, peak so far", "seconds"),
-    ]
-    drawn = (
-        charts.line_chart([run.curves.get(curve) for run in runs], label, over=over)
-        for curve, label, over in wanted
-        if not curve.startswith("device") or any(any(run.curves[curve].values) for run in runs if curve in run.curves)
-    )
-    return [chart for chart in drawn if chart]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[object]]:

@@ -136,11 +136,9 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
     image.save(path, format="JPEG", quality=98, subsampling="4:4:4")
 
 
-def picture_sizes(folder: Path, names: list[str], num_workers: int | None = None) -> list[Size]:
+def picture_sizes(folder: Path, names: list[str]) -> list[Size]:
     """Read (width, height) of each picture from its header alone. Raises InputError, naming the file, without one."""
-    return in_threads(
-        lambda name: picture_size(folder / name), names, num_workers or os.cpu_count() or 1, f"Reading {folder.name}"
-    )
+    return in_threads(lambda name: picture_size(folder / name), names, os.cpu_count() or 1, f"Reading {folder.name}")
 
 
 class _Folder:

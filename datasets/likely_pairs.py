@@ -36,7 +36,7 @@ def largest_features(keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarr
     return features
 
 
-def likely_pairs(features: np.ndarray, num_partners: int = NUM_PARTNERS) -> list[tuple[int, int]]:
+def likely_pairs(features: np.ndarray) -> list[tuple[int, int]]:
     """Return the pairs of photos that agree best: each photo's best partners. Shows a bar.
 
     Photos of which no feature agrees are no pair. Of partners that agree equally well, the nearest in the order of the
@@ -44,7 +44,6 @@ def likely_pairs(features: np.ndarray, num_partners: int = NUM_PARTNERS) -> list
 
     Args:
         features: [P, F, 128] of 8 bits: of each photo, as `largest_features` returns them.
-        num_partners: How many partners each photo has at most, beside those that it is a partner of.
 
     Returns:
         Pairs of indices of photos, the smaller one first, in order.
@@ -62,7 +61,7 @@ def likely_pairs(features: np.ndarray, num_partners: int = NUM_PARTNERS) -> list
     pairs = set()
     places = np.arange(num_photos)
     for photo, of_photo in enumerate(counts):
-        best = np.lexsort((np.abs(places - photo), -of_photo.astype(np.int32)))[:num_partners]
+        best = np.lexsort((np.abs(places - photo), -of_photo.astype(np.int32)))[:NUM_PARTNERS]
         for partner in best[of_photo[best] > 0].tolist():
             pairs.add((min(photo, partner), max(photo, partner)))
     return sorted(pairs)

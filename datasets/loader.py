@@ -207,12 +207,10 @@ def training_loader(
     )
 
 
-def evaluation_loader(
-    scene: Scene, image_ids: np.ndarray, *, num_workers: int | None = None, pin_memory: bool = False
-) -> BatchLoader:
+def evaluation_loader(scene: Scene, image_ids: np.ndarray, *, num_workers: int | None = None) -> BatchLoader:
     """Make one pass over the given images in their order, one view in a batch."""
     order = (np.array([image_id]) for image_id in image_ids)
-    return BatchLoader(scene, order, num_workers=num_workers, pin_memory=pin_memory)
+    return BatchLoader(scene, order, num_workers=num_workers)
 
 
 def _training_order(

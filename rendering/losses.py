@@ -38,21 +38,6 @@ def photometric_loss(
     return photometric_sum(rendered, target, l1_weight, ssim_weight, constant=ssim_lambda)
 
 
-def ssim(rendered: Tensor, target: Tensor) -> Tensor:
-    """Return the mean SSIM over all channels and all 11x11 Gaussian windows (sigma 1.5 px) wholly inside the pictures.
-
-    Args:
-        rendered, target: [C, H, W, 3] float32 in [0, 1]; only `rendered` receives a gradient.
-
-    Returns:
-        Scalar in [-1, 1].
-
-    Raises:
-        InputError: the pictures are smaller than the window.
-    """
-    return photometric_sum(rendered, target, l1_weight=0.0, ssim_weight=1 / count_windows(rendered))
-
-
 def count_windows(pictures: Tensor) -> int:
     """Count the SSIM values (windows times channels) in [C, H, W, 3] pictures."""
     n_cameras, height, width, channels = pictures.shape

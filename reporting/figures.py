@@ -1,10 +1,12 @@
-"""What is measured of a run, as people read it."""
+"""What is measured of a run, as people read it: figures in tables, and curves in charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from reporting import charts
 from reporting.numbers import number
 
 
@@ -56,6 +58,44 @@ FIGURES = (
     Figure("pose_shift_median", "poses shifted, median, dataset's units", number, is_common=False),
     Figure("pose_shift_largest", "poses shifted, largest, dataset's units", number, is_common=False),
 )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Hold how a curve is drawn."""
+
+    key: str  # of `Measured.curves`
+    label: str  # of the vertical axis
+    over: Literal["steps", "seconds"]
+    only_compared: bool = False  # it is left out of the page of one run
+
+
+CHARTS = (
+    Chart("loss", "training loss", "steps"),
+    Chart("loss", "training loss", "seconds", only_compared=True),
+    Chart("psnr", "PSNR of held-out views, dB", "steps"),
+    Chart("psnr", "PSNR of held-out views, dB", "seconds", only_compared=True),
+    Chart("num_GS", "Gaussians", "steps"),
+    Chart("device_allocated_GiB", "device memory, GiB, peak so far", "seconds"),
+    Chart("device_reserved_GiB", "device memory reserved, GiB", "seconds", only_compared=True),
+    Chart("host_GiB", "host memory, GiB, peak so far", "seconds"),
+)
+
+
+def line_charts(runs: Sequence[Mapping[str, charts.Curve]], *, compared: bool) -> list[str]:
+    """Return the charts, as SVG, of all curves that some run has, and that are not zero throughout.
+
+    Args:
+        runs: Of each run its curves, by their keys.
+        compared: Whether it is a comparison, and not the page of one run.
+    """
+    drawn = []
+    for chart in CHARTS:
+        curves = [run.get(chart.key) for run in runs]
+        if (chart.only_compared and not compared) or not any(any(curve.values) for curve in curves if curve):
+            continue
+        drawn.append(charts.line_chart(curves, chart.label, over=chart.over))
+    return [svg for svg in drawn if svg]
 
 
 def shown_figures(found: Iterable[Mapping[str, float | int | None]]) -> list[Figure]:

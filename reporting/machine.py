@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -58,13 +57,6 @@ def sentence(machine: Mapping[str, Any]) -> str:
     versions = {"Python": machine["python"], **{package: machine[package] for package in PACKAGES}}
     parts.append(", ".join(f"{name} {version}" for name, version in versions.items() if version))
     return "; ".join([*parts, f"commit {machine['commit']}"])
-
-
-def machine_name(machine: Mapping[str, Any]) -> str:
-    """Return a short name for file names: the GPU's, or the processor's with its threads."""
-    name = machine["gpu"] or f"{machine['processor']} {machine['threads']} threads"
-    name = re.sub(r"\((r|tm|c)\)|@.*?hz|\b(nvidia|geforce|intel|amd|cpu|processor)\b", " ", name.lower())
-    return "_".join(re.findall(r"[a-z0-9.]+", name))
 
 
 def processor() -> str:

@@ -22,7 +22,7 @@ class Picture:
 
 
 def halves(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return photo and rendering [H, W, 3] uint8 of a test view; None where the file is missing or damaged."""
+    """Return photo and rendering [H, W, 3] uint8 of a held-out view; None where the file is missing or damaged."""
     try:
         with Image.open(path) as image:
             pair = np.asarray(image.convert("RGB"))

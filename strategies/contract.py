@@ -51,12 +51,12 @@ class Strategy(Protocol):
             info: Of `rendering.rasterize`; of a tile, with the rows that no tile of the view before has drawn.
         """
 
-    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor | None:
+    def strays(self, step: int, model: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor | None:
         """Return which rows of the view `before_update` may move too far for culling ahead, for `prefetch`.
 
         Args:
             step: Number of the step.
-            store: The Gaussians.
+            model: The Gaussians.
             ids: Sorted int64 [V] on any device, which Gaussians the rows are.
             rows: Their parameters [V, ...], as `fetch` gave them.
 
@@ -65,7 +65,7 @@ class Strategy(Protocol):
         """
 
     def before_update(
-        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
+        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None
     ) -> None:
         """Move the rows of the view, after the backward pass and with the update that follows.
 
@@ -73,21 +73,21 @@ class Strategy(Protocol):
             step: Number of the step.
             rows: Geometry [V, ...] of the rows that were rendered, with the values that were.
             info: Of `rendering.rasterize`.
-            store: The Gaussians.
+            model: The Gaussians.
             ids: [V] which Gaussians the rendered rows are; None: all of them were rendered.
         """
 
-    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
+    def after_step(self, step: int, info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None = None) -> bool:
         """Take in one step, after the update, and change rows where it is time.
 
         Args:
             step: Number of the step just optimized.
             info: Of `rendering.rasterize`, after the backward pass.
-            store: The Gaussians.
+            model: The Gaussians.
             ids: [V] which Gaussians the rendered rows are; None: all of them were rendered.
 
         Returns:
-            Whether the rows of the store have changed.
+            Whether the rows of the model have changed.
 
         Raises:
             TrainingStopped: Nothing would be left.

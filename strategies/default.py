@@ -1,21 +1,19 @@
 """When and which Gaussians are duplicated, split and removed, as gsplat's DefaultStrategy decides it.
 
 Written once for all trainers: selection looks at statistics and geometry alone, and the changes are asked of
-whatever store holds the Gaussians. One deliberate difference: gsplat 1.5.3 never resets opacities, since its
+the model, wherever its Gaussians lie. One deliberate difference: gsplat 1.5.3 never resets opacities, since its
 condition `step % reset_every == 0 & step > 0` is always false; here they are reset as its documentation says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs import DensificationRules
 from distributed.levelling import level
@@ -27,9 +25,7 @@ from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
 from strategies.ops import RoomForGrowth, drawn_rows, generator_at, grow, is_worth_sorting, seeds_of
 from strategies.regularizers import Regularizers
-
-DOUBLINGS = 40  # lead from one Gaussian to any number
-TARGET_TOLERANCE = 0.05  # share of a target that growth may miss
+from strategies.target import Target
 
 
 @dataclass
@@ -50,7 +46,7 @@ class Statistics:
 
 
 class DefaultStrategy:
-    """Gather statistics at every step and refine a store of Gaussians when the rules say so.
+    """Gather statistics at every step and refine a model when the rules say so.
 
     Where ranks train together each refines its own Gaussians. All follow the same rules, of which those that look at
     the whole model hold for the Gaussians of all ranks.
@@ -86,9 +82,7 @@ class DefaultStrategy:
         self._room = RoomForGrowth(remedy, ranks)
         self._regularizers = Regularizers(*rules.regularizers, ranks)
         self._num_appended = 0  # rows at most, since all were last in Morton order
-        self._ends_of_growth = ends_of_growth
-        self._led_to: int | None = None  # by doublings alone, from the first refinement of this run on
-        self._held_back: set[str] = set()  # by what, at refinements since one that added all it should
+        self._target = Target(rules, self._refinements_from, ends_of_growth)
 
     def changes_rows_after(self, step: int) -> bool:
         """Return whether rows may be added, removed or overwritten after this step, counted from 0."""
@@ -100,37 +94,33 @@ class DefaultStrategy:
 
     def heading(self, step: int, num_gaussians: int) -> int | None:
         """Return the target, or what can be reached of it; None where there is no target, or growth has ended."""
-        if num_gaussians >= self.rules.target_gaussians:
-            return None
-        coming = filter(self.refines_at, range(step + 1, self.rules.refine_stop_iter))
-        left = len(list(islice(coming, DOUBLINGS)))  # each doubles the number at most
-        return min(self.rules.target_gaussians, num_gaussians * 2**left) if left else None
+        return self._target.heading(step, num_gaussians)
 
     def regularized(self, loss: Tensor, rows: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tensor:
         """Return the loss of a step, or of a tile, with the regularizers of the rows that it has drawn."""
         return self._regularizers.added_to(loss, rows, info)
 
-    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+    def strays(self, step: int, model: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Return None: nothing moves but by Adam."""
 
     def before_update(
-        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
+        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None
     ) -> None:
         """Count the rows that were drawn, where a regularizer asks for them; nothing moves."""
         if self._regularizers.is_on:
             self._regularizers.count(len(drawn_rows(info)))
 
-    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
+    def after_step(self, step: int, info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None = None) -> bool:
         """Take in one step's gradients and, where it is time, refine and reset.
 
         Args:
             step: Number of the step just optimized, from 0.
             info: Of `rendering.rasterize`, after the backward pass.
-            store: The Gaussians.
+            model: The Gaussians.
             ids: [V] which Gaussians the rendered rows are; None: all of them were rendered.
 
         Returns:
-            Whether the rows of the store have changed.
+            Whether the rows of the model have changed.
 
         Raises:
             TrainingStopped: Nothing would be left.
@@ -140,14 +130,14 @@ class DefaultStrategy:
             self.statistics = None
             return False
         if self.statistics is None:
-            self.statistics = Statistics.zeros(store.num_gaussians, store.device)
-        self.statistics.move_to(store.device)
+            self.statistics = Statistics.zeros(model.num_gaussians, model.device)
+        self.statistics.move_to(model.device)
         self.observe(info, ids)
         refines = self.refines_at(step)
         if refines:
-            self.refine(step, store)
+            self.refine(step, model)
         if self.resets_at(step):
-            store.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
+            model.clamp_opacities(math.log(2 * rules.prune_opa / (1 - 2 * rules.prune_opa)))
         return refines
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -177,9 +167,9 @@ class DefaultStrategy:
         """Return whether opacities are reset after this step, counted from 0."""
         return 0 < step < self.rules.refine_stop_iter and step % self.rules.reset_every == 0
 
-    def _refinements_from(self, step: int) -> int:
-        """Count the refinements after this step and later ones."""
-        return sum(map(self.refines_at, range(step, self.rules.refine_stop_iter)))
+    def _refinements_from(self, step: int) -> Iterator[int]:
+        """Return the steps after which there is a refinement, from this step on."""
+        return filter(self.refines_at, range(step, self.rules.refine_stop_iter))
 
     @torch.no_grad()
     def observe(self, info: Mapping[str, Any], ids: Tensor | None = None) -> None:
@@ -207,120 +197,84 @@ class DefaultStrategy:
             statistics.radii.scatter_reduce_(0, ids, share, "amax")
 
     @torch.no_grad()
-    def refine(self, step: int, store: GaussianModel) -> None:
+    def refine(self, step: int, model: GaussianModel) -> None:
         """Duplicate, split and remove by the statistics so far, then start them anew."""
         statistics, rules = self._gathered(), self.rules
         self.statistics = None  # whatever happens below, they will not fit the rows
         average_grad = statistics.grad2d / statistics.count.clamp_min(1)  # [N]
-        largest_scale = store.read("scales").amax(dim=-1).exp()  # [N]
+        largest_scale = model.read("scales").amax(dim=-1).exp()  # [N]
         held_back = ""
         if rules.target_gaussians > 0:
             remove = select_removal(
-                rules, step, store.read("opacities"), largest_scale, statistics.radii, self.scene_scale
+                rules, step, model.read("opacities"), largest_scale, statistics.radii, self.scene_scale
             )
             average_grad = average_grad.masked_fill(remove, 0.0)
-            num_gaussians, num_removed = self._sum(len(remove)), self._sum(int(remove.sum()))
-            growth = planned_growth(rules, num_gaussians, num_removed, self._refinements_from(step))
-            if self._led_to is None:
-                self._led_to = self.heading(step - 1, num_gaussians) or num_gaussians
-            num_growing = self._sum(int((average_grad > 0).sum()))
-            if growth > num_growing:
-                held_back = "sight" if num_growing < min(growth, num_gaussians - num_removed) else "doubling"
+            shown = average_grad > 0
+            counts = self._sums(len(remove), int(remove.sum()), int(shown.sum()))
+            growth, held_back = self._target.plan(step, *counts)
             # Whatever the threshold of gradients says: rows that no view has shown never grow, and of the others those
             # of the largest gradients do.
-            rules = replace(rules, grow_grad2d=0.0, max_gaussians=num_gaussians + growth)
+            rules = replace(rules, grow_grad2d=0.0, max_gaussians=counts[0] + growth)
         duplicate, split = select_growth(
             rules, step, average_grad, largest_scale, statistics.radii, self.scene_scale, self._ranks
         )
-        duplicate_ids, split_ids = torch.where(duplicate)[0], torch.where(split)[0]
-        num_new = len(duplicate_ids) + len(split_ids)
-        if not self._room.holds(store, num_new):
-            held_back = "memory"
-            duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
-        failure = None
-        try:
-            grow(store, duplicate_ids, split_ids, rules.revised_opacity, generator_at(self._seeds, step))
-        except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
-            failure = f"Growing to {store.num_gaussians + num_new:,} Gaussians failed ({sentence_of(error)})."
-            duplicate_ids, split_ids = duplicate_ids[:0], split_ids[:0]
-
-        if self._room.tell_any(failure):
-            held_back = "memory"
-        self._held_back = self._held_back | {held_back} if held_back else set()
+        duplicate_ids, split_ids, has_memory = self._grow(step, model, torch.where(duplicate)[0], torch.where(split)[0])
+        self._target.take_in(held_back if has_memory else "memory")
 
         # Duplicates and second halves were appended in this order, as large on screen as their origin.
         radii = torch.cat([statistics.radii, statistics.radii[duplicate_ids], statistics.radii[split_ids]])
-        largest_scale = store.read("scales").amax(dim=-1).exp()
-        remove = select_removal(rules, step, store.read("opacities"), largest_scale, radii, self.scene_scale)
+        largest_scale = model.read("scales").amax(dim=-1).exp()
+        remove = select_removal(rules, step, model.read("opacities"), largest_scale, radii, self.scene_scale)
         kept_ids = torch.where(~remove)[0]
-        if self._sum(len(kept_ids)) == 0:
+        num_kept, num_gaussians = self._sums(len(kept_ids), model.num_gaussians)
+        if num_kept == 0:
             raise TrainingStopped(
-                f"The refinement at step {step} would remove all {self._sum(store.num_gaussians):,} Gaussians: "
+                f"The refinement at step {step} would remove all {num_gaussians:,} Gaussians: "
                 "lower --prune_opa or raise --prune_scale3d."
             )
         self._num_appended += len(duplicate_ids) + len(split_ids)
-        is_last = self._refinements_from(step + 1) == 0
+        is_last = next(self._refinements_from(step + 1), None) is None
         sorts = is_worth_sorting(self._num_appended, len(kept_ids), is_last=is_last)
         if self._ranks is not None:
-            store.keep(kept_ids)
-            sorts |= level(store, self._ranks)
-            remove = kept_ids = torch.arange(store.num_gaussians, device=kept_ids.device)
+            model.keep(kept_ids)
+            sorts |= level(model, self._ranks)
+            remove = kept_ids = torch.arange(model.num_gaussians, device=kept_ids.device)
         if sorts:
-            kept_ids = kept_ids[morton_order(store.read("means", kept_ids)).to(kept_ids.device)]
+            kept_ids = kept_ids[morton_order(model.read("means", kept_ids)).to(kept_ids.device)]
             self._num_appended = 0
         if sorts or len(kept_ids) < len(remove):
-            store.keep(kept_ids)
-        self.statistics = Statistics.zeros(store.num_gaussians, store.device)
+            model.keep(kept_ids)
+        self.statistics = Statistics.zeros(model.num_gaussians, model.device)
         if is_last and rules.target_gaussians > 0:
-            self._tell_of_target(self._sum(store.num_gaussians))
+            self._target.tell(*self._sums(model.num_gaussians))
 
-    def _tell_of_target(self, num_gaussians: int) -> None:
-        """Say, after the last refinement, where growth has ended far below the target."""
-        target = self.rules.target_gaussians
-        least = (1 - TARGET_TOLERANCE) * target
-        if num_gaussians >= least:
-            return
-        if "memory" in self._held_back:
-            cause = "memory for more was lacking; lower --target_gaussians."
-        elif "sight" in self._held_back and (self._led_to or 0) >= least:
-            cause = (
-                "those that no view has shown since the refinement before do not grow; raise --batch_size or "
-                f"{self._ends_of_growth}."
-            )
-        elif self._held_back:
-            cause = (
-                f"a refinement adds at most as many as there are; raise {self._ends_of_growth} or lower --refine_every."
-            )
-        else:
-            cause = "of those that were added some were removed at once; lower --prune_opa."
-        tqdm.write(
-            f"Warning: growth ended with {num_gaussians:,} Gaussians, and --target_gaussians is {target:,}: {cause}"
-        )
+    def _grow(
+        self, step: int, model: GaussianModel, duplicate_ids: Tensor, split_ids: Tensor
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Duplicate and split rows where there is memory for it.
+
+        Returns:
+            The rows that were duplicated, those that were split, and whether all ranks had memory for theirs.
+        """
+        none, num_new = duplicate_ids[:0], len(duplicate_ids) + len(split_ids)
+        if not self._room.holds(model, num_new):
+            return none, none, False
+        failure = None
+        try:
+            grow(model, duplicate_ids, split_ids, self.rules.revised_opacity, generator_at(self._seeds, step))
+        except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
+            failure = f"Growing to {model.num_gaussians + num_new:,} Gaussians failed ({sentence_of(error)})."
+            duplicate_ids = split_ids = none
+        return duplicate_ids, split_ids, not self._room.tell_any(failure)
 
     def _gathered(self) -> Statistics:
         if self.statistics is None:
             raise RuntimeError("no statistics are gathered at this step")
         return self.statistics
 
-    def _sum(self, count: int) -> int:
-        """Return the sum of a count over the ranks."""
-        return count if self._ranks is None else sum(self._ranks.gather(count))
-
-
-def planned_growth(rules: DensificationRules, num_gaussians: int, num_removed: int, refinements_left: int) -> int:
-    """Return how many rows a refinement adds, so that growth ends at `target_gaussians` with the last one.
-
-    Each of the refinements that are left gets the same share of what is missing, and what it removes on top. What one
-    of them could not add is spread over those that follow, and so is what was removed otherwise.
-
-    Args:
-        rules: With a target.
-        num_gaussians: Before the refinement.
-        num_removed: Of these, that it will remove.
-        refinements_left: This one included.
-    """
-    missing = rules.target_gaussians - num_gaussians
-    return max(num_removed + math.ceil(missing / refinements_left), 0)
+    def _sums(self, *counts: int) -> list[int]:
+        """Return the sum of each count over the ranks."""
+        return list(counts) if self._ranks is None else self._ranks.sums(counts)
 
 
 def select_growth(

@@ -105,25 +105,25 @@ class MCMCStrategy:
         return self._regularizers.added_to(loss, rows, info)
 
     @torch.no_grad()
-    def strays(self, step: int, store: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    def strays(self, step: int, model: GaussianModel, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Return which rows of the view the noise of the step would carry too far for culling ahead to find them."""
-        self._noise.begin(step, store.num_gaussians, store.device)
+        self._noise.begin(step, model.num_gaussians, model.device)
         return self._noise.strays(step, ids, rows)
 
     @torch.no_grad()
     def before_update(
-        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None
+        self, step: int, rows: Mapping[str, Tensor], info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None
     ) -> None:
         """Add to the means of rows that were drawn the noise that they are owed, with the update that follows."""
         drawn = drawn_rows(info)  # [D]
         self._regularizers.count(len(drawn))
-        self._noise.begin(step, store.num_gaussians, store.device)
-        self._moved = (drawn if ids is None else ids[drawn]).to(store.device)
+        self._noise.begin(step, model.num_gaussians, model.device)
+        self._moved = (drawn if ids is None else ids[drawn]).to(model.device)
         geometry = {name: rows[name][drawn] for name in MOVED_BY}
-        store.displace(drawn, self._noise.offsets(step, self._moved, geometry))
+        model.displace(drawn, self._noise.offsets(step, self._moved, geometry))
 
     @torch.no_grad()
-    def after_step(self, step: int, info: Mapping[str, Any], store: GaussianModel, ids: Tensor | None = None) -> bool:
+    def after_step(self, step: int, info: Mapping[str, Any], model: GaussianModel, ids: Tensor | None = None) -> bool:
         """Relocate dead Gaussians and add some, where it is time; return whether rows may have changed.
 
         Raises:
@@ -134,17 +134,17 @@ class MCMCStrategy:
             self._moved = None
         if not self.changes_rows_after(step):
             return False
-        self._noise.begin(step + 1, store.num_gaussians, store.device)
+        self._noise.begin(step + 1, model.num_gaussians, model.device)
         generator = generator_at([self._seed], step)
-        num_relocated = self._relocate_dead(step, store, generator)
-        num_added = self._grow(step, store, generator)
+        num_relocated = self._relocate_dead(step, model, generator)
+        num_added = self._grow(step, model, generator)
         self._num_misplaced += num_relocated + num_added
         is_last = not self._refines_from(step + 1)
-        sorts = is_worth_sorting(self._num_misplaced, store.num_gaussians, is_last=is_last)
+        sorts = is_worth_sorting(self._num_misplaced, model.num_gaussians, is_last=is_last)
         if self._ranks is not None:
-            sorts |= self._level(store, self._ranks)
+            sorts |= self._level(model, self._ranks)
         if sorts:
-            self._keep(store, morton_order(store.read("means")))
+            self._keep(model, morton_order(model.read("means")))
             self._num_misplaced = 0
         return True
 
@@ -156,9 +156,9 @@ class MCMCStrategy:
         """Return how many Gaussians a refinement makes of so many, where there is memory for them."""
         return max(min(self.rules.max_gaussians, int((1 + GROWTH) * num_gaussians)), num_gaussians)
 
-    def _relocate_dead(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
+    def _relocate_dead(self, step: int, model: GaussianModel, generator: torch.Generator) -> int:
         """Put dead Gaussians where others are; return how many rows of this process are copies."""
-        opacities = torch.sigmoid(store.read("opacities"))  # [N]
+        opacities = torch.sigmoid(model.read("opacities"))  # [N]
         dead = opacities <= self.rules.prune_opa
         dead_ids = torch.where(dead)[0]
         num_dead, num_gaussians = self._sums(len(dead_ids), len(opacities))
@@ -170,22 +170,22 @@ class MCMCStrategy:
         if num_dead == 0:
             return 0
         source_ids = sample_by_weight(opacities.masked_fill(dead, 0.0), num_dead, generator, self._ranks)
-        return self._copy(step, store, opacities, source_ids, dead_ids)
+        return self._copy(step, model, opacities, source_ids, dead_ids)
 
-    def _grow(self, step: int, store: GaussianModel, generator: torch.Generator) -> int:
+    def _grow(self, step: int, model: GaussianModel, generator: torch.Generator) -> int:
         """Append Gaussians where others are, up to the bound; return how many rows of this process are copies."""
-        (num_before,) = self._sums(store.num_gaussians)
+        (num_before,) = self._sums(model.num_gaussians)
         num_new = self._grown(num_before) - num_before
         if num_new == 0:
             return 0
-        opacities = torch.sigmoid(store.read("opacities"))  # [N]
+        opacities = torch.sigmoid(model.read("opacities"))  # [N]
         source_ids = sample_by_weight(opacities, num_new, generator, self._ranks)
-        return self._copy(step, store, opacities, source_ids, source_ids[:0], leaves_moments=True)
+        return self._copy(step, model, opacities, source_ids, source_ids[:0], leaves_moments=True)
 
     def _copy(
         self,
         step: int,
-        store: GaussianModel,
+        model: GaussianModel,
         opacities: Tensor,
         source_ids: Tensor,
         dead_ids: Tensor,
@@ -199,7 +199,7 @@ class MCMCStrategy:
 
         Args:
             step: From 0.
-            store: The Gaussians.
+            model: The Gaussians.
             opacities: [N] in [0, 1].
             source_ids: int64 [M] the row that each copy is made of; rows may repeat.
             dead_ids: int64 [D] rows that are none of these.
@@ -210,49 +210,49 @@ class MCMCStrategy:
         """
         num_taken = min(len(source_ids), len(dead_ids))
         taken_ids, left_ids = dead_ids[:num_taken], dead_ids[num_taken:]
-        sources, values, places = self._shared(step, store, opacities, source_ids)
+        sources, values, places = self._shared(step, model, opacities, source_ids)
         appended = {name: value[places[num_taken:]] for name, value in values.items()}
-        if not self._append(store, source_ids[num_taken:], appended):
+        if not self._append(model, source_ids[num_taken:], appended):
             return 0
         if len(source_ids) > 0:
-            store.overwrite(sources, values, leaves_moments=leaves_moments)
+            model.overwrite(sources, values, leaves_moments=leaves_moments)
             self._noise.owe_from(step + 1, sources)
         if num_taken > 0:
-            store.relocate(source_ids[:num_taken], taken_ids)
+            model.relocate(source_ids[:num_taken], taken_ids)
             self._noise.owe_from(step + 1, taken_ids)
         self._noise.append(step + 1, len(source_ids) - num_taken)
         if len(left_ids) > 0:
-            kept = torch.ones(store.num_gaussians, dtype=torch.bool, device=left_ids.device)
+            kept = torch.ones(model.num_gaussians, dtype=torch.bool, device=left_ids.device)
             kept[left_ids] = False
-            self._keep(store, kept.nonzero().squeeze(1))
+            self._keep(model, kept.nonzero().squeeze(1))
         return len(source_ids)
 
-    def _append(self, store: GaussianModel, source_ids: Tensor, values: Mapping[str, Tensor]) -> bool:
+    def _append(self, model: GaussianModel, source_ids: Tensor, values: Mapping[str, Tensor]) -> bool:
         """Append copies of rows [M] with these values [M, ...]; return whether all ranks have memory for theirs."""
-        num_before, num_new = store.num_gaussians, len(source_ids)
-        if not self._room.holds(store, num_new):
+        num_before, num_new = model.num_gaussians, len(source_ids)
+        if not self._room.holds(model, num_new):
             return False
         failure = None
         try:
             if num_new > 0:
-                store.append_copies(source_ids)
-                store.overwrite(torch.arange(num_before, num_before + num_new, device=source_ids.device), values)
+                model.append_copies(source_ids)
+                model.overwrite(torch.arange(num_before, num_before + num_new, device=source_ids.device), values)
         except (torch.cuda.OutOfMemoryError, InputError) as error:  # on the device, or of pinned memory
             failure = f"Growing to {num_before + num_new:,} Gaussians failed ({sentence_of(error)})."
         if self._room.tell_any(failure):
-            store.truncate(num_before)
+            model.truncate(num_before)
             return False
         return True
 
-    def _keep(self, store: GaussianModel, ids: Tensor) -> None:
+    def _keep(self, model: GaussianModel, ids: Tensor) -> None:
         """Keep only these rows [M], in this order, and what they are owed."""
-        store.keep(ids.to(store.device))
+        model.keep(ids.to(model.device))
         self._noise.keep(ids)
 
-    def _level(self, store: GaussianModel, ranks: Ranks) -> bool:
+    def _level(self, model: GaussianModel, ranks: Ranks) -> bool:
         """Move rows, and what they are owed, between ranks where one is too full; return whether any have moved."""
         owed = self._noise.state_dict()
-        has_moved = level(store, ranks, owed)
+        has_moved = level(model, ranks, owed)
         self._noise.load_state_dict(owed)
         return has_moved
 
@@ -261,13 +261,13 @@ class MCMCStrategy:
         return list(counts) if self._ranks is None else self._ranks.sums(counts)
 
     def _shared(
-        self, step: int, store: GaussianModel, opacities: Tensor, source_ids: Tensor
+        self, step: int, model: GaussianModel, opacities: Tensor, source_ids: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Compute what rows become of which others become copies; their means have the noise that they are owed.
 
         Args:
             step: From 0.
-            store: The Gaussians.
+            model: The Gaussians.
             opacities: [N] in [0, 1].
             source_ids: int64 [M] the row that each copy is made of; rows may repeat.
 
@@ -275,8 +275,8 @@ class MCMCStrategy:
             The rows [S], each once; their new values by name; and for each copy the place [M] of its row among them.
         """
         sources, places, copies = source_ids.unique(return_inverse=True, return_counts=True)
-        geometry = {name: store.read(name, sources) for name in MOVED_BY}
-        means = store.read("means", sources) + self._noise.offsets(step, sources, geometry)
+        geometry = {name: model.read(name, sources) for name in MOVED_BY}
+        means = model.read("means", sources) + self._noise.offsets(step, sources, geometry)
         shared, shrinking = shared_opacities_and_shrinking(opacities[sources], copies + 1)
         values = {
             "means": means,

@@ -48,7 +48,7 @@ def drawn_rows(info: Mapping[str, Any]) -> Tensor:
 
 
 def grow(
-    store: GaussianModel,
+    model: GaussianModel,
     duplicate_ids: Tensor,
     split_ids: Tensor,
     revised_opacity: bool,
@@ -57,7 +57,7 @@ def grow(
     """Append copies of the first rows, and replace each of the second rows by two smaller Gaussians in it.
 
     Args:
-        store: N Gaussians; afterwards N + D + S.
+        model: N Gaussians; afterwards N + D + S.
         duplicate_ids: [D] rows to copy.
         split_ids: [S] rows to split: one half takes the row's place, the other is appended.
         revised_opacity: Whether the halves' opacity follows arXiv 2404.06109.
@@ -66,28 +66,28 @@ def grow(
     Raises:
         OutOfMemoryError, InputError: There is no memory for them; nothing has changed.
     """
-    num_before = store.num_gaussians
+    num_before = model.num_gaussians
     new_ids = torch.cat([duplicate_ids, split_ids])
     if not len(new_ids):
         return
-    scales, quats = store.read("scales", split_ids), store.read("quats", split_ids)  # [S, 3], [S, 4]
-    means = store.read("means", split_ids)  # [S, 3]
+    scales, quats = model.read("scales", split_ids), model.read("quats", split_ids)  # [S, 3], [S, 4]
+    means = model.read("means", split_ids)  # [S, 3]
     noise = noise_of_halves(means, generator)  # [2, S, 3]
     offsets = torch.einsum("nij,bnj->bni", rotation_matrices(quats), scales.exp() * noise)  # [2, S, 3]
     means = means + offsets  # [2, S, 3]
     values = {"scales": scales - math.log(1.6)}  # the constant of 3DGS (arXiv 2308.04079, 5.2)
     if revised_opacity:
-        opacities = torch.sigmoid(store.read("opacities", split_ids))
+        opacities = torch.sigmoid(model.read("opacities", split_ids))
         values["opacities"] = torch.logit(1 - torch.sqrt(1 - opacities))
     try:
-        store.append_copies(new_ids)
+        model.append_copies(new_ids)
         first_new = num_before + len(duplicate_ids)
         appended_ids = torch.arange(first_new, first_new + len(split_ids), device=split_ids.device)
-        store.overwrite(appended_ids, {**values, "means": means[1]})
+        model.overwrite(appended_ids, {**values, "means": means[1]})
     except Exception:
-        store.truncate(num_before)
+        model.truncate(num_before)
         raise
-    store.overwrite(split_ids, {**values, "means": means[0]})
+    model.overwrite(split_ids, {**values, "means": means[0]})
 
 
 def noise_of_halves(means: Tensor, generator: torch.Generator) -> Tensor:
@@ -201,15 +201,15 @@ class RoomForGrowth:
         self._ranks = ranks
         self._told = False
 
-    def holds(self, store: GaussianModel, num_new: int) -> bool:
+    def holds(self, model: GaussianModel, num_new: int) -> bool:
         """Return whether so many more Gaussians can be held, by each rank its own; kept pictures make way for them."""
-        needed = _growth_bytes(store, num_new).get(torch.device("cpu"), 0)
+        needed = _growth_bytes(model, num_new).get(torch.device("cpu"), 0)
         if self._ranks is None:
             give_up_for(needed)
         else:
             give_up_for(self._ranks.sums([needed])[0], local_ranks())  # as if all were on this machine
             self._ranks.barrier()  # what one finds free is what is left when all have given up theirs
-        return not self.tell_any(lacking_memory(store, num_new, self._remedy))
+        return not self.tell_any(lacking_memory(model, num_new, self._remedy))
 
     def tell_any(self, sentence: str | None) -> bool:
         """Say why rows are not added, where this process or another rank has a sentence; return whether one has."""
@@ -226,18 +226,18 @@ class RoomForGrowth:
         self._told = True
 
 
-def lacking_memory(store: GaussianModel, num_new: int, remedy: str) -> str | None:
+def lacking_memory(model: GaussianModel, num_new: int, remedy: str) -> str | None:
     """Return why so many more Gaussians cannot be held, with what bounds growth; None if they can."""
-    for device, needed in _growth_bytes(store, num_new).items():
+    for device, needed in _growth_bytes(model, num_new).items():
         memory = "host memory" if device.type == "cpu" else "GPU memory"
         free = free_bytes() if device.type == "cpu" else unallocated_bytes(device)
         if needed > free:
             return (
-                f"Growing from {store.num_gaussians:,} to {store.num_gaussians + num_new:,} Gaussians needs "
+                f"Growing from {model.num_gaussians:,} to {model.num_gaussians + num_new:,} Gaussians needs "
                 f"{format_bytes(needed)} of {memory} and only {format_bytes(free)} are free: {remedy}."
             )
     return None
 
 
-def _growth_bytes(store: GaussianModel, num_new: int) -> dict[torch.device, int]:
-    return {} if num_new == 0 else store.growth_bytes(num_new)
+def _growth_bytes(model: GaussianModel, num_new: int) -> dict[torch.device, int]:
+    return {} if num_new == 0 else model.growth_bytes(num_new)

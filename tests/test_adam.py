@@ -224,13 +224,13 @@ def test_rows_of_larger_staging_buffers():
     v = len(ids)
     staged_gradients, staged_values = torch.randn(900, 48), torch.full((800, 48), 7.0)
     gradient_rows, out_rows = torch.randperm(900)[:v], torch.randperm(800)[:v]
-    adam.commit_and_forward(
-        *rows.state(), ids, staged_gradients, staged_values, gradient_rows=gradient_rows, out_rows=out_rows
-    )
-    out = torch.empty(v, 48)
-    adam.commit_and_forward(*same.state(), ids, staged_gradients[gradient_rows], out)
+    out, expected = torch.empty(v, 48), torch.empty(v, 48)
+    adam.forward(*rows.state(), ids, staged_values, staged_gradients[gradient_rows], out_rows=out_rows)
+    adam.commit_and_forward(*rows.state(), ids, staged_gradients, out, gradient_rows=gradient_rows)
+    adam.commit_and_forward(*same.state(), ids, staged_gradients[gradient_rows], expected)
     assert all(map(torch.equal, rows.all(), same.all()))
-    assert torch.equal(staged_values[out_rows], out)
+    assert torch.equal(out, expected)
+    assert torch.equal(staged_values[out_rows], expected)
     untouched = torch.ones(800, dtype=torch.bool)
     untouched[out_rows] = False
     assert (staged_values[untouched] == 7).all()
@@ -390,8 +390,6 @@ def int64(*values: int) -> Tensor:
         ("gradient_rows", int64(0), "gradient_rows must be"),
         ("out", torch.zeros(1, 48), "out must be"),
         ("out", torch.zeros(48, 2).T, "out must be"),
-        ("out_rows", int64(0, 2), "row of out"),
-        ("out_rows", int64(0, -1), "row of out"),
         ("parameters", torch.zeros(10, 12), "parameters must be"),
         ("exp_avg", torch.zeros(9, 48), "exp_avg must be"),
         ("exp_avg_sq", torch.zeros(10, 48, dtype=torch.float16), "exp_avg_sq must be"),
@@ -409,10 +407,9 @@ def test_wrong_arguments_are_refused_and_change_nothing(argument, value, message
         "gradients": torch.ones(2, 48),
         "gradient_rows": int64(1, 0),
         "out": torch.zeros(2, 48),
-        "out_rows": int64(0, 1),
     }
-    if argument in ("gradients", "out"):
-        arguments[f"{argument.removesuffix('s')}_rows"] = None
+    if argument == "gradients":
+        arguments["gradient_rows"] = None
 
     def commit_and_forward(parameters, exp_avg, exp_avg_sq, last_step, **others: Tensor) -> None:
         adam.commit_and_forward(RowState(parameters, (exp_avg, exp_avg_sq)), last_step, **others)
@@ -422,6 +419,15 @@ def test_wrong_arguments_are_refused_and_change_nothing(argument, value, message
         commit_and_forward(**{**arguments, argument: value})
     assert all(map(torch.equal, rows.all(), before.all()))
     commit_and_forward(**arguments)  # as they were, they are right
+
+
+@pytest.mark.parametrize("row", [2, -1])
+def test_rows_to_forward_to_that_are_not_there_are_refused(row):
+    adam, rows = stepped_rows(10, 48, APPEARANCE)
+    out = torch.full((2, 48), 7.0)
+    with pytest.raises(ValueError, match="row of out"):
+        adam.forward(*rows.state(), int64(2, 3), out, torch.ones(2, 48), out_rows=int64(0, row))
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("stamp", [-1, 7, 1_000_000])

@@ -37,7 +37,7 @@ from benchmarks.__main__ import benchmarks
 from benchmarks.aerial_scene import VisibleCounts, aerial_scene, geometry_rows, one_by_one
 from benchmarks.city_scene import City, shares_around, windows
 from benchmarks.rank_processes import RankFailed, in_ranks
-from benchmarks.report import Report, spread
+from benchmarks.report import Report, short_name, spread
 from benchmarks.timing import Case, Spread, time_in_turns
 from benchmarks.visible_rows import KINDS
 from comparing.launch import Interruption
@@ -50,7 +50,7 @@ from offload.culling.native import BlockBounds, visible_ids
 from offload.store.layout import num_columns, row_bytes
 from offload.store.morton import morton_order
 from reporting import machine
-from reporting.machine import describe_machine, machine_name
+from reporting.machine import describe_machine
 from reporting.numbers import number
 from tests.waiting import HANGS_AFTER
 from training import memory_estimate
@@ -514,8 +514,8 @@ def test_cells():
 
 def test_files_are_named_after_benchmark_and_machine(tmp_path, monkeypatch):
     found = {**describe_machine(), "gpu": None, "processor": "Intel(R) Xeon(R) CPU E5 @ 2.20GHz", "threads": 8}
-    assert machine_name(found) == "xeon_e5_8_threads"
-    assert machine_name({**found, "gpu": "NVIDIA H200"}) == "h200"
+    assert short_name(found) == "xeon_e5_8_threads"
+    assert short_name({**found, "gpu": "NVIDIA H200"}) == "h200"
     monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
     report = Report("train_step", "Purpose", train_step.Options(quick=True), variant="24GB")
     report.machine = {**found, "gpu": "NVIDIA H200", "device_memory_bytes": 150e9}

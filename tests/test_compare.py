@@ -318,6 +318,17 @@ time.sleep(0.5)  # for a second time
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_nohup_is_heeded(tmp_path):
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            launch(planned(tmp_path, code), interruption, lambda line: None)
+        assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("moment", ["before", "meanwhile", "after"])
 def test_a_trainer_that_begins_as_ctrl_c_comes_is_told_once(moment):
     class Beginning:

@@ -44,18 +44,20 @@ def pairs_of_ring(furthest: int) -> list[tuple[int, int]]:
     return [(i, j) for i, j in pairs if min(j - i, NUM_PHOTOS - (j - i)) <= furthest]
 
 
-def test_partners_are_those_that_see_most_of_the_same():
+def test_partners_are_those_that_see_most_of_the_same(monkeypatch):
     photos = ring_of_photos()
-    assert likely_pairs(photos, num_partners=2) == pairs_of_ring(1)
-    assert likely_pairs(photos, num_partners=4) == pairs_of_ring(2)
-    assert likely_pairs(photos, num_partners=NUM_PHOTOS) == pairs_of_ring(3)  # the others have nothing in common
+    assert likely_pairs(photos) == pairs_of_ring(3)  # the others have nothing in common
+    for num_partners, furthest in ((2, 1), (4, 2)):
+        monkeypatch.setattr("datasets.likely_pairs.NUM_PARTNERS", num_partners)
+        assert likely_pairs(photos) == pairs_of_ring(furthest)
     assert likely_pairs(photos[:0]) == []
     assert likely_pairs(np.zeros((3, NUM_FEATURES, 128), np.uint8)) == []  # blank photos
 
 
-def test_of_partners_that_agree_equally_well_the_nearest_goes_first():
+def test_of_partners_that_agree_equally_well_the_nearest_goes_first(monkeypatch):
+    monkeypatch.setattr("datasets.likely_pairs.NUM_PARTNERS", 1)
     photos = np.repeat(ring_of_photos()[:1], 6, axis=0)
-    assert likely_pairs(photos, num_partners=1) == [(i, i + 1) for i in range(5)]
+    assert likely_pairs(photos) == [(i, i + 1) for i in range(5)]
 
 
 def test_features_agree_that_are_each_others_nearest_and_clearly_so():

@@ -10,7 +10,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from errors import InputError
 from rendering import ssim as ssim_torch
-from rendering.losses import photometric_loss, photometric_sum, ssim
+from rendering.losses import count_windows, photometric_loss, photometric_sum
 from tests.triton_places import INTERPRETED
 
 
@@ -31,6 +31,11 @@ def torchmetrics_ssim(rendered: Tensor, target: Tensor) -> Tensor:
     planes = [pictures.permute(0, 3, 1, 2) for pictures in (rendered, target)]
     _, ssim_map = structural_similarity_index_measure(*planes, data_range=1.0, return_full_image=True)
     return ssim_map[..., 5:-5, 5:-5].mean()
+
+
+def ssim(rendered: Tensor, target: Tensor) -> Tensor:
+    """The mean over all windows, by what the loss is made of."""
+    return photometric_sum(rendered, target, 0.0, 1 / count_windows(rendered))
 
 
 def gradient_of(loss, rendered: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -466,13 +466,13 @@ def choose_by_rows(patch: pytest.MonkeyPatch) -> None:
     """Let what mcmc draws at random follow from the rows, too: which of them are copied, and their noise."""
     after_step, offsets, given = MCMCStrategy.after_step, Noise.offsets, {}
 
-    def after(self: MCMCStrategy, step: int, info: Mapping[str, Any], store: GaussianModel, *ids: Tensor) -> bool:
-        given["store"] = store
-        return after_step(self, step, info, store, *ids)
+    def after(self: MCMCStrategy, step: int, info: Mapping[str, Any], model: GaussianModel, *ids: Tensor) -> bool:
+        given["model"] = model
+        return after_step(self, step, info, model, *ids)
 
     def sampled(weights: Tensor, count: int, generator: torch.Generator, ranks: Ranks | None) -> Tensor:
         """Rows without repetition, in proportion to their weights (Gumbel); each twice, but for the last."""
-        uniform = 0.5 + 0.49 * torch.sin(40 * given["store"].read("means").sum(dim=1))
+        uniform = 0.5 + 0.49 * torch.sin(40 * given["model"].read("means").sum(dim=1))
         values, ones = weights / -uniform.log(), torch.ones(len(weights), dtype=torch.int64)
         chosen = [largest_within(values, ones, room, ranks) for room in (count // 2, count - count // 2)]
         return torch.cat([each.nonzero().squeeze(1) for each in chosen])

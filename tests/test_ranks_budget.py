@@ -28,9 +28,9 @@ from offload.tiles.budget import (
 )
 from tests.rank_groups import run_in_group
 from tests.test_ranks import BOUNDS, assert_same_model, trained
+from training.drawing import Drawing
 from training.joint_tiles import JointPart
 from training.joint_viewing import draw_for_first
-from training.run import TrainingRun
 from training.views import draw_together
 
 pytestmark = pytest.mark.slow
@@ -50,8 +50,8 @@ class Watched:
         self.rounds: list[dict[str, Any]] = []
         self.drawn: list[float] = []  # how far pictures drawn in rounds are from those that are drawn at once
         self.frames: list[float] = []  # the same of a timelapse
-        update, make, draw = TiledGaussians.update, JointPart.__init__, TrainingRun.draw
-        draw_frame = TrainingRun.draw_for_first
+        update, make, draw = TiledGaussians.update, JointPart.__init__, Drawing.draw
+        draw_frame = Drawing.draw_for_first
 
         def updated(gaussians: TiledGaussians) -> None:
             update(gaussians)
@@ -63,24 +63,24 @@ class Watched:
                 counted = len(part.rows["means"]), joint.num_made, joint.num_sent, joint.num_drawn
                 self.rounds.append({"step": self.step, "load": part.load, "counted": counted, "draws": joint.draws})
 
-        def shown(run: TrainingRun, cameras: Cameras, *, depth: bool = False) -> Tensor:
-            picture = draw(run, cameras, depth=depth)
-            whole = draw_together(run.model, cameras, run.cfg, ranks, depth=depth)
+        def shown(drawing: Drawing, cameras: Cameras, *, depth: bool = False) -> Tensor:
+            picture = draw(drawing, cameras, depth=depth)
+            whole = draw_together(drawing._model, cameras, drawing._cfg, ranks, depth=depth)
             self.drawn.append(float((picture - whole).abs().max()))
             return picture
 
-        def framed(run: TrainingRun, cameras: Cameras) -> Tensor | None:
-            picture = draw_frame(run, cameras)
-            whole = draw_for_first(run.model, cameras, run.cfg, ranks)
+        def framed(drawing: Drawing, cameras: Cameras) -> Tensor | None:
+            picture = draw_frame(drawing, cameras)
+            whole = draw_for_first(drawing._model, cameras, drawing._cfg, ranks)
             assert (picture is None) == (whole is None) == (ranks.rank > 0)
             if picture is not None and whole is not None:
                 self.frames.append(float((picture - whole).abs().max()))
             return picture
 
-        patch.setattr(TrainingRun, "draw_for_first", framed)
+        patch.setattr(Drawing, "draw_for_first", framed)
         patch.setattr(TiledGaussians, "update", updated)
         patch.setattr(JointPart, "__init__", made)
-        patch.setattr(TrainingRun, "draw", shown)
+        patch.setattr(Drawing, "draw", shown)
         patch.setattr(TiledPipeline, "fetch_tile", self.failing("fetch", TiledPipeline.fetch_tile))
         patch.setattr(JointPart, "render", self.failing("render", JointPart.render))
         patch.setattr(JointPart, "propagate", self.failing("propagate", JointPart.propagate))

@@ -15,6 +15,7 @@ from offload.culling.strays import Strays
 from offload.tiles.boxes import CELL, HALO, SMALLEST, Box, Coverage, box_of, plan_boxes
 from rendering.rasterize import rasterize
 from rendering.region import Region
+from rendering.ssim import WINDOW_SIZE
 from tests.oracles import culling as oracle
 from tests.test_culling import COLUMNS, activated, interpreted_block, random_cameras, random_geometry
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
@@ -22,6 +23,10 @@ from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 WIDTH, HEIGHT = 403, 299  # no multiples of anything
 NO_MARGIN = Margin(pixels=HALO)
 ROWS = lambda rows, intersections, pixels: rows  # noqa: E731
+
+
+def test_the_halo_is_what_a_window_of_ssim_reaches():
+    assert HALO == WINDOW_SIZE // 2  # two rooms that do not know each other
 
 
 def rectangles_in_cells(count: int, seed: int, size: float = 1.5) -> np.ndarray:

@@ -24,9 +24,9 @@ def test_rule(options, test):
     [
         (-1, -1, "give --test_every 8.*or --test_after with"),
         (8, 10, "--test_every -1 with --test_after 10, or --test_after -1 with --test_every 8"),
-        (1, -1, "no train image among 20: give at least 2"),
-        (-1, 19, "no test image among 20: give at most 18"),
-        (-1, 100, "no test image among 20: give at most 18"),
+        (1, -1, "no photo to train on among 20: give at least 2"),
+        (-1, 19, "holds out no photo of 20: give at most 18"),
+        (-1, 100, "holds out no photo of 20: give at most 18"),
         (0, -1, "at least 2, or -1 together with --test_after"),
         (-1, -2, "at least 0"),
     ],
@@ -37,5 +37,5 @@ def test_bad_options_are_one_sentence(test_every, test_after, message):
 
 
 def test_single_image_leaves_nothing_to_train_on():
-    with pytest.raises(InputError, match="has 1 image: give it two or more"):
+    with pytest.raises(InputError, match="has 1 photo: give it two or more"):
         split_indices(1, test_every=8, test_after=-1)

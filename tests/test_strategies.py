@@ -22,11 +22,12 @@ from offload.models.contract import GaussianModel
 from offload.models.deferred import DeferredGaussians
 from offload.models.device import DeviceGaussians
 from strategies import ops
-from strategies.default import DefaultStrategy, Statistics, planned_growth
+from strategies.default import DefaultStrategy, Statistics
 from strategies.mcmc import MCMCStrategy
 from strategies.noise import Noise, normal_numbers
 from strategies.ops import MOST_COPIES, drawn_rows, sample_by_weight, shared_opacities_and_shrinking
 from strategies.regularizers import Regularizers
+from strategies.target import planned_growth
 from tests.training_scripts import slow_but
 from training.gaussians import PARAMETER_NAMES
 from training.options import check_options

@@ -422,7 +422,7 @@ def test_a_picture_without_enough_memory_is_black_and_training_goes_on(monkeypat
             monkeypatch.setattr(run.observers[0].page._server, "get_clients", visitors[0].clients)
         with monkeypatch.context() as patch:
             if step < 2:
-                patch.setattr(run, "draw", no_memory)
+                patch.setattr(run.drawing, "draw", no_memory)
             after_step(run, step, loss)
 
     monkeypatch.setattr(command_line.TrainingRun, "after_step", watched)

@@ -15,7 +15,7 @@ from distributed.mesh import local_ranks
 from errors import InputError, counted
 from offload.adam.state import num_gaussians_of, stored_values
 from offload.store.morton import morton_order
-from strategies.default import TARGET_TOLERANCE
+from strategies.target import TARGET_TOLERANCE
 from trainers import Lack, Trainer, footprint_of, remedy
 from training.calibration import print_last_verdict
 from training.checkpoints import Checkpoint

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rendering.losses import count_windows, photometric_sum
+from rendering.ssim import WINDOW_SIZE
 from training.reporting import is_looked_at
 from training.views import own_cameras
 
@@ -22,7 +23,7 @@ SAME = 1e-5  # relative: two sums of the same numbers
 BARELY_LESS = 0.97  # of an empty picture's loss: a dot in some views makes a little less of it
 DARK = 1e-3  # a loss of the empty picture below this leaves nothing to learn
 STRIP_ROWS = 512  # of a picture at a time, so that large ones take little memory
-HALO = 10  # rows: an SSIM window less one
+OVERLAP = WINDOW_SIZE - 1  # rows of a strip that the next one has too, for windows that begin in it
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def blank_loss(images: Tensor, ssim_lambda: float, backgrounds: Tensor | None, m
     loss = torch.full((), ssim_lambda, device=images.device)
     windows = count_windows(images)
     for top in range(0, images.shape[1], STRIP_ROWS):
-        rows = slice(top, top + STRIP_ROWS + HALO)
+        rows = slice(top, top + STRIP_ROWS + OVERLAP)
         target = images[:, rows]
         if backgrounds is None:
             blank = torch.zeros_like(target)
@@ -51,7 +52,7 @@ def blank_loss(images: Tensor, ssim_lambda: float, backgrounds: Tensor | None, m
             target, blank = (torch.where(masks[:, rows, :, None], picture, 0.0) for picture in (target, blank))
         difference = (target[:, :STRIP_ROWS] - blank[:, :STRIP_ROWS]).abs().sum()
         loss += (1 - ssim_lambda) * difference / images.numel()
-        if target.shape[1] > HALO:  # each window once: by the strip in which its first row lies
+        if target.shape[1] > OVERLAP:  # each window once: by the strip in which its first row lies
             loss -= photometric_sum(blank.contiguous(), target.contiguous(), 0.0, ssim_lambda / windows)
     return loss
 

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -82,15 +81,14 @@ class Advice:
         return shlex.join([trainer.path.name, *trainer.arguments])
 
 
-def advise(speeds: Speeds, scene: Scene, among: Iterable[str] = tuple(TRAINERS)) -> list[Advice]:
+def advise(speeds: Speeds, scene: Scene) -> list[Advice]:
     """Return the trainers that fit into memory, the fastest first.
 
     Args:
         speeds: Of a machine with a GPU.
         scene: What is to be trained.
-        among: Names of trainers to choose from.
     """
-    all_advice = [estimate(name, speeds, scene) for name in among]
+    all_advice = [estimate(name, speeds, scene) for name in TRAINERS]
     fitting = [
         advice
         for advice in all_advice

@@ -15,6 +15,8 @@ from configs import Config
 from distributed.mesh import is_one_of_several, local_ranks
 from trainers import Smaller
 
+MEETING_PORT = 29500  # the default of torch.distributed, where a machine has no reason for another
+
 
 def started_in() -> str:
     """Return the folder where this run was started, in which commands can be given; empty where it is removed."""
@@ -126,7 +128,7 @@ def _options_for_torchrun() -> list[str]:
     processes, machines = str(local_ranks()), int(os.environ.get("GROUP_WORLD_SIZE") or "1")
     if machines == 1:
         return ["--standalone", "--nproc_per_node", processes]
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{os.environ.get('MASTER_ADDR', 'HOST')}:{MEETING_PORT}"]
     return ["--nnodes", str(machines), "--nproc_per_node", processes, *meeting]
 
 

@@ -109,52 +109,12 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
     Raises:
         InputError: It is another scene, or has other photos, and the options do not say to train on with those.
     """
-    what = "evaluate" if cfg.ckpt else "resume from"
-    another = InputError(
-        f"The checkpoint to {what} was trained on another dataset than {cfg.data_dir}: give its --data_dir, or another "
-        + ("--ckpt." if cfg.ckpt else "--result_dir.")
-    )
     if not checkpoint.photos:
-        say(
-            f"The checkpoint to {what} was written by an earlier version, which did not keep the names of its photos: "
-            "whether any were added or removed cannot be told."
-        )
-        if not same_axes(checkpoint.transform, scene.own_transform) and not cfg.new_photos:
-            raise another
+        _check_axes(cfg, checkpoint, scene, say)
         return cfg.new_photos
-    run = result_folder_of(Path(cfg.ckpt)) if cfg.ckpt else Path(cfg.result_dir)
-    if "poses/rows" in checkpoint.state and is_named(run / POSES, Path(cfg.data_dir), cfg.model_dir):
-        corrected, remedy = (
-            ("the run of --ckpt", "leave --model_dir out")
-            if cfg.ckpt
-            else ("this run", "leave --model_dir out to go on, or begin a run on them with another --result_dir")
-        )
-        raise InputError(
-            f"--model_dir {cfg.model_dir} holds the poses that {corrected} has corrected, and its checkpoint has the "
-            f"corrections: {remedy}."
-        )
-    photos = photos_of(scene)
-    common = [name for name in photos if name in checkpoint.photos]
-    added = [name for name in photos if name not in checkpoint.photos]
-    removed = [name for name in checkpoint.photos if name not in photos]
-    if not common:
-        raise another
-    shifts = np.array([np.subtract(photos[name], checkpoint.photos[name]) for name in common])  # [c, 3]
-    shift = float(np.median(np.linalg.norm(shifts, axis=1))) / scene.scene_scale
-    if shift > SAME_WORLD:
-        raise InputError(
-            f"The cameras of {counted(len(common), 'photo')} that the checkpoint to {what} was trained on stand "
-            f"elsewhere in {cfg.data_dir}, by {shift:.2g} of the scene's extent: give the model of the world in "
-            "which it was trained (--model_dir; COLMAP's image_registrator adds photos to it), or another "
-            + ("--ckpt." if cfg.ckpt else "--result_dir.")
-        )
-    changes = [
-        f"{counted(len(names), 'photo')} {how} ({some_names(names)})"
-        for names, how in ((added, "added"), (removed, "removed"))
-        if names
-    ]
-    if shift > SAME_PLACE:
-        changes.append(f"cameras moved by {shift:.2g} of the scene's extent")
+    _check_poses(cfg, checkpoint)
+    shift = _check_world(cfg, checkpoint, scene)
+    changes = _changes(checkpoint, scene, shift)
     if not changes:
         return False
     sentence = f"Since the checkpoint was written, {cfg.data_dir} has changed: {', '.join(changes)}."
@@ -171,6 +131,85 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
             f"({some_names(sorted(trained))}), so that their figures flatter the model."
         )
     return True
+
+
+def _another_dataset(cfg: Config) -> InputError:
+    return InputError(
+        f"The checkpoint to {_use(cfg)} was trained on another dataset than {cfg.data_dir}: give its --data_dir, or "
+        f"another {_whose(cfg)}."
+    )
+
+
+def _use(cfg: Config) -> str:
+    """Return what is done with the checkpoint, as a part of a sentence."""
+    return "evaluate" if cfg.ckpt else "resume from"
+
+
+def _whose(cfg: Config) -> str:
+    """Return the option that names the checkpoint."""
+    return "--ckpt" if cfg.ckpt else "--result_dir"
+
+
+def _check_axes(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> None:
+    """Refuse, of a checkpoint that does not name its photos, a scene of other axes."""
+    say(
+        f"The checkpoint to {_use(cfg)} was written by an earlier version, which did not keep the names of its photos: "
+        "whether any were added or removed cannot be told."
+    )
+    if not same_axes(checkpoint.transform, scene.own_transform) and not cfg.new_photos:
+        raise _another_dataset(cfg)
+
+
+def _check_poses(cfg: Config, checkpoint: Checkpoint) -> None:
+    """Refuse the model of the poses that the run itself has corrected: they would be corrected twice."""
+    run = result_folder_of(Path(cfg.ckpt)) if cfg.ckpt else Path(cfg.result_dir)
+    if "poses/rows" in checkpoint.state and is_named(run / POSES, Path(cfg.data_dir), cfg.model_dir):
+        corrected, remedy = (
+            ("the run of --ckpt", "leave --model_dir out")
+            if cfg.ckpt
+            else ("this run", "leave --model_dir out to go on, or begin a run on them with another --result_dir")
+        )
+        raise InputError(
+            f"--model_dir {cfg.model_dir} holds the poses that {corrected} has corrected, and its checkpoint has the "
+            f"corrections: {remedy}."
+        )
+
+
+def _check_world(cfg: Config, checkpoint: Checkpoint, scene: Scene) -> float:
+    """Refuse a scene without a photo of the checkpoint's, or with their cameras elsewhere.
+
+    Returns:
+        How far the cameras have moved, in the median, as a share of the scene's extent.
+    """
+    photos = photos_of(scene)
+    common = [name for name in photos if name in checkpoint.photos]
+    if not common:
+        raise _another_dataset(cfg)
+    shifts = np.array([np.subtract(photos[name], checkpoint.photos[name]) for name in common])  # [c, 3]
+    shift = float(np.median(np.linalg.norm(shifts, axis=1))) / scene.scene_scale
+    if shift > SAME_WORLD:
+        raise InputError(
+            f"The cameras of {counted(len(common), 'photo')} that the checkpoint to {_use(cfg)} was trained on stand "
+            f"elsewhere in {cfg.data_dir}, by {shift:.2g} of the scene's extent: give the model of the world in "
+            "which it was trained (--model_dir; COLMAP's image_registrator adds photos to it), or another "
+            f"{_whose(cfg)}."
+        )
+    return shift
+
+
+def _changes(checkpoint: Checkpoint, scene: Scene, shift: float) -> list[str]:
+    """Return what has changed since the checkpoint, as parts of a sentence."""
+    added = [name for name in scene.image_names if name not in checkpoint.photos]
+    there = set(scene.image_names)
+    removed = [name for name in checkpoint.photos if name not in there]
+    changes = [
+        f"{counted(len(names), 'photo')} {how} ({some_names(names)})"
+        for names, how in ((added, "added"), (removed, "removed"))
+        if names
+    ]
+    if shift > SAME_PLACE:
+        changes.append(f"cameras moved by {shift:.2g} of the scene's extent")
+    return changes
 
 
 def _training_photos(checkpoint: Checkpoint) -> set[str]:

@@ -14,7 +14,6 @@ from offload.models.named_rows import NamedRows
 
 SH_C0 = 0.28209479177387814  # Y_0^0, the constant spherical harmonic
 
-BYTES_PER_GAUSSIAN = 59 * 4 * 4  # parameters, gradients and two Adam moments in float32
 
 # Every tensor has N rows, in the parameterization that 3DGS stores: log scales, logit opacities,
 # quaternions (w x y z) of any length. sh0 and shN are [N, 1, 3] and [N, K - 1, 3].

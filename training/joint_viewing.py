@@ -37,9 +37,8 @@ def draw_for_first(
     ranks: Ranks,
     *,
     backgrounds: Tensor | Backdrop | None = None,
-    depth: bool = False,
 ) -> Tensor | None:
-    """Return the picture [1, H, W, 3 or 4] that a camera sees of the Gaussians of all ranks; None but at the first.
+    """Return the picture [1, H, W, 3] that a camera sees of the Gaussians of all ranks; None but at the first.
 
     All ranks call this at once.
 
@@ -49,15 +48,13 @@ def draw_for_first(
         cfg: Options.
         ranks: That hold the Gaussians.
         backgrounds: What is behind them, as `training.views.render` takes it.
-        depth: Add a fourth channel, as `training.views.render`.
 
     Raises:
         torch.OutOfMemoryError: Some rank lacks the memory. Those that raise it stand alike: the ranks can go on.
     """
-    render_mode = "RGB+ED" if depth else "RGB"
     with failing_together(ranks, torch.OutOfMemoryError):
         rows = model.read_view(cameras)
-        pairs, features = project_pairs(**projected_by(rows, cameras, sh_degree=cfg.sh_degree), render_mode=render_mode)
+        pairs, features = project_pairs(**projected_by(rows, cameras, sh_degree=cfg.sh_degree))
         del rows
     (total,) = ranks.sums([len(features)])
     with failing_together(ranks, torch.OutOfMemoryError):
@@ -72,7 +69,6 @@ def draw_for_first(
         cameras.width,
         cameras.height,
         backgrounds=None if callable(backgrounds) else backgrounds,
-        render_mode=render_mode,
     )
     return before_backdrop(colors, alphas, backgrounds, cameras, None) if callable(backgrounds) else colors
 
@@ -111,7 +107,7 @@ class FirstRank:
     def draw(self, cameras: Cameras) -> Tensor:
         """Return the picture [1, H, W, 3] that one camera sees of the Gaussians of all ranks."""
         self._ranks.broadcast(_Call(cameras))
-        picture = self._run.draw_for_first(cameras)
+        picture = self._run.drawing.draw_for_first(cameras)
         assert picture is not None  # this is the first rank
         return picture
 
@@ -146,4 +142,4 @@ def help_first(run: TrainingRun, ranks: Ranks) -> None:
             ranks.any(run.is_interrupted)
             continue
         with suppress(torch.OutOfMemoryError):  # which the first one has as well, or has not come to
-            run.draw_for_first(call.cameras)
+            run.drawing.draw_for_first(call.cameras)

@@ -20,12 +20,10 @@ from offload.culling.cameras import Cameras
 from training.joint_viewing import FirstRank
 from training.views import posed_cameras
 from viewer.frustums import Photo
-from viewer.page import PORT, Page
+from viewer.page import IDLE, PORT, Page
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
-
-IDLE = 0.02  # seconds between looks at the page while training pauses
 
 
 class LiveViewer:
@@ -56,7 +54,7 @@ class LiveViewer:
         """Draw what is due, and wait where training is paused."""
         if run.ranks is None:
             if self.page.is_watched:
-                self._show(run, steps_done, loss, run.draw, lambda: run.is_interrupted)
+                self._show(run, steps_done, loss, run.drawing.draw, lambda: run.is_interrupted)
         elif run.agreed.is_watched:
             with FirstRank(run, run.ranks) as first:
                 self._show(run, steps_done, loss, first.draw, first.is_interrupted)

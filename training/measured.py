@@ -15,8 +15,8 @@ from configs import scaled
 from reporting.charts import Curve
 from training.event_log import read_scalars
 
-# TensorBoard tags that become curves, by the name the report gives them.
-CURVES = {
+# TensorBoard tags that become curves, by the keys of `reporting.figures.CHARTS`.
+TAGS = {
     "loss": "train/loss",
     "num_GS": "train/num_GS",
     "psnr": "val/psnr",
@@ -50,8 +50,8 @@ class Measured:
     stages_ms: dict[str, float] = field(default_factory=dict)
     staging_allocations: int | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
-    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by test view: those of `OF_VIEWS`
-    pictures: dict[str, Path] = field(default_factory=dict)  # by test view: photo and rendering side by side
+    views: dict[str, dict[str, float]] = field(default_factory=dict)  # by held-out view: those of `OF_VIEWS`
+    pictures: dict[str, Path] = field(default_factory=dict)  # by held-out view: photo and rendering side by side
 
 
 def read_measured(folder: Path, last: int) -> Measured:
@@ -78,7 +78,7 @@ def read_measured(folder: Path, last: int) -> Measured:
         },
         stages_ms=stages,
         staging_allocations=train.get("staging_allocations"),
-        curves={key: curves[tag] for key, tag in CURVES.items() if tag in curves},
+        curves={key: curves[tag] for key, tag in TAGS.items() if tag in curves},
         views={
             image["name"]: {key: image[key] for key in OF_VIEWS if image.get(key) is not None}
             for image in val.get("images", [])

@@ -19,6 +19,10 @@ from training.modules import sky_of
 from training.starting_model import StartingModel
 from training.views import Backdrop, posed_cameras, render
 
+# Where a window opens: seen obliquely, 31 degrees from above, heights and what stands behind them are told apart; from
+# 2.5 times the median distance of the means to their middle, a lens of common width shows most of them.
+SIDEWARDS, UPWARDS = 2.0, 1.2  # parts of the way from the middle to the camera
+DISTANCE = 2.5  # medians of the means' distances to their middle
 STILL = AdamOptions(dict.fromkeys(PARAMETER_NAMES, 0.0), lambda step: 0.0, (0.9, 0.999))  # nothing is trained
 
 
@@ -95,9 +99,10 @@ def pose_before(means: np.ndarray, up: np.ndarray) -> np.ndarray:
     middle = np.median(sample, axis=0)
     radius = float(np.median(np.linalg.norm(sample - middle, axis=1))) or 1.0
     side = np.eye(3)[np.abs(up).argmin()]
-    forward = -(2.0 * side + 1.2 * up) / np.linalg.norm(2.0 * side + 1.2 * up)
+    towards = SIDEWARDS * side + UPWARDS * up
+    forward = -towards / np.linalg.norm(towards)
     right = np.cross(forward, up) / np.linalg.norm(np.cross(forward, up))
     pose = np.eye(4)
     pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
-    pose[:3, 3] = middle - 2.5 * radius * forward
+    pose[:3, 3] = middle - DISTANCE * radius * forward
     return pose

@@ -185,15 +185,11 @@ def _columns(block: Mapping[str, Tensor]) -> Tensor:
     )  # [M, 17 + 3 (K - 1)]
 
 
-def frame_of_ply(path: Path, say: Callable[[str], None] = print) -> tuple[np.ndarray | None, Up | None]:
+def frame_of_ply(path: Path) -> tuple[np.ndarray | None, Up | None]:
     """Return the similarity [4, 4] from the dataset's coordinates to those of a PLY file, and which of its axes is up.
 
     They stand in the header of a file of `save_ply`; a program that rewrote the file may have left them out, and then
-    the JSON file beside says the same.
-
-    Args:
-        path: Of the PLY file.
-        say: Is told of a JSON file beside it that says nothing of this.
+    the JSON file beside says the same. What that file lacks is printed.
 
     Returns:
         None for what neither says, as of another program's file.
@@ -207,7 +203,7 @@ def frame_of_ply(path: Path, say: Callable[[str], None] = print) -> tuple[np.nda
         values = _after(TRANSFORM_COMMENT, comments)
         if values is not None:
             frame = np.array(values.split(), np.float64).reshape(4, 4), _up(_after(AXES_COMMENT, comments))
-            _check_beside(side_file, say)
+            _check_beside(side_file)
             return frame
         beside = _frame_beside(side_file) if side_file.is_file() else None
     except Exception as error:  # of plyfile, NumPy and json
@@ -216,18 +212,20 @@ def frame_of_ply(path: Path, say: Callable[[str], None] = print) -> tuple[np.nda
             f"({reason(error)}): remove that file, or choose a complete PLY file."
         ) from error
     if side_file.is_file() and beside is None:
-        say(f"Warning: {side_file} does not say how to come back to the dataset's coordinates, and is not used.")
+        print(f"Warning: {side_file} does not say how to come back to the dataset's coordinates, and is not used.")
     return beside or (None, None)
 
 
-def _check_beside(side_file: Path, say: Callable[[str], None]) -> None:
+def _check_beside(side_file: Path) -> None:
     """Tell of a file beside a PLY file, whose own header is enough, that is damaged."""
     try:
         is_whole = not side_file.is_file() or _frame_beside(side_file) is not None
     except Exception:  # of the disk, NumPy and json
         is_whole = False
     if not is_whole:
-        say(f"Warning: {side_file} is damaged or another program's; the PLY file itself says what should stand there.")
+        print(
+            f"Warning: {side_file} is damaged or another program's; the PLY file itself says what should stand there."
+        )
 
 
 def _frame_beside(side_file: Path) -> tuple[np.ndarray, Up | None] | None:

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from configs import Config, in_effect
 from reporting import charts
-from reporting.figures import FIGURES
+from reporting.figures import FIGURES, line_charts
 from reporting.machine import describe_machine, sentence
 from reporting.page import render_page
 from reporting.pictures import Picture, data_uri, halves
@@ -34,14 +34,6 @@ if TYPE_CHECKING:
 
 NAME = "report.html"
 MOST_VIEWS = 6  # held-out views in the page
-
-CURVES: tuple[tuple[str, str, Literal["steps", "seconds"]], ...] = (
-    ("loss", "training loss", "steps"),
-    ("psnr", "PSNR of held-out views, dB", "steps"),
-    ("num_GS", "Gaussians", "steps"),
-    ("device_allocated_GiB", "device memory, GiB, peak so far", "seconds"),
-    ("host_GiB", "host memory, GiB, peak so far", "seconds"),
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def _page(run: TrainingRun, ending: Ending | None) -> str:
         message="" if ending is None else ending.message,
         figures=[(each.title, each.show(value)) for each in FIGURES if (value := measured.figures.get(each.key))],
         figures_step=measured.steps,
-        charts=_charts(measured),
+        charts=line_charts([measured.curves], compared=False),
         stages=stages,
         stage_chart=charts.stage_bars({f"{measured.steps} steps": measured.stages_ms}, stages),
         views=held_out(measured),
@@ -107,15 +99,6 @@ def _status(run: TrainingRun, ending: Ending | None) -> str:
 def _steps_had(run: TrainingRun) -> int:
     """Count the steps that the model has had."""
     return run.last_step if run.cfg.ckpt else run.model.steps_done
-
-
-def _charts(measured: Measured) -> list[str]:
-    drawn = (
-        charts.line_chart([measured.curves[curve]], label, over=over)
-        for curve, label, over in CURVES
-        if curve in measured.curves and any(measured.curves[curve].values)
-    )
-    return [chart for chart in drawn if chart]
 
 
 def held_out(measured: Measured) -> list[HeldOut]:

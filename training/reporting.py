@@ -284,12 +284,12 @@ class Evaluation:
         with evaluation_loader(scene, own_ids, num_workers=run.cfg.num_workers or None) as loader:
             found = evaluate(
                 self._views(run, zip(names, loader, strict=True)),
-                run.draw,
+                run.drawing.draw,
                 self._lpips,
                 lambda index, canvas: results.save_rendering(steps, index, canvas),
                 run.device,
                 color_correct=run.modules.corrects_colors,
-                draw_with_depth=partial(run.draw, depth=True) if run.modules.aligns_poses else None,
+                draw_with_depth=partial(run.drawing.draw, depth=True) if run.modules.aligns_poses else None,
                 ranks=run.ranks,
             )
         if not run.speaks:
@@ -317,7 +317,7 @@ class Evaluation:
         path = run.results.path / video_file(run.cfg, steps)
         try:
             with run.results.missed_if_unwritable(f"The video of step {steps}"):
-                record_video(run.scene, run.cfg, run.draw, path, run.ranks, lambda: run.is_interrupted)
+                record_video(run.scene, run.cfg, run.drawing.draw, path, run.ranks, lambda: run.is_interrupted)
         except VideoLeft as left:
             tqdm.write(f"The video was left {left}: --resume makes it anew.")
             run.end_as_interrupted()

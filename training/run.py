@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Generic
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from configs import AnyConfig
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
-from errors import InputError, NotSaved, TrainingStopped, counted
+from errors import InputError, NotSaved, TrainingStopped, counted, heard_signals
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.errors import ParameterError
@@ -35,9 +34,10 @@ from training.checkpoints import Checkpoint, load_checkpoint
 from training.commands import resume_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
+from training.drawing import Drawing
 from training.ending import FINISHED, INTERRUPTED, Ending
 from training.joint_run import Agreed, JointRun, told_once
-from training.joint_viewing import OtherRank, draw_for_first
+from training.joint_viewing import OtherRank
 from training.live import LiveViewer
 from training.memory import limit_fragmentation
 from training.modules import RunModules
@@ -60,7 +60,7 @@ from training.stages import StageTimes
 from training.starting_model import StartingModel
 from training.strategy import strategy_of, unused_rules
 from training.timelapse import Timelapse
-from training.views import Backdrop, View, draw_together, own_cameras, own_views, render
+from training.views import Backdrop, View
 
 MOST_SKIPPED_STEPS = 10  # in a row; then training stops
 
@@ -107,6 +107,7 @@ class TrainingRun(Generic[AnyConfig]):
         saving: What the run goes on from.
         beginning: The Gaussians that it begins with, and the memory that there was for them.
         modules: What is trained beside the Gaussians.
+        drawing: Makes pictures of the model, from `steps` on.
         observers: Who is told of every step; append to it before `steps`.
         view: While `steps` runs, the view of the present step.
         upcoming: While `steps` runs, the view of the step after the present one; None at the last, and where
@@ -118,63 +119,64 @@ class TrainingRun(Generic[AnyConfig]):
         remedy: Values of options with which to go on, where one that was given has ended it.
     """
 
-    def __init__(self, cfg: AnyConfig, scene_name: str, trainer: Trainer) -> None:
+    def __init__(self, given: AnyConfig, scene_name: str, trainer: Trainer) -> None:
         """Check everything and load the scene; nothing expensive happens before all input has been checked.
 
         Args:
-            cfg: Options.
+            given: Options.
             scene_name: "demo" makes its dataset on first use.
             trainer: Which trainer it is, with these options.
 
         Raises:
             InputError: Something in the options, the dataset or the machine cannot be used.
         """
-        self.given = cfg
+        self.given = given
         self.scene_name = scene_name
         self.trainer = trainer
         with told_once(InputError):
-            check_options(cfg)
-            self._joint = JointRun(cfg, select_device(cfg.device))
-        self.cfg = cfg.with_scaled_steps()
+            check_options(given)
+            self._joint = JointRun(given, select_device(given.device))
+        self.cfg = cfg = given.with_scaled_steps()
         self.said_of_input: list[str] = []
         with ExitStack() as resources, self._joint.ending_together():
             self._joint.meet(trainer, resources)
             self.ranks, self.device = self._joint.ranks, self._joint.device
-            if not cfg.ckpt and (unused := unused_rules(cfg)):
+            if not cfg.ckpt and (unused := unused_rules(given)):
                 print(unused)
             self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
-            given = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
+            starting = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
             torch.manual_seed(cfg.seed)
-            self.results = ResultFolder(cfg, self.ranks)
+            self.results = ResultFolder(given, self.ranks)
             resources.callback(self.results.close)
             is_shown = cfg.viewer is not None
-            self._live = live = LiveViewer(self.cfg) if is_shown and self.speaks else None
+            self._live = live = LiveViewer(cfg) if is_shown and self.speaks else None
             if live is not None:
                 resources.callback(live.page.close)
-            resumed = checkpoint_to_resume(self.cfg, self.results.checkpoints) if cfg.resume else None
+            resumed = checkpoint_to_resume(cfg, self.results.checkpoints) if cfg.resume else None
             with self._joint.one_first():  # pictures are scaled once
                 if scene_name == "demo":
                     ensure_city_block(Path(cfg.data_dir))
-                dataset = load_dataset(self.cfg, self._evaluated or resumed, self._say_of_input)
+                dataset = load_dataset(cfg, self._evaluated or resumed, self._say_of_input)
             self.scene: Scene = dataset.scene
             if live is not None:
                 live.place(self.scene)
                 print(f"Watch the training at {live.page.url}.")
             self._joint.check_same_dataset(self.scene)
-            given_gaussians = None if given is None else given.placed(self.scene.transform, self.cfg, print)
-            self.modules = RunModules(self.cfg, self.scene, self.device, self.ranks)
+            starting_gaussians = None if starting is None else starting.placed(self.scene.transform, cfg, print)
+            self.modules = RunModules(cfg, self.scene, self.device, self.ranks)
+            self.drawing = Drawing(cfg, self.modules, self.device, self.ranks)
             if self._evaluated is not None:
-                self.modules.load_evaluated(self._evaluated, self.cfg, self.scene)
+                self.modules.load_evaluated(self._evaluated, cfg, self.scene)
             self._evaluation = Evaluation(cfg, self.device)
-            self.saving = Saving(self.cfg, dataset, self.results.checkpoints, resumed, self.ranks)
+            self.saving = Saving(cfg, dataset, self.results.checkpoints, resumed, self.ranks)
             self.beginning = Beginning(
-                self.cfg,
+                cfg,
                 self.scene,
                 trainer,
                 self._joint,
                 saving=self.saving,
                 evaluated=self._evaluated,
-                given=given_gaussians,
+                given=starting_gaussians,
                 modules_bytes=self.modules.nbytes,
             )
             self._resources = resources.pop_all()  # which an error above closes
@@ -194,7 +196,6 @@ class TrainingRun(Generic[AnyConfig]):
         self.remedy: Mapping[str, str] = {}
         self.strategy: Strategy | None = None
         self._model: GaussianModel | None = None
-        self._draw: Callable[[Cameras, bool], Tensor] | None = None
         self._step = 0
         self._first_step = 0
         self._skipped_steps = 0
@@ -266,43 +267,6 @@ class TrainingRun(Generic[AnyConfig]):
         """Count the steps done since it was started or resumed."""
         return self.model.steps_done - self._first_step
 
-    def draw(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
-        """Return the picture that one camera sees of the model; training is not disturbed.
-
-        Where ranks train together all of them call it at once, each with the camera that it wants to see.
-
-        Args:
-            cameras: One.
-            depth: Add a fourth channel, as `training.views.render`.
-
-        Returns:
-            [1, H, W, 3 or 4].
-        """
-        if self._draw is not None:
-            return self._draw(cameras, depth)
-        shown = self.shown_backgrounds(cameras)
-        if self.ranks is not None:
-            return draw_together(self.model, cameras, self.cfg, self.ranks, backgrounds=shown, depth=depth)
-        rows = self.model.read_view(cameras)
-        return render(rows, cameras, self.cfg, sh_degree=self.cfg.sh_degree, backgrounds=shown, depth=depth)[0]
-
-    def draw_for_first(self, cameras: Cameras) -> Tensor | None:
-        """Return the picture [1, H, W, 3] that the first rank's camera sees of all Gaussians; None at other ranks.
-
-        All ranks call this at once.
-
-        Args:
-            cameras: One, the same at all ranks.
-
-        Raises:
-            torch.OutOfMemoryError: Some rank lacks the memory, as `training.joint_viewing.draw_for_first` says.
-        """
-        assert self.ranks is not None  # one process draws for itself
-        if self._draw is not None:  # tile by tile, which all ranks do together: each draws the same picture
-            picture = self._draw(cameras, False)
-            return picture if self.speaks else None
-        return draw_for_first(self.model, cameras, self.cfg, self.ranks, backgrounds=self.shown_backgrounds(cameras))
-
     @property
     def is_interrupted(self) -> bool:
         """Tell whether training has been asked to stop after the present step."""
@@ -333,7 +297,7 @@ class TrainingRun(Generic[AnyConfig]):
                 depth where it is told so; None: all rows at once.
         """
         self._model, self.strategy = model, strategy
-        self._draw = draw
+        self.drawing.begin(model, draw)
         self._changes_rows_after = strategy.changes_rows_after
         self._count_gaussians()
         if self._evaluated is not None:
@@ -343,9 +307,8 @@ class TrainingRun(Generic[AnyConfig]):
             self.results.check_none_missed()
             return
         self._joint.release_sigterm()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
+        for number in heard_signals():
+            self._resources.callback(self._give_back, number, signal.signal(number, self._on_interrupt))
         first = self._first_step = self.saving.begin(model, {strategy.name: strategy, **self.modules.parts})
         self.modules.begin_at(first)
         is_over = first >= self.cfg.max_steps
@@ -459,12 +422,8 @@ class TrainingRun(Generic[AnyConfig]):
         tell_of_old_poses(self)
 
     def backgrounds(self, view: View) -> Tensor | Backdrop | None:
-        """Return what is behind a training view, as `training.views.render` takes it."""
-        if self.cfg.background != "random":
-            return self.shown_backgrounds(own_cameras(view.cameras, self.ranks))
-        # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
-        colors = np.random.default_rng([self.cfg.seed, self._step]).random((len(view.cameras.Ks), 3), np.float32)
-        return torch.from_numpy(colors[own_views(len(view.images), self.ranks)]).to(self.device)
+        """Return what is behind the view of the present step, as `training.views.render` takes it."""
+        return self.drawing.backgrounds(view, self._step)
 
     @property
     def depth_weight(self) -> float | Tensor:
@@ -477,12 +436,6 @@ class TrainingRun(Generic[AnyConfig]):
             return 1.0
         count = known_depths(view).sum().float()
         return count / self.ranks.mean(count).clamp(min=1 / self.ranks.size)
-
-    def shown_backgrounds(self, cameras: Cameras) -> Tensor | Backdrop | None:
-        """Return what is behind pictures that are shown or compared with photos; black where training has none."""
-        if self.cfg.background == "white":
-            return torch.ones(len(cameras.Ks), 3, device=self.device)
-        return self.modules.backdrop()
 
     def after_step(self, step: int, loss: Tensor) -> None:
         """Update the modules, save what is due after a step, and tell the observers of it.

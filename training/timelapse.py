@@ -86,7 +86,8 @@ class Timelapse:
         viewmat = torch.from_numpy(np.linalg.inv(scene.camtoworlds[image_id])).float()[None]
         K = torch.from_numpy(camera.K).float()[None]
         cameras = posed_cameras(viewmat, K, camera.width, camera.height, run.cfg)
-        picture: Tensor | None = run.draw(cameras) if run.ranks is None else run.draw_for_first(cameras)
+        draw = run.drawing.draw if run.ranks is None else run.drawing.draw_for_first
+        picture: Tensor | None = draw(cameras)
         return None if picture is None else even(pixels(picture[0].cpu().numpy()))
 
 

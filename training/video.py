@@ -35,10 +35,13 @@ GIVEN = "path"  # what a video is called whose path the user gives
 NAMES = (*SHAPES, GIVEN)  # of files in videos/, each followed by the number of steps
 FRAMES_FOR_DEPTH = 16  # of the path, in which points say how near and far it gets
 FEWEST_POINTS = 16  # that say so
+MOST_POINTS = 10_000  # that say so: more of them move the quantiles below by less than a shade
+SPAN = (0.02, 0.98)  # quantiles of their depths that have the first and the last colour: strays do not take the scale
+LEAST_SPAN = 1.001  # the far end over the near one, so that one depth everywhere is not divided by zero
 
 
 class Draw(Protocol):
-    """Make the picture of one camera, as `TrainingRun.draw`."""
+    """Make the picture of one camera, as `training.drawing.Drawing.draw`."""
 
     def __call__(self, cameras: Cameras, *, depth: bool = False) -> Tensor:
         """Return [1, H, W, 3], or 4 channels with the depth."""
@@ -188,7 +191,7 @@ def depth_span(points: np.ndarray, poses: np.ndarray, lens: Lens) -> tuple[float
         poses: [F, 4, 4] along the path.
         lens: Of its cameras.
     """
-    sample = sample_of(points, 10_000)
+    sample = sample_of(points, MOST_POINTS)
     depths = []
     for pose in poses[:: len(poses) // FRAMES_FOR_DEPTH + 1]:
         in_camera = (sample - pose[:3, 3]) @ pose[:3, :3]  # [S, 3]
@@ -199,8 +202,8 @@ def depth_span(points: np.ndarray, poses: np.ndarray, lens: Lens) -> tuple[float
     seen = np.concatenate(depths)
     if len(seen) < FEWEST_POINTS:  # the path looks elsewhere
         seen = np.linalg.norm(sample - poses[0, :3, 3], axis=1)
-    near, far = np.quantile(seen, [0.02, 0.98])
-    return float(near), float(max(far, near * 1.001))
+    near, far = np.quantile(seen, SPAN)
+    return float(near), float(max(far, near * LEAST_SPAN))
 
 
 def depth_colors(depth: np.ndarray, span: tuple[float, float]) -> np.ndarray:

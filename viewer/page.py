@@ -27,6 +27,7 @@ PORT, HOST = 8080, "127.0.0.1"
 EVERYWHERE = "0.0.0.0"  # as a host: by whoever reaches this machine
 ELSEWHERE = ("192.0.2.1", 9)  # an address that is nobody's (RFC 5737)
 LONGEST_SIDE = 960  # pixels of a picture, at first
+IDLE = 0.02  # seconds between looks at a page where nothing is to draw: too short to be noticed, and costs nothing
 SAY_AGAIN = 0.5  # seconds between changes of what the page says
 
 

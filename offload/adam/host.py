@@ -135,7 +135,6 @@ class DeferredAdam(DeferralTables):
         out: Tensor,
         gradients: Tensor | HarmonicsGradient | None = None,
         *,
-        gradient_rows: Tensor | None = None,
         out_rows: Tensor | None = None,
     ) -> None:
         """Write the values that rows have after step t to `out`; the rows themselves stay as they are.
@@ -143,13 +142,13 @@ class DeferredAdam(DeferralTables):
         Args:
             rows, last_step, ids: See the class.
             out: float32 [V, columns], or [any, columns] with out_rows.
-            gradients, gradient_rows: As for `commit`.
+            gradients: As for `commit`.
             out_rows: int64 [V], each row at most once.
 
         Raises:
             ValueError: As for `commit`.
         """
-        self._visit(rows, last_step, ids, gradients, gradient_rows, out, out_rows, store=False)
+        self._visit(rows, last_step, ids, gradients, None, out, out_rows, store=False)
 
     def forward_previous(
         self, rows: RowState, last_step: Tensor, ids: Tensor | None, out: Tensor, *, out_rows: Tensor | None = None
@@ -173,10 +172,9 @@ class DeferredAdam(DeferralTables):
         out: Tensor,
         *,
         gradient_rows: Tensor | None = None,
-        out_rows: Tensor | None = None,
     ) -> None:
         """Do both at once: commit rows and write their new values to `out`. Arguments and errors as for those."""
-        self._visit(rows, last_step, ids, gradients, gradient_rows, out, out_rows, store=True)
+        self._visit(rows, last_step, ids, gradients, gradient_rows, out, store=True)
 
     def dense(self, rows: RowState, gradients: Tensor) -> None:
         """Apply ordinary Adam, step t, in place to all rows, none of which has ever skipped a step.

@@ -171,14 +171,6 @@ class HostStore(StoredRows):
             for array in self._arrays:
                 array.resize(len(ids))
 
-    def reorder(self, order: Tensor) -> None:
-        """Put the rows into this order [N]: row i becomes what row order[i] was."""
-        order = self._ids_here(order)
-        if len(order) != self.num_gaussians:
-            raise ValueError(f"an order of {len(order)} rows for {self.num_gaussians}")
-        with self.changing(None):
-            self._permute(order)
-
     def growth(self, num_new: int) -> dict[torch.device, Growth]:
         """Count the bytes of memory that appending this many Gaussians takes, re-ordering included."""
         grown = (self.num_gaussians + num_new) * self._row_bytes

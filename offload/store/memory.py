@@ -6,8 +6,6 @@ import contextlib
 import math
 import mmap
 import sys
-from bisect import bisect_right
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,8 +23,9 @@ class HostArray:
     """Rows [rows, columns] at an address that never changes.
 
     Address space is reserved for `max_rows`; memory is taken as rows are added and given back as they are removed.
-    `pin=True` registers the memory with CUDA, part by part; without CUDA it does nothing. An asynchronous copy must
-    not cross the border of two parts (CUDA refuses it): cut it with `uncut_ranges`. Rows never straddle a border.
+    `pin=True` registers the memory with CUDA, part by part; without CUDA it does nothing. Rows never straddle the
+    border of two parts. Kernels read and write across it; an asynchronous copy must not cross it, which CUDA refuses,
+    and there is none: what is copied goes through staging buffers.
 
     Views of `tensor` keep the memory mapped, and stay valid when the array grows. When it shrinks below their length
     the rows beyond its end read as zeros, and must not be written.
@@ -86,13 +85,6 @@ class HostArray:
                 self._give_back(self._round_up(needed))
             self._all_rows[rows : min(self.rows, self._taken // self._row_bytes)].zero_()
         self.rows, self.tensor = rows, self._all_rows[:rows]
-
-    def uncut_ranges(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Cut the rows first ... last - 1 into ranges (first, last) that lie within one pinned part each."""
-        borders = [end // self._row_bytes for end in self._part_ends]
-        inner = borders[bisect_right(borders, first) : bisect_right(borders, last - 1)]
-        cuts = [first, *inner, last]
-        return [pair for pair in pairwise(cuts) if pair[0] < pair[1]]
 
     @property
     def _taken(self) -> int:

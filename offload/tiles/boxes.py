@@ -18,7 +18,7 @@ import numpy as np
 
 CELL = 16  # pixels; the rasterizer works on blocks of this size
 SMALLEST = 64  # pixels; no tile is cut below this, in either direction
-HALO = 5  # pixels around a tile that are rendered with it: half of the SSIM window
+HALO = 5  # pixels around a tile that are rendered with it: half of the SSIM window (`rendering.ssim.WINDOW_SIZE`)
 
 Numbers = Any  # a number, or a numpy array of them
 

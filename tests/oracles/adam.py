@@ -47,14 +47,14 @@ class ReferenceAdam:
             tensor[ids] = value
         last_step[ids] = self.step
 
-    def forward(self, rows, last_step, ids, out, gradients=None, *, gradient_rows=None, out_rows=None) -> None:
+    def forward(self, rows, last_step, ids, out, gradients=None, *, out_rows=None) -> None:
         ids = torch.arange(len(last_step)) if ids is None else ids
-        values, _, _ = self._updated(rows, last_step, ids, _select(gradients, gradient_rows))
+        values, _, _ = self._updated(rows, last_step, ids, gradients)
         out[slice(None) if out_rows is None else out_rows] = values
 
-    def commit_and_forward(self, rows, last_step, ids, gradients, out, *, gradient_rows=None, out_rows=None) -> None:
+    def commit_and_forward(self, rows, last_step, ids, gradients, out, *, gradient_rows=None) -> None:
         self.commit(rows, last_step, ids, gradients, gradient_rows=gradient_rows)
-        self.forward(rows, last_step, ids, out, out_rows=out_rows)
+        self.forward(rows, last_step, ids, out)
 
     def dense(self, rows, gradients) -> None:
         last_step = torch.full((len(gradients),), self.step - 1, dtype=torch.int32)
