@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -76,46 +76,74 @@ def written_out(options: Any, words: Sequence[str], *, alone: bool = False) -> l
     """
     if asks_for_help(words):
         return list(words)
-    called = {name: _name_of(name, hint) for name, hint in get_type_hints(options, include_extras=True).items()}
-    hints = {called[name]: hint for name, hint in get_type_hints(options, include_extras=True).items()}
-    kinds = {name: get_args(hint)[0] if get_origin(hint) is Annotated else hint for name, hint in hints.items()}
-    kinds |= {f"no_{name}": bool for name, kind in kinds.items() if kind is bool}
-    positional = [name for name, hint in hints.items() if tyro.conf.Positional in get_args(hint)[1:]]
+    program = _Program.of(options)
     written, *groups = option_groups(words)
-    room = len(positional) - len(written)  # for words that are no values
-    if alone and room < 0:
-        raise InputError(f"{written[room]!r} belongs to no option: leave it out, or name its option before it.")
+    free: list[_Free] = [(word, None) for word in written]
     for head, *values in groups:
         option, equals, value = head.partition("=")
-        if equals:
-            values = [value, *values]
-        name = field_of(option)
-        if option.startswith("--") and name in kinds and name not in positional:
-            kind = _Kind.of(name, kinds[name])
-            if equals or alone:
-                kind.check_number(values, room if alone else len(words), has_one=bool(equals))
-            values, behind = kind.read(values)
-            room -= len(behind)
-            values += behind
-        elif alone:
-            raise InputError(_unknown(option, [name for name in kinds if name not in positional]))
+        kind = program.options.get(field_of(option)) if option.startswith("--") else None
+        if kind is None:
+            if alone:
+                raise InputError(_unknown(option, list(program.options)))
+            written += [head, *values]
+            continue
+        if equals and not kind.takes_value:
+            raise InputError(kind.too_many(value))
+        values, behind = kind.read([value, *values] if equals else values)
+        free += [(word, kind) for word in behind]
         written += [f"{option}={values[0]}", *values[1:]] if equals else [option, *values]
+        written += behind
     if alone:
-        parameters = inspect.signature(options).parameters.values()
-        needed = [called[each.name] for each in parameters if each.default is inspect.Parameter.empty]
-        missing = [name for name in needed if name in positional][len(positional) - room :]
-        if missing:
-            raise InputError(f"No {missing[0]} is named: begin with one, and give options behind it, or see --help.")
-        given = {field_of(head) for head, *_ in groups}
-        for name in needed:
-            if name not in positional and name not in given:
-                raise InputError(f"--{name} is missing: give it, or see --help.")
+        program.check(free, {field_of(head) for head, *_ in groups})
     return written
 
 
-def _name_of(name: str, hint: Any) -> str:
-    """Return what an option is called: as its field, if `tyro.conf.arg` does not say otherwise."""
-    return next((each.name for each in get_args(hint)[1:] if getattr(each, "name", None)), name)
+@dataclass(frozen=True)
+class _Program:
+    """Hold what a program takes: options by name, a switch also by its no, and words that are values of none."""
+
+    options: dict[str, _Kind]
+    positional: list[str]
+    needed: list[str]  # of both
+
+    @staticmethod
+    def of(options: Any) -> _Program:
+        hints = get_type_hints(options, include_extras=True)
+        # An option is called as its field, if `tyro.conf.arg` does not say otherwise.
+        names = {
+            field: next((each.name for each in get_args(hint)[1:] if getattr(each, "name", None)), field)
+            for field, hint in hints.items()
+        }
+        positional = [names[field] for field, hint in hints.items() if tyro.conf.Positional in get_args(hint)[1:]]
+        kinds: dict[str, _Kind] = {}
+        for field, hint in hints.items():
+            kind = _Kind.of(names[field], get_args(hint)[0] if get_origin(hint) is Annotated else hint)
+            kinds[kind.name] = kind
+            if not kind.takes_value:
+                kinds[f"no_{kind.name}"] = replace(kind, name=f"no_{kind.name}")
+        parameters = inspect.signature(options).parameters.values()
+        return _Program(
+            {name: kind for name, kind in kinds.items() if name not in positional},
+            positional,
+            [names[each.name] for each in parameters if each.default is inspect.Parameter.empty],
+        )
+
+    def check(self, free: Sequence[_Free], given: set[str]) -> None:
+        """Refuse words that are values of nothing, and what is missing.
+
+        Args:
+            free: Words that are values of no option.
+            given: Names of options.
+        """
+        for word, kind in free[len(self.positional) :]:
+            if kind is None:
+                raise InputError(f"{word!r} belongs to no option: leave it out, or name its option before it.")
+            raise InputError(kind.too_many(word))
+        for name in [name for name in self.positional if name in self.needed][len(free) :]:
+            raise InputError(f"No {name} is named: begin with one, and give options behind it, or see --help.")
+        for name in self.needed:
+            if name not in self.positional and name not in given:
+                raise InputError(f"--{name} is missing: give it, or see --help.")
 
 
 def is_option(word: str) -> bool:
@@ -181,29 +209,16 @@ class _Kind:
         """Return whether it is no switch."""
         return self.of_each is not bool
 
-    def check_number(self, values: Sequence[str], room: int, *, has_one: bool) -> None:
-        """Refuse more words behind the option than it takes.
-
-        Args:
-            values: Those words.
-            room: For so many that are no values of it.
-            has_one: Whether the first can be nothing else, as in --name=value.
-        """
-        if self.is_many:
-            return
-        most = int(self.takes_value)
-        if has_one and not self.takes_value:
-            most, room = 0, 0
-        if len(values) <= most + room:
-            return
-        too_many = f"{values[most + room]!r} stands behind it"
-        if not self.takes_value:
-            switch = self.name.removeprefix("no_")
-            raise InputError(
-                f"--{self.name} takes no value, but {too_many}: give --{switch} or --no_{switch} by itself."
+    def too_many(self, word: str) -> str:
+        """Return why a word cannot stand behind the option and its value."""
+        if self.takes_value:
+            return (
+                f"--{self.name} takes one value, but {word!r} stands behind it: leave that out, or put a value with "
+                "spaces in quotes."
             )
-        raise InputError(
-            f"--{self.name} takes one value, but {too_many}: leave that out, or put a value with spaces in quotes."
+        switch = self.name.removeprefix("no_")
+        return (
+            f"--{self.name} takes no value, but {word!r} stands behind it: give --{switch} or --no_{switch} by itself."
         )
 
     def read(self, values: list[str]) -> tuple[list[str], list[str]]:
@@ -237,6 +252,9 @@ class _Kind:
             int: "a whole number, such as 30000, 30_000 or 3e4",
             float: "a number, such as 0.5 or 1e-4",
         }.get(self.of_each, f"one, or --{self.name}=-x where it begins with a dash")
+
+
+_Free = tuple[str, _Kind | None]  # a word that is no value, and the option before it
 
 
 def _unknown(option: str, names: list[str]) -> str:
