@@ -10,6 +10,7 @@ TrainingStopped       training cannot go on; exit code 1
 offload/errors.py adds those that name a parameter, which the command line calls by its option.
 """
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Return what a library says of a failure as a part of such a sentence: one printable line, 200 characters."""
-    words = " ".join(str(error).split())
+    words = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
     return printable(words[:200]).rstrip(" .:") or type(error).__name__
 
 

@@ -81,7 +81,9 @@ def write_model(model: pycolmap.Reconstruction, data_dir: Path) -> Path:
             os.rename(final, old)
         os.rename(made, final)
     except (OSError, RuntimeError, ValueError) as error:  # pycolmap has its own for a disk that is full
-        raise InputError(f"{final} cannot be written ({reason(error)}).") from error
+        raise InputError(
+            f"{final} cannot be written ({reason(error)}): make room there, or make it writable."
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
     return final / "0"
 

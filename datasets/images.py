@@ -317,7 +317,9 @@ class _Folder:
         except PictureFault as error:
             raise InputError(self._faults_of(originals, [error])) from error
         except OSError as error:
-            raise InputError(f"Scaled files cannot be written to {folder} ({reason(error)}).") from error
+            raise InputError(
+                f"Scaled files cannot be written to {folder} ({reason(error)}): make room there."
+            ) from error
         made = {name: plan.names[name] for name in plan.todo}
         sizes = self._headers(folder, list(made), None, made)
         for name, entry in self._examine(folder, made, list(made), sizes, (0, 0)).items():

@@ -1,11 +1,14 @@
 """Puts files where a dataset wants them without copying their content where that can be avoided."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from errors import InputError, reason
+
+_REMEDY = "make room there, make it writable, or name another folder"
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -28,7 +31,7 @@ def link_file(source: Path, target: Path) -> None:
                 failure = error
     except OSError as error:
         failure = error
-    raise InputError(f"{target} cannot be written ({reason(failure)}).") from failure
+    raise InputError(f"{target} cannot be written ({reason(failure)}): {_REMEDY}.") from failure
 
 
 def write_whole(target: Path, write: Callable[[Path], object]) -> None:
@@ -42,9 +45,10 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         os.replace(partial, target)
     except OSError as error:
-        raise InputError(f"{target} cannot be written ({reason(error)}).") from error
+        raise InputError(f"{target} cannot be written ({reason(error)}): {_REMEDY}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # no folder where it could be
+            partial.unlink(missing_ok=True)
 
 
 def _same(source: Path, target: Path) -> bool:

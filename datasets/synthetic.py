@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from errors import InputError, refusing
+from errors import InputError, reason, refusing
 from option_words import parse
 
 Floats = NDArray[np.floating]
@@ -174,7 +174,7 @@ def write_city_block(
             write_colmap(partial / "sparse" / "0", camera, views, names, points, noisy_points, colors, seen)
             partial.replace(data_dir)
     except OSError as error:
-        raise InputError(f"{data_dir} cannot be written ({error}); name another --data_dir.") from error
+        raise InputError(f"{data_dir} cannot be written ({reason(error)}): name another --data_dir.") from error
 
 
 def ensure_city_block(data_dir: Path) -> None:
