@@ -6,8 +6,8 @@
 Each trainer (trainers.py) runs in a fresh process and writes to its own folder in R; options that compare.py does not
 have are passed on to all of them. comparison.md, comparison.json and comparison.html are written to R after each
 trainer. What every trainer would refuse is refused before the first of them starts; a trainer that fails is reported,
-and the rest go on. The same command again leaves runs that are finished as
-they are, and continues the others.
+and the rest go on. The same command again leaves runs that are finished as they are, and continues the others. With
+other --trainers, finished runs of the same options stay in the report.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from comparing.launch import (
     check_free_folders,
     check_nothing_is_lost,
     check_one_can_start,
+    finished_beside,
     launch,
     plan,
 )
@@ -112,15 +113,21 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
     Raises:
         InputError: Options that cannot be used; nothing has been started.
     """
-    plans = plan(options.scene, options.trainers, options.result_dir, passed_on)
+    own = [item.name for item in fields(Options) if item.name != "scene"]
+    plans = plan(options.scene, options.trainers, options.result_dir, passed_on, own)
     check_free_folders(plans)
     if not options.force:
         check_nothing_is_lost(plans)
     check_one_can_start(
         [wanted for wanted in plans if options.force or not is_finished(wanted.folder, wanted.cfg)], options.scene
     )
-    title = f"Comparison of trainers on {options.scene}"
-    report(title, [result_of(each) for each in plans], options.result_dir)  # or learn at once that it cannot be
+    beside = finished_beside(plans, options.scene, options.result_dir, passed_on)
+    if beside:
+        print(
+            f"The report also shows what has finished with the same options: {', '.join(run.name for run in beside)}."
+        )
+    title, shown = f"Comparison of trainers on {options.scene}", [*plans, *beside]
+    report(title, [result_of(each) for each in shown], options.result_dir)  # or learn at once that it cannot be
     with Interruption() as interruption:
         for number, wanted in enumerate(plans, start=1):
             head = f"[{number}/{len(plans)}] {wanted.name}: "
@@ -130,7 +137,7 @@ def train_all(options: Options, passed_on: Sequence[str]) -> int:
                 launch(wanted, interruption, partial(show_progress, head=head), anew=options.force)
                 show_progress("")
                 print(head + outcome(result_of(wanted)), flush=True)
-                report(title, [result_of(each) for each in plans], options.result_dir)
+                report(title, [result_of(each) for each in shown], options.result_dir)
     print(f"See {options.result_dir / 'comparison.html'}")
     if interruption.requested:
         return 130

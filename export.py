@@ -18,11 +18,11 @@ import tyro
 
 import startup  # noqa: F401, before torch is imported
 from distributed.mesh import refuse_several
-from errors import InputError, counted, format_bytes, reason, refusing, stopped_by_signals
+from errors import InputError, counted, format_bytes, refusing, stopped_by_signals
 from exports.crop import read_region
 from exports.formats import PLY, Format, format_of
 from exports.gaussians import choose
-from exports.placing import check_target, placing, side_file
+from exports.placing import check_target, placing, side_file, unwritable
 from exports.ply import write_commented_ply
 from exports.source import Source, open_source
 from exports.streamed import INDEX
@@ -107,7 +107,7 @@ def export(options: Options) -> None:
             if place.transform is not None:
                 write_way_back(side_file(path), place.transform, axes=place.axes)
     except OSError as error:
-        raise InputError(f"--to {to} cannot be written ({reason(error)}): choose another place.") from error
+        raise InputError(unwritable(to, error)) from error
     files = [file for file in to.parent.rglob("*") if file.is_file()] if to.name == INDEX else [to]
     size = sum(file.stat().st_size for file in files)
     print(f"Wrote {to}, {format_bytes(size)}.")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +23,11 @@ import tyro
 from errors import InputError
 
 _OPTION = re.compile(r"--|-(?!(inf|infinity|nan)$)[a-z]", re.IGNORECASE)  # and no negative number
+_NAMED = {  # numbers that mean something else than a count or a size
+    "viewer": "a port, such as 8080, or nothing",
+    "port": "a port, such as 8080",
+    "video_size": "a width and a height, such as 1280 720",
+}
 _MOST_DIGITS = 30  # of a whole number: 1e999999999 would fill memory
 
 T = TypeVar("T")
@@ -45,10 +51,12 @@ def parse_own(
     options: Callable[..., T], description: str | None = None, words: Sequence[str] | None = None
 ) -> tuple[T, list[str]]:
     """Do as `parse`, but return the words of other options as well, which are for another program."""
-    own, others = tyro.cli(
-        options, args=written_out(options, _given(words)), description=description, return_unknown_args=True
-    )
-    return own, others
+    words = _given(words)
+    if asks_for_help(words):
+        own, others = tyro.cli(options, args=list(words), description=description, return_unknown_args=True)
+        return own, others
+    for_this, for_another = _taken_apart(options, words, alone=False)
+    return tyro.cli(options, args=for_this, description=description), for_another
 
 
 def _given(words: Sequence[str] | None) -> Sequence[str]:
@@ -76,26 +84,35 @@ def written_out(options: Any, words: Sequence[str], *, alone: bool = False) -> l
     """
     if asks_for_help(words):
         return list(words)
+    own, others = _taken_apart(options, words, alone=alone)
+    return own + others
+
+
+def _taken_apart(options: Any, words: Sequence[str], *, alone: bool) -> tuple[list[str], list[str]]:
+    """Return the words of a program, written out, its positional ones first, and those that are left to another."""
     program = _Program.of(options)
-    written, *groups = option_groups(words)
-    free: list[_Free] = [(word, None) for word in written]
+    first, *groups = option_groups(words)
+    free: list[_Free] = [(word, None) for word in first]
+    own: list[str] = []
+    others: list[str] = []
     for head, *values in groups:
         option, equals, value = head.partition("=")
         kind = program.options.get(field_of(option)) if option.startswith("--") else None
         if kind is None:
             if alone:
-                raise InputError(_unknown(option, list(program.options)))
-            written += [head, *values]
+                raise InputError(unknown_option(option, list(program.options)))
+            others += [head, *values]
             continue
         if equals and not kind.takes_value:
             raise InputError(kind.too_many(value))
         values, behind = kind.read([value, *values] if equals else values)
         free += [(word, kind) for word in behind]
-        written += [f"{option}={values[0]}", *values[1:]] if equals else [option, *values]
-        written += behind
+        own += [f"{option}={values[0]}", *values[1:]] if equals else [option, *values]
     if alone:
         program.check(free, {field_of(head) for head, *_ in groups})
-    return written
+    positional = [word for word, _ in free]
+    count = len(program.positional)
+    return positional[:count] + own, positional[count:] + others
 
 
 @dataclass(frozen=True)
@@ -236,9 +253,11 @@ class _Kind:
                 return str(whole_number(word))
             if self.of_each is float:
                 float(word)
+            elif self.of_each is Path:
+                named_path(word)
             elif get_origin(self.of_each) is Literal and word not in get_args(self.of_each):
                 raise ValueError(word)
-        except ValueError as error:
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise InputError(f"--{self.name} is {word!r}, but must be {self}.") from error
         return word
 
@@ -246,18 +265,40 @@ class _Kind:
         if get_origin(self.of_each) is Literal:
             *others, last = get_args(self.of_each)
             return f"{', '.join(others)} or {last}"
+        if self.name in _NAMED:
+            return _NAMED[self.name]
         if self.of_each is int and self.is_many:
             return "whole numbers with spaces between them, such as 7000 3e4"
         return {
             int: "a whole number, such as 30000, 30_000 or 3e4",
             float: "a number, such as 0.5 or 1e-4",
+            Path: "the name of a file or folder",
         }.get(self.of_each, f"one, or --{self.name}=-x where it begins with a dash")
 
 
 _Free = tuple[str, _Kind | None]  # a word that is no value, and the option before it
 
 
-def _unknown(option: str, names: list[str]) -> str:
+def unknown_option(option: str, names: Sequence[str], whose: str = "this script", see: str = "--help") -> str:
+    """Return the sentence on an option that nobody has.
+
+    Args:
+        option: As it was given.
+        names: Of the options that there are.
+        whose: They are, in the sentence.
+        see: What lists them.
+    """
     near = difflib.get_close_matches(field_of(option), names, n=1)
     meant = f"give --{near[0]}, if that is meant" if near else "leave it out"
-    return f"{option} is no option of this script: {meant}, or see --help."
+    return f"{option} is no option of {whose}: {meant}, or see {see}."
+
+
+def named_path(word: str) -> Path:
+    """Return the path that a word names.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty, and would be the current folder.
+    """
+    if not word:
+        raise argparse.ArgumentTypeError("no file or folder is named")
+    return Path(word)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from io import BufferedReader
 from pathlib import Path
 from types import FrameType
@@ -28,15 +28,15 @@ from comparing.runs import (
 from configs import Config
 from datasets.model_choice import load_sparse_model
 from errors import InputError, heard_signals
-from option_words import field_of, option_groups
+from option_words import field_of, option_groups, unknown_option
 from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
-from training.command_line import parse
+from training.command_line import check_scene, parse
 from training.ending import FAILED, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Ending, forget_ending, read_ending
 from training.files import open_new
 from training.folder_lock import check_free
 from training.options import check_options
-from training.results import holds_run, remove_run
+from training.results import check_result_dir, holds_run, remove_run
 from training.run import check_device
 from training.streams import Unbreakable
 
@@ -60,7 +60,9 @@ class Plan:
         return shlex.join(["python", *self.arguments])
 
 
-def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:
+def plan(
+    scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence[str], own_options: Sequence[str] = ()
+) -> list[Plan]:
     """Return the runs of some trainers with one scene and the same options.
 
     Args:
@@ -68,35 +70,79 @@ def plan(scene: str, names: Sequence[str], result_dir: Path, passed_on: Sequence
         names: Keys of `TRAINERS`; results go to folders of these names.
         result_dir: Where those folders are.
         passed_on: Options for the trainers. One that only some trainers have is given to those.
+        own_options: Names of those of the program itself, which a misspelt one may mean.
 
     Raises:
-        InputError: A trainer, the scene or an option is unknown, or a value cannot be read.
+        InputError: A trainer, the scene or an option is unknown, a value cannot be read, or results would lie in a
+            dataset's photos.
     """
     unknown = [name for name in names if name not in TRAINERS]
     if unknown or not names:
         found = unknown[0] if unknown else "nothing"
         raise InputError(f"--trainers names {found}: choose from {', '.join(TRAINERS)}.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"--trainers names {twice} more than once: name each trainer once.")
+    check_scene(scene, TRAINERS[names[0]].load().CONFIGS)
     first, *groups = option_groups(passed_on)
     if first:
         raise InputError(f"{first[0]!r} belongs to no option: name the scene first, then options.")
-    given = [(field_of(group[0]), group) for group in groups]
-    known_to = {name: _known_options(TRAINERS[name], scene) for name in names}
-    for option, (word, *_) in given:
-        if not any(option in known for known in known_to.values()):
-            raise InputError(
-                f"{word.partition('=')[0]} is no option of this command, nor of the trainers {', '.join(names)}: see "
-                f"`python {TRAINERS[names[0]].path.name} {scene} --help`."
-            )
-    plans = []
-    for name in names:
-        trainer, folder = TRAINERS[name], result_dir / name
-        options = [word for option, group in given if option in known_to[name] for word in group]
-        arguments = [scene, *options, *trainer.arguments, "--result_dir", str(folder)]
-        _, cfg = parse(trainer.load().CONFIGS, arguments, trainer.path.name)
-        if cfg.ckpt:
-            raise InputError("--ckpt evaluates a checkpoint, and compare.py trains: leave it out.")
-        plans.append(Plan(name, folder, (os.path.relpath(trainer.path), *arguments), cfg))
-    return plans
+    known = set().union(*(_known_options(TRAINERS[name], scene) for name in names))
+    for word in (group[0].partition("=")[0] for group in groups):
+        if not word.startswith("--") or field_of(word) not in known:
+            see = f"`python {TRAINERS[names[0]].path.name} {scene} --help`"
+            of_all = sorted({*known, *own_options})
+            raise InputError(unknown_option(word, of_all, "this script, nor of the trainers that it starts", see))
+    return [_plan_of(name, scene, result_dir, groups) for name in names]
+
+
+def finished_beside(plans: Sequence[Plan], scene: str, result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:
+    """Return the runs of other trainers that lie in the same folder and are finished, with the same options.
+
+    Args:
+        plans: Those that are wanted.
+        scene: As for `plan`, which has checked it.
+        result_dir: As for `plan`.
+        passed_on: As for `plan`.
+    """
+    groups = option_groups(passed_on)[1:]
+    others = [
+        name for name in TRAINERS if name not in {wanted.name for wanted in plans} and holds_run(result_dir / name)
+    ]
+    found = (_plan_of(name, scene, result_dir, groups) for name in others)
+    return [run for run in found if is_finished(run.folder, run.cfg)]
+
+
+def _plan_of(name: str, scene: str, result_dir: Path, groups: Sequence[Sequence[str]]) -> Plan:
+    """Return the run of one trainer.
+
+    Args:
+        name: Key of `TRAINERS`.
+        scene: As for `plan`.
+        result_dir: As for `plan`.
+        groups: Options with their values, of which it takes those that it has.
+
+    Raises:
+        InputError: It cannot be wanted of compare.py.
+    """
+    trainer, folder = TRAINERS[name], result_dir / name
+    known = _known_options(trainer, scene)
+    options = [word for group in groups if field_of(group[0]) in known for word in group]
+    arguments = [scene, *options, *trainer.arguments, "--result_dir", str(folder)]
+    _, cfg = parse(trainer.load().CONFIGS, arguments, trainer.path.name)
+    if cfg.ckpt:
+        raise InputError("--ckpt evaluates a checkpoint, and compare.py trains: leave it out.")
+    if cfg.new_photos:
+        raise InputError(
+            "--new_photos goes on with one run: give it to that trainer, with --resume, or give --force in its place, "
+            "which trains all of them on the photos that there are now."
+        )
+    if cfg.resume:
+        raise InputError(
+            "--resume is for a trainer: leave it out, since compare.py goes on by itself with what it finds."
+        )
+    check_result_dir(replace(cfg, result_dir=str(result_dir)))
+    return Plan(name, folder, (os.path.relpath(trainer.path), *arguments), cfg)
 
 
 def check_free_folders(plans: Sequence[Plan]) -> None:
@@ -158,10 +204,7 @@ def check_nothing_is_lost(plans: Sequence[Plan]) -> None:
 
 
 def _known_options(trainer: Trainer, scene: str) -> set[str]:
-    configs = trainer.load().CONFIGS
-    if scene not in configs:
-        raise InputError(f"Scene {scene!r} is unknown: choose one of {', '.join(configs)}.")
-    names = {item.name for item in fields(configs[scene])}
+    names = {item.name for item in fields(trainer.load().CONFIGS[scene])}
     return names | {f"no_{name}" for name in names}  # tyro's way to switch an option off
 
 

@@ -17,7 +17,7 @@ from configs import scene_config
 from datasets import gauu_scene, matrix_city, mega_nerf
 from datasets.prepared import check_prepared
 from errors import InputError, refusing, stopped_by_signals
-from option_words import Parser
+from option_words import Parser, named_path
 
 _COLMAP_RESULTS = (
     "the COLMAP models of CityGaussian (colmap_results), linked in\n"
@@ -135,13 +135,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             name, description=instructions(name), formatter_class=argparse.RawDescriptionHelpFormatter
         )
         default = scene_config(name).data_dir
-        one.add_argument("--data_dir", type=Path, help=f"the folder to prepare or check ({default})")
-        one.add_argument("--source", type=Path, help="the unpacked download (the folder to prepare)")
-        one.add_argument("--colmap", type=Path, help="the folder of the COLMAP models")
+        one.add_argument("--data_dir", type=named_path, help=f"the folder to prepare or check ({default})")
+        one.add_argument("--source", type=named_path, help="the unpacked download (the folder to prepare)")
+        one.add_argument("--colmap", type=named_path, help="the folder of the COLMAP models")
         if text is _URBAN_SCENE_3D:
-            one.add_argument("--photos", type=Path, help="the publishers' photos, where there are no rgbs")
+            one.add_argument("--photos", type=named_path, help="the publishers' photos, where there are no rgbs")
         if text is _MATRIX_CITY:
-            one.add_argument("--points", type=Path, help="the initial points, Block_all.ply")
+            one.add_argument("--points", type=named_path, help="the initial points, Block_all.ply")
         one.add_argument("--check", action="store_true", help="check a prepared folder, and change nothing")
     return parser.parse_args(arguments)
 

@@ -11,6 +11,7 @@ what they leave out stays as it was.
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import filecmp
 import itertools
@@ -27,6 +28,7 @@ from typing import Any
 
 import pycolmap
 
+from datasets.cache import is_writable
 from datasets.georeference import SIDE_FILE, LocalFrame
 from datasets.image_files import checked_picture, fitting_workers
 from datasets.images import in_threads, picture_sizes
@@ -51,10 +53,11 @@ from datasets.photogrammetry import (
     read_photos,
     registered_names,
 )
+from datasets.places import check_outside_datasets
 from datasets.prepared import check_prepared
 from datasets.video_frames import open_video, write_sharpest_frames
 from errors import InputError, counted, reason, refusing, stopped_by_signals
-from option_words import Parser
+from option_words import Parser, named_path
 
 FPS = 2.0  # frames that are taken of each second of a video, where --fps says nothing else
 FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
@@ -275,7 +278,8 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _check_place(out: Path) -> None:
-    """Raise InputError where a model lies in OUT that is not this command's."""
+    """Raise InputError where OUT lies in what a dataset is read from, or holds a model that is not this command's."""
+    check_outside_datasets("--out", out)
     if (out / "sparse").exists() and not (out / WORK / _Steps.FILE).is_file():
         raise InputError(
             f"{out / 'sparse'} exists and was not made by this command: move it away, or name another --out."
@@ -285,9 +289,13 @@ def _check_place(out: Path) -> None:
 def _make_place(out: Path) -> None:
     """Make OUT's folders. Raises InputError where it cannot be written."""
     try:
-        (out / WORK).mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / WORK):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not is_writable(folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({reason(error)}): name another folder.") from error
+        why = error.strerror or reason(error)
+        raise InputError(f"--out {out} cannot be written ({why}): make it writable, or name another folder.") from error
 
 
 # -------------------------------------------------------------------------------------------------- what has been done
@@ -553,17 +561,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add: Any = parser.add_argument
-    add("photos", type=Path, nargs="?", metavar="PHOTOS", help="the folder of the photos, in subfolders or not")
-    add("--video", type=Path, metavar="FILE", help="take the photos out of a video")
+    add("photos", type=named_path, nargs="?", metavar="PHOTOS", help="the folder of the photos, in subfolders or not")
+    add("--video", type=named_path, metavar="FILE", help="take the photos out of a video")
     add("--fps", type=float, help=f"of each second of a video take so many frames, the sharpest ({FPS:g})")
-    add("--out", type=Path, required=True, help="the dataset's folder to make")
+    add("--out", type=named_path, required=True, help="the dataset's folder to make")
     add(
         "--matching",
         choices=MATCHINGS,
         help=f"which photos are compared (all up to {MOST_EXHAUSTIVE}; beyond that by GPS, where all have it, or else "
         "those whose largest features agree; neighbours in a video)",
     )
-    add("--vocab_tree", type=Path, metavar="FILE", help="compare those that a vocabulary tree of COLMAP finds similar")
+    add(
+        "--vocab_tree",
+        type=named_path,
+        metavar="FILE",
+        help="compare those that a vocabulary tree of COLMAP finds similar",
+    )
     add("--mapper", choices=("incremental", "global"), help="how COLMAP makes the model (incremental)")
     add(
         "--camera_model",

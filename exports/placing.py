@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datasets.cache import is_writable
+from datasets.places import check_outside_datasets
 from errors import InputError, reason
 from exports.formats import PLY, format_of
 from exports.streamed import INDEX
@@ -33,7 +35,7 @@ def side_file(to: Path) -> Path:
 
 
 def check_target(to: Path) -> None:
-    """Refuse a name under which something lies, or for which there is no folder; what a killed export left goes.
+    """Refuse a name that is taken, or for which there is no folder that may be written; what a killed export left goes.
 
     Raises:
         InputError: With the remedy.
@@ -41,14 +43,28 @@ def check_target(to: Path) -> None:
     target = _target(to)
     if target == Path("."):
         raise InputError(f"--to {to} names no folder: name one that is made, as in garden/{INDEX}.")
+    check_outside_datasets("--to", to)
     folder = target.resolve().parent
     if not folder.is_dir():
-        raise InputError(f"--to {to}: the folder {folder} does not exist: make it, or choose another.")
+        is_there = "is a file: choose another" if folder.exists() else "does not exist: make it, or choose another"
+        raise InputError(f"--to {to}: the folder {folder} {is_there}.")
     if os.path.lexists(_unfinished(to)):
         _remove_left(to)
     for path in (target, side_file(to)):
         if os.path.lexists(path):
             raise InputError(_taken(to, path))
+    try:
+        if not is_writable(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _unfinished(to).mkdir()
+        _unfinished(to).rmdir()
+    except OSError as error:
+        raise InputError(unwritable(to, error)) from error
+
+
+def unwritable(to: Path, error: OSError) -> str:
+    """Return the sentence for a place that the system does not let be written."""
+    return f"--to {to} cannot be written ({error.strerror or reason(error)}): choose another place."
 
 
 def _taken(to: Path, path: Path) -> str:

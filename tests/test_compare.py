@@ -369,6 +369,9 @@ def test_options_go_to_the_trainers_that_have_them(tmp_path):
     assert "--geometry" not in gpu_only.arguments
 
 
+NO_SCENE = "Error: No scene is named: begin with one of demo, "  # as the trainers say
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -379,11 +382,27 @@ def test_options_go_to_the_trainers_that_have_them(tmp_path):
         (("demo", "--max_stepss", "5"), "--max_stepss is no option"),
         (("demo", "--runs", "."), "--runs trains nothing"),
         (("--runs", "."), "has no readable cfg.yml"),
-        ((), "Scene '' is unknown"),
+        ((), NO_SCENE),
+        (("--data_dir", "data/garden"), NO_SCENE),
+        (("--data_dir", "data/garden", "default", "--trainers", "gpu_only"), NO_SCENE),
+        (("demo", "--trainers", "gpu_only", "gpu_only"), "--trainers names gpu_only more than once"),
+        (("demo", "--resume"), "--resume is for a trainer: leave it out"),
+        (("demo", "--new_photos"), "--new_photos goes on with one run: give it to that trainer, with --resume"),
+        (
+            ("demo", "--absgrd"),
+            "--absgrd is no option of this script, nor of the trainers that it starts: give --absgr",
+        ),
+        (
+            ("demo", "--forc"),
+            "that it starts: give --force, if that is meant, or see `python simple_trainer.py demo --h",
+        ),
         (("demo", "--trainers"), "--trainers names nothing"),
         (("demo", "--force", "true"), "'true' belongs to no option"),
         (("demo", "--max_steps", "1.5"), "--max_steps is '1.5', but must be a whole number"),
-        (("demo", "-max_steps", "5"), "-max_steps is no option of this script: give --max_steps"),
+        (
+            ("demo", "-max_steps", "5"),
+            "-max_steps is no option of this script, nor of the trainers that it starts: give --max_s",
+        ),
         # What is refused in the words of the trainers, of which each would be started to say so:
         (("demo", "--position_lr", "nan"), "Error: --position_lr is nan, but must be at least 0 and at most 10.\n"),
         (("demo", "--strategy", "mcmc", "--max_gaussians", "0"), "--strategy mcmc grows to a bound: give --max_g"),
@@ -427,6 +446,31 @@ def test_finished_runs_are_compared_without_their_dataset(monkeypatch, tmp_path)
     options = ("default", "--trainers", "gpu_only", "--data_dir", nowhere, "--result_dir", tmp_path / "results")
     assert run_compare(monkeypatch, *options, "--max_steps", 30) == 0
     assert run_compare(monkeypatch, *options, "--max_steps", 30, "--force") == 2
+
+
+def test_finished_runs_of_other_trainers_stay_in_the_report(monkeypatch, tmp_path, capsys):
+    """Those of the same options, and no others."""
+    data_dir = str(tmp_path / "nowhere")
+    for name, options in (("gpu_only", {}), ("gpu_only_compact", {"seed": 7}), ("baseline", {}), ("split", {})):
+        write_run(tmp_path / "results" / name, data_dir=data_dir, **options)
+    (tmp_path / "results/split/stats/val_step30.json").unlink()
+    options = ("default", "--data_dir", data_dir, "--result_dir", tmp_path / "results", "--max_steps", 30)
+    for named, other in (("gpu_only", "baseline"), ("baseline", "gpu_only")):
+        assert run_compare(monkeypatch, *options, "--trainers", named) == 0
+        report = report_of(tmp_path / "results")
+        assert [(run["name"], run["status"]) for run in report["runs"]] == [(named, "finished"), (other, "finished")]
+        assert f"The report also shows what has finished with the same options: {other}.\n" in capsys.readouterr().out
+
+
+def test_results_beside_photos_are_refused(monkeypatch, city_block, tmp_path, capsys):
+    monkeypatch.setattr(compare, "launch", lambda *_, **__: pytest.fail("a trainer was started"))
+    (tmp_path / "scene").mkdir()
+    (tmp_path / "scene/images").symlink_to(city_block / "images")
+    (tmp_path / "scene/sparse").symlink_to(city_block / "sparse")
+    options = ("default", "--data_dir", tmp_path / "scene", "--result_dir")
+    assert run_compare(monkeypatch, *options, city_block / "images/compared") == 2
+    assert capsys.readouterr().err.startswith(f"Error: --result_dir {city_block}/images/compared would write into ")
+    assert not (city_block / "images/compared").exists()
 
 
 def test_a_cfg_yml_that_says_nothing_of_regularizers_is_of_those_that_held():

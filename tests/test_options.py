@@ -264,8 +264,11 @@ MISTAKES = (
     ("default --max_steps", "--max_steps has no value: give a whole number"),
     ("default --max_steps 5 6", "--max_steps takes one value, but '6' stands behind it: leave that out"),
     ("default --eval_steps 7000,30000", "--eval_steps is '7000,30000', but must be whole numbers with spaces"),
-    ("default --video_size 640x480", "--video_size is '640x480', but must be whole numbers with spaces"),
-    ("default --viewer on", "--viewer is 'on', but must be whole numbers with spaces"),
+    ("default --video_size 640x480", "--video_size is '640x480', but must be a width and a height, such as 1280 720."),
+    ("default --viewer on", "--viewer is 'on', but must be a port, such as 8080, or nothing."),
+    ("default --viewer 8080 8081", "--viewer has 2 numbers, but must be one port, such as 8080."),
+    ("default --result_dir=", "--result_dir is empty: name a folder, such as results/garden."),
+    ("default --data_dir=", "--data_dir is empty: name a dataset's folder, such as data/garden."),
     ("default --position_lr 0,01", "--position_lr is '0,01', but must be a number, such as 0.5 or 1e-4."),
     ("default --opacity_reg small", "--opacity_reg is 'small', but must be a number"),
     ("default --data_factor", "--data_factor has no value: give a number"),
@@ -287,13 +290,15 @@ MISTAKES = (
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_mistakes_are_told_in_one_sentence_with_a_remedy(monkeypatch, capsys, script):
+def test_mistakes_are_told_in_one_sentence_with_a_remedy(monkeypatch, tmp_path, capsys, script):
+    monkeypatch.chdir(tmp_path)
     for line, sentence in MISTAKES:
         assert train(monkeypatch, script, *line.split()) == 2
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith(f"Error: {sentence}")
         assert len(said.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_may_be_none_are_given_as_such():
@@ -304,12 +309,15 @@ def test_options_that_may_be_none_are_given_as_such():
 
 def test_other_programs_read_and_refuse_alike(monkeypatch, capsys, tmp_path):
     words = ["--to", "a.sog", "model.pt", "--max_gaussians", "1e6", "--unknown", "1e6"]
-    assert written_out(export.Options, words) == [*words[:4], "1000000", *words[5:]]
+    assert written_out(export.Options, words) == ["model.pt", "--to", "a.sog", "--max_gaussians", "1000000", *words[5:]]
     assert written_out(export.Options, ["--max_gaussians", "x", "--help"]) == ["--max_gaussians", "x", "--help"]
     for program, line, said in (
         (export, "model.pt --to a.sog --max_gaussians many", "--max_gaussians is 'many', but must be a whole number"),
         (export, "model.pt --to a.sog --up x", "--up is 'x', but must be "),
-        (view, "model.pt --port", "--port has no value: give a whole number"),
+        (view, "model.pt --port", "--port has no value: give a port, such as 8080."),
+        (view, "model.pt --port http", "--port is 'http', but must be a port, such as 8080."),
+        (export, "model.pt --to=", "--to is '', but must be the name of a file or folder."),
+        (compare, "demo --result_dir=", "--result_dir is '', but must be the name of a file or folder."),
         (view, "model.pt --device gpu", "--device is 'gpu', but must be auto, cuda or cpu."),
         (export, "model.pt --to a.sog --device cpu", "--device is no option of this script: leave it out"),
         (export, "model.pt --to a.sog more.pt", "--to takes one value, but 'more.pt' stands behind it"),
@@ -323,6 +331,8 @@ def test_other_programs_read_and_refuse_alike(monkeypatch, capsys, tmp_path):
         (compare, "demo --force=yes", "--force takes no value, but 'yes' stands behind it"),
         (prepare, "nowhere", "Argument DATASET: invalid choice: 'nowhere'"),
         (prepare, "rubble --source", "Argument --source: expected one argument: see --help."),
+        (reconstruct, "photos --out=", "Argument --out: no file or folder is named: see --help."),
+        (prepare, "rubble --data_dir=", "Argument --data_dir: no file or folder is named: see --help."),
         (reconstruct, "photos", "The following arguments are required: --out: see --help."),
     ):
         monkeypatch.setattr(sys, "argv", ["program.py", *line.split()])

@@ -6,7 +6,7 @@ import inspect
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from training.ending import (
 )
 from training.folder_lock import FolderTaken
 from training.report import say_where, write_report
-from training.results import folder_of
+from training.results import check_result_dir, folder_of
 from training.run import TrainingRun
 from training.streams import silent_output, unbreakable_output
 
@@ -80,6 +80,7 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
         with silent_output(silent=not is_first_of_machine()):  # all read the same command
             try:
                 scene, cfg = parse(configs, sys.argv[1:], description)
+                check_result_dir(cfg)
             except (InputError, SystemExit):
                 let_first_tell()
                 raise
@@ -102,7 +103,7 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
     except KeyboardInterrupt as error:
         if not str(error) and not is_first_of_machine():  # before the ranks could agree on who tells
             sys.exit(130)
-        ending, exit_code = Ending(INTERRUPTED, str(error) or (NOT_BEGUN if run is None else "Stopped.")), 130
+        ending, exit_code = Ending(INTERRUPTED, str(error) or (NOT_BEGUN if run is None else run.standing)), 130
     except Exception as error:
         told = without_memory(error)
         if not told:  # a defect: whoever mends it wants to see where
@@ -144,12 +145,11 @@ def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: s
         InputError: The scene is unknown, an option is one of other scripts or of none, or its value cannot be read.
     """
     (config_type,) = {type(config) for config in configs.values()}
-    if arguments and not is_option(arguments[0]) and arguments[0] not in configs:
-        raise InputError(f"Scene {arguments[0]!r} is unknown: choose one of {', '.join(configs)}.")
+    scene = arguments[0] if arguments and not is_option(arguments[0]) else ""
+    if scene or not asks_for_help(arguments):
+        check_scene(scene, configs)
     if not asks_for_help(arguments):
-        if not arguments or is_option(arguments[0]):
-            raise InputError(f"No scene is named: begin with one of {', '.join(configs)}, and give options behind it.")
-        scene, *words = arguments
+        words = arguments[1:]
         _refuse_options_of_others(config_type, words)
         arguments = [scene, *written_out(config_type, words, alone=True)]
     grouped_type = _grouped_type(config_type)
@@ -160,6 +160,22 @@ def parse(configs: Mapping[str, AnyConfig], arguments: list[str], description: s
     )
     options = {name: value for group in vars(grouped).values() for name, value in vars(group).items()}
     return arguments[0], config_type(**options)
+
+
+def check_scene(scene: str, configs: Collection[str]) -> None:
+    """Refuse a command that names none of the scenes that there are.
+
+    Args:
+        scene: The first word of the command; empty where that is an option, or missing.
+        configs: The names of the scenes.
+
+    Raises:
+        InputError: With these names.
+    """
+    if not scene:
+        raise InputError(f"No scene is named: begin with one of {', '.join(configs)}, and give options behind it.")
+    if scene not in configs:
+        raise InputError(f"Scene {scene!r} is unknown: choose one of {', '.join(configs)}.")
 
 
 def _refuse_options_of_others(config_type: type[Config], words: list[str]) -> None:

@@ -135,6 +135,8 @@ def check_options(cfg: Config) -> None:
         for value in given if isinstance(given, list) else [given]:
             if not allowed.holds(value):
                 raise InputError(f"--{item.name} is {shown(value)}, but must be {allowed}.")
+    if not cfg.data_dir:
+        raise InputError("--data_dir is empty: name a dataset's folder, such as data/garden.")
     if cfg.near_plane >= cfg.far_plane:
         raise InputError(
             f"--near_plane is {cfg.near_plane} and --far_plane {cfg.far_plane}, so nothing would be drawn between "
@@ -152,7 +154,7 @@ def check_options(cfg: Config) -> None:
             "steps of --max_steps to warm up."
         )
     if len(cfg.viewer or []) > 1:
-        raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port.")
+        raise InputError(f"--viewer has {len(cfg.viewer or [])} numbers, but must be one port, such as 8080.")
     if len(cfg.video_size) not in (0, 2):
         raise InputError(f"--video_size has {len(cfg.video_size)} numbers, but must be a width and a height.")
     if any(side % 2 for side in cfg.video_size):

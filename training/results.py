@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import Config, in_effect
+from datasets.places import check_outside_datasets
 from distributed.mesh import Ranks
 from errors import InputError, TrainingStopped
 from training.checkpoint_folder import CheckpointFolder
@@ -54,6 +55,17 @@ def folder_of(cfg: Config) -> Path:
     """
     folder = Path(cfg.result_dir)
     return folder / EVALUATED if cfg.ckpt and (folder / OPTIONS).is_file() else folder
+
+
+def check_result_dir(cfg: Config) -> None:
+    """Refuse a result folder without a name, and one in which the next run would take results for photos.
+
+    Raises:
+        InputError: Nothing has been written.
+    """
+    if not cfg.result_dir:
+        raise InputError("--result_dir is empty: name a folder, such as results/garden.")
+    check_outside_datasets("--result_dir", Path(cfg.result_dir), Path(cfg.data_dir), cfg.model_dir)
 
 
 def holds_run(folder: Path) -> bool:
