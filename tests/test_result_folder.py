@@ -14,9 +14,10 @@ import compare
 import simple_trainer
 import simple_trainer_hybrid_streamed
 from tests.interrupted_runs import interrupt_after, run_script, saved
+from tests.training_scripts import slow_but
 from tests.waiting import HANGS_AFTER, wait_until
 from training.checkpoints import load_checkpoint
-from training.ending import read_ending
+from training.ending import Ending, read_ending
 from training.files import open_new, write_file
 from training.folder_lock import FolderLock, check_free
 from training.run import TrainingRun
@@ -112,6 +113,63 @@ def test_a_closed_terminal_saves(monkeypatch, city_block, tmp_path, number):
     assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *SMALL) == 0
     assert saved(tmp_path, 7).can_resume
     assert read_ending(tmp_path).status == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    slow_but(
+        ("while the page is written",),
+        [
+            pytest.param(
+                "training.command_line.write_report",
+                "Stopped at once; saved {}/ckpt_7.pt",
+                id="while the page is written",
+            ),
+            pytest.param(
+                "training.run.TrainingRun._give_back", "Stopped at once; saved {}/ckpt_7.pt", id="while it is closed"
+            ),
+            pytest.param(
+                "training.run.TrainingRun._tell_interrupted",
+                "Stopped at once; saved {}/ckpt_7.pt",
+                id="when it is saved",
+            ),
+            pytest.param(
+                "training.saving.Saving.at_the_end",
+                "Stopped at once, without saving what came after {}/ckpt_6.pt",
+                id="before it is saved",
+            ),
+        ],
+    ),
+)
+def test_a_second_ctrl_c_says_what_stands(monkeypatch, city_block, tmp_path, capsys, moment, said):
+    """Whenever it comes, in ended.json as on the screen."""
+    has_come = []
+
+    def stop(*arguments: object) -> None:
+        if not has_come:
+            has_come.append(True)
+            raise KeyboardInterrupt
+
+    interrupt_after(monkeypatch, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, stop)
+        options = (*SMALL, "--save_every", 3)
+        assert run_script(patch, simple_trainer, city_block, tmp_path, *options) == 130
+    assert has_come
+    said = said.format(tmp_path / "ckpts")
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert read_ending(tmp_path) == Ending("interrupted", said)
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_a_second_ctrl_c_says_that_nothing_is_saved(monkeypatch, city_block, tmp_path):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    interrupt_after(monkeypatch, 7)
+    monkeypatch.setattr("training.saving.Saving.at_the_end", stop)
+    assert run_script(monkeypatch, simple_trainer, city_block, tmp_path, *SMALL) == 130
+    assert read_ending(tmp_path) == Ending("interrupted", "Stopped at once, without saving.")
 
 
 @pytest.mark.slow

@@ -82,6 +82,13 @@ def test_training_writes_everything_and_improves(monkeypatch, city_block, tmp_pa
     evaluated = json.loads((again / "stats/val_step200.json").read_text())
     assert evaluated["psnr"] == pytest.approx(val[200]["psnr"], abs=1e-6)
     assert not list((again / "ckpts").iterdir())
+    for degree in (1, 2):  # also of less than it has: that would be another model
+        options = ("--ckpt", tmp_path / "ckpts/ckpt_200.pt", "--sh_degree", degree)
+        assert train(monkeypatch, city_block, tmp_path / "less", *options) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "Error: The checkpoint of --ckpt has harmonics of degree 3: give --sh_degree 3, or another --ckpt."
+        )
+    assert not (tmp_path / "less").exists()
 
 
 @pytest.mark.slow

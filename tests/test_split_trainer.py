@@ -127,6 +127,14 @@ def test_a_checkpoint_is_evaluated_in_tiles(monkeypatch, city_block, tmp_path, p
     assert len(set(found)) == 1
 
 
+def test_a_budget_without_a_gpu_is_told_to_bound_nothing(monkeypatch, city_block, tmp_path, capsys):
+    options = ("--data_dir", city_block, "--max_steps", 1)
+    said = "Without a GPU --device_memory_budget bounds no memory: views are split for it, and that is all.\n"
+    for more, count in (((), 0), (("--device_memory_budget", "4GiB"), 1)):
+        printed = run(monkeypatch, capsys, SPLIT, *options, *more, "--result_dir", tmp_path / str(count))
+        assert printed.count(said) == count
+
+
 @pytest.mark.slow
 def test_a_budget_trains_the_same_model(monkeypatch, city_block, tmp_path, parts):
     options = (*NO_DENSIFICATION, "--max_steps", 20)

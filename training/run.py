@@ -35,7 +35,7 @@ from training.commands import resume_command
 from training.dataset import load_dataset
 from training.depth_loss import known_depths
 from training.drawing import Drawing
-from training.ending import FINISHED, INTERRUPTED, Ending
+from training.ending import FINISHED, INTERRUPTED, NOT_BEGUN, Ending
 from training.joint_run import Agreed, JointRun, told_once
 from training.joint_viewing import OtherRank
 from training.live import LiveViewer
@@ -55,7 +55,7 @@ from training.reporting import (
     is_looked_at,
 )
 from training.results import ResultFolder
-from training.saving import Saving, checkpoint_to_resume
+from training.saving import Saving, check_degree, checkpoint_to_resume
 from training.stages import StageTimes
 from training.starting_model import StartingModel
 from training.strategy import strategy_of, unused_rules
@@ -144,6 +144,8 @@ class TrainingRun(Generic[AnyConfig]):
             if not cfg.ckpt and (unused := unused_rules(given)):
                 print(unused)
             self._evaluated: Checkpoint | None = load_checkpoint(Path(cfg.ckpt)) if cfg.ckpt else None
+            if self._evaluated is not None:
+                check_degree(self._evaluated, cfg, "of --ckpt", "--ckpt")
             starting = StartingModel.load(Path(cfg.init_ckpt)) if cfg.init_ckpt else None
             torch.manual_seed(cfg.seed)
             self.results = ResultFolder(given, self.ranks)
@@ -201,7 +203,6 @@ class TrainingRun(Generic[AnyConfig]):
         self._skipped_steps = 0
         self._depth_share: float | Tensor = 1.0
         self._interrupted = False
-        self._saved: Path | None = None  # what holds all steps, once training is over
         self.agreed = Agreed()
 
     def _say_of_input(self, sentence: str) -> None:
@@ -242,6 +243,18 @@ class TrainingRun(Generic[AnyConfig]):
     def new_strategy(self) -> Strategy:
         """Return the strategy that the options choose, as it is before the first step."""
         return strategy_of(self.cfg, self.scene_scale, self.ranks)
+
+    @property
+    def standing(self) -> str:
+        """Return the sentence where Ctrl-C ends the run at once, or what comes after it: what is on disk."""
+        if self._evaluated is not None:
+            return f"Stopped: {self._evaluation.standing}."
+        if self._model is None:
+            return NOT_BEGUN
+        file, holds_all = self.saving.on_disk()
+        if file is None:
+            return "Stopped at once, without saving."
+        return f"Stopped at once{'; saved' if holds_all else ', without saving what came after'} {file}"
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
@@ -394,14 +407,14 @@ class TrainingRun(Generic[AnyConfig]):
         return view
 
     def _finish(self) -> None:
-        saved = self._saved = self.saving.at_the_end()
+        saved = self.saving.at_the_end()
         if not self._timelapse.make_video(self):
             self._tell_interrupted(saved)
         self._joint.wait_for_all()  # whoever waits for others has what it waits for
         self.results.check_none_missed()
 
     def _end_interrupted(self) -> None:
-        saved = self._saved = self.saving.at_the_end()
+        saved = self.saving.at_the_end()
         self._timelapse.make_video(self)
         self._tell_interrupted(saved)
         self._joint.wait_for_all()
@@ -491,14 +504,8 @@ class TrainingRun(Generic[AnyConfig]):
             self.remedy = error.remedy
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
-            if isinstance(error, KeyboardInterrupt):
-                if self._evaluated is not None:
-                    told = f"Stopped: {self._evaluation.standing}."
-                elif self._saved is not None:
-                    told = f"Stopped at once; saved {self._saved}"
-                else:
-                    told = "Stopped at once, without saving."
-                self._joint.stop_at_once(error, told)
+            if isinstance(error, KeyboardInterrupt) and self.ranks is not None:  # else told when all is closed
+                self._joint.stop_at_once(error, self.standing)
             if not isinstance(error, Exception):
                 return
             if self._evaluated is not None or not self.results.has_begun or self.model.steps_done == 0:

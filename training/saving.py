@@ -160,6 +160,16 @@ class Saving:
             )
         return checkpoints.path / f"ckpt_{steps_done}.pt"
 
+    def on_disk(self) -> tuple[Path | None, bool]:
+        """Return the checkpoint of most steps that is on disk, if any is, and whether it holds all steps done."""
+        files = {file.stem.removeprefix("ckpt_"): file for file in self._checkpoints.path.glob("ckpt_*.pt")}
+        steps = [int(number) for number in files if number.isdecimal()]
+        if not steps:
+            return None, False
+        if self._saved_steps == self._steps_done and self._steps_done in steps:  # or another run has left it
+            return files[str(self._steps_done)], True
+        return files[str(max(steps))], False
+
     @property
     def _steps_done(self) -> int:
         return 0 if self._model is None else self._model.steps_done
@@ -277,9 +287,24 @@ def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoi
     if checkpoint is None:
         print(f"{checkpoints.path} holds no checkpoint to resume from: training starts from the beginning.")
         return None
-    if sh_degree_of(checkpoint.state) != cfg.sh_degree:
-        raise InputError(
-            f"The checkpoint to resume from has harmonics of degree {sh_degree_of(checkpoint.state)}: give this "
-            "--sh_degree, or another --result_dir."
-        )
+    check_degree(checkpoint, cfg, "to resume from", "--result_dir")
     return checkpoint
+
+
+def check_degree(checkpoint: Checkpoint, cfg: Config, which: str, other: str) -> None:
+    """Refuse a checkpoint of which the options would leave harmonics out, or want more.
+
+    Args:
+        checkpoint: It.
+        cfg: The options.
+        which: It is, in the sentence.
+        other: The option that names another one.
+
+    Raises:
+        InputError: With its degree.
+    """
+    degree = sh_degree_of(checkpoint.state)
+    if degree != cfg.sh_degree:
+        raise InputError(
+            f"The checkpoint {which} has harmonics of degree {degree}: give --sh_degree {degree}, or another {other}."
+        )
