@@ -10,14 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
-import simple_trainer
-import simple_trainer_hybrid_optimized
-import simple_trainer_hybrid_streamed
 from benchmarks import calibrate
 from datasets.synthetic import write_city_block
 from errors import InputError
 from offload.adam import rows as row_kernels
 from offload.adam.host import DeferredAdam
+from trainers import TRAINERS
 from training import calibration, command_line
 from training.calibration import Scene, Speeds, advise, estimate, print_last_verdict, save_verdict, verdict
 
@@ -359,16 +357,16 @@ def test_options_that_cannot_be_are_refused(options):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_on_some_gpu")
-def test_the_trainers_it_is_about_print_it(monkeypatch, tmp_path, capsys):
+def test_every_trainer_prints_it(monkeypatch, tmp_path, capsys):
     save_verdict("some GPU in some host", H200, SMALL)
     write_city_block(tmp_path / "data", num_views=4, width=32, height=24, num_points=50)
-    for script in (simple_trainer, simple_trainer_hybrid_optimized, simple_trainer_hybrid_streamed):
+    for script in {trainer.load() for trainer in TRAINERS.values()}:
         places = ("--data_dir", tmp_path / "data", "--result_dir", tmp_path / script.__name__)
         arguments = ["default", *map(str, places), "--device", "cpu", "--max_steps", "1"]
         monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
         command_line.main(script.CONFIGS, script.train, "test")
         printed = capsys.readouterr().out
-        assert printed.count(verdict(H200, SMALL)) == (script is not simple_trainer)
+        assert printed.count(verdict(H200, SMALL)) == 1, script.__name__
 
 
 @pytest.mark.cuda
