@@ -6,7 +6,8 @@
     28 bytes   version uint32, place and length of the header uint64, CRC-32 of the header, CRC-32 of all before this
     ...        the tensors, one after the other, each from a multiple of 64 bytes on; little-endian
     ...        the header, JSON: steps, sequence, periodic, transform, options, photos and, of each tensor, its dtype,
-               shape, place, rows per block and the CRC-32 of each block; a tensor of no bytes has no blocks
+               shape, place, rows per block and the CRC-32 of each block; a tensor of no bytes has no blocks;
+               also_trained_on where there are such photos
 
 Files of earlier versions lack the photos.
 
@@ -76,6 +77,7 @@ class Checkpoint:
     periodic: bool = False  # whether later ones may take its place
     # Of the dataset: positions in the model's world.
     photos: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    also_trained_on: Sequence[str] = ()  # photos that it was trained on before, and that options and photos do not say
     part: Part | None = None  # where it is not the whole model
     parts: Sequence[Checkpoint] = ()  # of which it is joined
 
@@ -290,6 +292,7 @@ def _checkpoint_of(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> Ch
         sequence=_count(header["sequence"]),
         periodic=header["periodic"] is True,
         photos=photos,
+        also_trained_on=[str(name) for name in header.get("also_trained_on", [])],
     )
 
 

@@ -156,7 +156,12 @@ class TrainingRun(Generic[AnyConfig]):
             with self._joint.one_first():  # pictures are scaled once
                 if scene_name == "demo":
                     ensure_city_block(Path(cfg.data_dir))
-                dataset = load_dataset(cfg, self._evaluated or resumed, self._say_of_input)
+                dataset = load_dataset(
+                    cfg,
+                    self._evaluated or resumed,
+                    self._say_of_input,
+                    starting=None if starting is None else starting.checkpoint,
+                )
             self.scene: Scene = dataset.scene
             if live is not None:
                 live.place(self.scene)
