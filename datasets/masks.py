@@ -11,6 +11,7 @@ from PIL import Image
 from datasets.camera import Camera
 from datasets.image_files import decode_mask
 from datasets.model_choice import Say, quiet
+from datasets.paths import refuse_unreadable
 from errors import counted
 
 Size = tuple[int, int]  # width and height in pixels
@@ -31,7 +32,7 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
         return {}
     present = {
         (Path(place).relative_to(folder) / file).as_posix()
-        for place, _, files in os.walk(folder)
+        for place, _, files in os.walk(folder, onerror=refuse_unreadable)
         for file in files
         if not file.startswith(".")
     }

@@ -322,9 +322,7 @@ class _Steps:
         try:
             self._done: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self._path} cannot be read ({reason(error)}): remove {folder} to begin anew."
-            ) from error
+            raise InputError(f"{self._path} cannot be read ({reason(error)}): name another --out.") from error
 
     def are_done(self, step: str, settings: object) -> bool:
         """Return whether a step is complete, with these settings."""

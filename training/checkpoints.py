@@ -178,7 +178,7 @@ def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[_Block]]:
         if num_gaussians_of(checkpoint.state) == 0:
             raise ValueError("no Gaussians")
         return checkpoint, blocks
-    except InputError:
+    except (InputError, PermissionError):
         raise
     # What torch and the standard library raise for content that nobody has meant to write is beyond listing.
     except Exception as error:
@@ -200,7 +200,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], mmap.mmap, int, int]:
         if header_place + header_length != len(content) or zlib.crc32(header) != header_crc:
             raise _damaged(path)
         return json.loads(header), content, header_place, header_crc
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except Exception as error:  # as in `_open_checkpoint`
         raise _damaged(path) from error

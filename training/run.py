@@ -19,7 +19,7 @@ from configs import AnyConfig
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
-from errors import InputError, NotSaved, TrainingStopped, counted, heard_signals
+from errors import InputError, NotSaved, TrainingStopped, counted, heard_signals, telling_unreadable
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.errors import ParameterError
@@ -138,7 +138,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._joint = JointRun(given, select_device(given.device))
         self.cfg = cfg = given.with_scaled_steps()
         self.said_of_input: list[str] = []
-        with ExitStack() as resources, self._joint.ending_together():
+        with ExitStack() as resources, self._joint.ending_together(), telling_unreadable():
             self._joint.meet(trainer, resources)
             self.ranks, self.device = self._joint.ranks, self._joint.device
             if not cfg.ckpt and (unused := unused_rules(given)):
