@@ -258,7 +258,7 @@ class Saving:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"The checkpoint of {counted(checkpoint.steps, 'step')} in {self._checkpoints.path} does not hold what "
-                "resuming needs: remove it."
+                "resuming needs: move it away, or give another --result_dir."
             ) from error
         self._saved_steps = checkpoint.steps
         num_gaussians = num_gaussians_of(checkpoint.state)
