@@ -168,7 +168,8 @@ class TrainingRun(Generic[AnyConfig]):
                 print(f"Watch the training at {live.page.url}.")
             self._joint.check_same_dataset(self.scene)
             starting_gaussians = None if starting is None else starting.placed(self.scene.transform, cfg, print)
-            self.modules = RunModules(cfg, self.scene, self.device, self.ranks)
+            are_trained = resumed is None or resumed.steps < cfg.max_steps
+            self.modules = RunModules(cfg, self.scene, self.device, self.ranks, are_trained=are_trained)
             self.drawing = Drawing(cfg, self.modules, self.device, self.ranks)
             if self._evaluated is not None:
                 self.modules.load_evaluated(self._evaluated, cfg, self.scene)
