@@ -50,6 +50,12 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
             f"{counted(len(names), 'photo')} (none of {lacking}, which would be {lacking}.png or {as_png}): "
             "photos without a mask are used whole."
         )
+    unused = sorted(present - {*found.values()})
+    if unused:
+        which = f"{folder / unused[0]} belongs"
+        if len(unused) > 1:
+            which = f"{len(unused):,} files of {folder}, such as {unused[0]}, belong"
+        say(f"{which} to no photo of the model as its mask.")
     return found
 
 
