@@ -35,9 +35,7 @@ class Dataset:
     trained_before: Set[str] = frozenset()  # names of photos that the checkpoint, or what it began from, has seen
 
 
-def load_dataset(
-    cfg: Config, checkpoint: Checkpoint | None, say: Say, *, starting: Checkpoint | None = None
-) -> Dataset:
+def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say, starting: Checkpoint | None = None) -> Dataset:
     """Load the scene that the options name and check that it can be trained on, or evaluated, as they say.
 
     Args:

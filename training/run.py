@@ -160,7 +160,7 @@ class TrainingRun(Generic[AnyConfig]):
                     cfg,
                     self._evaluated or resumed,
                     self._say_of_input,
-                    starting=None if starting is None else starting.checkpoint,
+                    None if starting is None else starting.checkpoint,
                 )
             self.scene: Scene = dataset.scene
             if live is not None:
