@@ -3,6 +3,7 @@
 InputError            the input cannot be used; exit code 2, no traceback
   NotEnoughMemory     it needs more memory than there is
   DamagedError        a checkpoint is not what was written
+  Unreadable          a file or folder may not be read, or entered
 TrainingStopped       training cannot go on; exit code 1
   NotSaved            and what was trained last could not be saved
   EndedElsewhere      another of the processes that train together has said why
@@ -10,11 +11,13 @@ TrainingStopped       training cannot go on; exit code 1
 offload/errors.py adds those that name a parameter, which the command line calls by its option.
 """
 
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -37,6 +40,10 @@ class DamagedError(InputError):
     """Say that a checkpoint is incomplete or is not what was written."""
 
 
+class Unreadable(InputError):
+    """Say that a file or folder may not be read: of whatever reads one its PermissionError becomes this."""
+
+
 class TrainingStopped(Exception):
     """Say in one sentence why training cannot go on, and where the Gaussians are saved; scripts exit with code 1."""
 
@@ -53,10 +60,50 @@ class EndedElsewhere(TrainingStopped):
 def refusing() -> Iterator[None]:
     """End the process with exit code 2 and one sentence where something in the input cannot be used."""
     try:
-        yield
+        with telling_unreadable():
+            yield
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def telling_unreadable() -> Iterator[None]:
+    """Say in one sentence which file or folder may not be read.
+
+    Whoever calls the errors of a reader something else, as a damaged file, lets a PermissionError pass to here.
+
+    Raises:
+        Unreadable: In place of a PermissionError of reading; one of writing stays what it is.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        path = None if error.filename is None else unreadable(os.fsdecode(error.filename))
+        if path is None:
+            raise
+        raise Unreadable(f"{path} may not be read: change its permissions.") from error
+
+
+def unreadable(path: Path | str) -> Path | None:
+    """Return what must be allowed for a path to be read: a folder above it, or itself; None where nothing must."""
+    path = Path(path)
+    for folder in reversed(path.parents):
+        try:
+            os.stat(os.path.join(folder, "."))  # which whoever may not enter it may not
+        except PermissionError:
+            return folder
+        except OSError:
+            return None
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        if path.is_dir():
+            os.stat(os.path.join(path, "."))
+    except PermissionError:
+        return path
+    except OSError:
+        pass
+    return None
 
 
 def heard_signals() -> list[signal.Signals]:

@@ -57,6 +57,16 @@ class Camera:
         return cv2.remap(image, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
+def has_shape(size: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """Tell whether a size can be another, scaled as a whole: the smaller was rounded by a pixel at most."""
+    low, high = 0.0, np.inf  # factors that take `shape` to `size`
+    for side, wanted in zip(size, shape, strict=True):
+        # Rounding up or down moves the smaller picture's side by less than a pixel.
+        slack = max(1.0, side / wanted)
+        low, high = max(low, (side - slack) / wanted), min(high, (side + slack) / wanted)
+    return low <= high
+
+
 def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], mask_of: str | None = None) -> None:
     """Check that a photo or mask is another picture, scaled as a whole: the smaller was rounded by a pixel at most.
 
@@ -72,12 +82,7 @@ def check_shape(path: Path, size: tuple[int, int], shape: tuple[int, int], mask_
     Raises:
         InputError: It cannot be.
     """
-    low, high = 0.0, np.inf  # factors that take `shape` to `size`
-    for side, wanted in zip(size, shape, strict=True):
-        # Rounding up or down moves the smaller picture's side by less than a pixel.
-        slack = max(1.0, side / wanted)
-        low, high = max(low, (side - slack) / wanted), min(high, (side + slack) / wanted)
-    if low > high:
+    if not has_shape(size, shape):
         is_, of_shape = f"{path} is {size[0]}x{size[1]} pixels, which is not the shape of", f"({shape[0]}x{shape[1]})"
         raise InputError(
             f"{is_} its camera in the model {of_shape}: use the picture that the model was made of, scaled as a "

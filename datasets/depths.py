@@ -213,6 +213,8 @@ def read_map(path: Path) -> np.ndarray:
             values = np.load(path, allow_pickle=False)
         else:
             values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except PermissionError:
+        raise
     except (OSError, ValueError, EOFError, cv2.error) as error:
         raise InputError(f"{path} cannot be read as a depth map: write it again, or remove it.") from error
     if values is None or values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fui":

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.cache import CacheFile, fingerprint, is_writable, user_cache_dir
-from datasets.camera import check_shape
+from datasets.camera import check_shape, has_shape
 from datasets.image_files import (
     PictureFault,
     Seen,
@@ -367,8 +367,12 @@ class _Folder:
         paths = {name: folder / (files or self._files)[name] for name in names}
         sizes = self._in_threads(folder, picture_size, paths, self._workers, "Reading sizes")
         for name, size in sizes.items():
-            if shapes is not None:
-                check_shape(paths[name], size, shapes[name], name if self._kind == "masks" else None)
+            if shapes is None:
+                continue
+            shape, mask_of = shapes[name], name if self._kind == "masks" else None
+            if mask_of is not None and not has_shape(size, shape):  # a mask is made of the photo as it is stored
+                shape = picture_size(self._data_dir / "images" / name)
+            check_shape(paths[name], size, shape, mask_of)
         return sizes
 
     def _examine(

@@ -11,6 +11,7 @@ from PIL import Image
 from datasets.camera import Camera
 from datasets.image_files import decode_mask
 from datasets.model_choice import Say, quiet
+from datasets.paths import refuse_unreadable
 from errors import counted
 
 Size = tuple[int, int]  # width and height in pixels
@@ -31,7 +32,7 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
         return {}
     present = {
         (Path(place).relative_to(folder) / file).as_posix()
-        for place, _, files in os.walk(folder)
+        for place, _, files in os.walk(folder, onerror=refuse_unreadable)
         for file in files
         if not file.startswith(".")
     }
@@ -49,6 +50,12 @@ def find_masks(folder: Path, names: list[str], say: Say = quiet) -> dict[str, st
             f"{counted(len(names), 'photo')} (none of {lacking}, which would be {lacking}.png or {as_png}): "
             "photos without a mask are used whole."
         )
+    unused = sorted(present - {*found.values()})
+    if unused:
+        which = f"{folder / unused[0]} belongs"
+        if len(unused) > 1:
+            which = f"{len(unused):,} files of {folder}, such as {unused[0]}, belong"
+        say(f"{which} to no photo of the model as its mask.")
     return found
 
 

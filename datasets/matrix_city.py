@@ -117,6 +117,8 @@ def read_transforms(path: Path, source: Path) -> Transforms:
             raise ValueError("its camera has no usable size")
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a file_path is not a text")
+    except PermissionError:
+        raise
     except Exception as error:  # json, NumPy and missing keys
         raise InputError(
             f"{path} cannot be read as MatrixCity's poses ({reason(error)}): download it again."

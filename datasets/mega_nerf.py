@@ -175,6 +175,8 @@ def read_metadata(path: Path) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
         K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
         if not (np.isfinite(K).all() and np.isfinite(distortion).all() and min(fx, fy, *size) > 0):
             raise ValueError("its numbers are not those of a camera")
+    except PermissionError:
+        raise
     except Exception as error:  # pickle, zipfile and torch each have errors of their own
         raise InputError(
             f"{path} cannot be read as Mega-NeRF's metadata ({reason(error)}): download it again."

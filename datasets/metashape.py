@@ -61,6 +61,8 @@ def read(path: Path, data_dir: Path) -> SparseModel:
     """
     try:
         root = ElementTree.parse(path).getroot()
+    except PermissionError:
+        raise
     except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
         raise InputError(f"{path} cannot be read as XML ({reason(error)}): export the cameras again.") from error
     chunks = root.findall(".//chunk")

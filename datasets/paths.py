@@ -16,10 +16,20 @@ def stays_inside(name: str) -> bool:
     return all(len(part.encode(errors="surrogatepass")) <= _LONGEST_NAME for part in parts)
 
 
+def refuse_unreadable(error: OSError) -> None:
+    """Raise what `os.walk` would pass over, where a folder may not be read."""
+    if isinstance(error, PermissionError):
+        raise error
+
+
 def photo_names(folder: Path) -> set[str]:
-    """Return the names, relative to a folder, of all files in it that are pictures by their suffix."""
+    """Return the names, relative to a folder, of all files in it that are pictures by their suffix.
+
+    Raises:
+        PermissionError: The folder, or one in it, may not be read.
+    """
     found = set()
-    for place, subfolders, files in os.walk(folder):
+    for place, subfolders, files in os.walk(folder, onerror=refuse_unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         relative = Path(place).relative_to(folder)
         pictures = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in PHOTO_SUFFIXES)

@@ -48,6 +48,8 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         lists = [name for name in (*"xyz", "red", "green", "blue") if name in names and vertices[name].dtype == object]
         if lists:
             raise ValueError(f"{lists[0]} is a list")
+    except PermissionError:
+        raise
     except Exception as error:  # plyfile, NumPy and the text decoder each have errors of their own
         raise InputError(f"{path} cannot be read as a PLY file with a vertex element ({reason(error)}).") from error
     for wanted in (("x", "y", "z"), ("red", "green", "blue")):

@@ -233,6 +233,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises InputError where it is none."""
     try:
         return json.loads(path.read_bytes())
+    except PermissionError:
+        raise
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({reason(error)}): export it again.") from error
 

@@ -329,10 +329,10 @@ class _Steps:
         self._path = folder / self.FILE
         try:
             self._done: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        except PermissionError:
+            raise
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self._path} cannot be read ({reason(error)}): remove {folder} to begin anew."
-            ) from error
+            raise InputError(f"{self._path} cannot be read ({reason(error)}): name another --out.") from error
 
     def are_done(self, step: str, settings: object) -> bool:
         """Return whether a step is complete, with these settings."""
@@ -360,7 +360,7 @@ class _Steps:
         same_video = file == source.identity[:-1] and isinstance(fps, float)
         raise InputError(
             f"{self._path.parent} was begun with {f'--fps {fps:g}' if same_video else 'other photos'}: name another "
-            f"--out, or remove {self._path.parent.parent} to begin anew."
+            "--out."
         )
 
 

@@ -156,7 +156,7 @@ def write_city_block(
 
     data_dir = Path(data_dir).absolute()
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
-        raise InputError(f"{data_dir} is not an empty folder; name a new one as --data_dir or remove it first.")
+        raise InputError(f"{data_dir} is not an empty folder; name a new one as --data_dir.")
     build_rng, flight_rng, point_rng = (np.random.default_rng([seed, part]) for part in range(3))
     city = build_city(size, build_rng)
     camera = Camera(width, height)

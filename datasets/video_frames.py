@@ -25,6 +25,8 @@ def open_video(video: Path) -> tuple[float, float, Iterator[np.ndarray]]:
     """
     if not video.is_file():
         raise InputError(f"--video {video} does not exist: name a video file.")
+    with open(video, "rb"):  # ffmpeg would call one that may not be read no video
+        pass
     reader: Any  # of a plugin
     try:
         reader = imageio.get_reader(video, "ffmpeg")

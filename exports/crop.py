@@ -98,6 +98,8 @@ def _read_polygons(path: Path) -> Polygons:
         rings = [ring for rings in found for ring in rings]
         if not rings or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in rings):
             raise ValueError("it has fewer than three corners")
+    except PermissionError:
+        raise
     except Exception as error:  # of the disk, json and NumPy
         raise InputError(
             f"--crop {path} cannot be read as a polygon ({reason(error)}): give GeoJSON, or one corner x y a line."

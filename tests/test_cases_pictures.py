@@ -257,10 +257,12 @@ def test_names_of_masks(tmp_path):
     found = find_masks(tmp_path, names, said.append)
     assert found == {"a.jpg": "a.jpg.png", "b.jpg": "b.png", "sub/c.jpg": "sub/c.jpg"}
     assert "masks of 3 of 4 photos (none of d.jpg, which would be d.jpg.png or d.png)" in said[0]
+    assert said[1:] == [f"{tmp_path / 'other.png'} belongs to no photo of the model as its mask."]
     assert find_masks(tmp_path / "nowhere", names) == {}
     said.clear()
     assert find_masks(tmp_path, ["x.jpg"], said.append) == {}
     assert "masks of 0 of 1 photo (" in said[0]  # a folder of which nothing is used
+    assert said[1:] == [f"4 files of {tmp_path}, such as a.jpg.png, belong to no photo of the model as its mask."]
 
 
 def test_masks_may_be_of_another_size_but_not_shape(tmp_path):
@@ -275,6 +277,8 @@ def test_masks_may_be_of_another_size_but_not_shape(tmp_path):
         load_scene(data_dir)
     assert "make the mask of that photo" in str(error.value)
     assert "COLMAP" not in str(error.value)
+    with pytest.raises(InputError, match=rf"its photo 1\.png \({SIZE[0]}x{SIZE[1]}\)"):  # as it is stored
+        load_scene(data_dir, data_factor=4)
 
 
 def test_photos_that_are_hidden_entirely_are_left_out(tmp_path):

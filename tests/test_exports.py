@@ -25,6 +25,7 @@ from exports import formats, streamed
 from exports.crop import Polygons, read_region
 from exports.gaussians import importance
 from exports.quantization import Codebook, Palette
+from exports.source import open_source
 from exports.streamed import merged
 from offload.culling.cameras import Cameras
 from offload.store.morton import morton_order
@@ -44,6 +45,7 @@ from training.checkpoint_writing import save_checkpoint
 from training.checkpoints import Checkpoint
 from training.ply import frame_of_ply, load_ply, save_ply
 from training.similarity import moved
+from training.starting_model import StartingModel
 from training.views import render
 
 READERS = {".compressed.ply": read_compressed_ply, ".spz": read_spz, ".sog": read_sog, ".splat": read_splat}
@@ -484,6 +486,18 @@ def test_a_damaged_file_beside_a_ply_is_told_of(checkpoint, tmp_path, capsys, co
     else:
         with pytest.raises(InputError, match=r"b\.json beside it does not say how to come back .*: remove that file"):
             run(tmp_path / "b.ply", "--to", tmp_path / "unknown.splat")
+
+
+def test_a_truncated_ply_is_told_by_its_length(model, tmp_path):
+    """Where something lies beside it too, which is not at fault."""
+    run(write_model(tmp_path / "ckpt.pt", model), "--to", tmp_path / "whole.ply")
+    shutil.copy(tmp_path / "whole.json", tmp_path / "cut.json")
+    content = (tmp_path / "whole.ply").read_bytes()
+    (tmp_path / "cut.ply").write_bytes(content[: len(content) // 2])
+    told = r"cut\.ply cannot be read as a 3DGS PLY file \(its header promises \d+ bytes or more, \d+ follow\)"
+    for read in (frame_of_ply, load_ply, StartingModel.load, open_source):
+        with pytest.raises(InputError, match=told):
+            read(tmp_path / "cut.ply")
 
 
 def test_another_programs_ply_keeps_its_axes(model, tmp_path):

@@ -32,6 +32,7 @@ from trainers import TRAINERS
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.modules import RunModules, sky_of, state_of
 from training.opened import open_model
+from training.pose_files import steps_of
 from training.views import View, render
 
 pytestmark = pytest.mark.usefixtures("anisotropic_gaussians")
@@ -179,6 +180,26 @@ def test_a_module_can_be_switched_on_and_off_and_is_evaluated(monkeypatch, city_
     assert all(f"holds of {name} is dropped" in printed for name in ("sky", "affine"))
     assert "sky/rows" not in saved(tmp_path / "run", 14).state
     assert "exclude each other" in run("--random_background", "--background", "white", result_dir="other")
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_no_module_and_says_so(monkeypatch, city_block, tmp_path, capsys):
+    def run(*options: object) -> str:
+        assert run_script(monkeypatch, simple_trainer, city_block, tmp_path / "run", *QUIET, *options) == 0
+        return capsys.readouterr().out
+
+    run("--max_steps", 6)
+    modules = ("--pose_opt", "--exposure", "affine")
+    printed = run("--max_steps", 6, "--resume", *modules)
+    assert "All 6 steps are done" in printed
+    for name in ("affine", "poses"):
+        assert f"The checkpoint holds nothing of {name}: no step is left to train it." in printed
+    assert not any(words in printed for words in ("is trained from step", "poses corrected", "have their own", "Poses"))
+    assert not (tmp_path / "run/poses").exists()
+    assert "which --pose_opt corrected" not in run("--max_steps", 6, "--resume")
+    printed = run("--max_steps", 8, "--resume", *modules)
+    assert "holds nothing of poses: it is trained from step 6 on" in printed
+    assert steps_of(tmp_path / "run") == 8
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tests.small_scene import camera_poses, write_scene
 from training.checkpoint_writing import save_checkpoint
 from training.checkpoints import Checkpoint, load_checkpoint
 from training.dataset import load_dataset, photos_of
+from training.trained_photos import trained_photos, with_photos_before
 
 STEPS = ("--save_steps", 4, "--refine_start_iter", 1000, "--num_workers", 1)
 POSES = camera_poses(12)
@@ -75,6 +76,81 @@ def test_held_out_photos_that_were_trained_on_are_named(tmp_path):
     assert load_dataset(cfg, checkpoint_of(before), said.append).has_changed
     # 002 and 010 were held out of 002 .. 011, and 000 and 008 are of 000 .. 011.
     assert any("of 2 held-out photos 1 had been trained on before (008.png)" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("rule", "held_out", "trained"),
+    [
+        ({"test_every": 3}, 3, ["003.png", "006.png"]),  # of 000 .. 008, where 000 and 008 were held out
+        ({"test_every": -1, "test_after": 6}, 2, ["007.png"]),
+        ({"test_every": 8}, 2, []),
+    ],
+)
+@pytest.mark.parametrize("how", ["resume", "ckpt", "init_ckpt"])
+def test_another_rule_of_what_is_held_out_says_what_had_been_trained_on(tmp_path, how, rule, held_out, trained):
+    scene = load_scene(dataset(tmp_path / "a", list(range(9))))
+    given = {"resume": {"resume": True}, "ckpt": {"ckpt": "x.pt"}, "init_ckpt": {"init_ckpt": "x.pt"}}[how]
+    cfg = Config(data_dir=str(scene.data_dir), **given, **rule)
+    said: list[str] = []
+    before = checkpoint_of(scene)
+    which = {"checkpoint": None, "starting": before} if how == "init_ckpt" else {"checkpoint": before}
+    loaded = load_dataset(cfg, say=said.append, **which)
+    assert loaded.trained_before == {f"{number:03d}.png" for number in range(1, 8)}
+    warnings = [line for line in said if "had been trained on before" in line]
+    assert warnings == (
+        [
+            f"Warning: of {held_out} held-out photos {len(trained)} had been trained on before ({', '.join(trained)}), "
+            "so that their figures flatter the model; --test_every 8 holds out photos that were not."
+        ]
+        if trained
+        else []
+    )
+
+
+def test_what_was_trained_on_before_the_rule_changed_is_kept(tmp_path):
+    """Twice resumed, or evaluated, a run still tells: its own options say only what it holds out at last."""
+    scene = load_scene(dataset(tmp_path / "a", list(range(9))), test_every=3)
+    before = checkpoint_of(scene)
+    whole = Checkpoint(6, before.transform, before.state, {"test_every": 3, "test_after": -1}, photos=before.photos)
+    kept = with_photos_before(whole, trained_photos(before))
+    assert list(kept.also_trained_on) == ["003.png", "006.png"]
+    assert not with_photos_before(whole, trained_photos(whole)).also_trained_on
+    said: list[str] = []
+    cfg = Config(data_dir=str(scene.data_dir), ckpt="x.pt", test_every=3)
+    load_dataset(cfg, kept, said.append)
+    (warning,) = [line for line in said if "had been trained on" in line]
+    assert "(003.png, 006.png), so that their figures flatter the model." in warning  # this rule holds them out itself
+
+
+def test_photos_of_another_scene_with_the_same_names_are_others(tmp_path):
+    scene = load_scene(dataset(tmp_path / "a", list(range(9))))
+    turn = Rotation.from_rotvec([0.0, 0.4, 0.0]).as_matrix()
+    poses = POSES.copy()
+    poses[:, :, :3] = POSES[:, :, :3] @ turn
+    said: list[str] = []
+    cfg = Config(data_dir=str(dataset(tmp_path / "b", list(range(9)), poses)), init_ckpt="x.pt", test_every=3)
+    loaded = load_dataset(cfg, None, said.append, starting=checkpoint_of(scene))
+    assert not loaded.trained_before
+    assert not any("trained on" in line for line in said)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_and_its_evaluation_tell_of_another_rule(monkeypatch, tmp_path, capsys):
+    data_dir = dataset(tmp_path / "data", list(range(9)))
+
+    def run(*options: object, result_dir: str = "run") -> str:
+        assert run_script(monkeypatch, script, data_dir, tmp_path / result_dir, *STEPS, *options) == 0
+        return capsys.readouterr().out
+
+    told = "of 3 held-out photos 2 had been trained on before (003.png, 006.png)"
+    assert "trained on before" not in run("--max_steps", 4)
+    assert "trained on before" not in run("--max_steps", 6, "--resume")
+    assert told in run("--max_steps", 8, "--resume", "--test_every", 3)
+    assert told in run("--max_steps", 10, "--resume", "--test_every", 3)
+    assert told in run("--ckpt", tmp_path / "run/ckpts/ckpt_10.pt", "--test_every", 3, result_dir="evaluated")
+    begun = ("--init_ckpt", tmp_path / "run/ckpts/ckpt_10.pt", "--test_every", 3, "--max_steps", 2)
+    assert told in run(*begun, result_dir="begun")
+    assert told in run("--ckpt", tmp_path / "begun/ckpts/ckpt_2.pt", "--test_every", 3, result_dir="evaluated")
 
 
 def test_a_dataset_that_has_not_changed_is_silent(tmp_path):

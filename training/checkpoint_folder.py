@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -95,13 +96,14 @@ class CheckpointFolder:
         Raises:
             InputError: There are checkpoints, but none to go on from, or one of a newer version of this suite: whoever
                 went on all the same would write over them.
+            PermissionError: One may not be read: it may be the newest.
         """
         skipped = 0
         for error in map(_peek, self._files()):
             if isinstance(error, DamagedError):
                 say(f"Skipped: {error}")
                 skipped += 1
-            elif isinstance(error, InputError):
+            elif isinstance(error, (InputError, PermissionError)):
                 raise error
         found = sorted(self._readable(), key=lambda found: (found[1].sequence, found[1].steps))
         candidates = [(file, peeked.can_resume, peeked.periodic) for file, peeked in found]
@@ -216,15 +218,17 @@ class CheckpointFolder:
                 remove_checkpoint(dropped)
 
     def _files(self) -> list[Path]:
-        return sorted(file for file in self.path.glob("ckpt_*.pt") if file.is_file())
+        names = os.listdir(self.path) if self.path.is_dir() else []  # `glob` passes over what may not be read
+        files = (self.path / name for name in names)
+        return sorted(file for file in files if file.match("ckpt_*.pt") and file.is_file())
 
     def _readable(self) -> list[tuple[Path, Checkpoint]]:
         found = ((file, _peek(file)) for file in self._files())
         return [(file, checkpoint) for file, checkpoint in found if isinstance(checkpoint, Checkpoint)]
 
 
-def _peek(file: Path) -> Checkpoint | InputError:
+def _peek(file: Path) -> Checkpoint | InputError | PermissionError:
     try:
         return peek_checkpoint(file)
-    except InputError as error:
+    except (InputError, PermissionError) as error:
         return error

@@ -199,6 +199,8 @@ def _header_of(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> dict[str, 
         "photos": {name: list(position) for name, position in checkpoint.photos.items()},
         "tensors": tensors,
     }
+    if checkpoint.also_trained_on:
+        header["also_trained_on"] = list(checkpoint.also_trained_on)
     return header if checkpoint.part is None else {**header, "part": asdict(checkpoint.part)}
 
 

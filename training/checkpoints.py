@@ -6,7 +6,8 @@
     28 bytes   version uint32, place and length of the header uint64, CRC-32 of the header, CRC-32 of all before this
     ...        the tensors, one after the other, each from a multiple of 64 bytes on; little-endian
     ...        the header, JSON: steps, sequence, periodic, transform, options, photos and, of each tensor, its dtype,
-               shape, place, rows per block and the CRC-32 of each block; a tensor of no bytes has no blocks
+               shape, place, rows per block and the CRC-32 of each block; a tensor of no bytes has no blocks;
+               also_trained_on where there are such photos
 
 Files of earlier versions lack the photos.
 
@@ -76,6 +77,7 @@ class Checkpoint:
     periodic: bool = False  # whether later ones may take its place
     # Of the dataset: positions in the model's world.
     photos: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    also_trained_on: Sequence[str] = ()  # photos that it was trained on before, and that options and photos do not say
     part: Part | None = None  # where it is not the whole model
     parts: Sequence[Checkpoint] = ()  # of which it is joined
 
@@ -176,7 +178,7 @@ def _open_checkpoint(path: Path) -> tuple[Checkpoint, list[_Block]]:
         if num_gaussians_of(checkpoint.state) == 0:
             raise ValueError("no Gaussians")
         return checkpoint, blocks
-    except InputError:
+    except (InputError, PermissionError):
         raise
     # What torch and the standard library raise for content that nobody has meant to write is beyond listing.
     except Exception as error:
@@ -198,7 +200,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], mmap.mmap, int, int]:
         if header_place + header_length != len(content) or zlib.crc32(header) != header_crc:
             raise _damaged(path)
         return json.loads(header), content, header_place, header_crc
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except Exception as error:  # as in `_open_checkpoint`
         raise _damaged(path) from error
@@ -290,6 +292,7 @@ def _checkpoint_of(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> Ch
         sequence=_count(header["sequence"]),
         periodic=header["periodic"] is True,
         photos=photos,
+        also_trained_on=[str(name) for name in header.get("also_trained_on", [])],
     )
 
 

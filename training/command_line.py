@@ -23,7 +23,7 @@ from configs import (
     RunOptions,
 )
 from distributed.mesh import is_first_of_machine, is_one_of_several, leave, let_first_tell
-from errors import EndedElsewhere, InputError, TrainingStopped
+from errors import EndedElsewhere, InputError, TrainingStopped, telling_unreadable
 from offload.errors import sentence_of
 from option_words import asks_for_help, field_of, is_option, written_out
 from trainers import TRAINERS, trainer_of
@@ -84,7 +84,8 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
             except (InputError, SystemExit):
                 let_first_tell()
                 raise
-        folder = folder_of(cfg)
+        with telling_unreadable():
+            folder = folder_of(cfg)
         trainer = trainer_of(Path(inspect.getfile(train)).stem, cfg)
         with TrainingRun(cfg, scene, trainer) as run:
             train(run)

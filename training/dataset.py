@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from datasets.model_choice import Say, is_named
 from datasets.normalize import is_similarity, same_axes
 from datasets.scene import Scene, load_scene
 from datasets.sight import check_views
-from datasets.splits import split_indices
 from errors import InputError, counted
 from offload.adam.state import stored_values
 from rendering.ssim import WINDOW_SIZE
 from training.checkpoints import Checkpoint
 from training.files import result_folder_of
 from training.pose_files import FOLDER as POSES
+from training.trained_photos import trained_photos, trained_photos_in, warn_of_trained
 
 SAME_PLACE = 1e-4  # of the scene's extent: reading a model again moves no camera as far
 SAME_WORLD = 1e-2  # of the same: another adjustment of the same cameras moves most of them less far
@@ -27,19 +28,21 @@ SAME_WORLD = 1e-2  # of the same: another adjustment of the same cameras moves m
 
 @dataclass(frozen=True)
 class Dataset:
-    """Hold a scene and whether it differs from that of the checkpoint it goes on from."""
+    """Hold a scene and how it differs from that of the checkpoint it goes on from."""
 
     scene: Scene
     has_changed: bool
+    trained_before: Set[str] = frozenset()  # names of photos that the checkpoint, or what it began from, has seen
 
 
-def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Dataset:
+def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say, starting: Checkpoint | None = None) -> Dataset:
     """Load the scene that the options name and check that it can be trained on, or evaluated, as they say.
 
     Args:
         cfg: The options.
         checkpoint: What training goes on from, or what is evaluated; None where training begins anew.
         say: Takes sentences on what the user should know.
+        starting: That of --init_ckpt, which may have been trained on other photos; None: none, or a PLY file.
 
     Raises:
         InputError: The dataset cannot be used, or is not that of the checkpoint.
@@ -63,6 +66,13 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
     )
     _check_sizes(scene, cfg.data_factor)
     has_changed = checkpoint is not None and _compare(cfg, checkpoint, scene, say)
+    trained: set[str] = set()
+    if checkpoint is not None:
+        trained = trained_photos(checkpoint, scene.image_names)
+    elif starting is not None and is_similarity(starting.transform):
+        trained = trained_photos_in(starting, scene)
+    if (model := checkpoint or starting) is not None:
+        warn_of_trained(trained, scene, model, say)
     offset = np.linalg.inv(scene.transform)[:3, 3]
     if np.spacing(np.abs(offset).max().astype(np.float32)) > 1e-5 * np.cbrt(1 / np.linalg.det(scene.transform[:3, :3])):
         say(
@@ -73,7 +83,7 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say) -> Datase
     means = scene.points if checkpoint is None else stored_values(checkpoint.state, "means").numpy()
     for warning in check_views(scene, means, cfg.near_plane, cfg.far_plane):
         say(f"Warning: {warning}")
-    return Dataset(scene, has_changed)
+    return Dataset(scene, has_changed, trained)
 
 
 def _check_sizes(scene: Scene, data_factor: float) -> None:
@@ -124,12 +134,6 @@ def _compare(cfg: Config, checkpoint: Checkpoint, scene: Scene, say: Say) -> boo
             "or another --result_dir to begin anew."
         )
     say(sentence)
-    trained = _training_photos(checkpoint) & {scene.image_names[index] for index in scene.test_ids}
-    if trained:
-        say(
-            f"Warning: of {counted(len(scene.test_ids), 'held-out photo')} {len(trained)} had been trained on before "
-            f"({some_names(sorted(trained))}), so that their figures flatter the model."
-        )
     return True
 
 
@@ -210,12 +214,3 @@ def _changes(checkpoint: Checkpoint, scene: Scene, shift: float) -> list[str]:
     if shift > SAME_PLACE:
         changes.append(f"cameras moved by {shift:.2g} of the scene's extent")
     return changes
-
-
-def _training_photos(checkpoint: Checkpoint) -> set[str]:
-    """Return the names of the photos that a checkpoint was trained on."""
-    names, every, after = sorted(checkpoint.photos), *map(checkpoint.options.get, ("test_every", "test_after"))
-    if not isinstance(every, int) or not isinstance(after, int):
-        return set()
-    train_ids, _ = split_indices(len(names), test_every=every, test_after=after)
-    return {names[index] for index in train_ids}

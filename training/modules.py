@@ -46,13 +46,22 @@ class RunModules:
         aligns_poses: Whether they are compared from the pose nearby that fits best as well: where poses are corrected.
     """
 
-    def __init__(self, cfg: Config, scene: Scene | None, device: torch.device, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        scene: Scene | None,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        *,
+        are_trained: bool = True,
+    ) -> None:
         """
         Args:
             cfg: Says which there are.
             scene: Its training photos have those that are theirs; None: there are no photos.
             device: Where pictures are rendered.
             ranks: That train together, each with the same modules; None: there is this process only.
+            are_trained: Whether a step is left to do.
 
         Raises:
             InputError: The scene has too few photos.
@@ -64,6 +73,7 @@ class RunModules:
         self._ranks = ranks
         self._are_averaged = False  # the gradients of the present step, over the ranks
         self._background = cfg.background
+        self._are_trained = are_trained
         self.parts: dict[str, TrainedModule] = {}
         self._sky: Sky | None = None
         self._exposure: Exposure | None = None
@@ -87,11 +97,15 @@ class RunModules:
         if cfg.exposure != "none":
             self._exposure = self.parts[cfg.exposure] = EXPOSURES[cfg.exposure](names, training)
             taken = format_bytes(self.nbytes)
-            print(f"--exposure {cfg.exposure}: {len(names)} training photos have their own, which takes {taken}.")
+            if are_trained:
+                print(f"--exposure {cfg.exposure}: {len(names)} training photos have their own, which takes {taken}.")
         if cfg.pose_opt:
             poses = _poses_of(cfg, scene, scene.train_ids, views_per_step, training)
             self._poses = self._known_poses = self.parts["poses"] = poses
-            print(f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones go with them.")
+            if are_trained:
+                print(
+                    f"--pose_opt: {len(names)} training photos have their poses corrected, held-out ones go with them."
+                )
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +149,10 @@ class RunModules:
         for name, module in self.parts.items():
             if module.steps_done != steps_done:
                 module.begin_at(steps_done)
-                print(f"The checkpoint holds nothing of {name}: it is trained from step {steps_done} on.")
+                then = (
+                    f"it is trained from step {steps_done} on" if self._are_trained else "no step is left to train it"
+                )
+                print(f"The checkpoint holds nothing of {name}: {then}.")
 
     def placed(self, view: View) -> View:
         """Return a training view with its cameras where poses put them after the last step."""
@@ -194,7 +211,7 @@ class RunModules:
         return placed
 
     def corrected_poses(self, scene: Scene) -> np.ndarray | None:
-        """Return the poses of all photos, corrected, and held-out ones as `held_out`; None: of a run without.
+        """Return the poses of all photos, corrected, and held-out ones as `held_out`; None: none has been corrected.
 
         Args:
             scene: The run's.
@@ -202,7 +219,7 @@ class RunModules:
         Returns:
             [n, 4, 4] float64, camera to world, in the scene's normalized world.
         """
-        if self._poses is None:
+        if self._poses is None or not bool(self._poses.rows.any()):
             return None
         rows, camtoworlds = torch.arange(len(scene.train_ids)), scene.camtoworlds.copy()
         camtoworlds[scene.train_ids] @= self._poses.corrections(self._poses.values(rows), rows).numpy()

@@ -198,18 +198,24 @@ def frame_of_ply(path: Path) -> tuple[np.ndarray | None, Up | None]:
         InputError: What is said cannot be read.
     """
     side_file = path.with_suffix(".json")
-    try:
+    with _readable(path):
+        check_counts(path)
         comments = PlyData.read(path, mmap=True).comments
-        values = _after(TRANSFORM_COMMENT, comments)
+    values = _after(TRANSFORM_COMMENT, comments)
+    try:
         if values is not None:
             frame = np.array(values.split(), np.float64).reshape(4, 4), _up(_after(AXES_COMMENT, comments))
             _check_beside(side_file)
             return frame
         beside = _frame_beside(side_file) if side_file.is_file() else None
-    except Exception as error:  # of plyfile, NumPy and json
+    except PermissionError:
+        raise
+    except Exception as error:  # of NumPy and json
+        at_fault, remedy = f"The header of {path}", "choose another PLY file"
+        if values is None:
+            at_fault, remedy = f"{path} says nothing itself, and {side_file.name} beside it", "remove that file"
         raise InputError(
-            f"{path} or {side_file.name} beside it does not say how to come back to the dataset's coordinates "
-            f"({reason(error)}): remove that file, or choose a complete PLY file."
+            f"{at_fault} does not say how to come back to the dataset's coordinates ({reason(error)}): {remedy}."
         ) from error
     if side_file.is_file() and beside is None:
         print(f"Warning: {side_file} does not say how to come back to the dataset's coordinates, and is not used.")
@@ -220,6 +226,8 @@ def _check_beside(side_file: Path) -> None:
     """Tell of a file beside a PLY file, whose own header is enough, that is damaged."""
     try:
         is_whole = not side_file.is_file() or _frame_beside(side_file) is not None
+    except PermissionError:  # nothing is wanted of it
+        return
     except Exception:  # of the disk, NumPy and json
         is_whole = False
     if not is_whole:
@@ -248,6 +256,19 @@ def _after(key: str, comments: Sequence[str]) -> str | None:
     return next((text[len(key) :] for text in comments if text.startswith(key)), None)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say in one sentence what of a PLY file cannot be read."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except Exception as error:  # plyfile, NumPy and torch each have errors of their own
+        raise InputError(
+            f"{path} cannot be read as a 3DGS PLY file ({reason(error)}): choose a complete one."
+        ) from error
+
+
 class PlyRows:
     """Reads rows of a 3DGS PLY file where it lies on disk."""
 
@@ -258,7 +279,7 @@ class PlyRows:
             InputError: It is missing, damaged, or does not hold Gaussians.
         """
         self._path = path
-        with self._readable():
+        with _readable(self._path):
             check_counts(path)
             self._vertex = PlyData.read(path, mmap=True)["vertex"].data  # structured, [N]
             names = set(self._vertex.dtype.names or ())
@@ -283,7 +304,7 @@ class PlyRows:
 
     def parameter(self, name: str, rows: slice | Tensor) -> Tensor:
         """Return some rows [M, ...] of one of the six stored parameters on the CPU."""
-        with self._readable():
+        with _readable(self._path):
             vertex = self._vertex[rows if isinstance(rows, slice) else rows.numpy()]
             columns = [vertex[column].astype(np.float32) for column in self._columns[name]]
             values = np.stack(columns, axis=1) if columns else np.zeros((len(vertex), 0), np.float32)
@@ -295,15 +316,6 @@ class PlyRows:
         if name == "shN":
             return tensor.reshape(len(tensor), 3, self.num_harmonics - 1).transpose(1, 2).contiguous()
         return tensor
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # plyfile, NumPy and torch each have errors of their own
-            raise InputError(
-                f"{self._path} cannot be read as a 3DGS PLY file ({reason(error)}): choose a complete one."
-            ) from error
 
 
 def load_ply(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from configs import AnyConfig
 from datasets.loader import BatchLoader, training_loader
 from datasets.scene import Scene
 from datasets.synthetic import ensure_city_block
-from errors import InputError, NotSaved, TrainingStopped, counted, heard_signals
+from errors import InputError, NotSaved, TrainingStopped, counted, heard_signals, telling_unreadable
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras
 from offload.errors import ParameterError
@@ -138,7 +138,7 @@ class TrainingRun(Generic[AnyConfig]):
             self._joint = JointRun(given, select_device(given.device))
         self.cfg = cfg = given.with_scaled_steps()
         self.said_of_input: list[str] = []
-        with ExitStack() as resources, self._joint.ending_together():
+        with ExitStack() as resources, self._joint.ending_together(), telling_unreadable():
             self._joint.meet(trainer, resources)
             self.ranks, self.device = self._joint.ranks, self._joint.device
             if not cfg.ckpt and (unused := unused_rules(given)):
@@ -158,14 +158,20 @@ class TrainingRun(Generic[AnyConfig]):
             with self._joint.one_first():  # pictures are scaled once
                 if scene_name == "demo":
                     ensure_city_block(Path(cfg.data_dir))
-                dataset = load_dataset(cfg, self._evaluated or resumed, self._say_of_input)
+                dataset = load_dataset(
+                    cfg,
+                    self._evaluated or resumed,
+                    self._say_of_input,
+                    None if starting is None else starting.checkpoint,
+                )
             self.scene: Scene = dataset.scene
             if live is not None:
                 live.place(self.scene)
                 print(f"Watch the training at {live.page.url}.")
             self._joint.check_same_dataset(self.scene)
             starting_gaussians = None if starting is None else starting.placed(self.scene.transform, cfg, print)
-            self.modules = RunModules(cfg, self.scene, self.device, self.ranks)
+            are_trained = resumed is None or resumed.steps < cfg.max_steps
+            self.modules = RunModules(cfg, self.scene, self.device, self.ranks, are_trained=are_trained)
             self.drawing = Drawing(cfg, self.modules, self.device, self.ranks)
             if self._evaluated is not None:
                 self.modules.load_evaluated(self._evaluated, cfg, self.scene)

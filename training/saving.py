@@ -28,6 +28,7 @@ from training.joined_rows import picked_state, whole
 from training.options import shown
 from training.roles import TOLD_WHEN_RESUMED
 from training.strategy import has_effect
+from training.trained_photos import with_photos_before
 
 TOLD_APART = ("state",)  # an option that is told of by what a checkpoint holds
 
@@ -192,6 +193,7 @@ class Saving:
             photos=photos_of(self._dataset.scene),
             part=None if ranks is None else Part(ranks.rank, ranks.size, self._names_of_rows(state)),
         )
+        checkpoint = with_photos_before(checkpoint, self._dataset.trained_before)
         try:
             self._checkpoints.save(checkpoint, self._model.copied_before_change())
             self._saved_steps = steps_done
@@ -266,7 +268,7 @@ class Saving:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"The checkpoint of {counted(checkpoint.steps, 'step')} in {self._checkpoints.path} does not hold what "
-                "resuming needs: remove it."
+                "resuming needs: move it away, or give another --result_dir."
             ) from error
         self._saved_steps = checkpoint.steps
         num_gaussians = num_gaussians_of(checkpoint.state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from datasets.model_choice import Say, is_named
 from datasets.normalize import is_similarity
 from errors import InputError
 from offload.store.morton import morton_order
-from training.checkpoints import load_checkpoint
+from training.checkpoints import Checkpoint, load_checkpoint
 from training.files import result_folder_of
 from training.gaussians import PARAMETER_NAMES
 from training.model_files import check_model_file
@@ -41,6 +41,7 @@ class StartingModel:
     background: str = "black"  # that it was trained before, as the option
     sky: Mapping[str, Tensor] = field(default_factory=dict)  # state of the sky that was trained with them; or nothing
     has_own_poses: bool = False  # trained with poses that were corrected (--pose_opt)
+    checkpoint: Checkpoint | None = None  # whose Gaussians they are, without its state; None: of a PLY file
 
     @classmethod
     def load(cls, path: Path, what: str = "--init_ckpt") -> StartingModel:
@@ -70,6 +71,7 @@ class StartingModel:
                 str(checkpoint.options.get("background", "black")),
                 state_of(checkpoint, "sky"),
                 bool(state_of(checkpoint, "poses")),
+                replace(checkpoint, state={}, parts=()),
             )
         gaussians, transform = found.gaussians, found.transform
         if len(gaussians["means"]) == 0:
