@@ -80,7 +80,8 @@ def _main(configs: Mapping[str, AnyConfig], train: Callable[[TrainingRun[AnyConf
         with silent_output(silent=not is_first_of_machine()):  # all read the same command
             try:
                 scene, cfg = parse(configs, sys.argv[1:], description)
-                check_result_dir(cfg)
+                with telling_unreadable():
+                    check_result_dir(cfg)
             except (InputError, SystemExit):
                 let_first_tell()
                 raise
