@@ -81,7 +81,7 @@ def part_limit(run: TrainingRun[SplitConfig]) -> RowLimit | MemoryBudget:
     row_bytes = RowBytes.of(cfg.geometry, cfg.sh_degree, cfg.state, together=together)
     limit = MemoryBudget(budget, row_bytes, math.ceil(share * run.num_initial_gaussians))
     bound_memory(budget, run.device)
-    if run.device.type != "cuda" and run.speaks:
+    if run.device.type != "cuda":
         print("Without a GPU --device_memory_budget bounds no memory: views are split for it, and that is all.")
     return limit
 
