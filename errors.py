@@ -85,6 +85,31 @@ def telling_unreadable() -> Iterator[None]:
         raise Unreadable(f"{path} may not be read: change its permissions.") from error
 
 
+@contextmanager
+def read_as(
+    path: object, what: str, remedy: str = "", faults: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Say in one sentence that a file is not what it should be.
+
+    Args:
+        path: Of the file, as it is called in the sentence.
+        what: What it should be.
+        remedy: What to do.
+        faults: Errors that its reader raises; by default all, where libraries have errors of their own.
+
+    Raises:
+        InputError: In place of these.
+        PermissionError: The file may not be read: that is `telling_unreadable`'s.
+    """
+    try:
+        yield
+    except PermissionError:
+        raise
+    except faults as error:
+        so = f": {remedy}" if remedy else ""
+        raise InputError(f"{path} cannot be read as {what} ({reason(error)}){so}.") from error
+
+
 def unreadable(path: Path | str) -> Path | None:
     """Return what must be allowed for a path to be read: a folder above it, or itself; None where nothing must."""
     path = Path(path)

@@ -23,7 +23,7 @@ from datasets.links import link_file, write_whole
 from datasets.paths import stays_inside
 from datasets.ply import read_points
 from datasets.prepared import check_writable_place, write_test_list
-from errors import InputError, reason
+from errors import InputError, read_as
 
 PARTS = ("train", "test")
 LARGEST_JSON = 100_000_000  # bytes; the published ones have 3.3 MB
@@ -101,7 +101,7 @@ def read_transforms(path: Path, source: Path) -> Transforms:
         raise InputError(
             f"{path} does not exist: download the poses, and name the folder that holds pose with --source."
         )
-    try:
+    with read_as(path, "MatrixCity's poses", "download it again"):
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError("it is too large")
         content = json.loads(path.read_bytes())
@@ -117,12 +117,6 @@ def read_transforms(path: Path, source: Path) -> Transforms:
             raise ValueError("its camera has no usable size")
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a file_path is not a text")
-    except PermissionError:
-        raise
-    except Exception as error:  # json, NumPy and missing keys
-        raise InputError(
-            f"{path} cannot be read as MatrixCity's poses ({reason(error)}): download it again."
-        ) from error
     rotations = matrices[:, :3, :3]
     deviation = (
         np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max() if np.isfinite(matrices).all() else np.inf

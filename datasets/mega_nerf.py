@@ -23,7 +23,7 @@ from datasets.images import in_threads, save_jpeg
 from datasets.links import link_file, write_whole
 from datasets.paths import stays_inside
 from datasets.prepared import check_writable_place, write_test_list
-from errors import InputError, reason
+from errors import InputError, read_as
 
 PARTS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")  # of pictures, in lower case
@@ -167,7 +167,7 @@ def read_metadata(path: Path) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """Read width and height, [3, 3] intrinsics as OpenCV takes them, and OpenCV's distortion coefficients."""
     import torch  # the files are its checkpoints
 
-    try:
+    with read_as(path, "Mega-NeRF's metadata", "download it again"):
         metadata = torch.load(path, map_location="cpu", weights_only=True)
         fx, fy, cx, cy = np.asarray(metadata["intrinsics"], np.float64).reshape(4)
         distortion = np.asarray(metadata["distortion"], np.float64).reshape(-1)
@@ -175,10 +175,4 @@ def read_metadata(path: Path) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
         K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
         if not (np.isfinite(K).all() and np.isfinite(distortion).all() and min(fx, fy, *size) > 0):
             raise ValueError("its numbers are not those of a camera")
-    except PermissionError:
-        raise
-    except Exception as error:  # pickle, zipfile and torch each have errors of their own
-        raise InputError(
-            f"{path} cannot be read as Mega-NeRF's metadata ({reason(error)}): download it again."
-        ) from error
     return size, K, distortion

@@ -35,7 +35,7 @@ from datasets.posed_photos import (
     rotation_of,
     side,
 )
-from errors import InputError, counted, reason
+from errors import InputError, counted, read_as
 
 _SAMPLE = 20_000  # points, and
 _PHOTOS = 50  # photos, that tell in which world the points are
@@ -59,12 +59,8 @@ def read(path: Path, data_dir: Path) -> SparseModel:
     Raises:
         InputError: The file is damaged, lacks a field, or has cameras that are not supported.
     """
-    try:
+    with read_as(path, "XML", "export the cameras again", (ElementTree.ParseError, ValueError, LookupError, OSError)):
         root = ElementTree.parse(path).getroot()
-    except PermissionError:
-        raise
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
-        raise InputError(f"{path} cannot be read as XML ({reason(error)}): export the cameras again.") from error
     chunks = root.findall(".//chunk")
     if not chunks:
         raise InputError(f"{path} holds no chunk: export the cameras from Metashape again.")

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from plyfile import PlyData
 
-from errors import InputError, reason
+from errors import InputError, read_as
 
 # A header is a few lines; a file that is none is not searched for a line's end to its own end.
 _LONGEST_LINE = 4096
@@ -39,7 +39,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: put the initial points there, or train without --init_ply.")
-    try:
+    with read_as(path, "a PLY file with a vertex element"):
         check_counts(path)
         vertices = _read_ascii(path)
         if vertices is None:
@@ -48,10 +48,6 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         lists = [name for name in (*"xyz", "red", "green", "blue") if name in names and vertices[name].dtype == object]
         if lists:
             raise ValueError(f"{lists[0]} is a list")
-    except PermissionError:
-        raise
-    except Exception as error:  # plyfile, NumPy and the text decoder each have errors of their own
-        raise InputError(f"{path} cannot be read as a PLY file with a vertex element ({reason(error)}).") from error
     for wanted in (("x", "y", "z"), ("red", "green", "blue")):
         missing = [name for name in wanted if name not in (vertices.dtype.names or ())]
         if missing:

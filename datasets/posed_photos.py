@@ -14,7 +14,7 @@ import numpy as np
 from datasets.colmap import LARGEST_SIDE, SparseModel, check_names, damage_of
 from datasets.image_files import picture_size
 from datasets.paths import photo_names
-from errors import InputError, reason
+from errors import InputError, read_as
 
 _LARGEST_SKEW = 1e-3  # of a rotation's entries, that is rounding of float32 and not another kind of matrix
 _LARGEST_COORDINATE = 1e100  # whose square is a number; in whatever unit, the universe is smaller
@@ -231,12 +231,8 @@ def only_points_file(path: Path) -> Path | None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises InputError where it is none."""
-    try:
+    with read_as(path, "JSON", "export it again", (ValueError, RecursionError, OSError)):
         return json.loads(path.read_bytes())
-    except PermissionError:
-        raise
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({reason(error)}): export it again.") from error
 
 
 def table(path: Path, whose: str, value: Any) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from errors import InputError, reason
+from errors import InputError, read_as
 
 
 class Region(Protocol):
@@ -91,19 +91,13 @@ def read_region(crop: Sequence[str]) -> Region | None:
 
 
 def _read_polygons(path: Path) -> Polygons:
-    try:
+    with read_as(f"--crop {path}", "a polygon", "give GeoJSON, or one corner x y a line"):
         text = path.read_text(encoding="utf-8-sig")  # some programs on Windows begin a file with a mark
         polygons = _polygons(json.loads(text)) if text.lstrip().startswith("{") else [[_corners(text)]]
         found = tuple(tuple(np.array(ring, np.float64)[:, :2] for ring in rings) for rings in polygons)
         rings = [ring for rings in found for ring in rings]
         if not rings or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in rings):
             raise ValueError("it has fewer than three corners")
-    except PermissionError:
-        raise
-    except Exception as error:  # of the disk, json and NumPy
-        raise InputError(
-            f"--crop {path} cannot be read as a polygon ({reason(error)}): give GeoJSON, or one corner x y a line."
-        ) from error
     return Polygons(found)
 
 

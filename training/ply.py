@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from datasets.ply import check_counts
 from distributed.mesh import Ranks
 from distributed.together import failing_together
-from errors import InputError, reason
+from errors import InputError, read_as, reason
 from training.files import open_new, replacing, write_file
 from training.gaussians import PARAMETER_NAMES
 
@@ -198,7 +198,7 @@ def frame_of_ply(path: Path) -> tuple[np.ndarray | None, Up | None]:
         InputError: What is said cannot be read.
     """
     side_file = path.with_suffix(".json")
-    with _readable(path):
+    with _read_as_gaussians(path):
         check_counts(path)
         comments = PlyData.read(path, mmap=True).comments
     values = _after(TRANSFORM_COMMENT, comments)
@@ -256,17 +256,9 @@ def _after(key: str, comments: Sequence[str]) -> str | None:
     return next((text[len(key) :] for text in comments if text.startswith(key)), None)
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _read_as_gaussians(path: Path) -> AbstractContextManager[None]:
     """Say in one sentence what of a PLY file cannot be read."""
-    try:
-        yield
-    except PermissionError:
-        raise
-    except Exception as error:  # plyfile, NumPy and torch each have errors of their own
-        raise InputError(
-            f"{path} cannot be read as a 3DGS PLY file ({reason(error)}): choose a complete one."
-        ) from error
+    return read_as(path, "a 3DGS PLY file", "choose a complete one")
 
 
 class PlyRows:
@@ -279,7 +271,7 @@ class PlyRows:
             InputError: It is missing, damaged, or does not hold Gaussians.
         """
         self._path = path
-        with _readable(self._path):
+        with _read_as_gaussians(self._path):
             check_counts(path)
             self._vertex = PlyData.read(path, mmap=True)["vertex"].data  # structured, [N]
             names = set(self._vertex.dtype.names or ())
@@ -304,7 +296,7 @@ class PlyRows:
 
     def parameter(self, name: str, rows: slice | Tensor) -> Tensor:
         """Return some rows [M, ...] of one of the six stored parameters on the CPU."""
-        with _readable(self._path):
+        with _read_as_gaussians(self._path):
             vertex = self._vertex[rows if isinstance(rows, slice) else rows.numpy()]
             columns = [vertex[column].astype(np.float32) for column in self._columns[name]]
             values = np.stack(columns, axis=1) if columns else np.zeros((len(vertex), 0), np.float32)
