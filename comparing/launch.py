@@ -269,7 +269,9 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
             (wanted.folder / "ckpts" / "ckpt_0.pt").symlink_to(wanted.checkpoint.resolve())
             arguments += ["--resume"]
     else:
-        arguments += ["--resume"]
+        before, *groups = option_groups(arguments)  # of which one may say where the run has begun
+        kept = [group for group in groups if field_of(group[0]) != "init_ckpt"]
+        arguments = [*before, *(word for group in kept for word in group), "--resume"]
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
     forget_ending(wanted.folder)  # a trainer that cannot start leaves it
     said = ""

@@ -298,6 +298,18 @@ def test_progress_is_shown_and_kept_out_of_the_log(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "Step 2: PSNR 20 dB\n"
 
 
+@pytest.mark.parametrize("init", [["--init_ckpt", "a.ply"], ["--init-ckpt=a.ply"]])
+def test_a_run_that_began_from_a_model_goes_on_without_it(tmp_path, init):
+    """Which --resume excludes; its cfg.yml still says what it began from."""
+    cfg = dataclasses.replace(simple_trainer.CONFIGS["default"], init_ckpt="a.ply")
+    wanted = Plan("fake", tmp_path, ("-c", "import sys; print(sys.argv[1:])", "default", *init, "--seed", "3"), cfg)
+    for expected in (["default", *init, "--seed", "3"], ["default", "--seed", "3", "--resume"]):
+        with Interruption() as interruption:
+            launch(wanted, interruption, print)
+        assert (tmp_path / "log.txt").read_text() == f"{expected}\n"
+        (tmp_path / "cfg.yml").write_text(yaml.safe_dump({"max_steps": cfg.max_steps, "init_ckpt": "a.ply"}))
+
+
 def test_a_trainer_is_told_once_of_each_ctrl_c(tmp_path):
     code = """
 import os, signal, threading, time

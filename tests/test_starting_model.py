@@ -19,6 +19,7 @@ from training.checkpoints import load_checkpoint
 from training.commands import evaluate_command, resume_command, script_command, started_in
 from training.dataset import load_dataset
 from training.event_log import read_scalars
+from training.measured import read_options
 from training.ply import load_ply, save_ply
 from training.pose_files import FILES
 from training.similarity import moved
@@ -173,6 +174,8 @@ def test_scripts_begin_from_a_file_and_resume_without_it(monkeypatch, run, city_
     printed = capsys.readouterr().out
     assert "Resuming after 2 steps" in printed
     assert "init_ckpt" not in printed
+    for named in (saved(tmp_path / "run", 4).options, read_options(tmp_path / "run")):
+        assert named["init_ckpt"] == str(run / "ply/point_cloud_6.ply")
 
 
 def test_the_command_that_resumes_leaves_the_file_out(monkeypatch):

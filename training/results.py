@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -126,6 +126,10 @@ class ResultFolder:
         if ranks is not None:
             self._check_shared(ranks)
         self.checkpoints = CheckpointFolder(self.path / "ckpts", keep=cfg.keep, ranks=ranks)
+
+    def name_beginning(self, init_ckpt: str) -> None:
+        """Let cfg.yml name the model that the run which goes on began from: it is not given with --resume."""
+        self._cfg = replace(self._cfg, init_ckpt=init_ckpt)
 
     def begin(self, first_step: int | None) -> None:
         """Write cfg.yml, and remove what the run replaces: all that could be refused has been checked.

@@ -155,6 +155,9 @@ class TrainingRun(Generic[AnyConfig]):
             if live is not None:
                 resources.callback(live.page.close)
             resumed = checkpoint_to_resume(cfg, self.results.checkpoints) if cfg.resume else None
+            if resumed is not None:  # what is written names the model that the run began from, as before
+                self.cfg = cfg = replace(cfg, init_ckpt=str(resumed.options.get("init_ckpt", "")))
+                self.results.name_beginning(cfg.init_ckpt)
             with self._joint.one_first():  # pictures are scaled once
                 if scene_name == "demo":
                     ensure_city_block(Path(cfg.data_dir))
