@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import weakref
 from collections.abc import Callable
+from functools import partial
 from threading import Event
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.aerial_scene import aerial_scene
 from offload.adam.host import DeferredAdam
 from offload.adam.schedules import schedules_of
+from offload.adam.state import current_values
+from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows
-from offload.pipelines.device_reading import READ_ROWS, BegunReading, DeviceReading, Division
+from offload.models.forwarded import ForwardedGaussians
+from offload.pipelines.device_reading import READ_ROWS, Compared, DeviceReading, Division
 from offload.pipelines.forwarded import ForwardedPipeline, ForwardedRows, Upcoming
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.transfer import Downloaded, RowTransfer
 from offload.store.host_store import HostStore
+from offload.store.layout import PackedRows
+from tests.aerial_training import gaussians_of, views_of
 from tests.test_pipeline import ADAM, repeated
 from tests.triton_places import INTERPRETED
 from tests.waiting import HANGS_AFTER
@@ -28,7 +36,7 @@ DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 BOTH, HARMONICS = ("geometry", "appearance"), ("appearance",)  # groups that travel
 PREFETCHED, LATE, FORGOTTEN, UNDONE = range(4)
 TAKING_MEMORY = [
-    *((DeviceReading, name) for name in ("begin", "go_on", "divide", "upload", "_new_rows")),
+    *((DeviceReading, name) for name in ("compare", "begin", "go_on", "divide", "upload", "_new_rows")),
     (ForwardedPipeline, "_find"),
 ]
 
@@ -148,11 +156,11 @@ def test_a_device_divides_rows_as_the_host_does(device, step, next_step):
     pipeline = make_pipeline(device, 500, True, HARMONICS)
     present, ids = (VisibleRows.of(view(number, 500).to(device)) for number in (step, next_step))
     reading = DeviceReading(pipeline._groups, device, pipeline._times)
-    begun = reading.begin(ids.ids, present.ids, ids.ids[:0])
+    compared = reading.compare(ids.ids, present.ids, ids.ids[:0])
     expected = Upcoming.between(ids, ids.host_ids, present.host_ids)
-    for name, numbers in reading.divide(begun)._asdict().items():
+    for name, numbers in reading.divide(compared)._asdict().items():
         assert torch.equal(numbers.cpu(), getattr(expected, name))
-    assert torch.equal(begun.host_ids(), ids.host_ids)
+    assert torch.equal(compared.host_ids(), ids.host_ids)
 
 
 @pytest.mark.parametrize("previous", [False, True])
@@ -208,7 +216,7 @@ def test_a_step_goes_on_where_memory_has_run_out(owner, name, is_late, travellin
         for group, values in take_step(forwarding, step, PREFETCHED).items():
             assert torch.allclose(given[group], values, rtol=1e-6, atol=1e-7)
     assert_same_stores(reading, forwarding)
-    assert failures or (travelling == BOTH and name in ("begin", "go_on", "divide"))
+    assert failures or (travelling == BOTH and name in ("compare", "begin", "go_on", "divide"))
 
 
 def test_an_update_that_is_done_again_spares_gradients_that_are_not_committed_yet(monkeypatch):
@@ -219,12 +227,12 @@ def test_an_update_that_is_done_again_spares_gradients_that_are_not_committed_ye
         buffers.reverse()
         return Downloaded(buffers[0][: len(rows)].copy_(rows), None)
 
-    def divide(self: DeviceReading, begun: BegunReading) -> Division:
+    def divide(self: DeviceReading, views: Compared) -> Division:
         fails.append(len(fails) % 2 == 0)
         if fails[-1]:
             raise torch.cuda.OutOfMemoryError("on purpose")
         may_commit.set()
-        return divide_rows(self, begun)
+        return divide_rows(self, views)
 
     def commit(*arguments: object) -> None:
         assert may_commit.wait(HANGS_AFTER)
@@ -261,6 +269,65 @@ def test_ids_of_a_view_are_kept_for_the_next_step_where_that_reads_early_alone(t
     pipeline.update()
     pipeline.finish()
     assert (ids() is not None) == (device_reads and travelling == HARMONICS)
+
+
+def train_on_colors(gaussians: ForwardedGaussians, views: list[Cameras], *, found_first: bool) -> list[Tensor]:
+    """Return the colours of each step; the next view is found before colours are made, or after that."""
+    colors = []
+    for present, upcoming in itertools.pairwise(views):
+        rows = gaussians.fetch(present, 3)
+        if found_first:
+            gaussians.prefetch(upcoming)
+        numbers = torch.arange(len(rows["means"]))
+        position = torch.linalg.inv(present.viewmats)[:, :3, 3]
+        colors.append(rows["colors"].colors(rows["means"], position, torch.zeros_like(numbers), numbers))
+        if not found_first:
+            gaussians.prefetch(upcoming)
+        (colors[-1] * torch.sin(numbers[:, None] + torch.arange(3.0))).sum().backward()
+        for name in ("scales", "quats", "opacities"):
+            rows[name].grad = torch.zeros_like(rows[name])
+        gaussians.update()
+    return [made.detach() for made in colors]
+
+
+@pytest.mark.parametrize("found_first", [True, False])
+def test_rows_of_one_view_at_a_time_are_on_the_device(found_first, monkeypatch):
+    """Those of the next view come where colours have been made; the model is that of rows which the host forwards."""
+    spaces, trained = set(), []
+    take_space = DeviceReading._take_space
+
+    def take(self: DeviceReading, count: int) -> PackedRows:
+        space = take_space(self, count)
+        spaces.add((space[0].data_ptr(), count <= len(self._space[0]) <= max_rows + max_rows // 32))
+        return space
+
+    monkeypatch.setattr(DeviceReading, "_take_space", take)
+    for reads in (False, True):
+        torch.manual_seed(0)
+        parameters, cameras = aerial_scene(3000, seed=0)
+        reading = partial(ForwardedPipeline, device_reads=reads)
+        monkeypatch.setattr(
+            "offload.models.forwarded.ForwardedPipeline",
+            lambda *arguments, device_reads, reading=reading: reading(*arguments),
+        )
+        gaussians = gaussians_of("geometry on device, compact", parameters, CPU)
+        views = views_of(cameras)
+        views = [views[0], views[1], views[0], *views[2:5]]  # so that some rows are in two views, or in every second
+        max_rows = max(len(gaussians.read_view(view)["means"]) for view in views)
+        views[0] = max(views, key=lambda view: len(gaussians.read_view(view)["means"]))  # so that space is taken once
+        trained.append(
+            [*train_on_colors(gaussians, views, found_first=found_first), *current_values(gaussians.state()).values()]
+        )
+    for actual, expected in zip(*reversed(trained), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2**-8, atol=2**-10)  # codes may be rounded the other way
+    assert len({address for address, _ in spaces}) == 1
+    assert all(fits for _, fits in spaces)
+
+    rows = gaussians.fetch(views[-1], 3)
+    make = partial(rows["colors"].colors, rows["means"], torch.zeros(1, 3), torch.zeros(2, dtype=torch.int64))
+    make(torch.arange(2))
+    with pytest.raises(RuntimeError, match="made way"):
+        make(torch.arange(2))
 
 
 @pytest.mark.cuda

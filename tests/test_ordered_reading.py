@@ -168,7 +168,7 @@ def train_in_order(lanes: OrderedLanes) -> list[Tensor]:
 
 
 def trained(pipeline: ForwardedPipeline, noted: AbstractContextManager) -> list[Tensor]:
-    """Take steps of all kinds; every second one leaves rows as they are stored, and reads them as backward does."""
+    """Take steps of all kinds; every second one leaves rows as they are stored, and reads them as colours are made."""
     for step, kind in enumerate(KINDS):
         made = None
         with noted:
@@ -181,6 +181,7 @@ def trained(pipeline: ForwardedPipeline, noted: AbstractContextManager) -> list[
                 pipeline.prefetch(step + 1)
             if stored is not None:
                 stored.of(torch.arange(len(rows.ids)))
+                stored.spend()
         give_gradients(rows, step)
         if stored is not None:
             numbers = rows.host_ids[:, None] + torch.arange(6.0)

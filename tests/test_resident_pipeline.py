@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.aerial_scene import aerial_scene
 from offload import backends
 from offload.adam.deferral import DeferralTables
 from offload.adam.options import AdamOptions
+from offload.culling.cameras import Cameras
 from offload.models.deferred import DeferredGaussians
 from offload.pipelines.groups import RowGroup
 from offload.pipelines.resident import ResidentPipeline
@@ -129,15 +130,27 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def cull_unseen(pipeline: ResidentPipeline) -> None:
+    """Let culling, which looks at all Gaussians, make its tensors where `LargestTensor` sees none."""
+    cull = pipeline._cull
+
+    def unseen(cameras: Cameras) -> Tensor:
+        with _disable_current_modes():
+            return cull(cameras)
+
+    pipeline._cull = unseen
+
+
 def fetch_and_update(kind: str) -> tuple[int, int, int]:
     """Number of Gaussians, of those in the view, and of rows of the largest tensor of a step, but for culling."""
     parameters, cameras = aerial_scene(20_000, seed=0)
     gaussians, (first, second, *_) = gaussians_of(kind, parameters, CPU), views_of(cameras)
+    if kind != "gpu_only":
+        cull_unseen(gaussians._pipeline)
     for present, upcoming in ((first, second), (second, first)):
         with LargestTensor() as largest:
             rows = gaussians.fetch(present)
-        gaussians.prefetch(upcoming)  # culls
-        with largest:
+            gaussians.prefetch(upcoming)
             for value in rows.values():
                 value.square().sum().backward(retain_graph=True)
             gaussians.update()
@@ -203,3 +216,23 @@ def test_adam_options_reach_every_parameter():
         torch.testing.assert_close(start[name][ids] - moved[name][ids], torch.full_like(start[name][ids], rate))
         others = torch.ones(len(start[name]), dtype=torch.bool).index_fill(0, ids, False)
         assert torch.equal(moved[name][others], start[name][others])
+
+
+def test_the_next_view_is_culled_when_all_that_is_rendered_has_been_given():
+    """Before that a GPU would rest while the host waits for the culling."""
+    pipeline, _ = make_pipeline(4, [torch.tensor([0, 2]), torch.tensor([1, 2])], CPU)
+    culled, cull = [], pipeline._cull
+    pipeline._cull = lambda index: culled.append(index) or cull(index)
+    view = pipeline.fetch(0)
+    pipeline.prefetch(1)
+    assert culled == [0]
+    view.values["appearance"].grad = torch.ones(2, 48)
+    pipeline.update()
+    assert culled == [0, 1]
+    pipeline.fetch(1)
+    assert culled == [0, 1]
+    pipeline.prefetch(0)
+    pipeline.undo_step(1)
+    pipeline.fetch(1)
+    pipeline.update()
+    assert culled == [0, 1]  # what was undone is not culled for any more

@@ -7,7 +7,8 @@ Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainer
                      44 x 3   else: values, gradient, a gathered copy
 
 Where harmonics have no gradient there (`offload/adam/stored_harmonics.py`), an appearance row takes 192 x 2, or packed
-196 x 2, and what the gradient is made of. Beside them:
+196 x 2, or 196 where geometry stays (`offload/pipelines/device_reading.py`), and what the gradient is made of. Beside
+them:
 
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
@@ -225,8 +226,9 @@ def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: State
     moving = MOVING_ROWS * staged
     if is_made:
         arrived = staged if is_float32 else row_bytes("appearance", sh_degree, state=state)
-        # Rows of two views; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
-        moving = 2 * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
+        views = 1 if on_device and not is_float32 else 2  # whose rows are there at once
+        # These; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
+        moving = views * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
         staged = MADE_BYTES
     compact_geometry = row_bytes("geometry", sh_degree, state="compact", tight=True)
     rows, in_view = (GEOMETRY_BYTES, 3 * 44) if is_float32 else (compact_geometry, 2 * 64)

@@ -3,13 +3,17 @@
 Their coefficients are 48 of a Gaussian's 59 values, or 45 without the constant one. Copied for a view they would be
 its largest tensor, which is written once, read twice, and lies there until the update, and their gradient another one
 as large. Here a row is decoded, where it has codes, and caught up with the steps that it has skipped where a colour is
-made of it; once more in the backward pass, where the colour's direction gets a gradient; and once more by Adam's step
-(`offload.adam.rows`, without values). The coefficients get no gradient before that: it is made there too
-(`offload/adam/harmonics.py`). All this is for one camera.
+made of it, together with the colour's slopes by the Gaussian's centre, 36 bytes, which are all that the backward pass
+needs of it; and once more by Adam's step (`offload.adam.rows`, without values). The coefficients get no gradient before
+that: it is made there too (`offload/adam/harmonics.py`). All this is for one camera.
+
+So nothing reads rows between the colours and the update. Where the update does not need them either, as the CPU has
+them, their memory goes to the next view then (`StoredRows.spend`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +44,24 @@ class StoredRows:
     last_step: Tensor | None  # int32, the step of each row's last update; None of current ones
     skipped: SkippedSteps | None  # what catches them up; None of current ones
     has_constant: bool  # whether the first three columns are the constant harmonic's
+    # Is told when colours have been made of the rows, if these are to make way then.
+    on_spent: Callable[[], None] | None = None
 
     def forget(self) -> None:
         """Let go of the rows: a store that grows would stand twice while somebody still holds colours made of it."""
-        del self.rows, self.last_step
+        self.__dict__.pop("rows", None)
+        self.__dict__.pop("last_step", None)
+
+    def spend(self) -> None:
+        """Let rows make way, if they are to, now that the current stream has been given all that reads them."""
+        if self.on_spent is not None:
+            self.forget()
+            self.on_spent()
+
+    @property
+    def are_gone(self) -> bool:
+        """Tell whether no more colours can be made."""
+        return "rows" not in self.__dict__
 
     def of(self, numbers: Tensor) -> Tensor:
         """Return the values [M, columns] of rows [M] of the view, as `fetch_dated_rows` gives them."""
@@ -64,10 +82,19 @@ class StoredHarmonics:
     sh_degree: int
 
     def colors(self, means: Tensor, camera_positions: Tensor, camera_ids: Tensor, gaussian_ids: Tensor) -> Tensor:
-        """Return colours [nnz, 3] of the Gaussians that the camera sees: as `rendering.projection.Colors` says."""
+        """Return colours [nnz, 3] of the Gaussians that the camera sees: as `rendering.projection.Colors` says.
+
+        Raises:
+            ValueError: There are several cameras.
+            RuntimeError: Rows have made way for those of the next view when colours were made of them.
+        """
         if len(camera_positions) != 1:
             raise ValueError(f"harmonics as they are stored are for one camera, there are {len(camera_positions)}")
-        return _Colors.apply(self.sh0, means, camera_positions, self, gaussian_ids)
+        if self.others.are_gone:
+            raise RuntimeError("colours have been made of these rows, which have made way for the next view's")
+        colors = _Colors.apply(self.sh0, means, camera_positions, self, gaussian_ids)
+        self.others.spend()
+        return colors
 
 
 class _Colors(torch.autograd.Function):
@@ -77,25 +104,27 @@ class _Colors(torch.autograd.Function):
     ) -> Tensor:
         means = means.contiguous()
         kernels = kernels_for(means.device, __name__)
-        colors = kernels.colors_of(harmonics.others, sh0.detach(), means, camera_positions, ids, harmonics.sh_degree)
-        ctx.save_for_backward(means, camera_positions, ids, colors)
-        ctx.others, ctx.sh_degree = harmonics.others, harmonics.sh_degree
+        colors, slopes = kernels.colors_of(
+            harmonics.others, sh0.detach(), means, camera_positions, ids, harmonics.sh_degree
+        )
+        ctx.save_for_backward(ids, colors, slopes)
+        ctx.num_rows = len(means)
         return colors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v_colors: Tensor) -> tuple[Tensor | None, ...]:
-        means, camera_positions, ids, colors = ctx.saved_tensors
-        kernels = kernels_for(means.device, __name__)
-        v_sh0, v_means = kernels.gradients_of(ctx.others, means, camera_positions, ids, colors, v_colors, ctx.sh_degree)
+        ids, colors, slopes = ctx.saved_tensors
+        kernels = kernels_for(colors.device, __name__)
+        v_sh0, v_means = kernels.gradients_of(ctx.num_rows, ids, colors, slopes, v_colors)
         v_positions = -v_means.sum(dim=0, keepdim=True) if ctx.needs_input_grad[2] else None
         return v_sh0, v_means, v_positions, None, None
 
 
 def colors_of(
     others: StoredRows, sh0: Tensor, means: Tensor, camera_positions: Tensor, ids: Tensor, sh_degree: int
-) -> Tensor:
-    """Compute colours: 0.5 plus the harmonics, cut at zero as in 3DGS.
+) -> tuple[Tensor, Tensor | None]:
+    """Compute colours, 0.5 plus the harmonics, cut at zero as in 3DGS; and how they change with means.
 
     Args:
         others: Of V rows, those of shN.
@@ -106,36 +135,34 @@ def colors_of(
         sh_degree: Of the harmonics to use.
 
     Returns:
-        [M, 3].
+        Colours [M, 3]; and their slopes before they are cut, [M, 3 colours, 3 coordinates], None where there are none.
     """
-    uncut = _uncut(others, sh0, means[ids], camera_positions, ids, sh_degree)
-    return torch.where(uncut > CUT_BELOW, uncut.clamp(min=LEAST_COLOR), 0)
+    with torch.enable_grad():
+        seen = means.detach()[ids].requires_grad_()
+        uncut = _uncut(others, sh0, seen, camera_positions.detach(), ids, sh_degree)
+        slopes = None
+        if num_harmonics(sh_degree):
+            of_color = [torch.autograd.grad(color.sum(), seen, retain_graph=True)[0] for color in uncut.unbind(dim=1)]
+            slopes = torch.stack(of_color, dim=1)
+    return torch.where(uncut > CUT_BELOW, uncut.clamp(min=LEAST_COLOR), 0).detach(), slopes
 
 
 def gradients_of(
-    others: StoredRows,
-    means: Tensor,
-    camera_positions: Tensor,
-    ids: Tensor,
-    colors: Tensor,
-    v_colors: Tensor,
-    sh_degree: int,
+    num_rows: int, ids: Tensor, colors: Tensor, slopes: Tensor | None, v_colors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of sh0 [V, 1, 3], and of means [V, 3] by directions; zero of rows not among `ids`.
 
     Args:
-        others, means, camera_positions, ids, sh_degree: As for `colors_of`.
-        colors: [M, 3] that it has returned, zero where they were cut.
-        v_colors: [M, 3] their gradient.
+        num_rows: V.
+        ids: As for `colors_of`.
+        colors, slopes: What it has returned; colours are zero where they were cut.
+        v_colors: [M, 3] the gradient of colours.
     """
     v_colors = torch.where(colors > 0, v_colors, 0)
-    v_sh0, v_means = means.new_zeros(len(means), 1, 3), torch.zeros_like(means)
-    if num_harmonics(sh_degree) and len(ids):
-        with torch.enable_grad():
-            seen = means[ids].requires_grad_()
-            uncut = _uncut(others, torch.zeros_like(v_sh0), seen, camera_positions, ids, sh_degree)
-            (v_means[ids],) = torch.autograd.grad(uncut, seen, v_colors)
-    v_sh0[:, 0].index_copy_(0, ids, v_colors.mul_(CONSTANT))
+    v_sh0, v_means = colors.new_zeros(num_rows, 1, 3), colors.new_zeros(num_rows, 3)
+    if slopes is not None:
+        v_means[ids] = (v_colors[:, :, None] * slopes).sum(dim=1)
+    v_sh0[:, 0].index_copy_(0, ids, v_colors * CONSTANT)
     return v_sh0, v_means
 
 

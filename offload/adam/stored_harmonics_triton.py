@@ -3,8 +3,8 @@
 A program has ROWS colours, and reads their rows in parts of 16 columns, as those of `packed_rows_triton.py` do, where
 the step on packed ones is: all that it needs of them first, and a barrier keeps the compiler to that.
 
-Memory traffic of a colour at degree 3: 192 bytes of a row with codes, 576 of one in float32, and some 40 of everything
-else. A pass over 1.4 million of them is 0.08 or 0.21 ms at 4 TB/s.
+Memory traffic of a colour at degree 3: 192 bytes of a row with codes, 576 of one in float32, and some 80 of everything
+else, slopes among them. A pass over 1.4 million of them is 0.09 or 0.23 ms at 4 TB/s, and their gradients 0.03.
 """
 
 from __future__ import annotations
@@ -44,42 +44,36 @@ _CONSTANT = tl.constexpr(CONSTANT)
 _SHORTEST_SQUARED = tl.constexpr(SHORTEST_SQUARED)
 _CUT_BELOW, _LEAST_COLOR = tl.constexpr(CUT_BELOW), tl.constexpr(LEAST_COLOR)
 ROWS = TILE // PART
+COLORS = 256  # whose gradients a program computes
 
 
 def colors_of(
     others: StoredRows, sh0: Tensor, means: Tensor, camera_positions: Tensor, ids: Tensor, sh_degree: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Do as `offload.adam.stored_harmonics.colors_of`."""
     count = ids.shape[0]
     colors = means.new_empty(count, 3)
+    slopes = means.new_empty(count, 3, 3) if num_harmonics(sh_degree) else None
     if count:
         with torch.cuda.device_of(ids):
             _colors_kernel[(-(-count // ROWS),)](
-                means, camera_positions.contiguous(), ids, *_arguments(others), sh0, sh0.stride(0), colors, count,
-                **_shape(others, sh_degree),
+                means, camera_positions.contiguous(), ids, *_arguments(others), sh0, sh0.stride(0), colors, slopes,
+                count, **_shape(others, sh_degree),
             )  # fmt: skip
-    return colors
+    return colors, slopes
 
 
 def gradients_of(
-    others: StoredRows,
-    means: Tensor,
-    camera_positions: Tensor,
-    ids: Tensor,
-    colors: Tensor,
-    v_colors: Tensor,
-    sh_degree: int,
+    num_rows: int, ids: Tensor, colors: Tensor, slopes: Tensor | None, v_colors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Do as `offload.adam.stored_harmonics.gradients_of`."""
-    both, count = means.new_zeros(2, means.shape[0], 3), ids.shape[0]  # one tensor, which is cleared at once
-    v_sh0, v_means = both[0], both[1]
+    both, count = colors.new_zeros(2, num_rows, 3), ids.shape[0]  # one tensor, which is cleared at once
     if count:
         with torch.cuda.device_of(ids):
-            _gradients_kernel[(-(-count // ROWS),)](
-                means, camera_positions.contiguous(), ids, *_arguments(others), colors, v_colors.contiguous(), v_sh0,
-                v_means, count, **_shape(others, sh_degree),
-            )  # fmt: skip
-    return v_sh0[:, None], v_means
+            _gradients_kernel[(-(-count // COLORS),)](
+                ids, colors, slopes, v_colors.contiguous(), both, num_rows, count, COLORS=COLORS
+            )
+    return both[0][:, None], both[1]
 
 
 def step(ids: Tensor, last_step: Tensor, made: HarmonicsGradient, rows: RowState, tables: DeferralTables) -> None:
@@ -200,6 +194,45 @@ def _of_color(values, lane, part: tl.constexpr, COLOR: tl.constexpr):
     return tl.where(channel == COLOR, values, 0.0)
 
 
+@triton.jit
+def _sums(
+    c0, c1, c2, x, y, z,
+    AXIS: tl.constexpr, HARMONICS: tl.constexpr, BEFORE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum up coefficients times their harmonics, or times the derivatives of these by x, y or z (AXIS 0 to 2).
+
+    Args:
+        c0, c1, c2: Parts of the coefficients, [ROWS, 16].
+        x, y, z: Of directions, [ROWS, 1].
+
+    Returns:
+        Three colours, [ROWS].
+    """
+    lane = tl.arange(0, _PART)[None, :]
+    reds, greens, blues = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
+    for part in tl.static_range(COLUMNS // _PART):
+        if part * _PART < 3 * HARMONICS + BEFORE:
+            if AXIS < 0:
+                basis = harmonics_part(x, y, z, part * _PART - BEFORE, HARMONICS)
+            else:
+                basis = slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, AXIS)
+            terms = part_of(c0, c1, c2, part) * basis
+            reds += _of_color(terms, lane, part, 0)
+            greens += _of_color(terms, lane, part, 1)
+            blues += _of_color(terms, lane, part, 2)
+    return tl.sum(reds, axis=1), tl.sum(greens, axis=1), tl.sum(blues, axis=1)
+
+
+@triton.jit
+def _store_slope(to, by_x, by_y, by_z, x, y, z, inverse, inside):
+    """Store the slopes [ROWS] of a colour by means, of those by the direction d / |d|: what points along d is lost."""
+    by_x, by_y, by_z = by_x[:, None] * _CONSTANT, by_y[:, None] * _CONSTANT, by_z[:, None] * _CONSTANT
+    along = by_x * x + by_y * y + by_z * z
+    tl.store(to, (by_x - along * x) * inverse, mask=inside[:, None])
+    tl.store(to + 1, (by_y - along * y) * inverse, mask=inside[:, None])
+    tl.store(to + 2, (by_z - along * z) * inverse, mask=inside[:, None])
+
+
 @triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step", "ids"])
 def _colors_kernel(
     means, camera_position,  # [V, 3], [1, 3]
@@ -214,6 +247,7 @@ def _colors_kernel(
     capacity, eps, reach,
     sh0, sh0_stride,  # [V, 3]
     colors,  # [M, 3]
+    slopes,  # [M, 3, 3], by colours and means; None of degree 0
     num_rows,  # M
     SCHEDULES: tl.constexpr,
     HARMONICS: tl.constexpr,  # in use, without the constant one
@@ -222,10 +256,9 @@ def _colors_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, _PART)[None, :]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
-    number, x, y, z, _ = _seen(means, camera_position, ids, row, inside)
+    number, x, y, z, inverse = _seen(means, camera_position, ids, row, inside)
     of_constant = sh0 + number * sh0_stride
     red = tl.load(of_constant, mask=inside, other=0.0)
     green = tl.load(of_constant + 1, mask=inside, other=0.0)
@@ -234,7 +267,7 @@ def _colors_kernel(
         last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2 = _load(
             rows, exp_avg, exp_avg_sq, places, last_step, number, inside, HARMONICS, BEFORE, CODES, COLUMNS
         )  # fmt: skip
-        reds, greens, blues = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
+        c0, c1, c2 = 0.0, 0.0, 0.0
         for part in tl.static_range(COLUMNS // _PART):
             if part * _PART < 3 * HARMONICS + BEFORE:
                 w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
@@ -242,67 +275,53 @@ def _colors_kernel(
                     w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
                     part, SCHEDULES, CODES, COLUMNS,
                 )  # fmt: skip
-                terms = w * harmonics_part(x, y, z, part * _PART - BEFORE, HARMONICS)
-                reds += _of_color(terms, lane, part, 0)
-                greens += _of_color(terms, lane, part, 1)
-                blues += _of_color(terms, lane, part, 2)
-        red, green, blue = red + tl.sum(reds, axis=1), green + tl.sum(greens, axis=1), blue + tl.sum(blues, axis=1)
+                c0, c1, c2 = with_part(c0, c1, c2, w, part)
+        reds, greens, blues = _sums(c0, c1, c2, x, y, z, -1, HARMONICS, BEFORE, COLUMNS)
+        red, green, blue = red + reds, green + greens, blue + blues
+        if HARMONICS > 0:
+            red_x, green_x, blue_x = _sums(c0, c1, c2, x, y, z, 0, HARMONICS, BEFORE, COLUMNS)
+            red_y, green_y, blue_y = _sums(c0, c1, c2, x, y, z, 1, HARMONICS, BEFORE, COLUMNS)
+            red_z, green_z, blue_z = _sums(c0, c1, c2, x, y, z, 2, HARMONICS, BEFORE, COLUMNS)
+            to = slopes + (row.to(tl.int64) * 9)[:, None]
+            _store_slope(to, red_x, red_y, red_z, x, y, z, inverse, inside)
+            _store_slope(to + 3, green_x, green_y, green_z, x, y, z, inverse, inside)
+            _store_slope(to + 6, blue_x, blue_y, blue_z, x, y, z, inverse, inside)
     red, green, blue = red * _CONSTANT + 0.5, green * _CONSTANT + 0.5, blue * _CONSTANT + 0.5
     tl.store(colors + row * 3, tl.where(red > _CUT_BELOW, tl.maximum(red, _LEAST_COLOR), 0.0), mask=inside)
     tl.store(colors + row * 3 + 1, tl.where(green > _CUT_BELOW, tl.maximum(green, _LEAST_COLOR), 0.0), mask=inside)
     tl.store(colors + row * 3 + 2, tl.where(blue > _CUT_BELOW, tl.maximum(blue, _LEAST_COLOR), 0.0), mask=inside)
 
 
-@triton.jit
-def _constant_gradient(color, v_color, inside):
-    """Load gradients [ROWS] of the constant harmonic in one channel, by those of colours; zero where these were cut."""
-    is_drawn = tl.load(color, mask=inside, other=0.0) > 0.0
-    return tl.where(is_drawn, tl.load(v_color, mask=inside, other=0.0), 0.0) * _CONSTANT
-
-
-@triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step", "ids"])
+@triton.jit(do_not_specialize=["num_rows", "count"], do_not_specialize_on_alignment=["ids"])
 def _gradients_kernel(
-    means, camera_position, ids, rows, exp_avg, exp_avg_sq, places, last_step, sums, multipliers, capacity, eps, reach,
-    colors, v_colors,  # [M, 3], the first zero where they were cut
-    v_sh0, v_means,  # [V, 3]
-    num_rows,  # M
-    SCHEDULES: tl.constexpr, HARMONICS: tl.constexpr, BEFORE: tl.constexpr, CODES: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    lane = tl.arange(0, _PART)[None, :]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_rows
-    number, x, y, z, inverse = _seen(means, camera_position, ids, row, inside)
-    red = _constant_gradient(colors + row * 3, v_colors + row * 3, inside)
-    green = _constant_gradient(colors + row * 3 + 1, v_colors + row * 3 + 1, inside)
-    blue = _constant_gradient(colors + row * 3 + 2, v_colors + row * 3 + 2, inside)
-    if HARMONICS > 0:
-        last, scale0, scale1, scale2, w0, w1, w2, m0, m1, m2, v0, v1, v2 = _load(
-            rows, exp_avg, exp_avg_sq, places, last_step, number, inside, HARMONICS, BEFORE, CODES, COLUMNS
-        )  # fmt: skip
-        v_xs, v_ys, v_zs = x * tl.zeros_like(lane), x * tl.zeros_like(lane), x * tl.zeros_like(lane)
-        for part in tl.static_range(COLUMNS // _PART):
-            if part * _PART < 3 * HARMONICS + BEFORE:
-                w, m, v = part_of(w0, w1, w2, part), part_of(m0, m1, m2, part), part_of(v0, v1, v2, part)
-                w = _current(
-                    w, m, v, last, inside, scale0, scale1, scale2, sums, multipliers, capacity, eps, reach,
-                    part, SCHEDULES, CODES, COLUMNS,
-                )  # fmt: skip
-                channel = (lane + part * _PART) % 3
-                w = w * tl.where(channel == 0, red[:, None], tl.where(channel == 1, green[:, None], blue[:, None]))
-                v_xs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 0)
-                v_ys += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 1)
-                v_zs += w * slopes_part(x, y, z, part * _PART - BEFORE, HARMONICS, 2)
-        v_x, v_y, v_z = tl.sum(v_xs, axis=1)[:, None], tl.sum(v_ys, axis=1)[:, None], tl.sum(v_zs, axis=1)[:, None]
-        # Through d / |d|: what points along d is lost. One camera sees a row once, so nobody adds to the same one.
-        along = v_x * x + v_y * y + v_z * z
-        to = v_means + (number * 3)[:, None]
-        tl.store(to, (v_x - along * x) * inverse, mask=inside[:, None])
-        tl.store(to + 1, (v_y - along * y) * inverse, mask=inside[:, None])
-        tl.store(to + 2, (v_z - along * z) * inverse, mask=inside[:, None])
-    tl.store(v_sh0 + number * 3, red, mask=inside)
-    tl.store(v_sh0 + number * 3 + 1, green, mask=inside)
-    tl.store(v_sh0 + number * 3 + 2, blue, mask=inside)
+    ids,  # [M]
+    colors,  # [M, 3], zero where they were cut
+    slopes,  # [M, 3, 3], or None
+    v_colors,  # [M, 3]
+    gradients,  # [2, V, 3], of sh0 and of means
+    num_rows,  # V
+    count,  # M
+    COLORS: tl.constexpr,
+):
+    row = tl.program_id(0) * COLORS + tl.arange(0, COLORS)
+    inside = row < count
+    # One camera sees a row once, so nobody adds to the same one.
+    v_sh0 = gradients + tl.load(ids + row, mask=inside, other=0) * 3
+    v_means = v_sh0 + num_rows.to(tl.int64) * 3
+    v_x, v_y, v_z = tl.zeros((COLORS,), tl.float32), tl.zeros((COLORS,), tl.float32), tl.zeros((COLORS,), tl.float32)
+    for channel in tl.static_range(3):
+        is_drawn = tl.load(colors + row * 3 + channel, mask=inside, other=0.0) > 0.0
+        v_color = tl.where(is_drawn, tl.load(v_colors + row * 3 + channel, mask=inside, other=0.0), 0.0)
+        tl.store(v_sh0 + channel, v_color * _CONSTANT, mask=inside)
+        if slopes is not None:
+            slope = slopes + row.to(tl.int64) * 9 + channel * 3
+            v_x += v_color * tl.load(slope, mask=inside, other=0.0)
+            v_y += v_color * tl.load(slope + 1, mask=inside, other=0.0)
+            v_z += v_color * tl.load(slope + 2, mask=inside, other=0.0)
+    if slopes is not None:
+        tl.store(v_means, v_x, mask=inside)
+        tl.store(v_means + 1, v_y, mask=inside)
+        tl.store(v_means + 2, v_z, mask=inside)
 
 
 @triton.jit(

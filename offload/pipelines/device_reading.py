@@ -5,6 +5,9 @@ and 256 written, which the link reads once more. A device reads the row as it is
 Geometry it decodes in passing. Harmonics stay packed, 196 bytes, until colours are made of them, which decodes them
 (`offload/adam/stored_harmonics.py`), or until their values are asked for. That leaves the host's threads and memory to
 commits, which both are short of.
+
+Where geometry does not travel, packed rows of one view at a time are on the device: those of the next view come where
+the present one's were, when colours have been made of these, early in the forward pass.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from offload.store.layout import PackedRows, RowState, packed_rows
 
 READ_ROWS = 1 << 17  # at once, where geometry travels, whose rows are packed in between, 17 MB
 STAYS_PACKED = "appearance"  # the group
+SPARE = 32  # space for a view has 1/32 more than the largest one so far, so that larger ones seldom need new memory
 
 
 @dataclass
@@ -56,8 +60,8 @@ class UploadedPacked(Uploaded):
 
 
 @dataclass
-class BegunReading:
-    """Rows of the next view, of which those are on their way that no commit waits for."""
+class Compared:
+    """The next view, compared with the two before it, and its rows when they are on their way."""
 
     ids: Tensor  # [V] int64 on the device
     host_ids: Callable[[], Tensor]  # waits for the same on the host
@@ -67,8 +71,9 @@ class BegunReading:
     moved: Tensor  # [V] bool, whether they are there
     leaving: Tensor  # [W] bool, which rows of the present view are not in the next one
     compared: torch.cuda.Event | None  # that these are there
+    on_host: Tensor | None  # [V] bool, which rows neither of these views has, until they are being read
     nearby: Tensor  # [V] bool, which rows the view before the present one had, and the present one has not
-    packed: PackedRows  # V of the group that stays packed
+    packed: PackedRows | None = None  # V of the group that stays packed, when they are being read
 
 
 class Division(NamedTuple):
@@ -101,12 +106,12 @@ class DeviceReading:
         self._kernels = kernels_for(device, "offload.adam.rows")
         self._overlap = kernels_for(device, "offload.pipelines.overlap").overlap
         self._lane, self._side_lane = Lane.new(device), Lane.new(device)  # the latter for what no row waits for
+        # For the packed rows of one view, where geometry does not travel: where it does, those of two are there.
+        self._has_space = len(groups) == 1
+        self._space: PackedRows | None = None
 
-    def begin(self, ids: Tensor, present: Tensor, before: Tensor) -> BegunReading:
-        """Read rows of the next view that are in no view before it, when the current stream has done its work so far.
-
-        Nothing that is under way on the host writes them: not the commits of the view before the present one. For
-        `go_on`, where no group but the one that stays packed travels.
+    def compare(self, ids: Tensor, present: Tensor, before: Tensor) -> Compared:
+        """Compare the next view with those before it, when the current stream has done its work so far.
 
         Args:
             ids: int64 [V] on the device, sorted.
@@ -119,41 +124,52 @@ class DeviceReading:
             lane.uses(ids, present, before)
             overlap = self._overlap(ids, present, before, ids.new_zeros(()))
             compared = lane.record()
-            packed = self._new_rows(self._groups[STAYS_PACKED], len(ids))
-            self._read(ids, overlap.on_host, {}, packed)
         with self._side_lane as lane:
             lane.wait(culled)
             lane.uses(ids)
             host_ids = arriving(ids)
         known = overlap.sources, overlap.moved, overlap.leaving
-        return BegunReading(ids, host_ids, present, *known, compared, overlap.nearby, packed)
+        return Compared(ids, host_ids, present, *known, compared, overlap.on_host, overlap.nearby)
 
-    def divide(self, begun: BegunReading) -> Division:
+    def begin(self, views: Compared) -> None:
+        """Read rows of the next view that are in no view before it, in the place of the present one's.
+
+        Nothing that is under way on the host writes them: not the commits of the view before the present one. What the
+        current stream has been given so far is all that reads the present view's rows.
+        """
+        packed = self._take_space(len(views.ids))
+        with self._lane:
+            self._read(views.ids, views.on_host, {}, packed)
+        views.on_host, views.packed = None, packed
+
+    def divide(self, views: Compared) -> Division:
         """Compare the next view with the present one; waits for what the device needs for that alone.
 
         The host would need several milliseconds, of the threads that commit rows at that time.
         """
         with self._side_lane as lane:
-            lane.wait(begun.compared)
-            lane.uses(begun.present, begun.sources, begun.moved, begun.leaving)
-            shared_here = begun.moved.nonzero().squeeze(1)
-            only_before = begun.leaving.nonzero().squeeze(1)
-            on_device = begun.ids[shared_here], only_before, begun.present[only_before]
-            shared_before = begun.sources[shared_here]
+            lane.wait(views.compared)
+            lane.uses(views.present, views.sources, views.moved, views.leaving)
+            shared_here = views.moved.nonzero().squeeze(1)
+            only_before = views.leaving.nonzero().squeeze(1)
+            on_device = views.ids[shared_here], only_before, views.present[only_before]
+            shared_before = views.sources[shared_here]
             on_host = [arriving(numbers) for numbers in on_device]
         return Division(shared_here, shared_before, *(arrived() for arrived in on_host))
 
-    def go_on(self, begun: BegunReading) -> dict[str, Uploaded]:
+    def go_on(self, views: Compared) -> dict[str, Uploaded]:
         """Read the rows of the view before the present one, when they have been committed.
 
         Returns:
             group -> V rows, for values after the present step; those of the present view are left out, for `complete`.
         """
+        packed = views.packed
+        assert packed is not None  # `begin` has been called
         with self._lane as lane:
-            self._read(begun.ids, begun.nearby, {}, begun.packed)
+            self._read(views.ids, views.nearby, {}, packed)
             skipped = self._groups[STAYS_PACKED].adam.skipped_steps(self._device)
             done = lane.record()
-        return {STAYS_PACKED: UploadedPacked(begun.packed[0], done, begun.packed[1], skipped, self._kernels)}
+        return {STAYS_PACKED: UploadedPacked(packed[0], done, packed[1], skipped, self._kernels)}
 
     def upload(
         self, host_ids: Tensor, left_out: Tensor | None, *, previous: bool = False
@@ -168,6 +184,7 @@ class DeviceReading:
         Returns:
             The ids on the device, for work that waits for the rows; and group -> its V rows.
         """
+        stay_packed = self._take_space(len(host_ids)) if self._has_space else None
         with self._lane as lane:
             ids = self._to_device(host_ids)
             wanted = None
@@ -177,7 +194,7 @@ class DeviceReading:
             skipped = {
                 name: group.adam.skipped_steps(self._device, previous=previous) for name, group in self._groups.items()
             }
-            values, packed = self._read(ids, wanted, skipped)
+            values, packed = self._read(ids, wanted, skipped, stay_packed)
             done = lane.record()
         uploads = {name: Uploaded(rows, done) for name, rows in values.items()}
         for name, (words, last_step) in packed.items():
@@ -195,20 +212,14 @@ class DeviceReading:
         with self._lane as lane:
             places = self._to_device(positions)
             lane.uses(ids, places)
-            ids = ids[places]
-            skipped = {
-                name: group.adam.skipped_steps(self._device)
-                for name, group in self._groups.items()
-                if name != STAYS_PACKED
-            }
-            values, packed = self._read(ids, None, skipped)
-            for name, upload in uploads.items():
-                if isinstance(upload, UploadedPacked):
-                    rows, last_step = packed[name]
-                    upload.last_step.index_copy_(0, places, last_step)
-                else:
-                    rows = values[name]
-                upload.rows.index_copy_(0, places, rows)
+            if self._has_space:  # straight to where they are missing: memory is scarce, and rows have been changed
+                wanted = torch.zeros(len(ids), dtype=torch.bool, device=self._device)
+                wanted.index_fill_(0, places, True)
+                for upload in uploads.values():
+                    assert isinstance(upload, UploadedPacked)
+                    self._read(ids, wanted, {}, (upload.rows, upload.last_step))
+            else:
+                self._read_among(uploads, ids[places], places)
             done = lane.record()
         for upload in uploads.values():
             upload.done = done
@@ -216,6 +227,20 @@ class DeviceReading:
     def finish(self) -> None:
         """Wait until nothing is being read."""
         self._lane.finish()
+
+    def _read_among(self, uploads: Mapping[str, Uploaded], ids: Tensor, places: Tensor) -> None:
+        """Read rows [S] on the current stream and copy them to their places among those of a view."""
+        skipped = {
+            name: group.adam.skipped_steps(self._device) for name, group in self._groups.items() if name != STAYS_PACKED
+        }
+        values, packed = self._read(ids, None, skipped)
+        for name, upload in uploads.items():
+            if isinstance(upload, UploadedPacked):
+                rows, last_step = packed[name]
+                upload.last_step.index_copy_(0, places, last_step)
+            else:
+                rows = values[name]
+            upload.rows.index_copy_(0, places, rows)
 
     def _read(
         self,
@@ -259,6 +284,20 @@ class DeviceReading:
                     of_view, out = packed_rows(words, name), RowState(decoded[rows], ())
                     self._kernels.fetch_dated_rows(of_view, places[here], steps, those, out, skipped[name])
         return values, {name: rows for name, rows in packed.items() if name == STAYS_PACKED}
+
+    def _take_space(self, count: int) -> PackedRows:
+        """Return space for packed rows [V] that are read next, when the current stream has done its work so far.
+
+        There the rows of the view before lie, which that work reads.
+        """
+        if self._space is None or len(self._space[0]) < count:
+            if self._space is not None and self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # or its memory would not be free yet, and both there at once
+            self._space = None
+            with self._lane:
+                self._space = self._new_rows(self._groups[STAYS_PACKED], count + count // SPARE)
+        self._lane.wait(Lane.current(self._device).record())
+        return _cut_out(self._space, slice(count))
 
     def _new_rows(self, group: RowGroup[DeferredAdam], count: int) -> PackedRows:
         words = torch.empty(count, group.store.packed.shape[1], dtype=torch.int32, device=self._device)

@@ -11,7 +11,8 @@ While the device renders view j, a worker thread on the host
 Where rows are compact the device reads them itself, instead, as soon as no commit of view j - 1 will write them
 (`device_reading.py`). The worker is spared half of its work, and the link carries rows in place of values. Where
 geometry is on the device as well, it also compares the two views, of which nobody but the update needs to know on the
-host: that asks for it while the worker still commits.
+host: that asks for it while the worker still commits. Rows of view j + 1 then come where those of view j were, when
+colours have been made of these, so that device memory holds those of one view.
 
 When view j has been rendered, its gradients travel to the host, beside what the worker is still doing; of harmonics
 that one camera sees, what these are made of (`offload/adam/harmonics.py`), 24 bytes a row. When that is done,
@@ -44,7 +45,7 @@ from offload.backends import native, num_threads
 from offload.culling.cameras import Cameras
 from offload.culling.visible import VisibleRows
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.device_reading import BegunReading, DeviceReading
+from offload.pipelines.device_reading import Compared, DeviceReading
 from offload.pipelines.groups import RowGroup, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.times import OffloadTimes
@@ -172,7 +173,7 @@ class ForwardedPipeline:
         self._transfers = {name: RowTransfer(group.adam.columns, device, self._times) for name, group in groups.items()}
         self._made_transfer = RowTransfer(MADE_COLUMNS, device, self._times)
         self._reading = DeviceReading(groups, device, self._times) if device_reads else None
-        self._reads_early = device_reads and not self._culls_in_worker
+        self._early_reading = None if self._culls_in_worker else self._reading
         self._present: VisibleRows | None = None
         self._rows: ForwardedRows | None = None
         self._step_begun = False
@@ -182,7 +183,10 @@ class ForwardedPipeline:
         self._is_ending = False  # whether its update has begun to change them, which is not done twice
         self._displaced: Displacement | None = None  # rows of the present view, with its update
         self._found: VisibleRows | None = None  # of the next view, found before training was interrupted
-        # Has the next view compared while the worker still commits, where nobody has needed that before.
+        # Where rows are read early: whether nothing will read those of the present view any more; the next view, until
+        # its rows are being read; and what has them divided while the worker still commits, which nobody needs before.
+        self._are_spent = False
+        self._compared: Compared | None = None
         self._find_in_update: Callable[[], Upcoming] | None = None
         self._before: Tensor | None = None  # [V] on the device, rows of the view before the present one; to read early
 
@@ -190,20 +194,32 @@ class ForwardedPipeline:
 
     def fetch(self, cameras: Cameras) -> ForwardedRows:
         """Return the rows of a view, with the values they have after the last step."""
-        return self._bring(*self._begin_whole(cameras))
+        rows = self._bring(*self._begin_whole(cameras))
+        self._are_spent = True
+        return rows
 
     def fetch_stored(self, cameras: Cameras, name: str) -> tuple[ForwardedRows, StoredRows]:
         """Do as `fetch`, but for one group, whose rows are returned as they have come."""
         ids, host_ids = self._begin_whole(cameras)
         uploads = self._uploads(host_ids)
         stored = uploads.pop(name).stored(has_constant=self._groups[name].store.layout.has_constant)
+        self._are_spent = False
+        if self._early_reading is not None:
+            stored.on_spent = self._spend
         return self._take(ids, host_ids, uploads), stored
 
     def prefetch(self, cameras: Cameras) -> None:
         """Let the worker commit what is owed and forward the next view's rows, while the present one is rendered."""
-        find, read = self._finding(cameras, fetched(self._present))
-        self._find_in_update = None if read is None else find
-        self._ahead.begin(self._prepare, find, read)
+        present = fetched(self._present)
+        if self._early_reading is None:
+            self._ahead.begin(self._prepare, self._finding(cameras, present), None)
+            return
+        ids = self._cull(cameras)
+        before = ids[:0] if self._before is None else self._before
+        self._compared = self._early_reading.compare(ids, present.ids, before)
+        self._find_in_update = cache(partial(_divided, self._early_reading, self._compared))
+        if self._are_spent:
+            self._read_ahead()
 
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take in the gradients of the view and end the step; the worker commits them at once.
@@ -312,7 +328,7 @@ class ForwardedPipeline:
         self._found = self._present
         self._step_begun = False
         self._ahead.forget()
-        self._rows = self._present = self._displaced = self._find_in_update = None
+        self._rows = self._present = self._displaced = self._compared = self._find_in_update = None
 
     def counters(self) -> Counters:
         """Count allocations of staging memory; and milliseconds that the worker has culled, forwarded and committed
@@ -363,33 +379,36 @@ class ForwardedPipeline:
     def _find(self, cameras: Cameras) -> VisibleRows:
         return VisibleRows.of(self._cull(cameras))
 
-    def _finding(
-        self, cameras: Cameras, present: VisibleRows
-    ) -> tuple[Callable[[], Upcoming], Callable[[], dict[str, Uploaded]] | None]:
-        """Begin to find the next view, and to read its rows where the device does both.
+    def _finding(self, cameras: Cameras, present: VisibleRows) -> Callable[[], Upcoming]:
+        """Begin to find the next view, where no device compares it; return what finds it, the same each time.
 
         The worker gives no work to the device's current stream, where it would wait for the rendering: geometry that is
         on the device is culled here.
-
-        Returns:
-            What finds the view, the same each time; and what reads the rows that have been committed, or None, where
-            all are read when the view is found.
         """
         find: Callable[[], VisibleRows] = partial(self._find, cameras)
         if not self._culls_in_worker:
-            ids = self._cull(cameras)
-            if self._reading is not None:
-                before = ids[:0] if self._before is None else self._before
-                begun = self._reading.begin(ids, present.ids, before)
-                return cache(partial(_divided, self._reading, begun)), partial(self._reading.go_on, begun)
-            find = VisibleRows.arriving(ids)
+            find = VisibleRows.arriving(self._cull(cameras))
 
         @cache
         def find_upcoming() -> Upcoming:
             rows = find()
             return Upcoming.between(rows, rows.host_ids, present.host_ids)
 
-        return find_upcoming, None
+        return find_upcoming
+
+    def _spend(self) -> None:
+        """Note that all has been given to the device that reads the rows of the present view as they have come."""
+        self._are_spent = True
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Let rows of the next view come where those of the present one are, if it has been found."""
+        if self._early_reading is None or self._compared is None:
+            return
+        self._early_reading.begin(self._compared)
+        go_on = partial(self._early_reading.go_on, self._compared)
+        self._ahead.begin(self._prepare, self._find_in_update, go_on)
+        self._compared = None
 
     def _prepare(self, find: Callable[[], Upcoming], read: Callable[[], dict[str, Uploaded]] | None) -> Ahead:
         """Upload what can be known of the next view before the present view's gradients."""
@@ -455,6 +474,7 @@ class ForwardedPipeline:
             # Once, also if the update is done again: the next download takes memory that the worker may commit from.
             if name not in downloads:
                 downloads[name] = self._download(name, gradient)
+        self._read_ahead()  # unless that has been done when colours were made
         if self._find_in_update is not None:
             self._find_in_update()
         ahead = self._ahead.result()
@@ -556,9 +576,9 @@ class ForwardedPipeline:
 
     def _end_step(self) -> None:
         """Let the worker commit what is owed, before it is given the next view."""
-        if self._reads_early:
+        if self._early_reading is not None:
             self._before = fetched(self._present).ids
-        self._present = self._rows = self._find_in_update = None
+        self._present = self._rows = self._compared = self._find_in_update = None
         self._step_begun = False
         self._ahead.begin_before(self._commit_owed)
 
@@ -590,10 +610,10 @@ class ForwardedPipeline:
         return host_ids if self._culls_in_worker else host_ids.to(self._device)
 
 
-def _divided(reading: DeviceReading, begun: BegunReading) -> Upcoming:
-    """Return the next view, as the device compares it with the present one."""
-    division = reading.divide(begun)
-    return Upcoming(VisibleRows(begun.ids, begun.host_ids()), *division)
+def _divided(reading: DeviceReading, views: Compared) -> Upcoming:
+    """Return the next view, as the device has compared it with the present one."""
+    division = reading.divide(views)
+    return Upcoming(VisibleRows(views.ids, views.host_ids()), *division)
 
 
 def positions_without(positions: Tensor, count: int) -> Tensor:

@@ -308,11 +308,11 @@ class TiledPipeline(ForwardedPipeline):
     def _find(self, cameras: Cameras) -> TiledRows:
         return self._plan(cameras)
 
-    def _finding(self, cameras: Cameras, present: VisibleRows) -> tuple[Callable[[], Upcoming], None]:
+    def _finding(self, cameras: Cameras, present: VisibleRows) -> Callable[[], Upcoming]:
         find = cache(partial(self._find_upcoming, cameras, present))
         if not self._culls_in_worker:
             find()
-        return find, None
+        return find
 
     def _find_upcoming(self, cameras: Cameras, present: VisibleRows) -> Upcoming:
         progress = fetched(self._progress)
