@@ -96,18 +96,21 @@ class Lack:
 #   writes three: 4 + 7 values. A row that two consecutive views share takes 3 values less; here few are. The optimized
 #   trainer reads 24 bytes in place of the gradient of harmonics.
 # - A compact row has 328 bytes, with the step of its last update in both groups: 132 of geometry, 196 of harmonics;
-#   values have 256. On the device geometry (64) is decoded, which reads the row and writes the values, and stepped,
-#   which reads those, gradients, moments and last step (68), and writes the row. Harmonics are read where colours are
-#   made of them, and read and written by the step, which makes their gradients of the constant one (12) and of means,
-#   which are copied before (36). Where a row travels it is written when it comes and read when it goes. Culling reads
-#   20 bytes of each Gaussian, or 28 of each 64 of them. Geometry that stays, beside harmonics on the host, is culled by
-#   32 bytes of each row; its gradients are laid side by side (56 + 64), and its step reads and writes the row.
+#   values have 256. Where geometry stays on the device its rows are tight, 116. On the device geometry (64) is decoded,
+#   which reads the row and writes the values, and stepped, which reads those, gradients, moments and last step (68, or
+#   60 of a tight row), and writes the row. Harmonics are read where colours are made of them, and read and written by
+#   the step, which makes their gradients of the constant one (12) and of means, which are copied before (36). Where a
+#   row travels it is written when it comes and read when it goes. Culling reads 20 bytes of each Gaussian, or 28 of
+#   each 64 of them. Geometry that stays, beside harmonics on the host, is culled by 32 bytes of each row; its gradients
+#   are laid side by side (56 + 64), and its step reads and writes the row.
 COMPACT_ROW = 328
 COMPACT_VALUES = 256
 HARMONICS_ROW = 196
 HARMONICS_VALUES = 192
-COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + 196 + (196 + 12 + 36 + 196)
-COMPACT_GEOMETRY_STEP = (132 + 64) + (56 + 64) + (64 + 132 + 132)
+HARMONICS_STEP = 196 + (196 + 12 + 36 + 196)
+COMPACT_STEP = (132 + 64) + (64 + 64 + 68 + 132) + HARMONICS_STEP
+TIGHT_STEP = (116 + 64) + (64 + 64 + 60 + 116) + HARMONICS_STEP
+TIGHT_GEOMETRY_STEP = (116 + 64) + (56 + 64) + (64 + 116 + 116)
 COMPACT_COMMIT = COMPACT_ROW + COMPACT_VALUES + COMPACT_ROW  # by the CPU
 COMPACT_MADE_COMMIT = COMPACT_ROW + 64 + 24 + COMPACT_ROW  # where gradients of harmonics are made
 HARMONICS_COMMIT = HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_ROW  # by the CPU, of harmonics alone
@@ -172,7 +175,7 @@ TRAINERS: dict[str, Trainer] = {
     "gpu_only_compact": Trainer(
         "simple_trainer",
         footprint=gpu_only_footprint,
-        traffic=lambda n, v: Traffic(device=20 * n + COMPACT_STEP * v),
+        traffic=lambda n, v: Traffic(device=20 * n + TIGHT_STEP * v),
         options={"adam": "deferred", "state": "compact"},
         less_device="streamed_compact",
         smaller_views_help=False,
@@ -206,7 +209,7 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_optimized",
         footprint=optimized_footprint,
         traffic=lambda n, v: Traffic(
-            device=32 * n + (COMPACT_GEOMETRY_STEP + 2 * HARMONICS_ROW) * v,
+            device=32 * n + (TIGHT_GEOMETRY_STEP + 2 * HARMONICS_ROW) * v,
             host=(HARMONICS_ROW + HARMONICS_MADE_COMMIT) * v,
             link=HARMONICS_ROW * v,
         ),
@@ -240,7 +243,7 @@ TRAINERS: dict[str, Trainer] = {
         "simple_trainer_hybrid_optimized_split",
         footprint=split_footprint,
         traffic=lambda n, v: Traffic(
-            device=32 * n + COMPACT_GEOMETRY_STEP * v,
+            device=32 * n + TIGHT_GEOMETRY_STEP * v,
             host=(HARMONICS_ROW + HARMONICS_VALUES + HARMONICS_COMMIT) * v,
             link=HARMONICS_VALUES * v,
         ),

@@ -23,7 +23,7 @@ from benchmarks.aerial_scene import aerial_scene
 from errors import DamagedError
 from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
-from offload.adam.state import CurrentValues, current_rows, format_of, sh_degree_of
+from offload.adam.state import CurrentValues, current_rows, format_of, names_of_rows, sh_degree_of
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.baseline import BaselineGaussians
 from offload.models.deferred import DeferredGaussians
@@ -32,9 +32,11 @@ from offload.models.forwarded import ForwardedGaussians
 from offload.models.streamed import StreamedGaussians
 from tests.aerial_training import train_on_random_gradients, views_of
 from tests.interrupted_runs import run_script, saved
+from tests.tight_rows import in_other_form, same_rows
 from tests.training_scripts import slow_but
 from training.checkpoint_writing import save_checkpoint
 from training.checkpoints import PROLOGUE, Checkpoint, load_checkpoint, peek_checkpoint
+from training.joined_rows import joined_state, picked_state
 from training.ply import load_ply
 
 CPU, N = torch.device("cpu"), 600
@@ -127,9 +129,13 @@ def test_a_checkpoint_is_exported_with_all_steps_applied(tmp_path, make, sh_degr
 @pytest.mark.parametrize("kind", ["forwarded", "forwarded, host", "streamed", "streamed, host"])
 def test_compact_trainers_take_one_anothers_states_as_they_are(tmp_path, kind):
     checkpoint = write(tmp_path / "a.pt", train(COMPACT["deferred"](start(3)), 5))
-    state = start_from(COMPACT[kind], checkpoint).state()
-    for name in ("packed/geometry", "packed/appearance", "last_step/geometry", "last_step/appearance"):
-        assert torch.equal(state[name], checkpoint.state[name]), name
+    gaussians = start_from(COMPACT[kind], checkpoint)
+    back = start_from(COMPACT["deferred"], write(tmp_path / "b.pt", gaussians))
+    for state in (gaussians.state(), back.state()):
+        for name in ("packed/appearance", "last_step/geometry", "last_step/appearance"):
+            assert torch.equal(state[name], checkpoint.state[name]), name
+        assert same_rows(state["packed/geometry"], checkpoint.state["packed/geometry"])
+    assert torch.equal(state["packed/geometry"], checkpoint.state["packed/geometry"])  # tight again
 
 
 @pytest.mark.parametrize("sh_degree", slow_but(["0", "3"], [0, 1, 2, 3]))
@@ -216,6 +222,8 @@ def test_a_compact_state_made_of_float32_is_the_same_each_time(tmp_path):
     checkpoint = write(tmp_path / "a.pt", train(FLOAT["streamed"](start(3)), 5))
     first, second = (start_from(COMPACT["streamed, host"], checkpoint).state() for _ in range(2))
     assert_same_bits(first, second)
+    tight = start_from(COMPACT["deferred"], checkpoint).state()
+    assert same_rows(tight["packed/geometry"], first["packed/geometry"])
     for name in ("means", "opacities", "sh0"):  # moments in bfloat16
         (_, actual), (_, wanted) = next(current_rows(first, name)), next(current_rows(checkpoint.state, name))
         for array in ("exp_avg", "exp_avg_sq"):
@@ -231,10 +239,11 @@ def test_what_a_file_says_of_its_version(tmp_path):
     for path, gaussians in (
         (tmp_path / "a", FLOAT["streamed"](start(1))),
         (tmp_path / "b", COMPACT["streamed"](start(1))),
+        (tmp_path / "c", COMPACT["deferred"](start(1))),
     ):
         write(path, gaussians)
-    versions = [PROLOGUE.unpack_from((tmp_path / name).read_bytes())[1] for name in ("a", "b")]
-    assert versions == [2, 3]
+    versions = [PROLOGUE.unpack_from((tmp_path / name).read_bytes())[1] for name in ("a", "b", "c")]
+    assert versions == [2, 3, 5]
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):
@@ -256,9 +265,61 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path):
     assert format_of(start_from(COMPACT["streamed"], checkpoint).state()) == "compact"
 
 
-def test_a_flipped_bit_in_a_row_is_found(tmp_path):
+@pytest.mark.parametrize("kind", ["deferred", "forwarded"])
+def test_a_file_that_is_not_tight_goes_on_where_rows_are(tmp_path, kind):
+    """As it was written before rows on the device were tight."""
+    gaussians = train(COMPACT[kind](start(3)), 5)
+    state = gaussians.state()
+    assert state["packed/geometry"].shape == (N, 28)
+    whole = {**state, "packed/geometry": in_other_form(state["packed/geometry"])}
+    save_checkpoint(tmp_path / "a.pt", Checkpoint(5, np.eye(4), whole))
+    assert PROLOGUE.unpack_from((tmp_path / "a.pt").read_bytes())[1] == 3
+    again = start_from(COMPACT[kind], load_checkpoint(tmp_path / "a.pt"))
+    assert_same_bits(again.state(), state)
+    for some in (gaussians, again):
+        train(some, 5, 9)
+    assert_same_bits(again.state(), gaussians.state())
+
+
+def test_rows_move_between_models_on_a_device_and_on_the_host(tmp_path):
+    """As ranks exchange them of which one has no room left, each with another form of rows."""
+    models = [train(COMPACT[kind](start(3)), 5) for kind in ("deferred", "streamed")]
+    assert [some.state()["packed/geometry"].shape[1] for some in models] == [28, 32]
+    ids = torch.arange(0, N, 7)
+    sent = [{name: rows.clone() for name, rows in some.moving_rows(ids).items()} for some in models]
+    assert_same_bits(*sent)
+    for gaussians, rows in zip(models, reversed(sent), strict=True):
+        gaussians.append_rows(rows)
+        state = gaussians.state()
+        for name, came in rows.items():
+            there = state[name][N:]
+            assert same_rows(there, came) if name == "packed/geometry" else torch.equal(there, came)
+    on_device, on_host = (some.state() for some in models)
+    assert same_rows(on_device["packed/geometry"], on_host["packed/geometry"])
+
+
+def test_parts_of_which_some_are_tight_are_joined():
+    models = [train(COMPACT[kind](start(3)), 5) for kind in ("streamed", "deferred")]
+    states = [some.state() for some in models]
+    of_rows = names_of_rows(states[0])
+    joined = joined_state(states, of_rows)
+    rows = joined["packed/geometry"]
+    assert rows.shape == (2 * N, 28)
+    ids = torch.tensor([3, 2 * N - 1, N, 0])
+    for some in (slice(N - 5, N + 5), slice(0, 2 * N), ids):
+        assert same_rows(rows[some], torch.cat([in_other_form(states[0]["packed/geometry"]), rows[N:]])[some])
+    assert same_rows(rows[N:], states[1]["packed/geometry"])
+    for kind, first in (("deferred", 0), ("streamed", N)):
+        picked = picked_state(joined, of_rows, np.arange(first, first + N))
+        again = COMPACT[kind](start(3))
+        again.load_state(picked)
+        assert same_rows(again.state()["packed/geometry"], states[0]["packed/geometry"])
+
+
+@pytest.mark.parametrize("kind", ["streamed", "deferred"])
+def test_a_flipped_bit_in_a_row_is_found(tmp_path, kind):
     path = tmp_path / "a.pt"
-    write(path, train(COMPACT["streamed"](start(3)), 2))
+    write(path, train(COMPACT[kind](start(3)), 2))
     content = bytearray(path.read_bytes())
     place, length = PROLOGUE.unpack_from(content)[2:4]
     entries = json.loads(bytes(content[place : place + length]))["tensors"]
@@ -283,6 +344,7 @@ def test_a_flipped_bit_in_a_row_is_found(tmp_path):
         lambda state: state.update({"packed/sh_degree": torch.tensor(7)}),
         lambda state: state.update({"packed/appearance": state["packed/appearance"][:, :-1].contiguous()}),
         lambda state: state.update({"packed/appearance": state["packed/appearance"].float()}),
+        lambda state: state.update({"packed/geometry": state["packed/geometry"][:, :-2].contiguous()}),
         lambda state: state.pop("packed/appearance"),
         lambda state: state.pop("last_step/geometry"),
         lambda state: state.update({"last_step/geometry": state["last_step/geometry"] + 9}),

@@ -102,7 +102,8 @@ def all_ids(model: GaussianModel) -> Tensor:
     return torch.arange(model.num_gaussians)
 
 
-NO_ROWS = defaultdict(lambda: torch.tensor(0), {"parameters/means": torch.zeros(0, 3)})  # of any model
+OF_EACH_STATE = {"parameters/means": torch.zeros(0, 3), "packed/geometry": torch.zeros(0, 28, dtype=torch.int32)}
+NO_ROWS = defaultdict(lambda: torch.tensor(0), OF_EACH_STATE)  # of any model
 READING = {
     "rows": lambda model: model.rows(0, 3),
     "read_view": lambda model: model.read_view(A),

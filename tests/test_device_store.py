@@ -8,16 +8,16 @@ import torch
 from offload.store import device_store
 from offload.store.device_store import DeviceStore
 from offload.store.growth import Growth
-from offload.store.layout import GROUP_NAMES, row_bytes
+from offload.store.layout import GROUP_NAMES, StateFormat, row_bytes
 from tests.test_host_store import NAMES, PlainModel, assert_same, named_arrays, random_ids, random_parameters
 
 CPU = torch.device("cpu")
 
 
-def store_of(model: PlainModel, group: str, sh_degree: int) -> DeviceStore:
+def store_of(model: PlainModel, group: str, sh_degree: int, state: StateFormat = "float32") -> DeviceStore:
     """A store with the values, moments and last steps of a plain model."""
     parameters = random_parameters(len(model.last_step), sh_degree)
-    store = DeviceStore({**parameters, **model.arrays[0]}, group, device=CPU)
+    store = DeviceStore({**parameters, **model.arrays[0]}, group, device=CPU, state=state)
     for stored, given in zip(named_arrays(store), model.arrays, strict=True):
         for name in given:
             stored[name].copy_(given[name])
@@ -25,12 +25,18 @@ def store_of(model: PlainModel, group: str, sh_degree: int) -> DeviceStore:
     return store
 
 
-@pytest.mark.parametrize("group", GROUP_NAMES)
+@pytest.mark.parametrize(("group", "state"), [*((group, "float32") for group in GROUP_NAMES), ("geometry", "compact")])
 @pytest.mark.parametrize("sh_degree", [0, 3])
-def test_operations_equal_those_on_a_plain_model(group, sh_degree):
+def test_operations_equal_those_on_a_plain_model(group, state, sh_degree):
     torch.manual_seed(0)
-    model = PlainModel(500, sh_degree, NAMES[group])
-    store = store_of(model, group, sh_degree)
+    names = NAMES[group]
+    if state == "compact":  # whose geometry has the constant colour, and moments in bfloat16
+        names = (*names, "sh0")
+    model = PlainModel(500, sh_degree, names)
+    if state == "compact":
+        for moments in model.arrays[1:]:
+            moments.update({name: moment.bfloat16() for name, moment in moments.items()})
+    store = store_of(model, group, sh_degree, state)
     assert_same(store, model)
     for step in range(10, 14):
         store.step = step
@@ -100,6 +106,15 @@ def test_whoever_listens_is_told_before_and_after_every_change():
     store.truncate(9)
     changed = [[1, 2], [4], None, None, None]
     assert told == [(when, ids) for ids in changed for when in ("before", "after")]
+
+
+def test_bytes_of_a_compact_gaussian():
+    """Rows of geometry have no more columns than values: 28 words."""
+    for group, words in (("geometry", 28), ("appearance", 48)):
+        store = DeviceStore(random_parameters(50), group, device=CPU, state="compact")
+        assert store.packed.nbytes == 50 * 4 * words
+        assert store.growth(10) == {CPU: Growth(10 * (4 * words + 4), 50 * 4 * words)}
+        assert str(4 * words) in device_store.DeviceStore.__doc__
 
 
 def test_bytes_of_a_gaussian():

@@ -65,6 +65,7 @@ def launch_row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             test_row_kernels.test_triton_equals_torch_for_packed_rows(*HERE, group, degree, 79, gradient)
         groups = test_row_kernels.PACKED[:2]
         test_row_kernels.test_packed_rows_are_copied_as_they_are(*HERE, groups, degree == 3, 256)
+    test_row_kernels.test_tight_rows_are_read_and_stepped_as_others(*HERE, 79)
     test_harmonics_gradient.test_rows_take_the_step_of_the_gradient_itself(*HERE, 3, 3, 79)
     monkeypatch.setattr("offload.backends._takes_triton", lambda device: True)
     for case in test_named_rows.CASES:

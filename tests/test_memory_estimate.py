@@ -100,7 +100,7 @@ def test_bytes_per_gaussian():
     assert FOOTPRINTS["geometry on device"].host_at_start == 580 + 236
     assert FOOTPRINTS["geometry on device"].host == 638
     assert FOOTPRINTS["geometry on host"].host == 800
-    assert FOOTPRINTS["geometry on device, compact"].device == 128 + 4
+    assert FOOTPRINTS["geometry on device, compact"].device == 112 + 4
     assert FOOTPRINTS["geometry on device, compact"].host_at_start == 192 + 4 + 236
     assert FOOTPRINTS["streamed, bfloat16"].host == 426
     assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4
@@ -109,6 +109,7 @@ def test_bytes_per_gaussian():
     assert two_views.device_in_view - one_view.device_in_view == 192 - 24 - 2 * 12  # gradients; what they are made of
     assert two_views.host_in_view - one_view.host_in_view == 3 * (192 - 24)
     assert memory_estimate.optimized(3, "host", "compact").device_in_view == 2 * 196 + 24 + 12 + 3 * 64 + 200
+    assert memory_estimate.gpu_only(3, "deferred", "compact").device == 112 + 4 + 192 + 4 + 20
     compact = memory_estimate.streamed(3, "device", "float32", "compact")
     assert memory_estimate.with_residents(compact, 3, 0.0) == compact
     assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5
@@ -402,7 +403,7 @@ def assert_one_sentence(message: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "device", "told"),
     [
-        ("--state compact --resident_share 1", "cuda", "While the GPU has room for all Gaussians they stay there (328"),
+        ("--state compact --resident_share 1", "cuda", "While the GPU has room for all Gaussians they stay there (312"),
         ("--state compact --resident_share 0.2", "cuda", "Of all Gaussians up to 20 % stay on the GPU"),
         ("--state compact", "cuda", "has room for all Gaussians that training starts with: with --resident_share 1"),
         ("--state compact --resident_share 1", "cpu", "Without a GPU --resident_share saves nothing"),

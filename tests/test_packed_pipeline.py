@@ -27,6 +27,7 @@ from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from tests.ordered_lanes import OrderedKernels, OrderedLanes, Race
 from tests.test_streamed_pipeline import CPU, random_views
+from tests.tight_rows import same_rows
 from training.checkpoint_writing import PartialCheckpoint
 from training.checkpoints import Checkpoint, peek_checkpoint
 
@@ -108,6 +109,7 @@ class Training:
             name: torch.randn(len(self.views[step]), group.adam.columns, generator=generator)
             for name, group in self.groups.items()
         }
+        gradients["geometry"][:, 14:] = 0  # of columns without values, which rows on the device lack
         made = HarmonicsGradient(gradients["appearance"][:, :3], gradients["appearance"][:, 3:6], (0.0, 1.0, 2.0), 3)
         stored = current = self.made = None
         with self.noted():
@@ -145,7 +147,8 @@ class Training:
         with self.noted():
             self.pipeline.finish()
         for name, group in self.groups.items():
-            assert torch.equal(group.store.packed, self.resident[name].store.packed)
+            rows, resident = group.store.packed, self.resident[name].store.packed
+            assert torch.equal(rows, resident) if name == "appearance" else same_rows(rows, resident)
             assert torch.equal(group.store.last_step, self.resident[name].store.last_step)
 
 

@@ -15,6 +15,7 @@ from offload.adam.rows import float_moments
 from offload.store.layout import GROUP_NAMES, PackedRows, ResidentRows, RowState, num_columns, packed_rows, packed_words
 from offload.store.memory import HostArray
 from tests.test_adam import APPEARANCE, EPS, GEOMETRY, DenseOracle, largest_row_error
+from tests.tight_rows import in_other_form, same_rows
 from tests.triton_places import ON_GPU, WITHOUT_GPU
 
 BETAS = (0.9, 0.999)
@@ -459,6 +460,74 @@ def test_a_step_in_the_store_is_that_of_packed_rows_that_come_and_go(kind, devic
     for actual, expected in zip(host.tensors(), resident.tensors(), strict=True):
         assert_same_rows(actual, expected, exact=exact, rounded=has_codes)
     assert torch.equal(host.last_step, resident.last_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+@pytest.mark.parametrize("count", [1, 79, 300])
+def test_tight_rows_are_read_and_stepped_as_others(kind, device, count):
+    """Bit for bit on the CPU, over steps with gaps: a column has the same random bits, and no row those of another."""
+    torch.manual_seed(count)
+    host = random_host_rows(kind, device, "geometry", "compact", n=count)
+    kernels, tables, exact = host.kernels, host.tables, device == "cpu"
+
+    def gradients_of(ids: Tensor) -> Tensor:
+        return torch.randn(len(ids), host.columns).to(device) * (host.multipliers.sum(0) > 0).to(device)
+
+    for tensor in host.state.tensors():
+        tensor[:, 14:] = 0  # which the gradients of other tests have reached, and those of training never do
+    words, tight_step = in_other_form(host.arrays[0]).to(device), host.last_step.clone()
+    tight, places = packed_rows(words, "geometry"), torch.arange(count, device=device)
+    assert words.shape[1] == 28
+    for step in range(24):
+        ids = places[(torch.rand(count) < 0.4).to(device)]
+        wanted = (torch.rand(len(ids)) < 0.6).to(device) if step % 5 == 0 else None
+        gradients = None
+        values = []
+        for rows, last_step in ((host.state, host.last_step), (tight, tight_step)):
+            values.append(host.zeros(len(ids)))
+            kernels.fetch_rows(rows, ids, ids, last_step, wanted, RowState(values[-1], ()), tables)
+        assert_same_rows(values[1], values[0], exact=exact)
+        if step % 3:  # a step, with values or without; else rows catch up
+            host.begin_step()
+            gradients = gradients_of(ids)
+        given = values if wanted is None and step % 4 else [None, None]
+        of_both = ((host.state, host.last_step), (tight, tight_step))
+        for some, (rows, last_step) in zip(given, of_both, strict=True):
+            kernels.step_stored_rows(some, ids, last_step, gradients, rows, tables)
+        if exact:
+            assert same_rows(words, host.arrays[0]), step
+        else:
+            whole = in_other_form(words)
+            for actual, expected in zip(host.packed(whole).tensors(), host.tensors(), strict=True):
+                assert_same_rows(actual, expected, exact=False)
+            words.copy_(in_other_form(host.arrays[0]))
+        if given[0] is not None:
+            assert_same_rows(values[1], values[0], exact=exact)
+        assert torch.equal(tight_step, host.last_step)
+    in_view = words.clone()  # kernels of a view are the same
+    view, whole_view = packed_rows(in_view, "geometry"), host.arrays[0].clone().to(device)
+    host.begin_step()
+    gradients = gradients_of(places)
+    for rows in (view, host.packed(whole_view)):
+        kernels.step_view_rows(None, places, host.last_step.clone(), gradients, rows, tables)
+    assert not exact or same_rows(in_view, whole_view)
+
+
+@pytest.mark.parametrize(("kind", "device"), [*WITHOUT_GPU, *ON_GPU])
+def test_tight_rows_are_not_copied(kind, device):
+    """What copies rows between stores and views would take parts of other rows."""
+    host, ids = HostRows(10, "geometry", BETAS, kind, device, "compact"), torch.arange(10, device=device)
+    tight = in_other_form(host.arrays[0]).to(device), host.last_step.clone()
+    whole = host.arrays[0].clone().to(device), host.last_step.clone()
+    for source, target in ((host.stored, tight), (tight, whole), (tight, tight)):
+        for copy in (host.kernels.read_packed_rows, host.kernels.write_packed_rows):
+            with pytest.raises(ValueError, match="cannot be copied"):
+                copy([source], ids, None, [target])
+    if kind == "triton":
+        halves = tight[0].view(torch.float32).view(20, 14)
+        with pytest.raises(ValueError, match="vectors of four"):
+            host.kernels.move_rows(RowState(halves, ()), ids, RowState(torch.empty_like(halves[:10]), ()))
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.adam.state import ARRAYS, format_of
+from offload.adam.state import ARRAYS, PACKED_GEOMETRY, format_of
 from offload.store.contract import RowStore
-from offload.store.layout import GROUP_NAMES
+from offload.store.layout import GROUP_NAMES, TIGHT_WORDS
 from training.checkpoints import (
     ALIGNMENT,
     DTYPES,
@@ -340,13 +340,19 @@ def _seal(file: int, header: dict[str, Any]) -> dict[str, int]:
         entry["crc32"] = [zlib.crc32(os.pread(file, min(step, end - place), place)) for place in places]
     content = json.dumps(header).encode()
     _write_all(file, content, end)
-    if {"part", "parts"} & header.keys():
-        version = FORMAT_VERSION
-    else:
-        version = 3 if format_of(header["tensors"]) == "compact" else 2
-    prologue = PROLOGUE.pack(MAGIC, version, end, len(content), zlib.crc32(content))
+    prologue = PROLOGUE.pack(MAGIC, _version_of(header), end, len(content), zlib.crc32(content))
     _write_all(file, prologue + struct.pack("<I", zlib.crc32(prologue)), 0)
     return {"bytes": end + len(content), "crc32": zlib.crc32(content)}
+
+
+def _version_of(header: Mapping[str, Any]) -> int:
+    """Return the first version of this format that has such files."""
+    tensors = header["tensors"]
+    if format_of(tensors) == "compact" and tensors[PACKED_GEOMETRY]["shape"][1] == TIGHT_WORDS:
+        return FORMAT_VERSION
+    if {"part", "parts"} & header.keys():
+        return 4
+    return 3 if format_of(tensors) == "compact" else 2
 
 
 def _check_rows(state: Mapping[str, Tensor]) -> None:

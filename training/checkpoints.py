@@ -43,8 +43,9 @@ from offload.store.layout import GROUP_NAMES, packed_words
 from training.gaussians import PARAMETER_NAMES
 from training.joined_rows import joined_state
 
-# Of parts and what joins them; of a whole compact state 3, of others 2, which earlier versions of this suite can read.
-FORMAT_VERSION = 4
+# Of tight rows; of other parts and what joins them 4, of another whole compact state 3, and else 2: each says so, that
+# earlier versions of this suite read what they can.
+FORMAT_VERSION = 5
 MAGIC = b"3DGS checkpoint\n"
 PROLOGUE = struct.Struct("<16sIQQI")  # magic, version, place of the header, its length, its CRC-32
 PROLOGUE_BYTES = PROLOGUE.size + 4  # and the CRC-32 of those
@@ -305,13 +306,15 @@ def _count(value: object) -> int:
 def _check_gaussians(state: Mapping[str, Tensor], transform: np.ndarray) -> None:
     """Raise ValueError or KeyError unless all that belongs to Gaussians has their shapes."""
     if format_of(state) == "compact":
+        degree = sh_degree_of(state)
         for group in GROUP_NAMES:
             rows = state[f"packed/{group}"]
-            if rows.shape != (num_gaussians_of(state), packed_words(group, sh_degree_of(state))):
+            words = [packed_words(group, degree, tight=tight) for tight in (False, True)]
+            if rows.ndim != 2 or len(rows) != num_gaussians_of(state) or rows.shape[1] not in words:
                 raise ValueError(group)
             if rows.dtype != torch.int32:
                 raise ValueError(group)
-        if sh_degree_of(state) not in range(4) or transform.shape != (4, 4):
+        if degree not in range(4) or transform.shape != (4, 4):
             raise ValueError("degree")
         return
     num_gaussians, num_rest = state["parameters/shN"].shape[:2]

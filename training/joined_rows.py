@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.adam.state import PACKED_GEOMETRY
+from offload.store.layout import TIGHT_WORDS, with_words
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -43,6 +46,23 @@ class Runs:
         return run_of_ids, self.firsts[run_of_ids] + ids - self.starts[run_of_ids]
 
 
+class TightRows:
+    """Stand for packed rows of geometry [N, words] as tight ones, which they may be; `JoinedRows` reads them so."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """
+        Args:
+            rows: int32 [N, words].
+        """
+        self._rows = rows
+        self.dtype = rows.dtype
+        self.shape = torch.Size([len(rows), TIGHT_WORDS])
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Return a slice, or rows by their numbers int64 [M]."""
+        return with_words(self._rows[rows], self.shape[1])
+
+
 class JoinedRows:
     """Stand for a tensor [N, ...] whose rows lie in the parts' tensors; what is read of it is a copy.
 
@@ -50,7 +70,7 @@ class JoinedRows:
     their numbers. So the whole, which may be larger than memory, is never made.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], runs: Runs) -> None:
+    def __init__(self, tensors: Sequence[Tensor | TightRows], runs: Runs) -> None:
         """
         Args:
             tensors: Of each part, of one dtype, whose shapes differ in the number of rows alone.
@@ -119,8 +139,11 @@ def joined_state(states: Sequence[Mapping[str, Tensor]], of_rows: Sequence[str])
     if len({tuple(count) for count in counts.values()}) != 1:
         raise ValueError("the parts' tensors have different numbers of rows")
     runs = Runs.of_all(next(iter(counts.values())))
+    of_parts: dict[str, Sequence[Tensor | TightRows]] = {name: [state[name] for state in states] for name in of_rows}
+    if len({rows.shape[1:] for rows in of_parts.get(PACKED_GEOMETRY, [])}) > 1:  # some processes had it on the device
+        of_parts[PACKED_GEOMETRY] = [TightRows(state[PACKED_GEOMETRY]) for state in states]
     # Readers of a state take slices of rows, which both give alike.
-    rows = {name: cast(Tensor, JoinedRows([state[name] for state in states], runs)) for name in of_rows}
+    rows = {name: cast(Tensor, JoinedRows(parts, runs)) for name, parts in of_parts.items()}
     others = {name: x for name, x in states[0].items() if name not in rows and not name.startswith("upcoming/")}
     return {**rows, **others}
 

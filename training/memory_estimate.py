@@ -154,7 +154,7 @@ def gpu_only(
     """
     parameters = parameter_bytes(sh_degree)
     if state == "compact":
-        rows = Balls.BYTES + compact_bytes(sh_degree)
+        rows = Balls.BYTES + compact_bytes(sh_degree, tight=True)
         return Footprint(
             host_at_start=parameters,  # as read
             device_at_start=rows,
@@ -230,7 +230,7 @@ def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: State
         # These; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
         moving = views * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
         staged = MADE_BYTES
-    compact_geometry = row_bytes("geometry", sh_degree, state="compact")
+    compact_geometry = row_bytes("geometry", sh_degree, state="compact", tight=True)
     rows, in_view = (GEOMETRY_BYTES, 3 * 44) if is_float32 else (compact_geometry, 2 * 64)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
@@ -331,8 +331,9 @@ def what_stays(cfg: Any, device: torch.device, num_gaussians: int, whose: str) -
     has_room = DeviceRoom(device).holds_at_start(needed)
     if share == 1 and has_room:
         return (
-            f"While the GPU has room for {whose} Gaussians they stay there ({compact_bytes(cfg.sh_degree)} bytes each, "
-            "beside what is said above), and take no host memory."
+            f"While the GPU has room for {whose} Gaussians they stay there "
+            f"({compact_bytes(cfg.sh_degree, tight=True)} bytes each, beside what is said above), and take no host "
+            "memory."
         )
     if share > 0:
         return (

@@ -3,8 +3,9 @@
 Kernels that decode and code see rows in parts of 16 columns, [ROWS, 16] (`codes_triton.py`), four of them to a thread:
 no lane idles, floats move in vectors of 16 bytes and codes of 8, each part fills whole sectors of 32 bytes, and threads
 exchange nothing but the largest of a degree. What a tile needs is loaded before any of it is worked on; the barriers
-after that are for the compiler, which would else put loads off. Rows on the host are read and written so too, but no
-pipeline does that: rows cross the link by `copy`, as vectors of 16 bytes in whole lines of 64.
+after that are for the compiler, which would else put loads off. Tight rows, those of geometry in a store on the device,
+move in vectors of 8 bytes, and lanes beyond their columns idle. Rows on the host are read and written so too, but no
+pipeline does that: rows cross the link by `copy`, as vectors of 16 bytes in whole lines of 64, and are not tight.
 
 Decoded values are float32 and in an array of their own, [V, COLUMNS]; moments are never anywhere but in packed rows.
 """
@@ -33,6 +34,7 @@ from offload.adam.deferral import DeferralTables, SkippedSteps
 from offload.adam.deferral_triton import adam_step, caught_up, decayed, decays_of
 from offload.adam.harmonics import HarmonicsGradient, num_harmonics
 from offload.adam.harmonics_triton import NOTHING, arguments_of, made_gradient, seen
+from offload.adam.rows import check_whole
 from offload.store.layout import PackedRows, PackedState, ResidentRows, RowState
 
 COPIED_ROWS = 256  # at once by a thread block that only copies
@@ -159,7 +161,11 @@ def copy(
         ids, wanted, residents: As for `offload.adam.rows.read_packed_rows`.
         blocks: Thread blocks, which loop over the tiles, where rows cross the link.
         to_view: Whether the view is the target.
+
+    Raises:
+        ValueError: Rows are tight.
     """
+    check_whole(source, target)
     count = ids.shape[0]
     if count == 0:
         return
@@ -206,7 +212,13 @@ def tables_of(skipped: SkippedSteps) -> tuple[Tensor, Tensor, int, float]:
 
 def _tile(columns: int, words: Tensor) -> dict[str, int]:
     """Return the shape of a tile and the kind of moments, by the names of the kernels' arguments."""
-    return {"COLUMNS": columns, "ROWS": TILE // PART, "CODES": words.dtype == torch.int16, "num_warps": WARPS}
+    return {
+        "COLUMNS": columns,
+        "STORED": words.shape[1] // 2,
+        "ROWS": TILE // PART,
+        "CODES": words.dtype == torch.int16,
+        "num_warps": WARPS,
+    }
 
 
 def _grid(count: int, words: Tensor, blocks: int) -> int:
@@ -299,6 +311,15 @@ def skipped_part(
 
 
 @triton.jit
+def _stored(mask, lane, STORED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Narrow the mask of rows [ROWS, 1] to the columns that they have in memory; further ones are zero."""
+    if STORED < COLUMNS:
+        tl.static_assert(COLUMNS == _PART)
+        mask = mask & (lane < STORED)
+    return mask
+
+
+@triton.jit
 def is_wanted(wanted, row, inside):
     """Tell which rows of the tile to move: those inside, and where `wanted` says so."""
     if wanted is not None:
@@ -308,7 +329,7 @@ def is_wanted(wanted, row, inside):
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"], do_not_specialize_on_alignment=["last_step"])
 def _fetch_kernel(
-    packed,  # [rows, 2 * COLUMNS] on the host or on the device
+    packed,  # [rows, 2 * STORED] on the host or on the device
     places,  # [V]; None: in order
     ids,  # [V], or None
     last_step,  # [N]; without ids [V]
@@ -322,6 +343,7 @@ def _fetch_kernel(
     num_rows,  # V
     SCHEDULES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STORED: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
 ):
@@ -332,15 +354,16 @@ def _fetch_kernel(
         place = row.to(tl.int64)
         if places is not None:
             place = tl.load(places + row, mask=fetched, other=0)
-        there = packed + place * (2 * COLUMNS)
+        there = packed + place * (2 * STORED)
         if ids is None:
             last = tl.load(last_step + row, mask=fetched, other=0)
         else:
             last = tl.load(last_step + tl.load(ids + row, mask=fetched, other=0), mask=fetched, other=0)
         used = fetched[:, None]
-        scale0, scale1, scale2 = _load_scales(there + COLUMNS, fetched, COLUMNS, CODES)
-        words0, words1, words2 = load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
-        values0, values1, values2 = load_parts(there[:, None] + lane, used, COLUMNS)
+        stored = _stored(used, lane, STORED, COLUMNS)
+        scale0, scale1, scale2 = _load_scales(there + STORED, fetched, COLUMNS, CODES)
+        words0, words1, words2 = load_parts(there[:, None] + (STORED + lane), stored, COLUMNS)
+        values0, values1, values2 = load_parts(there[:, None] + lane, stored, COLUMNS)
         tl.debug_barrier()
         out0, out1, out2 = 0.0, 0.0, 0.0
         for part in tl.static_range(COLUMNS // _PART):
@@ -372,7 +395,7 @@ def _step_kernel(
     at_x,
     at_y,
     at_z,
-    packed,  # [N, 2 * COLUMNS] on the host or on the device; or a view's, [V, 2 * COLUMNS]
+    packed,  # [N, 2 * STORED] on the host or on the device; or a view's, [V, 2 * STORED]
     multipliers,  # [SCHEDULES, COLUMNS]
     rate,  # of the first schedule
     other_rate,  # of the second, where there is one
@@ -389,6 +412,7 @@ def _step_kernel(
     IN_ORDER: tl.constexpr,
     SCHEDULES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STORED: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
 ):
@@ -405,9 +429,10 @@ def _step_kernel(
         changed = changed & (skipped > 0)
         reached = step - 1
     here = (row.to(tl.int64) * COLUMNS)[:, None] + lane
-    there, used = packed + place * (2 * COLUMNS), changed[:, None]
+    there, used = packed + place * (2 * STORED), changed[:, None]
+    stored = _stored(used, lane, STORED, COLUMNS)
     if values is None:
-        w0, w1, w2 = load_parts(there[:, None] + lane, used, COLUMNS)
+        w0, w1, w2 = load_parts(there[:, None] + lane, stored, COLUMNS)
         w0, w1, w2 = decoded_values(w0, CODES), decoded_values(w1, CODES), decoded_values(w2, CODES)
     else:
         w0, w1, w2 = load_parts(values + here, used, COLUMNS)
@@ -417,8 +442,8 @@ def _step_kernel(
     if means is not None:
         x, y, z, red, green, blue = seen(means, means_stride, constant, constant_stride, at_x, at_y, at_z, row, changed)
     tl.debug_barrier()
-    words0, words1, words2 = load_parts(there[:, None] + (COLUMNS + lane), used, COLUMNS)
-    scale0, scale1, scale2 = _load_scales(there + COLUMNS, changed, COLUMNS, CODES)
+    words0, words1, words2 = load_parts(there[:, None] + (STORED + lane), stored, COLUMNS)
+    scale0, scale1, scale2 = _load_scales(there + STORED, changed, COLUMNS, CODES)
     decay1, near, rest = decays_of(decays, capacity, skipped, changed)
     if means is not None:  # while words are under way
         g0 = made_gradient(x, y, z, red, green, blue, 0, HARMONICS)
@@ -452,11 +477,16 @@ def _step_kernel(
         store_parts(values + here, w0, w1, w2, used, COLUMNS)
     there = there[:, None] + lane
     w0, w1, w2 = _coded_values(w0, CODES), _coded_values(w1, CODES), _coded_values(w2, CODES)
-    store_parts(there, w0, w1, w2, used, COLUMNS)
+    store_parts(there, w0, w1, w2, stored, COLUMNS)
     words0, words1, words2 = _coded_moments(
         m0, m1, m2, v0, v1, v2, random0, random1, random2, reach, COLUMNS, CODES
     )  # fmt: skip
-    store_parts(there + COLUMNS, words0, words1, words2, used, COLUMNS)
+    moments = there + STORED
+    if STORED < COLUMNS:
+        # They are aligned to 8 bytes, and not to 16; told so, the compiler would have threads exchange columns for this
+        # store. The mask keeps it from storing more than two of them at once, whatever it is told.
+        moments = tl.multiple_of(moments, [16, 16])
+    store_parts(moments, words0, words1, words2, stored, COLUMNS)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from offload.adam.bfloat16 import pack, random_bits, unpack
 from offload.adam.codes import decode_moments, encode_moments, random_fractions, round_to_half
@@ -73,8 +74,7 @@ def fetch_dated_rows(
     """
     chosen = _chosen(wanted)
     taken = chosen if places is None else places[chosen]
-    moments = [moment[taken, : tables.columns] for moment in source.moments]
-    w = source.parameters[taken, : tables.columns]
+    w, *moments = (_with_columns(tensor[taken], tables.columns) for tensor in source.tensors())
     out.parameters[chosen] = caught_up(w.float(), *float_moments(moments, tables.reach), last_step[chosen], tables)
     for moment, fetched in zip(out.moments, moments, strict=False):
         moment[chosen] = fetched
@@ -119,10 +119,11 @@ def step_host_rows(
     """
     if parameters is None:
         parameters = _before_step(host, ids, last_step, tables)
-    rows = RowState(parameters, tuple(moment[ids, : tables.columns] for moment in host.moments))
+    rows = RowState(parameters, tuple(_with_columns(moment[ids], tables.columns) for moment in host.moments))
     _update(rows, ids, last_step, gradients, tables)
     for tensor, destination in zip(rows.tensors(), host.tensors(), strict=True):
-        destination[ids, : tables.columns] = tensor.to(destination.dtype)
+        columns = min(tables.columns, destination.shape[1])
+        destination[ids, :columns] = tensor[:, :columns].to(destination.dtype)
 
 
 def step_stored_rows(
@@ -169,10 +170,10 @@ def step_view_rows(
     """
     if values is None:
         values = _before_step(rows, None, last_step, tables)
-    state = RowState(values, tuple(moment.clone() for moment in rows.moments))
+    state = RowState(values, tuple(_with_columns(moment.clone(), tables.columns) for moment in rows.moments))
     _update(state, ids, last_step, gradients, tables)
     for tensor, destination in zip(state.tensors(), rows.tensors(), strict=True):
-        destination.copy_(tensor)
+        destination.copy_(tensor[:, : destination.shape[1]])
     last_step.fill_(tables.step)
 
 
@@ -191,7 +192,11 @@ def read_packed_rows(
         wanted: [V] bool; where it is False nothing is read. None: all are wanted.
         view: V rows of the same groups on the device.
         residents: Rows of the same groups that are read from there in place of the stores.
+
+    Raises:
+        ValueError: Rows are tight, which are not copied.
     """
+    check_whole(host, view)
     if residents is not None:
         places, here, wanted = _among(residents, ids, wanted)
         residents.moved[0] += here.sum()
@@ -214,7 +219,11 @@ def write_packed_rows(
         view, ids, host: As for `read_packed_rows`.
         wanted: [V] bool; where it is False nothing is written. None: all are wanted.
         residents: Rows of the same groups that are written there in place of the stores.
+
+    Raises:
+        ValueError: As for `read_packed_rows`.
     """
+    check_whole(view, host)
     if residents is not None:
         places, here, wanted = _among(residents, ids, wanted)
         residents.moved[1] += here.sum()
@@ -258,6 +267,17 @@ def write_rows(rows: RowState, ids: Tensor, wanted: Tensor | None, host: RowStat
         destination[ids] = tensor[chosen]
 
 
+def check_whole(source: Sequence[PackedRows], target: Sequence[PackedRows]) -> None:
+    """Refuse to copy packed rows that are tight, or as others than they are.
+
+    Raises:
+        ValueError: They are.
+    """
+    for (words, _), (out, _) in zip(source, target, strict=True):
+        if words.shape[1] != out.shape[1] or words.shape[1] % 16:
+            raise ValueError(f"rows of {words.shape[1]} words cannot be copied as rows of {out.shape[1]}")
+
+
 def _before_step(rows: RowState, places: Tensor | None, last_step: Tensor, tables: DeferralTables) -> Tensor:
     """Return the values [V, columns] that rows had before step `tables.step` began."""
     values = torch.empty(len(last_step), tables.columns, device=last_step.device)
@@ -270,6 +290,12 @@ def _among(residents: ResidentRows, ids: Tensor, wanted: Tensor | None) -> tuple
     places = residents.places[ids].long()
     here, elsewhere = places >= 0, places < 0
     return (places, here, elsewhere) if wanted is None else (places, here & wanted, elsewhere & wanted)
+
+
+def _with_columns(rows: Tensor, columns: int) -> Tensor:
+    """Return so many columns of rows: the first ones, or, where rows have fewer, zeros behind theirs."""
+    lacking = columns - rows.shape[1]
+    return pad(rows, (0, lacking)) if lacking > 0 else rows[:, :columns]
 
 
 def _chosen(wanted: Tensor | None) -> Tensor | slice:

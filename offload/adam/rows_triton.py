@@ -188,6 +188,8 @@ def write_packed_rows(
 def move_rows(rows: RowState, sources: Tensor, out: RowState) -> None:
     """Do as `offload.adam.rows.move_rows`."""
     count, columns = out.parameters.shape
+    if columns % 4:
+        raise ValueError(f"rows move in vectors of four columns, which {columns} are not")
     if count == 0:
         return
     num_vectors = count * columns // 4

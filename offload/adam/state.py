@@ -15,7 +15,7 @@ Readers ask of what has N rows for its shape, its dtype and slices of rows only,
 
 A compact state has, in place of parameters and moments, the rows of its groups as they are stored, all deferred:
 
-    packed/GROUP                    [N, words] int32, as `offload.store.layout.packed_rows`
+    packed/GROUP                    [N, words] int32, as `offload.store.layout.packed_rows`; geometry may be tight
     packed/sh_degree                []         int64
 """
 
@@ -40,6 +40,7 @@ from offload.store.layout import (
     group_shapes,
     num_columns,
     packed_rows,
+    with_words,
 )
 
 State = Mapping[str, Tensor]
@@ -65,18 +66,19 @@ class PackedPlace(DeferredPlace, Protocol):
 
 
 ARRAYS = ("parameters", "exp_avg", "exp_avg_sq")
+PACKED_GEOMETRY = "packed/geometry"  # the name of rows that are tight, or not
 MOST_MEMORY = 0.999  # of b1 / sqrt(b2): the tables that follow a step are some 30,000 steps long then
 BLOCK_ROWS = 1 << 18  # rows that are copied at once
 
 
 def format_of(state: Mapping[str, object]) -> StateFormat:
     """Return the form of its rows, as the names of its tensors tell it."""
-    return "compact" if "packed/geometry" in state else "float32"
+    return "compact" if PACKED_GEOMETRY in state else "float32"
 
 
 def num_gaussians_of(state: State) -> int:
     """Return N."""
-    return len(state["packed/geometry" if format_of(state) == "compact" else "parameters/means"])
+    return len(state[PACKED_GEOMETRY if format_of(state) == "compact" else "parameters/means"])
 
 
 def sh_degree_of(state: State) -> int:
@@ -234,10 +236,11 @@ def deferral_tables(state: State, group: str) -> dict[str, Tensor]:
 
 
 def copy_blocks(target: Tensor, source: Tensor) -> None:
-    """Copy rows in blocks, so that what lies between a file and a device stays small."""
+    """Copy rows in blocks, so that what lies between a file and a device stays small; packed ones in either form."""
     for first in range(0, len(target), BLOCK_ROWS):
         rows = slice(first, first + BLOCK_ROWS)
-        target[rows] = source[rows].to(target.device)
+        block = source[rows].to(target.device)
+        target[rows] = with_words(block, target.shape[1]) if block.shape[1:] != target.shape[1:] else block
 
 
 def copy_current(targets: Mapping[str, Tensor], state: State) -> None:
@@ -282,7 +285,7 @@ def load_deferred(place: DeferredPlace, group: str, adam: DeferralTables, state:
 
 def _pack_current(place: PackedPlace, reach: float, state: State) -> None:
     """Fill a compact place with parameters and moments with all steps applied."""
-    columns = place.rows.parameters.shape[1]
+    columns = place.layout.num_columns  # of which random bits are counted, whether rows are tight or not
     blocks = {name: current_rows(state, name) for name in place.layout.columns}
     for found in zip(*blocks.values(), strict=True):
         rows, count = found[0][0], len(found[0][1]["parameters"])
@@ -295,7 +298,7 @@ def _pack_current(place: PackedPlace, reach: float, state: State) -> None:
         random = random_bits(torch.arange(first, first + count), columns, int(state["step_count"]))
         store_moments(packed, m, v, random, reach)
         for tensor, values in zip(stored.tensors(), packed.tensors(), strict=True):
-            tensor.copy_(values)
+            tensor.copy_(values[:, : tensor.shape[1]])
 
 
 def _place_of(state: State, name: str) -> tuple[str, slice]:

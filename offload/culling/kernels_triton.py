@@ -255,7 +255,7 @@ def _column(values, lane, column: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _mark_rows(
     rows,  # N of geometry: means, log scales, quats, the logit opacity
-    pitch,  # between two of them
+    PITCH: tl.constexpr,  # between two of them; of an argument that is 28 Triton would not know that 4 divide it
     num_rows,  # N
     camera,
     drawn,  # [N] uint8
@@ -264,7 +264,7 @@ def _mark_rows(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = i < num_rows
-    place, lane = rows + i * pitch, tl.arange(0, 4)[None, :]
+    place, lane = rows + i * PITCH, tl.arange(0, 4)[None, :]
     # 16 bytes at once, which one thread has: no other way gives as few loads and no exchange between threads.
     first = tl.load(place[:, None] + lane, mask=valid[:, None], other=0.0)
     second = tl.load(place[:, None] + (4 + lane), mask=valid[:, None], other=0.0)

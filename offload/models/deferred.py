@@ -25,7 +25,7 @@ from offload.store.layout import StateFormat
 class DeferredGaussians(OffloadedGaussians):
     """Gaussians on the device, of which each step reads and writes the rows in view alone.
 
-    Bytes of device memory per Gaussian at SH degree 3: 136 of geometry and 580 of appearance; in a compact state 152,
+    Bytes of device memory per Gaussian at SH degree 3: 136 of geometry and 580 of appearance; in a compact state 136,
     with what culling reads, and 196.
     """
 

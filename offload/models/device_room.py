@@ -25,7 +25,7 @@ def bytes_there(num_gaussians: int, *, sh_degree: int, geometry: Literal["device
         geometry: Where it is once rows travel, which says what they are culled by.
     """
     bounds = Boxes.BYTES if geometry == "host" else Balls.BYTES
-    return int(num_gaussians * (compact_bytes(sh_degree) + bounds))
+    return int(num_gaussians * (compact_bytes(sh_degree, tight=True) + bounds))
 
 
 class DeviceRoom:

@@ -24,6 +24,7 @@ from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.pipelines.lanes import Lane
 from offload.store.contract import RowStore
+from offload.store.device_store import DeviceStore
 from offload.store.growth import Growth, total_growth
 from offload.store.layout import RowState
 
@@ -184,6 +185,9 @@ class CulledGeometry:
 
     def _stored_rows(self, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Give stored values [M, columns] of rows, or of all, some at a time: the device reads them itself."""
+        if isinstance(self._store, DeviceStore):  # whose rows are here, and tight
+            yield from self._store.rows.parameters.split(COPIED_ROWS)
+            return
         packed, count = self._store.packed, self.num_gaussians if ids is None else len(ids)
         columns = packed.shape[1] // 2
         halves = packed.view(torch.float32).view(-1, columns)  # by turns the values and the moments of a row

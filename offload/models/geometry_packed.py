@@ -1,7 +1,7 @@
 """Geometry in packed rows on the device, which steps them there, beside an appearance that lies in host memory.
 
-A compact row of geometry has 128 bytes, the constant colour and all moments included, where float32 takes 132 without
-them. So the host's threads, and the link, are left with 192 bytes of harmonics.
+A compact row of geometry has 112 bytes, the constant colour and all moments included, where float32 takes 132 without
+the colour. So the host's threads, and the link, are left with 192 bytes of harmonics.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK_ROWS = 1 << 20  # whose values or gradients take 67 MB side by side: views
 
 
 class PackedGeometry(CulledGeometry):
-    """Holds the geometry of N Gaussians in compact rows: 132 bytes per Gaussian and no gradients.
+    """Holds the geometry of N Gaussians in compact rows: 116 bytes per Gaussian and no gradients.
 
     Rows lag behind by the steps since their last update. What is read of them is current; before they are changed they
     have to be brought to the present step by `catch_up`. They are culled as they are stored, on the current stream.

@@ -14,7 +14,7 @@ from offload.adam.finite import FiniteGradients, gradient_of
 from offload.adam.harmonics import HarmonicsGradient, position_of
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
-from offload.adam.state import ARRAYS, State, load_deferred, named_tables
+from offload.adam.state import ARRAYS, PACKED_GEOMETRY, State, load_deferred, named_tables
 from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
 from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
@@ -28,7 +28,7 @@ from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.growth import peaks, total_growth
 from offload.store.host_store import HostStore
-from offload.store.layout import Moments, StateFormat, group_columns
+from offload.store.layout import TIGHT_WORDS, Moments, StateFormat, group_columns, with_words
 
 CONSTANT = group_columns("geometry", sh_degree=0, state="compact")["sh0"]  # columns of a row of geometry
 Place = Literal["device", "host"]
@@ -170,7 +170,10 @@ class OffloadedGaussians:
     def moving_rows(self, ids: Tensor) -> dict[str, Tensor]:
         """Return copies of rows [M] with their moments, all steps applied, named as in `state`; for `append_rows`."""
         with self._changing("moving_rows", ids):
-            return {key: stored[ids.to(stored.device)] for key, stored in self._stored_rows().items()}
+            rows = {key: stored[ids.to(stored.device)] for key, stored in self._stored_rows().items()}
+            if PACKED_GEOMETRY in rows:  # which other ranks may have elsewhere
+                rows[PACKED_GEOMETRY] = with_words(rows[PACKED_GEOMETRY], TIGHT_WORDS)
+            return rows
 
     def append_rows(self, rows: Mapping[str, Tensor]) -> None:
         """Append rows [M] that `moving_rows` has returned after as many steps."""
@@ -181,7 +184,8 @@ class OffloadedGaussians:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(None))
             for key, stored in self._stored_rows().items():
-                stored[first:] = rows[key].to(stored.device)
+                came = rows[key].to(stored.device)
+                stored[first:] = with_words(came, stored.shape[1]) if key == PACKED_GEOMETRY else came
 
     def truncate(self, num_gaussians: int) -> None:
         """Keep only the first rows, also where some places have them only, since appending has failed."""

@@ -19,7 +19,7 @@ class DeviceStore(StoredRows):
 
     Bytes of device memory per Gaussian at SH degree 3: appearance 48 columns x 3 arrays x 4 bytes = 576 and 4 of
     `last_step`, and no gradients. While rows are added or removed, one of the three arrays stands twice. In a compact
-    state rows are whole, 192 bytes and 128 of geometry (`offload.store.layout.packed_rows`).
+    state rows are whole, 192 bytes and 112 of geometry, which are tight (`offload.store.layout.packed_rows`).
 
     The verbs are those of `offload.store.contract.RowStore`. What changes rows does so on the current stream.
     """
@@ -36,10 +36,10 @@ class DeviceStore(StoredRows):
             state: The form of rows.
         """
         super().__init__(group, parameters, state)
-        self._row_bytes = row_bytes(group, self.sh_degree, state=state)
+        self._row_bytes = row_bytes(group, self.sh_degree, state=state, tight=True)
         num_gaussians = len(parameters["means"])
         if state == "compact":  # whole rows
-            words = packed_words(group, self.sh_degree)
+            words = packed_words(group, self.sh_degree, tight=True)
             self._arrays = [torch.zeros(num_gaussians, words, dtype=torch.int32, device=device)]
         else:  # parameters and both moments
             shape = num_gaussians, self.layout.num_columns

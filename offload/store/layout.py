@@ -10,12 +10,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GROUP_NAMES = ("geometry", "appearance")
 Moments = Literal["float32", "bfloat16"]
 StateFormat = Literal["float32", "compact"]
 PackedRows = tuple[torch.Tensor, torch.Tensor]  # words int32 [rows, words]; the step of each row's last update [rows]
 HALF_MAX = 65504.0  # the largest float16
+TIGHT_WORDS = 28  # of a tight row: 14 values of geometry, and as many pairs of moments
 LAST_STEP_BYTES = 4  # of the step of a row's last update
 COPY_ROWS = 1 << 16  # copied at once when rows are filled; float16 takes 270 bytes more of each meanwhile
 
@@ -62,20 +64,21 @@ def row_bytes(
     state: StateFormat = "float32",
     *,
     pad_to_cache_line: bool = False,
+    tight: bool = False,
 ) -> int:
-    """Count the bytes of host memory that a store of a group takes for each Gaussian.
+    """Count the bytes of memory that a store of a group takes for each Gaussian.
 
-    While the store changes, it takes up to `host_store.PEAK` times as much.
+    While a store on the host changes, it takes up to `host_store.PEAK` times as much.
     """
     if state == "compact":
-        return 4 * packed_words(group, sh_degree) + LAST_STEP_BYTES
+        return 4 * packed_words(group, sh_degree, tight=tight) + LAST_STEP_BYTES
     value_bytes = 4 + (8 if moments == "float32" else 4)  # of a parameter and two moments
     return num_columns(group, sh_degree, pad_to_cache_line=pad_to_cache_line) * value_bytes + LAST_STEP_BYTES
 
 
-def compact_bytes(sh_degree: int) -> int:
-    """Count the bytes of a Gaussian's rows of both groups in a compact state: 328 at SH degree 3."""
-    return sum(row_bytes(group, sh_degree, state="compact") for group in GROUP_NAMES)
+def compact_bytes(sh_degree: int, *, tight: bool = False) -> int:
+    """Count the bytes of a Gaussian's rows of both groups in a compact state: 328 at SH degree 3, or 312 if tight."""
+    return sum(row_bytes(group, sh_degree, state="compact", tight=tight) for group in GROUP_NAMES)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class RowLayout:
 
     shapes: dict[str, tuple[int, ...]]  # of one Gaussian's values
     columns: dict[str, slice]
-    num_columns: int  # that optimizers work on; rows in memory may have more, which are zero
+    num_columns: int  # that optimizers work on; rows in memory may have more, which are zero, or be tight
     state: StateFormat = "float32"  # the form of rows
 
     @classmethod
@@ -133,7 +136,7 @@ class RowState:
     """Parameters and Adam moments of rows, [rows, columns] each; the values of a row are contiguous.
 
     Rows in a store may have more columns than those of a view; the others are zero. In a compact store parameters and
-    moments of a row lie side by side (`packed_rows`).
+    moments of a row lie side by side (`packed_rows`), and tight rows lack columns that are zero.
 
     Attributes:
         parameters: float32; or float16, in the appearance of a compact store.
@@ -228,15 +231,24 @@ def storable(values: Tensor, stored: Tensor) -> Tensor:
     return (values.clamp(-HALF_MAX, HALF_MAX) if stored.dtype == torch.float16 else values).to(stored)
 
 
-def packed_words(group: str, sh_degree: int) -> int:
-    """Count the 32-bit words of a group's rows in a compact store."""
-    return num_columns(group, sh_degree, "compact") * (2 if group == "geometry" else 1)
+def packed_words(group: str, sh_degree: int, *, tight: bool = False) -> int:
+    """Count the 32-bit words of a group's rows in a compact store.
+
+    Args:
+        group: "geometry" or "appearance".
+        sh_degree: Degree of the spherical harmonics.
+        tight: Whether rows of geometry lack the columns that are zero; those of the appearance are the same.
+    """
+    if group == "geometry":
+        return TIGHT_WORDS if tight else 2 * num_columns(group, sh_degree, "compact")
+    return num_columns(group, sh_degree, "compact")
 
 
 def packed_rows(words: Tensor, group: str) -> PackedState:
     """Return the rows of a group in a compact store, whose parameters and moments lie side by side.
 
-        geometry    128 bytes: 16 columns of float32, and as many pairs of moments in bfloat16
+        geometry    128 bytes: 16 columns of float32, and as many pairs of moments in bfloat16;
+                    tight, on the device, 112: 14 columns, and as many pairs
         appearance  192 bytes (at degree 3): 48 columns of float16, and as many of codes
 
     Args:
@@ -247,3 +259,17 @@ def packed_rows(words: Tensor, group: str) -> PackedState:
         Views of the words.
     """
     return PackedState(words, has_codes=group != "geometry")
+
+
+def with_words(rows: Tensor, num_words: int) -> Tensor:
+    """Return packed rows [M, words] in so many words: those of geometry may become tight, or cease to be.
+
+    Raises:
+        ValueError: They have no such form.
+    """
+    if rows.shape[1] == num_words:
+        return rows
+    if {rows.shape[1], num_words} != {TIGHT_WORDS, packed_words("geometry", 0)}:
+        raise ValueError(f"packed rows of {rows.shape[1]} words cannot have {num_words}")
+    halves = rows.view(len(rows), 2, rows.shape[1] // 2)
+    return pad(halves, (0, num_words // 2 - halves.shape[2])).view(len(rows), num_words)  # less than none cuts off

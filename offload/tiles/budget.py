@@ -12,7 +12,7 @@ import numpy as np
 
 from errors import format_bytes
 from offload.errors import MemoryParameterError, ParameterError
-from offload.store.layout import StateFormat, num_columns
+from offload.store.layout import StateFormat, num_columns, row_bytes
 from offload.tiles.boxes import Box, Coverage, Numbers, halved, plan_boxes
 
 HEADROOM = 0.08  # share of a budget that plans leave free, for fragments and for what the model does not know
@@ -128,7 +128,8 @@ class RowBytes:
         # Geometry, its moments and densification's statistics of each; summed gradients of those in view. Compact rows
         # have the constant colour too.
         if state == "compact":
-            return RowBytes(appearance, 2 * 64, view + 56, 128 + 4 + 12, exchanged)
+            rows = row_bytes("geometry", sh_degree, state=state, tight=True)
+            return RowBytes(appearance, 2 * 64, view + 56, rows + 12, exchanged)
         return RowBytes(appearance, 2 * 44, view + 44, 3 * 44 + 12, exchanged)
 
 
