@@ -86,9 +86,10 @@ class PackedGeometry(CulledGeometry):
         self.steps_done = self._group.adam.step
         for first in range(0, len(ids), BLOCK_ROWS):
             rows = slice(first, first + BLOCK_ROWS)
-            joined = self._joined({name: gradient[rows] for name, gradient in gradients.items()})
-            # Without values, which are read anew: rows may have been displaced, and tiles have gathered some each.
-            self._rows.step(ids[rows], None, joined)
+            block = {name: gradient[rows] for name, gradient in gradients.items()}
+            # Without values, which are read anew: rows may have been displaced, and tiles have gathered some each. Nor
+            # are joined gradients given a name, so that those of one block make way for those of the next.
+            self._rows.step(ids[rows], None, self._joined(block))
 
     def displace(self, ids: Tensor, offsets: Tensor) -> None:
         """Add offsets [D, 3] to the means of rows [D]; they may lag behind."""
