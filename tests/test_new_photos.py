@@ -134,6 +134,15 @@ def test_photos_of_another_scene_with_the_same_names_are_others(tmp_path):
     assert not any("trained on" in line for line in said)
 
 
+def test_a_ply_file_is_told_not_to_say_what_it_was_trained_on(tmp_path):
+    """Where training begins from it; a run that is resumed has it from its checkpoint."""
+    cfg = Config(data_dir=str(dataset(tmp_path, list(range(9)))), init_ckpt="x.ply")
+    for begins, checkpoint in ((True, None), (False, checkpoint_of(load_scene(cfg.data_dir)))):
+        said: list[str] = []
+        load_dataset(cfg, checkpoint, said.append)
+        assert any("does not say which photos" in line for line in said) == begins
+
+
 @pytest.mark.slow
 def test_a_resumed_run_and_its_evaluation_tell_of_another_rule(monkeypatch, tmp_path, capsys):
     data_dir = dataset(tmp_path / "data", list(range(9)))

@@ -71,6 +71,11 @@ def load_dataset(cfg: Config, checkpoint: Checkpoint | None, say: Say, starting:
         trained = trained_photos(checkpoint, scene.image_names)
     elif starting is not None and is_similarity(starting.transform):
         trained = trained_photos_in(starting, scene)
+    elif starting is None and cfg.init_ckpt:
+        say(
+            "The PLY file of --init_ckpt does not say which photos it was trained on: figures of held-out photos that "
+            "were among them would flatter the model."
+        )
     if (model := checkpoint or starting) is not None:
         warn_of_trained(trained, scene, model, say)
     offset = np.linalg.inv(scene.transform)[:3, 3]
