@@ -262,7 +262,9 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
     """
     options = read_options(wanted.folder)
     arguments = list(wanted.arguments)
-    if anew or options is None or differing_options(options, wanted.cfg):
+    # Without a checkpoint, as after a crash, --resume would begin from the photos' points in place of --init_ckpt.
+    is_lost = bool(wanted.cfg.init_ckpt) and not any((wanted.folder / "ckpts").glob("ckpt_*.pt"))
+    if anew or options is None or is_lost or differing_options(options, wanted.cfg):
         remove_run(wanted.folder)
         if wanted.checkpoint is not None:
             (wanted.folder / "ckpts").mkdir(parents=True, exist_ok=True)

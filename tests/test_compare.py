@@ -303,7 +303,11 @@ def test_a_run_that_began_from_a_model_goes_on_without_it(tmp_path, init):
     """Which --resume excludes; its cfg.yml still says what it began from."""
     cfg = dataclasses.replace(simple_trainer.CONFIGS["default"], init_ckpt="a.ply")
     wanted = Plan("fake", tmp_path, ("-c", "import sys; print(sys.argv[1:])", "default", *init, "--seed", "3"), cfg)
-    for expected in (["default", *init, "--seed", "3"], ["default", "--seed", "3", "--resume"]):
+    anew, going_on = ["default", *init, "--seed", "3"], ["default", "--seed", "3", "--resume"]
+    (tmp_path / "ckpts").mkdir()
+    for expected in (anew, anew, going_on):  # the second time nothing has been saved yet to go on from
+        if expected is going_on:
+            (tmp_path / "ckpts" / "ckpt_2.pt").touch()
         with Interruption() as interruption:
             launch(wanted, interruption, print)
         assert (tmp_path / "log.txt").read_text() == f"{expected}\n"

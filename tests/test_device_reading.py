@@ -330,6 +330,17 @@ def test_rows_of_one_view_at_a_time_are_on_the_device(found_first, monkeypatch):
         make(torch.arange(2))
 
 
+def test_rows_that_change_leave_no_memory_to_those_of_a_view():
+    """Geometry on the device stands twice while Gaussians are added: nothing may hold on to the rows of a view then."""
+    pipeline = make_pipeline(CPU, 300, True, HARMONICS)
+    take_step(pipeline, 0, PREFETCHED)
+    pipeline.finish()
+    words, last_step = map(weakref.ref, pipeline._reading._space)
+    pipeline.forget_upcoming()
+    assert words() is None
+    assert last_step() is None
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("travelling", [BOTH, HARMONICS])
 def test_many_rows_are_read_while_others_are_written(travelling):

@@ -228,6 +228,10 @@ class DeviceReading:
         """Wait until nothing is being read."""
         self._lane.finish()
 
+    def give_up_space(self) -> None:
+        """Leave the space to whoever changes rows, which may take much memory; after `finish`, between steps."""
+        self._space = None
+
     def _read_among(self, uploads: Mapping[str, Uploaded], ids: Tensor, places: Tensor) -> None:
         """Read rows [S] on the current stream and copy them to their places among those of a view."""
         skipped = {

@@ -261,6 +261,8 @@ class ForwardedPipeline:
         self.finish()
         self._finish_reading()
         self._ahead.forget()
+        if self._reading is not None:
+            self._reading.give_up_space()
         self._found = None
 
     def read(self, name: str, ids: Tensor) -> Tensor:
