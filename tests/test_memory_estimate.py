@@ -106,17 +106,17 @@ def test_bytes_per_gaussian():
     assert memory_estimate.gpu_only(0, "dense").host_at_start == 14 * 4
     one_view, two_views = (memory_estimate.optimized(3, "device", batch_size=views) for views in (1, 2))
     assert two_views == memory_estimate.split(3, "device", 1.0)
-    assert two_views.device_in_view - one_view.device_in_view == 192 - 24 - 2 * 12  # gradients; what they are made of
+    assert two_views.device_in_view - one_view.device_in_view == 192 - 24 - 2 * 12 - 36  # gradients, or what makes them
     assert two_views.host_in_view - one_view.host_in_view == 3 * (192 - 24)
-    assert memory_estimate.optimized(3, "host", "compact").device_in_view == 2 * 196 + 24 + 12 + 3 * 64 + 200
+    assert memory_estimate.optimized(3, "host", "compact").device_in_view == 2 * 196 + 36 + 24 + 12 + 3 * 64 + 200
     assert memory_estimate.gpu_only(3, "deferred", "compact").device == 112 + 4 + 192 + 4 + 20
     compact = memory_estimate.streamed(3, "device", "float32", "compact")
     assert memory_estimate.with_residents(compact, 3, 0.0) == compact
     assert memory_estimate.with_residents(compact, 3, 0.25).device == compact.device + 328 / 4 + 5
     assert memory_estimate.with_residents(compact, 3, 1.0) == compact  # all stay only while there is room
-    assert compact.device_in_view == 2 * 328 + 64 + 64 + 240  # values and gradients of geometry; numbers and rendering
+    assert compact.device_in_view == 2 * 328 + 64 + 64 + 36 + 240  # values and gradients of geometry; slopes; others
     of_two_views = memory_estimate.streamed(3, "device", "float32", "compact", batch_size=2)
-    assert of_two_views.device_in_view == compact.device_in_view + 192 + 192
+    assert of_two_views.device_in_view == compact.device_in_view - 36 + 192 + 192
 
 
 def test_the_documents_name_the_bytes_of_a_compact_state():

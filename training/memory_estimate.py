@@ -7,8 +7,8 @@ Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainer
                      44 x 3   else: values, gradient, a gathered copy
 
 Where harmonics have no gradient there (`offload/adam/stored_harmonics.py`), an appearance row takes 192 x 2, or packed
-196 x 2, or 196 where geometry stays (`offload/pipelines/device_reading.py`), and what the gradient is made of. Beside
-them:
+196 x 2, or 196 where geometry stays (`offload/pipelines/device_reading.py`), slopes of its colours (36), and what the
+gradient is made of. Beside them:
 
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
@@ -66,6 +66,7 @@ MOVING_ROWS = 3  # tensors of a view's rows on the device at once
 STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 ID_BYTES = 8
+SLOPE_BYTES = 36  # of colours that are made of harmonics as they are stored, where a step has one view
 MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
@@ -166,7 +167,7 @@ def gpu_only(
         )
     if adam == "deferred":
         row, rows = _row_bytes(("appearance",), sh_degree), GEOMETRY_BYTES + row_bytes("appearance", sh_degree)
-        harmonics = 0 if batch_size == 1 else 2 * row  # where they are copied (`offload/adam/stored_harmonics.py`)
+        harmonics = SLOPE_BYTES if batch_size == 1 else 2 * row  # values and gradients, where they are copied
         return Footprint(
             host_at_start=parameters,  # as read
             device_at_start=rows,
@@ -228,7 +229,7 @@ def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: State
         arrived = staged if is_float32 else row_bytes("appearance", sh_degree, state=state)
         views = 1 if on_device and not is_float32 else 2  # whose rows are there at once
         # These; sh0's leaf and gradient, where geometry has none; a copy of means, where rows have them.
-        moving = views * arrived + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
+        moving = views * arrived + SLOPE_BYTES + MADE_BYTES + (2 * 12 if is_float32 else 0) + (0 if on_device else 12)
         staged = MADE_BYTES
     compact_geometry = row_bytes("geometry", sh_degree, state="compact", tight=True)
     rows, in_view = (GEOMETRY_BYTES, 3 * 44) if is_float32 else (compact_geometry, 2 * 64)
@@ -356,10 +357,10 @@ def parameter_bytes(sh_degree: int) -> int:
 def _compact_view_bytes(sh_degree: int, batch_size: int) -> int:
     """Return the bytes of values and gradients of a compact row in view.
 
-    Where a step has one view, and only there, harmonics have neither (`offload/adam/stored_harmonics.py`).
+    Where a step has one view, and only there, harmonics have slopes in their place.
     """
     values = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
-    return 2 * (values["geometry"] if batch_size == 1 else sum(values.values()))
+    return 2 * values["geometry"] + SLOPE_BYTES if batch_size == 1 else 2 * sum(values.values())
 
 
 def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:

@@ -186,6 +186,7 @@ class CulledGeometry:
     def _stored_rows(self, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Give stored values [M, columns] of rows, or of all, some at a time: the device reads them itself."""
         if isinstance(self._store, DeviceStore):  # whose rows are here, and tight
+            assert ids is None  # `read` has them of the store
             yield from self._store.rows.parameters.split(COPIED_ROWS)
             return
         packed, count = self._store.packed, self.num_gaussians if ids is None else len(ids)

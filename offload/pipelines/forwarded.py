@@ -407,10 +407,9 @@ class ForwardedPipeline:
         """Let rows of the next view come where those of the present one are, if it has been found."""
         if self._early_reading is None or self._compared is None:
             return
-        self._early_reading.begin(self._compared)
-        go_on = partial(self._early_reading.go_on, self._compared)
-        self._ahead.begin(self._prepare, self._find_in_update, go_on)
-        self._compared = None
+        views, self._compared = self._compared, None  # once: where that fails, rows are read when they are rendered
+        self._early_reading.begin(views)
+        self._ahead.begin(self._prepare, self._find_in_update, partial(self._early_reading.go_on, views))
 
     def _prepare(self, find: Callable[[], Upcoming], read: Callable[[], dict[str, Uploaded]] | None) -> Ahead:
         """Upload what can be known of the next view before the present view's gradients."""
