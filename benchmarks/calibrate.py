@@ -4,7 +4,7 @@
 
 Takes about a minute. Measures pinned copies, the streamed trainer's kernels over pinned rows, plain and compact ones,
 the optimized trainer's Adam kernels over host memory, copies on the GPU, and rendering. Every trainer prints the
-verdict when it starts on a GPU. What a step takes is a bound from below: that of its slowest part, as all may overlap.
+verdict when it starts on a GPU. What a step takes is that of its slowest part, as all may overlap.
 """
 
 from __future__ import annotations

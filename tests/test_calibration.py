@@ -29,8 +29,8 @@ H200 = Speeds(
     rows_both_ways=70e9,
     packed_both_ways=72e9,
     device=4.2e12,
-    launching=1.75e-3,
-    rendering=7.6e-3 / 1.4e6,
+    launching=2.7e-3,
+    rendering=4.9e-9,
     host_packed=36e9,  # the worker's commits in a step of optimized_compact, and those of rows that two views share
 )
 AERIAL, CITY = 1152 * 864, 1920 * 1080  # pixels
@@ -52,11 +52,20 @@ MEASURED = [
     (
         (1_000_000, 0.0779, AERIAL),
         {
-            "gpu_only": (4.26, 1.02),
-            "gpu_only_deferred": (4.58, 0.85),
-            "gpu_only_compact": (5.49, 0.54),
-            "streamed": (6.63, 0.44),
-            "streamed_compact": (7.69, 0.23),
+            "gpu_only": (4.20, 1.00),
+            "streamed_compact_geometry_on_host": (5.33, 0.20),
+            "gpu_only_deferred": (5.98, 0.83),
+            "streamed": (6.88, 0.43),
+            "streamed_geometry_on_host": (7.31, 0.16),
+        },
+    ),
+    (
+        (1_000_000, 0.0779, AERIAL),
+        {
+            "gpu_only": (3.71, 1.00),
+            "gpu_only_compact": (4.05, 0.45),
+            "streamed_compact": (5.62, 0.21),
+            "optimized_compact": (7.78, 0.26),
         },
     ),
     (
@@ -73,7 +82,12 @@ MEASURED = [
     ),
     (
         (4_000_000, 0.0759, AERIAL),
-        {"gpu_only_deferred": (5.61, 3.13), "gpu_only_compact": (5.53, 1.70), "streamed_compact": (7.64, 0.72)},
+        {
+            "gpu_only_compact": (3.66, 1.57),
+            "gpu_only_deferred": (4.78, 3.02),
+            "streamed_compact": (5.15, 0.53),
+            "gpu_only": (5.65, 3.92),
+        },
     ),
     (
         (18_000_000, 0.0750, AERIAL),
@@ -94,10 +108,11 @@ MEASURED = [
     (
         (18_000_000, 0.0750, AERIAL),
         {
-            "gpu_only_deferred": (6.61, 13.33),
-            "streamed_compact": (13.6, 2.15),
-            "streamed_compact_geometry_on_host": (14.2, 1.84),
-            "optimized_compact": (25.4, 3.59),
+            "gpu_only_deferred": (6.19, 13.34),
+            "gpu_only_compact": (6.72, 6.57),
+            "streamed_compact": (12.9, 2.16),
+            "streamed_compact_geometry_on_host": (13.7, 1.87),
+            "optimized_compact": (20.1, 3.02),
             "optimized": (31.8, 3.51),
             "optimized_compact_geometry_on_host": (38.8, 1.34),
         },
@@ -115,7 +130,14 @@ MEASURED = [
         (100_000_000, 0.0747, AERIAL),  # bound to 8 GB
         {"streamed_geometry_on_host": (313.0, 7.89), "streamed_compact_geometry_on_host": (114.0, 7.29)},
     ),
-    ((102_231_360, 0.0039, CITY), {"streamed_bfloat16": (8.9, 15.2), "streamed_geometry_on_host": (23.8, 0.51)}),
+    (
+        (102_231_360, 0.0039, CITY),
+        {
+            "streamed_compact_geometry_on_host": (7.28, 0.98),
+            "streamed_bfloat16": (8.9, 15.2),
+            "streamed_geometry_on_host": (23.8, 0.51),
+        },
+    ),
 ]
 NAMES = [f"{scene[0]}, {len(measured)} trainers" for scene, measured in MEASURED]
 HOST_MEMORY = 135e9
@@ -155,7 +177,7 @@ def test_advice_is_the_fastest_that_was_measured_of_those_that_fit(scene, measur
 
 @pytest.mark.parametrize(("scene", "measured"), MEASURED, ids=NAMES)
 def test_estimates_are_near_what_was_measured(scene, measured):
-    """Time is a bound from below; where the CPU does more than Adam, by nearly half. It is too high by what does not
+    """Time may be too low, where the CPU does more than Adam by nearly half. It is too high by what does not
     travel, up to a quarter of the rows, and where the host is faster than copies are, as in the baseline. Memory is
     that of a model that is densified, which these were not: an array of all rows once more, where it lies there. Where
     the optimized trainer is without a compact state it ran when harmonics had gradients of 192 bytes, on the device and
@@ -207,7 +229,7 @@ def test_verdicts_say_what_to_run_and_what_it_takes():
         "10,000,000 Gaussians, 10 % of them visible, in 5.0 GB of GPU and 64.0 GB of host memory: use"
     )
     assert "simple_trainer_hybrid_streamed.py --state compact (" in text
-    assert text.count("ms a step or more") == 3
+    assert text.count("ms a step,") == text.count("(about ") == 3
     assert "\n" not in text
     assert "no trainer fits" in verdict(H200, replace(SMALL, host_memory=1e9, device_memory=1e9))
 

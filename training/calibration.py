@@ -1,7 +1,7 @@
 """Which trainer a machine trains a scene with in the shortest time, and where the last finding is kept.
 
-`python -m benchmarks.calibrate` measures the speeds. A step takes at least what its slowest part takes: the host,
-which launches; the device, which renders and moves what lies in its memory; the link; and the host's memory.
+`python -m benchmarks.calibrate` measures the speeds. A step takes about what its slowest part takes: the host, which
+launches; the device, which renders and moves what lies in its memory; the link; and the host's memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from offload.tiles.budget import PIXEL_BYTES
 from trainers import TRAINERS
 
 STREAMED = "simple_trainer_hybrid_streamed"  # the script whose device reads and writes rows of the host
-# Launching the kernels of a step takes the host so many times what launching those of rendering does, which is all that
-# counts in steps with few Gaussians. By benchmarks.train_step with 1 million on an H200: 3.5 to 4.3, 4.6 and 5.5 ms on
-# the GPU alone; 6.5 to 7.7 streamed and 8.3 with Adam on the CPU, where rendering launched for 1.75 ms.
+# Launching the kernels of a step takes the host so many times what launching those of rendering does. Of
+# benchmarks.train_step with 1 million on H200s with 16 threads, where that took 2.6 and 2.7 ms, less what the device
+# moves for all Gaussians: 3.7 to 4.2 ms with dense Adam, 6.0 deferred and 4.1 in a compact state; streamed 6.9 and 7.3,
+# compact 5.3 to 5.6; 7.8 with Adam on the CPU. Deferred as the ratio to compact rows at 4 million says.
 LAUNCHES = {
-    "gpu_only": 2.2,
-    "gpu_only_deferred": 2.4,
-    "gpu_only_compact": 2.9,
-    "streamed": 3.7,
-    "streamed_bfloat16": 3.7,
+    "gpu_only": 1.25,
+    "gpu_only_deferred": 2.0,
+    "gpu_only_compact": 1.55,
+    "streamed": 2.5,
+    "streamed_bfloat16": 2.5,
+    "streamed_geometry_on_host": 2.65,
 }
-LAUNCHES_STREAMED = 4.3  # of other streamed trainers
-LAUNCHES_BESIDE_CPU = 4.7  # of the trainers whose CPU runs Adam
+LAUNCHES_STREAMED = 2.05  # of other streamed trainers
+LAUNCHES_BESIDE_CPU = 2.95  # of the trainers whose CPU runs Adam
+DENSE = 0.7  # of the speed of copies, at which dense Adam and what goes with it visit all Gaussians (18 and 40 million)
 # Bytes over the link, of a row, that wait for its gradients: nothing is rendered meanwhile.
 AFTER_RENDERING = {"streamed_geometry_on_host": 768}
 NEXT = 2  # trainers that are named beside the fastest
@@ -119,11 +122,14 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     # Coding takes a device no longer than the bytes that it spares: 6.4 ms at 18 million, and 6.6 with rows in float32
     # (benchmarks/results/train_step_compact_h200.md).
     on_device = num_visible * (speeds.rendering + AFTER_RENDERING.get(name, 0) / link_speed)
-    on_device += traffic.device / speeds.device
+    on_all = traffic.device / ((DENSE if name == "gpu_only" else 1) * speeds.device)
+    on_device += on_all
     on_link = traffic.link / link_speed
     # What streams over the host's memory the device has measured.
     on_host = 0.0 if streams else traffic.host / (speeds.host_packed if compact else speeds.host)
     launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
+    # The next view's rendering is not launched to its end before Adam's update is done: the host waits for a count.
+    launching += on_all
     return Advice(
         name,
         milliseconds=1e3 * max(launching, on_device, on_link, on_host),
@@ -148,7 +154,7 @@ def verdict(speeds: Speeds, scene: Scene) -> str:
     if not found:
         return f"{given}: no trainer fits; fewer Gaussians, or views that see less of them, would."
     best, *others = [
-        f"{advice.command} ({advice.milliseconds:.1f} ms a step or more, {_gigabytes(advice.device_memory)} of GPU and "
+        f"{advice.command} (about {advice.milliseconds:.1f} ms a step, {_gigabytes(advice.device_memory)} of GPU and "
         f"{_gigabytes(advice.host_memory)} of host memory)"
         for advice in found[: 1 + NEXT]
     ]
