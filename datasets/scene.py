@@ -96,18 +96,8 @@ def load_scene(
     data_dir = Path(data_dir)
     model, model_path = load_sparse_model(data_dir, model_dir, say)
     train_ids, test_ids = split_indices(len(model.image_names), test_every=test_every, test_after=test_after)
-    points, points_rgb = model.points, model.points_rgb
-    if init_ply:
-        points, points_rgb = read_points(points_ply(model_path))
-    elif len(points) == 0:
-        raise InputError(
-            f"points3D in {model_path} holds no points to start from: put a points.ply beside it and give --init_ply."
-        )
-    for what, values in (("point", points), ("camera", model.worldtocams[:, :3, 3])):
-        if np.abs(values).max(initial=0.0) > LARGEST_COORDINATE:
-            raise InputError(
-                f"A {what} of {data_dir} is farther than {LARGEST_COORDINATE:g} from the origin: remove it."
-            )
+    points, points_rgb = _starting_points(model, model_path, init_ply=init_ply)
+    _refuse_far_off(data_dir, point=points, camera=model.worldtocams[:, :3, 3])
     warnings = check_points(points_ply(model_path), points, model.points) if init_ply else []
     pictures = prepare_images(
         data_dir,
@@ -137,14 +127,7 @@ def load_scene(
     warnings += far_camera_warnings(model.image_names, positions, is_far, scene_scale)
     for warning in warnings:
         say(f"Warning: {warning}")
-    if not points_rgb.any():
-        # A channel that begins at 0 is clamped there and learns of half of its pixels at best.
-        say(
-            "Warning: all points are black, as those of a model are whose colours were never extracted: training "
-            "starts from gray ones (colmap color_extractor finds their colours)."
-        )
-        points_rgb = np.full_like(points_rgb, 128)
-    points, points_rgb = subset_of_points(points, points_rgb, max_points, say)
+    points, points_rgb = subset_of_points(points, _not_all_black(points_rgb, say), max_points, say)
     scene = Scene(
         data_dir=data_dir,
         image_names=model.image_names,
@@ -167,6 +150,48 @@ def load_scene(
     if depths is False:
         say_unused_depths(data_dir, model.distances, say)
     return scene
+
+
+def _starting_points(model: SparseModel, model_path: Path, *, init_ply: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points [P, 3] that training starts from, and their colours [P, 3].
+
+    Raises:
+        InputError: There are none, or points.ply cannot be used.
+    """
+    if init_ply:
+        return read_points(points_ply(model_path))
+    if len(model.points) == 0:
+        raise InputError(
+            f"points3D in {model_path} holds no points to start from: put a points.ply beside it and give --init_ply."
+        )
+    return model.points, model.points_rgb
+
+
+def _refuse_far_off(data_dir: Path, **places: np.ndarray) -> None:
+    """Refuse places [n, 3] that lie so far off that the scene would shrink to a point, each kind by its name.
+
+    Raises:
+        InputError: There is such a place.
+    """
+    for what, values in places.items():
+        if np.abs(values).max(initial=0.0) > LARGEST_COORDINATE:
+            raise InputError(
+                f"A {what} of {data_dir} is farther than {LARGEST_COORDINATE:g} from the origin: remove it."
+            )
+
+
+def _not_all_black(points_rgb: np.ndarray, say: Say) -> np.ndarray:
+    """Return the points' colours [P, 3]; gray ones, where nobody has extracted any.
+
+    A channel that begins at 0 is clamped there and learns of half of its pixels at best.
+    """
+    if points_rgb.any():
+        return points_rgb
+    say(
+        "Warning: all points are black, as those of a model are whose colours were never extracted: training "
+        "starts from gray ones (colmap color_extractor finds their colours)."
+    )
+    return np.full_like(points_rgb, 128)
 
 
 def seen_distances(scene: Scene, image_ids: np.ndarray) -> np.ndarray:
