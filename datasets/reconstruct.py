@@ -13,29 +13,25 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
-import filecmp
-import itertools
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pycolmap
 
 from datasets.cache import is_writable
-from datasets.georeference import SIDE_FILE, LocalFrame
-from datasets.image_files import checked_picture, fitting_workers
-from datasets.images import in_threads, picture_sizes
+from datasets.georeference import LocalFrame
 from datasets.likely_pairs import NUM_FEATURES, NUM_PARTNERS
-from datasets.links import link_file, write_whole
+from datasets.links import write_whole
 from datasets.model_choice import Say
 from datasets.paths import photo_names
+from datasets.photo_source import FPS, Source
 from datasets.photogrammetry import (
     LOG,
     MATCHINGS,
@@ -51,18 +47,12 @@ from datasets.photogrammetry import (
     match,
     read_models,
     read_photos,
-    registered_names,
 )
 from datasets.places import check_outside_datasets
-from datasets.prepared import check_prepared
-from datasets.video_frames import open_video, write_sharpest_frames
-from errors import InputError, counted, reason, refusing, stopped_by_signals
+from datasets.published_models import publish
+from datasets.reconstruction_report import no_model, report
+from errors import InputError, reason, refusing, stopped_by_signals
 from option_words import Parser, named_path
-
-FPS = 2.0  # frames that are taken of each second of a video, where --fps says nothing else
-FEWEST_PHOTOS = 3  # of which one is held out, and two see the same
-_NO_FEATURES = "no features (blank, blurred or covered)"
-_NAMED = 5  # of photos of a kind, in the report; all are in a file
 
 WORK = "reconstruction"  # the folder in OUT of what is computed on the way
 LEFT_OUT = "not_registered.txt"  # in that
@@ -104,13 +94,13 @@ def reconstruct(options: argparse.Namespace, say: Say) -> list[str]:
     out: Path = options.out
     _check_options(options)
     _check_place(out)
-    source = _Source.of(options)
+    source = Source.of(options.photos, options.video, options.fps, out)
     _make_place(out)
     with _claimed(out / WORK):
         return _reconstruct(options, source, say)
 
 
-def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list[str]:
+def _reconstruct(options: argparse.Namespace, source: Source, say: Say) -> list[str]:
     out: Path = options.out
     images, work = out / "images", out / WORK
     database, models = work / "database.db", work / "models"
@@ -158,106 +148,18 @@ def _reconstruct(options: argparse.Namespace, source: _Source, say: Say) -> list
         with _of_colmap("making a model", work):
             make_models(database, images, partial, mapper, num_matched)
         if not read_models(partial):
-            raise InputError(_no_model(source.what, photos, matching))
+            raise InputError(no_model(source.what, photos, matching))
         partial.rename(models)
         steps.set_done("models", settings)
 
     if not steps.are_done("sparse", made_with):
-        for sentence in _publish(models, out, frame):
+        for sentence in publish(models, out, frame):
             say(sentence)
         steps.set_done("sparse", made_with)
-    return _report(out, photos, matching)
+    return report(out, photos, matching, work / LEFT_OUT)
 
 
-# ------------------------------------------------------------------------------------------------------ what goes in
-
-
-class _Source:
-    """Say where photos come from, and put them into the dataset."""
-
-    def __init__(self, what: str, identity: list[Any], put: Callable[[Path, Say], None]) -> None:
-        """
-        Args:
-            what: Its name for sentences.
-            identity: What JSON can hold, equal only for the same photos; of a video, its --fps comes last.
-            put: Puts the photos into a folder, and says how.
-        """
-        self.what = what
-        self.identity = identity
-        self.put = put
-
-    @classmethod
-    def of(cls, options: argparse.Namespace) -> _Source:
-        """Look at what the options name.
-
-        Raises:
-            InputError: There are no photos, or too few, or they cannot be read.
-        """
-        return (
-            cls._video(options.video, options.fps or FPS) if options.video else cls._photos(options.photos, options.out)
-        )
-
-    @classmethod
-    def _video(cls, video: Path, fps: float) -> _Source:
-        video_fps, seconds, _ = open_video(video)
-        stat = video.stat()
-
-        def put(images: Path, say: Say) -> None:
-            say(f"{video}: {seconds:.1f} s of {video_fps:g} frames a second, the sharpest of each {1 / fps:.3g} s.")
-            for name in photo_names(images) if images.is_dir() else ():  # of an interruption
-                (images / name).unlink()
-            count = write_sharpest_frames(video, fps, images)
-            if count < FEWEST_PHOTOS:
-                raise InputError(
-                    f"--video {video} gives {counted(count, 'photo')}, too few to reconstruct: raise --fps, or take a "
-                    "longer video."
-                )
-
-        return cls(f"{video}", [video.name, stat.st_size, stat.st_mtime_ns, fps], put)
-
-    @classmethod
-    def _photos(cls, folder: Path, out: Path) -> _Source:
-        if not folder.is_dir():
-            raise InputError(f"{folder} does not exist or is no folder: name the folder of the photos.")
-        images = out / "images"
-        in_place = images.is_dir() and images.samefile(folder)
-        if not in_place and out.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--out {out} lies in the folder of the photos, {folder}: name one beside it.")
-        names = sorted(photo_names(folder))
-        if len(names) < FEWEST_PHOTOS:
-            found = {0: "no photos", 1: "one photo"}.get(len(names), f"{len(names)} photos")
-            raise InputError(
-                f"{folder} holds {found}, and a reconstruction needs {FEWEST_PHOTOS} at least, of the same things "
-                "from several places: name the folder of the photos, or take more."
-            )
-        others = [] if in_place or not images.is_dir() else sorted(photo_names(images) - set(names))
-        if others:
-            raise InputError(
-                f"{images} holds {len(others)} photos that are not in {folder}, such as {others[0]}: move them away, "
-                "or name another --out."
-            )
-        sizes = picture_sizes(folder, names)
-        stats = [(folder / name).stat() for name in names]
-        identity = [[name, stat.st_size] for name, stat in zip(names, stats, strict=True)]
-
-        def put(images: Path, say: Say) -> None:
-            workers = fitting_workers(os.cpu_count() or 1, max(width * height for width, height in sizes))
-            in_threads(lambda name: checked_picture(folder / name), names, workers, "Checking photos")
-            if in_place:
-                return
-            for name in names:
-                link_file(folder / name, images / name)
-            kinds = [_kind_of_link(folder / name, images / name) for name in names]
-            counts = " and ".join(f"{kinds.count(kind):,} {kind}" for kind in sorted(set(kinds)))
-            say(f"{images} holds {counts} of {folder}.")
-
-        return cls(f"{folder}", identity, put)
-
-
-def _kind_of_link(source: Path, target: Path) -> str:
-    if target.is_symlink():
-        return "symbolic links to photos"
-    return "hard links to photos" if target.samefile(source) else "copies of photos"
+# ------------------------------------------------------------------------------------------------ before anything else
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -352,7 +254,7 @@ class _Steps:
         """The settings of the steps that make the model, as each was last completed."""
         return self._done.get("made_with", {})
 
-    def check_same_source(self, source: _Source) -> None:
+    def check_same_source(self, source: Source) -> None:
         """Raise InputError where other photos have been put here before."""
         if "photos" not in self._done or self.are_done("photos", source.identity):
             return
@@ -389,71 +291,6 @@ def _of_colmap(doing: str, work: Path) -> Iterator[None]:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------------ what comes out
-
-
-def _publish(models: Path, out: Path, frame: LocalFrame | None) -> list[str]:
-    """Write the models into `sparse`, the one of most photos as `sparse/0`; returns sentences on them."""
-    sparse = out / "sparse"
-    partial = sparse.with_name(".sparse.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    found = read_models(models)
-    sentences = []
-    for number, model in enumerate(found):
-        if frame is not None:
-            distance = frame.align(model)
-            if distance is None and number == 0:
-                raise InputError(
-                    "--georeference found no place for the model where its photos' GPS positions agree: leave it out."
-                )
-            sentences.append(
-                f"sparse/{number} could not be georeferenced: too few of its photos have GPS that agrees."
-                if distance is None
-                else f"sparse/{number} is in metres east, north and up of the place in {SIDE_FILE}; the median camera "
-                f"is {distance:.2f} m from its GPS position."
-            )
-        model.update_point_3d_errors()  # in pixels, which the global mapper's are not
-        (partial / str(number)).mkdir(parents=True)
-        model.write(partial / str(number))
-    if _hold_the_same(partial, sparse):
-        shutil.rmtree(partial)
-    else:
-        sentences += _set_aside(out)
-        partial.rename(sparse)
-    (out / SIDE_FILE).unlink(missing_ok=True)
-    if frame is not None:
-        frame.write(out / SIDE_FILE)
-    if len(found) > 1:
-        names = [registered_names(model) for model in found]
-        num_others = len(set.union(*names) - names[0])
-        sentences.append(
-            f"The photos fell into {len(found)} models that could not be joined: sparse/0, the largest, is trained on; "
-            f"the others hold {counted(num_others, 'photo')} that it lacks."
-        )
-    return sentences
-
-
-def _hold_the_same(first: Path, second: Path) -> bool:
-    """Tell whether two folders of models hold the same files."""
-    files = [{path.relative_to(folder) for path in folder.glob("*/*.bin")} for folder in (first, second)]
-    return files[0] == files[1] and all(filecmp.cmp(first / name, second / name, shallow=False) for name in files[0])
-
-
-def _set_aside(out: Path) -> list[str]:
-    """Move the model that OUT holds, with its place on the Earth, into a folder of its own; returns a sentence."""
-    sparse = out / "sparse"
-    if not sparse.exists():
-        return []
-    if (out / SIDE_FILE).exists():  # before its model goes, so that no interruption parts them
-        (out / SIDE_FILE).rename(sparse / SIDE_FILE)
-    folder = next(path for number in itertools.count(1) if not (path := out / f"replaced_{number}").exists())
-    sparse.rename(folder)
-    return [
-        f"The model that was here before is kept in {folder}: training that began with it goes on with --model_dir "
-        f"{folder.name}/0; train with the new one into another --result_dir."
-    ]
-
-
 def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str:
     """Say which photos are compared, and why these."""
     count = len(photos)
@@ -473,82 +310,6 @@ def _why(matching: str, photos: list[Photo], options: argparse.Namespace) -> str
         f"Of {pairs} those are compared that are likely to see the same, {NUM_PARTNERS} partners of each photo whose "
         "largest features agree best with its own (preemptive matching), since not all photos have GPS."
     )
-
-
-def _no_model(what: str, photos: list[Photo], matching: str) -> str:
-    """Say why there is no model."""
-    without = sum(photo.num_features == 0 for photo in photos)
-    alone = sum(photo.num_partners == 0 for photo in photos)
-    if alone == len(photos):
-        cause = "no two of them have enough in common"
-    else:
-        cause = f"those that match ({len(photos) - alone} of them) see too little from places far enough apart"
-    return (
-        f"No model can be made of the {len(photos)} photos of {what}, since {cause}"
-        + (f", and {without} have no features at all" if without else "")
-        + ": take sharp photos from several places, each of which shows most of what another shows"
-        + ("." if matching == "exhaustive" else ", or compare all pairs of them with --matching exhaustive.")
-    )
-
-
-def _report(out: Path, photos: list[Photo], matching: str) -> list[str]:
-    """Return the lines of the report: what was registered, what not and why, and what `prepare --check` finds."""
-    models = [pycolmap.Reconstruction(out / "sparse" / str(k)) for k in range(_count_models(out / "sparse"))]
-    registered = [registered_names(model) for model in models]
-    left_out: dict[str, list[Photo]] = {}
-    for photo in photos:
-        if photo.name not in registered[0]:
-            left_out.setdefault(_why_left_out(photo, registered), []).append(photo)
-    usual = _median_features([photo for photo in photos if photo.name in registered[0]])
-    lines = [
-        f"registered: {len(registered[0]):,} of {len(photos):,} photos, {models[0].num_points3D():,} points, "
-        f"mean reprojection error {models[0].compute_mean_reprojection_error():.2f} pixels"
-    ]
-    path = out / WORK / LEFT_OUT
-    path.unlink(missing_ok=True)
-    for why, group in left_out.items():
-        more = f" and {len(group) - _NAMED} more, all in {path}" if len(group) > _NAMED else ""
-        names = ", ".join(photo.name for photo in group[:_NAMED])
-        lines.append(f"left out:   {len(group):,}, {why}{_few_features(group, usual)}: {names}{more}")
-    if 2 * len(registered[0]) < len(photos):
-        lines.append(
-            "Warning:    most photos are left out; photos that show more of what others show give a larger model."
-        )
-    if matching != "exhaustive" and any(why != _NO_FEATURES for why in left_out):
-        lines.append(
-            f"            Not all pairs were compared ({matching} matching): the same command with --matching "
-            "exhaustive keeps what has been matched, compares the others too, and may place more photos in a new "
-            "model; this one is kept, too."
-        )
-    if left_out:
-        rows = [f"{photo.name}\t{why}\n" for why, group in left_out.items() for photo in group]
-        write_whole(path, lambda partial: partial.write_text("".join(sorted(rows))))
-    return lines + check_prepared("default", out)
-
-
-def _few_features(group: list[Photo], usual: int) -> str:
-    """Say that photos have fewer features than half the usual number, where they do."""
-    count = _median_features(group)
-    return f" (of few features: {count:,} in the median, registered photos {usual:,})" if 0 < 2 * count < usual else ""
-
-
-def _median_features(photos: list[Photo]) -> int:
-    return round(median(photo.num_features for photo in photos))
-
-
-def _count_models(sparse: Path) -> int:
-    return sum(path.is_dir() and path.name.isdecimal() for path in sparse.iterdir())
-
-
-def _why_left_out(photo: Photo, registered: list[set[str]]) -> str:
-    if photo.num_features == 0:
-        return _NO_FEATURES
-    if photo.num_partners == 0:
-        return "no other photo matches"
-    for number, names in enumerate(registered[1:], start=1):
-        if photo.name in names:
-            return f"in another model (sparse/{number})"
-    return "matches too few points of the model"
 
 
 # ---------------------------------------------------------------------------------------------------- the command line

@@ -15,7 +15,7 @@ import pycolmap
 import pytest
 from PIL import Image
 
-from datasets import reconstruct, video_frames
+from datasets import photo_source, published_models, reconstruct, reconstruction_report, video_frames
 from datasets.child_process import run_in_child
 from datasets.photogrammetry import (
     Photo,
@@ -118,8 +118,11 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
     assert not (out / "sparse").exists()
 
     with monkeypatch.context() as patched:
-        for step in ("extract_features", "match", "link_file", "checked_picture"):
-            patched.setattr(reconstruct, step, never)
+        for room, step in (
+            *((reconstruct, name) for name in ("extract_features", "match")),
+            *((photo_source, name) for name in ("link_file", "checked_picture")),
+        ):
+            patched.setattr(room, step, never)
         assert run(*command) == 0
     printed = capsys.readouterr().out
     assert int(re.search(rf"registered: (\d+) of {NUM_VIEWS + 1} photos", printed)[1]) >= MOST_VIEWS
@@ -139,7 +142,7 @@ def test_photos_become_a_georeferenced_scene_although_interrupted(photos, tmp_pa
     assert np.abs(wgs84.ellipsoid_to_enu(wgs84.ecef_to_ellipsoid(geocentric), *ORIGIN) - true).max() < 1.0
 
     with monkeypatch.context() as patched:  # all is done: the report alone
-        for step in ("extract_features", "match", "make_models", "_publish"):
+        for step in ("extract_features", "match", "make_models", "publish"):
             patched.setattr(reconstruct, step, never)
         assert run(*command) == 0
     assert f"of {NUM_VIEWS + 1} photos" in capsys.readouterr().out
@@ -178,7 +181,7 @@ def test_a_model_of_photos_that_are_all_in_larger_ones_is_left_out(tmp_path):
         model.write(tmp_path / f"models/{number}")
     found = read_models(tmp_path / "models")
     assert [sorted(registered_names(model)) for model in found] == [["a.png", "b.png", "c.png"], ["c.png", "d.png"]]
-    sentences = reconstruct._publish(tmp_path / "models", tmp_path, None)
+    sentences = published_models.publish(tmp_path / "models", tmp_path, None)
     assert "fell into 2 models that could not be joined" in sentences[0]
     assert "the others hold 1 photo that it lacks" in sentences[0]
 
@@ -190,11 +193,11 @@ def test_a_model_that_is_replaced_by_another_is_kept(tmp_path):
         model.write(tmp_path / f"models {number}/0")
     out = tmp_path / "out"
     out.mkdir()
-    assert reconstruct._publish(tmp_path / "models 0", out, None) == []
-    assert reconstruct._publish(tmp_path / "models 0", out, None) == []  # the same: an interruption came between
+    assert published_models.publish(tmp_path / "models 0", out, None) == []
+    assert published_models.publish(tmp_path / "models 0", out, None) == []  # the same: an interruption came between
     assert not (out / "replaced_1").exists()
     for number, others, count in ((1, 1, 3), (2, 0, 2)):
-        [sentence] = reconstruct._publish(tmp_path / f"models {others}", out, None)
+        [sentence] = published_models.publish(tmp_path / f"models {others}", out, None)
         assert f"kept in {out}/replaced_{number}:" in sentence
         assert f"--model_dir replaced_{number}/0" in sentence
         assert pycolmap.Reconstruction(out / f"replaced_{number}/0").num_reg_images() == count
@@ -267,7 +270,9 @@ def test_photos_that_are_left_out_are_named_with_the_reason(tmp_path):
     photos += [Photo(f"lawn {number}.png", 900, 0, None) for number in range(6)]
 
     def report(matching: str) -> str:
-        return "\n".join(reconstruct._report(tmp_path, photos, matching))
+        return "\n".join(
+            reconstruction_report.report(tmp_path, photos, matching, tmp_path / "reconstruction" / reconstruct.LEFT_OUT)
+        )
 
     said = report("exhaustive")
     assert "registered: 3 of 13 photos" in said
@@ -309,7 +314,7 @@ def test_a_video_gives_the_sharpest_frame_of_each_interval(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_video_is_matched_in_its_order(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reconstruct, "open_video", lambda video: (10.0, 0.4, iter(())))
+    monkeypatch.setattr(photo_source, "open_video", lambda video: (10.0, 0.4, iter(())))
     monkeypatch.setattr(
         video_frames,
         "open_video",
