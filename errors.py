@@ -15,9 +15,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 
 class InputError(Exception):
@@ -46,6 +47,15 @@ class Unreadable(InputError):
 
 class TrainingStopped(Exception):
     """Say in one sentence why training cannot go on, and where the Gaussians are saved; scripts exit with code 1."""
+
+    def __init__(self, sentence: str = "", remedy: Mapping[str, str] = MappingProxyType({})) -> None:
+        """
+        Args:
+            sentence: For the user.
+            remedy: Values of options with which to go on, where those that were given have ended training.
+        """
+        super().__init__(sentence)
+        self.remedy = remedy
 
 
 class NotSaved(TrainingStopped):

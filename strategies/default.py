@@ -23,7 +23,7 @@ from errors import InputError, TrainingStopped
 from offload.errors import sentence_of
 from offload.models.contract import GaussianModel
 from offload.store.morton import morton_order
-from strategies.ops import RoomForGrowth, drawn_rows, generator_at, grow, is_worth_sorting, seeds_of
+from strategies.ops import RoomForGrowth, defaults_of, drawn_rows, generator_at, grow, is_worth_sorting, seeds_of
 from strategies.regularizers import Regularizers
 from strategies.target import Target
 
@@ -230,7 +230,8 @@ class DefaultStrategy:
         if num_kept == 0:
             raise TrainingStopped(
                 f"The refinement at step {step} would remove all {num_gaussians:,} Gaussians: "
-                "lower --prune_opa or raise --prune_scale3d."
+                "lower --prune_opa or raise --prune_scale3d.",
+                defaults_of(rules, "prune_opa", "prune_scale3d"),
             )
         self._num_appended += len(duplicate_ids) + len(split_ids)
         is_last = next(self._refinements_from(step + 1), None) is None

@@ -31,6 +31,7 @@ from offload.store.morton import morton_order
 from strategies.noise import MOVED_BY, Noise
 from strategies.ops import (
     RoomForGrowth,
+    defaults_of,
     drawn_rows,
     generator_at,
     is_worth_sorting,
@@ -165,7 +166,8 @@ class MCMCStrategy:
         if num_dead == num_gaussians:
             raise TrainingStopped(
                 f"At step {step} all {num_gaussians:,} Gaussians are transparent, so there is none to relocate others "
-                "to: lower --opacity_reg or --prune_opa."
+                "to: lower --opacity_reg or --prune_opa.",
+                defaults_of(self.rules, "opacity_reg", "prune_opa"),
             )
         if num_dead == 0:
             return 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from configs import DensificationRules
 from datasets.free_memory import free_bytes, give_up_for
 from distributed.mesh import Ranks, local_ranks
 from errors import format_bytes
@@ -224,6 +225,12 @@ class RoomForGrowth:
         if not self._told:
             tqdm.write(f"Warning: {sentence} Gaussians that do not fit are not added.")
         self._told = True
+
+
+def defaults_of(rules: DensificationRules, *names: str) -> dict[str, str]:
+    """Return the defaults of these options, as they are given, where rules have other values."""
+    defaults = DensificationRules()
+    return {name: str(getattr(defaults, name)) for name in names if getattr(rules, name) != getattr(defaults, name)}
 
 
 def lacking_memory(model: GaussianModel, num_new: int, remedy: str) -> str | None:

@@ -153,7 +153,10 @@ def test_growth_past_memory_is_skipped_with_one_warning(monkeypatch, city_block,
 
 def test_refinement_that_removes_everything_saves_a_checkpoint(monkeypatch, city_block, tmp_path, capsys):
     assert train(monkeypatch, city_block, tmp_path, *SHORT_DENSIFYING, "--prune_opa", 0.49) == 1
-    assert "would remove all" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "would remove all" in said
+    assert said.endswith(" --prune_opa 0.005 --resume")  # and not that which the next refinement would fail with
+    assert "0.49" not in said
     assert load_checkpoint(tmp_path / "ckpts/ckpt_21.pt").steps == 21
 
 

@@ -509,7 +509,7 @@ class TrainingRun(Generic[AnyConfig]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, ParameterError):
+        if isinstance(error, ParameterError | TrainingStopped):
             self.remedy = error.remedy
         with self._resources:
             # Whatever ends training, what has been trained is saved; only a second Ctrl-C does not wait for that.
