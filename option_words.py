@@ -11,7 +11,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -186,6 +186,12 @@ def option_groups(words: Sequence[str]) -> list[list[str]]:
             groups.append([])
         groups[-1].append(word)
     return groups
+
+
+def without_options(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return words without these options, named by their fields, and without the values behind them."""
+    before, *groups = option_groups(words)
+    return [*before, *(word for group in groups if field_of(group[0]) not in names for word in group)]
 
 
 def whole_number(word: str) -> int:

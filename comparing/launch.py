@@ -28,7 +28,7 @@ from comparing.runs import (
 from configs import Config
 from datasets.model_choice import load_sparse_model
 from errors import InputError, heard_signals
-from option_words import field_of, option_groups, unknown_option
+from option_words import field_of, option_groups, unknown_option, without_options
 from reporting.machine import describe_machine
 from trainers import TRAINERS, Trainer
 from training.command_line import check_scene, parse
@@ -271,9 +271,7 @@ def launch(wanted: Plan, interruption: Interruption, show: Callable[[str], None]
             (wanted.folder / "ckpts" / "ckpt_0.pt").symlink_to(wanted.checkpoint.resolve())
             arguments += ["--resume"]
     else:
-        before, *groups = option_groups(arguments)  # of which one may say where the run has begun
-        kept = [group for group in groups if field_of(group[0]) != "init_ckpt"]
-        arguments = [*before, *(word for group in kept for word in group), "--resume"]
+        arguments = [*without_options(arguments, ["init_ckpt"]), "--resume"]
     (wanted.folder / LAUNCH).unlink(missing_ok=True)
     forget_ending(wanted.folder)  # a trainer that cannot start leaves it
     said = ""

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from configs import Config
 from distributed.mesh import is_one_of_several, local_ranks
+from option_words import without_options
 from trainers import Smaller
 
 MEETING_PORT = 29500  # the default of torch.distributed, where a machine has no reason for another
@@ -59,13 +60,7 @@ def evaluate_command(checkpoint: Path, changes: Mapping[str, str] = MappingProxy
 
 def _words(*without: str) -> list[str]:
     """Return the words of the command line that started this run, without these options and their values."""
-    words, is_left_out = [], False
-    for word in sys.argv:
-        if word.startswith("--"):  # what follows, up to the next option, are its values
-            is_left_out = word.split("=")[0].replace("-", "_").removeprefix("__") in without
-        if not is_left_out:
-            words.append(word)
-    return words
+    return without_options(sys.argv, without)
 
 
 def _given(options: Mapping[str, str]) -> list[str]:
