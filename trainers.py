@@ -10,12 +10,15 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from training import memory_estimate
 from training.memory_estimate import Footprint, Memory
+
+PARTS = (2, 4)  # in which the split trainer is to cut the largest view, where memory lacks: more where two take as much
 
 
 @dataclass(frozen=True)
@@ -291,7 +294,7 @@ TRAINERS: dict[str, Trainer] = {
         footprint=streamed_compact_footprint,
         traffic=lambda n, v: streamed_compact(28 / 64 * n, v),
         options={"state": "compact", "geometry": "host"},
-        less_device="optimized_compact_geometry_on_host",
+        less_device="split_compact_geometry_on_host",
     ),
 }
 
@@ -326,8 +329,8 @@ def smaller_trainer(trainer: Trainer, cfg: Any, lack: Lack) -> Smaller | None:
     if lack.memory == "device" and (0 < resident_share < 1 or (resident_share > 0 and lack.ran_out)):
         return Smaller(trainer, {"resident_share": 0})
     taken, _ = _taken(trainer, cfg, lack)
-    for entry in _chain(trainer, lack.memory):
-        smaller = Smaller(entry, _options(entry, trainer, cfg, lack))
+    for entry, parts in product(_chain(trainer, lack.memory), PARTS):
+        smaller = Smaller(entry, _options(entry, trainer, cfg, lack, parts))
         less, other = _taken(entry, smaller.cfg(cfg), lack)
         if less < taken and other <= lack.other_room:
             return smaller
@@ -365,21 +368,21 @@ def _chain(trainer: Trainer, memory: Memory) -> Iterator[Trainer]:
 def _taken(trainer: Trainer, cfg: Any, lack: Lack) -> tuple[float, float]:
     """Return the bytes a Gaussian takes of the memory that lacks, and of the other one, its start included."""
     footprint = footprint_of(trainer, cfg, lack.num_ranks)
-    host, device = footprint.while_training(lack.share_in_view)
+    host, device = footprint.while_training(lack.share_in_view, sparing=True)
     if lack.memory == "device":
         return device, max(host, footprint.host_at_start)
     return host, max(device, footprint.device_at_start)
 
 
-def _options(entry: Trainer, trainer: Trainer, cfg: Any, lack: Lack) -> dict[str, Any]:
+def _options(entry: Trainer, trainer: Trainer, cfg: Any, lack: Lack, parts: int) -> dict[str, Any]:
     """Return the options of an entry that are to be given in place of a trainer's: of its script those that change.
 
-    A view is cut in two at least, where a threshold decides.
+    Where a threshold decides a view is cut in so many parts at least.
     """
     if entry.script != trainer.script:
-        half = max(round(lack.share_in_view / lack.num_ranks / 2, 3), 0.001)
-        is_cut = getattr(Smaller(entry, entry.options).cfg(cfg), "largest_part", 0) <= half
-        return {**entry.options, **({} if is_cut else {"split_threshold": half})}
+        part = max(round(lack.share_in_view / lack.num_ranks / parts, 3), 0.001)
+        is_cut = getattr(Smaller(entry, entry.options).cfg(cfg), "largest_part", 0) <= part
+        return {**entry.options, **({} if is_cut else {"split_threshold": part})}
     options = _missing(entry.options, cfg)
     if "state" in options and getattr(cfg, "moments", "float32") != "float32":
         options["moments"] = "float32"  # a compact state has its own

@@ -293,10 +293,20 @@ class OrderedKernels:
         self._do("fetch_dated_rows", (source, places, last_step, wanted, out, tables), reads, _all(out, None))
 
     @_unnoted
+    def fetch_rows(self, source, places, ids, last_step, wanted, out, tables) -> None:
+        reads = [*_all(source, places), (places, None), (ids, None), (last_step, ids), (wanted, None)]
+        self._do("fetch_rows", (source, places, ids, last_step, wanted, out, tables), reads, _all(out, None))
+
+    @_unnoted
+    def step_stored_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
+        reads, written = _of_step(values, gradients, tables)
+        writes = [*written, *_all(rows, ids), (last_step, ids)]
+        self._do("step_stored_rows", (values, ids, last_step, gradients, rows, tables), [(ids, None), *reads], writes)
+
+    @_unnoted
     def step_view_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
-        made = (gradients.means, gradients.constant) if isinstance(gradients, HarmonicsGradient) else (gradients,)
-        before, written = (tables.skipped(previous=True).sums, []) if values is None else (None, [(values, None)])
-        reads = [(tensor, None) for tensor in (ids, last_step, *made, before)]
+        reads, written = _of_step(values, gradients, tables)
+        reads += [(ids, None), (last_step, None)]
         writes = [*written, *_all(rows, None), (last_step, None)]
         self._do("step_view_rows", (values, ids, last_step, gradients, rows, tables), reads, writes)
 
@@ -335,6 +345,15 @@ class OrderedKernels:
             writes += [(tensor, near) for pair in residents.rows for tensor in pair]
             writes.append((residents.moved[1:], None))
         self._do("write_packed_rows", (view, ids, wanted, host, residents), reads, writes)
+
+
+def _of_step(
+    values: Tensor | None, gradients: Tensor | HarmonicsGradient | None, tables: DeferralTables
+) -> tuple[list[tuple[Tensor | None, Rows]], list[tuple[Tensor, Rows]]]:
+    """Return what a step reads beside rows, and what it writes."""
+    made = (gradients.means, gradients.constant) if isinstance(gradients, HarmonicsGradient) else (gradients,)
+    before, written = (tables.skipped(previous=True).sums, []) if values is None else (None, [(values, None)])
+    return [(tensor, None) for tensor in (*made, before)], written
 
 
 def _among(residents: ResidentRows | None, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, list]:

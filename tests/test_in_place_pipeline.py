@@ -183,17 +183,31 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
     assert 0 < retained[0] < retained[1]
 
 
-def test_a_view_larger_than_any_before_leaves_memory_for_its_rendering(monkeypatch):
-    """Of 10,000 bytes all but the arena took 4,000 while 100 rows were rendered; a tenth is added for caution."""
-    arena = Arena({"appearance": 5}, CPU)
-    arena._capacity, arena._largest, arena._most = 100, 100, 10_000
-    monkeypatch.setattr(arenas, "stretch_peak", lambda device: 6000)
+def test_memory_for_rows_is_what_rendering_leaves(monkeypatch):
+    """Of 10,000 bytes all but the arena took 4,000 while 10 rows were rendered; a tenth is added for caution."""
+    arena, taken = Arena({"appearance": 5}, CPU), {"peak": 0, "now": 500}
+    monkeypatch.setattr(arenas, "stretch_peak", lambda device: taken["peak"])
+    monkeypatch.setattr(arenas, "begin_stretch", lambda device: None)
+    monkeypatch.setattr(arenas, "most_bytes", lambda device: 10_000 / arenas.USABLE)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken["now"])
     arena._device = torch.device("cuda")
-    assert arena._most_rows(100) == (10_000 - 4400) // 20
-    assert arena._most_rows(200) == (10_000 - 8800) // 20
+    arena._look()
+    arena.see()  # before anything has been rendered: what is there already, and the least that rendering takes
+    assert arena._most_rows(10) == (10_000 - int(1.1 * (500 + 256 * 10))) // 20
+    arena.renders(10)
+    arena._capacity, taken["peak"] = 100, 6000  # of 20 bytes each
+    arena.see()
+    assert arena._most_rows(10) == (10_000 - 4400) // 20
+    assert arena._most_rows(5) == (10_000 - 4400 + int(1.1 * 5 * 256)) // 20  # a smaller one takes less
+    assert arena._most_rows(20) == (10_000 - 8800) // 20  # a larger one takes as much more
+    assert arena.has_space_for(10, 11) == (arena._capacity <= arena._most_rows(11))
     arena._capacity = 250
-    assert arena.has_space_for(100, 110)
-    assert not arena.has_space_for(100, 150)  # rendering it would take 6,600 bytes, and the arena takes 5,000
+    assert arena.has_space_for(10, 11)
+    assert not arena.has_space_for(10, 15)  # rendering it would take 6,600 bytes, and the arena takes 5,000
+    arena.renders(None)
+    taken["peak"] = 9000  # while rows were changed, which is no rendering's
+    arena.see()
+    assert arena._most_rows(10) == (10_000 - 4400) // 20
 
 
 @pytest.mark.parametrize(("moments", "read", "written"), [("float32", 768, 768), ("bfloat16", 512, 512)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -16,8 +17,9 @@ from offload.adam.deferral import DeferralTables
 from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
+from offload.adam.stored_harmonics import StoredHarmonics, StoredRows
 from offload.pipelines import arena as arenas
-from offload.pipelines import overlap, residents
+from offload.pipelines import overlap, residents, rows_in_place
 from offload.pipelines import packed as packed_pipeline
 from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
@@ -25,6 +27,7 @@ from offload.pipelines.packed import PackedPipeline
 from offload.pipelines.resident import ResidentPipeline
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
+from offload.store.layout import RowState
 from tests.ordered_lanes import OrderedKernels, OrderedLanes, Race
 from tests.test_streamed_pipeline import CPU, random_views
 from tests.tight_rows import USED, same_rows
@@ -120,7 +123,7 @@ class Training:
             if step + 1 < len(self.views) and self.prefetches(step):
                 self.pipeline.prefetch(step + 1)
             if stored is not None:
-                current = stored.of(torch.arange(len(view.ids)))
+                current = self.values_of(stored, len(view.ids))
         assert torch.equal(view.ids, self.views[step])
         expected = self.reference.fetch(step)
         if current is not None:
@@ -131,6 +134,15 @@ class Training:
             assert torch.equal(values, expected.values[name])
             values.grad, expected.values[name].grad = gradients[name].clone(), gradients[name]
         self.view = view
+
+    def values_of(self, stored: StoredRows, count: int) -> Tensor:
+        """Read rows of harmonics [V, columns] as the kernel of colours does, in a view or on the host."""
+        if stored.places is None:
+            return stored.of(torch.arange(count))
+        values, kernels = torch.empty(count, 48), packed_pipeline.kernels_for(CPU, "offload.adam.rows")
+        out = RowState(values, ())
+        kernels.fetch_rows(stored.rows, stored.places, stored.places, stored.last_step, None, out, stored.skipped)
+        return values
 
     def update(self) -> None:
         with self.noted():
@@ -170,10 +182,14 @@ NOTHING = Nothing()
 def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
     """Puts lanes in place that keep to the order, and cuts views into several parts."""
 
-    def begin(left_out: tuple[str, int, int] | None = None, smallest_cut: int = 4) -> OrderedLanes:
+    def begin(
+        left_out: tuple[str, int, int] | None = None, smallest_cut: int = 4, most_rows: int | None = None
+    ) -> OrderedLanes:
+        monkeypatch.setattr(Arena, "_most_rows", lambda self, count: sys.maxsize if most_rows is None else most_rows)
         lanes = OrderedLanes(left_out)
         kernels = {"offload.adam.rows": OrderedKernels(lanes), "offload.pipelines.overlap": overlap}
-        monkeypatch.setattr(packed_pipeline, "kernels_for", lambda device, module: kernels[module])
+        for module in (packed_pipeline, rows_in_place):
+            monkeypatch.setattr(module, "kernels_for", lambda device, module: kernels[module])
         monkeypatch.setattr(packed_pipeline, "Lane", lanes)
         monkeypatch.setattr(packed_pipeline, "SMALLEST_CUT", smallest_cut)
         monkeypatch.setattr(arenas, "ROOM", 0)  # for the largest view alone, so that many meet
@@ -208,6 +224,7 @@ def train_in_order(lanes: OrderedLanes, seed: int, resident_share: float = 0.4) 
                 training.pipeline.finish()
             if step % 9 == 7:
                 read = training.pipeline.read("appearance", torch.arange(N))
+                training.groups["appearance"].store.last_step.clone()  # by the host
             if step == 18:
                 training.pipeline.catch_up("geometry", third)
             if step == 20:
@@ -261,25 +278,47 @@ def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resident_share", [0.0, 0.4])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_order_gives_the_same_where_large_views_stay_on_the_host(ordered, seed, resident_share):
+    lanes = ordered(most_rows=25)
+    training = train_in_order(lanes, seed, resident_share)
+    assert not lanes.refused
+    large = sum(len(view) for view in training.views if len(view) > 25)
+    traffic = training.pipeline.counters().traffic
+    assert traffic["rows_in_place"] == large > 0
+    assert traffic["rows_retained"] > 0
+
+
+@pytest.mark.slow
 def test_no_wait_can_be_left_out(ordered):
-    """Each of them, left out once, is a race in one of four trainings of views that are cut, or two of small ones.
+    """Each of them, left out once, is a race in one of four trainings of views that are cut, or two of small ones, or
+    two where large ones stay on the host.
 
     Not so what is said of memory that is used: here the lane that made it always comes to know of it by other ways.
     """
     places = set()
-    for smallest_cut in (4, N):
-        lanes = ordered(smallest_cut=smallest_cut)
+    for smallest_cut, most_rows in ((4, None), (N, None), (4, 25)):
+        lanes = ordered(smallest_cut=smallest_cut, most_rows=most_rows)
         train_in_order(lanes, 0)
         places |= lanes.places
     waits = sorted(place for place in places if place[0] != "uses")
     assert {kind for kind, _, _ in waits} == {"wait", "finish"}
-    trainings = [(seed, 4) for seed in range(4)] + [(seed, N) for seed in range(2)]
+    trainings = [(seed, 4, None) for seed in range(4)] + [
+        (seed, cut, most) for cut, most in ((N, None), (4, 25)) for seed in range(2)
+    ]
     assert [place for place in waits if not any(is_noticed(ordered, place, *each) for each in trainings)] == []
 
 
-def is_noticed(ordered: Callable[..., OrderedLanes], place: tuple[str, int, int], seed: int, smallest_cut: int) -> bool:
+def is_noticed(
+    ordered: Callable[..., OrderedLanes],
+    place: tuple[str, int, int],
+    seed: int,
+    smallest_cut: int,
+    most_rows: int | None,
+) -> bool:
     try:
-        train_in_order(ordered(place, smallest_cut), seed)
+        train_in_order(ordered(place, smallest_cut, most_rows), seed)
     except Race:
         return True
     return False
@@ -320,7 +359,21 @@ def test_rows_counted_as_travelling(monkeypatch, is_small):
     assert moved[3] == {"rows_fetched": 8 + is_small, "rows_retained": 3, "rows_written": 7}
     assert moved[4] == {"rows_fetched": 8 + is_small, "rows_retained": 3, "rows_written": 9}
     traffic = training.pipeline.counters().traffic
-    assert traffic == {**moved[4], "link_bytes": ROW_BYTES * (8 + is_small + 9)}
+    assert traffic == {**moved[4], "rows_in_place": 0, "link_bytes": ROW_BYTES * (8 + is_small + 9)}
+
+
+def test_rows_that_stay_on_the_host_are_counted(monkeypatch):
+    """They are read there twice and written; the view after them comes late."""
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 4)
+    traffic = train_simply([ids(0, 1, 2), ids(4, 5, 6, 7, 8), ids(2, 3), ids(9)]).pipeline.counters().traffic
+    fetched, written = 3 + 2 * 5 + 2 + 1, 3 + 5 + 2 + 1
+    assert traffic == {
+        "rows_fetched": fetched,
+        "rows_retained": 0,
+        "rows_written": written,
+        "rows_in_place": 5,
+        "link_bytes": ROW_BYTES * (fetched + written),
+    }
 
 
 def test_rows_written_since_a_view_was_given_up_are_counted():
@@ -401,6 +454,7 @@ def test_space_is_for_the_largest_view_and_two_usual_ones(monkeypatch):
     monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 450)
     for view in (400, 500):  # once there was memory for this much beside a view of 500
         assert arena.make_space_for(500) == (view == 400)
+        arena.renders(view)
         assert arena.rows_in_common(view, 400) == (None if view == 400 else 400)
     assert arena._capacity == 500
 
@@ -616,4 +670,48 @@ def test_lanes_on_a_gpu_are_those_of_rows_that_stay(monkeypatch, resident_share,
     assert pipeline.rows_moved["rows_retained"] > 20 * 0.15**2 * n
     assert pipeline.staging_allocations < 5
     assert len(pipeline._residents) == int(resident_share * n)
+    assert_same_stores(groups, resident)
+
+
+@pytest.mark.cuda
+def test_large_views_on_a_gpu_are_read_and_stepped_where_they_are_on_the_host(monkeypatch):
+    """Of views with and without colours some stay on the host, in between views that travel."""
+    torch.manual_seed(0)
+    device, n, most = torch.device("cuda"), 1_000_000, 120_000
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: most)
+    shares = [0.05, 0.2, 0.2, 0.06, 0.05, 0.2, 0.05, 0.04] * 3
+    views = [(torch.rand(n) < share).nonzero()[:, 0].to(device) for share in shares]
+    pipeline, groups = make_pipeline(n, views.__getitem__, device)
+    resident = groups_of({name: DeviceStore(start(n), name, state="compact", device=device) for name in GROUPS}, device)
+    reference, at = ResidentPipeline(resident, views.__getitem__, device), torch.zeros(1, 3, device=device)
+    for step in range(len(views)):
+        is_stored, found = step % 3 > 0, []
+        for each in (pipeline, reference):
+            view, stored = each.fetch_stored(step, "appearance") if is_stored else (each.fetch(step), None)
+            found.append((view.values, stored))
+        if step + 1 < len(views):
+            pipeline.prefetch(step + 1)
+        made, count = None, len(views[step])
+        gradient = torch.randn(count, 16, device=device)
+        gradient[:, USED:] = 0
+        if is_stored:
+            means, numbers = torch.randn(count, 3, device=device), torch.arange(count, device=device)
+            made = HarmonicsGradient(means, gradient[:, :3].contiguous(), (0.0, 1.0, 2.0), 3)
+            one, other = (
+                StoredHarmonics(torch.zeros(count, 1, 3, device=device), stored, 3).colors(
+                    means, at, 0 * numbers, numbers
+                )
+                for _, stored in found
+            )
+            assert torch.equal(one, other)
+        for name, values in found[0][0].items():
+            assert torch.equal(values, found[1][0][name])
+            values.grad = gradient.clone() if name == "geometry" else torch.randn(values.shape, device=device)
+            found[1][0][name].grad = values.grad.clone()
+        pipeline.update(made)
+        reference.update(made)
+    pipeline.finish()
+    traffic = pipeline.counters().traffic
+    assert traffic["rows_in_place"] == sum(len(view) for view in views if len(view) > most) > 8 * most
+    assert traffic["rows_retained"] > 0
     assert_same_stores(groups, resident)

@@ -83,12 +83,21 @@ class Footprint:
     device: int
     device_in_view: int
     device_while_changed: int = 0  # more, while Gaussians are added or removed and no view is rendered
+    # Of `device_in_view`, what is given up where there is no room: rows of large views stay on the host, and steps on
+    # them take longer.
+    device_spared_in_view: int = 0
     largest_part: float = 1.0  # share of the Gaussians above which a view is rendered in parts
 
-    def while_training(self, share_in_view: float) -> tuple[float, float]:
-        """Return the bytes of host and of device memory for each Gaussian, where a view shows this share of them."""
+    def while_training(self, share_in_view: float, *, sparing: bool = False) -> tuple[float, float]:
+        """Return the bytes of host and of device memory for each Gaussian.
+
+        Args:
+            share_in_view: That a view shows of them at most.
+            sparing: Give up what can be.
+        """
         share_in_view = min(share_in_view, self.largest_part)
-        of_view = max(share_in_view * self.device_in_view, self.device_while_changed)
+        in_view = self.device_in_view - (self.device_spared_in_view if sparing else 0)
+        of_view = max(share_in_view * in_view, self.device_while_changed)
         return self.host + share_in_view * self.host_in_view, self.device + of_view
 
 
@@ -98,13 +107,25 @@ class Need:
 
     memory: str  # its name
     starting_bytes_per_gaussian: float  # while the Gaussians that training starts with are stored
-    bytes_per_gaussian: float  # later
+    bytes_per_gaussian: float  # later, at the least
     other_bytes: float  # later
     free_bytes: int
+    bytes_at_speed: float = 0.0  # in place of `bytes_per_gaussian`, where there is room; 0: no more
 
     def bytes(self, num_gaussians: int) -> float:
-        """Return what training takes once it has grown to so many."""
+        """Return what training takes at the least once it has grown to so many."""
         return num_gaussians * self.bytes_per_gaussian + self.other_bytes
+
+    def slows(self, num_gaussians: int) -> bool:
+        """Tell whether there is no room for what makes steps on so many fast."""
+        return self._bytes_at_speed(num_gaussians) > self.free_bytes
+
+    def expected_bytes(self, num_gaussians: int) -> float:
+        """Return what training will take of what is free once it has grown to so many."""
+        return max(self.bytes(num_gaussians), min(self._bytes_at_speed(num_gaussians), self.free_bytes))
+
+    def _bytes_at_speed(self, num_gaussians: int) -> float:
+        return num_gaussians * max(self.bytes_at_speed, self.bytes_per_gaussian) + self.other_bytes
 
     def bytes_from_start(self, num_gaussians: int) -> float:
         """Return what starting with so many and training them takes."""
@@ -289,6 +310,7 @@ def streamed(
             host_in_view=0,
             device=bounds,
             device_in_view=2 * store + _compact_view_bytes(sh_degree, batch_size) + NUMBERS_BYTES + RENDERING_BYTES,
+            device_spared_in_view=2 * store,
         )
     groups = ("appearance",) if on_device else GROUP_NAMES
     row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)
@@ -402,15 +424,16 @@ def needs(
         modules_bytes: Of what is trained beside the Gaussians, on the device.
         num_processes: That share the host's memory, and have a device each.
     """
-    of_host, of_device = footprint.while_training(share_in_view)
+    of_host, of_device = footprint.while_training(share_in_view, sparing=True)
+    _, at_speed = footprint.while_training(share_in_view)
     others = num_pixels * PIXEL_BYTES + modules_bytes
     free = available_bytes(torch.device("cpu")) // num_processes
     if device.type == "cpu":
         at_start = footprint.host_at_start + footprint.device_at_start
-        return Needs(Need("memory", at_start, of_host + of_device, others, free), None)
+        return Needs(Need("memory", at_start, of_host + at_speed, others, free), None)
     return Needs(
         Need("host memory", footprint.host_at_start, of_host, 0, free),
-        Need("GPU memory", footprint.device_at_start, of_device, others, available_bytes(device)),
+        Need("GPU memory", footprint.device_at_start, of_device, others, available_bytes(device), at_speed),
     )
 
 
@@ -434,7 +457,8 @@ def check_memory(
         what_helps: Returns what to change where a memory is too small.
 
     Returns:
-        One or two lines for the user: what these Gaussians take, and what the allowed number takes or could be.
+        Lines for the user: what these Gaussians take, what the allowed number takes or could be, and whether memory is
+        short of what makes steps fast.
 
     Raises:
         NotEnoughMemory: The Gaussians at hand do not fit, or those that the option lets it grow to.
@@ -455,14 +479,19 @@ def check_memory(
             f"--{option} {max_gaussians:,} would take about {format_bytes(need.bytes(held_later))} of "
             f"{need.memory}{whose}, and {format_bytes(need.free_bytes)} are free: set it to at most {most:,}."
         )
-    listed = _listed(all_needs, lambda need: need.bytes_from_start(held))
+    listed = _listed(all_needs, lambda need: max(need.bytes_from_start(held), need.expected_bytes(held)))
     lines = [f"Memory for {counted(num_gaussians, 'Gaussian')}{whose}: {listed}."]
     if max_gaussians > num_gaussians:
-        listed = _listed(all_needs, lambda need: need.bytes(held_later))
+        listed = _listed(all_needs, lambda need: need.expected_bytes(held_later))
         verb = "allows" if option == "max_gaussians" else "asks"
         lines.append(f"Memory for {max_gaussians:,}{whose}, as --{option} {verb}: {listed}.")
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
+    if any(need.slows(max(held, held_later)) for need in all_needs.by_memory.values()):
+        lines.append(
+            "The GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and "
+            "steps on them take longer."
+        )
     return "\n".join(lines)
 
 

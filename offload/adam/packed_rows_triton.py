@@ -4,8 +4,9 @@ Kernels that decode and code see rows in parts of 16 columns, [ROWS, 16] (`codes
 no lane idles, floats move in vectors of 16 bytes and codes of 8, each part fills whole sectors of 32 bytes, and threads
 exchange nothing but the largest of a degree. What a tile needs is loaded before any of it is worked on; the barriers
 after that are for the compiler, which would else put loads off. Tight rows, those of geometry in a store on the device,
-move in vectors of 8 bytes, and lanes beyond their columns idle. Rows on the host are read and written so too, but no
-pipeline does that: rows cross the link by `copy`, as vectors of 16 bytes in whole lines of 64, and are not tight.
+move in vectors of 8 bytes, and lanes beyond their columns idle. Rows on the host are read and written so too, where a
+view has no space on the device; others cross the link by `copy`, as vectors of 16 bytes in whole lines of 64. Neither
+are tight.
 
 Decoded values are float32 and in an array of their own, [V, COLUMNS]; moments are never anywhere but in packed rows.
 """
@@ -75,7 +76,7 @@ def fetch(
         raise ValueError("packed rows are fetched without their moments")
     schedules, columns = tables.multipliers.shape
     count, words = (last_step if places is None else places).shape[0], packed_words(source)
-    with torch.cuda.device_of(last_step):
+    with torch.cuda.device_of(out.parameters):
         _fetch_kernel[(_grid(count, words, blocks),)](
             words,
             places,

@@ -22,8 +22,8 @@ from offload.culling.cameras import Cameras
 from offload.culling.cells import CoveredCells
 from offload.models.geometry_culled import CulledGeometry
 from offload.pipelines.contract import MEANS, Displacement
-from offload.pipelines.device_rows import DeviceRows
 from offload.pipelines.groups import RowGroup
+from offload.pipelines.rows_in_place import RowsInPlace
 from offload.store.contract import RowStore
 from offload.store.device_store import DeviceStore
 
@@ -49,7 +49,7 @@ class PackedGeometry(CulledGeometry):
         multipliers, learning_rates = schedules_of("geometry", store.sh_degree, adam, "compact")
         tables = DeferralTables(multipliers, adam.betas, adam.eps, device)
         self._group = RowGroup(store, tables, learning_rates)
-        self._rows = DeviceRows(self._group, device)
+        self._rows = RowsInPlace(self._group, device)
         self._cells = kernels_for(device, "offload.culling.kernels").covered_cells
         self._join = kernels_for(device, "offload.models.named_rows").join
 

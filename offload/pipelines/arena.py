@@ -2,7 +2,11 @@
 
 A pipeline asks it in one of two ways. `has_space_for` tells whether two views fit side by side, and lets it grow until
 the largest pair does. `rows_in_common` lets two views meet in the middle, where one is overwritten by the other: then
-it has space for the largest view and for a pair of the usual size, and the largest pairs wait a little.
+it has space for the largest view and for a pair of the usual size, and the largest pairs wait a little. Where there is
+no memory for a view at all (`holds`), its rows have to stay where they are, and the arena makes way (`release`).
+
+How much memory there is beside a view's rendering is learned from the views before: their pipeline says when one begins
+to be rendered (`renders`), and before the next one the arena sees what that has taken (`see`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from offload.device_memory import begin_stretch, most_bytes, stretch_peak
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
 ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
 LAST_PAIRS = 32  # that the mean is of
-CAUTION = 1.1  # of what all else on the device takes while a larger view than before is rendered
+CAUTION = 1.1  # of what all else on the device takes while a view is rendered
+RENDERING = 256  # bytes of each row, at the least, that rendering a smaller view takes less
 USABLE = 0.93  # of device memory: torch's allocator has reserved up to 6 % more than was in use (H200, 18 and 40 M)
 
 
@@ -40,9 +45,11 @@ class Arena:
         self._capacity = 0  # rows of each
         self._wanted = 0  # rows that views so far have asked for
         self._num_pairs, self._mean_pair, self._largest_pair = 0, 0.0, 0  # rows of two views
-        self._largest_view = 0  # rows
+        self._largest_view = 0  # rows of those that have been here
+        self._rendered: int | None = None  # rows of the view that is rendered; None: of none
         self._largest = 0  # rows of the largest view that has been rendered
-        self._others = 0  # bytes that all else on the device has taken at most, but for `_beside`
+        self._largest_here = 0  # and of those whose rows were here
+        self._fixed: int | None = None  # bytes that all else on the device has taken at most, but `RENDERING`
         self._beside = 0  # bytes of what has been put beside views, and gives way to them
         self._most = 0  # bytes that could be used for all, when space was last looked for
 
@@ -61,10 +68,8 @@ class Arena:
 
     def has_space_for(self, present: int, upcoming: int) -> bool:
         """Tell whether a view of so many rows can be fetched beside the one that is rendered."""
-        fits = present + upcoming <= self._capacity <= self._most_rows(upcoming)
         self._wanted = max(self._wanted, present + upcoming)
-        self._largest = max(self._largest, present)  # by the next time it has been rendered
-        return fits
+        return present + upcoming <= self._capacity <= self._most_rows(upcoming)
 
     def rows_in_common(self, present: int, upcoming: int) -> int | None:
         """Count the rows for which a view that is fetched while another is rendered has no space but that of the other.
@@ -76,19 +81,20 @@ class Arena:
         Returns:
             The number; None: the view is to be fetched later, with `make_space_for`.
         """
+        most = self._most_rows(upcoming)
+        most_alone = most + self._beside // self._row_bytes  # which gives way
+        if upcoming > max(most_alone, self._tried()):
+            return None  # its rows will stay where they are
         pair = present + upcoming
         self._num_pairs += 1
         self._mean_pair += (pair - self._mean_pair) / min(self._num_pairs, LAST_PAIRS)
         self._largest_pair = max(self._largest_pair, pair)
         self._largest_view = max(self._largest_view, present, upcoming)
         self._wanted = max(self._largest_view, min(int(ROOM * self._mean_pair), self._largest_pair))
-        most = self._most_rows(upcoming)
-        self._largest = max(self._largest, present)  # by the next time it has been rendered
         if self._capacity < upcoming or self._capacity > max(most, self._tried()):
             return None
         in_common = max(pair - self._capacity, 0)
-        most += self._beside // self._row_bytes  # which gives way
-        return None if in_common and self._is_small(self._wanted, most) else in_common
+        return None if in_common and self._is_small(self._wanted, most_alone) else in_common
 
     def make_space_for(self, count: int) -> bool:
         """Have space for a view, and for what views so far have asked for if memory allows; all contents are lost.
@@ -96,23 +102,55 @@ class Arena:
         Returns:
             Whether memory has been allocated.
         """
-        if self._device.type == "cuda":
-            self._most = int(USABLE * most_bytes(self._device))
+        self._look()
         wanted, most = max(self._wanted, count), self._most_rows(count)
         capacity = max(min(wanted + wanted // SPARE, most), count)
         too_small = self._capacity < count or self._is_small(wanted, capacity)
         if not too_small and self._capacity <= max(most, count, self._tried()):
             return False
-        self._rows.clear()  # frees memory before more is taken
-        self._capacity = 0  # until it has been
+        self.release()  # before more is taken
         for name, columns in self._columns.items():
             self._rows[name] = torch.empty(capacity, columns, dtype=self._dtype, device=self._device)
         self._capacity = capacity
         return True
 
+    def holds(self, count: int) -> bool:
+        """Tell whether there is memory for the rows of a view, and for rendering it."""
+        self._look()
+        return count <= max(self._most_rows(count), self._tried())
+
+    def release(self) -> None:
+        """Give all space back; contents are lost."""
+        self._rows.clear()
+        self._capacity = 0
+        self._begin_stretch()
+
+    def renders(self, count: int | None, *, here: bool = True) -> None:
+        """Note that a view is rendered from now on.
+
+        Args:
+            count: Its rows; None: none is, whatever takes memory.
+            here: Whether they are in the arena.
+        """
+        self._rendered = count
+        if count is not None and here:
+            self._largest_here = max(self._largest_here, count)
+
+    def see(self) -> None:
+        """See what all else has taken while the view that `renders` has named was rendered."""
+        if self._device.type != "cuda":
+            return
+        if self._fixed is None:
+            self._fixed = torch.cuda.memory_allocated(self._device) - self._taken
+        elif self._rendered is not None:
+            others = stretch_peak(self._device) - self._taken
+            self._fixed = max(self._fixed, others - RENDERING * self._rendered)
+            self._largest = max(self._largest, self._rendered)
+        self._begin_stretch()
+
     def _tried(self) -> int:
-        """Return a number of rows that there was memory for while the largest view was rendered."""
-        return 0 if self._beside else self._largest
+        """Return a number of rows that there was memory for while as many were rendered."""
+        return 0 if self._beside else self._largest_here
 
     def _is_small(self, wanted: int, most: int) -> bool:
         """Tell whether it is worth to take memory anew for so many rows, of which there is memory for `most`."""
@@ -124,34 +162,41 @@ class Arena:
             return sys.maxsize
         self._look()
         rows = max(self._wanted + self._wanted // SPARE, self._capacity)
-        return max(int(self._most - CAUTION * self._others) - rows * self._row_bytes, 0)
+        return max(int(self._most - self._beside_rows(self._largest)) - rows * self._row_bytes, 0)
 
     def set_beside(self, num_bytes: int) -> None:
         """Note how many bytes are put beside views from now on, before more are taken or after some were given back."""
-        if num_bytes != self._beside and self._device.type == "cuda":
-            self._look()
-            begin_stretch(self._device)
+        if num_bytes != self._beside:
+            self.see()
         self._beside = num_bytes
 
     def lacks_memory_for(self, count: int) -> bool:
         """Tell whether there is no memory for a view, or for what views so far have asked for."""
-        if self._device.type == "cuda":
-            self._look()
+        self._look()
         return max(self._wanted, count) > self._most_rows(count)
 
-    def _look(self) -> None:
-        """Look how much memory there is, and how much all else has taken."""
-        self._most = int(USABLE * most_bytes(self._device))
-        self._see_others()
+    @property
+    def _taken(self) -> int:
+        """Return the bytes that views and what is beside them have."""
+        return self._capacity * self._row_bytes + self._beside
 
-    def _see_others(self) -> None:
-        taken = self._capacity * self._row_bytes + self._beside
-        self._others = max(self._others, stretch_peak(self._device) - taken)
+    def _look(self) -> None:
+        """Look how much memory there is."""
+        if self._device.type == "cuda":
+            self._most = int(USABLE * most_bytes(self._device))
+
+    def _begin_stretch(self) -> None:
+        if self._device.type == "cuda":
+            begin_stretch(self._device)
+
+    def _beside_rows(self, count: int) -> float:
+        """Return the bytes that all else takes while a view of so many rows is rendered, with caution."""
+        seen = min(count, self._largest) if self._largest else count
+        growth = max(1.0, count / max(seen, 1))
+        return CAUTION * growth * ((self._fixed or 0) + RENDERING * seen)
 
     def _most_rows(self, count: int) -> int:
         """Count the rows that there is memory for beside all that rendering a view of so many takes."""
         if self._device.type != "cuda":
             return sys.maxsize
-        self._see_others()
-        growth = CAUTION * max(1.0, count / max(self._largest, 1))
-        return int((self._most - self._beside - growth * self._others) / self._row_bytes)
+        return int((self._most - self._beside - self._beside_rows(count)) / self._row_bytes)

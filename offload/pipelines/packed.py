@@ -17,6 +17,11 @@ the largest view, and for two of the usual size. Where two views are larger, the
 that belong where view j still lies, the late ones, are read behind the writing of that. Where the arena is too small
 for that, the next view is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
+Where a view is so large that the device has no memory for its rows beside its rendering, the arena makes way, and the
+rows stay on the host (`offload/pipelines/rows_in_place.py`): the device reads them there for values and colours, and
+once more to step them. Nothing travels meanwhile, before or behind that, so such a step is slow; a bound of memory that
+views like it do not reach costs nothing.
+
 The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
 rendered, so the host's processors have nothing to do.
 
@@ -25,7 +30,8 @@ whoever reads or changes a store that makes no difference, since `finish` brings
 
 Bytes over the link for each row of a view that the one before it does not have, or of a large view neither of the two
 before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present
-view 64 of values and 64 of gradients; where more cameras than one see it 192 more of each.
+view 64 of values and 64 of gradients; where more cameras than one see it 192 more of each. Of a view that stays on the
+host a row is fetched twice.
 """
 
 from __future__ import annotations
@@ -48,6 +54,7 @@ from offload.pipelines.groups import RowGroup, begin_step_of, chunks_of, gradien
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
 from offload.pipelines.residents import Residents
+from offload.pipelines.rows_in_place import RowsInPlace
 from offload.store.layout import PackedRows, RowState, packed_rows
 
 PARTS = 8  # that a view is written in, so that the view after the next can come behind
@@ -67,11 +74,18 @@ class PackedView:
     ids: Tensor  # [V] int64 on the device, sorted
     first_row: int  # in the arena
     at_end: bool  # of the arena
-    rows: dict[str, PackedRows]  # in the arena: group -> words int32 [V, words], the step of each last update [V]
+    # In the arena: group -> words int32 [V, words], the step of each last update [V]; empty, where they
+    # stay on the host.
+    rows: dict[str, PackedRows]
     values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
     fetched: torch.cuda.Event | None = None
     written: torch.cuda.Event | None = None
     overwritten: slice | None = None  # rows whose space the next view has taken, once these were on the host
+
+    @property
+    def stays(self) -> bool:
+        """Tell whether its rows are on the host alone."""
+        return not self.rows
 
     def words(self, group: str) -> Tensor:
         return self.rows[group][0]
@@ -134,6 +148,7 @@ class PackedPipeline:
         self._cull_lane, self._fetch_lane, self._write_lane = (Lane.new(device) for _ in range(3))
         columns = {name: group.store.packed.shape[1] for name, group in groups.items()}
         self._residents = Residents(groups, resident_share, device, self._kernels)
+        self._on_host = {name: RowsInPlace(group, device) for name, group in groups.items()}
         self._arena = Arena(columns | {STEPS + name: 1 for name in groups}, device, torch.int32)
         self._writing: dict[bool, Written] = {False: [], True: []}  # by whether the view is at the arena's end
         self._previous: PackedView | None = None  # updated last
@@ -145,6 +160,7 @@ class PackedPipeline:
         self._ready: torch.cuda.Event | None = None  # when the next view may be culled
         self._applied = False  # whether gradients of the present view may have reached its rows
         self._rows_found, self._rows_given, self._rows_kept = 0, 0, 0  # given to be written
+        self._rows_in_place = 0  # of views that stayed on the host
         self._rows_retained = torch.zeros((), dtype=torch.int64, device=device)
         self.staging_allocations = 0
 
@@ -156,13 +172,17 @@ class PackedPipeline:
 
     def fetch_stored(self, cameras: Cameras, name: str) -> tuple[PackedView, StoredRows]:
         """Do as `fetch`, but for one group, whose packed rows are returned as they are."""
-        view = self._fetch(cameras, [other for other in self._groups if other != name])
-        rows, skipped = packed_rows(view.words(name), name), self._groups[name].adam.skipped()
+        view, group = self._fetch(cameras, [other for other in self._groups if other != name]), self._groups[name]
+        skipped = group.adam.skipped()
+        if view.stays:
+            return view, StoredRows(group.store.rows, view.ids, group.store.last_step, skipped, has_constant=False)
+        rows = packed_rows(view.words(name), name)
         return view, StoredRows(rows, None, view.last_step(name), skipped, has_constant=False)
 
     def _fetch(self, cameras: Cameras, names: Iterable[str]) -> PackedView:
         if self._residents.is_due:
             self._choose_residents()
+        self._arena.see()
         compute, upcoming = Lane.current(self._device), self._upcoming
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
@@ -170,6 +190,7 @@ class PackedPipeline:
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
         compute.uses(view.ids)
+        self._arena.renders(view.ids.shape[0], here=not view.stays)
         view.values = {name: self._decoded(name, view).requires_grad_() for name in names}
         self._upcoming = self._found_ids = None  # only now, since a fetch that fails may be repeated
         self._ready = compute.record()
@@ -188,6 +209,9 @@ class PackedPipeline:
         for name, group in self._groups.items():
             leaf = view.values.get(name)
             values, gradients = None if leaf is None else leaf.detach(), gradient_or_made(leaf, made)
+            if view.stays:
+                self._on_host[name].step(view.ids, values, gradients)
+                continue
             rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
             self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
             if group.on_step is not None and values is not None:
@@ -197,7 +221,10 @@ class PackedPipeline:
         view.values = {}
         self._rows_given += len(view.ids)
         self._lacking = None
-        if upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
+        if view.stays:
+            self._rows_in_place += len(view.ids)
+            self._write_lane.wait(compute.record())  # so that who waits for what is written waits for this
+        elif upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
             self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found, compute)
             self._write(view, upcoming.overlap.leaving, compute)
             self._lacking = upcoming.view, upcoming.overlap.moved
@@ -242,6 +269,8 @@ class PackedPipeline:
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()  # rows may live in the upcoming view only
+        self._arena.see()
+        self._arena.renders(None)  # changing rows takes memory of its own
         self._found_ids = self._previous = self._upcoming = None
         self._release_residents()
         self._residents.forget()
@@ -320,24 +349,27 @@ class PackedPipeline:
 
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
         row of the view before the last one is written, but need not be fetched, where a view has more than
-        `SMALLEST_CUT`. Resident rows are fetched once, and written whenever the host needs them.
+        `SMALLEST_CUT`. Resident rows are fetched once, and written whenever the host needs them. Those of a view that
+        stays on the host are fetched twice.
         """
         self._fetch_lane.finish()
         self._write_lane.finish()
         retained = int(self._rows_retained)
         spared_fetching, spared_writing = self._residents.rows_spared()
         return {
-            "rows_fetched": self._rows_found - retained - self._rows_kept - spared_fetching,
+            "rows_fetched": self._rows_found + self._rows_in_place - retained - self._rows_kept - spared_fetching,
             "rows_retained": retained,
             "rows_written": self._rows_given - retained - spared_writing,
         }
 
     def counters(self) -> Counters:
-        """Count allocations of space for views, and rows and bytes that have travelled; waits for the fetching."""
+        """Count allocations of space for views, rows and bytes that have travelled, and rows of views that stayed on
+        the host; waits for the fetching."""
         rows = self.rows_moved
         row_bytes = sum(group.store.rows.row_bytes + 4 for group in self._groups.values())
         link_bytes = row_bytes * (rows["rows_fetched"] + rows["rows_written"])
-        return Counters(self.staging_allocations, {}, {**rows, "link_bytes": link_bytes})
+        traffic = {**rows, "rows_in_place": self._rows_in_place, "link_bytes": link_bytes}
+        return Counters(self.staging_allocations, {}, traffic)
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -347,7 +379,7 @@ class PackedPipeline:
             lane.wait(self._ready)
             ids = self._cull(cameras)
             count = ids.shape[0]
-            num_late = self._arena.rows_in_common(present.ids.shape[0], count)
+            num_late = None if present.stays else self._arena.rows_in_common(present.ids.shape[0], count)
             if num_late is None:
                 return _Upcoming(ids, found=lane.record())
             late_rows, early = _cut(count, num_late, late_first=not present.at_end)
@@ -388,6 +420,10 @@ class PackedPipeline:
         elif len(self._residents) and self._arena.lacks_memory_for(len(ids)):
             self._release_residents()  # views come first
         self._previous = None
+        if not self._arena.holds(len(ids)):
+            self._release_residents()  # or the host would lack their values
+            if not self._arena.holds(len(ids)):
+                return self._stay(ids)
         if self._arena.make_space_for(len(ids)):
             self.staging_allocations += 1
             for lane in (self._fetch_lane, self._write_lane):
@@ -396,6 +432,12 @@ class PackedPipeline:
         view = self._new_view(ids, at_end=False)
         self._read(view, None)
         return view
+
+    def _stay(self, ids: Tensor) -> PackedView:
+        """Leave the rows of a view on the host, and their memory on the device to its rendering."""
+        self._arena.release()
+        self._rows_found += len(ids)
+        return PackedView(ids, 0, at_end=False, rows={})
 
     def _choose_residents(self) -> None:
         """Put the rows that are shown most often in the place of the present residents."""
@@ -495,6 +537,8 @@ class PackedPipeline:
         compute.uses(common.sources, common.moved)
 
     def _decoded(self, name: str, view: PackedView) -> Tensor:
+        if view.stays:
+            return self._on_host[name].read(view.ids)
         return self._values_of(name, view.words(name), view.last_step(name))
 
     def _values_of(self, name: str, words: Tensor, last_step: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from offload.adam.harmonics import HarmonicsGradient
 from offload.adam.stored_harmonics import StoredRows
 from offload.culling.cameras import Cameras
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.device_rows import DeviceRows
 from offload.pipelines.groups import RowGroup, begin_step_of, gradient_or_made
 from offload.pipelines.lanes import Lane
+from offload.pipelines.rows_in_place import RowsInPlace
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ResidentPipeline:
             whole: Adds to sorted ids [V] those that `cull` never gives without them.
         """
         self._groups = groups
-        self._rows = {name: DeviceRows(group, device) for name, group in groups.items()}
+        self._rows = {name: RowsInPlace(group, device) for name, group in groups.items()}
         self._cull = cull
         self._whole = whole
         self._device = device

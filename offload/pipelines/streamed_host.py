@@ -105,12 +105,14 @@ class StreamedHostPipeline:
         """Return the rows of a view, with the values they have after the last step."""
         compute, upcoming = Lane.current(self._device), self._ahead.result()
         self._ahead.forget()
+        self._arena.see()
         if upcoming is not None and upcoming.view is not None:
             view = upcoming.view
             compute.wait(view.fetched)
             compute.uses(view.ids, *view.last_step.values())
         else:
             view = self._fetch_late(cameras, None if upcoming is None else upcoming.host_ids)
+        self._arena.renders(len(view.ids))
         # Not `detach`, which would have autograd take changes elsewhere in the arena for changes of these rows.
         view.values = {name: rows.data.requires_grad_() for name, rows in view.rows.items()}
         self._present, self._applied = view, False
@@ -175,6 +177,8 @@ class StreamedHostPipeline:
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()
+        self._arena.see()
+        self._arena.renders(None)  # changing rows takes memory of its own
         self._ahead.forget()
         self._found_ids = None
 

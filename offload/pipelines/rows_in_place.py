@@ -1,4 +1,4 @@
-"""Rows of a group that lie on the device, and are read and updated there."""
+"""Rows of a group that a device reads and updates where their store is: in its own memory, or pinned on the host."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from offload.pipelines.groups import RowGroup, chunks_of
 from offload.store.layout import RowState
 
 
-class DeviceRows:
-    """Reads, steps and catches up rows of a group whose store is on the device, all on the current stream."""
+class RowsInPlace:
+    """Reads, steps and catches up rows of a group in its store, all on the current stream."""
 
     def __init__(self, group: RowGroup, device: torch.device) -> None:
         """
         Args:
-            group: The rows.
-            device: Where they are.
+            group: The rows; packed ones, where the host has them.
+            device: That reads and updates them.
         """
         self._group = group
         self._device = device
@@ -51,7 +51,7 @@ class DeviceRows:
             group.on_step(ids, values)
 
     def catch_up(self, ids: Tensor | None) -> None:
-        """Let the store hold the current values of rows, so that others may read and change them.
+        """Let a store on the device hold the current values of rows, so that others may read and change them.
 
         Args:
             ids: int64 [M] on any device, each once, the rows; None: all. Others keep the steps they have skipped.
