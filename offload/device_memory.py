@@ -29,11 +29,13 @@ def unallocated_bytes(device: torch.device) -> int:
     return max(most_bytes(device) - torch.cuda.memory_allocated(device), 0)
 
 
-def begin_stretch(device: torch.device) -> None:
-    """Begin a stretch of work whose peak `stretch_peak` gives."""
-    for kind, num_bytes in peak_memory(device).items():
-        _highest[kind] = num_bytes
+def begin_stretch(device: torch.device) -> int:
+    """Begin a stretch of work whose peak `stretch_peak` gives; returns that of the one before."""
+    peaks = _peaks(device)
+    for kind, num_bytes in peaks.items():
+        _highest[kind] = max(_highest[kind], num_bytes)
     torch.cuda.reset_peak_memory_stats(device)
+    return peaks["allocated"]
 
 
 def stretch_peak(device: torch.device) -> int:

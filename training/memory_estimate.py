@@ -8,7 +8,8 @@ Bytes of device memory for each Gaussian in view, at SH degree 3, of the trainer
 
 Where harmonics have no gradient there (`offload/adam/stored_harmonics.py`), an appearance row takes 192 x 2, or packed
 196 x 2, or 196 where geometry stays (`offload/pipelines/device_reading.py`), slopes of its colours (36), and what the
-gradient is made of. Beside them:
+gradient is made of. Compact rows of two views of the streamed trainer, and what is known of both, are given up where
+there is no room, at the end of the backward pass, when slopes have been given back. Beside them:
 
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
@@ -77,10 +78,10 @@ class Footprint:
     """Hold the bytes that one Gaussian takes while a trainer runs."""
 
     host_at_start: int  # while the Gaussians that training starts with are stored
-    device_at_start: int
+    device_at_start: float
     host: int  # later
     host_in_view: int  # more, if the largest view shows it
-    device: int
+    device: float
     device_in_view: int
     device_while_changed: int = 0  # more, while Gaussians are added or removed and no view is rendered
     # Of `device_in_view`, what is given up where there is no room: rows of large views stay on the host, and steps on
@@ -302,7 +303,7 @@ def streamed(
     on_device = geometry == "device"
     if state == "compact":
         store = compact_bytes(sh_degree)
-        bounds = Balls.BYTES if on_device else math.ceil(Boxes.BYTES)
+        bounds = Balls.BYTES if on_device else Boxes.BYTES
         return Footprint(
             host_at_start=store + parameter_bytes(sh_degree),
             device_at_start=bounds,
@@ -310,7 +311,7 @@ def streamed(
             host_in_view=0,
             device=bounds,
             device_in_view=2 * store + _compact_view_bytes(sh_degree, batch_size) + NUMBERS_BYTES + RENDERING_BYTES,
-            device_spared_in_view=2 * store,
+            device_spared_in_view=2 * store + NUMBERS_BYTES - 2 * ID_BYTES + (SLOPE_BYTES if batch_size == 1 else 0),
         )
     groups = ("appearance",) if on_device else GROUP_NAMES
     row, appearance = _row_bytes(groups, sh_degree), row_bytes("appearance", sh_degree, moments)

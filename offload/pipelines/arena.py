@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from offload.device_memory import begin_stretch, most_bytes, stretch_peak
+from offload.device_memory import begin_stretch, most_bytes
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
 ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
@@ -123,7 +123,8 @@ class Arena:
         """Give all space back; contents are lost."""
         self._rows.clear()
         self._capacity = 0
-        self._begin_stretch()
+        if self._device.type == "cuda":
+            begin_stretch(self._device)  # of which that memory is no part
 
     def renders(self, count: int | None, *, here: bool = True) -> None:
         """Note that a view is rendered from now on.
@@ -140,13 +141,12 @@ class Arena:
         """See what all else has taken while the view that `renders` has named was rendered."""
         if self._device.type != "cuda":
             return
+        peak = begin_stretch(self._device)
         if self._fixed is None:
             self._fixed = torch.cuda.memory_allocated(self._device) - self._taken
         elif self._rendered is not None:
-            others = stretch_peak(self._device) - self._taken
-            self._fixed = max(self._fixed, others - RENDERING * self._rendered)
+            self._fixed = max(self._fixed, peak - self._taken - RENDERING * self._rendered)
             self._largest = max(self._largest, self._rendered)
-        self._begin_stretch()
 
     def _tried(self) -> int:
         """Return a number of rows that there was memory for while as many were rendered."""
@@ -184,10 +184,6 @@ class Arena:
         """Look how much memory there is."""
         if self._device.type == "cuda":
             self._most = int(USABLE * most_bytes(self._device))
-
-    def _begin_stretch(self) -> None:
-        if self._device.type == "cuda":
-            begin_stretch(self._device)
 
     def _beside_rows(self, count: int) -> float:
         """Return the bytes that all else takes while a view of so many rows is rendered, with caution."""
