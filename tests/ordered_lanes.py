@@ -298,12 +298,6 @@ class OrderedKernels:
         self._do("fetch_rows", (source, places, ids, last_step, wanted, out, tables), reads, _all(out, None))
 
     @_unnoted
-    def step_stored_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
-        reads, written = _of_step(values, gradients, tables)
-        writes = [*written, *_all(rows, ids), (last_step, ids)]
-        self._do("step_stored_rows", (values, ids, last_step, gradients, rows, tables), [(ids, None), *reads], writes)
-
-    @_unnoted
     def step_view_rows(self, values, ids, last_step, gradients, rows, tables) -> None:
         reads, written = _of_step(values, gradients, tables)
         reads += [(ids, None), (last_step, None)]

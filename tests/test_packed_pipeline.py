@@ -19,7 +19,7 @@ from offload.adam.options import AdamOptions
 from offload.adam.schedules import schedules_of
 from offload.adam.stored_harmonics import StoredHarmonics, StoredRows
 from offload.pipelines import arena as arenas
-from offload.pipelines import overlap, residents, rows_in_place
+from offload.pipelines import overlap, passing_rows, residents, rows_in_place
 from offload.pipelines import packed as packed_pipeline
 from offload.pipelines.arena import Arena
 from offload.pipelines.groups import RowGroup
@@ -84,6 +84,8 @@ class Training:
         stores = {name: DeviceStore(start(N), name, state="compact", device=CPU) for name in GROUPS}
         self.resident = groups_of(stores, CPU)
         self.reference = ResidentPipeline(self.resident, views.__getitem__, CPU)
+        for rows in self.reference._rows.values():
+            rows._kernels = row_kernels  # whose order is not looked at
         self.steps = 0
         self.prefetches = lambda step: step % 7 < 5
         if lanes is not None:
@@ -190,7 +192,11 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
         kernels = {"offload.adam.rows": OrderedKernels(lanes), "offload.pipelines.overlap": overlap}
         for module in (packed_pipeline, rows_in_place):
             monkeypatch.setattr(module, "kernels_for", lambda device, module: kernels[module])
-        monkeypatch.setattr(packed_pipeline, "Lane", lanes)
+        for module in (packed_pipeline, passing_rows):
+            monkeypatch.setattr(module, "Lane", lanes)
+        monkeypatch.setattr(
+            passing_rows, "chunks_of", lambda count: [(first, min(first + 7, count)) for first in range(0, count, 7)]
+        )
         monkeypatch.setattr(packed_pipeline, "SMALLEST_CUT", smallest_cut)
         monkeypatch.setattr(arenas, "ROOM", 0)  # for the largest view alone, so that many meet
         monkeypatch.setattr(deferral, "FIRST_CAPACITY", 64)  # little to note

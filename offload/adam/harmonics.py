@@ -56,6 +56,10 @@ class HarmonicsGradient:
         """Return means and gradients of sh0 as they travel, [V, 6]."""
         return torch.cat([self.means, self.constant], dim=1)
 
+    def __getitem__(self, rows: slice) -> HarmonicsGradient:
+        """Return what it is of some of the rows."""
+        return replace(self, means=self.means[rows], constant=self.constant[rows])
+
     def of(self, rows: Tensor) -> HarmonicsGradient:
         """Return what it is of other rows [M], which `side_by_side` has given: views of these [M, 6]."""
         return replace(self, means=rows[:, :3], constant=rows[:, 3:])

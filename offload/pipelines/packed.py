@@ -18,9 +18,9 @@ that belong where view j still lies, the late ones, are read behind the writing 
 for that, the next view is fetched when it is rendered, and the arena grows then, as far as there is memory.
 
 Where a view is so large that the device has no memory for its rows beside its rendering, the arena makes way, and the
-rows stay on the host (`offload/pipelines/rows_in_place.py`): the device reads them there for values and colours, and
-once more to step them. Nothing travels meanwhile, before or behind that, so such a step is slow; a bound of memory that
-views like it do not reach costs nothing.
+rows stay on the host. The device reads them there for values and colours (`offload/pipelines/rows_in_place.py`), and
+after the backward pass they pass through it to be stepped (`offload/pipelines/passing_rows.py`). Nothing else travels
+meanwhile, so that such a step takes some times as long.
 
 The device culls (`offload/models/geometry_culled.py`), with a margin for what geometry may change until the view is
 rendered, so the host's processors have nothing to do.
@@ -53,6 +53,7 @@ from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, u
 from offload.pipelines.groups import RowGroup, begin_step_of, chunks_of, gradient_or_made
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
+from offload.pipelines.passing_rows import PassingRows
 from offload.pipelines.residents import Residents
 from offload.pipelines.rows_in_place import RowsInPlace
 from offload.store.layout import PackedRows, RowState, packed_rows
@@ -149,6 +150,7 @@ class PackedPipeline:
         columns = {name: group.store.packed.shape[1] for name, group in groups.items()}
         self._residents = Residents(groups, resident_share, device, self._kernels)
         self._on_host = {name: RowsInPlace(group, device) for name, group in groups.items()}
+        self._passing = PassingRows(groups, device, self._kernels, (self._fetch_lane, self._write_lane))
         self._arena = Arena(columns | {STEPS + name: 1 for name in groups}, device, torch.int32)
         self._writing: dict[bool, Written] = {False: [], True: []}  # by whether the view is at the arena's end
         self._previous: PackedView | None = None  # updated last
@@ -206,24 +208,24 @@ class PackedPipeline:
         view, upcoming, compute = fetched(self._present), self._upcoming, Lane.current(self._device)
         begin_step_of(self._groups.values())
         self._applied = True
+        gradients = {name: gradient_or_made(view.values.get(name), made) for name in self._groups}
+        values = {name: leaf.detach() for name, leaf in view.values.items()}
+        if view.stays:
+            self._passing.step(view.ids, values, gradients)
+        else:
+            for name, group in self._groups.items():
+                rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
+                self._kernels.step_view_rows(values.get(name), view.ids, last_step, gradients[name], rows, group.adam)
         for name, group in self._groups.items():
-            leaf = view.values.get(name)
-            values, gradients = None if leaf is None else leaf.detach(), gradient_or_made(leaf, made)
-            if view.stays:
-                self._on_host[name].step(view.ids, values, gradients)
-                continue
-            rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
-            self._kernels.step_view_rows(values, view.ids, last_step, gradients, rows, group.adam)
-            if group.on_step is not None and values is not None:
-                group.on_step(view.ids, values)
-        for values in view.values.values():
-            values.grad = None  # whoever still holds the values has no use for it
-        view.values = {}
+            if group.on_step is not None and name in values:
+                group.on_step(view.ids, values[name])
+        for leaf in view.values.values():
+            leaf.grad = None  # whoever still holds the values has no use for it
+        gradients, values, view.values = {}, {}, {}
         self._rows_given += len(view.ids)
         self._lacking = None
         if view.stays:
             self._rows_in_place += len(view.ids)
-            self._write_lane.wait(compute.record())  # so that who waits for what is written waits for this
         elif upcoming is not None and upcoming.view is not None and upcoming.overlap is not None:
             self._hand_on(view, upcoming.view, upcoming.overlap, upcoming.found, compute)
             self._write(view, upcoming.overlap.leaving, compute)

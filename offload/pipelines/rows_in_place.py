@@ -1,4 +1,4 @@
-"""Rows of a group that a device reads and updates where their store is: in its own memory, or pinned on the host."""
+"""Rows of a group that a device reads where they are, in its own memory or pinned on the host, and updates there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RowsInPlace:
     def __init__(self, group: RowGroup, device: torch.device) -> None:
         """
         Args:
-            group: The rows; packed ones, where the host has them.
+            group: The rows; packed ones, and only to be read, where the host has them.
             device: That reads and updates them.
         """
         self._group = group
