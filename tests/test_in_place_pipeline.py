@@ -170,7 +170,7 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
     """Where memory bounds the arena, which then stays as it is."""
     retained = []
     for most_rows in (35, 1000):
-        monkeypatch.setattr(Arena, "_most_rows", lambda self, count, most=most_rows: most)
+        monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1, most=most_rows: most)
         torch.manual_seed(0)
         views = random_views(60, 30)
         assert max(map(len, views)) < 35 < max(len(view) + len(after) for view, after in pairwise(views))

@@ -187,7 +187,9 @@ def ordered(monkeypatch) -> Callable[..., OrderedLanes]:
     def begin(
         left_out: tuple[str, int, int] | None = None, smallest_cut: int = 4, most_rows: int | None = None
     ) -> OrderedLanes:
-        monkeypatch.setattr(Arena, "_most_rows", lambda self, count: sys.maxsize if most_rows is None else most_rows)
+        monkeypatch.setattr(
+            Arena, "_most_rows", lambda self, count, caution=1: sys.maxsize if most_rows is None else most_rows
+        )
         lanes = OrderedLanes(left_out)
         kernels = {"offload.adam.rows": OrderedKernels(lanes), "offload.pipelines.overlap": overlap}
         for module in (packed_pipeline, rows_in_place):
@@ -370,7 +372,7 @@ def test_rows_counted_as_travelling(monkeypatch, is_small):
 
 def test_rows_that_stay_on_the_host_are_counted(monkeypatch):
     """They are read there twice and written; the view after them comes late."""
-    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 4)
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1: 4)
     traffic = train_simply([ids(0, 1, 2), ids(4, 5, 6, 7, 8), ids(2, 3), ids(9)]).pipeline.counters().traffic
     fetched, written = 3 + 2 * 5 + 2 + 1, 3 + 5 + 2 + 1
     assert traffic == {
@@ -430,7 +432,7 @@ def test_views_that_do_not_fit_together_meet(monkeypatch):
 
     monkeypatch.setattr(PackedPipeline, "_fetch_late", noting)
     for most_rows in (25, 1000):
-        monkeypatch.setattr(Arena, "_most_rows", lambda self, count, most=most_rows: most)
+        monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1, most=most_rows: most)
         torch.manual_seed(0)
         views = random_views(N, 30)
         assert max(map(len, views)) < 25 < max(len(view) + len(after) for view, after in pairwise(views))
@@ -457,7 +459,7 @@ def test_space_is_for_the_largest_view_and_two_usual_ones(monkeypatch):
         assert arena.rows_in_common(160, 160) == 0
     assert arena.rows_in_common(400, 400) == 800 - 495  # the usual pair is of 320 rows
     assert arena.rows_in_common(400, 500) is None  # which does not fit at all
-    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 450)
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1: 450)
     for view in (400, 500):  # once there was memory for this much beside a view of 500
         assert arena.make_space_for(500) == (view == 400)
         arena.renders(view)
@@ -469,7 +471,7 @@ def test_views_do_not_meet_for_the_sake_of_what_is_beside_them(monkeypatch):
     """That gives way when the next view is fetched, late, where views would have space without it."""
     arena = Arena({"geometry": 5}, CPU)  # 20 bytes a row
     assert arena.make_space_for(100)
-    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 250 - self._beside // 20)
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1: 250 - self._beside // 20)
     arena.set_beside(20 * 145)
     assert arena.rows_in_common(100, 100) is None  # 105 rows are left, and 200 are wanted
     arena.set_beside(0)
@@ -684,7 +686,7 @@ def test_large_views_on_a_gpu_are_read_and_stepped_where_they_are_on_the_host(mo
     """Of views with and without colours some stay on the host, in between views that travel."""
     torch.manual_seed(0)
     device, n, most = torch.device("cuda"), 1_000_000, 120_000
-    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: most)
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1: most)
     shares = [0.05, 0.2, 0.2, 0.06, 0.05, 0.2, 0.05, 0.04] * 3
     views = [(torch.rand(n) < share).nonzero()[:, 0].to(device) for share in shares]
     pipeline, groups = make_pipeline(n, views.__getitem__, device)

@@ -129,7 +129,9 @@ def test_fewer_rows_stay_where_memory_cannot_be_had(monkeypatch):
 
 def test_views_come_first_where_memory_is_short(monkeypatch):
     """A view that finds no space lets all residents go, which are chosen anew when it is time."""
-    monkeypatch.setattr(Arena, "_most_rows", lambda self, count: 30 - self._beside // ROW_BYTES if self._beside else 60)
+    monkeypatch.setattr(
+        Arena, "_most_rows", lambda self, count, caution=1: 30 - self._beside // ROW_BYTES if self._beside else 60
+    )
     torch.manual_seed(0)
     counts = []
     train(random_views(N, 40), 0.4, lambda training, step: counts.append(len(resident_ids(training))))

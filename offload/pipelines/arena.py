@@ -81,9 +81,7 @@ class Arena:
         Returns:
             The number; None: the view is to be fetched later, with `make_space_for`.
         """
-        most = self._most_rows(upcoming)
-        most_alone = most + self._beside // self._row_bytes  # which gives way
-        if upcoming > max(most_alone, self._tried()):
+        if not self._fits(upcoming, making_way=True):
             return None  # its rows will stay where they are
         pair = present + upcoming
         self._num_pairs += 1
@@ -91,10 +89,12 @@ class Arena:
         self._largest_pair = max(self._largest_pair, pair)
         self._largest_view = max(self._largest_view, present, upcoming)
         self._wanted = max(self._largest_view, min(int(ROOM * self._mean_pair), self._largest_pair))
+        most = self._most_rows(upcoming)
         if self._capacity < upcoming or self._capacity > max(most, self._tried()):
             return None
         in_common = max(pair - self._capacity, 0)
-        return None if in_common and self._is_small(self._wanted, most_alone) else in_common
+        most += self._beside // self._row_bytes  # which gives way
+        return None if in_common and self._is_small(self._wanted, most) else in_common
 
     def make_space_for(self, count: int) -> bool:
         """Have space for a view, and for what views so far have asked for if memory allows; all contents are lost.
@@ -117,7 +117,7 @@ class Arena:
     def holds(self, count: int) -> bool:
         """Tell whether there is memory for the rows of a view, and for rendering it."""
         self._look()
-        return count <= max(self._most_rows(count), self._tried())
+        return self._fits(count)
 
     def release(self) -> None:
         """Give all space back; contents are lost."""
@@ -148,6 +148,15 @@ class Arena:
             self._fixed = max(self._fixed, peak - self._taken - RENDERING * self._rendered)
             self._largest = max(self._largest, self._rendered)
 
+    def _fits(self, count: int, *, making_way: bool = False) -> bool:
+        """Tell whether there is memory for a view; `making_way` tells that what is beside views would give way.
+
+        Of sizes that have been rendered it is known what that takes: without caution, since to leave rows elsewhere
+        takes far longer.
+        """
+        most = self._most_rows(count, CAUTION if count > self._largest else 1.0)
+        return count <= max(most + (self._beside // self._row_bytes if making_way else 0), self._tried())
+
     def _tried(self) -> int:
         """Return a number of rows that there was memory for while as many were rendered."""
         return 0 if self._beside else self._largest_here
@@ -162,7 +171,7 @@ class Arena:
             return sys.maxsize
         self._look()
         rows = max(self._wanted + self._wanted // SPARE, self._capacity)
-        return max(int(self._most - self._beside_rows(self._largest)) - rows * self._row_bytes, 0)
+        return max(int(self._most - self._beside_rows(self._largest, CAUTION)) - rows * self._row_bytes, 0)
 
     def set_beside(self, num_bytes: int) -> None:
         """Note how many bytes are put beside views from now on, before more are taken or after some were given back."""
@@ -185,14 +194,14 @@ class Arena:
         if self._device.type == "cuda":
             self._most = int(USABLE * most_bytes(self._device))
 
-    def _beside_rows(self, count: int) -> float:
-        """Return the bytes that all else takes while a view of so many rows is rendered, with caution."""
+    def _beside_rows(self, count: int, caution: float) -> float:
+        """Return the bytes that all else takes while a view of so many rows is rendered."""
         seen = min(count, self._largest) if self._largest else count
         growth = max(1.0, count / max(seen, 1))
-        return CAUTION * growth * ((self._fixed or 0) + RENDERING * seen)
+        return caution * growth * ((self._fixed or 0) + RENDERING * seen)
 
-    def _most_rows(self, count: int) -> int:
+    def _most_rows(self, count: int, caution: float = CAUTION) -> int:
         """Count the rows that there is memory for beside all that rendering a view of so many takes."""
         if self._device.type != "cuda":
             return sys.maxsize
-        return int((self._most - self._beside - self._beside_rows(count)) / self._row_bytes)
+        return int((self._most - self._beside - self._beside_rows(count, caution)) / self._row_bytes)
