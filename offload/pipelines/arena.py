@@ -69,7 +69,7 @@ class Arena:
     def has_space_for(self, present: int, upcoming: int) -> bool:
         """Tell whether a view of so many rows can be fetched beside the one that is rendered."""
         self._wanted = max(self._wanted, present + upcoming)
-        return present + upcoming <= self._capacity <= self._most_rows(upcoming)
+        return present + upcoming <= self._capacity <= self._room(upcoming)
 
     def rows_in_common(self, present: int, upcoming: int) -> int | None:
         """Count the rows for which a view that is fetched while another is rendered has no space but that of the other.
@@ -89,7 +89,7 @@ class Arena:
         self._largest_pair = max(self._largest_pair, pair)
         self._largest_view = max(self._largest_view, present, upcoming)
         self._wanted = max(self._largest_view, min(int(ROOM * self._mean_pair), self._largest_pair))
-        most = self._most_rows(upcoming)
+        most = self._room(upcoming)
         if self._capacity < upcoming or self._capacity > max(most, self._tried()):
             return None
         in_common = max(pair - self._capacity, 0)
@@ -103,7 +103,7 @@ class Arena:
             Whether memory has been allocated.
         """
         self._look()
-        wanted, most = max(self._wanted, count), self._most_rows(count)
+        wanted, most = max(self._wanted, count), self._room(count)
         capacity = max(min(wanted + wanted // SPARE, most), count)
         too_small = self._capacity < count or self._is_small(wanted, capacity)
         if not too_small and self._capacity <= max(most, count, self._tried()):
@@ -157,6 +157,13 @@ class Arena:
         most = self._most_rows(count, CAUTION if count > self._largest else 1.0)
         return count <= max(most + (self._beside // self._row_bytes if making_way else 0), self._tried())
 
+    def _room(self, count: int) -> int:
+        """Count the rows that there is memory for while a view of so many is rendered, or one of those so far here.
+
+        Space that followed each view's size would be taken anew for nearly all of them.
+        """
+        return self._most_rows(max(count, self._largest_here))
+
     def _tried(self) -> int:
         """Return a number of rows that there was memory for while as many were rendered."""
         return 0 if self._beside else self._largest_here
@@ -171,7 +178,7 @@ class Arena:
             return sys.maxsize
         self._look()
         rows = max(self._wanted + self._wanted // SPARE, self._capacity)
-        return max(int(self._most - self._beside_rows(self._largest, CAUTION)) - rows * self._row_bytes, 0)
+        return max(int(self._most - self._beside_rows(self._largest_here, CAUTION)) - rows * self._row_bytes, 0)
 
     def set_beside(self, num_bytes: int) -> None:
         """Note how many bytes are put beside views from now on, before more are taken or after some were given back."""
@@ -182,7 +189,7 @@ class Arena:
     def lacks_memory_for(self, count: int) -> bool:
         """Tell whether there is no memory for a view, or for what views so far have asked for."""
         self._look()
-        return max(self._wanted, count) > self._most_rows(count)
+        return max(self._wanted, count) > self._room(count)
 
     @property
     def _taken(self) -> int:
