@@ -12,6 +12,7 @@ from torch import Tensor
 from offload.adam import rows as row_kernels
 from offload.adam.deferral import DeferralTables
 from offload.pipelines import arena as arenas
+from offload.pipelines import rendering_memory
 from offload.pipelines import streamed_host as in_place_pipeline
 from offload.pipelines import worker as work_ahead
 from offload.pipelines.arena import Arena
@@ -184,29 +185,49 @@ def test_views_that_do_not_fit_together_come_one_by_one(monkeypatch):
 
 
 def test_memory_for_rows_is_what_rendering_leaves(monkeypatch):
-    """Of 10,000 bytes all but the arena took 4,000 while 10 rows were rendered; a tenth is added for caution."""
-    arena, taken = Arena({"appearance": 5}, CPU), {"peak": 0, "now": 500}
-    monkeypatch.setattr(arenas, "begin_stretch", lambda device: taken["peak"])
-    monkeypatch.setattr(arenas, "most_bytes", lambda device: 10_000 / arenas.USABLE)
+    """Of 10,000 bytes, of which all but the arena takes 4,000 while 100 rows are rendered; a tenth more for caution."""
+    taken = {"peak": 0, "now": 500}
+    monkeypatch.setattr(rendering_memory, "begin_stretch", lambda device: taken["peak"])
+    monkeypatch.setattr(arenas, "most_bytes", lambda device: (10_000 + arenas.IDLE) / arenas.USABLE)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken["now"])
-    arena._device = torch.device("cuda")
+    arena = Arena({"appearance": 5}, CPU)  # 20 bytes a row
+    arena._device = arena._rendering._device = torch.device("cuda")
     arena._look()
     arena.see()  # before anything has been rendered: what is there already, and the least that rendering takes
-    assert arena._most_rows(10) == (10_000 - int(1.1 * (500 + 256 * 10))) // 20
-    arena.renders(10)
-    arena._capacity, taken["peak"] = 100, 6000  # of 20 bytes each
-    arena.see()
-    assert arena._most_rows(10) == (10_000 - 4400) // 20
-    assert arena._most_rows(5) == (10_000 - 4400 + int(1.1 * 5 * 256)) // 20  # a smaller one takes less
-    assert arena._most_rows(20) == (10_000 - 8800) // 20  # a larger one takes as much more
-    assert arena.has_space_for(10, 11) == (arena._capacity <= arena._most_rows(11))
+    assert arena._most_rows(10) == int(10_000 - 1.1 * (500 + 256 * 10)) // 20
+    for rows, peak in ((100, 4000), (30, 1000), (50, 900)):
+        arena.renders(rows)
+        taken["peak"] = peak + 20 * arena._capacity
+        arena.see()
+    assert arena._most_rows(100) == (10_000 - 4400) // 20
+    assert arena._most_rows(200) == (10_000 - 8800) // 20  # a larger one takes as much more
+    assert arena._most_rows(70) == (10_000 - 4400) // 20  # none like it has been seen
+    assert arena._most_rows(50) == arena._most_rows(30) == (10_000 - 1100) // 20  # it takes no less than a smaller one
+    assert arena._most_rows(51) == int(10_000 - 1100 * 51 / 50) // 20  # of the same size as the second
     arena._capacity = 250
-    assert arena.has_space_for(10, 11)
-    assert not arena.has_space_for(10, 15)  # rendering it would take 6,600 bytes, and the arena takes 5,000
+    assert arena.has_space_for(100, 110)  # whichever of them is rendered
+    assert not arena.has_space_for(100, 150)  # rendering it would take 6,600 bytes, and the arena takes 5,000
+    assert arena._fits(300) == (arena._most_rows(300) >= 300)
+    assert arena._fits(100)
     arena.renders(None)
     taken["peak"] = 9000  # while rows were changed, which is no rendering's
     arena.see()
-    assert arena._most_rows(10) == (10_000 - 4400) // 20
+    assert arena._most_rows(100) == (10_000 - 4400) // 20
+
+
+def test_a_view_is_left_elsewhere_without_caution_where_its_size_is_known(monkeypatch):
+    monkeypatch.setattr(arenas, "most_bytes", lambda device: (1000 + arenas.IDLE) / arenas.USABLE)
+    arena = Arena({"appearance": 1}, CPU)  # 4 bytes a row
+    arena._device = torch.device("cuda")
+    arena._rendering._seen, arena._rendering.largest = {53: (100, 600)}, 100
+    assert (arena._rendering.expected(100), arena._rendering.expected(50)) == (600, 600)
+    arena._look()
+    assert [arena._most_rows(100), arena._most_rows(101)] == [(1000 - 660) // 4, int(1000 - 660 * 1.01) // 4]
+    assert [arena._fits(count) for count in (85, 86, 99, 100, 101)] == [True, True, True, True, False]
+    arena._rendering._seen[53] = 100, 602
+    assert [arena._fits(count) for count in (99, 100)] == [True, False]
+    arena.renders(100)
+    assert arena._fits(100)  # since it has been there once
 
 
 @pytest.mark.parametrize(("moments", "read", "written"), [("float32", 768, 768), ("bfloat16", 512, 512)])

@@ -5,8 +5,8 @@ the largest pair does. `rows_in_common` lets two views meet in the middle, where
 it has space for the largest view and for a pair of the usual size, and the largest pairs wait a little. Where there is
 no memory for a view at all (`holds`), its rows have to stay where they are, and the arena makes way (`release`).
 
-How much memory there is beside a view's rendering is learned from the views before: their pipeline says when one begins
-to be rendered (`renders`), and before the next one the arena sees what that has taken (`see`).
+How much memory there is beside a view's rendering is learned from the views before (`rendering_memory.py`): a pipeline
+says when one begins to be rendered (`renders`), and before the next one the arena sees what that has taken (`see`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from offload.device_memory import begin_stretch, most_bytes
+from offload.device_memory import most_bytes
+from offload.pipelines.rendering_memory import RenderingMemory
 
 SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pairs of views seldom need more
 ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
 LAST_PAIRS = 32  # that the mean is of
 CAUTION = 1.1  # of what all else on the device takes while a view is rendered
-RENDERING = 256  # bytes of each row, at the least, that rendering a smaller view takes less
+IDLE = 40 << 20  # bytes more that are not counted on: torch maps memory 20 MiB at a time, and some of each may lie idle
 USABLE = 0.93  # of device memory: torch's allocator has reserved up to 6 % more than was in use (H200, 18 and 40 M)
 
 
@@ -46,10 +47,8 @@ class Arena:
         self._wanted = 0  # rows that views so far have asked for
         self._num_pairs, self._mean_pair, self._largest_pair = 0, 0.0, 0  # rows of two views
         self._largest_view = 0  # rows of those that have been here
-        self._rendered: int | None = None  # rows of the view that is rendered; None: of none
-        self._largest = 0  # rows of the largest view that has been rendered
-        self._largest_here = 0  # and of those whose rows were here
-        self._fixed: int | None = None  # bytes that all else on the device has taken at most, but `RENDERING`
+        self._largest_here = 0  # rows of the largest view that has been rendered from here
+        self._rendering = RenderingMemory(device)
         self._beside = 0  # bytes of what has been put beside views, and gives way to them
         self._most = 0  # bytes that could be used for all, when space was last looked for
 
@@ -123,8 +122,7 @@ class Arena:
         """Give all space back; contents are lost."""
         self._rows.clear()
         self._capacity = 0
-        if self._device.type == "cuda":
-            begin_stretch(self._device)  # of which that memory is no part
+        self._rendering.forget_peak()  # of which that memory was part
 
     def renders(self, count: int | None, *, here: bool = True) -> None:
         """Note that a view is rendered from now on.
@@ -133,20 +131,13 @@ class Arena:
             count: Its rows; None: none is, whatever takes memory.
             here: Whether they are in the arena.
         """
-        self._rendered = count
+        self._rendering.begins(count)
         if count is not None and here:
             self._largest_here = max(self._largest_here, count)
 
     def see(self) -> None:
         """See what all else has taken while the view that `renders` has named was rendered."""
-        if self._device.type != "cuda":
-            return
-        peak = begin_stretch(self._device)
-        if self._fixed is None:
-            self._fixed = torch.cuda.memory_allocated(self._device) - self._taken
-        elif self._rendered is not None:
-            self._fixed = max(self._fixed, peak - self._taken - RENDERING * self._rendered)
-            self._largest = max(self._largest, self._rendered)
+        self._rendering.see(self._capacity * self._row_bytes + self._beside)
 
     def _fits(self, count: int, *, making_way: bool = False) -> bool:
         """Tell whether there is memory for a view; `making_way` tells that what is beside views would give way.
@@ -154,7 +145,7 @@ class Arena:
         Of sizes that have been rendered it is known what that takes: without caution, since to leave rows elsewhere
         takes far longer.
         """
-        most = self._most_rows(count, CAUTION if count > self._largest else 1.0)
+        most = self._most_rows(count, CAUTION if count > self._rendering.largest else 1.0)
         return count <= max(most + (self._beside // self._row_bytes if making_way else 0), self._tried())
 
     def _room(self, count: int) -> int:
@@ -178,7 +169,7 @@ class Arena:
             return sys.maxsize
         self._look()
         rows = max(self._wanted + self._wanted // SPARE, self._capacity)
-        return max(int(self._most - self._beside_rows(self._largest_here, CAUTION)) - rows * self._row_bytes, 0)
+        return max(int(self._most - CAUTION * self._rendering.expected(self._largest_here)) - rows * self._row_bytes, 0)
 
     def set_beside(self, num_bytes: int) -> None:
         """Note how many bytes are put beside views from now on, before more are taken or after some were given back."""
@@ -191,24 +182,13 @@ class Arena:
         self._look()
         return max(self._wanted, count) > self._room(count)
 
-    @property
-    def _taken(self) -> int:
-        """Return the bytes that views and what is beside them have."""
-        return self._capacity * self._row_bytes + self._beside
-
     def _look(self) -> None:
         """Look how much memory there is."""
         if self._device.type == "cuda":
-            self._most = int(USABLE * most_bytes(self._device))
-
-    def _beside_rows(self, count: int, caution: float) -> float:
-        """Return the bytes that all else takes while a view of so many rows is rendered."""
-        seen = min(count, self._largest) if self._largest else count
-        growth = max(1.0, count / max(seen, 1))
-        return caution * growth * ((self._fixed or 0) + RENDERING * seen)
+            self._most = int(USABLE * most_bytes(self._device)) - IDLE
 
     def _most_rows(self, count: int, caution: float = CAUTION) -> int:
         """Count the rows that there is memory for beside all that rendering a view of so many takes."""
         if self._device.type != "cuda":
             return sys.maxsize
-        return int((self._most - self._beside - self._beside_rows(count, caution)) / self._row_bytes)
+        return int((self._most - self._beside - caution * self._rendering.expected(count)) / self._row_bytes)
