@@ -287,15 +287,15 @@ def test_every_order_of_the_lanes_gives_rows_that_stay_in_place(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resident_share", [0.0, 0.4])
-@pytest.mark.parametrize("seed", range(2))
-def test_every_order_gives_the_same_where_large_views_stay_on_the_host(ordered, seed, resident_share):
-    lanes = ordered(most_rows=25)
-    training = train_in_order(lanes, seed, resident_share)
+@pytest.mark.parametrize("most_rows", [12, 25])
+def test_every_order_gives_the_same_where_large_views_stay_on_the_host(ordered, most_rows, resident_share):
+    lanes = ordered(most_rows=most_rows)
+    training = train_in_order(lanes, 0, resident_share)
     assert not lanes.refused
-    large = sum(len(view) for view in training.views if len(view) > 25)
+    large = sum(len(view) for view in training.views if len(view) > most_rows)
     traffic = training.pipeline.counters().traffic
     assert traffic["rows_in_place"] == large > 0
-    assert traffic["rows_retained"] > 0
+    assert (traffic["rows_retained"] > 0) == (most_rows == 25)  # views beside each other
 
 
 @pytest.mark.slow
@@ -306,14 +306,14 @@ def test_no_wait_can_be_left_out(ordered):
     Not so what is said of memory that is used: here the lane that made it always comes to know of it by other ways.
     """
     places = set()
-    for smallest_cut, most_rows in ((4, None), (N, None), (4, 25)):
+    for smallest_cut, most_rows in ((4, None), (N, None), (4, 12)):
         lanes = ordered(smallest_cut=smallest_cut, most_rows=most_rows)
         train_in_order(lanes, 0)
         places |= lanes.places
     waits = sorted(place for place in places if place[0] != "uses")
     assert {kind for kind, _, _ in waits} == {"wait", "finish"}
     trainings = [(seed, 4, None) for seed in range(4)] + [
-        (seed, cut, most) for cut, most in ((N, None), (4, 25)) for seed in range(2)
+        (seed, cut, most) for cut, most in ((N, None), (4, 12)) for seed in range(2)
     ]
     assert [place for place in waits if not any(is_noticed(ordered, place, *each) for each in trainings)] == []
 

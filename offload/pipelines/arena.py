@@ -120,7 +120,7 @@ class Arena:
 
     def release(self) -> None:
         """Give all space back; contents are lost."""
-        self._rows.clear()
+        self._rows = {name: rows.new_empty(0, rows.shape[1]) for name, rows in self._rows.items()}
         self._capacity = 0
         self._rendering.forget_peak()  # of which that memory was part
 

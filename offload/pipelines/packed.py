@@ -190,7 +190,7 @@ class PackedPipeline:
             view = upcoming.view
             compute.wait(view.fetched)
         else:
-            view = self._fetch_late(cameras, None if upcoming is None else upcoming.ids)
+            view = self._fetch_late(cameras, upcoming)
         compute.uses(view.ids)
         self._arena.renders(view.ids.shape[0], here=not view.stays)
         view.values = {name: self._decoded(name, view).requires_grad_() for name in names}
@@ -414,12 +414,17 @@ class PackedPipeline:
             lane.uses(ids, common.on_host, kept, places)
         return _Upcoming(ids, view, common, late, found)
 
-    def _fetch_late(self, cameras: Cameras, ids: Tensor | None) -> PackedView:
+    def _fetch_late(self, cameras: Cameras, upcoming: _Upcoming | None) -> PackedView:
         """Fetch a view that has not been fetched ahead; there is no other on the device."""
-        self._settle()
-        if ids is None:
+        if upcoming is not None and self._previous is not None and self._previous.stays:
+            Lane.current(self._device).wait(upcoming.found)  # which comes after all else, so that no thread need wait
+        else:
+            self._settle()
+        if upcoming is None:
             ids = self._cull(cameras) if self._found_ids is None else self._found_ids
-        elif len(self._residents) and self._arena.lacks_memory_for(len(ids)):
+        else:
+            ids = upcoming.ids
+        if upcoming is not None and len(self._residents) and self._arena.lacks_memory_for(len(ids)):
             self._release_residents()  # views come first
         self._previous = None
         if not self._arena.holds(len(ids)):

@@ -65,6 +65,8 @@ class PassingRows:
                         ids[rows], of_chunk, {name: each[rows] for name, each in gradients.items()}, spaces[turn]
                     )
             compute.wait(*(lane.record() for lane in self._lanes))
+        for lane in self._lanes:
+            lane.uses(ids)  # which none of them, nor the current one, may have made
 
     def _pass(
         self,
