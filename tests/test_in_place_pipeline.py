@@ -194,7 +194,7 @@ def test_memory_for_rows_is_what_rendering_leaves(monkeypatch):
     arena._device = arena._rendering._device = torch.device("cuda")
     arena._look()
     arena.see()  # before anything has been rendered: what is there already, and the least that rendering takes
-    assert arena._most_rows(10) == int(10_000 - 1.1 * (500 + 256 * 10)) // 20
+    assert arena._most_rows(2) == int(10_000 - 1.1 * (500 + 1024 * 2)) // 20
     for rows, peak in ((100, 4000), (30, 1000), (50, 900)):
         arena.renders(rows)
         taken["peak"] = peak + 20 * arena._capacity
@@ -209,7 +209,7 @@ def test_memory_for_rows_is_what_rendering_leaves(monkeypatch):
     assert not arena.has_space_for(100, 150)  # rendering it would take 6,600 bytes, and the arena takes 5,000
     assert arena._fits(300) == (arena._most_rows(300) >= 300)
     assert arena._fits(100)
-    arena.renders(None)
+    arena.rests()
     taken["peak"] = 9000  # while rows were changed, which is no rendering's
     arena.see()
     assert arena._most_rows(100) == (10_000 - 4400) // 20
@@ -228,6 +228,13 @@ def test_a_view_is_left_elsewhere_without_caution_where_its_size_is_known(monkey
     assert [arena._fits(count) for count in (99, 100)] == [True, False]
     arena.renders(100)
     assert arena._fits(100)  # since it has been there once
+    arena.rests(changing=True)  # Gaussians that have been added take memory
+    assert not arena._fits(100)
+    monkeypatch.setattr(rendering_memory, "begin_stretch", lambda device: 0)
+    arena._capacity = 30
+    assert arena.leaves_copies(50) == (30 <= (1000 - 2 * 602) // 4) is False
+    arena._rendering._seen[53] = 100, 400
+    assert arena.leaves_copies(50) == (30 <= (1000 - 2 * 400) // 4) is True
 
 
 @pytest.mark.parametrize(("moments", "read", "written"), [("float32", 768, 768), ("bfloat16", 512, 512)])

@@ -298,6 +298,18 @@ def test_every_order_gives_the_same_where_large_views_stay_on_the_host(ordered, 
     assert (traffic["rows_retained"] > 0) == (most_rows == 25)  # views beside each other
 
 
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_a_view_of_one_chunk_that_stays_is_counted_in_order(ordered, prefetched):
+    """One lane steps it; the other, which counts what views show, has to know of its ids all the same."""
+    lanes = ordered(most_rows=4)
+    with lanes:
+        views = [ids(0, 1, 2), ids(4, 5, 6, 7, 8), ids(1, 2, 3, 4, 5, 6), ids(9)]
+        training = Training(views, lanes, resident_share=0.4)
+    training.prefetches = lambda step: prefetched
+    training.run()
+    training.assert_exact()
+
+
 @pytest.mark.slow
 def test_no_wait_can_be_left_out(ordered):
     """Each of them, left out once, is a race in one of four trainings of views that are cut, or two of small ones, or
@@ -306,14 +318,14 @@ def test_no_wait_can_be_left_out(ordered):
     Not so what is said of memory that is used: here the lane that made it always comes to know of it by other ways.
     """
     places = set()
-    for smallest_cut, most_rows in ((4, None), (N, None), (4, 12)):
+    for smallest_cut, most_rows in ((4, None), (N, None), (4, 12), (4, 2)):
         lanes = ordered(smallest_cut=smallest_cut, most_rows=most_rows)
         train_in_order(lanes, 0)
         places |= lanes.places
     waits = sorted(place for place in places if place[0] != "uses")
     assert {kind for kind, _, _ in waits} == {"wait", "finish"}
     trainings = [(seed, 4, None) for seed in range(4)] + [
-        (seed, cut, most) for cut, most in ((N, None), (4, 12)) for seed in range(2)
+        (seed, cut, most) for cut, most in ((N, None), (4, 12), (4, 2)) for seed in range(2)
     ]
     assert [place for place in waits if not any(is_noticed(ordered, place, *each) for each in trainings)] == []
 
@@ -382,6 +394,70 @@ def test_rows_that_stay_on_the_host_are_counted(monkeypatch):
         "rows_in_place": 5,
         "link_bytes": ROW_BYTES * (fetched + written),
     }
+
+
+def test_copies_of_rows_have_the_memory_of_views_where_there_is_no_other(monkeypatch):
+    """What had been fetched ahead comes once more; the training is the same."""
+    torch.manual_seed(0)
+    training, taken, has_room = Training(random_views(N, 20)), [], True
+    monkeypatch.setattr(Arena, "leaves_copies", lambda self, count: has_room)
+    monkeypatch.setattr(Arena, "release", lambda self, release=Arena.release: (taken.append(self), release(self)))
+
+    def read(step: int) -> None:
+        nonlocal has_room
+        has_room, upcoming, before = step % 3 > 0, training.pipeline.upcoming_ids, len(taken)
+        values = training.pipeline.read("geometry", torch.arange(N))
+        assert torch.equal(values, training.reference.read("geometry", torch.arange(N)))
+        assert training.pipeline.upcoming_ids is upcoming
+        assert len(taken) - before == (not has_room)
+        assert has_room or training.pipeline._arena._capacity == 0
+
+    training.run(read)
+    training.assert_exact()
+
+
+def test_a_step_on_rows_that_stay_takes_its_memory_before_it_begins(monkeypatch):
+    """So it can be undone where that is not there."""
+    monkeypatch.setattr(Arena, "_most_rows", lambda self, count, caution=1: 4)
+    training = Training([ids(0, 1, 2), torch.arange(20), ids(3)])
+    for step in range(2):
+        training.fetch_and_prefetch(step)
+        if step == 0:
+            training.update()
+
+    def fail(*shape: object, **options: object) -> Tensor:
+        raise torch.OutOfMemoryError("a defect")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(torch, "empty", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            training.pipeline.update(training.made)
+    training.pipeline.undo_step(1)
+    training.reference.undo_step(1)
+    training.run()
+    training.assert_exact()
+
+
+def test_residents_that_could_not_be_read_are_none(monkeypatch):
+    """The fetch that chose them is repeated, and finds all rows on the host."""
+    monkeypatch.setattr(residents, "FIRST_CHOICE", 3)
+    torch.manual_seed(0)
+    training, read, failures = Training(random_views(N, 12), resident_share=0.5), row_kernels.read_packed_rows, []
+
+    def fail_once(host, ids, wanted, view, *others: object) -> None:
+        if training.pipeline._residents._counted == 0 and training.steps == 3 and not failures:
+            failures.append(training.steps)
+            raise torch.OutOfMemoryError("a defect")
+        read(host, ids, wanted, view, *others)
+
+    monkeypatch.setattr(row_kernels, "read_packed_rows", fail_once)
+    training.prefetches = lambda step: step != 2
+    with pytest.raises(torch.OutOfMemoryError):
+        training.run()
+    assert failures == [3]
+    assert training.pipeline._residents.rows is None
+    training.run()
+    training.assert_exact()
 
 
 def test_rows_written_since_a_view_was_given_up_are_counted():

@@ -42,6 +42,7 @@ from offload.culling.balls import Balls
 from offload.culling.boxes import Boxes
 from offload.models.device_room import DeviceRoom, bytes_there
 from offload.models.geometry_device import BYTES as GEOMETRY_BYTES
+from offload.pipelines.arena import IDLE, USABLE
 from offload.pipelines.residents import BYTES as RESIDENT_BYTES
 from offload.pipelines.streamed import SPARE
 from offload.store.host_store import PEAK
@@ -118,8 +119,9 @@ class Need:
         return num_gaussians * self.bytes_per_gaussian + self.other_bytes
 
     def slows(self, num_gaussians: int) -> bool:
-        """Tell whether there is no room for what makes steps on so many fast."""
-        return self._bytes_at_speed(num_gaussians) > self.free_bytes
+        """Tell whether there is no room for half of what makes steps on so many fast, the rows of one view of two."""
+        half = (self.bytes(num_gaussians) + self._bytes_at_speed(num_gaussians)) / 2
+        return half > USABLE * self.free_bytes - IDLE
 
     def expected_bytes(self, num_gaussians: int) -> float:
         """Return what training will take of what is free once it has grown to so many."""
@@ -488,7 +490,8 @@ def check_memory(
         lines.append(f"Memory for {max_gaussians:,}{whose}, as --{option} {verb}: {listed}.")
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
-    if any(need.slows(max(held, held_later)) for need in all_needs.by_memory.values()):
+    device = all_needs.device
+    if device is not None and device.bytes_at_speed > 0 and device.slows(max(held, held_later)):
         lines.append(
             "The GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and "
             "steps on them take longer."

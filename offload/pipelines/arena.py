@@ -24,6 +24,9 @@ SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pa
 ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
 LAST_PAIRS = 32  # that the mean is of
 CAUTION = 1.1  # of what all else on the device takes while a view is rendered
+COPIES = (
+    2.0  # times that, at most, while copies of a view's rows are drawn between steps: they have values of their own
+)
 IDLE = 40 << 20  # bytes more that are not counted on: torch maps memory 20 MiB at a time, and some of each may lie idle
 USABLE = 0.93  # of device memory: torch's allocator has reserved up to 6 % more than was in use (H200, 18 and 40 M)
 
@@ -48,6 +51,7 @@ class Arena:
         self._num_pairs, self._mean_pair, self._largest_pair = 0, 0.0, 0  # rows of two views
         self._largest_view = 0  # rows of those that have been here
         self._largest_here = 0  # rows of the largest view that has been rendered from here
+        self._largest_tried = 0  # the same, since rows were changed last
         self._rendering = RenderingMemory(device)
         self._beside = 0  # bytes of what has been put beside views, and gives way to them
         self._most = 0  # bytes that could be used for all, when space was last looked for
@@ -108,8 +112,12 @@ class Arena:
         if not too_small and self._capacity <= max(most, count, self._tried()):
             return False
         self.release()  # before more is taken
-        for name, columns in self._columns.items():
-            self._rows[name] = torch.empty(capacity, columns, dtype=self._dtype, device=self._device)
+        try:
+            for name, columns in self._columns.items():
+                self._rows[name] = torch.empty(capacity, columns, dtype=self._dtype, device=self._device)
+        except torch.OutOfMemoryError:
+            self.release()
+            raise
         self._capacity = capacity
         return True
 
@@ -124,16 +132,33 @@ class Arena:
         self._capacity = 0
         self._rendering.forget_peak()  # of which that memory was part
 
-    def renders(self, count: int | None, *, here: bool = True) -> None:
+    def leaves_copies(self, count: int) -> bool:
+        """Tell whether there is memory beside all space to copy so many rows and draw them, between steps."""
+        self._look()
+        return self._capacity <= self._most_rows(count, COPIES)
+
+    def renders(self, count: int, *, here: bool = True) -> None:
         """Note that a view is rendered from now on.
 
         Args:
-            count: Its rows; None: none is, whatever takes memory.
+            count: Its rows.
             here: Whether they are in the arena.
         """
         self._rendering.begins(count)
-        if count is not None and here:
+        if here:
             self._largest_here = max(self._largest_here, count)
+            self._largest_tried = max(self._largest_tried, count)
+
+    def rests(self, *, changing: bool = False) -> None:
+        """Note that no view of a step is rendered from now on, whatever takes memory.
+
+        Args:
+            changing: Whether Gaussians may become others, for which more memory may be taken from then on.
+        """
+        self.see()
+        self._rendering.begins(None)
+        if changing:
+            self._largest_tried = 0
 
     def see(self) -> None:
         """See what all else has taken while the view that `renders` has named was rendered."""
@@ -157,7 +182,7 @@ class Arena:
 
     def _tried(self) -> int:
         """Return a number of rows that there was memory for while as many were rendered."""
-        return 0 if self._beside else self._largest_here
+        return 0 if self._beside else self._largest_tried
 
     def _is_small(self, wanted: int, most: int) -> bool:
         """Tell whether it is worth to take memory anew for so many rows, of which there is memory for `most`."""

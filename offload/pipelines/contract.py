@@ -58,8 +58,8 @@ class Counters:
         staging_allocations: How often space for rows of views has been allocated; constant in the steady state.
         milliseconds: How long worker thread, copies, and waiting for them have taken, by name. They run beside each
             other and beside the rendering, so these times do not add up to a step.
-        traffic: Rows that views have fetched, retained and written, and `link_bytes`, the bytes of rows that have
-            travelled between host and device both ways.
+        traffic: Rows that views have fetched, retained and written; `rows_in_place`, those of views that stayed on the
+            host; and `link_bytes`, the bytes of rows that have travelled between host and device both ways.
     """
 
     staging_allocations: int | None = None

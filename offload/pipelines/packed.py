@@ -206,9 +206,11 @@ class PackedPipeline:
     def update(self, made: HarmonicsGradient | None = None) -> None:
         """Take Adam's step on the gradients of the view that `fetch` gave; its rows go where they are needed next."""
         view, upcoming, compute = fetched(self._present), self._upcoming, Lane.current(self._device)
+        gradients = {name: gradient_or_made(view.values.get(name), made) for name in self._groups}
+        if view.stays:
+            self._passing.make_space(len(view.ids))
         begin_step_of(self._groups.values())
         self._applied = True
-        gradients = {name: gradient_or_made(view.values.get(name), made) for name in self._groups}
         values = {name: leaf.detach() for name, leaf in view.values.items()}
         if view.stays:
             self._passing.step(view.ids, values, gradients)
@@ -236,7 +238,8 @@ class PackedPipeline:
             self._write(view, None, compute)
         self._previous, self._present = view, None
         if self._residents.are_wanted:
-            with self._write_lane:  # behind the writing
+            with self._write_lane as lane:  # behind the writing
+                lane.wait(compute.record())  # of a view that has stayed on the host nothing may have been written here
                 self._residents.count(view.ids)
 
     def displace(self, displacement: Displacement) -> None:
@@ -271,8 +274,7 @@ class PackedPipeline:
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()  # rows may live in the upcoming view only
-        self._arena.see()
-        self._arena.renders(None)  # changing rows takes memory of its own
+        self._arena.rests(changing=True)
         self._found_ids = self._previous = self._upcoming = None
         self._release_residents()
         self._residents.forget()
@@ -280,6 +282,9 @@ class PackedPipeline:
     def read(self, name: str, ids: Tensor) -> Tensor:
         """Return copies of the current values of rows [V, columns] on the device; the store is left as it is."""
         self.finish()
+        self._arena.rests()
+        if not self._arena.leaves_copies(len(ids)):
+            self._give_space_up()
         group, ids = self._groups[name], ids.to(self._device)
         out = torch.empty(len(ids), group.adam.columns, device=self._device)
         for first, last in chunks_of(len(ids)):
@@ -445,6 +450,13 @@ class PackedPipeline:
         self._arena.release()
         self._rows_found += len(ids)
         return PackedView(ids, 0, at_end=False, rows={})
+
+    def _give_space_up(self) -> None:
+        """Leave the arena's memory to others, between steps; what was fetched ahead is fetched once more, late."""
+        if self._upcoming is not None and self._upcoming.view is not None:
+            self._upcoming = _Upcoming(self._upcoming.ids, found=self._upcoming.found)
+        self._previous = None
+        self._arena.release()
 
     def _choose_residents(self) -> None:
         """Put the rows that are shown most often in the place of the present residents."""

@@ -37,11 +37,19 @@ class PassingRows:
         self._device = device
         self._kernels = kernels
         self._lanes = lanes
+        self._spaces: list[dict[str, PackedRows]] = []  # of each lane, for a chunk
+
+    def make_space(self, count: int) -> None:
+        """Take the memory that the next step on so many rows needs, before anything is changed."""
+        most = max((last - first for first, last in chunks_of(count)), default=0)
+        self._spaces = [
+            {name: self._new_rows(group, most) for name, group in self._groups.items()} for _ in self._lanes
+        ]
 
     def step(
         self, ids: Tensor, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor | HarmonicsGradient]
     ) -> None:
-        """Take Adam's step, which has begun.
+        """Take Adam's step, which has begun, in the space that has been made.
 
         Args:
             ids: int64 [V] on the device, sorted.
@@ -49,14 +57,12 @@ class PassingRows:
                 they are read once more.
             gradients: group -> [V, columns], or what they are made of.
         """
-        compute, chunks = Lane.current(self._device), chunks_of(ids.shape[0])
-        most = max((last - first for first, last in chunks), default=0)
-        spaces = [{name: self._new_rows(group, most) for name, group in self._groups.items()} for _ in self._lanes]
+        compute, (spaces, self._spaces) = Lane.current(self._device), (self._spaces, [])
         with ExitStack() as changes:
             for group in self._groups.values():
                 changes.enter_context(group.store.changing(ids))
             begun = compute.record()
-            for number, (first, last) in enumerate(chunks):
+            for number, (first, last) in enumerate(chunks_of(ids.shape[0])):
                 turn, rows = number % len(self._lanes), slice(first, last)
                 of_chunk = {name: values[name][rows] for name in values}
                 with self._lanes[turn] as lane:

@@ -14,7 +14,9 @@ import torch
 from offload.device_memory import begin_stretch
 
 SIZES = 8  # of views that are told apart, from one number of rows to twice as many
-RENDERING = 256  # bytes of each row, at the least, where nothing has been rendered yet
+# Bytes of each row where nothing has been rendered yet, pictures included. That is far more than most views take: one
+# that is left elsewhere for it, once, tells what it takes.
+RENDERING = 1024
 
 
 class RenderingMemory:

@@ -113,14 +113,15 @@ class Residents:
         """Begin to bring rows that have been chosen, where there are no residents; fewer where memory lacks."""
         while len(ids):
             try:
-                self.rows = self._with_space(len(ids))
+                rows = self._with_space(len(ids))
                 break
             except torch.OutOfMemoryError:
                 ids = ids[: len(ids) // 2]
-        if self.rows is None:
+        else:
             return
-        self.rows.places[ids] = torch.arange(len(ids), dtype=torch.int32, device=self._device)
-        self._kernels.read_packed_rows(self._all_rows(), ids, None, self.rows.rows)
+        rows.places[ids] = torch.arange(len(ids), dtype=torch.int32, device=self._device)
+        self._kernels.read_packed_rows(self._all_rows(), ids, None, rows.rows)
+        self.rows = rows  # only now: an error leaves none
         self._brought += len(ids)
 
     def release(self) -> None:

@@ -177,8 +177,7 @@ class StreamedHostPipeline:
     def forget_upcoming(self) -> None:
         """Drop what is known of the next view, since rows will be changed."""
         self.finish()
-        self._arena.see()
-        self._arena.renders(None)  # changing rows takes memory of its own
+        self._arena.rests(changing=True)
         self._ahead.forget()
         self._found_ids = None
 
