@@ -93,7 +93,28 @@ def plan(
             see = f"`python {TRAINERS[names[0]].path.name} {scene} --help`"
             of_all = sorted({*known, *own_options})
             raise InputError(unknown_option(word, of_all, "this script, nor of the trainers that it starts", see))
-    return [_plan_of(name, scene, result_dir, groups) for name in names]
+    plans = [_plan_of(name, scene, result_dir, groups) for name in names]
+    for wanted in plans:
+        _check_choice(wanted, scene)
+    return plans
+
+
+def _check_choice(wanted: Plan, scene: str) -> None:
+    """Refuse options that choose among the trainers of a script: figures would stand under the name of another.
+
+    Raises:
+        InputError: They are given.
+    """
+    trainer = TRAINERS[wanted.name]
+    meant = replace(trainer.load().CONFIGS[scene], **trainer.options)
+    choosing = {name for entry in TRAINERS.values() if entry.script == trainer.script for name in entry.options}
+    for name in sorted(choosing):
+        given = getattr(wanted.cfg, name)
+        if given != getattr(meant, name):
+            raise InputError(
+                f"--{name} {given} makes another trainer of {wanted.name}, under its name: leave it out, and choose "
+                "with --trainers."
+            )
 
 
 def finished_beside(plans: Sequence[Plan], scene: str, result_dir: Path, passed_on: Sequence[str]) -> list[Plan]:

@@ -451,9 +451,26 @@ def test_what_one_trainer_refuses_keeps_no_other_from_its_start(monkeypatch, tmp
     started = []
     monkeypatch.setattr(compare, "launch", lambda wanted, *_, **__: started.append(wanted.name))
     both = ("--trainers", "streamed", "streamed_compact")
-    options = ("demo", *both, "--moments", "bfloat16", "--result_dir", tmp_path)  # the other has its own form of them
+    options = ("demo", *both, "--resident_share", 0.5, "--result_dir", tmp_path)  # which compact rows alone have
     assert run_compare(monkeypatch, *options) == 1
     assert started == ["streamed", "streamed_compact"]
+
+
+@pytest.mark.parametrize(
+    ("trainers", "option", "value"),
+    [
+        (("gpu_only_compact", "optimized"), "state", "compact"),
+        (("gpu_only",), "state", "compact"),  # with dense Adam, which no trainer has
+        (("streamed",), "moments", "bfloat16"),
+        (("optimized_compact",), "geometry", "host"),
+    ],
+)
+def test_an_option_that_makes_another_trainer_is_refused(monkeypatch, tmp_path, capsys, trainers, option, value):
+    """Or what is compared would be two runs of one trainer, under two names."""
+    monkeypatch.setattr(compare, "launch", lambda *_, **__: pytest.fail("was started"))
+    options = ("demo", "--trainers", *trainers, f"--{option}", value, "--result_dir", tmp_path)
+    assert run_compare(monkeypatch, *options) == 2
+    assert f"--{option} {value} makes another trainer of {trainers[-1]}, under its name: " in capsys.readouterr().err
 
 
 def test_finished_runs_are_compared_without_their_dataset(monkeypatch, tmp_path):

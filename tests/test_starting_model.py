@@ -176,6 +176,10 @@ def test_scripts_begin_from_a_file_and_resume_without_it(monkeypatch, run, city_
     assert "init_ckpt" not in printed
     for named in (saved(tmp_path / "run", 4).options, read_options(tmp_path / "run")):
         assert named["init_ckpt"] == str(run / "ply/point_cloud_6.ply")
+    for checkpoint in (tmp_path / "run/ckpts").iterdir():  # as if it had been killed before the first of them
+        checkpoint.unlink()
+    assert run_script(monkeypatch, script, city_block, tmp_path / "run", *options, "--max_steps", 4, "--resume") == 2
+    assert f"give --init_ckpt {run / 'ply/point_cloud_6.ply'} in place of --resume" in capsys.readouterr().err
 
 
 def test_the_command_that_resumes_leaves_the_file_out(monkeypatch):

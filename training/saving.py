@@ -25,6 +25,7 @@ from training.checkpoints import Checkpoint, Part
 from training.commands import resume_command
 from training.dataset import Dataset, photos_of
 from training.joined_rows import picked_state, whole
+from training.measured import read_options
 from training.options import shown
 from training.roles import TOLD_WHEN_RESUMED
 from training.strategy import has_effect
@@ -283,10 +284,17 @@ def checkpoint_to_resume(cfg: Config, checkpoints: CheckpointFolder) -> Checkpoi
     """Return the checkpoint to go on from; None, with a sentence, where none has been written.
 
     Raises:
-        InputError: None of those there are can be used, or it has harmonics of another degree.
+        InputError: None of those there are can be used, or it has harmonics of another degree; or none has been written
+            by a run that began from a model, which the photos' points are not to stand for.
     """
     checkpoint = checkpoints.newest_valid(print)
     if checkpoint is None:
+        begun_from = (read_options(checkpoints.path.parent) or {}).get("init_ckpt")
+        if begun_from:
+            raise InputError(
+                f"{checkpoints.path} holds no checkpoint to resume from, and the run there began from a model: give "
+                f"--init_ckpt {begun_from} in place of --resume to begin so again."
+            )
         print(f"{checkpoints.path} holds no checkpoint to resume from: training starts from the beginning.")
         return None
     check_degree(checkpoint, cfg, "to resume from", "--result_dir")
