@@ -213,6 +213,8 @@ def test_too_little_memory_for_fast_steps_is_told():
     assert checked(fast, 2**20, 2**21).splitlines()[2] == told  # as many as it may grow to
     with pytest.raises(NotEnoughMemory):
         checked(slow, 2**22, 0)
+    full = Needs(host, Need("GPU memory", 0, 100, 5000, 100 * 2**20 + 5000, 100))  # of a trainer that spares nothing
+    assert len(checked(full, 2**20, 0).splitlines()) == 2
 
 
 def test_what_fits_is_told_of_the_gaussians_of_all_ranks():

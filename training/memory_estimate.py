@@ -120,6 +120,8 @@ class Need:
 
     def slows(self, num_gaussians: int) -> bool:
         """Tell whether there is no room for half of what makes steps on so many fast, the rows of one view of two."""
+        if self.bytes_at_speed <= self.bytes_per_gaussian:  # nothing does
+            return False
         half = (self.bytes(num_gaussians) + self._bytes_at_speed(num_gaussians)) / 2
         return half > USABLE * self.free_bytes - IDLE
 
@@ -491,7 +493,7 @@ def check_memory(
     elif max_gaussians == 0:
         lines.append(f"About {most:,} would fit.")
     device = all_needs.device
-    if device is not None and device.bytes_at_speed > 0 and device.slows(max(held, held_later)):
+    if device is not None and device.slows(max(held, held_later)):
         lines.append(
             "The GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and "
             "steps on them take longer."
