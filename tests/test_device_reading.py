@@ -36,7 +36,8 @@ DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 BOTH, HARMONICS = ("geometry", "appearance"), ("appearance",)  # groups that travel
 PREFETCHED, LATE, FORGOTTEN, UNDONE = range(4)
 TAKING_MEMORY = [
-    *((DeviceReading, name) for name in ("compare", "begin", "go_on", "divide", "upload", "_new_rows")),
+    *((DeviceReading, name) for name in ("compare", "begin", "go_on", "divide", "upload")),
+    (RowGroup, "new_packed"),
     (ForwardedPipeline, "_find"),
 ]
 

@@ -24,9 +24,7 @@ SPARE = 32  # the arena is taken with 1/32 more than it needs, so that larger pa
 ROOM = 1.25  # over the mean of the last pairs of views, where they may meet
 LAST_PAIRS = 32  # that the mean is of
 CAUTION = 1.1  # of what all else on the device takes while a view is rendered
-COPIES = (
-    2.0  # times that, at most, while copies of a view's rows are drawn between steps: they have values of their own
-)
+COPIES = 2.0  # times what rendering takes, at most, while copies of rows, which have values of their own, are drawn
 IDLE = 40 << 20  # bytes more that are not counted on: torch maps memory 20 MiB at a time, and some of each may lie idle
 USABLE = 0.93  # of device memory: torch's allocator has reserved up to 6 % more than was in use (H200, 18 and 40 M)
 

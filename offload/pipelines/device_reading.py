@@ -267,7 +267,9 @@ class DeviceReading:
         count = len(ids)
         block = min(READ_ROWS, count) if len(self._groups) > 1 else count  # the launching thread has no time for more
         packed = {
-            name: stay_packed or self._new_rows(group, count) if name == STAYS_PACKED else self._new_rows(group, block)
+            name: stay_packed or group.new_packed(count, self._device)
+            if name == STAYS_PACKED
+            else group.new_packed(block, self._device)
             for name, group in self._groups.items()
         }
         values = {
@@ -276,7 +278,7 @@ class DeviceReading:
             if name != STAYS_PACKED
         }
         places = torch.arange(block if values else 0, device=self._device)  # of those that are decoded
-        stored = [(group.store.packed, group.store.last_step) for group in self._groups.values()]
+        stored = [group.packed for group in self._groups.values()]
         with self._times.on_lane("host_to_device", self._lane):
             for first in range(0, count, max(block, 1)):
                 rows = slice(first, min(first + block, count))
@@ -299,13 +301,9 @@ class DeviceReading:
                 torch.cuda.synchronize(self._device)  # or its memory would not be free yet, and both there at once
             self._space = None
             with self._lane:
-                self._space = self._new_rows(self._groups[STAYS_PACKED], count + count // SPARE)
+                self._space = self._groups[STAYS_PACKED].new_packed(count + count // SPARE, self._device)
         self._lane.wait(Lane.current(self._device).record())
         return _cut_out(self._space, slice(count))
-
-    def _new_rows(self, group: RowGroup[DeferredAdam], count: int) -> PackedRows:
-        words = torch.empty(count, group.store.packed.shape[1], dtype=torch.int32, device=self._device)
-        return words, torch.empty(count, dtype=torch.int32, device=self._device)
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         """Copy int64 [V] on the current stream, without waiting for it; once more before, where it is not pinned."""

@@ -13,6 +13,7 @@ from offload.adam.deferral import DeferralTables, begin_steps
 from offload.adam.finite import gradient_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
+from offload.store.layout import PackedRows
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
@@ -33,6 +34,16 @@ class RowGroup(Generic[Adam]):
     # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
     # and before they are in the store.
     on_step: Callable[[Tensor, Tensor], None] | None = None
+
+    @property
+    def packed(self) -> PackedRows:
+        """Return all rows of a compact store, and the steps of their last updates."""
+        return self.store.packed, self.store.last_step
+
+    def new_packed(self, count: int, device: torch.device) -> PackedRows:
+        """Take memory on a device for so many rows of a compact store, and for the steps of their last updates."""
+        words = torch.empty(count, self.store.packed.shape[1], dtype=torch.int32, device=device)
+        return words, torch.empty(count, dtype=torch.int32, device=device)
 
     def begin_step(self) -> None:
         """Begin the next step, on the current stream."""

@@ -313,7 +313,7 @@ class PackedPipeline:
                 is_stale = last_step < group.adam.step
                 values = self._values_of(name, words, last_step)
                 self._kernels.step_view_rows(values, chunk, last_step, None, packed_rows(words, name), group.adam)
-                self._kernels.write_packed_rows([(words, last_step)], chunk, is_stale, [_stored(group)])
+                self._kernels.write_packed_rows([(words, last_step)], chunk, is_stale, [group.packed])
             Lane.current(self._device).finish()
 
     def last_step(self, name: str) -> Tensor:
@@ -429,8 +429,8 @@ class PackedPipeline:
             ids = self._cull(cameras) if self._found_ids is None else self._found_ids
         else:
             ids = upcoming.ids
-        if upcoming is not None and len(self._residents) and self._arena.lacks_memory_for(len(ids)):
-            self._release_residents()  # views come first
+            if len(self._residents) and self._arena.lacks_memory_for(len(ids)):
+                self._release_residents()  # views come first
         self._previous = None
         if not self._arena.holds(len(ids)):
             self._release_residents()  # or the host would lack their values
@@ -492,11 +492,11 @@ class PackedPipeline:
 
     def _stored(self) -> list[PackedRows]:
         """Return all rows of each group, as the stores have them."""
-        return [_stored(group) for group in self._groups.values()]
+        return [group.packed for group in self._groups.values()]
 
     def _copied(self, view: PackedView, places: Tensor) -> list[PackedRows]:
         """Copy the rows at places [M] of a view, of each group."""
-        copies = [self._new_rows(name, places.shape[0]) for name in self._groups]
+        copies = [group.new_packed(places.shape[0], self._device) for group in self._groups.values()]
         self._kernels.read_packed_rows(list(view.rows.values()), places, None, copies)
         return copies
 
@@ -569,19 +569,9 @@ class PackedPipeline:
 
     def _rows_of(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copy packed rows from the store to the device, and the steps of their last updates."""
-        rows = self._new_rows(name, len(ids))
-        self._kernels.read_packed_rows([_stored(self._groups[name])], ids, None, [rows])
+        rows = self._groups[name].new_packed(len(ids), self._device)
+        self._kernels.read_packed_rows([self._groups[name].packed], ids, None, [rows])
         return rows
-
-    def _new_rows(self, name: str, count: int) -> PackedRows:
-        """Allocate space for packed rows of a group, and for the steps of their last updates."""
-        words = torch.empty(count, self._groups[name].store.packed.shape[1], dtype=torch.int32, device=self._device)
-        return words, torch.empty(count, dtype=torch.int32, device=self._device)
-
-
-def _stored(group: RowGroup) -> PackedRows:
-    """Return all rows of a group, as its store has them."""
-    return group.store.packed, group.store.last_step
 
 
 def _cut_out(tensor: Tensor, rows: slice) -> Tensor:

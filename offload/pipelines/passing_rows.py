@@ -43,7 +43,7 @@ class PassingRows:
         """Take the memory that the next step on so many rows needs, before anything is changed."""
         most = max((last - first for first, last in chunks_of(count)), default=0)
         self._spaces = [
-            {name: self._new_rows(group, most) for name, group in self._groups.items()} for _ in self._lanes
+            {name: group.new_packed(most, self._device) for name, group in self._groups.items()} for _ in self._lanes
         ]
 
     def step(
@@ -64,12 +64,11 @@ class PassingRows:
             begun = compute.record()
             for number, (first, last) in enumerate(chunks_of(ids.shape[0])):
                 turn, rows = number % len(self._lanes), slice(first, last)
-                of_chunk = {name: values[name][rows] for name in values}
+                values_here = {name: each[rows] for name, each in values.items()}
+                gradients_here = {name: each[rows] for name, each in gradients.items()}
                 with self._lanes[turn] as lane:
                     lane.wait(begun)
-                    self._pass(
-                        ids[rows], of_chunk, {name: each[rows] for name, each in gradients.items()}, spaces[turn]
-                    )
+                    self._pass(ids[rows], values_here, gradients_here, spaces[turn])
             compute.wait(*(lane.record() for lane in self._lanes))
         for lane in self._lanes:
             lane.uses(ids)  # which none of them, nor the current one, may have made
@@ -82,14 +81,10 @@ class PassingRows:
         space: Mapping[str, PackedRows],
     ) -> None:
         """Read, step and write rows on the current lane, which has the space to itself."""
-        stored = [(group.store.packed, group.store.last_step) for group in self._groups.values()]
+        stored = [group.packed for group in self._groups.values()]
         here = {name: (words[: ids.shape[0]], last_step[: ids.shape[0]]) for name, (words, last_step) in space.items()}
         self._kernels.read_packed_rows(stored, ids, None, list(here.values()))
         for name, (words, last_step) in here.items():
             rows, adam = packed_rows(words, name), self._groups[name].adam
             self._kernels.step_view_rows(values.get(name), ids, last_step, gradients[name], rows, adam)
         self._kernels.write_packed_rows(list(here.values()), ids, None, stored)
-
-    def _new_rows(self, group: RowGroup, count: int) -> PackedRows:
-        words = torch.empty(count, group.store.packed.shape[1], dtype=torch.int32, device=self._device)
-        return words, torch.empty(count, dtype=torch.int32, device=self._device)

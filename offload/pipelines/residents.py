@@ -40,8 +40,7 @@ class Residents:
         self._share = share
         self._device = device
         self._kernels = kernels
-        self._words = {name: group.store.packed.shape[1] for name, group in groups.items()}
-        self.row_bytes = sum(4 * words + LAST_STEP_BYTES for words in self._words.values())
+        self.row_bytes = sum(4 * group.store.packed.shape[1] + LAST_STEP_BYTES for group in groups.values())
         self.rows: ResidentRows | None = None
         self._shown: Tensor | None = None  # uint8 [N], how often views have shown each Gaussian, of late
         self._counted = 0  # views since the last choice
@@ -138,17 +137,11 @@ class Residents:
         return next(iter(self._groups.values())).store.num_gaussians
 
     def _all_rows(self) -> list[PackedRows]:
-        return [(group.store.packed, group.store.last_step) for group in self._groups.values()]
+        return [group.packed for group in self._groups.values()]
 
     def _with_space(self, count: int) -> ResidentRows:
         """Take memory for so many rows; no Gaussian is among them yet."""
-        rows = [
-            (
-                torch.empty(count, words, dtype=torch.int32, device=self._device),
-                torch.empty(count, dtype=torch.int32, device=self._device),
-            )
-            for words in self._words.values()
-        ]
+        rows = [group.new_packed(count, self._device) for group in self._groups.values()]
         places = torch.full((self._num_gaussians,), -1, dtype=torch.int32, device=self._device)
         return ResidentRows(places, rows, self._moved)
 
