@@ -212,8 +212,10 @@ class GaussianModel(Protocol):
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Any]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> Mapping[str, Any]:
         """Return the rows [V] that cameras may draw, for `training.gaussians.activate`, on the rendering device.
+
+        They are read until `update`: a model may make some of them when they are asked for.
 
         Args:
             cameras: Of the view.

@@ -3,11 +3,15 @@
 Operation by operation, rendering would copy the columns of means and quats, compute scales and opacities, and go back
 through each of these by itself: eight kernels, and as many nodes of autograd, each of which takes a GPU longer to be
 given than to do. Here one kernel goes forward, and one back.
+
+What rendering takes are copies, 56 bytes a row. So nobody need hold the rows of 64 bytes that these are made of, and
+their leaf may have no memory (`leaf_without_values` of `offload/pipelines/groups.py`): log scales and logit opacities,
+which regularizers and noise alone ask for, are read once more then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from offload.backends import kernels_for
 from offload.store.layout import RowLayout
 
 
-class NamedRows(dict[str, Any]):
+class NamedRows(MutableMapping[str, Any]):
     """Holds rows [V, ...] of parameters by name, and what rendering takes of some of them, where it has been made.
 
     Attributes:
@@ -26,29 +30,52 @@ class NamedRows(dict[str, Any]):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__(parameters)
+        self._values: dict[str, Any] = dict(parameters)
+        self._logs: Callable[[], tuple[Tensor, Tensor]] | None = None  # makes the values that are None
         self.activated: dict[str, Tensor] = {}
 
+    def take(self, layout: RowLayout, leaf: Tensor, read: Callable[[], Tensor]) -> None:
+        """Take the parameters in rows [V, 16] of geometry in a compact state, and activate them: all of it copies.
 
-def named_rows(layout: RowLayout, rows: Tensor) -> NamedRows:
-    """Name the parameters in rows [V, 16] of geometry in a compact state, and activate them.
+        Args:
+            layout: Of the rows.
+            leaf: [V, 16], which receives their gradient.
+            read: Returns the rows, without a gradient; until these are changed.
+        """
+        means, quats, sh0, scales, opacities, both_logs = _Named.apply(leaf, read)
+        self._values |= {"means": means, "scales": None, "quats": quats, "opacities": None, "sh0": sh0}
+        self._logs = lambda: _Logs.apply(both_logs, layout, read)
+        self.activated = {"scales": scales, "opacities": opacities}
 
-    Means and quats are copies, which stay as they are where the rows change; all others are views of the rows.
-    """
-    *parameters, scales, opacities = _Named.apply(rows, layout)
-    named = NamedRows(dict(zip(layout.columns, parameters, strict=True)))
-    named.activated = {"scales": scales, "opacities": opacities}
-    return named
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        if value is None and self._logs is not None:
+            self._values["scales"], self._values["opacities"] = self._logs()
+            value = self._values[name]
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._values[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class _Named(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, layout: RowLayout) -> tuple[Tensor, ...]:
-        means, quats, scales, opacities = kernels_for(rows.device, __name__).activated(rows)
+    def forward(ctx: FunctionCtx, leaf: Tensor, read: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        means, quats, sh0, scales, opacities = kernels_for(leaf.device, __name__).activated(read())
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scales, opacities)
-        named = {**layout.named(rows), "means": means, "quats": quats}
-        return *named.values(), scales, opacities
+        # [V, 4], of which nobody looks at the values: through it comes the gradient of what `_Logs` returns.
+        both_logs = means.new_empty(1, 1).expand(len(means), 4)
+        return means, quats, sh0, scales, opacities, both_logs
 
     @staticmethod
     @once_differentiable
@@ -56,17 +83,32 @@ class _Named(torch.autograd.Function):
         given = next((gradient for gradient in gradients if gradient is not None), None)
         if given is None:
             return None, None
-        return kernels_for(given.device, __name__).joined(gradients, *ctx.saved_tensors), None
+        v_means, v_quats, v_sh0, v_scales, v_opacities, v_logs = gradients
+        v_log_scales, v_logits = (None, None) if v_logs is None else (v_logs[:, :3], v_logs[:, 3])
+        parts = (v_means, v_log_scales, v_quats, v_logits, v_sh0, v_scales, v_opacities)
+        return kernels_for(given.device, __name__).joined(parts, *ctx.saved_tensors), None
 
 
-def activated(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return of rows [V, 16] means [V, 3], quats [V, 4], standard deviations [V, 3] and opacities [V] in 0..1.
+class _Logs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both_logs: Tensor, layout: RowLayout, read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        named = layout.named(read())
+        return named["scales"].clone(), named["opacities"].clone()
 
-    None of them is a view of the rows.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v_log_scales: Tensor, v_logits: Tensor) -> tuple[Tensor, None, None]:
+        return torch.cat([v_log_scales, v_logits[:, None]], dim=1), None, None
+
+
+def activated(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return of rows [V, 16] means [V, 3], quats [V, 4], sh0 [V, 1, 3], standard deviations [V, 3] and opacities [V].
+
+    None of them is a view of the rows; opacities are in 0..1.
     """
-    layout = RowLayout.of("geometry", 0, "compact")
-    named = layout.named(rows)
-    return named["means"].clone(), named["quats"].clone(), torch.exp(named["scales"]), torch.sigmoid(named["opacities"])
+    named = RowLayout.of("geometry", 0, "compact").named(rows)
+    means, quats, sh0 = (named[name].clone() for name in ("means", "quats", "sh0"))
+    return means, quats, sh0, torch.exp(named["scales"]), torch.sigmoid(named["opacities"])
 
 
 def joined(gradients: Sequence[Tensor | None], scales: Tensor, opacities: Tensor) -> Tensor:

@@ -24,15 +24,17 @@ _LOG2_E = tl.constexpr(1.4426950216293335)  # in float32
 _LOG2_E_REST = tl.constexpr(1.9259629911266175e-8)  # of it
 
 
-def activated(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def activated(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Do as `offload.models.named_rows.activated`, for float32."""
     count = rows.shape[0]
-    means, quats, scales = (rows.new_empty(count, width) for width in (3, 4, 3))
-    opacities = rows.new_empty(count)
+    shapes = ((3,), (4,), (1, 3), (3,), ())
+    means, quats, sh0, scales, opacities = (rows.new_empty(count, *shape) for shape in shapes)
     if count:
         with torch.cuda.device_of(rows):
-            _activate_kernel[(-(-count // ROWS),)](rows.contiguous(), means, quats, scales, opacities, count, ROWS=ROWS)
-    return means, quats, scales, opacities
+            _activate_kernel[(-(-count // ROWS),)](
+                rows.contiguous(), means, quats, sh0, scales, opacities, count, ROWS=ROWS
+            )
+    return means, quats, sh0, scales, opacities
 
 
 def joined(gradients: Sequence[Tensor | None], scales: Tensor, opacities: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def _store_column(part, values, row, lane, inside, first: tl.constexpr, WIDTH: t
 @triton.jit(do_not_specialize=["num_rows"])
 def _activate_kernel(
     rows,  # [V, COLUMNS]
-    means, quats, scales, opacities,  # [V, 3], [V, 4], [V, 3], [V]
+    means, quats, sh0, scales, opacities,  # [V, 3], [V, 4], [V, 3], [V, 3], [V]
     num_rows,  # V
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -117,6 +119,7 @@ def _activate_kernel(
     values = tl.load(rows + row * _COLUMNS + lane, mask=inside, other=0.0)
     _store_column(means, values, row, lane, inside, _MEANS, 3)
     _store_column(quats, values, row, lane, inside, _QUATS, 4)
+    _store_column(sh0, values, row, lane, inside, _SH0, 3)
     # One exponential for both; in columns of neither it is not looked at.
     exponential = _exp(tl.where(lane == _OPACITIES, -values, values))
     _store_column(scales, exponential, row, lane, inside, _SCALES, 3)

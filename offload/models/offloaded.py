@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
 from offload.models.geometry_packed import PackedGeometry
-from offload.models.named_rows import NamedRows, named_rows
-from offload.pipelines.contract import Counters, Displacement, FetchedRows, FetchesStored, Pipeline
+from offload.models.named_rows import NamedRows
+from offload.pipelines.contract import Counters, Displacement, FetchedRows, FetchesStored, Pipeline, ReadsPresent
 from offload.pipelines.groups import RowGroup
 from offload.store.contract import RowStore
 from offload.store.growth import peaks, total_growth
@@ -81,7 +82,7 @@ class OffloadedGaussians:
 
     # ------------------------------------------------------------------------------------------- a training step
 
-    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> dict[str, Any]:
+    def fetch(self, cameras: Cameras, sh_degree: int | None = None) -> NamedRows:
         """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
         with self._order.taking("fetch", cameras=cameras):
             self._forget_other_rows(cameras)
@@ -293,6 +294,7 @@ class OffloadedGaussians:
         self._groups = groups
         self._pipeline = pipeline
         self._stored = pipeline if isinstance(pipeline, FetchesStored) else None
+        self._reads_present = pipeline if isinstance(pipeline, ReadsPresent) else None
 
     def _forget_other_rows(self, cameras: Cameras) -> None:
         """Cull anew, where what is known of the next view is of a step that was undone and was on other cameras."""
@@ -307,9 +309,8 @@ class OffloadedGaussians:
         for name, values in rows.values.items():
             layout = self._groups[name].store.layout
             if name == "geometry" and layout.state == "compact":
-                geometry = named_rows(layout, values)
-                named.update(geometry)
-                named.activated = geometry.activated
+                reads = self._reads_present
+                named.take(layout, values, values.detach if reads is None else partial(reads.read_present, name))
             else:
                 named.update(layout.to_render(values))
         return named

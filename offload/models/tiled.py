@@ -31,7 +31,7 @@ class ViewTile:
     """Hold what is rendered at once."""
 
     tiles: tuple[Tile, ...]  # none: all pictures of the view; several are of as many processes
-    rows: dict[str, Tensor]  # on the device, for `training.gaussians.activate`; leaves or slices of such
+    rows: Mapping[str, Tensor]  # on the device, for `training.gaussians.activate`; leaves or slices of such
     positions: Tensor | None  # [T] int64 on the device: which of the view's rows they are; None: all, or not known
     load: Load | None = None  # what was planned for it here, where several processes draw; None: not known
 

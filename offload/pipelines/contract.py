@@ -30,7 +30,10 @@ class FetchedRows(Protocol):
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in."""
+        """Return the rows of each group, [V, columns], leaves that receive gradients; none once these are taken in.
+
+        Those of geometry have no values of their own where the pipeline `ReadsPresent`.
+        """
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,18 @@ class FetchesStored(Pipeline, Protocol):
 
         Args:
             made: What the gradient of the rows without values is made of, where there are some.
+        """
+
+
+@runtime_checkable
+class ReadsPresent(Pipeline, Protocol):
+    """What a pipeline is that leaves geometry of a view as it is stored, in a compact state, and reads it on demand."""
+
+    def read_present(self, name: str) -> Tensor:
+        """Return the values [V, columns] of a group's rows in the present view; between `fetch` and `update`.
+
+        Raises:
+            RuntimeError: There is none: no view has been fetched, or its rows have been updated.
         """
 
 

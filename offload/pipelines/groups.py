@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Generic, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from offload.adam.deferral import DeferralTables, begin_steps
 from offload.adam.finite import gradient_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
-from offload.store.layout import PackedRows
+from offload.store.layout import PackedRows, packed_rows
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
@@ -32,7 +33,7 @@ class RowGroup(Generic[Adam]):
     adam: Adam  # `DeferredAdam` where the host updates rows
     learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
     # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
-    # and before they are in the store.
+    # and before they are in the store; with whole chunks (`chunks_of`) of a view that is stepped chunk by chunk.
     on_step: Callable[[Tensor, Tensor], None] | None = None
 
     @property
@@ -64,6 +65,38 @@ def begin_step_of(groups: Iterable[RowGroup]) -> None:
     begin_steps(tables, [group.learning_rates(group.adam.step + 1) for group in groups])
     for group in groups:
         group.store.step = group.adam.step
+
+
+def step_packed(
+    group: RowGroup,
+    name: str,
+    packed: PackedRows,
+    ids: Tensor,
+    values: Tensor | None,
+    gradient: Tensor | HarmonicsGradient,
+    kernels: ModuleType,
+) -> None:
+    """Take Adam's step, which has begun, on rows of a view that lie packed; whoever listens is told of new values.
+
+    Args:
+        group: What steps them.
+        name: Of the group.
+        packed: V of its rows, on the device.
+        ids: int64 [V] on the device, which Gaussians they are.
+        values: [V, columns], as they were before it; receive the new ones. None: they are read once more.
+        gradient: [V, columns], or what it is made of.
+        kernels: As of `offload.adam.rows`.
+    """
+    words, last_step = packed
+    rows = packed_rows(words, name)
+    kernels.step_view_rows(values, ids, last_step, gradient, rows, group.adam)
+    if group.on_step is not None:
+        group.on_step(ids, rows.parameters)
+
+
+def leaf_without_values(count: int, columns: int, device: torch.device) -> Tensor:
+    """Return a leaf [V, columns] that takes no memory until it receives a gradient."""
+    return torch.empty(1, 1, device=device).expand(count, columns).requires_grad_()
 
 
 def gradient_or_made(leaf: Tensor | None, made: HarmonicsGradient | None) -> Tensor | HarmonicsGradient:

@@ -50,7 +50,14 @@ from offload.backends import kernels_for
 from offload.culling.cameras import Cameras
 from offload.pipelines.arena import Arena
 from offload.pipelines.contract import MEANS, Counters, Displacement, fetched, upcoming_ids_of
-from offload.pipelines.groups import RowGroup, begin_step_of, chunks_of, gradient_or_made
+from offload.pipelines.groups import (
+    RowGroup,
+    begin_step_of,
+    chunks_of,
+    gradient_or_made,
+    leaf_without_values,
+    step_packed,
+)
 from offload.pipelines.lanes import Lane
 from offload.pipelines.overlap import Overlap
 from offload.pipelines.passing_rows import PassingRows
@@ -79,6 +86,7 @@ class PackedView:
     # stay on the host.
     rows: dict[str, PackedRows]
     values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
+    displaced: dict[str, Tensor] = field(default_factory=dict)  # group -> values [V, columns] to begin the update with
     fetched: torch.cuda.Event | None = None
     written: torch.cuda.Event | None = None
     overwritten: slice | None = None  # rows whose space the next view has taken, once these were on the host
@@ -193,7 +201,7 @@ class PackedPipeline:
             view = self._fetch_late(cameras, upcoming)
         compute.uses(view.ids)
         self._arena.renders(view.ids.shape[0], here=not view.stays)
-        view.values = {name: self._decoded(name, view).requires_grad_() for name in names}
+        view.values = {name: self._leaf(name, view) for name in names}
         self._upcoming = self._found_ids = None  # only now, since a fetch that fails may be repeated
         self._ready = compute.record()
         self._present, self._applied = view, False
@@ -211,19 +219,16 @@ class PackedPipeline:
             self._passing.make_space(len(view.ids))
         begin_step_of(self._groups.values())
         self._applied = True
-        values = {name: leaf.detach() for name, leaf in view.values.items()}
+        # Those of geometry are read once more, as the gradient of harmonics is made, where the rows are.
+        values = {name: leaf.detach() for name, leaf in view.values.items() if name != "geometry"} | view.displaced
         if view.stays:
             self._passing.step(view.ids, values, gradients)
         else:
             for name, group in self._groups.items():
-                rows, last_step = packed_rows(view.words(name), name), view.last_step(name)
-                self._kernels.step_view_rows(values.get(name), view.ids, last_step, gradients[name], rows, group.adam)
-        for name, group in self._groups.items():
-            if group.on_step is not None and name in values:
-                group.on_step(view.ids, values[name])
+                step_packed(group, name, view.rows[name], view.ids, values.get(name), gradients[name], self._kernels)
         for leaf in view.values.values():
             leaf.grad = None  # whoever still holds the values has no use for it
-        gradients, values, view.values = {}, {}, {}
+        gradients, values, view.values, view.displaced = {}, {}, {}, {}
         self._rows_given += len(view.ids)
         self._lacking = None
         if view.stays:
@@ -243,8 +248,18 @@ class PackedPipeline:
                 self._residents.count(view.ids)
 
     def displace(self, displacement: Displacement) -> None:
-        """Move means of rows of the present view, whose values on the device the update begins with."""
-        displacement.add_to(fetched(self._present).values["geometry"].detach()[:, MEANS])
+        """Move means of rows of the present view: the update begins with these values."""
+        values = self.read_present("geometry")
+        displacement.add_to(values[:, MEANS])
+        fetched(self._present).displaced = {"geometry": values}
+
+    def read_present(self, name: str) -> Tensor:
+        """Return the values [V, columns] of a group's rows in the present view.
+
+        Raises:
+            RuntimeError: There is none: no view has been fetched, or its rows have been updated.
+        """
+        return self._decoded(name, fetched(self._present))
 
     def geometry_moved(self) -> None:
         """Do nothing: geometry is among the rows."""
@@ -554,6 +569,12 @@ class PackedPipeline:
         source, target = list(view.rows.values()), list(upcoming.rows.values())
         self._kernels.read_packed_rows(source, common.sources, common.moved, target)
         compute.uses(common.sources, common.moved)
+
+    def _leaf(self, name: str, view: PackedView) -> Tensor:
+        """Return what receives the gradient of a group's rows; geometry is not held beside them (`read_present`)."""
+        if name == "geometry":
+            return leaf_without_values(len(view.ids), self._groups[name].adam.columns, self._device)
+        return self._decoded(name, view).requires_grad_()
 
     def _decoded(self, name: str, view: PackedView) -> Tensor:
         if view.stays:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from offload.adam.harmonics import HarmonicsGradient
-from offload.pipelines.groups import RowGroup, chunks_of
+from offload.pipelines.groups import RowGroup, chunks_of, step_packed
 from offload.pipelines.lanes import Lane
-from offload.store.layout import PackedRows, packed_rows
+from offload.store.layout import PackedRows
 
 
 class PassingRows:
@@ -84,7 +84,6 @@ class PassingRows:
         stored = [group.packed for group in self._groups.values()]
         here = {name: (words[: ids.shape[0]], last_step[: ids.shape[0]]) for name, (words, last_step) in space.items()}
         self._kernels.read_packed_rows(stored, ids, None, list(here.values()))
-        for name, (words, last_step) in here.items():
-            rows, adam = packed_rows(words, name), self._groups[name].adam
-            self._kernels.step_view_rows(values.get(name), ids, last_step, gradients[name], rows, adam)
+        for name, packed in here.items():
+            step_packed(self._groups[name], name, packed, ids, values.get(name), gradients[name], self._kernels)
         self._kernels.write_packed_rows(list(here.values()), ids, None, stored)
