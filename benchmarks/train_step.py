@@ -251,11 +251,12 @@ def views_of(cameras: AerialCameras, steps: Iterable[Sequence[int]], device: tor
         device: Where photos are.
     """
     generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(1, cameras.height, cameras.width, 3, generator=generator).to(device) for _ in range(2)]
+    shape = (1, cameras.height, cameras.width, 3)
+    photos = [torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(2)]
     views = []
     for indices in map(list, steps):
         viewmats, Ks = cameras.viewmats[indices], cameras.Ks[indices]
-        views.append(View(images[len(views) % 2], Cameras(viewmats, Ks, cameras.width, cameras.height)))
+        views.append(View(photos[len(views) % 2], Cameras(viewmats, Ks, cameras.width, cameras.height)))
     return views
 
 

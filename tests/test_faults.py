@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -351,7 +352,8 @@ def spoil_pictures(monkeypatch, values: dict[int, float]) -> None:
     def spoiled(batch, cfg, device) -> View:
         view = from_batch(batch, cfg, device)
         if loaded[0] in values:
-            view.images[0, 20, 30, 1] = values[loaded[0]]
+            view = replace(view, photos=view.images)
+            view.photos[0, 20, 30, 1] = values[loaded[0]]
         loaded[0] += 1
         return view
 

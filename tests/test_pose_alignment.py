@@ -67,7 +67,7 @@ def test_hidden_pixels_do_not_move_a_camera(captured):
     masks = torch.ones(view.images.shape[:3], dtype=torch.bool)
     masks[:, :, :40] = False
     photo = torch.where(masks[..., None], view.images, torch.rand(view.images.shape))
-    aligned = best_aligned(replace(view, images=photo, masks=masks), draw)
+    aligned = best_aligned(replace(view, photos=photo, masks=masks), draw)
     assert psnr(aligned[masks], view.images[masks]) > 45
 
 
@@ -100,7 +100,7 @@ def test_what_tells_nothing_is_left_where_it_is_and_drawn_as_often(captured, kin
 
 def test_metrics_of_aligned_poses_stand_beside_the_others(captured):
     view, draw, _ = captured
-    darker = replace(view, images=0.8 * view.images)
+    darker = replace(view, photos=0.8 * view.images)
     pictures: list[int] = []
 
     def metrics(view: View, color_correct: bool) -> dict:

@@ -87,7 +87,7 @@ class Drawing:
             return self.shown_backgrounds(own_cameras(view.cameras, self._ranks))
         # On the CPU, so that devices agree; from the step's number, so that a resumed run draws the same.
         colors = np.random.default_rng([self._cfg.seed, step]).random((len(view.cameras.Ks), 3), np.float32)
-        return torch.from_numpy(colors[own_views(len(view.images), self._ranks)]).to(self._device)
+        return torch.from_numpy(colors[own_views(len(view.photos), self._ranks)]).to(self._device)
 
     def shown_backgrounds(self, cameras: Cameras) -> Tensor | Backdrop | None:
         """Return what is behind pictures that are shown or compared with photos; black where training has none."""

@@ -14,8 +14,9 @@ there is no room, at the end of the backward pass, when slopes have been given b
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
 
-Bytes per pixel: three pictures of 12 bytes (this view's, the next view's, the rendering), SSIM's derivatives (36; on a
-GPU those of a band of a large picture), gradients (16), alphas and last ids (8): about 100, and 75 of 1920x1080 pixels.
+Bytes per pixel: the photos of this view and the next (3 each), this one's in float32 (12), the rendering (12), SSIM's
+derivatives (36; on a GPU those of a band of a large picture), gradients (16), alphas and last ids (8): 90, and 70 of
+1920x1080 pixels.
 
 Nothing takes memory for all Gaussians beside the trainer's own: checkpoints and PLY files are written block by block.
 But those that training starts with stand twice until they are stored, 236 bytes as read; and a host store that grows
@@ -69,6 +70,7 @@ STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 ID_BYTES = 8
 SLOPE_BYTES = 36  # of colours that are made of harmonics as they are stored, where a step has one view
+GEOMETRY_COPIES = 40  # of means, quats and sh0, where rows of geometry are not held beside what rendering takes
 MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
@@ -314,7 +316,10 @@ def streamed(
             host=int(PEAK * store),
             host_in_view=0,
             device=bounds,
-            device_in_view=2 * store + _compact_view_bytes(sh_degree, batch_size) + NUMBERS_BYTES + RENDERING_BYTES,
+            device_in_view=2 * store
+            + _compact_view_bytes(sh_degree, batch_size, geometry=GEOMETRY_COPIES)
+            + NUMBERS_BYTES
+            + RENDERING_BYTES,
             device_spared_in_view=2 * store + NUMBERS_BYTES - 2 * ID_BYTES + (SLOPE_BYTES if batch_size == 1 else 0),
         )
     groups = ("appearance",) if on_device else GROUP_NAMES
@@ -381,13 +386,19 @@ def parameter_bytes(sh_degree: int) -> int:
     return 4 * (11 + 3 * (sh_degree + 1) ** 2)
 
 
-def _compact_view_bytes(sh_degree: int, batch_size: int) -> int:
+def _compact_view_bytes(sh_degree: int, batch_size: int, *, geometry: int | None = None) -> int:
     """Return the bytes of values and gradients of a compact row in view.
 
     Where a step has one view, and only there, harmonics have slopes in their place.
+
+    Args:
+        sh_degree: Degree of the spherical harmonics.
+        batch_size: Views per step.
+        geometry: Bytes of its values; None: as many as of its gradient.
     """
-    values = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
-    return 2 * values["geometry"] + SLOPE_BYTES if batch_size == 1 else 2 * sum(values.values())
+    gradients = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
+    of_geometry = gradients["geometry"] + (gradients["geometry"] if geometry is None else geometry)
+    return of_geometry + (SLOPE_BYTES if batch_size == 1 else 2 * gradients["appearance"])
 
 
 def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:

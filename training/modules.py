@@ -181,7 +181,7 @@ class RunModules:
         if self._sky is not None:
             self._sky.fetch(self._sky.row)
         if self._exposure is not None:
-            self._exposure.fetch(self._rows_of(view), own_views(len(view.images), self._ranks))
+            self._exposure.fetch(self._rows_of(view), own_views(len(view.photos), self._ranks))
         if self._poses is not None:  # of all cameras: each rank projects its Gaussians into them
             self._poses.fetch(self._rows_of(view))
 
@@ -251,13 +251,13 @@ class RunModules:
         """
         if self._exposure is None:
             return colors
-        rows, photos, width, height = self._exposure.leaf(), view.images, view.cameras.width, view.cameras.height
-        place = Place(0, 0, width, height)
-        if tile is not None:
-            camera, x, y, w, h = tile.with_halo(halo, width, height)
-            rows, photos = rows[camera : camera + 1], photos[camera : camera + 1, y : y + h, x : x + w]
-            place = Place(x, y, width, height)
-        return clipped_as(photos, self._exposure(colors, rows, place))
+        rows, width, height = self._exposure.leaf(), view.cameras.width, view.cameras.height
+        if tile is None:
+            return clipped_as(view.images, self._exposure(colors, rows, Place(0, 0, width, height)))
+        camera, x, y, w, h = tile.with_halo(halo, width, height)
+        cameras = slice(camera, camera + 1)
+        photos = view.part(cameras, slice(y, y + h), slice(x, x + w))
+        return clipped_as(photos, self._exposure(colors, rows[cameras], Place(x, y, width, height)))
 
     def gather(self) -> None:
         """Take in the gradients of a part of the view whose backward pass is complete."""

@@ -35,13 +35,14 @@ def best_aligned(view: View, draw: Callable[[Cameras], Tensor], *, color_correct
         color_correct: Compare pictures whose colours are made like the photo's.
     """
     camtoworld, nowhere = torch.linalg.inv(view.cameras.viewmats.double()), torch.zeros(1, dtype=torch.float64)
-    best, least = view.images, torch.inf
+    photo = view.images
+    best, least = photo, torch.inf
     for turn in range(ROUNDS + 1):
         drawn = draw(replace(view.cameras, viewmats=torch.linalg.inv(camtoworld).float()))
         colors, depths = drawn[..., :3].clamp(0.0, 1.0), drawn[..., 3]
         if color_correct:
-            colors = color_corrected(colors, view.images, view.masks)
-        error = _seen(view, (colors - view.images).square()).mean().item()
+            colors = color_corrected(colors, photo, view.masks)
+        error = _seen(view, (colors - photo).square()).mean().item()
         if turn == 0 or error < least:
             best, least = colors, error
         if turn < ROUNDS:

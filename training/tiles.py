@@ -113,7 +113,7 @@ def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: f
     if tile is None:
         return photometric_loss(rendered, view.images, ssim_lambda=ssim_lambda, masks=view.masks)
     padded = tile.with_halo(halo, view.cameras.width, view.cameras.height)
-    target = _pixels(view.images, padded)
+    target = view.part(*_place(padded))
     inner = tile._replace(camera=0, x=tile.x - padded.x, y=tile.y - padded.y)  # the tile in what was rendered
     if halo > HALO:
         rendered.register_hook(lambda gradient: _only(gradient, inner))
@@ -122,22 +122,27 @@ def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: f
         rendered = torch.where(masks[..., None], rendered, 0.0)
         target = torch.where(masks[..., None], target, 0.0)
     # With so large a halo, SSIM has a value for each window whose centre lies in the tile, and for no other.
-    ssim_weight = -ssim_lambda / count_windows(view.images)
+    ssim_weight = -ssim_lambda / count_windows(view.photos)
     ssim = photometric_sum(rendered, target, 0.0, ssim_weight)
     if halo > HALO:  # the gradient is right, but windows around the tile must not count
         seen = inner.with_halo(HALO, padded.width, padded.height)
         counted = photometric_sum(_pixels(rendered.detach(), seen), _pixels(target, seen), 0.0, ssim_weight)
         ssim = ssim - (ssim.detach() - counted)
-    l1_weight = (1 - ssim_lambda) / view.images.numel()
+    l1_weight = (1 - ssim_lambda) / view.photos.numel()
     l1 = l1_weight * (_pixels(rendered, inner) - _pixels(target, inner)).abs().sum()
-    share = 3 * tile.width * tile.height / view.images.numel()
+    share = 3 * tile.width * tile.height / view.photos.numel()
     return ssim_lambda * share + l1 + ssim
 
 
 def _pixels(pictures: Tensor, tile: Tile) -> Tensor:
     """Return the pixels [1, h, w, ...] of a tile in pictures [C, H, W, ...]; a view."""
+    return pictures[_place(tile)]
+
+
+def _place(tile: Tile) -> tuple[slice, slice, slice]:
+    """Return which camera's pictures a tile is of, and its rows and columns there."""
     rows, columns = slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width)
-    return pictures[tile.camera : tile.camera + 1, rows, columns]
+    return slice(tile.camera, tile.camera + 1), rows, columns
 
 
 def _only(gradient: Tensor, tile: Tile) -> Tensor:

@@ -35,7 +35,7 @@ class View:
     their order.
     """
 
-    images: Tensor  # [C, H, W, 3] float32 in [0, 1]
+    photos: Tensor  # [C, H, W, 3] uint8; or float32 in [0, 1]
     cameras: Cameras  # C or W C, of which culling and the rasterizer take all they know
     masks: Tensor | None = None  # [C, H, W] bool, True where the picture is valid; None: everywhere
     image_ids: Tensor | None = None  # int64 on the host, of each camera its image of the scene; None: of no scene
@@ -43,15 +43,26 @@ class View:
 
     @staticmethod
     def from_batch(batch: Batch, cfg: Config, device: torch.device) -> View:
-        """Send a loaded batch to the device; pictures travel as uint8."""
-        images = batch.images.to(device, non_blocking=True)
+        """Send a loaded batch to the device; pictures stay uint8 there."""
+        photos = batch.images.to(device, non_blocking=True)
         masks = None if batch.masks is None else batch.masks.to(device, non_blocking=True)
-        height, width = images.shape[1:3]
+        height, width = photos.shape[1:3]
         viewmats = torch.linalg.inv(batch.camtoworlds.double()).float()
         cameras = posed_cameras(viewmats, batch.Ks, width, height, cfg)
         inverse = batch.inverse_depths
         inverse = None if inverse is None else inverse.to(device, non_blocking=True)
-        return View(images.float().div_(255.0), cameras, masks, batch.image_ids, inverse)
+        return View(photos, cameras, masks, batch.image_ids, inverse)
+
+    @property
+    def images(self) -> Tensor:
+        """Return the photos, [C, H, W, 3] float32 in [0, 1]: of uint8 made anew each time, so that two views' photos
+        wait for their losses in a quarter of the memory."""
+        return self.part(slice(None), slice(None), slice(None))
+
+    def part(self, cameras: slice, rows: slice, columns: slice) -> Tensor:
+        """Return some pixels of the photos of some cameras, float32 in [0, 1]."""
+        pixels = self.photos[cameras, rows, columns]
+        return pixels.float().div_(255.0) if pixels.dtype == torch.uint8 else pixels
 
 
 def posed_cameras(viewmats: Tensor, Ks: Tensor, width: int, height: int, cfg: Config) -> Cameras:

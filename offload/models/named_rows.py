@@ -50,7 +50,8 @@ class NamedRows(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = self._values[name]
         if value is None and self._logs is not None:
-            self._values["scales"], self._values["opacities"] = self._logs()
+            with torch.enable_grad():  # whoever asks first may want no gradient, and others do
+                self._values["scales"], self._values["opacities"] = self._logs()
             value = self._values[name]
         return value
 

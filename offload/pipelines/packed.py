@@ -30,7 +30,8 @@ whoever reads or changes a store that makes no difference, since `finish` brings
 
 Bytes over the link for each row of a view that the one before it does not have, or of a large view neither of the two
 before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present
-view 64 of values and 64 of gradients; where more cameras than one see it 192 more of each. Of a view that stays on the
+view 56 of what rendering takes of geometry, which is not held beside it but read once more where it is asked for, and
+64 of gradients; where more cameras than one see it 192 more of values and gradients each. Of a view that stays on the
 host a row is fetched twice.
 """
 
