@@ -16,7 +16,7 @@ there is no room, at the end of the backward pass, when slopes have been given b
 
 Bytes per pixel: the photos of this view and the next (3 each), this one's in float32 (12), the rendering (12), SSIM's
 derivatives (36; on a GPU those of a band of a large picture), gradients (16), alphas and last ids (8): 90, and 70 of
-1920x1080 pixels.
+1920x1080 pixels, counted as 100.
 
 Nothing takes memory for all Gaussians beside the trainer's own: checkpoints and PLY files are written block by block.
 But those that training starts with stand twice until they are stored, 236 bytes as read; and a host store that grows

@@ -25,7 +25,7 @@ PRIOR_WEIGHT = 0.02  # of the constants below against one measured tile
 # that `training.memory_estimate` has for a view before it starts is 200.
 RENDERING_BYTES = 180
 INTERSECTION_BYTES = 24  # keys and values of 12 bytes, sorted out of place
-PIXEL_BYTES = 90  # rendering and photos, SSIM's derivatives, gradients, alphas: as `training.memory_estimate` adds up
+PIXEL_BYTES = 100  # rendering and photos, SSIM's derivatives, gradients, alphas: as `training.memory_estimate` adds up
 PAIR_BYTES = 150  # of the above: what a row has on the screen, in one picture
 # Of a pair that is sent to another process or comes from one, there and back: more than the 48 + 44 bytes that travel
 # (`distributed.exchange`), since columns lie beside the packed rows that are made of them.
