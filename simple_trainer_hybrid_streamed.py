@@ -81,7 +81,7 @@ def train(run: TrainingRun[StreamedConfig]) -> None:
         colors = run.modules.exposed(colors, view)
         run.mark("render")
 
-        loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+        loss = photometric_loss(colors, view.photos, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         loss = with_depth_loss(loss, info, view, run.depth_weight)
         loss = strategy.regularized(loss, rows, info)
         del colors  # whose memory the gradients need

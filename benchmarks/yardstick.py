@@ -260,7 +260,7 @@ class Trainer:
             colors = self._grids(colors, ids)
         if options.strategy == "default":
             self._strategy.step_pre_backward(self.parameters, self._optimizers, self._state, step, info)
-        loss = photometric_loss(colors, view.images, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
+        loss = photometric_loss(colors, view.photos, ssim_lambda=cfg.ssim_lambda, masks=view.masks)
         if options.depth_loss and self.scene.depths is not None:
             points = self.scene.depths.points.get(int(ids[0]), np.zeros((0, 3)))
             known = depth_loss(depths[0, ..., 0], points, camtoworlds[0].detach(), view.cameras.Ks[0].to(self.device))

@@ -59,7 +59,7 @@ def project_pairs(
     )  # fmt: skip
     if not means.shape[0]:
         pairs = tuple(None if values is None else values[:0] for values in pairs)
-    _, camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations, opacities = pairs
+    camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations, opacities = pairs
     if compensations is not None:
         opacities = opacities * compensations
     projection = Projection(camera_ids, gaussian_ids, radii, means2d, depths, conics, opacities)
@@ -103,7 +103,8 @@ def _projection() -> Any:
     """Return gsplat's packed projection, and the opacities [nnz] of what it finds, as a function of autograd.
 
     Unlike gsplat's own it is not given zeros for every result without a gradient: ids, radii and depths of pairs, 36
-    bytes each, where memory is scarce.
+    bytes each, where memory is scarce. Nor has it ids of batches, 8 bytes, beside those of a single camera, which are
+    zeros as well.
     """
     # Imported here only: the import compiles CUDA code where it finds nvcc, which no CPU run should wait for.
     from gsplat.cuda._wrapper import _FullyFusedProjectionPacked as Packed
@@ -112,13 +113,16 @@ def _projection() -> Any:
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
             ctx.set_materialize_grads(False)
-            pairs, opacities = Packed.forward(ctx, *arguments), arguments[-1]
+            (_, *pairs), opacities, viewmats = Packed.forward(ctx, *arguments), arguments[-1], arguments[4]
+            if len(viewmats) == 1:
+                _, camera_ids, *others = ctx.to_save
+                ctx.save_for_backward(camera_ids, camera_ids, *others)
             ctx.num_rows = len(opacities)
-            return *pairs, opacities.index_select(0, pairs[2])
+            return *pairs, opacities.index_select(0, pairs[1])
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            *ids, radii, means2d, depths, conics, compensations, opacities = gradients
+            *ids, radii, means2d, depths, conics, compensations, opacities = None, *gradients
             gaussian_ids, like = ctx.saved_tensors[2], ctx.saved_tensors[-2]  # [nnz], conics [nnz, 3]
             # What begins with zeros is cleared at once.
             zeros = like.new_zeros(ctx.num_rows + (len(like) if depths is None else 0))

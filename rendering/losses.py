@@ -16,8 +16,8 @@ def photometric_loss(
     """Return (1 - ssim_lambda) * L1 + ssim_lambda * (1 - SSIM), differentiable by `rendered`.
 
     Args:
-        rendered, target: [C, H, W, 3] float32 in [0, 1], H and W at least 11 px; read without a copy where
-            contiguous. `target` receives no gradient.
+        rendered: [C, H, W, 3] float32, H and W at least 11 px; read without a copy where contiguous.
+        target: The same in [0, 1], or uint8, of which float32 is made here; it receives no gradient.
         ssim_lambda: share of the SSIM term, in [0, 1].
         masks: [C, H, W] bool; both pictures are set to zero where False, so those pixels add nothing to the
             loss and receive no gradient. The means still run over all pixels and windows, so a picture with
@@ -29,13 +29,20 @@ def photometric_loss(
     Raises:
         InputError: the pictures are smaller than the SSIM window.
     """
+    is_copy = target.dtype == torch.uint8
+    target = as_colors(target)
     if masks is not None:
         # where() and not a product: whatever the rasterizer left outside the mask, NaN included, is gone.
         rendered = torch.where(masks[..., None], rendered, 0.0)
-        target = torch.where(masks[..., None], target, 0.0)
+        target, is_copy = torch.where(masks[..., None], target, 0.0), True
     l1_weight = (1 - ssim_lambda) / rendered.numel()
     ssim_weight = -ssim_lambda / count_windows(rendered)
-    return photometric_sum(rendered, target, l1_weight, ssim_weight, constant=ssim_lambda)
+    return photometric_sum(rendered, target, l1_weight, ssim_weight, constant=ssim_lambda, spends_target=is_copy)
+
+
+def as_colors(pixels: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 in [0, 1]; others as they are."""
+    return pixels.float().div_(255.0) if pixels.dtype == torch.uint8 else pixels
 
 
 def count_windows(pictures: Tensor) -> int:
@@ -51,7 +58,13 @@ def count_windows(pictures: Tensor) -> int:
 
 
 def photometric_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, *, constant: float = 0.0
+    rendered: Tensor,
+    target: Tensor,
+    l1_weight: float,
+    ssim_weight: float,
+    *,
+    constant: float = 0.0,
+    spends_target: bool = False,
 ) -> Tensor:
     """Return l1_weight * sum of the L1 map + ssim_weight * sum of the SSIM map + constant; `rendered` gets a gradient.
 
@@ -61,6 +74,8 @@ def photometric_sum(
 
     Args:
         rendered, target: [C, H, W, 3], H and W at least 11 px.
+        l1_weight, ssim_weight, constant: as above.
+        spends_target: nobody else has `target`, so that the gradient may lie in its memory.
 
     Returns:
         Scalar.
@@ -71,15 +86,24 @@ def photometric_sum(
             f"rendered {tuple(rendered.shape)} {rendered.dtype} and target {tuple(target.shape)} {target.dtype} "
             "must be [C, H, W, 3] of one shape and dtype"
         )
-    return _PhotometricSum.apply(rendered, target.detach(), l1_weight, ssim_weight, constant)
+    return _PhotometricSum.apply(rendered, target.detach(), l1_weight, ssim_weight, constant, spends_target)
 
 
 class _PhotometricSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, constant: float) -> Tensor:
+    def forward(
+        ctx,
+        rendered: Tensor,
+        target: Tensor,
+        l1_weight: float,
+        ssim_weight: float,
+        constant: float,
+        spends_target: bool,
+    ) -> Tensor:
         rendered, target = rendered.contiguous(), target.contiguous()
+        with_gradient = ctx.needs_input_grad[0]
         total, gradient = _kernels(rendered).weighted_sum(
-            rendered, target, l1_weight, ssim_weight, constant, with_gradient=ctx.needs_input_grad[0]
+            rendered, target, l1_weight, ssim_weight, constant, with_gradient, spends_target
         )
         ctx.save_for_backward(gradient)  # and neither picture
         return total
@@ -88,7 +112,7 @@ class _PhotometricSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_sum, None, None, None, None
+        return gradient * grad_sum, None, None, None, None, None
 
 
 def _kernels(pictures: Tensor) -> ModuleType:

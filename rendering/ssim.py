@@ -41,13 +41,20 @@ WINDOW = _gaussian(WINDOW_SIZE, sigma=1.5)
 
 
 def weighted_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, constant: float, with_gradient: bool
+    rendered: Tensor,
+    target: Tensor,
+    l1_weight: float,
+    ssim_weight: float,
+    constant: float,
+    with_gradient: bool,
+    spends_target: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return `l1_weight` * sum |rendered - target| + `ssim_weight` * sum SSIM + `constant`.
 
     Args:
         rendered, target: [C, H, W, 3] contiguous, H and W at least 11 px.
         with_gradient: whether its gradient is wanted.
+        spends_target: whether the gradient may lie in the memory of `target`; here it does not.
 
     Returns:
         The sum (scalar), and its gradient [C, H, W, 3] by `rendered`, or None.

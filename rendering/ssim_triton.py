@@ -12,7 +12,8 @@ and writes the gradient, 11 x 12 bytes, and the backward pass scales that, 2 x 1
 800x533 and 0.32 ms for 3840x2160. The maps, 36 bytes per pixel, would be the largest tensors of a step with large
 pictures. So the two kernels take turns in bands of a picture, each some waves of programs, and a band's maps lie where
 those of the band before lay, but for its last rows, into which windows of this one reach up: row m of a map is row m
-modulo `kept` in memory.
+modulo `kept` in memory. A band reads no rows of the target above its own, and its second kernel of these only the
+pixels whose gradients it writes: so gradients may lie where the target lay.
 
 What holds for a row as a whole bounds its columns in the masks: a scalar condition and a block's would together make
 an integer in Triton's interpreter, where the kernels are tested without a GPU.
@@ -38,7 +39,13 @@ _FALL = tl.constexpr(WINDOW[4] / WINDOW[5])  # a Gaussian falls by this factor t
 
 
 def weighted_sum(
-    rendered: Tensor, target: Tensor, l1_weight: float, ssim_weight: float, constant: float, with_gradient: bool
+    rendered: Tensor,
+    target: Tensor,
+    l1_weight: float,
+    ssim_weight: float,
+    constant: float,
+    with_gradient: bool,
+    spends_target: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Do as `rendering.ssim.weighted_sum`, for float32 on a CUDA device."""
     n_cameras, height, width, _ = rendered.shape
@@ -48,7 +55,9 @@ def weighted_sum(
     band = -(-rows // num_bands)
     kept = ROWS * min(band + 1, rows)
     maps = rendered.new_empty(3, n_cameras, kept, width - 10, 3) if with_gradient else None
-    gradient = torch.empty_like(rendered) if with_gradient else None
+    gradient = None
+    if with_gradient:
+        gradient = target if spends_target else torch.empty_like(rendered)
     with torch.cuda.device_of(rendered):
         for first in range(0, rows, band):
             grid = (columns, min(band, rows - first), n_cameras)

@@ -20,9 +20,10 @@ def given(monkeypatch):
         @staticmethod
         def forward(ctx, means, covars, quats, scales, *others):
             ids, radii = torch.arange(len(means)), torch.ones(len(means), 2, dtype=torch.int32)
-            conics = 5 * scales
-            ctx.save_for_backward(ids, ids, ids, means, covars, quats, scales, None, None, conics, None)
-            return ids, ids.clone(), ids.clone(), radii, 2 * means[:, :2], 3 * means[:, 2], conics, None
+            of_batches, of_cameras, conics = torch.zeros_like(ids), torch.zeros_like(ids), 5 * scales
+            saved = (of_batches, of_cameras, ids, means, covars, quats, scales, None, None, conics, None)
+            ctx.save_for_backward(*saved)
+            return of_batches, of_cameras, ids, radii, 2 * means[:, :2], 3 * means[:, 2], conics, None
 
         @staticmethod
         def backward(ctx, *v):
@@ -40,6 +41,11 @@ def given(monkeypatch):
     gsplat_rasterizer._projection.cache_clear()
 
 
+def project(means, scales, opacities, num_cameras):
+    viewmats = torch.eye(4).repeat(num_cameras, 1, 1)
+    return gsplat_rasterizer._projection().apply(means, None, None, scales, viewmats, *[None] * 10, opacities)
+
+
 USES = [("means2d",), ("depths",), ("conics",), ("opacities",), ("means2d", "depths", "conics", "opacities")]
 
 
@@ -47,10 +53,10 @@ USES = [("means2d",), ("depths",), ("conics",), ("opacities",), ("means2d", "dep
 def test_what_has_no_gradient_is_given_none_but_where_zeros_are_needed(given, used):
     means, scales = (torch.rand(7, 3, requires_grad=True) for _ in range(2))
     opacities = torch.rand(7, requires_grad=True)
-    results = gsplat_rasterizer._projection().apply(means, None, None, scales, *[None] * 11, opacities)
-    assert torch.equal(results[8], opacities)
-    named = dict(zip(("means2d", "depths", "conics"), results[4:7], strict=True))
-    sum({**named, "opacities": results[8]}[name].sum() for name in used).backward()
+    results = project(means, scales, opacities, num_cameras=1)
+    assert torch.equal(results[7], opacities)
+    named = dict(zip(("means2d", "depths", "conics"), results[3:6], strict=True))
+    sum({**named, "opacities": results[7]}[name].sum() for name in used).backward()
     assert given[:4] == [None] * 4
     assert given[7] is None
     for gradient, (name, values) in zip(given[4:7], named.items(), strict=True):
@@ -75,10 +81,20 @@ def test_a_row_that_several_cameras_see_has_the_sum_of_their_gradients(given, mo
     monkeypatch.setattr(packed, "forward", staticmethod(forward_with_ids))
     means, scales = (torch.rand(4, 3, requires_grad=True) for _ in range(2))  # the stand-in has as many pairs
     opacities, weights = torch.rand(6, requires_grad=True), torch.tensor([1.0, 2, 3, 4])
-    drawn = gsplat_rasterizer._projection().apply(means, None, None, scales, *[None] * 11, opacities)[8]
+    drawn = project(means, scales, opacities, num_cameras=2)[7]
     assert torch.equal(drawn, opacities[ids])
     (drawn * weights).sum().backward()
     assert torch.equal(opacities.grad, torch.tensor([4.0, 0, 2, 0, 0, 4]))
+
+
+@pytest.mark.parametrize("num_cameras", [1, 2])
+def test_ids_of_batches_are_those_of_a_single_camera(given, num_cameras):
+    """All are zeros; of several cameras they are not."""
+    means, scales = (torch.rand(4, 3, requires_grad=True) for _ in range(2))
+    camera_ids, *others = project(means, scales, torch.rand(4), num_cameras)
+    batches, cameras, *_ = others[2].grad_fn.saved_tensors
+    assert cameras.data_ptr() == camera_ids.data_ptr()
+    assert (batches.data_ptr() == cameras.data_ptr()) == (num_cameras == 1)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -171,6 +171,24 @@ def test_pictures_smaller_than_the_window_are_refused(size):
             loss(rendered, target)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_photos_of_bytes_are_those_of_floats_and_stay(device, masked):
+    generator = torch.Generator().manual_seed(3)
+    photo = torch.randint(256, (2, 23, 31, 3), dtype=torch.uint8, generator=generator).to(device)
+    masks = (torch.rand(2, 23, 31, generator=generator) < 0.8).to(device) if masked else None
+    drawn, before = torch.rand(2, 23, 31, 3, generator=generator).to(device), photo.clone()
+    rendered, expected = drawn.clone().requires_grad_(), drawn.clone().requires_grad_()
+    colors = photo.float() / 255
+    losses = photometric_loss(rendered, photo, masks=masks), photometric_loss(expected, colors, masks=masks)
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    assert torch.equal(rendered.grad, expected.grad)
+    assert torch.equal(photo, before)
+    assert torch.equal(colors, before.float() / 255)
+
+
 def test_pictures_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         photometric_loss(torch.rand(1, 20, 20, 3), torch.rand(1, 20, 21, 3))
@@ -210,8 +228,12 @@ def check_bands(pictures: Sequence[Tensor], programs: int, monkeypatch: pytest.M
     whole = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, 0.2, True)
     monkeypatch.setattr(ssim_triton, "PROGRAMS", programs)
     banded = ssim_triton.weighted_sum(*pictures, 0.8, -0.2, 0.2, True)
-    for actual, expected in zip(banded, whole, strict=True):
-        assert torch.equal(actual, expected)
+    target = pictures[1].clone()
+    in_its_place = ssim_triton.weighted_sum(pictures[0], target, 0.8, -0.2, 0.2, True, spends_target=True)
+    for one, other, expected in zip(banded, in_its_place, whole, strict=True):
+        assert torch.equal(one, expected)
+        assert torch.equal(other, expected)
+    assert in_its_place[1] is target
 
 
 @pytest.mark.cuda

@@ -111,7 +111,7 @@ def part_loss(rendered: Tensor, view: View, tile: Tile | None, *, ssim_lambda: f
         Scalar.
     """
     if tile is None:
-        return photometric_loss(rendered, view.images, ssim_lambda=ssim_lambda, masks=view.masks)
+        return photometric_loss(rendered, view.photos, ssim_lambda=ssim_lambda, masks=view.masks)
     padded = tile.with_halo(halo, view.cameras.width, view.cameras.height)
     target = view.part(*_place(padded))
     inner = tile._replace(camera=0, x=tile.x - padded.x, y=tile.y - padded.y)  # the tile in what was rendered

@@ -15,6 +15,7 @@ from distributed.exchange import PairExchange
 from distributed.mesh import Ranks
 from offload.culling.cameras import Cameras
 from offload.models.contract import GaussianModel
+from rendering.losses import as_colors
 from rendering.rasterize import rasterize
 from rendering.region import Region
 from training.gaussians import activate
@@ -61,8 +62,7 @@ class View:
 
     def part(self, cameras: slice, rows: slice, columns: slice) -> Tensor:
         """Return some pixels of the photos of some cameras, float32 in [0, 1]."""
-        pixels = self.photos[cameras, rows, columns]
-        return pixels.float().div_(255.0) if pixels.dtype == torch.uint8 else pixels
+        return as_colors(self.photos[cameras, rows, columns])
 
 
 def posed_cameras(viewmats: Tensor, Ks: Tensor, width: int, height: int, cfg: Config) -> Cameras:
