@@ -542,6 +542,22 @@ def test_tiles_are_read_while_rows_stay(geometry):
     assert len(list(model.view_tiles(wide))) > 1
 
 
+@pytest.mark.parametrize("is_next_there", [False, True])
+@pytest.mark.parametrize("kind", ["streamed, compact", "streamed, host, compact"])
+def test_what_was_not_asked_for_before_the_update_is_refused(kind, is_next_there):
+    model = MODELS[kind](start())
+    rows = model.fetch(A)
+    backward(dict(rows))
+    model.update()
+    before, rows = rows["opacities"], model.fetch(A)  # asked for by the copy
+    assert len(before) == len(rows["means"])
+    model.update()
+    if is_next_there:
+        model.fetch(A)
+    with pytest.raises(RuntimeError, match="first asked for after the update"):
+        _ = rows["opacities"]
+
+
 @KINDS
 @pytest.mark.parametrize("change", [name for name in CHANGING if name != "load_state"])
 def test_ids_are_those_of_the_last_fetch_until_rows_are_changed(kind, change):

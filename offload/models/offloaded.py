@@ -309,11 +309,21 @@ class OffloadedGaussians:
         for name, values in rows.values.items():
             layout = self._groups[name].store.layout
             if name == "geometry" and layout.state == "compact":
-                reads = self._reads_present
-                named.take(layout, values, values.detach if reads is None else partial(reads.read_present, name))
+                read = values.detach if self._reads_present is None else partial(self._read_present, name, rows.ids)
+                named.take(layout, values, read)
             else:
                 named.update(layout.to_render(values))
         return named
+
+    def _read_present(self, name: str, ids: Tensor) -> Tensor:
+        """Read a group's rows of a view once more, whose ids `fetch` has given.
+
+        Raises:
+            RuntimeError: They have been updated.
+        """
+        if self._reads_present is None or self._rows is None or self._rows.ids is not ids:
+            raise RuntimeError("parameters of rows were first asked for after the update of these rows")
+        return self._reads_present.read_present(name)
 
     def _copies_to_render(self, ids: Tensor) -> dict[str, Tensor]:
         """Return copies of rows [V], whose ids are where geometry is, on the rendering device."""
