@@ -543,7 +543,9 @@ def test_tiles_are_read_while_rows_stay(geometry):
 
 
 @pytest.mark.parametrize("is_next_there", [False, True])
-@pytest.mark.parametrize("kind", ["streamed, compact", "streamed, host, compact"])
+@pytest.mark.parametrize(
+    "kind", ["streamed, compact", "streamed, host, compact", "GPU only, compact", "forwarded, host, compact"]
+)
 def test_what_was_not_asked_for_before_the_update_is_refused(kind, is_next_there):
     model = MODELS[kind](start())
     rows = model.fetch(A)

@@ -309,20 +309,21 @@ class OffloadedGaussians:
         for name, values in rows.values.items():
             layout = self._groups[name].store.layout
             if name == "geometry" and layout.state == "compact":
-                read = values.detach if self._reads_present is None else partial(self._read_present, name, rows.ids)
-                named.take(layout, values, read)
+                named.take(layout, values, partial(self._read_present, name, rows.ids))
             else:
                 named.update(layout.to_render(values))
         return named
 
     def _read_present(self, name: str, ids: Tensor) -> Tensor:
-        """Read a group's rows of a view once more, whose ids `fetch` has given.
+        """Return the values [V, columns] of a group's rows of a view, whose ids `fetch` has given.
 
         Raises:
             RuntimeError: They have been updated.
         """
-        if self._reads_present is None or self._rows is None or self._rows.ids is not ids:
+        if self._rows is None or self._rows.ids is not ids:
             raise RuntimeError("parameters of rows were first asked for after the update of these rows")
+        if self._reads_present is None:
+            return self._rows.values[name].detach()
         return self._reads_present.read_present(name)
 
     def _copies_to_render(self, ids: Tensor) -> dict[str, Tensor]:
