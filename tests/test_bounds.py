@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,17 +11,20 @@ from torch import Tensor
 
 from benchmarks.aerial_scene import aerial_scene
 from offload.adam import rows as row_kernels
+from offload.adam.bfloat16 import pack, unpack
 from offload.adam.options import AdamOptions
 from offload.culling import bounds, kernels
 from offload.culling.balls import Balls, BallsOfStore
 from offload.culling.boxes import BLOCK_ROWS, Boxes
 from offload.culling.cameras import Cameras, Margin
+from offload.culling.margins import drift_after
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models import geometry_culled
 from offload.models.geometry_culled import CulledGeometry
 from offload.pipelines.lanes import Lane
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
+from offload.store.layout import RowState
 from tests.aerial_training import views_of
 from tests.test_culling import interpreted_block, random_cameras, random_geometry
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
@@ -28,14 +32,26 @@ from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 CPU = torch.device("cpu")
 BOUNDS = {"balls": Balls, "boxes": Boxes}
 COUNTS = (0, 1, 63, 64, 65, 1000, 3001)
+DRIFT = bounds.Drift(per_ratio=0.004, largest_ratio=7.5)
 MARGIN = Margin(means=0.02, scales=0.01, quats=0.01, opacities=0.1)
 MARGIN_OF_SCENE = Margin(means=1e-4, scales=0.01, quats=0.002, opacities=0.1)
 
 
-def bounds_of(kind: str, rows: Tensor, some: int = 640) -> Balls | Boxes:
-    """Bounds of rows [N, 12], which come in parts."""
-    bounds = BOUNDS[kind](CPU)
-    bounds.rebuild(len(rows), iter(rows.split(some)) if len(rows) else iter(()))
+def with_moments(rows: Tensor, seed: int = 0) -> RowState:
+    """Rows [M, columns] of which some have moments, as large as they may be or smaller, and some have none yet."""
+    generator = torch.Generator().manual_seed(seed + len(rows))
+    v = torch.rand(rows.shape, generator=generator) ** 8
+    ratio = DRIFT.largest_ratio * torch.rand(rows.shape, generator=generator).sub(0.5).mul(2) ** 3
+    kept = torch.rand(len(rows), 1, generator=generator) < 0.7
+    random = torch.zeros(rows.shape, dtype=torch.int64)
+    return RowState(rows, (pack(kept * 0.99 * ratio * v.sqrt(), kept * v, random),))
+
+
+def bounds_of(kind: str, rows: Tensor | RowState, some: int = 640, drift: bounds.Drift | None = None) -> Balls | Boxes:
+    """Bounds of rows [N, 12], which come in parts; without moments their means may drift as far as any."""
+    bounds, state = BOUNDS[kind](CPU), rows if isinstance(rows, RowState) else RowState(rows, ())
+    count = len(state.parameters)
+    bounds.rebuild(count, (state[first : first + some] for first in range(0, count, some)), drift or DRIFT)
     return bounds
 
 
@@ -97,6 +113,29 @@ def test_rows_that_move_by_the_margin_are_found_where_they_were(kind):
         assert torch.isin(exact(moved, cameras, Margin()), bounds.visible_ids(cameras, MARGIN)).all()
 
 
+def test_rows_that_drift_by_their_moments_are_found_where_they_were():
+    """Each in a block of its own, so that a box is as small as a row; one without moments is found as ever."""
+    generator, correction, missed = torch.Generator().manual_seed(0), 0.7, 0
+    rows = random_geometry(3000, seed=1, median_scale=1e-3, spread=0.2)
+    state = with_moments(rows)
+    m, v = unpack(state.moments[0][:, :3])
+    assert bool((v == 0).any(dim=1).any())
+    ratio = torch.where(v > 0, m.abs() / v.sqrt(), 0.0)
+    alone = RowState(*(tensor.repeat_interleave(BLOCK_ROWS, dim=0) for tensor in (rows, state.moments[0])))
+    drift = replace(DRIFT, per_ratio=0.2)
+    boxes = bounds_of("boxes", RowState(alone.parameters, (alone.moments,)), drift=drift)
+    for view in range(8):
+        cameras, moved = random_cameras(view), rows.clone()
+        moved[:, :3] += correction * drift.per_ratio * ratio * torch.randn(3000, 3, generator=generator).sign()
+        drawn = BLOCK_ROWS * exact(moved, cameras, Margin())
+        assert torch.isin(drawn, boxes.visible_ids(cameras, Margin(drifts=correction))).all()
+        missed += int((~torch.isin(drawn, boxes.visible_ids(cameras, Margin()))).sum())
+        still = (v == 0).all(dim=1).nonzero()[:, 0]
+        found = torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin(drifts=correction)))
+        assert torch.equal(found, torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin())))
+    assert missed > 20
+
+
 def test_blocks_are_found_whole():
     for n in (1, 63, 64, 65, 1000):
         boxes = bounds_of("boxes", random_geometry(n, seed=n))
@@ -112,13 +151,14 @@ def test_blocks_are_found_whole():
 def test_bounds_that_follow_rows_are_those_made_anew(kind):
     generator = torch.Generator().manual_seed(0)
     for n in (1, 64, 100, 1000):
-        rows = random_geometry(n, seed=n)
-        bounds = bounds_of(kind, rows)
+        state = with_moments(torch.cat([random_geometry(n, seed=n), torch.zeros(n, 4)], dim=1))  # rows are wider
+        bounds = bounds_of(kind, state)
         for share in (0.3, 0.0, 1.0):
             ids = bounds.whole((torch.rand(n, generator=generator) < share).nonzero()[:, 0])
-            rows[ids] += torch.randn(len(ids), 12, generator=generator)
-            bounds.follow(ids, torch.cat([rows[ids], torch.zeros(len(ids), 4)], dim=1))  # rows are wider
-            anew = bounds_of(kind, rows)
+            state.parameters[ids] += torch.randn(len(ids), 16, generator=generator)
+            state.moments[0][ids] = with_moments(state.parameters[ids]).moments[0]
+            bounds.follow(ids, RowState(state.parameters[ids], (state.moments[0][ids],)), DRIFT)
+            anew = bounds_of(kind, state)
             for cameras in (random_cameras(n), random_cameras(n + 1)):
                 assert torch.equal(bounds.visible_ids(cameras, MARGIN), anew.visible_ids(cameras, MARGIN))
             stored, expected = (vars(some)[f"_{kind}"] for some in (bounds, anew))
@@ -177,6 +217,10 @@ def test_kernels_find_what_torch_finds(place):
             assert torch.equal(found, expected)  # with these seeds none is so close to the border
 
 
+def arguments_of(kind: str, rows: RowState) -> tuple[Tensor] | tuple[RowState, bounds.Drift]:
+    return (rows.parameters,) if kind == "balls" else (rows, DRIFT)
+
+
 @pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
 def test_kernels_follow_rows_as_torch_does(place):
     """Also rows that are not finite, of which a box knows nothing and a ball the number itself."""
@@ -193,9 +237,14 @@ def test_kernels_follow_rows_as_torch_does(place):
             ids = some.whole((torch.rand(n) < share).nonzero()[:, 0])
             expected = vars(some)[f"_{kind}"]
             found = expected.clone().to(place)
-            getattr(bounds, f"follow_{kind}")(expected, ids, rows[ids])
-            getattr(bounds_triton, f"follow_{kind}")(found, ids.to(place), rows[ids].to(place))
+            moved = RowState(rows[ids], ()) if share == 1.0 else with_moments(rows[ids], seed=n)
+            there = RowState(moved.parameters.to(place), tuple(moments.to(place) for moments in moved.moments))
+            getattr(bounds, f"follow_{kind}")(expected, ids, *(arguments_of(kind, moved)))
+            getattr(bounds_triton, f"follow_{kind}")(found, ids.to(place), *arguments_of(kind, there))
             finite = expected.isfinite()
+            drifts = slice(7, 8)  # roots are good to a last place
+            torch.testing.assert_close(found.cpu()[drifts], expected[drifts], rtol=1e-6, atol=0, equal_nan=True)
+            found[drifts], finite[drifts] = expected[drifts].to(place), True
             assert torch.equal(found.cpu()[finite], expected[finite])
             assert not found.cpu()[~finite].isfinite().any()
 
@@ -271,6 +320,7 @@ def test_what_a_gpu_has_read_is_what_stood_there_before_rows_changed():
 def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
     """Bounds are made of the stored rows in several parts, follow steps, and are made anew after rows have changed."""
     monkeypatch.setattr(geometry_culled, "COPIED_ROWS", 2 * BLOCK_ROWS)
+    monkeypatch.setattr(geometry_culled, "COPIED_STATES", 3 * BLOCK_ROWS)
     rows = random_geometry(1000, seed=5)
     parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
     parameters |= {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
@@ -283,22 +333,28 @@ def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
     its_bounds = BallsOfStore(rows_of) if store == "its own" else BOUNDS[kind](CPU)
     geometry = CulledGeometry(rows_of, adam, its_bounds, device=CPU)
     assert geometry._margin().means > 0
+    rows_of.rows.moments[0].copy_(with_moments(rows_of.rows.parameters).moments[0])
+    monkeypatch.setattr("tests.test_bounds.DRIFT", drift_after(adam, 0))
 
     def assert_culled() -> None:
         stored = rows_of.rows.parameters[:, :12].clone()
         stored[:, 11] = 0
+        margin = geometry._margin(know_drifts=kind == "boxes")
+        assert (margin.drifts > 0) == (kind == "boxes")
         for seed in range(3):
             cameras = random_cameras(seed)
-            expected = bounds_of(kind, stored).visible_ids(cameras, geometry._margin())
+            expected = bounds_of(kind, RowState(stored, rows_of.rows.moments)).visible_ids(cameras, margin)
             assert torch.equal(geometry.visible_ids(cameras), expected)
 
     assert_culled()
     ids = geometry.whole(torch.arange(100, 300))
     values = torch.zeros(len(ids), 16)
     values[:, :14] = rows_of.rows.parameters[ids, :14] + torch.randn(len(ids), 14)
+    state = with_moments(values, seed=9)
     with rows_of.changing(ids) as changed:
-        changed.parameters[ids] = values[:, : changed.parameters.shape[1]]  # which are 14 on the device
-    geometry.follow(ids, values)
+        columns = changed.parameters.shape[1]  # which are 14 on the device
+        changed.parameters[ids], changed.moments[0][ids] = values[:, :columns], state.moments[0][:, :columns]
+    geometry.follow(ids, state)
     assert_culled()
     away = Cameras(torch.eye(4)[None], 1e3 * torch.eye(3)[None], 4, 4, near_plane=1e5)
     geometry.expect_strays(torch.tensor([3, 970]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from offload.adam.bfloat16 import pack, unpack
 from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
 from offload.culling.cameras import Cameras, Margin
-from offload.culling.margins import largest_rounded_step
+from offload.culling.margins import drift_after, largest_correction, largest_rounded_step, margin_ahead
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.geometry_host import HostGeometry
@@ -83,7 +84,7 @@ def test_views_culled_ahead_miss_nothing(kind, place):
 @pytest.mark.parametrize(("kind", "place"), [*TRAINERS, ROUNDED[0], ROUNDED[2]])
 def test_without_a_margin_rows_are_missed(kind, place):
     gaussians = start(kind, place)
-    gaussians._geometry._margin = lambda lagging=True: Margin()
+    gaussians._geometry._margin = lambda lagging=True, know_drifts=False: Margin()
     assert missed_rows(gaussians) > 0
 
 
@@ -94,6 +95,37 @@ def test_without_a_margin_for_skipped_steps_rows_are_missed(kind):
     margin_of = gaussians._geometry._margin
     gaussians._geometry._margin = lambda lagging: margin_of(lagging=False)
     assert missed_rows(gaussians) > 0
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.99, 0.7])
+@pytest.mark.parametrize("betas", [BETAS, (0.8, 0.998)])
+def test_means_drift_no_farther_than_boxes_know(betas, decay):
+    """By the sum of the steps that a row skips, as `offload/adam/deferral.py` has it; nor much less far in the end."""
+    adam = AdamOptions(RATES, lambda step: 0.02 * decay**step, betas)
+    b1, b2 = betas
+    for last in (1, 2, 10, 100, 1000, 20_000 if decay == 1.0 else 1000):
+        drift, summed, shares = drift_after(adam, last - 1), 0.0, []
+        for step in range(last + 1, last + 300):
+            summed += adam.means_lr(step - 1) * (b1 / b2**0.5) ** (step - last) * (1 - b2**step) ** 0.5 / (1 - b1**step)
+            shares.append(summed / (drift.per_ratio * largest_correction(betas, step)))
+        assert 0.05 < max(shares) < 1.0
+    assert decay < 1.0 or shares[-1] > 0.98
+    assert drift.largest_ratio == largest_rounded_step(betas)
+
+
+def test_drifts_are_allowed_for_in_place_of_the_longest():
+    adam = AdamOptions(RATES, lambda step: RATES["means"], BETAS, displacement=0.25)
+    for steps_done in (0, 100, 10_000):
+        all_of_it, step, own = (
+            margin_ahead(adam, steps_done, lagging=lagging, rounded=True, know_drifts=know_drifts)
+            for lagging, know_drifts in ((True, False), (False, True), (True, True))
+        )
+        assert own == replace(all_of_it, means=step.means, drifts=own.drifts)
+        assert own.drifts == largest_correction(BETAS, steps_done + 1) <= 1
+        assert step.drifts == all_of_it.drifts == 0
+        drift = drift_after(adam, steps_done)
+        longest = own.means + own.drifts * drift.per_ratio * drift.largest_ratio
+        assert longest == pytest.approx(all_of_it.means, rel=1e-6)
 
 
 def largest_ratio(betas: tuple[float, float], round_up: float) -> float:

@@ -99,8 +99,8 @@ class Training:
         (self.bounds > 0).nonzero()
         return self.views[index].clone()
 
-    def follow(self, ids: Tensor, values: Tensor) -> None:
-        self.bounds[ids] = values[:, 0]
+    def follow(self, ids: Tensor, rows: RowState) -> None:
+        self.bounds[ids] = rows.parameters[:, 0]
 
     def run(self, after: Callable[[int], None] = lambda step: None) -> None:
         for step in range(self.steps, len(self.views)):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from offload.backends import kernels_for
-from offload.culling.bounds import balls_of
+from offload.culling.bounds import Drift, balls_of
 from offload.culling.cameras import Cameras, Margin
 from offload.store.contract import RowStore
 from offload.store.growth import Growth
+from offload.store.layout import RowState
 
 
 class Balls:
     """Holds a ball around each of N Gaussians: the mean, the largest scale and the opacity, 20 bytes."""
 
     BYTES = 20  # of a Gaussian
+    know_drifts: ClassVar[bool] = False  # so that margins allow for it, and rows lack moments
 
     def __init__(self, device: torch.device) -> None:
         """
@@ -29,22 +32,24 @@ class Balls:
         self._follow = kernels_for(device, "offload.culling.bounds").follow_balls
         self._balls = torch.empty(5, 0, device=device)  # x, y, z, the largest log scale, the logit opacity
 
-    def rebuild(self, num_rows: int, rows: Iterator[Tensor]) -> None:
+    def rebuild(self, num_rows: int, rows: Iterator[RowState], drift: Drift) -> None:
         """Take the geometry of all Gaussians.
 
         Args:
             num_rows: N.
-            rows: All rows [M, columns] in order, on the device, some at a time.
+            rows: All rows in order, on the device, some at a time; without moments.
+            drift: Of no account: margins allow for it.
         """
         self._balls = torch.empty(5, num_rows, device=self._device)
         first = 0
         for some in rows:
-            self._balls[:, first : first + len(some)] = balls_of(some)
-            first += len(some)
+            last = first + len(some.parameters)
+            self._balls[:, first:last] = balls_of(some.parameters)
+            first = last
 
-    def follow(self, ids: Tensor, rows: Tensor) -> None:
-        """Take new geometry [V, columns] of Gaussians [V]."""
-        self._follow(self._balls, ids, rows)
+    def follow(self, ids: Tensor, rows: RowState, drift: Drift) -> None:
+        """Take new geometry of Gaussians [V]."""
+        self._follow(self._balls, ids, rows.parameters)
 
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
         """Find the sorted ids, int64 [V], of what cameras may draw after moving as far as the margin; waits."""
@@ -63,6 +68,7 @@ class BallsOfStore:
     """Culls by the balls around rows of a store on the device, which are made of these when they are asked for."""
 
     BYTES = 0  # of a Gaussian
+    know_drifts: ClassVar[bool] = False
 
     def __init__(self, store: RowStore) -> None:
         """
@@ -72,10 +78,10 @@ class BallsOfStore:
         self._store = store
         self._visible = kernels_for(store.device, "offload.culling.kernels").visible_rows
 
-    def rebuild(self, num_rows: int, rows: Iterator[Tensor]) -> None:
+    def rebuild(self, num_rows: int, rows: Iterator[RowState], drift: Drift) -> None:
         """Do nothing: the store has the rows."""
 
-    def follow(self, ids: Tensor, rows: Tensor) -> None:
+    def follow(self, ids: Tensor, rows: RowState, drift: Drift) -> None:
         """Do nothing: the store has the rows."""
 
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:

@@ -6,15 +6,32 @@ what takes time. To find rows by balls is `visible_balls` of `offload/culling/ke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from offload.adam.bfloat16 import unpack
 from offload.backends import native
 from offload.culling.cameras import Cameras, Margin, pack
+from offload.store.layout import RowState
 
 BLOCK_ROWS = 64  # of a box
 NUM_HALF_SPACES = 6  # of a camera's view, six numbers each
+FIRST_HALF_SPACE = 3  # of the numbers of a test, where these begin
+SMALLEST_ROOT = 1e-30  # of a second moment; where that is zero so is the first one, but for what is too small for it
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Say how far means drift by steps without a gradient, where there is no bias correction.
+
+    After a step that leaves the moments m and v, all that come move a mean by at most |m| / sqrt(v) times `per_ratio`.
+    """
+
+    per_ratio: float  # world units
+    largest_ratio: float  # of |m| / sqrt(v)
 
 
 def balls_of(rows: Tensor) -> Tensor:
@@ -22,18 +39,31 @@ def balls_of(rows: Tensor) -> Tensor:
     return torch.stack([*rows[:, :3].unbind(1), rows[:, 3:6].amax(1), rows[:, 10]])
 
 
-def boxes_of(rows: Tensor) -> Tensor:
-    """Return boxes [7, blocks] of rows [M, columns] of geometry, of which the last block may lack some.
+def boxes_of(rows: RowState, drift: Drift) -> Tensor:
+    """Return boxes [8, blocks] of M rows of geometry, of which the last block may lack some.
 
-    They are the lowest and the highest mean and the largest log scale.
+    They are the lowest and the highest mean, the largest log scale, and how far a mean drifts at most.
+
+    Args:
+        rows: float32 [M, columns] and pairs of moments; without moments any are possible.
+        drift: What moments mean.
     """
-    lacking = -len(rows) % BLOCK_ROWS
-    geometry = rows[:, :6]
+    lacking = -len(rows.parameters) % BLOCK_ROWS
+    geometry = torch.cat([rows.parameters[:, :6], _ratios(rows, drift.largest_ratio)], dim=1)
     if lacking:
         geometry = torch.cat([geometry, geometry[-1:].expand(lacking, -1)])
-    blocks = geometry.view(-1, BLOCK_ROWS, 6)
-    means = blocks[..., :3]
-    return torch.cat([means.amin(1), means.amax(1), blocks[..., 3:].amax((1, 2))[:, None]], dim=1).T
+    blocks = geometry.view(-1, BLOCK_ROWS, geometry.shape[1])
+    means, scales, ratios = blocks[..., :3], blocks[..., 3:6], blocks[..., 6:]
+    drifts = drift.per_ratio * ratios.amax((1, 2))
+    return torch.cat([means.amin(1), means.amax(1), scales.amax((1, 2))[:, None], drifts[:, None]], dim=1).T
+
+
+def _ratios(rows: RowState, largest: float) -> Tensor:
+    """Return |m| / sqrt(v) of means, [M, 3]."""
+    if not rows.moments:
+        return rows.parameters.new_full((len(rows.parameters), 3), largest)
+    m, v = unpack(rows.moments[0][:, :3])
+    return (m.abs() / v.sqrt().clamp(min=SMALLEST_ROOT)).clamp(max=largest)
 
 
 def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -41,10 +71,10 @@ def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
     balls[:, ids] = balls_of(rows)
 
 
-def follow_boxes(boxes: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Make boxes [7, blocks] anew of Gaussians [V], which are whole blocks and whose geometry is rows [V, columns]."""
+def follow_boxes(boxes: Tensor, ids: Tensor, rows: RowState, drift: Drift) -> None:
+    """Make boxes [8, blocks] anew of Gaussians [V], which are whole blocks and whose geometry is V rows."""
     if len(ids):
-        boxes[:, ids[::BLOCK_ROWS] // BLOCK_ROWS] = boxes_of(rows)
+        boxes[:, ids[::BLOCK_ROWS] // BLOCK_ROWS] = boxes_of(rows, drift)
 
 
 def visible_boxes(boxes: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
@@ -53,19 +83,19 @@ def visible_boxes(boxes: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
     A block of which any number is not finite is found, since nothing is known of it.
 
     Args:
-        boxes: float32 [7, blocks] of `boxes_of`.
+        boxes: float32 [8, blocks] of `boxes_of`.
         cameras: The pictures to be drawn.
         margin: How much rows may still move.
 
     Returns:
         Sorted int64 [blocks that are found], where the boxes are.
     """
-    low, high, scales = boxes[:3], boxes[3:6], boxes[6].exp()
+    low, high, scales, drifts = boxes[:3], boxes[3:6], boxes[6].exp(), boxes[7]
     centres, reach = (low + high) / 2, (high - low) / 2  # [3, blocks]
     largest = boxes[:6].abs().amax(0)
     drawn = torch.zeros(boxes.shape[1], dtype=torch.bool, device=boxes.device)
-    for largest_translation, move, *numbers in tests_of(cameras, margin).tolist():
-        error = move + 2 * native.POSITION_ERROR * (3 * largest + largest_translation)  # no dimension
+    for largest_translation, move, drifting, *numbers in tests_of(cameras, margin).tolist():
+        error = move + drifting * drifts + 2 * native.POSITION_ERROR * (3 * largest + largest_translation)
         misses = torch.zeros_like(drawn)
         for first in range(0, len(numbers), 6):
             nx, ny, nz, offset, scale_reach, error_reach = numbers[first : first + 6]
@@ -77,9 +107,10 @@ def visible_boxes(boxes: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
 
 
 def tests_of(cameras: Cameras, margin: Margin) -> np.ndarray:
-    """Return what boxes are tested by, float32 [C, 2 + 36]: two numbers of the error of means, and six half-spaces."""
+    """Return what boxes are tested by, float32 [C, 3 + 36]: three numbers of means' errors, and six half-spaces."""
     packed = pack(cameras, margin)
     half_spaces = np.empty((len(packed), NUM_HALF_SPACES, 6))
     native.half_spaces(packed, half_spaces)
     errors = packed[:, [native.CAMERA_FIELDS[name] for name in ("largest_translation", "move")]]
-    return np.concatenate([errors, half_spaces.reshape(len(packed), -1).astype(np.float32)], axis=1)
+    drifting = np.full((len(packed), 1), np.sqrt(3.0) * margin.drifts, np.float32)  # a length, as `move` is one
+    return np.concatenate([errors, drifting, half_spaces.reshape(len(packed), -1).astype(np.float32)], axis=1)

@@ -7,14 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offload.adam.bfloat16_triton import unpack
 from offload.backends import native
 from offload.culling import bounds
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.kernels_triton import as_arguments, number
+from offload.store.layout import RowState
 
 BLOCK = 256  # rows, or boxes
 BLOCK_ROWS = tl.constexpr(bounds.BLOCK_ROWS)
 NUM_HALF_SPACES = tl.constexpr(bounds.NUM_HALF_SPACES)
+FIRST_HALF_SPACE = tl.constexpr(bounds.FIRST_HALF_SPACE)
+_SMALLEST_ROOT = tl.constexpr(bounds.SMALLEST_ROOT)
 POSITION_ERROR = tl.constexpr(native.POSITION_ERROR)
 
 
@@ -26,13 +30,16 @@ def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
             _follow_balls[(-(-count // BLOCK),)](balls, balls.stride(0), ids, rows, rows.stride(0), count, BLOCK=BLOCK)
 
 
-def follow_boxes(boxes: Tensor, ids: Tensor, rows: Tensor) -> None:
+def follow_boxes(boxes: Tensor, ids: Tensor, rows: RowState, drift: bounds.Drift) -> None:
     """Do as `offload.culling.bounds.follow_boxes`."""
     if len(ids):
+        values, moments = rows.parameters, rows.moments[0] if rows.moments else None
         with torch.cuda.device_of(boxes):
             _follow_boxes[(triton.cdiv(len(ids), bounds.BLOCK_ROWS),)](
-                boxes, boxes.stride(0), ids, rows, rows.stride(0), len(ids), num_warps=2
-            )
+                boxes, boxes.stride(0), ids, values, values.stride(0), moments,
+                0 if moments is None else moments.stride(0), drift.per_ratio, drift.largest_ratio, len(ids),
+                num_warps=2,
+            )  # fmt: skip
 
 
 def visible_boxes(boxes: Tensor, cameras: Cameras, margin: Margin) -> Tensor:
@@ -72,13 +79,17 @@ def _follow_balls(
     tl.store(balls + 4 * stride + i, tl.load(values + 10, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride", "num_rows"])
+@triton.jit(do_not_specialize=["stride", "num_rows"], do_not_specialize_on_alignment=["moments"])
 def _follow_boxes(
-    boxes,  # [7, blocks]
-    stride,  # between two of these seven
+    boxes,  # [8, blocks]
+    stride,  # between two of these eight
     ids,  # [V], whole blocks
     rows,  # [V, columns]
     columns,
+    moments,  # int32 [V, words], pairs; or None
+    words,
+    drift_per_ratio,
+    largest_ratio,
     num_rows,  # V
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
@@ -86,20 +97,29 @@ def _follow_boxes(
     row = tl.minimum(row, num_rows - 1)  # those that the last block lacks: its last row once more
     box = boxes + tl.load(ids + first) // BLOCK_ROWS
     values = rows + row * columns
+    largest = 0.0
+    if moments is None:
+        largest = largest_ratio
     for axis in tl.static_range(3):
         x = tl.load(values + axis)
+        if moments is not None:
+            m, v = unpack(tl.load(moments + row * words + axis))
+            ratio = tl.abs(m) / tl.maximum(tl.sqrt(v), _SMALLEST_ROOT)
+            spoiled = tl.sum(ratio - ratio, axis=0)
+            largest = tl.maximum(largest, tl.max(tl.minimum(ratio, largest_ratio), axis=0)) + spoiled
         spoiled = tl.sum(x - x, axis=0)  # NaN where any is not finite, which `min` and `max` hide
         tl.store(box + axis * stride, tl.min(x, axis=0) + spoiled)
         tl.store(box + (3 + axis) * stride, tl.max(x, axis=0) + spoiled)
     s0, s1, s2 = tl.load(values + 3), tl.load(values + 4), tl.load(values + 5)
     spoiled = tl.sum((s0 - s0) + (s1 - s1) + (s2 - s2), axis=0)
     tl.store(box + 6 * stride, tl.max(tl.maximum(s0, tl.maximum(s1, s2)), axis=0) + spoiled)
+    tl.store(box + 7 * stride, largest * drift_per_ratio)
 
 
 @triton.jit(do_not_specialize=["stride", "num_boxes"])
 def _mark_boxes(
-    boxes,  # [7, blocks]
-    stride,  # between two of these seven
+    boxes,  # [8, blocks]
+    stride,  # between two of these eight
     num_boxes,
     test,  # of `tests_of`
     drawn,  # [blocks] uint8
@@ -120,10 +140,11 @@ def _mark_boxes(
     largest_y = tl.maximum(tl.abs(low_y), tl.abs(high_y))
     largest_z = tl.maximum(tl.abs(low_z), tl.abs(high_z))
     largest = tl.maximum(largest_x, tl.maximum(largest_y, largest_z))
-    error = number(test, 1) + 2 * POSITION_ERROR * (3 * largest + number(test, 0))
+    drift = tl.load(boxes + 7 * stride + i, mask=inside, other=0.0)
+    error = number(test, 1) + number(test, 2) * drift + 2 * POSITION_ERROR * (3 * largest + number(test, 0))
     misses = i < 0
     for half_space in tl.static_range(NUM_HALF_SPACES):
-        misses |= _beyond(test, 2 + 6 * half_space, x, y, z, reach_x, reach_y, reach_z, scale, error)
+        misses |= _beyond(test, FIRST_HALF_SPACE + 6 * half_space, x, y, z, reach_x, reach_y, reach_z, scale, error)
     tl.store(drawn + i, 1, mask=inside & (misses == 0))  # `~` is unknown to the interpreter of Triton 3.2
 
 

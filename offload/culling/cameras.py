@@ -37,6 +37,9 @@ class Margin:
     quats: float = 0.0  # of stored quaternions
     opacities: float = 0.0  # of logit opacities
     pixels: float = 0.0  # added to the radii on top
+    # On what boxes know of how far means drift by skipped steps (`offload/culling/boxes.py`), beside `means`; the bias
+    # correction of these steps.
+    drifts: float = 0.0
 
 
 def pack(cameras: Cameras, margin: Margin) -> np.ndarray:

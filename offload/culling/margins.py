@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
+from offload.culling.bounds import Drift
 from offload.culling.cameras import Margin
 from offload.store.layout import group_columns
 
@@ -61,7 +62,22 @@ def margin_of(change: float, learning_rates: Mapping[str, float]) -> Margin:
     return Margin(**{name: _ROUNDING * change * learning_rates[name] for name in names})
 
 
-def margin_ahead(adam: AdamOptions, steps_done: int, *, lagging: bool, rounded: bool = False) -> Margin:
+def drift_after(adam: AdamOptions, steps_done: int) -> Drift:
+    """Return how far means drift by the steps that rows skip, where the last one that they did not was the next.
+
+    Learning rates never grow (`AdamOptions`), and moments are bfloat16.
+
+    Args:
+        adam: How geometry is updated.
+        steps_done: Steps of Adam before that one, or fewer.
+    """
+    per_ratio = _ROUNDING * largest_drift(adam.betas, 1.0) * adam.means_lr(steps_done)
+    return Drift(per_ratio, largest_rounded_step(adam.betas))
+
+
+def margin_ahead(
+    adam: AdamOptions, steps_done: int, *, lagging: bool, rounded: bool = False, know_drifts: bool = False
+) -> Margin:
     """Return how far geometry may be from what culling reads when the step after the present one renders it.
 
     Args:
@@ -69,8 +85,11 @@ def margin_ahead(adam: AdamOptions, steps_done: int, *, lagging: bool, rounded: 
         steps_done: Steps of Adam before the present one.
         lagging: Whether what culling reads lacks the steps that rows have skipped.
         rounded: Whether the moments of geometry are bfloat16.
+        know_drifts: Whether what culls knows how far the means of its rows lag behind at most (`drift_after`).
     """
     step = largest_rounded_step(adam.betas) if rounded else largest_step(adam.betas)
-    change = step + (largest_drift(adam.betas, step) if lagging else 0.0)
-    margin = margin_of(change * largest_correction(adam.betas, steps_done + 1), adam.learning_rates)
+    drift, correction = largest_drift(adam.betas, step), largest_correction(adam.betas, steps_done + 1)
+    margin = margin_of((step + (drift if lagging else 0.0)) * correction, adam.learning_rates)
+    if lagging and know_drifts:
+        margin = replace(margin, means=margin_of(step * correction, adam.learning_rates).means, drifts=correction)
     return replace(margin, means=margin.means + adam.displacement)

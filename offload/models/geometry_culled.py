@@ -19,16 +19,17 @@ from offload.culling.balls import Balls, BallsOfStore
 from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
-from offload.culling.margins import margin_ahead
+from offload.culling.margins import drift_after, margin_ahead
 from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.pipelines.lanes import Lane
 from offload.store.contract import RowStore
 from offload.store.device_store import DeviceStore
 from offload.store.growth import Growth, total_growth
-from offload.store.layout import RowState
+from offload.store.layout import RowState, packed_rows
 
 COPIED_ROWS = 1 << 20  # at once, from the store; whole blocks
+COPIED_STATES = 1 << 18  # the same, with moments, of which bounds are made beside views' rows
 
 
 class CulledGeometry:
@@ -74,17 +75,18 @@ class CulledGeometry:
     def visible_ids(self, cameras: Cameras) -> Tensor:
         """Find the sorted ids, int64 [V] on the device, of what cameras may draw after one more step."""
         self._make_bounds()
-        return self._strays.beside(self._bounds.visible_ids(cameras, self._margin()))
+        margin = self._margin(know_drifts=self._bounds.know_drifts)
+        return self._strays.beside(self._bounds.visible_ids(cameras, margin))
 
     def whole(self, ids: Tensor) -> Tensor:
         """Return these sorted ids [V] with those that are fetched whenever they are, sorted."""
         self._make_bounds()
         return self._bounds.whole(ids)
 
-    def follow(self, ids: Tensor, values: Tensor) -> None:
-        """Take the values [V, columns] that rows [V] have after a step, both on the device."""
+    def follow(self, ids: Tensor, rows: RowState) -> None:
+        """Take the rows that Gaussians [V] have after the next step, on the device; they may lack moments."""
         if self._bounds_are_good:
-            self._bounds.follow(ids, values)
+            self._bounds.follow(ids, rows, drift_after(self._adam, self.steps_done))
 
     def expect_strays(self, ids: Tensor | None) -> None:
         """Find these rows, sorted int64 [F], for every camera from now on; None: none any more."""
@@ -173,15 +175,36 @@ class CulledGeometry:
         self.steps_done = int(state["step_count"])
         self._bounds_are_good = False
 
-    def _margin(self, lagging: bool = True) -> Margin:
+    def _margin(self, lagging: bool = True, know_drifts: bool = False) -> Margin:
         """Return how far a row may be from its bounds, or its current values, when the next step renders it."""
-        return margin_ahead(self._adam, self.steps_done, lagging=lagging, rounded=True)
+        return margin_ahead(self._adam, self.steps_done, lagging=lagging, rounded=True, know_drifts=know_drifts)
 
     def _make_bounds(self) -> None:
         """Make bounds of the stored values, where they are not; once after a refinement, whose operations are many."""
         if not self._bounds_are_good:
-            self._bounds.rebuild(self._store.num_gaussians, self._stored_rows())
+            drift = drift_after(self._adam, 0)  # since rows were updated last at any time
+            self._bounds.rebuild(self._store.num_gaussians, self._stored_states(), drift)
             self._bounds_are_good = True
+
+    def _stored_states(self) -> Iterator[RowState]:
+        """Give all stored rows, some at a time, with moments where bounds know drifts."""
+        if not self._bounds.know_drifts:
+            yield from (RowState(rows, ()) for rows in self._stored_rows())
+            return
+        for first in range(0, self.num_gaussians, COPIED_STATES):
+            last = min(first + COPIED_STATES, self.num_gaussians)
+            if isinstance(self._store, DeviceStore):
+                yield self._store.rows[first:last]
+            else:
+                yield packed_rows(self._copied_words(first, last), "geometry")
+
+    def _copied_words(self, first: int, last: int) -> Tensor:
+        """Copy stored rows `first` to `last - 1` to the device as words, int32 [M, words]: it reads them itself."""
+        numbers = self._store.packed.view(torch.float32)
+        ids = torch.arange(first, last, device=self._device)
+        rows = torch.empty(last - first, numbers.shape[1], device=self._device)
+        self._kernels.move_rows(RowState(numbers, ()), ids, RowState(rows, ()))
+        return rows.view(torch.int32)
 
     def _stored_rows(self, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Give stored values [M, columns] of rows, or of all, some at a time: the device reads them itself."""

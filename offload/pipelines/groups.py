@@ -14,7 +14,7 @@ from offload.adam.deferral import DeferralTables, begin_steps
 from offload.adam.finite import gradient_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
-from offload.store.layout import PackedRows, packed_rows
+from offload.store.layout import PackedRows, RowState, packed_rows
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
@@ -32,9 +32,9 @@ class RowGroup(Generic[Adam]):
     store: RowStore
     adam: Adam  # `DeferredAdam` where the host updates rows
     learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
-    # Is called with ids [V] and values [V, columns] of rows on the device after each step, where they are updated there
-    # and before they are in the store; with whole chunks (`chunks_of`) of a view that is stepped chunk by chunk.
-    on_step: Callable[[Tensor, Tensor], None] | None = None
+    # Is called with ids [V] and the rows on the device after each step, where they are updated there and before they
+    # are in the store; with whole chunks (`chunks_of`) of a view that is stepped chunk by chunk. They may lack moments.
+    on_step: Callable[[Tensor, RowState], None] | None = None
 
     @property
     def packed(self) -> PackedRows:
@@ -91,7 +91,7 @@ def step_packed(
     rows = packed_rows(words, name)
     kernels.step_view_rows(values, ids, last_step, gradient, rows, group.adam)
     if group.on_step is not None:
-        group.on_step(ids, rows.parameters)
+        group.on_step(ids, rows)
 
 
 def leaf_without_values(count: int, columns: int, device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ class RowsInPlace:
         with group.store.changing(ids) as rows:
             self._kernels.step_stored_rows(values, ids, group.store.last_step, gradients, rows, group.adam)
         if group.on_step is not None and values is not None:
-            group.on_step(ids, values)
+            group.on_step(ids, RowState(values, ()))
 
     def catch_up(self, ids: Tensor | None) -> None:
         """Let a store on the device hold the current values of rows, so that others may read and change them.
