@@ -21,6 +21,7 @@ from offload.culling.margins import drift_after
 from offload.culling.native import BlockBounds, visible_ids
 from offload.models import geometry_culled
 from offload.models.geometry_culled import CulledGeometry
+from offload.pipelines import groups
 from offload.pipelines.lanes import Lane
 from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
@@ -134,6 +135,10 @@ def test_rows_that_drift_by_their_moments_are_found_where_they_were():
         found = torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin(drifts=correction)))
         assert torch.equal(found, torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin())))
     assert missed > 20
+
+
+def test_chunks_of_rows_are_whole_blocks():
+    assert groups.CHUNK_ROWS % BLOCK_ROWS == geometry_culled.COPIED_STATES % BLOCK_ROWS == 0
 
 
 def test_blocks_are_found_whole():

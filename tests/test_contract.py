@@ -437,6 +437,23 @@ def test_a_fetch_that_fails_may_be_repeated_or_undone(kind, begun, where, monkey
 
 
 @TRAVELLING
+def test_a_fetch_that_is_repeated_gives_the_rows_that_were_prefetched(kind, monkeypatch):
+    """And no others, which a row with a gradient of zero would round otherwise."""
+    model = MODELS[kind](start())
+    step(model, A, B)
+    known = model.state().get("upcoming/ids")
+    if known is None:
+        pytest.skip("nothing is prefetched")
+    known = known.clone()
+    fail_once(monkeypatch, model, "_to_render")
+    monkeypatch.setattr(model._geometry, "visible_ids", lambda cameras: pytest.fail("culled anew"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        model.fetch(B)
+    model.fetch(B)
+    assert torch.equal(model.ids, known)
+
+
+@TRAVELLING
 def test_a_prefetch_that_fails_may_be_undone(kind, monkeypatch):
     model, twin = MODELS[kind](start()), MODELS[kind](start())
     for gaussians in (model, twin):
@@ -556,7 +573,7 @@ def test_what_was_not_asked_for_before_the_update_is_refused(kind, is_next_there
     model.update()
     if is_next_there:
         model.fetch(A)
-    with pytest.raises(RuntimeError, match="first asked for after the update"):
+    with pytest.raises(RuntimeError, match="first asked for after the step"):
         _ = rows["opacities"]
 
 

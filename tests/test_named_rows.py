@@ -117,6 +117,20 @@ def test_rows_are_read_once_more_for_log_scales_and_logits_alone(kind, device):
 
 
 @pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_names_that_were_set_or_deleted_are_not_read(kind, device):
+    rows = torch.randn(5, LAYOUT.num_columns, device=device)
+    named, others = taken(rows, leaf_without_values(*rows.shape, rows.device)), torch.zeros(5, 3, device=device)
+    assert "scales" in named
+    named["scales"] = others
+    assert torch.equal(named["opacities"], rows[:, 10])
+    assert named["scales"] is others
+    named = taken(rows, leaf_without_values(*rows.shape, rows.device))
+    del named["opacities"]
+    assert torch.equal(named["scales"], rows[:, 3:6])
+    assert "opacities" not in named
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
 @pytest.mark.parametrize("count", [0, 1, 300])
 def test_parts_are_joined(kind, device, count):
     rows = torch.randn(count, LAYOUT.num_columns, device=device)

@@ -70,7 +70,7 @@ STAGING_ROWS = 3
 SLOTS = 3 * (1 + 1 / SPARE)  # rows of the streamed trainer on the device for each row in view
 ID_BYTES = 8
 SLOPE_BYTES = 36  # of colours that are made of harmonics as they are stored, where a step has one view
-GEOMETRY_COPIES = 40  # of means, quats and sh0, where rows of geometry are not held beside what rendering takes
+GEOMETRY_COPIES = 40  # of means, quats and sh0 of compact rows, which rendering takes beside what it activates
 MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
@@ -190,7 +190,9 @@ def gpu_only(
             host=0,
             host_in_view=0,
             device=rows,
-            device_in_view=_compact_view_bytes(sh_degree, batch_size) + 2 * ID_BYTES + RENDERING_BYTES,
+            device_in_view=_compact_view_bytes(sh_degree, batch_size, holds_geometry=True)
+            + 2 * ID_BYTES
+            + RENDERING_BYTES,
             device_while_changed=row_bytes("appearance", sh_degree, state=state),
         )
     if adam == "deferred":
@@ -297,7 +299,7 @@ def streamed(
 
     With geometry on the device: rows of three views there with their moments, and gradients. With geometry on the host:
     parameters of two views, gradients, and numbers of rows. A compact state has all rows on the host in either place,
-    and on the device those of two views, values and gradients of one, and what culling needs.
+    and on the device those of two views, what rendering takes of one and its gradients, and what culling needs.
 
     Args:
         sh_degree: Degree of the spherical harmonics.
@@ -317,7 +319,7 @@ def streamed(
             host_in_view=0,
             device=bounds,
             device_in_view=2 * store
-            + _compact_view_bytes(sh_degree, batch_size, geometry=GEOMETRY_COPIES)
+            + _compact_view_bytes(sh_degree, batch_size, holds_geometry=False)
             + NUMBERS_BYTES
             + RENDERING_BYTES,
             device_spared_in_view=2 * store + NUMBERS_BYTES - 2 * ID_BYTES + (SLOPE_BYTES if batch_size == 1 else 0),
@@ -386,19 +388,19 @@ def parameter_bytes(sh_degree: int) -> int:
     return 4 * (11 + 3 * (sh_degree + 1) ** 2)
 
 
-def _compact_view_bytes(sh_degree: int, batch_size: int, *, geometry: int | None = None) -> int:
-    """Return the bytes of values and gradients of a compact row in view.
+def _compact_view_bytes(sh_degree: int, batch_size: int, *, holds_geometry: bool) -> int:
+    """Return the bytes of values and gradients of a compact row in view, and of what rendering takes of geometry.
 
     Where a step has one view, and only there, harmonics have slopes in their place.
 
     Args:
         sh_degree: Degree of the spherical harmonics.
         batch_size: Views per step.
-        geometry: Bytes of its values; None: as many as of its gradient.
+        holds_geometry: Whether its values are there beside what rendering takes.
     """
-    gradients = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
-    of_geometry = gradients["geometry"] + (gradients["geometry"] if geometry is None else geometry)
-    return of_geometry + (SLOPE_BYTES if batch_size == 1 else 2 * gradients["appearance"])
+    values = {group: 4 * num_columns(group, sh_degree, "compact") for group in GROUP_NAMES}
+    of_geometry = GEOMETRY_COPIES + values["geometry"] * (2 if holds_geometry else 1)
+    return of_geometry + (SLOPE_BYTES if batch_size == 1 else 2 * values["appearance"])
 
 
 def _row_bytes(groups: tuple[str, ...], sh_degree: int) -> int:

@@ -51,9 +51,15 @@ class NamedRows(MutableMapping[str, Any]):
         value = self._values[name]
         if value is None and self._logs is not None:
             with torch.enable_grad():  # whoever asks first may want no gradient, and others do
-                self._values["scales"], self._values["opacities"] = self._logs()
+                both, self._logs = self._logs(), None
+            for key, made in zip(("scales", "opacities"), both, strict=True):
+                if key in self._values and self._values[key] is None:
+                    self._values[key] = made
             value = self._values[name]
         return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._values[name] = value

@@ -89,9 +89,9 @@ class OffloadedGaussians:
             if sh_degree is None or len(cameras.viewmats) != 1 or self._stored is None:
                 self._seen, rows = None, self._pipeline.fetch(cameras)
                 self._ids = rows.ids
-                return self._to_render(rows)
+                return self._to_render_or_undo(rows)
             rows, stored = self._stored.fetch_stored(cameras, "appearance")
-            self._ids, named = rows.ids, self._to_render(rows)
+            self._ids, named = rows.ids, self._to_render_or_undo(rows)
             if stored.has_constant:  # zeros receive its gradient
                 named["sh0"] = torch.zeros(len(rows.ids), 1, 3, device=rows.ids.device).requires_grad_()
             harmonics = StoredHarmonics(named.pop("sh0"), stored, sh_degree)
@@ -301,6 +301,15 @@ class OffloadedGaussians:
         if self._order.knows_rows_of_other(cameras):
             self._pipeline.forget_upcoming()
 
+    def _to_render_or_undo(self, rows: FetchedRows) -> NamedRows:
+        """Do as `_to_render`; where that fails these rows are known for a `fetch` that is repeated."""
+        try:
+            return self._to_render(rows)
+        except BaseException:
+            self._leaves, self._rows = {}, None
+            self._pipeline.undo_step(self.steps_done)
+            raise
+
     def _to_render(self, rows: FetchedRows) -> NamedRows:
         """Return rows as rendering takes them, those of geometry that does not travel as leaves."""
         self._rows = rows
@@ -318,10 +327,10 @@ class OffloadedGaussians:
         """Return the values [V, columns] of a group's rows of a view, whose ids `fetch` has given.
 
         Raises:
-            RuntimeError: They have been updated.
+            RuntimeError: The step on them has ended.
         """
         if self._rows is None or self._rows.ids is not ids:
-            raise RuntimeError("parameters of rows were first asked for after the update of these rows")
+            raise RuntimeError("parameters of rows were first asked for after the step on these rows had ended")
         if self._reads_present is None:
             return self._rows.values[name].detach()
         return self._reads_present.read_present(name)

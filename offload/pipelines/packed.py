@@ -32,7 +32,7 @@ Bytes over the link for each row of a view that the one before it does not have,
 before: 328 to fetch it and 328 to write it. On the device a row of the arena takes 328 bytes, and one of the present
 view 56 of what rendering takes of geometry, which is not held beside it but read once more where it is asked for, and
 64 of gradients; where more cameras than one see it 192 more of values and gradients each. Of a view that stays on the
-host a row is fetched twice.
+host a row is fetched twice, and its 128 bytes of geometry for each time that these are asked for.
 """
 
 from __future__ import annotations
@@ -373,7 +373,7 @@ class PackedPipeline:
         A retained row stays on the device from one view to the next: it is neither written nor fetched in between. A
         row of the view before the last one is written, but need not be fetched, where a view has more than
         `SMALLEST_CUT`. Resident rows are fetched once, and written whenever the host needs them. Those of a view that
-        stays on the host are fetched twice.
+        stays on the host are fetched twice; that regularizers and noise read their geometry once more is not counted.
         """
         self._fetch_lane.finish()
         self._write_lane.finish()
