@@ -52,7 +52,7 @@ def bounds_of(kind: str, rows: Tensor | RowState, some: int = 640, drift: bounds
     """Bounds of rows [N, 12], which come in parts; without moments their means may drift as far as any."""
     bounds, state = BOUNDS[kind](CPU), rows if isinstance(rows, RowState) else RowState(rows, ())
     count = len(state.parameters)
-    bounds.rebuild(count, (state[first : first + some] for first in range(0, count, some)), drift or DRIFT)
+    bounds.rebuild(count, ((state[first : first + some], drift or DRIFT) for first in range(0, count, some)))
     return bounds
 
 

@@ -128,6 +128,33 @@ def test_drifts_are_allowed_for_in_place_of_the_longest():
         assert longest == pytest.approx(all_of_it.means, rel=1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("resident_share", [0.0, 0.4, 1.0])
+def test_boxes_that_have_followed_steps_are_those_made_anew(device, resident_share):
+    """To the last bit, or a run that is resumed, or has other residents, would fetch other rows than before."""
+    rows = random_geometry(3000, seed=0)
+    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters |= {"sh0": torch.zeros(len(rows), 1, 3), "shN": torch.zeros(len(rows), 15, 3)}
+    adam = AdamOptions(RATES, lambda step: RATES["means"] * 0.9**step, BETAS)
+    there = dict(device=torch.device(device), geometry="host", state="compact", max_gaussians=3000)
+    gaussians = StreamedGaussians(parameters, adam, resident_share=resident_share, **there)
+    views = [random_cameras(seed, count=1, fov=20) for seed in range(40)]
+    for cameras, upcoming in pairwise(views):
+        drawn = gaussians.fetch(cameras)
+        gaussians.prefetch(upcoming)
+        sum((drawn[name] ** 2).sum() for name in ("means", "scales", "quats", "opacities")).backward()
+        gaussians.update()
+    gaussians.rows(0, 1)  # so that the store has all of them
+    geometry = gaussians._geometry
+    followed = geometry._bounds._boxes.clone()
+    geometry._bounds_are_good = False
+    geometry._make_bounds()
+    assert torch.equal(followed, geometry._bounds._boxes)
+    drifts = followed[7]
+    assert len(drifts.unique()) > 10
+    assert drifts.max() > 1.5 * drifts.min() > 0
+
+
 def largest_ratio(betas: tuple[float, float], round_up: float) -> float:
     """The largest m / sqrt(v) that is stored after many steps, each with the gradient that makes it largest.
 

@@ -32,17 +32,17 @@ class Balls:
         self._follow = kernels_for(device, "offload.culling.bounds").follow_balls
         self._balls = torch.empty(5, 0, device=device)  # x, y, z, the largest log scale, the logit opacity
 
-    def rebuild(self, num_rows: int, rows: Iterator[RowState], drift: Drift) -> None:
+    def rebuild(self, num_rows: int, rows: Iterator[tuple[RowState, Drift]]) -> None:
         """Take the geometry of all Gaussians.
 
         Args:
             num_rows: N.
-            rows: All rows in order, on the device, some at a time; without moments.
-            drift: Of no account: margins allow for it.
+            rows: All rows in order, on the device, some at a time, without moments; and how far their means drift,
+                which is of no account, since margins allow for it.
         """
         self._balls = torch.empty(5, num_rows, device=self._device)
         first = 0
-        for some in rows:
+        for some, _ in rows:
             last = first + len(some.parameters)
             self._balls[:, first:last] = balls_of(some.parameters)
             first = last
@@ -78,7 +78,7 @@ class BallsOfStore:
         self._store = store
         self._visible = kernels_for(store.device, "offload.culling.kernels").visible_rows
 
-    def rebuild(self, num_rows: int, rows: Iterator[RowState], drift: Drift) -> None:
+    def rebuild(self, num_rows: int, rows: Iterator[tuple[RowState, Drift]]) -> None:
         """Do nothing: the store has the rows."""
 
     def follow(self, ids: Tensor, rows: RowState, drift: Drift) -> None:

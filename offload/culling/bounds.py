@@ -30,7 +30,7 @@ class Drift:
     After a step that leaves the moments m and v, all that come move a mean by at most |m| / sqrt(v) times `per_ratio`.
     """
 
-    per_ratio: float  # world units
+    per_ratio: float | Tensor  # world units; or float32 [M], of rows that had their last steps at other times
     largest_ratio: float  # of |m| / sqrt(v)
 
 
@@ -49,13 +49,14 @@ def boxes_of(rows: RowState, drift: Drift) -> Tensor:
         drift: What moments mean.
     """
     lacking = -len(rows.parameters) % BLOCK_ROWS
-    geometry = torch.cat([rows.parameters[:, :6], _ratios(rows, drift.largest_ratio)], dim=1)
+    per_ratio = drift.per_ratio[:, None] if isinstance(drift.per_ratio, Tensor) else drift.per_ratio
+    geometry = torch.cat([rows.parameters[:, :6], per_ratio * _ratios(rows, drift.largest_ratio)], dim=1)
     if lacking:
         geometry = torch.cat([geometry, geometry[-1:].expand(lacking, -1)])
     blocks = geometry.view(-1, BLOCK_ROWS, geometry.shape[1])
-    means, scales, ratios = blocks[..., :3], blocks[..., 3:6], blocks[..., 6:]
-    drifts = drift.per_ratio * ratios.amax((1, 2))
-    return torch.cat([means.amin(1), means.amax(1), scales.amax((1, 2))[:, None], drifts[:, None]], dim=1).T
+    means, scales, drifts = blocks[..., :3], blocks[..., 3:6], blocks[..., 6:]
+    largest = (scales.amax((1, 2))[:, None], drifts.amax((1, 2))[:, None])
+    return torch.cat([means.amin(1), means.amax(1), *largest], dim=1).T
 
 
 def _ratios(rows: RowState, largest: float) -> Tensor:

@@ -104,7 +104,8 @@ def _follow_boxes(
         x = tl.load(values + axis)
         if moments is not None:
             m, v = unpack(tl.load(moments + row * words + axis))
-            ratio = tl.abs(m) / tl.maximum(tl.sqrt(v), _SMALLEST_ROOT)
+            # Rounded as torch does: boxes that are made anew are the same, or a resumed run would fetch other rows.
+            ratio = tl.div_rn(tl.abs(m), tl.maximum(tl.sqrt_rn(v), _SMALLEST_ROOT))
             spoiled = tl.sum(ratio - ratio, axis=0)
             largest = tl.maximum(largest, tl.max(tl.minimum(ratio, largest_ratio), axis=0)) + spoiled
         spoiled = tl.sum(x - x, axis=0)  # NaN where any is not finite, which `min` and `max` hide

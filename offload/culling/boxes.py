@@ -42,19 +42,19 @@ class Boxes:
         self._num_rows = 0
         self._boxes = torch.empty(8, 0, device=device)  # low x, y, z; high x, y, z; the largest log scale; drift
 
-    def rebuild(self, num_rows: int, rows: Iterator[RowState], drift: Drift) -> None:
+    def rebuild(self, num_rows: int, rows: Iterator[tuple[RowState, Drift]]) -> None:
         """Take the geometry of all Gaussians.
 
         Args:
             num_rows: N.
-            rows: All rows in order, on the device, some at a time: whole blocks, but for the last.
-            drift: How far their means drift.
+            rows: All rows in order, on the device, some at a time: whole blocks, but for the last; and how far their
+                means drift.
         """
         self._num_rows = num_rows
         self._boxes = torch.empty(8, -(-num_rows // BLOCK_ROWS), device=self._device)
         first = 0
         for some in rows:
-            boxes = boxes_of(some, drift)
+            boxes = boxes_of(*some)
             self._boxes[:, first : first + boxes.shape[1]] = boxes
             first += boxes.shape[1]
 

@@ -71,8 +71,12 @@ def drift_after(adam: AdamOptions, steps_done: int) -> Drift:
         adam: How geometry is updated.
         steps_done: Steps of Adam before that one, or fewer.
     """
-    per_ratio = _ROUNDING * largest_drift(adam.betas, 1.0) * adam.means_lr(steps_done)
-    return Drift(per_ratio, largest_rounded_step(adam.betas))
+    return Drift(drift_per_ratio(adam, steps_done), largest_rounded_step(adam.betas))
+
+
+def drift_per_ratio(adam: AdamOptions, steps_done: int) -> float:
+    """Return `Drift.per_ratio` of what `drift_after` says."""
+    return _ROUNDING * largest_drift(adam.betas, 1.0) * adam.means_lr(steps_done)
 
 
 def margin_ahead(

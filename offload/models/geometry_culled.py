@@ -16,10 +16,11 @@ from offload.adam.options import AdamOptions
 from offload.adam.state import State
 from offload.backends import kernels_for
 from offload.culling.balls import Balls, BallsOfStore
+from offload.culling.bounds import Drift
 from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.cells import CoveredCells, covered_cells
-from offload.culling.margins import drift_after, margin_ahead
+from offload.culling.margins import drift_after, drift_per_ratio, margin_ahead
 from offload.culling.strays import Strays
 from offload.models.geometry_host import CULLED_COLUMNS
 from offload.pipelines.lanes import Lane
@@ -57,6 +58,7 @@ class CulledGeometry:
         self._kernels = kernels_for(device, "offload.adam.rows")
         self._bounds = bounds
         self._bounds_are_good = False  # whether they are those of the store; they are made when they are next needed
+        self._drifts: list[float] = []  # `per_ratio` of rows that had their last step after so many
 
     @property
     def num_gaussians(self) -> int:
@@ -182,21 +184,27 @@ class CulledGeometry:
     def _make_bounds(self) -> None:
         """Make bounds of the stored values, where they are not; once after a refinement, whose operations are many."""
         if not self._bounds_are_good:
-            drift = drift_after(self._adam, 0)  # since rows were updated last at any time
-            self._bounds.rebuild(self._store.num_gaussians, self._stored_states(), drift)
+            self._bounds.rebuild(self._store.num_gaussians, self._stored_states())
             self._bounds_are_good = True
 
-    def _stored_states(self) -> Iterator[RowState]:
-        """Give all stored rows, some at a time, with moments where bounds know drifts."""
+    def _stored_states(self) -> Iterator[tuple[RowState, Drift]]:
+        """Give all stored rows, some at a time, and how far their means drift; with moments where bounds know that."""
+        drift = drift_after(self._adam, 0)
         if not self._bounds.know_drifts:
-            yield from (RowState(rows, ()) for rows in self._stored_rows())
+            yield from ((RowState(rows, ()), drift) for rows in self._stored_rows())
             return
+        while len(self._drifts) <= self.steps_done:
+            self._drifts.append(drift_per_ratio(self._adam, len(self._drifts)))
+        # By the step of the last update, from 1; rows that have had none have no moments either.
+        per_ratio = torch.tensor([self._drifts[0], *self._drifts], device=self._device)
         for first in range(0, self.num_gaussians, COPIED_STATES):
             last = min(first + COPIED_STATES, self.num_gaussians)
             if isinstance(self._store, DeviceStore):
-                yield self._store.rows[first:last]
+                rows = self._store.rows[first:last]
             else:
-                yield packed_rows(self._copied_words(first, last), "geometry")
+                rows = packed_rows(self._copied_words(first, last), "geometry")
+            last_step = self._store.last_step[first:last].to(self._device)
+            yield rows, replace(drift, per_ratio=per_ratio[last_step])
 
     def _copied_words(self, first: int, last: int) -> Tensor:
         """Copy stored rows `first` to `last - 1` to the device as words, int32 [M, words]: it reads them itself."""
