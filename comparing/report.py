@@ -134,7 +134,7 @@ def _compared(run: Run, first: Run, figure: Figure) -> str:
         times = ratio(run, first, figure.key)
         return "" if times is None else f" ({times:.2f}x)"
     found = difference(run, first, figure.key)
-    if found is None:
+    if found is None or not math.isfinite(found.mean):  # as between pictures without any error
         return ""
     mean = round(found.mean, figure.digits) + 0.0  # and not -0
     error = "" if found.standard_error is None else f"{NO_BREAK}±{NO_BREAK}{found.standard_error:.{figure.digits}f}"

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -626,6 +627,18 @@ def test_runs_that_differ_in_everything_are_reported(monkeypatch, tmp_path):
     assert "(-10.00\u00a0±\u00a01.00)" in page
     assert runs[1]["differences"]["psnr"] == pytest.approx({"mean": -10.0, "standard_error": 1.0})
     assert runs[1]["differences"]["lpips"] is None
+
+
+def test_pictures_without_any_error_have_no_difference(monkeypatch, tmp_path):
+    """Of black photos with nothing before them, say, whose PSNR is infinite."""
+    runs = [write_run(tmp_path / name) for name in ("first", "second")]
+    for run in runs:
+        file = run.folder / "stats/val_step30.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"psnr": math.inf}))
+    assert run_compare(monkeypatch, "--runs", *(run.folder for run in runs), "--result_dir", tmp_path / "report") == 0
+    text = (tmp_path / "report/comparison.md").read_text()
+    assert text.count("| inf dB |") == 2
+    assert "nan" not in text
 
 
 def test_corrected_colours_and_poses_are_compared_where_a_run_has_them(monkeypatch, tmp_path):

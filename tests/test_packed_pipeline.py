@@ -779,6 +779,7 @@ def test_large_views_on_a_gpu_are_read_and_stepped_where_they_are_on_the_host(mo
             found.append((view.values, stored))
         if step + 1 < len(views):
             pipeline.prefetch(step + 1)
+        geometry = pipeline.read_present("geometry")
         made, count = None, len(views[step])
         gradient = torch.randn(count, 16, device=device)
         gradient[:, USED:] = 0
@@ -792,10 +793,10 @@ def test_large_views_on_a_gpu_are_read_and_stepped_where_they_are_on_the_host(mo
                 for _, stored in found
             )
             assert torch.equal(one, other)
-        for name, values in found[0][0].items():
-            assert torch.equal(values, found[1][0][name])
-            values.grad = gradient.clone() if name == "geometry" else torch.randn(values.shape, device=device)
-            found[1][0][name].grad = values.grad.clone()
+        for name, leaf in found[0][0].items():
+            assert torch.equal(geometry if name == "geometry" else leaf, found[1][0][name])
+            leaf.grad = gradient.clone() if name == "geometry" else torch.randn(leaf.shape, device=device)
+            found[1][0][name].grad = leaf.grad.clone()
         pipeline.update(made)
         reference.update(made)
     pipeline.finish()
