@@ -149,7 +149,10 @@ def test_so_they_do_with_the_kernels_of_a_gpu(monkeypatch, views_and_points, gpu
     for module, names in [(row_kernels_triton, ROW_KERNELS), *others]:
         for name in names:
             monkeypatch.setattr(module, name, one_at_a_time(getattr(module, name)))
-    differences = relative_differences(train(trainer, views[:few], scene, drawn, refines), expected)
+    actual = train(trainer, views[:few], scene, drawn, refines)
+    if trainer in COMPACT_WITH_KERNELS:
+        assert_same_but_for_ties(actual.pop("shN"), expected.pop("shN"))
+    differences = relative_differences(actual, expected)
     assert max(differences.values()) < 1e-6, differences
 
 
@@ -248,3 +251,14 @@ def refine(gaussians: GaussianModel, step: int) -> None:
 def relative_differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Norm of the difference over that of the expected values, for each parameter."""
     return {name: ((actual[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
+
+
+def assert_same_but_for_ties(actual: Tensor, expected: Tensor) -> None:
+    """Compare values that are rounded to halves at random at each step.
+
+    The kernels' last bits in float32, before they round, are those of other instructions, and on another processor
+    others. Such a bit tips one of some 2^13 roundings over, to the next half; and a value is rounded in several steps.
+    """
+    assert (actual != expected).float().mean() < 1e-3
+    # Two halves, of which two of a size are at most 2^-10 of it apart, and the smallest 2^-24.
+    torch.testing.assert_close(actual, expected, rtol=2 * 2**-10, atol=2 * 2**-24)
