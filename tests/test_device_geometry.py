@@ -132,7 +132,7 @@ def test_what_was_settled_before_a_state_was_loaded_is_settled_again():
     state |= {"step_count": torch.tensor(len(COUNTS)), "last_step/geometry": geometry.last_step.clone()}
     state |= {f"deferral/geometry/{name}": table for name, table in geometry.tables.tables().items()}
     geometry.catch_up(None)
-    load_deferred(geometry, "geometry", geometry.tables, state)
+    load_deferred(geometry, "geometry", geometry.tables, geometry._rates, state)
     assert torch.equal(geometry.last_step, state["last_step/geometry"])
     geometry.catch_up(None)
     check_parameters(read(geometry), start, exact)

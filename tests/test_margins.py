@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -31,11 +32,13 @@ ON_THE_HOST, ON_THE_DEVICE = (
 TRAINERS = [*ON_THE_HOST, *ON_THE_DEVICE]
 
 
-def start(kind: type[OffloadedGaussians], place: str) -> OffloadedGaussians:
+def start(
+    kind: type[OffloadedGaussians], place: str, means_lr: Callable[[int], float] = lambda step: RATES["means"]
+) -> OffloadedGaussians:
     rows = random_geometry(3000, seed=0)
     parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
     parameters |= {"sh0": torch.zeros(len(rows), 1, 3), "shN": torch.zeros(len(rows), 15, 3)}
-    adam = AdamOptions(RATES, lambda step: RATES["means"], BETAS)
+    adam = AdamOptions(RATES, means_lr, BETAS)
     state = "compact" if place.endswith("compact") else "float32"
     place = place.removesuffix(", compact")
     return kind(parameters, adam, device=torch.device("cpu"), geometry=place, state=state, max_gaussians=3000)
@@ -111,6 +114,26 @@ def test_means_drift_no_farther_than_boxes_know(betas, decay):
         assert 0.05 < max(shares) < 1.0
     assert decay < 1.0 or shares[-1] > 0.98
     assert drift.largest_ratio == largest_rounded_step(betas)
+
+
+@pytest.mark.parametrize(("kind", "place"), [*TRAINERS, *ROUNDED])
+def test_rows_that_lag_behind_at_larger_rates_are_caught_up_when_a_state_is_loaded(kind, place):
+    """Culling allows for what present rates make of skipped steps: also of rows that skipped some long ago."""
+    model = start(kind, place)
+    for seed in (3, 7, 11, 5):
+        rows = model.fetch(random_cameras(seed, count=1, fov=20))
+        sum(rows[name].sum() for name in ("means", "scales", "quats", "opacities")).backward()
+        model.update()
+    state = {name: tensor.clone() for name, tensor in model.state().items()}
+    assert bool((state["last_step/geometry"] < 4).any())
+    expected = model.rows(0, model.num_gaussians)["means"]
+    schedules = {"as it was": (1.0, 1.0), "larger": (2.0, 2.0), "lower": (0.5, 0.5), "lower at first": (0.5, 1.0)}
+    for name, (first, then) in schedules.items():
+        other = start(kind, place, lambda step, first=first, then=then: RATES["means"] * (first if step < 2 else then))
+        other.load_state(state)
+        caught_up = bool((other.state()["last_step/geometry"] == 4).all())
+        assert caught_up == name.startswith("lower"), name
+        torch.testing.assert_close(other.rows(0, other.num_gaussians)["means"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_drifts_are_allowed_for_in_place_of_the_longest():

@@ -16,9 +16,10 @@ operations there, so nothing is copied and nobody waits. `tests/oracles/adam.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from offload.backends import kernels_for
 # What a step adds to C_t(s) is (b1/sqrt(b2))^(t-s) times its learning rate; below this it is lost in float32.
 NEGLIGIBLE = 1e-12
 FIRST_CAPACITY = 4096  # steps
+ROUNDING = 1 + 1e-6  # by which sums of the same rates differ at most
+
+LearningRates = Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
 
 
 def largest_step(betas: tuple[float, float]) -> float:
@@ -165,12 +169,20 @@ class DeferralTables:
             "after": sums.float(),
         }
 
-    def matches(self, tables: Mapping[str, Tensor]) -> bool:
-        """Tell whether an optimizer with the same columns, betas and learning rates left these tables."""
+    def matches(self, tables: Mapping[str, Tensor], learning_rates: LearningRates) -> bool:
+        """Tell whether an optimizer with the same columns and betas left these tables, and with no larger rates.
+
+        Rows of larger ones lag behind by more than culling allows for, which knows the present rates only.
+
+        Args:
+            tables: As `tables` gives them.
+            learning_rates: The present ones.
+        """
         return (
             tuple(tables["betas"].tolist()) == self.betas
             and tables["eps"].item() == self._plain_eps
             and torch.equal(tables["multipliers"], self.multipliers.cpu())
+            and self._lag_no_further(tables, learning_rates)
         )
 
     def load_state(self, tables: Mapping[str, Tensor]) -> None:
@@ -221,6 +233,20 @@ class DeferralTables:
     def _corrected_eps(self, t: int) -> float:
         # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
         return self._plain_eps * self._root_correction(t)
+
+    def _lag_no_further(self, tables: Mapping[str, Tensor], learning_rates: LearningRates) -> bool:
+        """Tell whether rows that other tables go with lag behind no further than with these rates."""
+        t = int(tables["step_count"])
+        sums = checked_table(tables, "sums", (t + 1, self.schedules))
+        return bool((sums <= ROUNDING * self._sums_of(t, learning_rates)).all())
+
+    def _sums_of(self, t: int, learning_rates: LearningRates) -> Tensor:
+        """Compute C_t(s) [t + 1, schedules] of rates from the first step on, indexed by s; float64 on the host."""
+        rates = np.zeros((t + len(self._ratio_powers), self.schedules))  # of steps 1 ... t; 0 of those that come
+        for i in range(t):
+            rates[i] = self._corrected_rates(i + 1, learning_rates(i + 1))
+        powers = self._ratio_powers.cpu().numpy()[::-1]
+        return torch.from_numpy(np.stack([np.correlate(each, powers, "valid") for each in rates.T], axis=1))
 
     # The rest is what `DeferredAdam` rounds differently, and keeps more or less of.
 

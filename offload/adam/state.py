@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from offload.adam.bfloat16 import random_bits
-from offload.adam.deferral import DeferralTables, largest_step
+from offload.adam.deferral import DeferralTables, LearningRates, largest_step
 from offload.adam.host import DeferredAdam
 from offload.adam.rows import float_moments, store_moments
 from offload.store.layout import (
@@ -262,14 +262,24 @@ def named_tables(group: str, adam: DeferralTables) -> dict[str, Tensor]:
     return {f"deferral/{group}/{key}": table for key, table in adam.tables().items()}
 
 
-def load_deferred(place: DeferredPlace, group: str, adam: DeferralTables, state: State) -> None:
+def load_deferred(
+    place: DeferredPlace, group: str, adam: DeferralTables, learning_rates: LearningRates, state: State
+) -> None:
     """Fill what holds one group, whose steps are deferred.
 
     Where the same optimizer goes on, rows may keep lagging behind; else they are caught up with the tables that they
     were trained with.
+
+    Args:
+        place: What is filled.
+        group: Its name.
+        adam: Goes on with its steps.
+        learning_rates: With these.
+        state: Of as many Gaussians as the place has.
     """
     stored, tables = place.arrays_by_name(), deferral_tables(state, group)
-    if is_deferred(state, group) and adam.matches(tables) and all(key in state for key in stored):
+    goes_on = is_deferred(state, group) and all(key in state for key in stored) and adam.matches(tables, learning_rates)
+    if goes_on:
         for key, rows in stored.items():
             copy_blocks(rows, state[key])
         copy_blocks(place.last_step, state[f"last_step/{group}"])

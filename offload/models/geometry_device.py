@@ -217,7 +217,7 @@ class DeviceGeometry:
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here."""
-        load_deferred(self, "geometry", self.tables, state)
+        load_deferred(self, "geometry", self.tables, self._rates, state)
 
     def _margin(self, lagging: bool) -> Margin:
         """Return how far rows, current or lagging behind, may move until the next step is done."""

@@ -112,7 +112,7 @@ class PackedGeometry(CulledGeometry):
 
     def load_state(self, state: State) -> None:
         """Go on from a state of as many Gaussians as there are here."""
-        load_deferred(self._store, "geometry", self._group.adam, state)
+        load_deferred(self._store, "geometry", self._group.adam, self._group.learning_rates, state)
         super().load_state(state)
         self._store.step = self.steps_done
 

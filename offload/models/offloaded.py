@@ -256,7 +256,7 @@ class OffloadedGaussians:
             self.steps_done, self._caught_up_at = int(state["step_count"]), None
             for name, group in self._groups.items():
                 with group.store.changing(None):
-                    load_deferred(group.store, name, group.adam, state)
+                    load_deferred(group.store, name, group.adam, group.learning_rates, state)
                 group.store.step = self.steps_done
             self._geometry.load_state(state)
             self._pipeline.load_state(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Generic, TypeVar
@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from offload.adam.deferral import DeferralTables, begin_steps
+from offload.adam.deferral import DeferralTables, LearningRates, begin_steps
 from offload.adam.finite import gradient_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
@@ -31,7 +31,7 @@ class RowGroup(Generic[Adam]):
 
     store: RowStore
     adam: Adam  # `DeferredAdam` where the host updates rows
-    learning_rates: Callable[[int], Sequence[float]]  # of each schedule, at a step from 1
+    learning_rates: LearningRates
     # Is called with ids [V] and the rows on the device after each step, where they are updated there and before they
     # are in the store; with whole chunks (`chunks_of`) of a view that is stepped chunk by chunk. They may lack moments.
     on_step: Callable[[Tensor, RowState], None] | None = None
