@@ -38,19 +38,34 @@ MARGIN = Margin(means=0.02, scales=0.01, quats=0.01, opacities=0.1)
 MARGIN_OF_SCENE = Margin(means=1e-4, scales=0.01, quats=0.002, opacities=0.1)
 
 
-def with_moments(rows: Tensor, seed: int = 0) -> RowState:
-    """Rows [M, columns] of which some have moments, as large as they may be or smaller, and some have none yet."""
+def with_moments(rows: Tensor, seed: int = 0, share: float = 1.0) -> RowState:
+    """Rows [M, columns] of which some have moments, up to a share of what they may be, and some have none yet."""
     generator = torch.Generator().manual_seed(seed + len(rows))
     v = torch.rand(rows.shape, generator=generator) ** 8
-    ratio = DRIFT.largest_ratio * torch.rand(rows.shape, generator=generator).sub(0.5).mul(2) ** 3
+    ratio = share * DRIFT.largest_ratio * torch.rand(rows.shape, generator=generator).sub(0.5).mul(2) ** 3
     kept = torch.rand(len(rows), 1, generator=generator) < 0.7
     random = torch.zeros(rows.shape, dtype=torch.int64)
     return RowState(rows, (pack(kept * 0.99 * ratio * v.sqrt(), kept * v, random),))
 
 
+def with_largest_moments(rows: Tensor) -> RowState:
+    """Rows [M, columns] of which the first moments are as large as they may be."""
+    m, v = torch.full_like(rows, DRIFT.largest_ratio), torch.ones_like(rows)
+    return RowState(rows, (pack(m, v, torch.zeros(rows.shape, dtype=torch.int64)),))
+
+
+def with_moments_that_are_not_finite(rows: RowState) -> RowState:
+    """Of each axis the first and the second one, infinite and no number, each in a block of its own."""
+    words = rows.moments[0].clone()
+    for number, (axis, bits, shift) in enumerate(product(range(3), (0x7F80, 0x7FC0), (0, 16))):
+        row = BLOCK_ROWS * number
+        words[row, axis] = words[row, axis] & (0xFFFF << 16 - shift) | bits << shift
+    return RowState(rows.parameters, (words,))
+
+
 def bounds_of(kind: str, rows: Tensor | RowState, some: int = 640, drift: bounds.Drift | None = None) -> Balls | Boxes:
-    """Bounds of rows [N, 12], which come in parts; without moments their means may drift as far as any."""
-    bounds, state = BOUNDS[kind](CPU), rows if isinstance(rows, RowState) else RowState(rows, ())
+    """Bounds of rows [N, 12], which come in parts; without moments their means drift as far as any."""
+    bounds, state = BOUNDS[kind](CPU), rows if isinstance(rows, RowState) else with_largest_moments(rows)
     count = len(state.parameters)
     bounds.rebuild(count, ((state[first : first + some], drift or DRIFT) for first in range(0, count, some)))
     return bounds
@@ -114,11 +129,15 @@ def test_rows_that_move_by_the_margin_are_found_where_they_were(kind):
         assert torch.isin(exact(moved, cameras, Margin()), bounds.visible_ids(cameras, MARGIN)).all()
 
 
-def test_rows_that_drift_by_their_moments_are_found_where_they_were():
+@pytest.mark.parametrize("along", ["axes", "diagonals"])
+def test_rows_that_drift_by_their_moments_are_found_where_they_were(along):
     """Each in a block of its own, so that a box is as small as a row; one without moments is found as ever."""
     generator, correction, missed = torch.Generator().manual_seed(0), 0.7, 0
     rows = random_geometry(3000, seed=1, median_scale=1e-3, spread=0.2)
     state = with_moments(rows)
+    if along == "diagonals":  # farther than along any axis
+        has_moments = state.moments[0][:, :1] != 0
+        state = RowState(rows, (with_largest_moments(rows).moments[0] * has_moments,))
     m, v = unpack(state.moments[0][:, :3])
     assert bool((v == 0).any(dim=1).any())
     ratio = torch.where(v > 0, m.abs() / v.sqrt(), 0.0)
@@ -129,15 +148,22 @@ def test_rows_that_drift_by_their_moments_are_found_where_they_were():
         cameras, moved = random_cameras(view), rows.clone()
         moved[:, :3] += correction * drift.per_ratio * ratio * torch.randn(3000, 3, generator=generator).sign()
         drawn = BLOCK_ROWS * exact(moved, cameras, Margin())
-        assert torch.isin(drawn, boxes.visible_ids(cameras, Margin(drifts=correction))).all()
+        assert torch.isin(drawn, boxes.visible_ids(cameras, Margin(drift_correction=correction))).all()
         missed += int((~torch.isin(drawn, boxes.visible_ids(cameras, Margin()))).sum())
         still = (v == 0).all(dim=1).nonzero()[:, 0]
-        found = torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin(drifts=correction)))
+        found = torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin(drift_correction=correction)))
         assert torch.equal(found, torch.isin(BLOCK_ROWS * still, boxes.visible_ids(cameras, Margin())))
     assert missed > 20
 
 
+def test_a_first_moment_without_a_second_drifts_no_farther_than_any():
+    m, v = torch.full((1, 12), 1e-20), torch.zeros(1, 12)
+    state = RowState(torch.zeros(1, 12), (pack(m, v, torch.zeros(1, 12, dtype=torch.int64)),))
+    assert bounds.boxes_of(state, DRIFT)[7].item() == pytest.approx(DRIFT.per_ratio * DRIFT.largest_ratio)
+
+
 def test_chunks_of_rows_are_whole_blocks():
+    assert Boxes(CPU)._boxes.shape[0] * 4 == Boxes.BYTES * BLOCK_ROWS
     assert groups.CHUNK_ROWS % BLOCK_ROWS == geometry_culled.COPIED_STATES % BLOCK_ROWS == 0
 
 
@@ -162,7 +188,8 @@ def test_bounds_that_follow_rows_are_those_made_anew(kind):
             ids = bounds.whole((torch.rand(n, generator=generator) < share).nonzero()[:, 0])
             state.parameters[ids] += torch.randn(len(ids), 16, generator=generator)
             state.moments[0][ids] = with_moments(state.parameters[ids]).moments[0]
-            bounds.follow(ids, RowState(state.parameters[ids], (state.moments[0][ids],)), DRIFT)
+            moments = state.moments[0][ids]
+            bounds.follow(ids, state.parameters[ids], moments.clone, DRIFT)
             anew = bounds_of(kind, state)
             for cameras in (random_cameras(n), random_cameras(n + 1)):
                 assert torch.equal(bounds.visible_ids(cameras, MARGIN), anew.visible_ids(cameras, MARGIN))
@@ -222,6 +249,23 @@ def test_kernels_find_what_torch_finds(place):
             assert torch.equal(found, expected)  # with these seeds none is so close to the border
 
 
+@pytest.mark.parametrize("place", [pytest.param(TRITON_DEVICE, marks=NEEDS)])
+def test_kernels_allow_for_drifts_as_torch_does(place):
+    from offload.culling import bounds_triton
+
+    margin, more = replace(MARGIN, drift_correction=0.7), 0
+    for seed in range(3):
+        rows = random_geometry(3001, seed)
+        rows = rows[rows[:, 0].argsort()]  # so that blocks are slices
+        boxes = vars(bounds_of("boxes", with_moments(rows), drift=replace(DRIFT, per_ratio=0.2)))["_boxes"]
+        for view in range(3):
+            cameras = random_cameras(view, count=1 + view % 2, fov=15)
+            found = bounds_triton.visible_boxes(boxes.to(place), cameras, margin).cpu()
+            assert torch.equal(found, bounds.visible_boxes(boxes, cameras, margin))
+            more += len(found) - len(bounds.visible_boxes(boxes, cameras, MARGIN))
+    assert more > 0
+
+
 def arguments_of(kind: str, rows: RowState) -> tuple[Tensor] | tuple[RowState, bounds.Drift]:
     return (rows.parameters,) if kind == "balls" else (rows, DRIFT)
 
@@ -242,14 +286,16 @@ def test_kernels_follow_rows_as_torch_does(place):
             ids = some.whole((torch.rand(n) < share).nonzero()[:, 0])
             expected = vars(some)[f"_{kind}"]
             found = expected.clone().to(place)
-            moved = RowState(rows[ids], ()) if share == 1.0 else with_moments(rows[ids], seed=n)
+            moved = with_moments(rows[ids], seed=n)
+            if n == 1000 and share == 1.0:
+                moved = with_moments_that_are_not_finite(moved)
             there = RowState(moved.parameters.to(place), tuple(moments.to(place) for moments in moved.moments))
             getattr(bounds, f"follow_{kind}")(expected, ids, *(arguments_of(kind, moved)))
             getattr(bounds_triton, f"follow_{kind}")(found, ids.to(place), *arguments_of(kind, there))
             finite = expected.isfinite()
-            drifts = slice(7, 8)  # roots are good to a last place
+            drifts = slice(7, 8)  # torch's roots on the CPU are good to a last place
             torch.testing.assert_close(found.cpu()[drifts], expected[drifts], rtol=1e-6, atol=0, equal_nan=True)
-            found[drifts], finite[drifts] = expected[drifts].to(place), True
+            found[drifts] = expected[drifts].to(place)
             assert torch.equal(found.cpu()[finite], expected[finite])
             assert not found.cpu()[~finite].isfinite().any()
 
@@ -319,6 +365,39 @@ def test_what_a_gpu_has_read_is_what_stood_there_before_rows_changed():
     assert torch.equal(read.cpu(), parameters["opacities"])
 
 
+RATES = dict.fromkeys(("means", "scales", "quats", "opacities", "sh0", "shN"), 1e-3)
+
+
+def store_of_geometry(place: str) -> HostStore | DeviceStore:
+    """1,000 rows, with moments."""
+    rows = random_geometry(1000, seed=5, median_scale=1e-3)
+    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters |= {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
+    if place == "host":
+        store = HostStore(parameters, "geometry", state="compact", max_gaussians=2000)
+    else:
+        store = DeviceStore(parameters, "geometry", state="compact", device=CPU)
+    store.rows.moments[0].copy_(with_moments(store.rows.parameters, share=0.02).moments[0])
+    return store
+
+
+@pytest.mark.parametrize("store", ["host", "device"])
+def test_boxes_of_a_store_know_when_each_row_had_its_last_step(monkeypatch, store):
+    """Rows come in several parts, and each has its own time."""
+    monkeypatch.setattr(geometry_culled, "COPIED_STATES", 3 * BLOCK_ROWS)
+    rows_of, boxes = store_of_geometry(store), Boxes(CPU)
+    adam = AdamOptions(RATES, lambda step: 1e-3 * 0.9**step, (0.9, 0.999))
+    geometry = CulledGeometry(rows_of, adam, boxes, device=CPU)
+    rows_of.last_step.copy_(torch.arange(1000) // BLOCK_ROWS % 9 + 1)
+    geometry.steps_done = 9
+    geometry.visible_ids(random_cameras(0))
+    expected = []
+    for first in range(0, 1000, BLOCK_ROWS):
+        block, last_step = rows_of.rows[first : first + BLOCK_ROWS], int(rows_of.last_step[first])
+        expected.append(bounds.boxes_of(block, drift_after(adam, last_step - 1)))
+    torch.testing.assert_close(vars(boxes)["_boxes"], torch.cat(expected, dim=1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("kind", "store"), [*product(BOUNDS, ("host", "device")), pytest.param("balls", "its own", id="balls of the store")]
 )
@@ -326,40 +405,34 @@ def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
     """Bounds are made of the stored rows in several parts, follow steps, and are made anew after rows have changed."""
     monkeypatch.setattr(geometry_culled, "COPIED_ROWS", 2 * BLOCK_ROWS)
     monkeypatch.setattr(geometry_culled, "COPIED_STATES", 3 * BLOCK_ROWS)
-    rows = random_geometry(1000, seed=5)
-    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
-    parameters |= {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
-    if store == "host":
-        rows_of = HostStore(parameters, "geometry", state="compact", max_gaussians=2000)
-    else:
-        rows_of = DeviceStore(parameters, "geometry", state="compact", device=CPU)
-    rates = dict.fromkeys(("means", "scales", "quats", "opacities", "sh0", "shN"), 1e-3)
-    adam = AdamOptions(rates, lambda step: 1e-3, (0.9, 0.999))
+    rows_of = store_of_geometry(store)
+    adam = AdamOptions({**RATES, "means": 0.05}, lambda step: 0.05, (0.9, 0.999))
     its_bounds = BallsOfStore(rows_of) if store == "its own" else BOUNDS[kind](CPU)
     geometry = CulledGeometry(rows_of, adam, its_bounds, device=CPU)
     assert geometry._margin().means > 0
-    rows_of.rows.moments[0].copy_(with_moments(rows_of.rows.parameters).moments[0])
-    monkeypatch.setattr("tests.test_bounds.DRIFT", drift_after(adam, 0))
+    numbers_found = set[int]()
 
     def assert_culled() -> None:
         stored = rows_of.rows.parameters[:, :12].clone()
         stored[:, 11] = 0
         margin = geometry._margin(know_drifts=kind == "boxes")
-        assert (margin.drifts > 0) == (kind == "boxes")
-        for seed in range(3):
-            cameras = random_cameras(seed)
-            expected = bounds_of(kind, RowState(stored, rows_of.rows.moments)).visible_ids(cameras, margin)
+        assert (margin.drift_correction > 0) == (kind == "boxes")
+        for seed in range(6):
+            cameras = random_cameras(seed, count=1, fov=20)
+            state = RowState(stored, rows_of.rows.moments)
+            expected = bounds_of(kind, state, drift=drift_after(adam, 0)).visible_ids(cameras, margin)
             assert torch.equal(geometry.visible_ids(cameras), expected)
+            numbers_found.add(len(expected))
 
     assert_culled()
     ids = geometry.whole(torch.arange(100, 300))
     values = torch.zeros(len(ids), 16)
     values[:, :14] = rows_of.rows.parameters[ids, :14] + torch.randn(len(ids), 14)
-    state = with_moments(values, seed=9)
+    state = with_moments(values, seed=9, share=0.02)
     with rows_of.changing(ids) as changed:
         columns = changed.parameters.shape[1]  # which are 14 on the device
         changed.parameters[ids], changed.moments[0][ids] = values[:, :columns], state.moments[0][:, :columns]
-    geometry.follow(ids, state)
+    geometry.follow(ids, state.parameters, lambda: state.moments[0])
     assert_culled()
     away = Cameras(torch.eye(4)[None], 1e3 * torch.eye(3)[None], 4, 4, near_plane=1e5)
     geometry.expect_strays(torch.tensor([3, 970]))
@@ -374,3 +447,4 @@ def test_geometry_that_travels_is_culled_by_its_store(monkeypatch, kind, store):
     assert_culled()
     geometry.truncate(100)
     assert_culled()
+    assert len(numbers_found) > 8

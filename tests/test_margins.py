@@ -13,9 +13,11 @@ from torch import Tensor
 from offload.adam.bfloat16 import pack, unpack
 from offload.adam.deferral import largest_step
 from offload.adam.options import AdamOptions
+from offload.culling.boxes import Boxes
 from offload.culling.cameras import Cameras, Margin
 from offload.culling.margins import drift_after, largest_correction, largest_rounded_step, margin_ahead
 from offload.culling.native import BlockBounds, visible_ids
+from offload.models.deferred import compact_parts
 from offload.models.forwarded import ForwardedGaussians
 from offload.models.geometry_host import HostGeometry
 from offload.models.offloaded import OffloadedGaussians
@@ -143,24 +145,31 @@ def test_drifts_are_allowed_for_in_place_of_the_longest():
             margin_ahead(adam, steps_done, lagging=lagging, rounded=True, know_drifts=know_drifts)
             for lagging, know_drifts in ((True, False), (False, True), (True, True))
         )
-        assert own == replace(all_of_it, means=step.means, drifts=own.drifts)
-        assert own.drifts == largest_correction(BETAS, steps_done + 1) <= 1
-        assert step.drifts == all_of_it.drifts == 0
+        assert own == replace(all_of_it, means=step.means, drift_correction=own.drift_correction)
+        assert own.drift_correction == largest_correction(BETAS, steps_done + 1) <= 1
+        assert step.drift_correction == all_of_it.drift_correction == 0
         drift = drift_after(adam, steps_done)
-        longest = own.means + own.drifts * drift.per_ratio * drift.largest_ratio
+        longest = own.means + own.drift_correction * drift.per_ratio * drift.largest_ratio
         assert longest == pytest.approx(all_of_it.means, rel=1e-6)
 
 
+PLACES_OF_ROWS = ["on the host", "partly on the device", "on the device"]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("resident_share", [0.0, 0.4, 1.0])
-def test_boxes_that_have_followed_steps_are_those_made_anew(device, resident_share):
+@pytest.mark.parametrize("place", PLACES_OF_ROWS)
+def test_boxes_that_have_followed_steps_are_those_made_anew(device, place):
     """To the last bit, or a run that is resumed, or has other residents, would fetch other rows than before."""
-    rows = random_geometry(3000, seed=0)
+    rows, where = random_geometry(3000, seed=0), torch.device(device)
     parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
     parameters |= {"sh0": torch.zeros(len(rows), 1, 3), "shN": torch.zeros(len(rows), 15, 3)}
     adam = AdamOptions(RATES, lambda step: RATES["means"] * 0.9**step, BETAS)
-    there = dict(device=torch.device(device), geometry="host", state="compact", max_gaussians=3000)
-    gaussians = StreamedGaussians(parameters, adam, resident_share=resident_share, **there)
+    if place == "on the device":
+        gaussians = OffloadedGaussians(*compact_parts(parameters, adam, Boxes(where), where), where)
+    else:
+        there = dict(device=where, geometry="host", state="compact", max_gaussians=3000)
+        share = 0.4 if place == "partly on the device" else 0.0
+        gaussians = StreamedGaussians(parameters, adam, resident_share=share, **there)
     views = [random_cameras(seed, count=1, fov=20) for seed in range(40)]
     for cameras, upcoming in pairwise(views):
         drawn = gaussians.fetch(cameras)

@@ -76,6 +76,13 @@ def test_values_and_gradients_are_those_of_each_operation(kind, device, count, n
 
 
 @pytest.mark.parametrize(("kind", "device"), PLACES)
+def test_a_leaf_without_values_takes_no_memory_and_tells_whoever_reads_it(kind, device):
+    leaf = leaf_without_values(1000, 16, torch.device(device))
+    assert leaf.untyped_storage().nbytes() == 4
+    assert leaf.isnan().all()
+
+
+@pytest.mark.parametrize(("kind", "device"), PLACES)
 def test_activated_values_are_exact_over_their_range(kind, device):
     """From what vanishes to what is infinite, and what is no number."""
     rows = torch.zeros(4001, LAYOUT.num_columns, device=device)

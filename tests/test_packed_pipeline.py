@@ -99,8 +99,8 @@ class Training:
         (self.bounds > 0).nonzero()
         return self.views[index].clone()
 
-    def follow(self, ids: Tensor, rows: RowState) -> None:
-        self.bounds[ids] = rows.parameters[:, 0]
+    def follow(self, ids: Tensor, values: Tensor, moments: Callable[[], Tensor]) -> None:
+        self.bounds[ids] = values[:, 0]
 
     def run(self, after: Callable[[int], None] = lambda step: None) -> None:
         for step in range(self.steps, len(self.views)):
@@ -459,6 +459,13 @@ def test_residents_that_could_not_be_read_are_none(monkeypatch):
     assert training.pipeline._residents.rows is None
     training.run()
     training.assert_exact()
+
+
+def test_values_of_geometry_are_not_held_beside_what_rendering_takes_of_them():
+    pipeline, _ = make_pipeline(N, lambda index: torch.arange(index, N))
+    values = pipeline.fetch(0).values
+    assert {name: leaf.untyped_storage().nbytes() for name, leaf in values.items()}["geometry"] == 4
+    assert values["geometry"].shape == (N, 16)
 
 
 def test_rows_written_since_a_view_was_given_up_are_counted():

@@ -169,21 +169,32 @@ class DeferralTables:
             "after": sums.float(),
         }
 
-    def matches(self, tables: Mapping[str, Tensor], learning_rates: LearningRates) -> bool:
-        """Tell whether an optimizer with the same columns and betas left these tables, and with no larger rates.
+    def matches(self, tables: Mapping[str, Tensor]) -> bool:
+        """Tell whether an optimizer with the same columns and betas left these tables.
 
-        Rows of larger ones lag behind by more than culling allows for, which knows the present rates only.
-
-        Args:
-            tables: As `tables` gives them.
-            learning_rates: The present ones.
+        Rates of the columns may all have been others, if each schedule's kept their ratio: `rates_have_not_fallen`.
         """
         return (
             tuple(tables["betas"].tolist()) == self.betas
             and tables["eps"].item() == self._plain_eps
             and torch.equal(tables["multipliers"], self.multipliers.cpu())
-            and self._lag_no_further(tables, learning_rates)
         )
+
+    def rates_have_not_fallen(self, tables: Mapping[str, Tensor], learning_rates: LearningRates) -> bool:
+        """Tell whether rows that these tables are of lag behind no farther than they would have at other rates.
+
+        Culling allows for what the present rates make of skipped steps.
+
+        Args:
+            tables: As `tables` gives them; they match.
+            learning_rates: The present ones.
+
+        Raises:
+            ValueError: They do not belong together.
+        """
+        t = int(tables["step_count"])
+        sums = checked_table(tables, "sums", (t + 1, self.schedules))
+        return bool((sums <= ROUNDING * self._sums_of(t, learning_rates)).all())
 
     def load_state(self, tables: Mapping[str, Tensor]) -> None:
         """Go on after the steps that another optimizer has left.
@@ -233,12 +244,6 @@ class DeferralTables:
     def _corrected_eps(self, t: int) -> float:
         # m / (sqrt(v) / root_correction + eps) = root_correction * m / (sqrt(v) + eps * root_correction)
         return self._plain_eps * self._root_correction(t)
-
-    def _lag_no_further(self, tables: Mapping[str, Tensor], learning_rates: LearningRates) -> bool:
-        """Tell whether rows that other tables go with lag behind no further than with these rates."""
-        t = int(tables["step_count"])
-        sums = checked_table(tables, "sums", (t + 1, self.schedules))
-        return bool((sums <= ROUNDING * self._sums_of(t, learning_rates)).all())
 
     def _sums_of(self, t: int, learning_rates: LearningRates) -> Tensor:
         """Compute C_t(s) [t + 1, schedules] of rates from the first step on, indexed by s; float64 on the host."""

@@ -267,8 +267,8 @@ def load_deferred(
 ) -> None:
     """Fill what holds one group, whose steps are deferred.
 
-    Where the same optimizer goes on, rows may keep lagging behind; else they are caught up with the tables that they
-    were trained with.
+    Where the same optimizer goes on, and its rates have not fallen, rows may keep lagging behind; else they are caught
+    up with the tables that they were trained with.
 
     Args:
         place: What is filled.
@@ -278,8 +278,8 @@ def load_deferred(
         state: Of as many Gaussians as the place has.
     """
     stored, tables = place.arrays_by_name(), deferral_tables(state, group)
-    goes_on = is_deferred(state, group) and all(key in state for key in stored) and adam.matches(tables, learning_rates)
-    if goes_on:
+    is_the_same = is_deferred(state, group) and adam.matches(tables) and all(key in state for key in stored)
+    if is_the_same and adam.rates_have_not_fallen(tables, learning_rates):
         for key, rows in stored.items():
             copy_blocks(rows, state[key])
         copy_blocks(place.last_step, state[f"last_step/{group}"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -47,9 +47,9 @@ class Balls:
             self._balls[:, first:last] = balls_of(some.parameters)
             first = last
 
-    def follow(self, ids: Tensor, rows: RowState, drift: Drift) -> None:
-        """Take new geometry of Gaussians [V]."""
-        self._follow(self._balls, ids, rows.parameters)
+    def follow(self, ids: Tensor, values: Tensor, moments: Callable[[], Tensor], drift: Drift) -> None:
+        """Take new geometry [V, columns] of Gaussians [V]."""
+        self._follow(self._balls, ids, values)
 
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
         """Find the sorted ids, int64 [V], of what cameras may draw after moving as far as the margin; waits."""
@@ -81,7 +81,7 @@ class BallsOfStore:
     def rebuild(self, num_rows: int, rows: Iterator[tuple[RowState, Drift]]) -> None:
         """Do nothing: the store has the rows."""
 
-    def follow(self, ids: Tensor, rows: RowState, drift: Drift) -> None:
+    def follow(self, ids: Tensor, values: Tensor, moments: Callable[[], Tensor], drift: Drift) -> None:
         """Do nothing: the store has the rows."""
 
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:

@@ -30,7 +30,7 @@ class Drift:
     After a step that leaves the moments m and v, all that come move a mean by at most |m| / sqrt(v) times `per_ratio`.
     """
 
-    per_ratio: float | Tensor  # world units; or float32 [M], of rows that had their last steps at other times
+    per_ratio: float | Tensor  # world units; float32 [M] of rows that had their last steps at several times
     largest_ratio: float  # of |m| / sqrt(v)
 
 
@@ -45,7 +45,7 @@ def boxes_of(rows: RowState, drift: Drift) -> Tensor:
     They are the lowest and the highest mean, the largest log scale, and how far a mean drifts at most.
 
     Args:
-        rows: float32 [M, columns] and pairs of moments; without moments any are possible.
+        rows: float32 [M, columns] and pairs of moments.
         drift: What moments mean.
     """
     lacking = -len(rows.parameters) % BLOCK_ROWS
@@ -60,11 +60,10 @@ def boxes_of(rows: RowState, drift: Drift) -> Tensor:
 
 
 def _ratios(rows: RowState, largest: float) -> Tensor:
-    """Return |m| / sqrt(v) of means, [M, 3]."""
-    if not rows.moments:
-        return rows.parameters.new_full((len(rows.parameters), 3), largest)
+    """Return |m| / sqrt(v) of means, [M, 3]; NaN where one of them is not finite."""
     m, v = unpack(rows.moments[0][:, :3])
-    return (m.abs() / v.sqrt().clamp(min=SMALLEST_ROOT)).clamp(max=largest)
+    ratios = m.abs() / v.sqrt().clamp(min=SMALLEST_ROOT)
+    return ratios.clamp(max=largest) + (m - m) + (v - v)
 
 
 def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -73,7 +72,7 @@ def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 
 def follow_boxes(boxes: Tensor, ids: Tensor, rows: RowState, drift: Drift) -> None:
-    """Make boxes [8, blocks] anew of Gaussians [V], which are whole blocks and whose geometry is V rows."""
+    """Make boxes [8, blocks] anew of Gaussians [V], which are whole blocks and had their last step at one time."""
     if len(ids):
         boxes[:, ids[::BLOCK_ROWS] // BLOCK_ROWS] = boxes_of(rows, drift)
 
@@ -113,5 +112,6 @@ def tests_of(cameras: Cameras, margin: Margin) -> np.ndarray:
     half_spaces = np.empty((len(packed), NUM_HALF_SPACES, 6))
     native.half_spaces(packed, half_spaces)
     errors = packed[:, [native.CAMERA_FIELDS[name] for name in ("largest_translation", "move")]]
-    drifting = np.full((len(packed), 1), np.sqrt(3.0) * margin.drifts, np.float32)  # a length, as `move` is one
+    length = np.sqrt(3.0) * margin.drift_correction  # of what moves so far along each axis
+    drifting = np.full((len(packed), 1), length, np.float32)
     return np.concatenate([errors, drifting, half_spaces.reshape(len(packed), -1).astype(np.float32)], axis=1)

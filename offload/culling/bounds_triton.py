@@ -33,12 +33,11 @@ def follow_balls(balls: Tensor, ids: Tensor, rows: Tensor) -> None:
 def follow_boxes(boxes: Tensor, ids: Tensor, rows: RowState, drift: bounds.Drift) -> None:
     """Do as `offload.culling.bounds.follow_boxes`."""
     if len(ids):
-        values, moments = rows.parameters, rows.moments[0] if rows.moments else None
+        values, moments = rows.parameters, rows.moments[0]
         with torch.cuda.device_of(boxes):
             _follow_boxes[(triton.cdiv(len(ids), bounds.BLOCK_ROWS),)](
-                boxes, boxes.stride(0), ids, values, values.stride(0), moments,
-                0 if moments is None else moments.stride(0), drift.per_ratio, drift.largest_ratio, len(ids),
-                num_warps=2,
+                boxes, boxes.stride(0), ids, values, values.stride(0), moments, moments.stride(0), drift.per_ratio,
+                drift.largest_ratio, len(ids), num_warps=2,
             )  # fmt: skip
 
 
@@ -86,7 +85,7 @@ def _follow_boxes(
     ids,  # [V], whole blocks
     rows,  # [V, columns]
     columns,
-    moments,  # int32 [V, words], pairs; or None
+    moments,  # int32 [V, words], pairs
     words,
     drift_per_ratio,
     largest_ratio,
@@ -97,24 +96,21 @@ def _follow_boxes(
     row = tl.minimum(row, num_rows - 1)  # those that the last block lacks: its last row once more
     box = boxes + tl.load(ids + first) // BLOCK_ROWS
     values = rows + row * columns
-    largest = 0.0
-    if moments is None:
-        largest = largest_ratio
+    largest, moments_spoiled = 0.0, 0.0
     for axis in tl.static_range(3):
         x = tl.load(values + axis)
-        if moments is not None:
-            m, v = unpack(tl.load(moments + row * words + axis))
-            # Rounded as torch does: boxes that are made anew are the same, or a resumed run would fetch other rows.
-            ratio = tl.div_rn(tl.abs(m), tl.maximum(tl.sqrt_rn(v), _SMALLEST_ROOT))
-            spoiled = tl.sum(ratio - ratio, axis=0)
-            largest = tl.maximum(largest, tl.max(tl.minimum(ratio, largest_ratio), axis=0)) + spoiled
+        m, v = unpack(tl.load(moments + row * words + axis))
+        # Rounded as torch does: boxes that are made anew are the same, or a resumed run would fetch other rows.
+        ratio = tl.div_rn(tl.abs(m), tl.maximum(tl.sqrt_rn(v), _SMALLEST_ROOT))
+        largest = tl.maximum(largest, tl.max(tl.minimum(ratio, largest_ratio), axis=0))
+        moments_spoiled += tl.sum((m - m) + (v - v), axis=0)
         spoiled = tl.sum(x - x, axis=0)  # NaN where any is not finite, which `min` and `max` hide
         tl.store(box + axis * stride, tl.min(x, axis=0) + spoiled)
         tl.store(box + (3 + axis) * stride, tl.max(x, axis=0) + spoiled)
     s0, s1, s2 = tl.load(values + 3), tl.load(values + 4), tl.load(values + 5)
     spoiled = tl.sum((s0 - s0) + (s1 - s1) + (s2 - s2), axis=0)
     tl.store(box + 6 * stride, tl.max(tl.maximum(s0, tl.maximum(s1, s2)), axis=0) + spoiled)
-    tl.store(box + 7 * stride, largest * drift_per_ratio)
+    tl.store(box + 7 * stride, (largest + moments_spoiled) * drift_per_ratio)
 
 
 @triton.jit(do_not_specialize=["stride", "num_boxes"])

@@ -13,7 +13,7 @@ there can be: of a city of 100 million Gaussians a small view took a third more 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -58,9 +58,16 @@ class Boxes:
             self._boxes[:, first : first + boxes.shape[1]] = boxes
             first += boxes.shape[1]
 
-    def follow(self, ids: Tensor, rows: RowState, drift: Drift) -> None:
-        """Take new geometry of Gaussians [V], which are whole blocks, and how far their means drift from there."""
-        self._kernels.follow_boxes(self._boxes, ids, rows, drift)
+    def follow(self, ids: Tensor, values: Tensor, moments: Callable[[], Tensor], drift: Drift) -> None:
+        """Take new geometry of Gaussians, which are whole blocks.
+
+        Args:
+            ids: int64 [V], sorted.
+            values: [V, columns].
+            moments: Gives pairs of them, int32 [V, words].
+            drift: How far means drift from there.
+        """
+        self._kernels.follow_boxes(self._boxes, ids, RowState(values, (moments(),)), drift)
 
     def visible_ids(self, cameras: Cameras, margin: Margin) -> Tensor:
         """Find the sorted ids, int64 [V], of blocks of which cameras may draw some after moving as far as the margin.

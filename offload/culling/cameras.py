@@ -30,16 +30,16 @@ class Cameras:
 
 @dataclass(frozen=True)
 class Margin:
-    """Say how far geometry may move between culling and drawing: the largest change of any one number of a row."""
+    """Say how far geometry may move between culling and drawing, by the largest change of any one number of a row."""
 
     means: float = 0.0  # world units
     scales: float = 0.0  # of log scales
     quats: float = 0.0  # of stored quaternions
     opacities: float = 0.0  # of logit opacities
     pixels: float = 0.0  # added to the radii on top
-    # On what boxes know of how far means drift by skipped steps (`offload/culling/boxes.py`), beside `means`; the bias
-    # correction of these steps.
-    drifts: float = 0.0
+    # The bias correction of skipped steps: a factor on how far boxes know means to drift by them, beside `means`
+    # (`offload/culling/boxes.py`); 0 where `means` allows for it.
+    drift_correction: float = 0.0
 
 
 def pack(cameras: Cameras, margin: Margin) -> np.ndarray:

@@ -95,5 +95,6 @@ def margin_ahead(
     drift, correction = largest_drift(adam.betas, step), largest_correction(adam.betas, steps_done + 1)
     margin = margin_of((step + (drift if lagging else 0.0)) * correction, adam.learning_rates)
     if lagging and know_drifts:
-        margin = replace(margin, means=margin_of(step * correction, adam.learning_rates).means, drifts=correction)
+        own = margin_of(step * correction, adam.learning_rates)
+        margin = replace(margin, means=own.means, drift_correction=correction)
     return replace(margin, means=margin.means + adam.displacement)

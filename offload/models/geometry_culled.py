@@ -6,7 +6,7 @@ GS-Scale, arXiv 2509.15645, without moments).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -85,10 +85,10 @@ class CulledGeometry:
         self._make_bounds()
         return self._bounds.whole(ids)
 
-    def follow(self, ids: Tensor, rows: RowState) -> None:
-        """Take the rows that Gaussians [V] have after the next step, on the device; they may lack moments."""
+    def follow(self, ids: Tensor, values: Tensor, moments: Callable[[], Tensor]) -> None:
+        """Take what Gaussians [V] are after the next step, as `RowGroup.on_step` is told of it."""
         if self._bounds_are_good:
-            self._bounds.follow(ids, rows, drift_after(self._adam, self.steps_done))
+            self._bounds.follow(ids, values, moments, drift_after(self._adam, self.steps_done))
 
     def expect_strays(self, ids: Tensor | None) -> None:
         """Find these rows, sorted int64 [F], for every camera from now on; None: none any more."""

@@ -18,7 +18,7 @@ from offload.adam.schedules import schedules_of
 from offload.adam.state import ARRAYS, PACKED_GEOMETRY, State, load_deferred, named_tables
 from offload.adam.stored_harmonics import StoredHarmonics
 from offload.culling.cameras import Cameras
-from offload.models.contract import GeometryPlace, StepOrder, check_names, check_rows
+from offload.models.contract import GeometryPlace, StepOrder, WrongOrder, check_names, check_rows
 from offload.models.geometry_culled import CulledGeometry
 from offload.models.geometry_device import DeviceGeometry
 from offload.models.geometry_host import HostGeometry
@@ -86,18 +86,20 @@ class OffloadedGaussians:
         """Return the rows [V] that a view needs, on the device, for `training.gaussians.activate`."""
         with self._order.taking("fetch", cameras=cameras):
             self._forget_other_rows(cameras)
+            self._seen = None
             if sh_degree is None or len(cameras.viewmats) != 1 or self._stored is None:
-                self._seen, rows = None, self._pipeline.fetch(cameras)
-                self._ids = rows.ids
-                return self._to_render_or_undo(rows)
+                rows = self._pipeline.fetch(cameras)
+                with self._known_for_another_fetch(rows):
+                    return self._to_render(rows)
             rows, stored = self._stored.fetch_stored(cameras, "appearance")
-            self._ids, named = rows.ids, self._to_render_or_undo(rows)
-            if stored.has_constant:  # zeros receive its gradient
-                named["sh0"] = torch.zeros(len(rows.ids), 1, 3, device=rows.ids.device).requires_grad_()
-            harmonics = StoredHarmonics(named.pop("sh0"), stored, sh_degree)
-            self._seen = cameras, harmonics, named["means"].detach()
-            named["colors"] = harmonics
-            return named
+            with self._known_for_another_fetch(rows):
+                named = self._to_render(rows)
+                if stored.has_constant:  # zeros receive its gradient
+                    named["sh0"] = torch.zeros(len(rows.ids), 1, 3, device=rows.ids.device).requires_grad_()
+                harmonics = StoredHarmonics(named.pop("sh0"), stored, sh_degree)
+                self._seen = cameras, harmonics, named["means"].detach()
+                named["colors"] = harmonics
+                return named
 
     @property
     def ids(self) -> Tensor:
@@ -301,12 +303,14 @@ class OffloadedGaussians:
         if self._order.knows_rows_of_other(cameras):
             self._pipeline.forget_upcoming()
 
-    def _to_render_or_undo(self, rows: FetchedRows) -> NamedRows:
-        """Do as `_to_render`; where that fails these rows are known for a `fetch` that is repeated."""
+    @contextmanager
+    def _known_for_another_fetch(self, rows: FetchedRows) -> Iterator[None]:
+        """Take rows as those of the present view; where what follows fails they are known for a repeated `fetch`."""
+        self._ids = rows.ids
         try:
-            return self._to_render(rows)
+            yield
         except BaseException:
-            self._leaves, self._rows = {}, None
+            self._leaves, self._rows, self._seen = {}, None, None
             self._pipeline.undo_step(self.steps_done)
             raise
 
@@ -327,10 +331,10 @@ class OffloadedGaussians:
         """Return the values [V, columns] of a group's rows of a view, whose ids `fetch` has given.
 
         Raises:
-            RuntimeError: The step on them has ended.
+            WrongOrder: The step on them has ended.
         """
         if self._rows is None or self._rows.ids is not ids:
-            raise RuntimeError("parameters of rows were first asked for after the step on these rows had ended")
+            raise WrongOrder("parameters of rows were first asked for after the step on these rows had ended")
         if self._reads_present is None:
             return self._rows.values[name].detach()
         return self._reads_present.read_present(name)

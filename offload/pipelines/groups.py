@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Generic, TypeVar
 
@@ -14,12 +15,18 @@ from offload.adam.deferral import DeferralTables, LearningRates, begin_steps
 from offload.adam.finite import gradient_of
 from offload.adam.harmonics import HarmonicsGradient
 from offload.store.contract import RowStore
-from offload.store.layout import PackedRows, RowState, packed_rows
+from offload.store.layout import PackedRows, packed_rows
 
 CHUNK_ROWS = 1 << 16  # visited at once when nothing is rendered: 38 MB of appearance
 
 
 Adam = TypeVar("Adam", bound=DeferralTables)
+
+
+# Is told of rows after a step that a device has taken on them, whether the store has them already or not: ids [V],
+# their values [V, columns], and what gives their moments [V, words] while it is called. A view that is stepped chunk by
+# chunk comes in whole chunks (`chunks_of`).
+OnStep = Callable[[Tensor, Tensor, Callable[[], Tensor]], None]
 
 
 @dataclass
@@ -32,9 +39,7 @@ class RowGroup(Generic[Adam]):
     store: RowStore
     adam: Adam  # `DeferredAdam` where the host updates rows
     learning_rates: LearningRates
-    # Is called with ids [V] and the rows on the device after each step, where they are updated there and before they
-    # are in the store; with whole chunks (`chunks_of`) of a view that is stepped chunk by chunk. They may lack moments.
-    on_step: Callable[[Tensor, RowState], None] | None = None
+    on_step: OnStep | None = None
 
     @property
     def packed(self) -> PackedRows:
@@ -91,12 +96,18 @@ def step_packed(
     rows = packed_rows(words, name)
     kernels.step_view_rows(values, ids, last_step, gradient, rows, group.adam)
     if group.on_step is not None:
-        group.on_step(ids, rows)
+        group.on_step(ids, rows.parameters, lambda: rows.moments[0])
 
 
 def leaf_without_values(count: int, columns: int, device: torch.device) -> Tensor:
-    """Return a leaf [V, columns] that takes no memory until it receives a gradient."""
-    return torch.empty(1, 1, device=device).expand(count, columns).requires_grad_()
+    """Return a leaf [V, columns] that takes no memory until it receives a gradient; its values are NaN."""
+    return _no_number(device).expand(count, columns).requires_grad_()
+
+
+@cache
+def _no_number(device: torch.device) -> Tensor:
+    """Return NaN [1, 1], once for each device: to fill it is a launch, and views are many."""
+    return torch.full((1, 1), torch.nan, device=device)
 
 
 def gradient_or_made(leaf: Tensor | None, made: HarmonicsGradient | None) -> Tensor | HarmonicsGradient:

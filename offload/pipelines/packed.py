@@ -87,7 +87,7 @@ class PackedView:
     # stay on the host.
     rows: dict[str, PackedRows]
     values: dict[str, Tensor] = field(default_factory=dict)  # group -> [V, columns], leaves that receive gradients
-    displaced: dict[str, Tensor] = field(default_factory=dict)  # group -> values [V, columns] to begin the update with
+    displaced: Tensor | None = None  # values [V, columns] of geometry to begin the update with
     fetched: torch.cuda.Event | None = None
     written: torch.cuda.Event | None = None
     overwritten: slice | None = None  # rows whose space the next view has taken, once these were on the host
@@ -221,7 +221,9 @@ class PackedPipeline:
         begin_step_of(self._groups.values())
         self._applied = True
         # Those of geometry are read once more, as the gradient of harmonics is made, where the rows are.
-        values = {name: leaf.detach() for name, leaf in view.values.items() if name != "geometry"} | view.displaced
+        values = {name: leaf.detach() for name, leaf in view.values.items() if name != "geometry"}
+        if view.displaced is not None:
+            values["geometry"] = view.displaced
         if view.stays:
             self._passing.step(view.ids, values, gradients)
         else:
@@ -229,7 +231,7 @@ class PackedPipeline:
                 step_packed(group, name, view.rows[name], view.ids, values.get(name), gradients[name], self._kernels)
         for leaf in view.values.values():
             leaf.grad = None  # whoever still holds the values has no use for it
-        gradients, values, view.values, view.displaced = {}, {}, {}, {}
+        gradients, values, view.values, view.displaced = {}, {}, {}, None
         self._rows_given += len(view.ids)
         self._lacking = None
         if view.stays:
@@ -252,7 +254,7 @@ class PackedPipeline:
         """Move means of rows of the present view: the update begins with these values."""
         values = self.read_present("geometry")
         displacement.add_to(values[:, MEANS])
-        fetched(self._present).displaced = {"geometry": values}
+        fetched(self._present).displaced = values
 
     def read_present(self, name: str) -> Tensor:
         """Return the values [V, columns] of a group's rows in the present view.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -11,20 +9,6 @@ from offload.adam.harmonics import HarmonicsGradient
 from offload.backends import kernels_for
 from offload.pipelines.groups import RowGroup, chunks_of
 from offload.store.layout import RowState
-
-
-class _Stepped(RowState):
-    """Holds rows [V] as they are after a step; their moments are copied from the store when they are asked for."""
-
-    def __init__(self, values: Tensor, rows: RowState, ids: Tensor) -> None:
-        self.__dict__.update(parameters=values, _rows=rows, _ids=ids)
-
-    _rows: RowState
-    _ids: Tensor
-
-    @cached_property
-    def moments(self) -> tuple[Tensor, ...]:
-        return tuple(moments[self._ids] for moments in self._rows.moments)
 
 
 class RowsInPlace:
@@ -64,7 +48,7 @@ class RowsInPlace:
         with group.store.changing(ids) as rows:
             self._kernels.step_stored_rows(values, ids, group.store.last_step, gradients, rows, group.adam)
         if group.on_step is not None and values is not None:
-            group.on_step(ids, _Stepped(values, rows, ids))
+            group.on_step(ids, values, lambda: rows.moments[0][ids])
 
     def catch_up(self, ids: Tensor | None) -> None:
         """Let a store on the device hold the current values of rows, so that others may read and change them.
