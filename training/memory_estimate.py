@@ -14,9 +14,9 @@ there is no room, at the end of the backward pass, when slopes have been given b
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
 
-Bytes per pixel: the photos of this view and the next (3 each), this one's in float32 (12), the rendering (12), SSIM's
-derivatives (36; on a GPU those of a band of a large picture), gradients (16), alphas and last ids (8): 90, and 70 of
-1920x1080 pixels, counted as 100.
+Bytes per pixel: the photos of this view and the next (3 each), this one's in float32, where the rendering's gradient
+takes its place (12), the rendering (12), SSIM's derivatives (36; on a GPU those of a band of a large picture), alphas
+and their gradient, last ids (12): 78, and 58 of 1920x1080 pixels, counted as 100.
 
 Nothing takes memory for all Gaussians beside the trainer's own: checkpoints and PLY files are written block by block.
 But those that training starts with stand twice until they are stored, 236 bytes as read; and a host store that grows
@@ -263,13 +263,15 @@ def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: State
         staged = MADE_BYTES
     compact_geometry = row_bytes("geometry", sh_degree, state="compact", tight=True)
     rows, in_view = (GEOMETRY_BYTES, 3 * 44) if is_float32 else (compact_geometry, 2 * 64)
+    if not on_device:
+        in_view = MOVING_ROWS * of_geometry + (0 if is_float32 else GEOMETRY_COPIES)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=rows if on_device else 0,
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * (of_geometry + staged)),
         device=rows if on_device else 0,
-        device_in_view=moving + (in_view if on_device else MOVING_ROWS * of_geometry) + RENDERING_BYTES,
+        device_in_view=moving + in_view + RENDERING_BYTES,
         device_while_changed=compact_geometry if on_device and not is_float32 else 0,
     )
 
