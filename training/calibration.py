@@ -19,6 +19,7 @@ import torch
 
 from offload.tiles.budget import PIXEL_BYTES
 from trainers import TRAINERS
+from training.memory_estimate import NO_ROOM, needs_beside_gpu
 
 STREAMED = "simple_trainer_hybrid_streamed"  # the script whose device reads and writes rows of the host
 # Launching the kernels of a step takes the host so many times what launching those of rendering does. Of
@@ -38,6 +39,9 @@ LAUNCHES_BESIDE_CPU = 2.95  # of the trainers whose CPU runs Adam
 DENSE = 0.7  # of the speed of copies, at which dense Adam and what goes with it visit all Gaussians (18 and 40 million)
 # Bytes over the link, of a row, that wait for its gradients: nothing is rendered meanwhile.
 AFTER_RENDERING = {"streamed_geometry_on_host": 768}
+# Of the speed of copies, at which a view's rows are read where they lie on the host, while it is rendered: 12.9 ms for
+# those of 1.15 million (benchmarks/results/bigcity_h200.md).
+IN_PLACE = 0.53
 NEXT = 2  # trainers that are named beside the fastest
 
 
@@ -61,7 +65,7 @@ class Scene:
     """Hold what is to be trained, and the memory that there is for it."""
 
     num_gaussians: int  # N, to which it grows
-    visible: float  # share of them that a view sees
+    visible: float  # share of them that a view sees; each view the same
     num_pixels: int  # of a picture
     device_memory: float  # bytes
     host_memory: float  # bytes
@@ -76,6 +80,9 @@ class Advice:
     moving: float  # milliseconds of all that it moves, one after the other: of two equals the one that moves less wins
     device_memory: float  # bytes
     host_memory: float  # bytes
+    fits: bool  # the trainer accepts so many Gaussians
+    at_least: bool  # the GPU has no room for the rows of two views at once, so that steps may take longer than said
+    slows: bool  # nor for those of one: they stay on the host, as the trainer says
 
     @property
     def command(self) -> str:
@@ -92,11 +99,7 @@ def advise(speeds: Speeds, scene: Scene) -> list[Advice]:
         scene: What is to be trained.
     """
     all_advice = [estimate(name, speeds, scene) for name in TRAINERS]
-    fitting = [
-        advice
-        for advice in all_advice
-        if advice.device_memory <= scene.device_memory and advice.host_memory <= scene.host_memory
-    ]
+    fitting = [advice for advice in all_advice if advice.fits]
     return sorted(fitting, key=lambda advice: (advice.milliseconds, advice.moving))
 
 
@@ -110,8 +113,15 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     """
     trainer = TRAINERS[name]
     cfg = replace(trainer.load().CONFIGS["default"], **trainer.options)
-    footprint = trainer.footprint(cfg)
-    host, device = footprint.while_training(scene.visible)
+    needs = needs_beside_gpu(
+        trainer.footprint(cfg),
+        scene.visible,
+        PIXEL_BYTES * scene.num_pixels,
+        int(scene.host_memory),
+        int(scene.device_memory),
+    )
+    of_device = needs.by_memory["device"]
+    lacking, slows = of_device.lacking_bytes(scene.num_gaussians), of_device.slows(scene.num_gaussians)
     num_visible = scene.visible * scene.num_gaussians
     traffic = trainer.traffic(scene.num_gaussians, num_visible)
     compact, streams = trainer.options.get("state") == "compact", trainer.script == STREAMED
@@ -125,6 +135,10 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     on_all = traffic.device / ((DENSE if name == "gpu_only" else 1) * speeds.device)
     on_device += on_all
     on_link = traffic.link / link_speed
+    if slows:  # read in place, and brought to the device to be stepped when that is done
+        on_device += traffic.link / (IN_PLACE * speeds.copies) + on_link
+    else:  # what finds no room comes when the view before has gone
+        on_link += lacking / link_speed
     # What streams over the host's memory the device has measured.
     on_host = 0.0 if streams else traffic.host / (speeds.host_packed if compact else speeds.host)
     launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
@@ -134,8 +148,11 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
         name,
         milliseconds=1e3 * max(launching, on_device, on_link, on_host),
         moving=1e3 * (on_device + on_link + on_host),
-        device_memory=scene.num_gaussians * device + PIXEL_BYTES * scene.num_pixels,
-        host_memory=scene.num_gaussians * host,
+        device_memory=of_device.expected_bytes(scene.num_gaussians),
+        host_memory=needs.host.bytes(scene.num_gaussians),
+        fits=scene.num_gaussians <= needs.most_gaussians(),
+        at_least=lacking > 0,
+        slows=slows,
     )
 
 
@@ -153,12 +170,15 @@ def verdict(speeds: Speeds, scene: Scene) -> str:
     found = advise(speeds, scene)
     if not found:
         return f"{given}: no trainer fits; fewer Gaussians, or views that see less of them, would."
+    named = found[: 1 + NEXT]
     best, *others = [
-        f"{advice.command} (about {advice.milliseconds:.1f} ms a step, {_gigabytes(advice.device_memory)} of GPU and "
-        f"{_gigabytes(advice.host_memory)} of host memory)"
-        for advice in found[: 1 + NEXT]
+        f"{advice.command} ({'at least' if advice.at_least else 'about'} {advice.milliseconds:.1f} ms a step, "
+        f"{_gigabytes(advice.device_memory)} of GPU and {_gigabytes(advice.host_memory)} of host memory)"
+        for advice in named
     ]
-    return f"{given}: use {best}" + "".join(f"; then {other}" for other in others) + "."
+    slow = " and with ".join(advice.command for advice in named if advice.slows)
+    note = f" With {slow} the {NO_ROOM}" if slow else ""
+    return f"{given}: use {best}" + "".join(f"; then {other}" for other in others) + f".{note}"
 
 
 def _gigabytes(num_bytes: float) -> str:
