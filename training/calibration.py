@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from offload.models.device_room import AT_START, bytes_there
+from offload.pipelines.arena import USABLE
 from offload.tiles.budget import PIXEL_BYTES
 from trainers import TRAINERS
 from training.memory_estimate import NO_ROOM, needs_beside_gpu
@@ -42,6 +44,9 @@ AFTER_RENDERING = {"streamed_geometry_on_host": 768}
 # Of the speed of copies, at which a view's rows are read where they lie on the host, while it is rendered: 12.9 ms for
 # those of 1.15 million (benchmarks/results/bigcity_h200.md).
 IN_PLACE = 0.53
+# Values of --resident_share that are tried beside none: those that were measured.
+RESIDENT_SHARES = {"streamed_compact": (0.2, 1.0)}
+ALL_RESIDENT = 1.02  # times what gpu_only_compact takes, with all rows on the device too (4 million)
 NEXT = 2  # trainers that are named beside the fastest
 
 
@@ -83,36 +88,43 @@ class Advice:
     fits: bool  # the trainer accepts so many Gaussians
     at_least: bool  # the GPU has no room for the rows of two views at once, so that steps may take longer than said
     slows: bool  # nor for those of one: they stay on the host, as the trainer says
+    resident_share: float = 0.0  # that the option of this name says
 
     @property
     def command(self) -> str:
         """Return the script and the options that choose the trainer."""
         trainer = TRAINERS[self.trainer]
-        return shlex.join([trainer.path.name, *trainer.arguments])
+        residents = ("--resident_share", f"{self.resident_share:g}") if self.resident_share else ()
+        return shlex.join([trainer.path.name, *trainer.arguments, *residents])
 
 
 def advise(speeds: Speeds, scene: Scene) -> list[Advice]:
-    """Return the trainers that fit into memory, the fastest first.
+    """Return the trainers that fit into memory, the fastest first; one with residents beside itself without.
 
     Args:
         speeds: Of a machine with a GPU.
         scene: What is to be trained.
     """
-    all_advice = [estimate(name, speeds, scene) for name in TRAINERS]
+    all_advice = [
+        estimate(name, speeds, scene, share) for name in TRAINERS for share in (0.0, *RESIDENT_SHARES.get(name, ()))
+    ]
     fitting = [advice for advice in all_advice if advice.fits]
-    return sorted(fitting, key=lambda advice: (advice.milliseconds, advice.moving))
+    return sorted(fitting, key=lambda advice: (advice.milliseconds, advice.resident_share, advice.moving))
 
 
-def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
+def estimate(name: str, speeds: Speeds, scene: Scene, resident_share: float = 0.0) -> Advice:
     """Return what a trainer takes of a machine's time and memory.
 
     Args:
         name: Of the trainer.
         speeds: Of a machine with a GPU.
         scene: What is to be trained.
+        resident_share: Of the Gaussians, whose rows stay on the device: as many of a view's at the least, since those
+            stay that views show most often.
     """
     trainer = TRAINERS[name]
-    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options)
+    residents = {"resident_share": resident_share} if resident_share else {}
+    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options, **residents)
     needs = needs_beside_gpu(
         trainer.footprint(cfg),
         scene.visible,
@@ -134,7 +146,7 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     on_device = num_visible * (speeds.rendering + AFTER_RENDERING.get(name, 0) / link_speed)
     on_all = traffic.device / ((DENSE if name == "gpu_only" else 1) * speeds.device)
     on_device += on_all
-    on_link = traffic.link / link_speed
+    on_link = (1 - resident_share) * traffic.link / link_speed
     if slows:  # read in place, and brought to the device to be stepped when that is done
         on_device += traffic.link / (IN_PLACE * speeds.copies) + on_link
     else:  # what finds no room comes when the view before has gone
@@ -144,15 +156,28 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
     # The next view's rendering is not launched to its end before Adam's update is done: the host waits for a count.
     launching += on_all
-    return Advice(
+    found = Advice(
         name,
         milliseconds=1e3 * max(launching, on_device, on_link, on_host),
         moving=1e3 * (on_device + on_link + on_host),
         device_memory=of_device.expected_bytes(scene.num_gaussians),
         host_memory=needs.host.bytes(scene.num_gaussians),
-        fits=scene.num_gaussians <= needs.most_gaussians(),
+        # Residents have what views leave.
+        fits=scene.num_gaussians <= needs.most_gaussians() and not (resident_share and lacking),
         at_least=lacking > 0,
         slows=slows,
+        resident_share=resident_share,
+    )
+    if resident_share < 1:
+        return found
+    there = estimate("gpu_only_compact", speeds, scene)
+    rows = bytes_there(scene.num_gaussians, sh_degree=cfg.sh_degree, geometry=cfg.geometry)
+    return replace(
+        found,
+        milliseconds=ALL_RESIDENT * there.milliseconds,
+        moving=there.moving,
+        device_memory=there.device_memory,
+        fits=found.fits and there.fits and rows <= AT_START * USABLE * scene.device_memory,
     )
 
 
@@ -170,13 +195,16 @@ def verdict(speeds: Speeds, scene: Scene) -> str:
     found = advise(speeds, scene)
     if not found:
         return f"{given}: no trainer fits; fewer Gaussians, or views that see less of them, would."
-    named = found[: 1 + NEXT]
+    named: dict[str, Advice] = {}
+    for advice in found:
+        named.setdefault(advice.trainer, advice)  # each with the residents that make it fastest
+    chosen = list(named.values())[: 1 + NEXT]
     best, *others = [
         f"{advice.command} ({'at least' if advice.at_least else 'about'} {advice.milliseconds:.1f} ms a step, "
         f"{_gigabytes(advice.device_memory)} of GPU and {_gigabytes(advice.host_memory)} of host memory)"
-        for advice in named
+        for advice in chosen
     ]
-    slow = " and with ".join(advice.command for advice in named if advice.slows)
+    slow = " and with ".join(advice.command for advice in chosen if advice.slows)
     note = f" With {slow} the {NO_ROOM}" if slow else ""
     return f"{given}: use {best}" + "".join(f"; then {other}" for other in others) + f".{note}"
 
