@@ -122,6 +122,8 @@ def estimate(name: str, speeds: Speeds, scene: Scene, resident_share: float = 0.
         resident_share: Of the Gaussians, whose rows stay on the device: as many of a view's at the least, since those
             stay that views show most often.
     """
+    if resident_share == 1:
+        return _with_all_resident(estimate(name, speeds, scene), estimate("gpu_only_compact", speeds, scene), scene)
     trainer = TRAINERS[name]
     residents = {"resident_share": resident_share} if resident_share else {}
     cfg = replace(trainer.load().CONFIGS["default"], **trainer.options, **residents)
@@ -156,7 +158,7 @@ def estimate(name: str, speeds: Speeds, scene: Scene, resident_share: float = 0.
     launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
     # The next view's rendering is not launched to its end before Adam's update is done: the host waits for a count.
     launching += on_all
-    found = Advice(
+    return Advice(
         name,
         milliseconds=1e3 * max(launching, on_device, on_link, on_host),
         moving=1e3 * (on_device + on_link + on_host),
@@ -168,16 +170,28 @@ def estimate(name: str, speeds: Speeds, scene: Scene, resident_share: float = 0.
         slows=slows,
         resident_share=resident_share,
     )
-    if resident_share < 1:
-        return found
-    there = estimate("gpu_only_compact", speeds, scene)
+
+
+def _with_all_resident(travelling: Advice, on_gpu_only: Advice, scene: Scene) -> Advice:
+    """Return what a trainer takes with all rows on the device; growth may take them to the host, which must have room.
+
+    Args:
+        travelling: What it takes without residents.
+        on_gpu_only: What the trainer takes that has the same rows on the device alone.
+        scene: What is to be trained.
+    """
+    trainer = TRAINERS[travelling.trainer]
+    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options)
     rows = bytes_there(scene.num_gaussians, sh_degree=cfg.sh_degree, geometry=cfg.geometry)
     return replace(
-        found,
-        milliseconds=ALL_RESIDENT * there.milliseconds,
-        moving=there.moving,
-        device_memory=there.device_memory,
-        fits=found.fits and there.fits and rows <= AT_START * USABLE * scene.device_memory,
+        travelling,
+        milliseconds=ALL_RESIDENT * on_gpu_only.milliseconds,
+        moving=on_gpu_only.moving,
+        device_memory=on_gpu_only.device_memory,
+        fits=travelling.fits and on_gpu_only.fits and rows <= AT_START * USABLE * scene.device_memory,
+        at_least=False,
+        slows=False,
+        resident_share=1.0,
     )
 
 
