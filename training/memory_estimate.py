@@ -74,6 +74,10 @@ GEOMETRY_COPIES = 40  # of means, quats and sh0 of compact rows, which rendering
 MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
+NO_ROOM = (  # as `Need.slows` tells
+    "GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and steps on "
+    "them take longer."
+)
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,14 @@ class Need:
 
     def slows(self, num_gaussians: int) -> bool:
         """Tell whether there is no room for half of what makes steps on so many fast, the rows of one view of two."""
+        makes_fast = self._bytes_at_speed(num_gaussians) - self.bytes(num_gaussians)
+        return 2 * self.lacking_bytes(num_gaussians) > makes_fast
+
+    def lacking_bytes(self, num_gaussians: int) -> float:
+        """Return how much there lacks of the room for all that makes steps on so many fast."""
         if self.bytes_at_speed <= self.bytes_per_gaussian:  # nothing does
-            return False
-        half = (self.bytes(num_gaussians) + self._bytes_at_speed(num_gaussians)) / 2
-        return half > USABLE * self.free_bytes - IDLE
+            return 0.0
+        return max(self._bytes_at_speed(num_gaussians) - (USABLE * self.free_bytes - IDLE), 0.0)
 
     def expected_bytes(self, num_gaussians: int) -> float:
         """Return what training will take of what is free once it has grown to so many."""
@@ -444,16 +452,32 @@ def needs(
         modules_bytes: Of what is trained beside the Gaussians, on the device.
         num_processes: That share the host's memory, and have a device each.
     """
-    of_host, of_device = footprint.while_training(share_in_view, sparing=True)
-    _, at_speed = footprint.while_training(share_in_view)
     others = num_pixels * PIXEL_BYTES + modules_bytes
     free = available_bytes(torch.device("cpu")) // num_processes
     if device.type == "cpu":
+        of_host, of_device = footprint.while_training(share_in_view)
         at_start = footprint.host_at_start + footprint.device_at_start
-        return Needs(Need("memory", at_start, of_host + at_speed, others, free), None)
+        return Needs(Need("memory", at_start, of_host + of_device, others, free), None)
+    return needs_beside_gpu(footprint, share_in_view, others, free, available_bytes(device))
+
+
+def needs_beside_gpu(
+    footprint: Footprint, share_in_view: float, other_bytes: float, free_on_host: int, free_on_gpu: int
+) -> Needs:
+    """Return what a trainer takes of the memory of a host and of its GPU.
+
+    Args:
+        footprint: Of the trainer.
+        share_in_view: Of the Gaussians, in the largest view.
+        other_bytes: On the GPU, for pictures and for what is trained beside the Gaussians.
+        free_on_host: Bytes that there are.
+        free_on_gpu: The same of the GPU.
+    """
+    of_host, of_device = footprint.while_training(share_in_view, sparing=True)
+    _, at_speed = footprint.while_training(share_in_view)
     return Needs(
-        Need("host memory", footprint.host_at_start, of_host, 0, free),
-        Need("GPU memory", footprint.device_at_start, of_device, others, available_bytes(device), at_speed),
+        Need("host memory", footprint.host_at_start, of_host, 0, free_on_host),
+        Need("GPU memory", footprint.device_at_start, of_device, other_bytes, free_on_gpu, at_speed),
     )
 
 
@@ -509,10 +533,7 @@ def check_memory(
         lines.append(f"About {most:,} would fit.")
     device = all_needs.device
     if device is not None and device.slows(max(held, held_later)):
-        lines.append(
-            "The GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and "
-            "steps on them take longer."
-        )
+        lines.append(f"The {NO_ROOM}")
     return "\n".join(lines)
 
 
