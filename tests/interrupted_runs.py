@@ -29,6 +29,8 @@ SCRIPTS = [
     pytest.param(simple_trainer_hybrid_optimized, ("--geometry", "host"), id="optimized, geometry on host"),
     pytest.param(simple_trainer_hybrid_streamed, (), id="streamed"),
     pytest.param(simple_trainer_hybrid_streamed, ("--geometry", "host"), id="streamed, geometry on host"),
+    pytest.param(simple_trainer_hybrid_optimized, ("--state", "compact"), id="optimized, compact"),
+    pytest.param(simple_trainer_hybrid_streamed, ("--state", "compact"), id="streamed, compact"),
     pytest.param(simple_trainer_hybrid_optimized_split, ("--split_threshold", 0.5), id="split"),
 ]
 STEPS = 60

@@ -562,9 +562,13 @@ def test_a_step_applied_in_part_is_not_saved(monkeypatch, city_block, tmp_path, 
 
 
 @pytest.mark.slow
-def test_killed_runs_lose_nothing_that_was_saved():
+@pytest.mark.parametrize(
+    ("trainer", "seed"),
+    [("optimized_geometry_on_host", 1), ("streamed_compact", 171)],  # the latter is killed about checkpoints
+)
+def test_killed_runs_lose_nothing_that_was_saved(trainer, seed):
     """A short run of what `python -m tests.fault_trials` does at length."""
-    report = fault_trials.kill_trials("optimized_geometry_on_host", kills=2, num_gaussians=1000, seed=1)
+    report = fault_trials.kill_trials(trainer, kills=2, num_gaussians=1000, seed=seed)
     assert report.kills == 2
     assert report.lost == 0
     assert report.bit_equal
