@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from offload.culling.boxes import Boxes
 from training import memory_estimate
 from training.memory_estimate import Footprint, Memory
 
@@ -104,7 +103,7 @@ class Lack:
 #   which reads the row and writes the values, and stepped, which reads those, gradients, moments and last step (68, or
 #   60 of a tight row), and writes the row. Harmonics are read where colours are made of them, and read and written by
 #   the step, which makes their gradients of the constant one (12) and of means, which are copied before (36). Where a
-#   row travels it is written when it comes and read when it goes. Culling reads 20 bytes of each Gaussian, or a box
+#   row travels it is written when it comes and read when it goes. Culling reads 20 bytes of each Gaussian, or 32
 #   of each 64 of them. Geometry that stays, beside harmonics on the host, is culled by 32 bytes of each row; its
 #   gradients are laid side by side (56 + 64), and its step reads and writes the row.
 COMPACT_ROW = 328
@@ -293,7 +292,7 @@ TRAINERS: dict[str, Trainer] = {
     "streamed_compact_geometry_on_host": Trainer(
         "simple_trainer_hybrid_streamed",
         footprint=streamed_compact_footprint,
-        traffic=lambda n, v: streamed_compact(Boxes.BYTES * n, v),
+        traffic=lambda n, v: streamed_compact(32 / 64 * n, v),
         options={"state": "compact", "geometry": "host"},
         less_device="split_compact_geometry_on_host",
     ),

@@ -58,7 +58,7 @@ class Options:
     num_gaussians: int = 18_000_000
     """Gaussians of the scene to say something about."""
     visible: float = 0.08
-    """Share of them that a view sees."""
+    """Share of them that a view sees; of the largest view, for what fits."""
     width: int = WIDTH
     """Of the pictures, in pixels."""
     height: int = HEIGHT

@@ -12,11 +12,13 @@ import torch
 
 from benchmarks import calibrate
 from datasets.synthetic import write_city_block
-from errors import InputError
+from errors import InputError, NotEnoughMemory
 from offload.adam import rows as row_kernels
 from offload.adam.host import DeferredAdam
-from trainers import TRAINERS
-from training import calibration, command_line
+from offload.models.device_room import DeviceRoom, bytes_there
+from offload.pipelines.arena import IDLE, USABLE
+from trainers import TRAINERS, footprint_of
+from training import calibration, command_line, memory_estimate
 from training.calibration import Scene, Speeds, advise, estimate, print_last_verdict, save_verdict, verdict
 
 # NVIDIA H200: ceilings measured in runs of 2026-11-21 to 29 (benchmarks/README.md, results/streamed_rows_h200.md,
@@ -34,8 +36,8 @@ H200 = Speeds(
     host_packed=36e9,  # the worker's commits in a step of optimized_compact, and those of rows that two views share
 )
 AERIAL, CITY = 1152 * 864, 1920 * 1080  # pixels
-# benchmarks.train_step on such machines: ms of a step and GB on the device, by trainer; those of one run or of one
-# day, since medians of one commit differ by up to 10 % from run to run.
+# benchmarks.train_step on such machines: ms of a step and GB on the device, by trainer and residents; those of one run
+# or of one day, since medians of one commit differ by up to 10 % from run to run.
 MEASURED = [
     (
         (1_000_000, 0.0779, AERIAL),
@@ -64,8 +66,19 @@ MEASURED = [
         {
             "gpu_only": (3.71, 1.00),
             "gpu_only_compact": (4.05, 0.45),
+            "streamed_compact --resident_share 1": (4.30, 0.45),
             "streamed_compact": (5.62, 0.21),
             "optimized_compact": (7.78, 0.26),
+        },
+    ),
+    (
+        (1_000_000, 0.0779, AERIAL),
+        {
+            "gpu_only": (3.42, 1.00),
+            "streamed_compact --resident_share 1": (3.69, 0.47),
+            "gpu_only_compact": (3.84, 0.47),
+            "gpu_only_deferred": (4.66, 0.83),
+            "streamed_compact": (5.07, 0.20),
         },
     ),
     (
@@ -87,6 +100,14 @@ MEASURED = [
             "gpu_only_deferred": (4.78, 3.02),
             "streamed_compact": (5.15, 0.53),
             "gpu_only": (5.65, 3.92),
+        },
+    ),
+    (
+        (4_000_000, 0.0759, AERIAL),  # means of five medians each
+        {
+            "gpu_only_compact": (4.49, 1.52),
+            "streamed_compact --resident_share 1": (4.55, 1.52),
+            "gpu_only": (5.54, 3.92),
         },
     ),
     (
@@ -118,6 +139,17 @@ MEASURED = [
         },
     ),
     (
+        (18_000_000, 0.0750, AERIAL),
+        {
+            "gpu_only_deferred": (6.25, 13.34),
+            "gpu_only_compact": (6.41, 6.59),
+            "streamed_compact --resident_share 0.2": (10.7, 3.52),
+            "streamed_compact": (13.2, 2.25),
+            "streamed_compact_geometry_on_host": (13.5, 2.01),
+            "optimized_compact": (21.3, 3.05),
+        },
+    ),
+    (
         (40_000_000, 0.0747, AERIAL),
         {
             "streamed_bfloat16": (32.5, 13.85),
@@ -128,7 +160,7 @@ MEASURED = [
     ),
     (
         (100_000_000, 0.0747, AERIAL),  # bound to 8 GB
-        {"streamed_geometry_on_host": (313.0, 7.89), "streamed_compact_geometry_on_host": (114.0, 7.29)},
+        {"streamed_geometry_on_host": (313.0, 7.89), "streamed_compact_geometry_on_host": (94.8, 7.20)},
     ),
     (
         (102_231_360, 0.0039, CITY),
@@ -138,6 +170,12 @@ MEASURED = [
             "streamed_geometry_on_host": (23.8, 0.51),
         },
     ),
+]
+# The same of compact rows, geometry on the host, where the GPU's memory is bound so that rows wait for room, or stay on
+# the host: of bigcity the mean of its views that stay, of some 1.15 million rows.
+BOUND = [
+    (Scene(100_000_000, 0.0747, AERIAL, 8e9, 135e9), 94.8, False),
+    (Scene(102_231_360, 1.15e6 / 102_231_360, CITY, 0.69e9, 135e9), 31.0, True),
 ]
 NAMES = [f"{scene[0]}, {len(measured)} trainers" for scene, measured in MEASURED]
 HOST_MEMORY = 135e9
@@ -158,8 +196,79 @@ def _on_some_gpu(monkeypatch):
 
 
 def advised(speeds: Speeds, scene: Scene, among: Container[str]) -> list[str]:
-    """The trainers of some that fit, the fastest first."""
-    return [each.trainer for each in advise(speeds, scene) if each.trainer in among]
+    """The trainers of some that fit, with their residents, the fastest first."""
+    return [named for each in advise(speeds, scene) if (named := name_of(each)) in among]
+
+
+def name_of(advice: calibration.Advice) -> str:
+    """The trainer's name, and the option of its residents if it has any."""
+    return f"{advice.trainer} --resident_share {advice.resident_share:g}".removesuffix(" --resident_share 0")
+
+
+def estimate_of(name: str, scene: Scene) -> calibration.Advice:
+    """What is thought of a trainer that `name_of` has named."""
+    trainer, _, share = name.partition(" --resident_share ")
+    return estimate(trainer, H200, scene, float(share or 0))
+
+
+def accepts(monkeypatch, name: str, scene: Scene) -> bool:
+    """Whether a trainer accepts --max_gaussians N where there is so much memory."""
+    free = {"cpu": int(scene.host_memory), "cuda": int(scene.device_memory)}
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda device: free[device.type])
+    trainer = TRAINERS[name]
+    footprint = footprint_of(trainer, replace(trainer.load().CONFIGS["default"], **trainer.options))
+    needs = memory_estimate.needs(footprint, scene.visible, scene.num_pixels, torch.device("cuda"))
+    try:
+        memory_estimate.check_memory(needs, 1, scene.num_gaussians, what_helps=lambda memory: "")
+    except NotEnoughMemory:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host_memory", [30e9, HOST_MEMORY], ids=lambda num_bytes: f"{num_bytes:.2g}")
+@pytest.mark.parametrize("num_gaussians", [1_000_000, 18_000_000, 40_000_000, 102_231_360, 250_000_000])
+def test_what_fits_is_what_the_trainers_accept(monkeypatch, num_gaussians, host_memory):
+    counts = set()
+    for visible in (0.0039, 0.0106, 0.0747, 0.3, 1.0):
+        for device_memory in (0.25e9, 0.69e9, 1.2e9, 2.2e9, 4e9, 8e9, 24e9, 141e9):
+            scene = Scene(num_gaussians, visible, CITY, device_memory, host_memory)
+            found = {each.trainer for each in advise(H200, scene) if not each.resident_share}
+            assert found == {name for name in TRAINERS if accepts(monkeypatch, name, scene)}, scene
+            counts.add(len(found))
+    assert len(counts) > 1 or num_gaussians * 328 > host_memory  # the grid tells some from others
+
+
+@pytest.mark.parametrize(
+    ("scene", "gigabytes", "slows"),
+    [
+        (Scene(100_000_000, 0.0747, AERIAL, 4e9, 135e9), 2.54, True),
+        (Scene(40_000_000, 0.0747, AERIAL, 2.2e9, 135e9), 1.08, True),
+        (Scene(18_000_000, 0.075, AERIAL, 1.2e9, 135e9), 0.54, False),
+        (Scene(102_231_360, 0.0106, CITY, 0.69e9, 135e9), 0.61, True),
+    ],
+    ids=["100 million", "40 million", "18 million", "bigcity"],
+)
+def test_rows_of_the_largest_views_may_stay_on_the_host(scene, gigabytes, slows):
+    """Then the trainer fits, and what it says of its steps is said."""
+    text = verdict(H200, scene)
+    best = "simple_trainer_hybrid_streamed.py --state compact --geometry host"
+    assert f"use {best} (at least" in text
+    assert (f"With {best}" in text) == slows
+    if slows:
+        assert text.endswith(memory_estimate.NO_ROOM)
+    least = int(1.02e9 * gigabytes)
+    assert estimate("streamed_compact_geometry_on_host", H200, replace(scene, device_memory=least)).fits
+    assert not estimate("streamed_compact_geometry_on_host", H200, replace(scene, device_memory=0.96 * least)).fits
+
+
+@pytest.mark.parametrize(("scene", "measured", "slows"), BOUND, ids=["100 million", "bigcity"])
+def test_steps_that_lack_memory_take_longer(scene, measured, slows):
+    found = estimate("streamed_compact_geometry_on_host", H200, scene)
+    with_room = estimate("streamed_compact_geometry_on_host", H200, replace(scene, device_memory=24e9))
+    assert 1.15 * with_room.milliseconds < found.milliseconds
+    assert 0.8 * measured < found.milliseconds < 1.05 * measured
+    assert (found.at_least, found.slows) == (True, slows)
+    assert (with_room.at_least, with_room.slows) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +276,9 @@ def advised(speeds: Speeds, scene: Scene, among: Container[str]) -> list[str]:
 )
 @pytest.mark.parametrize(("scene", "measured"), MEASURED, ids=NAMES)
 def test_advice_is_the_fastest_that_was_measured_of_those_that_fit(scene, measured, device_memory):
-    """Or one that runs cannot tell from it."""
+    """Or one that runs cannot tell from it. What was measured had room for the rows of two views."""
     there = Scene(*scene, device_memory, HOST_MEMORY)
-    advice = advised(H200, there, measured)
-    assert set(advice) == {name for name in measured if estimate(name, H200, there).device_memory <= device_memory}
+    advice = [name for name in advised(H200, there, measured) if not estimate_of(name, there).at_least]
     if advice:
         assert measured[advice[0]][0] <= 1.1 * min(measured[name][0] for name in advice)
 
@@ -183,13 +291,50 @@ def test_estimates_are_near_what_was_measured(scene, measured):
     the optimized trainer is without a compact state it ran when harmonics had gradients of 192 bytes, on the device and
     on the host."""
     for name, (time, gigabytes) in measured.items():
-        found = estimate(name, H200, Scene(*scene, 0, 0))
+        found = estimate_of(name, Scene(*scene, 141e9, HOST_MEMORY))
         had_gradients = name.startswith("optimized") and "optimized_compact" not in measured
         rows_with_gradients = scene[0] * scene[1] if had_gradients else 0
         milliseconds = found.milliseconds + 1000 * (192 - 24) * rows_with_gradients / H200.host
         device_memory = found.device_memory + (192 - 24 - 24) * rows_with_gradients
         assert 0.55 * time < milliseconds < (1.7 if name == "baseline" else 1.25) * time, name
         assert 0.7 * gigabytes - 0.3 < device_memory / 1e9 < 1.45 * gigabytes + 0.3, name
+
+
+def test_residents_are_advised_where_they_make_steps_shorter():
+    """That is where the link is what a step waits for, and where all may lie on the device."""
+    large = Scene(18_000_000, 0.075, AERIAL, 6e9, 135e9)
+    assert "use simple_trainer_hybrid_streamed.py --state compact --resident_share 0.2 (" in verdict(H200, large)
+    without, few = (estimate("streamed_compact", H200, large, share) for share in (0, 0.2))
+    assert few.milliseconds == pytest.approx(0.8 * without.milliseconds)
+    assert few.device_memory - without.device_memory == pytest.approx(18e6 * (66 + 5))
+    assert few.host_memory == without.host_memory
+    slow_device = replace(H200, launching=8e-3)
+    (first, *_) = [each for each in advise(slow_device, large) if each.trainer == "streamed_compact"]
+    assert first.resident_share == 0  # saves nothing
+
+    small = Scene(4_000_000, 0.0759, AERIAL, 6e9, 135e9)
+    text = verdict(H200, small)
+    assert text.count("simple_trainer_hybrid_streamed.py --state compact --resident_share 1 (") == 1
+    assert "--resident_share 0.2" not in text
+    alone, all_there = estimate("gpu_only_compact", H200, small), estimate("streamed_compact", H200, small, 1)
+    assert alone.milliseconds < all_there.milliseconds < 1.05 * alone.milliseconds
+    assert all_there.device_memory == alone.device_memory
+
+
+@pytest.mark.parametrize("share", [0.2, 1])
+def test_residents_have_what_views_leave(monkeypatch, share):
+    """Few where rows of two views are there beside them; all where the trainer would begin with all."""
+    for device_memory in (1.2e9, 2.2e9, 2.8e9, 3.2e9, 4e9, 8e9, 12e9, 13.5e9, 24e9):
+        scene = Scene(18_000_000, 0.075, AERIAL, device_memory, HOST_MEMORY)
+        without, found = (estimate("streamed_compact", H200, scene, each) for each in (0, share))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=int(device_memory): (free, free))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        if share == 1:
+            room = DeviceRoom(torch.device("cuda"))
+            expected = room.holds_at_start(bytes_there(18_000_000, sh_degree=3, geometry="device"))
+        else:
+            expected = without.device_memory + 18e6 * (66 + 5) <= USABLE * device_memory - IDLE
+        assert found.fits == (without.fits and expected), device_memory
 
 
 def test_a_compact_state_is_known():
@@ -228,7 +373,7 @@ def test_verdicts_say_what_to_run_and_what_it_takes():
     assert text.startswith(
         "10,000,000 Gaussians, 10 % of them visible, in 5.0 GB of GPU and 64.0 GB of host memory: use"
     )
-    assert "simple_trainer_hybrid_streamed.py --state compact (" in text
+    assert "simple_trainer_hybrid_streamed.py --state compact --resident_share 0.2 (" in text
     assert text.count("ms a step,") == text.count("(about ") == 3
     assert "\n" not in text
     assert "no trainer fits" in verdict(H200, replace(SMALL, host_memory=1e9, device_memory=1e9))

@@ -233,3 +233,12 @@ def test_values_beyond_the_range_of_float16_become_its_largest(codec):
         rounded = codec.round_to_half(w, random_bits(torch.tensor([3]), 16, step))
         assert torch.equal(rounded, HALF_MAX * w.sign())
     assert codec.round_to_half(torch.full((1, 16), torch.nan), random_bits(torch.tensor([3]), 16, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_moments_that_are_not_finite_are_refused(number):
+    for spoils_first in (True, False):
+        m, v = torch.zeros(2, 16), torch.ones(2, 16)
+        (m if spoils_first else v)[1, 3] = number
+        with pytest.raises(ValueError, match="not finite"):
+            codes.encode_moments(m, v, largest_step((0.9, 0.999)), random_bits(torch.arange(2), 16, 1))

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from errors import InputError
+from rendering import losses as losses_module
 from rendering import ssim as ssim_torch
 from rendering.losses import count_windows, photometric_loss, photometric_sum
 from tests.triton_places import INTERPRETED
@@ -187,6 +189,23 @@ def test_photos_of_bytes_are_those_of_floats_and_stay(device, masked):
     assert torch.equal(rendered.grad, expected.grad)
     assert torch.equal(photo, before)
     assert torch.equal(colors, before.float() / 255)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_gradient_takes_the_place_of_a_copy_and_never_of_what_was_given(monkeypatch, dtype, masked):
+    rendered, target = make_pictures(1, 20, 30)
+    given, seen = (255 * target).to(dtype), []
+
+    def weighted_sum(rendered, target, *others):
+        seen.append((target.data_ptr(), others[-1]))
+        return ssim_torch.weighted_sum(rendered, target, *others)
+
+    monkeypatch.setattr(losses_module, "_kernels", lambda pictures: SimpleNamespace(weighted_sum=weighted_sum))
+    masks = torch.ones(1, 20, 30, dtype=torch.bool) if masked else None
+    photometric_loss(rendered.requires_grad_(), given, masks=masks).backward()
+    ((place, spends),) = seen
+    assert spends == (place != given.data_ptr()) == (masked or dtype == torch.uint8)
 
 
 def test_pictures_of_different_shapes_are_refused():

@@ -112,7 +112,8 @@ def test_bytes_per_gaussian():
     assert two_views == memory_estimate.split(3, "device", 1.0)
     assert two_views.device_in_view - one_view.device_in_view == 192 - 24 - 2 * 12 - 36  # gradients, or what makes them
     assert two_views.host_in_view - one_view.host_in_view == 3 * (192 - 24)
-    assert memory_estimate.optimized(3, "host", "compact").device_in_view == 2 * 196 + 36 + 24 + 12 + 3 * 64 + 200
+    assert memory_estimate.optimized(3, "host", "compact").device_in_view == 2 * 196 + 36 + 24 + 12 + 3 * 64 + 40 + 200
+    assert memory_estimate.gpu_only(3, "deferred", "compact").device_in_view == 40 + 2 * 64 + 36 + 2 * 8 + 200
     assert memory_estimate.gpu_only(3, "deferred", "compact").device == 112 + 4 + 192 + 4 + 20
     compact = memory_estimate.streamed(3, "device", "float32", "compact")
     assert memory_estimate.with_residents(compact, 3, 0.0) == compact

@@ -19,6 +19,13 @@ def coverage() -> Coverage:
     return Coverage(corners_of(rectangles_in_cells(100_000, seed=0)), WIDTH, HEIGHT)
 
 
+def test_rows_of_a_compact_state_have_sizes_of_their_own():
+    """Values as they are rendered, and packed rows of geometry where these are on the device."""
+    assert RowBytes.of("host", 3, "compact") == RowBytes(values=256, geometry=0, view=32, everywhere=0)
+    assert RowBytes.of("device", 3, "compact") == RowBytes(values=192, geometry=128, view=88, everywhere=112 + 4 + 12)
+    assert RowBytes.of("host", 3) == RowBytes(values=192 + 48, geometry=0, view=32, everywhere=0)
+
+
 def calibrated(budget: int, *, excess: float = 1.0) -> MemoryBudget:
     """Having seen parts that take `excess` times what the true constants say."""
     limit = MemoryBudget(budget, ROWS, num_gaussians=1000)

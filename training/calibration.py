@@ -17,8 +17,11 @@ from pathlib import Path
 
 import torch
 
+from offload.models.device_room import AT_START, bytes_there
+from offload.pipelines.arena import USABLE
 from offload.tiles.budget import PIXEL_BYTES
 from trainers import TRAINERS
+from training.memory_estimate import NO_ROOM, needs_beside_gpu
 
 STREAMED = "simple_trainer_hybrid_streamed"  # the script whose device reads and writes rows of the host
 # Launching the kernels of a step takes the host so many times what launching those of rendering does. Of
@@ -38,6 +41,12 @@ LAUNCHES_BESIDE_CPU = 2.95  # of the trainers whose CPU runs Adam
 DENSE = 0.7  # of the speed of copies, at which dense Adam and what goes with it visit all Gaussians (18 and 40 million)
 # Bytes over the link, of a row, that wait for its gradients: nothing is rendered meanwhile.
 AFTER_RENDERING = {"streamed_geometry_on_host": 768}
+# Of the speed of copies, at which a view's rows are read where they lie on the host, while it is rendered: 12.9 ms for
+# those of 1.15 million (benchmarks/results/bigcity_h200.md).
+IN_PLACE = 0.53
+# Values of --resident_share that are tried beside none: those that were measured.
+RESIDENT_SHARES = {"streamed_compact": (0.2, 1.0)}
+ALL_RESIDENT = 1.02  # times what gpu_only_compact takes, with all rows on the device too (4 million)
 NEXT = 2  # trainers that are named beside the fastest
 
 
@@ -61,7 +70,7 @@ class Scene:
     """Hold what is to be trained, and the memory that there is for it."""
 
     num_gaussians: int  # N, to which it grows
-    visible: float  # share of them that a view sees
+    visible: float  # share of them that a view sees; each view the same
     num_pixels: int  # of a picture
     device_memory: float  # bytes
     host_memory: float  # bytes
@@ -76,42 +85,57 @@ class Advice:
     moving: float  # milliseconds of all that it moves, one after the other: of two equals the one that moves less wins
     device_memory: float  # bytes
     host_memory: float  # bytes
+    fits: bool  # the trainer accepts so many Gaussians
+    at_least: bool  # the GPU has no room for the rows of two views at once, so that steps may take longer than said
+    slows: bool  # nor for those of one: they stay on the host, as the trainer says
+    resident_share: float = 0.0  # that the option of this name says
 
     @property
     def command(self) -> str:
         """Return the script and the options that choose the trainer."""
         trainer = TRAINERS[self.trainer]
-        return shlex.join([trainer.path.name, *trainer.arguments])
+        residents = ("--resident_share", f"{self.resident_share:g}") if self.resident_share else ()
+        return shlex.join([trainer.path.name, *trainer.arguments, *residents])
 
 
 def advise(speeds: Speeds, scene: Scene) -> list[Advice]:
-    """Return the trainers that fit into memory, the fastest first.
+    """Return the trainers that fit into memory, the fastest first; one with residents beside itself without.
 
     Args:
         speeds: Of a machine with a GPU.
         scene: What is to be trained.
     """
-    all_advice = [estimate(name, speeds, scene) for name in TRAINERS]
-    fitting = [
-        advice
-        for advice in all_advice
-        if advice.device_memory <= scene.device_memory and advice.host_memory <= scene.host_memory
+    all_advice = [
+        estimate(name, speeds, scene, share) for name in TRAINERS for share in (0.0, *RESIDENT_SHARES.get(name, ()))
     ]
-    return sorted(fitting, key=lambda advice: (advice.milliseconds, advice.moving))
+    fitting = [advice for advice in all_advice if advice.fits]
+    return sorted(fitting, key=lambda advice: (advice.milliseconds, advice.resident_share, advice.moving))
 
 
-def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
+def estimate(name: str, speeds: Speeds, scene: Scene, resident_share: float = 0.0) -> Advice:
     """Return what a trainer takes of a machine's time and memory.
 
     Args:
         name: Of the trainer.
         speeds: Of a machine with a GPU.
         scene: What is to be trained.
+        resident_share: Of the Gaussians, whose rows stay on the device: as many of a view's at the least, since those
+            stay that views show most often.
     """
+    if resident_share == 1:
+        return _with_all_resident(estimate(name, speeds, scene), estimate("gpu_only_compact", speeds, scene), scene)
     trainer = TRAINERS[name]
-    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options)
-    footprint = trainer.footprint(cfg)
-    host, device = footprint.while_training(scene.visible)
+    residents = {"resident_share": resident_share} if resident_share else {}
+    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options, **residents)
+    needs = needs_beside_gpu(
+        trainer.footprint(cfg),
+        scene.visible,
+        PIXEL_BYTES * scene.num_pixels,
+        int(scene.host_memory),
+        int(scene.device_memory),
+    )
+    of_device = needs.by_memory["device"]
+    lacking, slows = of_device.lacking_bytes(scene.num_gaussians), of_device.slows(scene.num_gaussians)
     num_visible = scene.visible * scene.num_gaussians
     traffic = trainer.traffic(scene.num_gaussians, num_visible)
     compact, streams = trainer.options.get("state") == "compact", trainer.script == STREAMED
@@ -124,7 +148,11 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
     on_device = num_visible * (speeds.rendering + AFTER_RENDERING.get(name, 0) / link_speed)
     on_all = traffic.device / ((DENSE if name == "gpu_only" else 1) * speeds.device)
     on_device += on_all
-    on_link = traffic.link / link_speed
+    on_link = (1 - resident_share) * traffic.link / link_speed
+    if slows:  # read in place, and brought to the device to be stepped when that is done
+        on_device += traffic.link / (IN_PLACE * speeds.copies) + on_link
+    else:  # what finds no room comes when the view before has gone
+        on_link += lacking / link_speed
     # What streams over the host's memory the device has measured.
     on_host = 0.0 if streams else traffic.host / (speeds.host_packed if compact else speeds.host)
     launching = LAUNCHES.get(name, LAUNCHES_STREAMED if streams else LAUNCHES_BESIDE_CPU) * speeds.launching
@@ -134,8 +162,36 @@ def estimate(name: str, speeds: Speeds, scene: Scene) -> Advice:
         name,
         milliseconds=1e3 * max(launching, on_device, on_link, on_host),
         moving=1e3 * (on_device + on_link + on_host),
-        device_memory=scene.num_gaussians * device + PIXEL_BYTES * scene.num_pixels,
-        host_memory=scene.num_gaussians * host,
+        device_memory=of_device.expected_bytes(scene.num_gaussians),
+        host_memory=needs.host.bytes(scene.num_gaussians),
+        # Residents have what views leave.
+        fits=scene.num_gaussians <= needs.most_gaussians() and not (resident_share and lacking),
+        at_least=lacking > 0,
+        slows=slows,
+        resident_share=resident_share,
+    )
+
+
+def _with_all_resident(travelling: Advice, on_gpu_only: Advice, scene: Scene) -> Advice:
+    """Return what a trainer takes with all rows on the device; growth may take them to the host, which must have room.
+
+    Args:
+        travelling: What it takes without residents.
+        on_gpu_only: What the trainer takes that has the same rows on the device alone.
+        scene: What is to be trained.
+    """
+    trainer = TRAINERS[travelling.trainer]
+    cfg = replace(trainer.load().CONFIGS["default"], **trainer.options)
+    rows = bytes_there(scene.num_gaussians, sh_degree=cfg.sh_degree, geometry=cfg.geometry)
+    return replace(
+        travelling,
+        milliseconds=ALL_RESIDENT * on_gpu_only.milliseconds,
+        moving=on_gpu_only.moving,
+        device_memory=on_gpu_only.device_memory,
+        fits=travelling.fits and on_gpu_only.fits and rows <= AT_START * USABLE * scene.device_memory,
+        at_least=False,
+        slows=False,
+        resident_share=1.0,
     )
 
 
@@ -153,12 +209,18 @@ def verdict(speeds: Speeds, scene: Scene) -> str:
     found = advise(speeds, scene)
     if not found:
         return f"{given}: no trainer fits; fewer Gaussians, or views that see less of them, would."
+    named: dict[str, Advice] = {}
+    for advice in found:
+        named.setdefault(advice.trainer, advice)  # each with the residents that make it fastest
+    chosen = list(named.values())[: 1 + NEXT]
     best, *others = [
-        f"{advice.command} (about {advice.milliseconds:.1f} ms a step, {_gigabytes(advice.device_memory)} of GPU and "
-        f"{_gigabytes(advice.host_memory)} of host memory)"
-        for advice in found[: 1 + NEXT]
+        f"{advice.command} ({'at least' if advice.at_least else 'about'} {advice.milliseconds:.1f} ms a step, "
+        f"{_gigabytes(advice.device_memory)} of GPU and {_gigabytes(advice.host_memory)} of host memory)"
+        for advice in chosen
     ]
-    return f"{given}: use {best}" + "".join(f"; then {other}" for other in others) + "."
+    slow = " and with ".join(advice.command for advice in chosen if advice.slows)
+    note = f" With {slow} the {NO_ROOM}" if slow else ""
+    return f"{given}: use {best}" + "".join(f"; then {other}" for other in others) + f".{note}"
 
 
 def _gigabytes(num_bytes: float) -> str:

@@ -14,9 +14,9 @@ there is no room, at the end of the backward pass, when slopes have been given b
     rendering           200   at the end of the backward pass: numbers, position, conic, colour, opacity, depth and
                               radii on the screen, activated scales and opacities, gradients of those
 
-Bytes per pixel: the photos of this view and the next (3 each), this one's in float32 (12), the rendering (12), SSIM's
-derivatives (36; on a GPU those of a band of a large picture), gradients (16), alphas and last ids (8): 90, and 70 of
-1920x1080 pixels, counted as 100.
+Bytes per pixel: the photos of this view and the next (3 each), this one's in float32, where the rendering's gradient
+takes its place (12), the rendering (12), SSIM's derivatives (36; on a GPU those of a band of a large picture), alphas
+and their gradient, last ids (12): 78, and 58 of 1920x1080 pixels, counted as 100.
 
 Nothing takes memory for all Gaussians beside the trainer's own: checkpoints and PLY files are written block by block.
 But those that training starts with stand twice until they are stored, 236 bytes as read; and a host store that grows
@@ -74,6 +74,10 @@ GEOMETRY_COPIES = 40  # of means, quats and sh0 of compact rows, which rendering
 MADE_BYTES = 4 * MADE_COLUMNS  # of what the gradient of harmonics is made of
 NUMBERS_BYTES = 40  # ids, last_step and places of a row in two views
 SAMPLE = 10_000  # points whose visibility stands for all
+NO_ROOM = (  # as `Need.slows` tells
+    "GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and steps on "
+    "them take longer."
+)
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,14 @@ class Need:
 
     def slows(self, num_gaussians: int) -> bool:
         """Tell whether there is no room for half of what makes steps on so many fast, the rows of one view of two."""
+        makes_fast = self._bytes_at_speed(num_gaussians) - self.bytes(num_gaussians)
+        return 2 * self.lacking_bytes(num_gaussians) > makes_fast
+
+    def lacking_bytes(self, num_gaussians: int) -> float:
+        """Return how much there lacks of the room for all that makes steps on so many fast."""
         if self.bytes_at_speed <= self.bytes_per_gaussian:  # nothing does
-            return False
-        half = (self.bytes(num_gaussians) + self._bytes_at_speed(num_gaussians)) / 2
-        return half > USABLE * self.free_bytes - IDLE
+            return 0.0
+        return max(self._bytes_at_speed(num_gaussians) - (USABLE * self.free_bytes - IDLE), 0.0)
 
     def expected_bytes(self, num_gaussians: int) -> float:
         """Return what training will take of what is free once it has grown to so many."""
@@ -263,13 +271,15 @@ def _forwarded(sh_degree: int, geometry: Literal["device", "host"], state: State
         staged = MADE_BYTES
     compact_geometry = row_bytes("geometry", sh_degree, state="compact", tight=True)
     rows, in_view = (GEOMETRY_BYTES, 3 * 44) if is_float32 else (compact_geometry, 2 * 64)
+    if not on_device:
+        in_view = MOVING_ROWS * of_geometry + (0 if is_float32 else GEOMETRY_COPIES)
     return Footprint(
         host_at_start=store + parameter_bytes(sh_degree),
         device_at_start=rows if on_device else 0,
         host=int(PEAK * store),
         host_in_view=int(STAGING_ROWS * (of_geometry + staged)),
         device=rows if on_device else 0,
-        device_in_view=moving + (in_view if on_device else MOVING_ROWS * of_geometry) + RENDERING_BYTES,
+        device_in_view=moving + in_view + RENDERING_BYTES,
         device_while_changed=compact_geometry if on_device and not is_float32 else 0,
     )
 
@@ -442,16 +452,32 @@ def needs(
         modules_bytes: Of what is trained beside the Gaussians, on the device.
         num_processes: That share the host's memory, and have a device each.
     """
-    of_host, of_device = footprint.while_training(share_in_view, sparing=True)
-    _, at_speed = footprint.while_training(share_in_view)
     others = num_pixels * PIXEL_BYTES + modules_bytes
     free = available_bytes(torch.device("cpu")) // num_processes
     if device.type == "cpu":
+        of_host, of_device = footprint.while_training(share_in_view)
         at_start = footprint.host_at_start + footprint.device_at_start
-        return Needs(Need("memory", at_start, of_host + at_speed, others, free), None)
+        return Needs(Need("memory", at_start, of_host + of_device, others, free), None)
+    return needs_beside_gpu(footprint, share_in_view, others, free, available_bytes(device))
+
+
+def needs_beside_gpu(
+    footprint: Footprint, share_in_view: float, other_bytes: float, free_on_host: int, free_on_gpu: int
+) -> Needs:
+    """Return what a trainer takes of the memory of a host and of its GPU.
+
+    Args:
+        footprint: Of the trainer.
+        share_in_view: Of the Gaussians, in the largest view.
+        other_bytes: On the GPU, for pictures and for what is trained beside the Gaussians.
+        free_on_host: Bytes that there are.
+        free_on_gpu: The same of the GPU.
+    """
+    of_host, of_device = footprint.while_training(share_in_view, sparing=True)
+    _, at_speed = footprint.while_training(share_in_view)
     return Needs(
-        Need("host memory", footprint.host_at_start, of_host, 0, free),
-        Need("GPU memory", footprint.device_at_start, of_device, others, available_bytes(device), at_speed),
+        Need("host memory", footprint.host_at_start, of_host, 0, free_on_host),
+        Need("GPU memory", footprint.device_at_start, of_device, other_bytes, free_on_gpu, at_speed),
     )
 
 
@@ -507,10 +533,7 @@ def check_memory(
         lines.append(f"About {most:,} would fit.")
     device = all_needs.device
     if device is not None and device.slows(max(held, held_later)):
-        lines.append(
-            "The GPU has no room for the rows of the largest views beside their rendering: these stay on the host, and "
-            "steps on them take longer."
-        )
+        lines.append(f"The {NO_ROOM}")
     return "\n".join(lines)
 
 

@@ -85,7 +85,13 @@ def encode_moments(m: Tensor, v: Tensor, reach: float, random: Tensor) -> Tensor
 
     Returns:
         int16 [M, columns].
+
+    Raises:
+        ValueError: A moment is not finite. Kernels do not look: gradients that are not finite end the step before
+            (`offload/adam/finite.py`).
     """
+    if not (m.isfinite() & v.isfinite()).all():
+        raise ValueError("moments that are not finite have no codes")
     degree = degree_of(m.shape[1])
     _, for_first, for_second = random_fractions(random)
     codes = torch.zeros_like(m, dtype=torch.int32)

@@ -96,7 +96,8 @@ def _follow_boxes(
     row = tl.minimum(row, num_rows - 1)  # those that the last block lacks: its last row once more
     box = boxes + tl.load(ids + first) // BLOCK_ROWS
     values = rows + row * columns
-    largest, moments_spoiled = 0.0, 0.0
+    largest = 0.0
+    moments_spoiled = 0.0
     for axis in tl.static_range(3):
         x = tl.load(values + axis)
         m, v = unpack(tl.load(moments + row * words + axis))
