@@ -33,6 +33,7 @@ SCRIPTS = [
     pytest.param(simple_trainer_hybrid_streamed, ("--state", "compact"), id="streamed, compact"),
     pytest.param(simple_trainer_hybrid_optimized_split, ("--split_threshold", 0.5), id="split"),
 ]
+FLOAT32_SCRIPTS = [each for each in SCRIPTS if "compact" not in each.values[1]]  # which go on without rounding
 STEPS = 60
 DENSIFYING = (
     *("--max_steps", STEPS, "--refine_start_iter", 10, "--refine_every", 10, "--reset_every", 25),

@@ -16,7 +16,16 @@ import simple_trainer_hybrid_optimized_split
 import simple_trainer_hybrid_streamed
 from datasets.synthetic import write_city_block
 from offload.adam.state import current_rows
-from tests.interrupted_runs import DENSIFYING, SCRIPTS, STEPS, assert_same_state, interrupt_after, run_script, saved
+from tests.interrupted_runs import (
+    DENSIFYING,
+    FLOAT32_SCRIPTS,
+    SCRIPTS,
+    STEPS,
+    assert_same_state,
+    interrupt_after,
+    run_script,
+    saved,
+)
 from tests.training_scripts import MCMC, differences
 from training.ply import load_ply
 
@@ -189,7 +198,7 @@ def undisturbed(city_block, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("after_script", "after_place"), SCRIPTS)
+@pytest.mark.parametrize(("after_script", "after_place"), FLOAT32_SCRIPTS)
 @pytest.mark.parametrize(("before_script", "before_place"), [SCRIPTS[0], SCRIPTS[1], SCRIPTS[4], SCRIPTS[5]])
 def test_another_trainer_goes_on(
     monkeypatch, city_block, tmp_path, undisturbed, before_script, before_place, after_script, after_place
