@@ -27,7 +27,7 @@ from offload.store.device_store import DeviceStore
 from offload.store.host_store import HostStore
 from offload.store.layout import RowState
 from tests.aerial_training import views_of
-from tests.test_culling import interpreted_block, random_cameras, random_geometry
+from tests.test_culling import interpreted_block, named_geometry, random_cameras, random_geometry
 from tests.triton_places import INTERPRETED, NEEDS, TRITON_DEVICE
 
 CPU = torch.device("cpu")
@@ -323,7 +323,7 @@ def test_the_device_reads_stored_values_itself(monkeypatch):
     monkeypatch.setattr(geometry_culled, "COPIED_ROWS", 2 * BLOCK_ROWS)
     monkeypatch.setattr(HostStore, "device", torch.device("meta"))  # as if rendering were elsewhere
     rows, ids = random_geometry(1000, seed=5), torch.randint(1000, (300,))
-    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters = named_geometry(rows)
     colours = {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
     store = HostStore(parameters | colours, "geometry", state="compact")
     store.rows.moments[0].fill_(1)
@@ -339,7 +339,7 @@ def test_what_the_device_reads_has_come_before_rows_may_change(monkeypatch):
     """The host changes rows of a store by itself, and waits for nothing that the device may still read of them."""
     monkeypatch.setattr(HostStore, "device", torch.device("meta"))
     rows, events = random_geometry(100, seed=5), list[str]()
-    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters = named_geometry(rows)
     parameters |= {"sh0": torch.randn(100, 1, 3), "shN": torch.zeros(100, 15, 3)}
     store = HostStore(parameters, "geometry", state="compact")
     adam = AdamOptions(dict.fromkeys(parameters, 1e-3), lambda step: 1e-3, (0.9, 0.999))
@@ -371,7 +371,7 @@ RATES = dict.fromkeys(("means", "scales", "quats", "opacities", "sh0", "shN"), 1
 def store_of_geometry(place: str) -> HostStore | DeviceStore:
     """1,000 rows, with moments."""
     rows = random_geometry(1000, seed=5, median_scale=1e-3)
-    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters = named_geometry(rows)
     parameters |= {"sh0": torch.randn(1000, 1, 3), "shN": torch.zeros(1000, 15, 3)}
     if place == "host":
         store = HostStore(parameters, "geometry", state="compact", max_gaussians=2000)

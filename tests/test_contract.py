@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_culling import random_cameras, random_geometry
+from test_culling import named_geometry, random_cameras, random_geometry
 from torch import Tensor
 
 from offload.adam.options import AdamOptions
@@ -70,10 +70,7 @@ def start() -> dict[str, Tensor]:
     rows = random_geometry(N, seed=0)
     generator = torch.Generator().manual_seed(1)
     return {
-        "means": rows[:, :3],
-        "scales": rows[:, 3:6],
-        "quats": rows[:, 6:10],
-        "opacities": rows[:, 10],
+        **named_geometry(rows),
         "sh0": torch.randn(N, 1, 3, generator=generator),
         "shN": torch.randn(N, 15, 3, generator=generator),
     }

@@ -61,6 +61,11 @@ def random_geometry(n: int, seed: int, *, median_scale: float = 0.05, spread: fl
     return rows[morton_order(rows[:, COLUMNS["means"]])].contiguous()
 
 
+def named_geometry(rows: Tensor) -> dict[str, Tensor]:
+    """The parameters in such rows, as stores take them."""
+    return {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+
+
 def random_cameras(
     seed: int, *, count: int = 2, fov: float = 60, offset: float = 0, inside: bool = True, **options
 ) -> Cameras:

@@ -22,7 +22,7 @@ from offload.models.forwarded import ForwardedGaussians
 from offload.models.geometry_host import HostGeometry
 from offload.models.offloaded import OffloadedGaussians
 from offload.models.streamed import StreamedGaussians
-from tests.test_culling import random_cameras, random_geometry
+from tests.test_culling import named_geometry, random_cameras, random_geometry
 
 BETAS = (0.9, 0.999)
 RATES = {"means": 2e-2, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 1e-3, "shN": 1e-3}
@@ -38,7 +38,7 @@ def start(
     kind: type[OffloadedGaussians], place: str, means_lr: Callable[[int], float] = lambda step: RATES["means"]
 ) -> OffloadedGaussians:
     rows = random_geometry(3000, seed=0)
-    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters = named_geometry(rows)
     parameters |= {"sh0": torch.zeros(len(rows), 1, 3), "shN": torch.zeros(len(rows), 15, 3)}
     adam = AdamOptions(RATES, means_lr, BETAS)
     state = "compact" if place.endswith("compact") else "float32"
@@ -161,7 +161,7 @@ PLACES_OF_ROWS = ["on the host", "partly on the device", "on the device"]
 def test_boxes_that_have_followed_steps_are_those_made_anew(device, place):
     """To the last bit, or a run that is resumed, or has other residents, would fetch other rows than before."""
     rows, where = random_geometry(3000, seed=0), torch.device(device)
-    parameters = {"means": rows[:, :3], "scales": rows[:, 3:6], "quats": rows[:, 6:10], "opacities": rows[:, 10]}
+    parameters = named_geometry(rows)
     parameters |= {"sh0": torch.zeros(len(rows), 1, 3), "shN": torch.zeros(len(rows), 15, 3)}
     adam = AdamOptions(RATES, lambda step: RATES["means"] * 0.9**step, BETAS)
     if place == "on the device":
